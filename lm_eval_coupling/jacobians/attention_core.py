@@ -1,0 +1,235 @@
+"""The softmax attention core of a block, found by watching the block run, and its derivative in closed form.
+
+Per head, with weights a = softmax(s), slope g_j = ∂s_j/∂(q·k_j), w = a∘g and output z = Σ_j a_j v_j:
+
+    dz = [Σ_j w_j (v_j − z) k_jᵀ] dq + w_t (v_t − z) (qᵀ dk_t) + a_t dv_t         input token = output token = t
+    dz =                              w_s (v_s − z) (qᵀ dk_s) + a_s dv_s          input token s < output token
+
+No fact about any model family is used: a product, elementwise steps, a softmax and a second product are an attention core.
+With attention sinks Σ_j a_j < 1; the formulas hold unchanged as long as the weights are not renormalised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_ADDED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
+_SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+_MAXIMA = {torch.max, Tensor.max, torch.amax, Tensor.amax}
+
+
+class NoAttentionCore(RuntimeError):
+    """The block ran without a product → softmax → product pattern."""
+
+
+class _Abort(Exception):
+    """Raised inside a block once everything wanted of it is known."""
+
+
+def _operands(func, args, kwargs) -> tuple[Tensor, Tensor] | None:
+    """The two factors of a batched matrix product, or None if ``func`` is none."""
+    if func in _ADDED_PRODUCTS:
+        left = args[1] if len(args) > 1 else kwargs["batch1"]
+        right = args[2] if len(args) > 2 else kwargs["batch2"]
+    elif func in _PRODUCTS:
+        left = args[0]
+        right = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    else:
+        return None
+    return (left, right) if left.dim() >= 3 and right.dim() >= 3 else None
+
+
+def _heads(tensor: Tensor, batch: torch.Size) -> Tensor:
+    """[…, rows, columns] -> [head, rows, columns], keys shared by several queries repeated."""
+    return tensor.expand(*batch, *tensor.shape[-2:]).reshape(batch.numel(), *tensor.shape[-2:])
+
+
+class _Watch(TorchFunctionMode):
+    """Common part: follows a block through scores → softmax → values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = "scores"
+        self.product: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.stage == "scores":
+            if (factors := _operands(func, args, kwargs)) is not None:
+                self.product = factors
+                return self.on_scores(func, args, kwargs)
+            if self.product is not None and func in _SOFTMAXES:
+                self.stage = "values"
+                return self.on_softmax(func, args, kwargs)
+            return self.on_between(func, args, kwargs)
+        if self.stage == "values" and (factors := _operands(func, args, kwargs)) is not None:
+            self.stage = "done"
+            return self.on_values(func, args, kwargs, *factors)
+        return func(*args, **kwargs)
+
+    def on_scores(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def on_between(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def on_softmax(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def on_values(self, func, args, kwargs, weights, values):
+        raise NotImplementedError
+
+
+class _Record(_Watch):
+    """Keeps queries, keys, values, weights and the slope of the scores of a whole-sequence call."""
+
+    def on_scores(self, func, args, kwargs):
+        if func in _ADDED_PRODUCTS:
+            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+            self.raw = torch.bmm(*self.product).detach().requires_grad_(True)
+            return beta * args[0] + alpha * self.raw
+        self.raw = func(*args, **kwargs).detach().requires_grad_(True)
+        return self.raw * 1  # in-place steps are not allowed on a leaf
+
+    def on_between(self, func, args, kwargs):
+        if self.product is not None and func in _MAXIMA:
+            args = (args[0].detach(), *args[1:])  # a stabilising shift is no part of the slope (GPT-OSS)
+        return func(*args, **kwargs)
+
+    def on_softmax(self, func, args, kwargs):
+        scores = args[0] if args else kwargs.pop("input")
+        (self.slope,) = torch.autograd.grad(scores.sum(), self.raw)
+        return func(scores.detach(), *args[1:], **kwargs)
+
+    def on_values(self, func, args, kwargs, weights, values):
+        self.weights, self.values = weights, values
+        return func(*args, **kwargs)
+
+
+class Substitute(_Watch):
+    """Hands the core's (q, k, v) of a one-token call, each [head, d_head], to ``answer`` and puts its reply in their place."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def on_values(self, func, args, kwargs, weights, values):
+        q, k_t = self.product
+        batch = q.shape[:-2]
+        z = self.answer(
+            _heads(q, batch)[:, 0],
+            _heads(k_t, batch)[:, :, 0],
+            _heads(values, batch)[:, 0],
+        )
+        return z.reshape(*weights.shape[:-1], values.shape[-1]).to(values.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRecord:
+    """What reaches the attention core in one call of a block: q, k, v as the core sees them, at one output token."""
+
+    q: Float[Tensor, "head d_key"]
+    k: Float[Tensor, "head seq d_key"]
+    v: Float[Tensor, "head seq d_value"]
+    weights: Float[Tensor, "head seq"]
+    slope: Float[Tensor, "head seq"]
+    z: Float[Tensor, "head d_value"]
+
+    @classmethod
+    def of(cls, run: Callable[[], object], output_token: int, dtype: torch.dtype) -> AttentionRecord:
+        """Watch ``run``, a whole-sequence call of one block, and keep row ``output_token``.
+
+        Raises:
+            NoAttentionCore: if the call holds no softmax attention core.
+        """
+        watch = _Record()
+        with torch.enable_grad(), watch:
+            run()
+        if watch.stage != "done":
+            raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
+        q, k_t = watch.product
+        batch, seq = q.shape[:-2], q.shape[-2]
+        if k_t.shape[-1] != seq or watch.values.shape[-2] != seq:
+            raise NoAttentionCore(f"{k_t.shape[-1]} keys and {watch.values.shape[-2]} values for {seq} tokens")
+
+        def row(tensor):
+            return _heads(tensor, batch)[:, output_token, :seq].detach().to(dtype)
+
+        v = _heads(watch.values, batch).detach().to(dtype)
+        weights = row(watch.weights)
+        return cls(
+            q=_heads(q, batch)[:, output_token].detach().to(dtype),
+            k=_heads(k_t, batch).transpose(1, 2).detach().to(dtype),
+            v=v,
+            weights=weights,
+            slope=row(watch.slope),
+            z=torch.bmm(weights[:, None], v)[:, 0],
+        )
+
+
+class _HeadProduct(torch.autograd.Function):
+    """y[h] = A[h] x[h]. Written out because vmap over an einsum copies the constant A once per direction."""
+
+    @staticmethod
+    def forward(A, x):
+        return torch.bmm(A, x.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def vmap(info, in_dims, A, x):
+        if in_dims[0] is not None:
+            raise NotImplementedError("the matrix of a linearised core is a constant")
+        return torch.bmm(A, x.movedim(in_dims[1], -1)), 2
+
+    @staticmethod
+    def jvp(ctx, dA, dx):
+        return _HeadProduct.apply(ctx.saved_tensors[0], dx)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, _HeadProduct.apply(ctx.saved_tensors[0].transpose(1, 2), grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCore:
+    """The core at one output token as an affine function of one input token's (q, k, v); exact to first order."""
+
+    record: AttentionRecord
+    input_token: int
+    same_token: bool
+    dz_dq: Float[Tensor, "head d_value d_key"] | None
+    dz_dqk: Float[Tensor, "head d_value"]
+
+    @classmethod
+    def at(cls, record: AttentionRecord, output_token: int, input_token: int) -> LinearCore:
+        """Linearise ``record`` (taken at ``output_token``) in the query, key and value of ``input_token``."""
+        w = record.weights * record.slope
+        spread = record.v - record.z[:, None]
+        same = output_token == input_token
+        dz_dq = torch.bmm((w[..., None] * spread).transpose(1, 2), record.k) if same else None
+        return cls(record, input_token, same, dz_dq, w[:, input_token, None] * spread[:, input_token])
+
+    def __call__(
+        self,
+        q: Float[Tensor, "head d_key"],
+        k: Float[Tensor, "head d_key"],
+        v: Float[Tensor, "head d_value"],
+    ) -> Float[Tensor, "head d_value"]:
+        """The core's output for these projections of the input token."""
+        r, s = self.record, self.input_token
+        q, k, v = q.to(r.z.dtype), k.to(r.z.dtype), v.to(r.z.dtype)
+        key_change = ((k - r.k[:, s]) * r.q).sum(-1, keepdim=True)
+        z = r.z + r.weights[:, s, None] * (v - r.v[:, s]) + self.dz_dqk * key_change
+        return z + _HeadProduct.apply(self.dz_dq, q - r.q) if self.same_token else z

@@ -1,0 +1,73 @@
+"""Level ``token-local``: the real block on one token, with the attention core in closed form. Any softmax attention.
+
+With the other tokens fixed, x_t enters a block's output only through the q_t, k_t, v_t that reach the attention core and
+through steps that act on each token alone. So the block is run on *one* token, the core's output is replaced by its
+linearisation (exact to first order, see attention_core.py), and that single-token function is differentiated. Cost: about
+d_model one-token passes, whatever the length of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore, Substitute
+from lm_eval_coupling.jacobians.differentiate import jacobian_columns
+
+
+class _Reached(Exception):
+    """The attention core was reached; nothing after it is needed."""
+
+
+def token_local_jacobian(call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+    """∂F_{output}/∂x_{input} of one block (skip connection included).
+
+    Args:
+        call: a :class:`~lm_eval_coupling.residual.BlockCall`, inside its ``ready()`` context.
+        output_token: absolute index of the token whose output is differentiated.
+        input_token: absolute index of the token it is differentiated by.
+        budget: bytes that the directions differentiated at once may take.
+
+    Returns:
+        Row = output coordinate, column = input coordinate, in the call's dtype.
+
+    Raises:
+        NoAttentionCore: if the block holds no softmax attention.
+    """
+    record = AttentionRecord.of(lambda: call(call.resid_pre), output_token, call.dtype)
+    core = LinearCore.at(record, output_token, input_token)
+    function = _same_token(call, core, output_token) if core.same_token else _other_token(call, core, output_token)
+    return jacobian_columns(function, call.resid_pre[0, input_token], budget)
+
+
+def _same_token(call, core: LinearCore, token: int) -> Callable[[Tensor], Tensor]:
+    def function(x):
+        with Substitute(core):
+            return call.one_token(x, token)
+
+    return function
+
+
+def _other_token(call, core: LinearCore, output_token: int) -> Callable[[Tensor], Tensor]:
+    """x_{t1} moves the output at t2 > t1 only through its key and value."""
+    at_output = call.resid_pre[0, output_token]
+
+    def function(x):
+        reached = []
+
+        def stop(q, k, v):
+            reached.append(core(q, k, v))
+            raise _Reached
+
+        try:
+            with Substitute(stop):
+                call.one_token(x, core.input_token)
+        except _Reached:
+            pass
+        with Substitute(lambda q, k, v: reached[0]):
+            return call.one_token(at_output, output_token)
+
+    return function

@@ -1,0 +1,256 @@
+"""One prompt in, one :class:`PromptCoupling` out. The only place that knows the order of the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from lm_eval_coupling import coupling as coupling_maths
+from lm_eval_coupling import regularity
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import TOLERANCE, check_method, jacobians_of_trace, resolve_token
+from lm_eval_coupling.spectra import relative_gap, top_singular
+
+MEASURES = ("depth", "regularity")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MEASUREMENT_VERSION = 1  # raised whenever the same settings would give other numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured of a prompt; together with weights and tokens it identifies a measurement."""
+
+    ranks: tuple[int, ...] = (10, 30, 50)
+    measures: tuple[str, ...] = ("depth", "regularity")
+    dtype: str = "float32"
+    method: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.ranks or any(not isinstance(k, int) or k < 1 for k in self.ranks):
+            raise CouplingError(f"got coupling ranks {list(self.ranks)}, expected positive whole numbers such as 10+30+50")
+        object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+        if unknown := [m for m in self.measures if m not in MEASURES]:
+            raise CouplingError(f"got unknown measure {unknown[0]!r}, expected any of {', '.join(MEASURES)}")
+        if self.dtype not in DTYPES:
+            raise CouplingError(f"got coupling dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        check_method(self.method)
+
+    def check_width(self, d_model: int) -> None:
+        """Refuse ranks that the model is too narrow for."""
+        if self.ranks[-1] > d_model:
+            raise CouplingError(
+                f"got coupling rank {self.ranks[-1]} for a model with d_model = {d_model}; choose ranks of at most {d_model}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, part of a measurement's key."""
+        plain = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()} | {
+            "measurement_version": MEASUREMENT_VERSION
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCoupling:
+    """Everything measured of one prompt at one token. Arrays are float32; what was not measured is ``None``.
+
+    First layer index = the Jacobian's, second = that of the singular vectors: A = U_{l'}ᵀ J^l V_{l'}. ``_vju`` arrays have
+    U and V swapped; ``_absolute`` take |A| entrywise; all but ``_trace`` divide by ‖S1‖_2, ``_trace`` by the sum of S1.
+    ``reason`` says in words why something is missing or undefined.
+    """
+
+    tokens: tuple[int, ...]
+    position: int
+    ranks: tuple[int, ...]
+    measures: tuple[str, ...]
+    normalized_miscoupling: np.ndarray | None = None  # rank layer layer
+    miscoupling: np.ndarray | None = None  # rank layer layer
+    miscoupling_to: np.ndarray | None = None  # rank layer layer
+    miscoupling_to_absolute: np.ndarray | None = None  # rank layer layer
+    miscoupling_to_trace: np.ndarray | None = None  # rank layer layer
+    miscoupling_to_vju: np.ndarray | None = None  # rank layer layer
+    miscoupling_to_absolute_vju: np.ndarray | None = None  # rank layer layer
+    subspace_overlap: np.ndarray | None = None  # rank 2 layer layer, for U and for V
+    singular_values: np.ndarray | None = None  # layer max_rank
+    gap: np.ndarray | None = None  # rank layer: (σ_K − σ_{K+1}) / σ_K
+    svd_residual: np.ndarray | None = None  # layer
+    certificate: np.ndarray | None = None  # layer
+    method: tuple[str, ...] | None = None  # layer
+    line_shape_score: float = math.nan
+    expodistance: float = math.nan
+    norms: np.ndarray | None = None  # layer + 1
+    seconds: float = 0.0
+    reason: str | None = None
+
+    def coupling(self, rank: int, diagonal: bool = False) -> float:
+        """1 − mean of m̃_K over layer pairs l ≠ l' (with ``diagonal``, over all pairs); NaN where not measured."""
+        if rank not in self.ranks:
+            raise CouplingError(f"got rank {rank}, expected one of the measured ranks {list(self.ranks)}")
+        if self.normalized_miscoupling is None:
+            return math.nan
+        pairs = torch.from_numpy(self.normalized_miscoupling[self.ranks.index(rank)])
+        return 1 - coupling_maths.mean_off_diagonal(pairs, diagonal=diagonal).item()
+
+    def to_columns(self) -> dict[str, Any]:
+        """Flat dict in field order: what is stored and exported."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, Any]) -> PromptCoupling:
+        """Inverse of :meth:`to_columns`; unknown columns are ignored."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {name: value for name, value in columns.items() if name in names}
+        for name in ("tokens", "ranks", "measures", "method"):
+            if values.get(name) is not None:
+                values[name] = tuple(np.asarray(values[name]).tolist())
+        return cls(**values)
+
+
+class _Unmeasurable(RuntimeError):
+    pass
+
+
+def measure_coupling(
+    model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    ranks: Sequence[int] = (10, 30, 50),
+    measures: Sequence[str] = ("depth", "regularity"),
+    position: int = -1,
+    dtype: str = "float32",
+    method: str = "auto",
+    progress: bool = True,
+) -> list[PromptCoupling]:
+    """Measure block coupling at one token of each prompt.
+
+    Args:
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
+        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are.
+        ranks: numbers K of top singular vectors.
+        measures: any of ``depth``, ``regularity``.
+        position: token whose trajectory is measured; negative counts from the end.
+        dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
+        method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
+        progress: show a progress bar.
+
+    Returns:
+        One record per prompt, in order. A prompt that cannot be measured gives a record whose ``reason`` says why.
+
+    Raises:
+        CouplingError: for settings that no prompt could be measured with.
+    """
+    settings = Settings(tuple(ranks), tuple(measures), dtype, method)
+    settings.check_width(model.d_model)
+    encoded = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    bar = tqdm(encoded, desc="Measuring coupling", disable=not progress)
+    return [measure_prompt(model, tokens, position, settings) for tokens in bar]
+
+
+def measure_prompt(model, tokens: Sequence[int], position: int, settings: Settings) -> PromptCoupling:
+    """One prompt's record; never raises for what a single prompt or a lack of memory can cause."""
+    start = time.perf_counter()
+    common = {"tokens": tuple(map(int, tokens)), "ranks": settings.ranks, "measures": settings.measures}
+    try:
+        token = resolve_token(position, len(tokens))
+    except CouplingError as error:
+        return PromptCoupling(**common, position=position, reason=str(error))
+    try:
+        measured = _measure(model, tokens, token, settings)
+    except (torch.OutOfMemoryError, MemoryError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        measured = {"reason": "out of memory"}
+    except Exception as error:
+        measured = {"reason": _in_words(error)}
+    return PromptCoupling(**common, position=token, **measured, seconds=time.perf_counter() - start)
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, (_Unmeasurable, CouplingError)) else f"{type(error).__name__}: {text}"
+
+
+@torch.no_grad()
+def _measure(model, tokens: Sequence[int], token: int, settings: Settings) -> dict[str, Any]:
+    trace = model.trace(tokens, DTYPES[settings.dtype])
+    trajectory = trace.trajectory(token)
+    broken = [layer for layer, x in enumerate(trajectory) if not torch.isfinite(x).all()]
+    if broken:
+        where = "the embeddings are" if broken[0] == 0 else f"the output of block {broken[0] - 1} is"
+        raise _Unmeasurable(f"{where} not finite")
+    measured: dict[str, Any] = {}
+    if "regularity" in settings.measures:
+        measured |= _regularity(trajectory)
+    if "depth" in settings.measures:
+        measured |= _depth(trace, token, settings)
+    return measured
+
+
+def _regularity(trajectory) -> dict[str, Any]:
+    return {
+        "line_shape_score": regularity.line_shape_score(trajectory).item(),
+        "expodistance": regularity.expodistance(trajectory).item(),
+        "norms": _array(regularity.norms(trajectory)),
+    }
+
+
+def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
+    found = jacobians_of_trace(trace, token, token, range(len(trace.calls)), settings.method)
+    tolerance = TOLERANCE[DTYPES[settings.dtype]]
+    worst = int(found.certificate.nan_to_num(math.inf).argmax())
+    proof = {"certificate": _array(found.certificate), "method": tuple(found.method)}
+    if not found.certificate[worst] <= tolerance:
+        error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
+        return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
+    J = found.jacobians
+    if J.device.type == "mps":
+        J = J.cpu()  # MPS has no symmetric eigendecomposition
+    largest = settings.ranks[-1]
+    triplets = top_singular(J, min(largest + 1, J.shape[-1]))
+    U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
+    A = coupling_maths.coupling_matrices(J, U, V)
+    A_vju = coupling_maths.coupling_matrices(J, V, U)
+    by_rank = [_at_rank(k, A, A_vju, U, S, V) for k in settings.ranks]
+    arrays = {name: _array(torch.stack([at[name] for at in by_rank])) for name in by_rank[0]}
+    gap = torch.stack([relative_gap(triplets.S, k) for k in settings.ranks])
+    return proof | arrays | {
+        "singular_values": _array(S),
+        "gap": _array(gap),
+        "svd_residual": _array(triplets.residual),
+        "reason": _undefined_pairs(arrays["normalized_miscoupling"]),
+    }
+
+
+def _at_rank(k: int, A, A_vju, U, S, V) -> dict[str, torch.Tensor]:
+    """Every coupling quantity at rank ``k``, cut from the matrices of the largest rank."""
+    A, A_vju, U, V = A[..., :k, :k], A_vju[..., :k, :k], U[..., :k], V[..., :k]
+    S = S[:, None, :k]  # broadcast over the layers of the bases
+    to = coupling_maths.miscoupling_to
+    return {
+        "normalized_miscoupling": coupling_maths.miscoupling(A, normalized=True),
+        "miscoupling": coupling_maths.miscoupling(A),
+        "miscoupling_to": to(A, S),
+        "miscoupling_to_absolute": to(A, S, absolute=True),
+        "miscoupling_to_trace": to(A, S, norm="trace"),
+        "miscoupling_to_vju": to(A_vju, S),
+        "miscoupling_to_absolute_vju": to(A_vju, S, absolute=True),
+        "subspace_overlap": torch.stack([coupling_maths.subspace_overlaps(U), coupling_maths.subspace_overlaps(V)]),
+    }
+
+
+def _undefined_pairs(normalized: np.ndarray) -> str | None:
+    undefined = int(np.isnan(normalized[0]).sum())
+    if not undefined:
+        return None
+    return f"{undefined} of {normalized[0].size} layer pairs are undefined: the coupling matrix is zero"
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float32).numpy()

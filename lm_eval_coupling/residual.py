@@ -1,0 +1,336 @@
+"""The residual stream of a transformers model, block by block, through TransformerLens.
+
+A :class:`ResidualModel` is a `TransformerBridge` booted on a *second module tree* that shares the weights of the model it
+wraps: the wrapped model keeps its own attention implementation and its outputs stay bit-identical. Only this module knows
+TransformerLens and transformers; the mathematics sees :class:`BlockCall` objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lm_eval_coupling.errors import CouplingError
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class TrueDtype(TorchFunctionMode):
+    """Turns hard-coded float32 steps (norms, softmax, rotary embeddings) into ``dtype``.
+
+    transformers casts these steps to float32 whatever the model's dtype, so that a "float64" derivative of an unmodified
+    model is off by up to 3e-7. Needed only for float64: float32 arithmetic is what the casts ask for.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0] if args[0].is_floating_point() else args[0].to(self.dtype)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = self.dtype
+        return func(*(self.dtype if a is torch.float32 else a for a in args), **kwargs)
+
+
+def _arithmetic(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    return TrueDtype(dtype) if dtype == torch.float64 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Hold the floating-point ``tensors`` in ``dtype`` for the time of the context, then put the shared storage back."""
+    saved = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != dtype]
+    try:
+        for tensor, data in saved:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in saved:
+            tensor.data = data
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCall:
+    """One block together with the arguments it was called with, ready to be called again.
+
+    ``resid_pre`` is the block's input X^{l-1}, shape [1, seq, d_model]. Calls must be made inside :meth:`ready`.
+    """
+
+    layer: int
+    module: nn.Module
+    resid_pre: Float[Tensor, "1 seq d_model"]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic of the call."""
+        return self.resid_pre.dtype
+
+    @property
+    def seq(self) -> int:
+        """Number of tokens."""
+        return self.resid_pre.shape[1]
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Upcast this block's weights, and only them, for as long as the context lasts."""
+        with upcast(_state(self.module), self.dtype), _arithmetic(self.dtype):
+            yield
+
+    def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
+        """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
+        return self._run(resid_pre, self.args, self.kwargs)
+
+    def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
+        """Run the block on the single vector ``x`` as if it stood at position ``token`` and saw only itself."""
+        args = tuple(_cut("", value, token, self.seq) for value in self.args)
+        kwargs = {name: _cut(name, value, token, self.seq) for name, value in self.kwargs.items()}
+        return self._run(x[None, None], args, kwargs)[0, 0]
+
+    def _run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return _hidden(self.module(hidden, *args, **kwargs))
+
+
+def _cut(name: str, value: Any, t: int, n: int) -> Any:
+    """Cut one argument of a block down to position ``t`` of ``n``: the only table about block arguments."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(name, item, t, n) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if name == "position_embeddings":
+        return value[..., t : t + 1, :]
+    if name in ("position_ids", "cache_position"):
+        return value[..., t : t + 1]
+    if name in ("alibi", "position_bias"):
+        return value[..., -1:]
+    if value.dim() >= 2 and value.shape[-2:] == (n, n):
+        return value[..., t : t + 1, t : t + 1]
+    return value
+
+
+def _replayable(name: str, value: Any) -> Any:
+    """A block argument without side effects: replaying a call must not append to a key-value cache."""
+    if name in _CACHES:
+        return None
+    if name == "use_cache":
+        return False
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, tuple, list)):
+        return value
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualTrace:
+    """Every block call of one forward pass, and the stream after the last block."""
+
+    calls: tuple[BlockCall, ...]
+    resid_final: Float[Tensor, "1 seq d_model"]
+
+    def trajectory(self, token: int) -> Float[Tensor, "layer_plus_1 d_model"]:
+        """x_t^0 … x_t^L: the residual stream at one token, after every block."""
+        return torch.stack([*(call.resid_pre[0, token] for call in self.calls), self.resid_final[0, token]])
+
+
+class _LastBlockDone(Exception):
+    pass
+
+
+class ResidualModel:
+    """A language model as a stack of residual blocks (build one with :meth:`wrap`).
+
+    Attributes: ``bridge`` (the TransformerBridge), ``blocks`` (the bridged transformers blocks), ``n_layers``, ``d_model``,
+    ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
+    """
+
+    def __init__(self, bridge: nn.Module, tokenizer: Any = None) -> None:
+        self.bridge = bridge
+        self.tokenizer = tokenizer
+        self.model = bridge.original_model
+        self.blocks = [block.original_component for block in bridge.blocks]
+        self.n_layers = len(self.blocks)
+        self.d_model = bridge.cfg.d_model
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+
+    @classmethod
+    def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
+        """Boot a TransformerBridge on a copy of ``hf_model``'s module tree over the same weights.
+
+        Args:
+            hf_model: a causal transformers model (a PEFT wrapper is looked through); it stays untouched.
+            tokenizer: needed only where prompts are given as strings.
+
+        Returns:
+            The wrapped model, in evaluation mode. Costs under a second and some megabytes.
+
+        Raises:
+            CouplingError: if TransformerLens has no adapter for the architecture, or the blocks do not form a residual stream.
+        """
+        base = hf_model.get_base_model() if hasattr(hf_model, "peft_config") else hf_model
+        _refuse_unsupported(base)
+        twin = _twin(base)
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        name = type(twin).__name__
+        try:
+            bridge = build_bridge_from_module(twin, name, hf_config=twin.config, tokenizer=None)
+        except Exception as error:
+            raise CouplingError(
+                f"got a {name}, which TransformerLens cannot bridge ({type(error).__name__}: {error}); "
+                "score it with --model hf, or with coupling_limit=0"
+            ) from error
+        model = cls(bridge, tokenizer)
+        model._check(base)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` with the tokenizer's own special tokens.
+
+        Raises:
+            CouplingError: if the model was wrapped without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise CouplingError(
+                "got a prompt given as text and a model wrapped without a tokenizer; "
+                "pass tokenizer=… to ResidualModel.wrap, or give the prompt as token ids"
+            )
+        return list(self.tokenizer.encode(text))
+
+    @torch.no_grad()
+    def trace(self, tokens: Sequence[int] | Tensor, dtype: torch.dtype = torch.float32) -> ResidualTrace:
+        """One forward pass in ``dtype``, upcasting bf16 or fp16 weights one block at a time.
+
+        Args:
+            tokens: token ids of one prompt, [seq] or [1, seq].
+            dtype: ``torch.float32`` or ``torch.float64``.
+
+        Returns:
+            Every block's call and the stream after the last block; the language-model head is not run.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device).reshape(1, -1)
+        calls: list[BlockCall] = []
+        final: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(upcast(self._outside_blocks(), dtype))
+            stack.enter_context(_arithmetic(dtype))
+            for layer, block in enumerate(self.blocks):
+                weights = contextlib.ExitStack()
+
+                def before(module, args, kwargs, layer=layer, weights=weights):
+                    weights.enter_context(upcast(_state(module), dtype))
+                    calls.append(_block_call(layer, module, args, kwargs))
+
+                def after(module, args, kwargs, output, layer=layer, weights=weights):
+                    weights.close()
+                    if layer == self.n_layers - 1:
+                        final.append(_hidden(output).detach())
+                        raise _LastBlockDone
+
+                stack.callback(weights.close)
+                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
+            with contextlib.suppress(_LastBlockDone):
+                self.model(ids, use_cache=False)
+        return ResidualTrace(tuple(calls), final[0])
+
+    def _outside_blocks(self) -> list[Tensor]:
+        """Embeddings and position tables, but not an untied head: it is never run."""
+        inside = {id(t) for block in self.blocks for t in _state(block)}
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            inside |= {id(t) for t in _state(head)}
+        return [t for t in _state(self.model) if id(t) not in inside]
+
+    def _check(self, original: nn.Module) -> None:
+        """Load-time checks: weights still shared, evaluation mode, and a stream that is carried from block to block."""
+        pointers = {p.data_ptr() for p in original.parameters()}
+        copied = [name for name, p in self.model.named_parameters() if p.numel() and p.data_ptr() not in pointers]
+        if copied:
+            raise CouplingError(
+                f"got {len(copied)} weights that the bridge copied or processed (first: {copied[0]}), expected shared "
+                "storage; do not fold norms or use compatibility mode"
+            )
+        trace = self.trace([self.model.config.vocab_size // 2] * 2, torch.float32)
+        streams = [call.resid_pre for call in trace.calls] + [trace.resid_final]
+        for call, following in zip(trace.calls, streams[1:], strict=True):
+            with torch.no_grad(), call.ready():
+                output = call(call.resid_pre)
+            if not torch.isfinite(output).all():
+                return  # weights that are not finite are reported prompt by prompt, the score is kept
+            if output.shape != call.resid_pre.shape or not torch.allclose(output, following, rtol=1e-3, atol=1e-4):
+                raise CouplingError(
+                    f"got a {type(original).__name__} whose block {call.layer} does not hand its output on as the next "
+                    "block's input, expected a residual stream; score it with --model hf"
+                )
+
+
+def _block_call(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+    kwargs = {name: _replayable(name, value) for name, value in kwargs.items()}
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    rest = tuple(_replayable("", value) for value in args[1:])
+    return BlockCall(layer, module, hidden.detach(), rest, kwargs)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A second module tree over the same storage: bridging changes modules in place, scores must not move."""
+    memo: dict[int, Any] = {}
+    for tensor in _state(model):
+        shared = tensor.detach()
+        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
+    twin = copy.deepcopy(model, memo).eval()
+    twin.config.architectures = [type(model).__name__]
+    twin.set_attn_implementation("eager")
+    if hasattr(twin, "set_experts_implementation"):
+        with contextlib.suppress(Exception):
+            twin.set_experts_implementation("eager")
+    return twin
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+        raise CouplingError(f"got a {name}, expected a decoder-only transformers language model; score it with --model hf")
+    if model.get_output_embeddings() is None:
+        raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise CouplingError(
+            f"got a model spread over {sorted(map(str, devices))}, expected one device; "
+            "use `accelerate launch` for several GPUs, or --model hf to only score"
+        )
+    if any(not p.is_floating_point() for p in model.parameters()):
+        raise CouplingError(
+            f"got a {name} with packed integer weights, expected floating-point ones; load it without 4- or 8-bit "
+            "quantisation (GGUF files are fine: they are de-quantised), or score it with --model hf"
+        )
