@@ -16,7 +16,7 @@ from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling import regularity
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, check_method, jacobians_of_trace, resolve_token
-from lm_eval_coupling.spectra import relative_gap, top_singular
+from lm_eval_coupling.spectra import numerical_rank, relative_gap, top_singular
 
 MEASURES = ("depth", "regularity")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -180,7 +180,7 @@ def _in_words(error: Exception) -> str:
 @torch.no_grad()
 def _measure(model, tokens: Sequence[int], token: int, settings: Settings) -> dict[str, Any]:
     trace = model.trace(tokens, DTYPES[settings.dtype])
-    trajectory = trace.trajectory(token)
+    trajectory = _off_mps(trace.trajectory(token))
     broken = [layer for layer, x in enumerate(trajectory) if not torch.isfinite(x).all()]
     if broken:
         where = "the embeddings are" if broken[0] == 0 else f"the output of block {broken[0] - 1} is"
@@ -209,18 +209,18 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
     if not found.certificate[worst] <= tolerance:
         error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
         return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
-    J = found.jacobians
-    if J.device.type == "mps":
-        J = J.cpu()  # MPS has no symmetric eigendecomposition
+    J = _off_mps(found.jacobians)
     largest = settings.ranks[-1]
     triplets = top_singular(J, min(largest + 1, J.shape[-1]))
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_maths.coupling_matrices(J, U, V)
     A_vju = coupling_maths.coupling_matrices(J, V, U)
-    by_rank = [_at_rank(k, A, A_vju, U, S, V) for k in settings.ranks]
+    by_rank = [_at_rank(k, A, A_vju, S, J.shape[-1]) for k in settings.ranks]
     arrays = {name: _array(torch.stack([at[name] for at in by_rank])) for name in by_rank[0]}
+    overlap = torch.stack([coupling_maths.subspace_overlaps(basis, settings.ranks) for basis in (U, V)], dim=1)
     gap = torch.stack([relative_gap(triplets.S, k) for k in settings.ranks])
     return proof | arrays | {
+        "subspace_overlap": _array(overlap),
         "singular_values": _array(S),
         "gap": _array(gap),
         "svd_residual": _array(triplets.residual),
@@ -228,28 +228,35 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _at_rank(k: int, A, A_vju, U, S, V) -> dict[str, torch.Tensor]:
+def _at_rank(k: int, A, A_vju, S, d_model: int) -> dict[str, torch.Tensor]:
     """Every coupling quantity at rank ``k``, cut from the matrices of the largest rank."""
-    A, A_vju, U, V = A[..., :k, :k], A_vju[..., :k, :k], U[..., :k], V[..., :k]
-    S = S[:, None, :k]  # broadcast over the layers of the bases
+    A, A_vju = A[..., :k, :k], A_vju[..., :k, :k]
+    S1 = S[:, None, :k]  # broadcast over the layers of the bases
     to = coupling_maths.miscoupling_to
-    return {
+    found = {
         "normalized_miscoupling": coupling_maths.miscoupling(A, normalized=True),
         "miscoupling": coupling_maths.miscoupling(A),
-        "miscoupling_to": to(A, S),
-        "miscoupling_to_absolute": to(A, S, absolute=True),
-        "miscoupling_to_trace": to(A, S, norm="trace"),
-        "miscoupling_to_vju": to(A_vju, S),
-        "miscoupling_to_absolute_vju": to(A_vju, S, absolute=True),
-        "subspace_overlap": torch.stack([coupling_maths.subspace_overlaps(U), coupling_maths.subspace_overlaps(V)]),
+        "miscoupling_to": to(A, S1),
+        "miscoupling_to_absolute": to(A, S1, absolute=True),
+        "miscoupling_to_trace": to(A, S1, norm="trace"),
+        "miscoupling_to_vju": to(A_vju, S1),
+        "miscoupling_to_absolute_vju": to(A_vju, S1, absolute=True),
     }
+    too_low = numerical_rank(S, d_model) < k  # singular vectors of a zero singular value are arbitrary
+    return {name: values.masked_fill(too_low, math.nan) for name, values in found.items()}
 
 
 def _undefined_pairs(normalized: np.ndarray) -> str | None:
-    undefined = int(np.isnan(normalized[0]).sum())
+    """In words, how many layer pairs have no value at the largest rank."""
+    undefined = int(np.isnan(normalized[-1]).sum())
     if not undefined:
         return None
-    return f"{undefined} of {normalized[0].size} layer pairs are undefined: the coupling matrix is zero"
+    return f"{undefined} of {normalized[-1].size} layer pairs are undefined: a Jacobian is zero or of rank below K"
+
+
+def _off_mps(tensor: torch.Tensor) -> torch.Tensor:
+    """MPS has neither float64 nor a symmetric eigendecomposition."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

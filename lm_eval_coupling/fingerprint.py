@@ -1,0 +1,51 @@
+"""A checksum of a model's weights and architecture: what makes a stored measurement valid for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 1 << 22
+# Facts about where a model came from or how it is run, not about the function it computes.
+_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_attn_implementation"}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """32 hex digits over every parameter, bit by bit, and the configuration.
+
+    The sums are taken in wrapping 64-bit integers where the weights lie, so the result is the same on every device and
+    costs one read of the weights.
+    """
+    digest = hashlib.sha256(_configuration(model).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {_checksum(parameter)}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _configuration(model: nn.Module) -> str:
+    config = _relevant(model.config.to_dict())
+    adapters = {name: _relevant(c.to_dict()) for name, c in getattr(model, "peft_config", {}).items()}
+    return json.dumps([config, adapters], sort_keys=True, default=str)
+
+
+def _relevant(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _relevant(v) for k, v in value.items() if k not in _IRRELEVANT}
+    return sorted(map(str, value)) if isinstance(value, set) else value
+
+
+def _checksum(tensor: Tensor) -> list[int]:
+    """Plain and position-weighted sums of the tensor's bits."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(-1).view(integer)
+    weights = torch.arange(1, _CHUNK + 1, device=bits.device)
+    sums = [0, 0]
+    for i, chunk in enumerate(bits.split(_CHUNK)):
+        wide = chunk.to(torch.int64)
+        sums[0] += (i + 1) * int(wide.sum())
+        sums[1] += (i + 1) * int((wide * weights[: wide.numel()]).sum())
+    return sums

@@ -1,0 +1,430 @@
+"""`coupling-hf`: lm-eval's HFLM that also measures block coupling. With plugin.py, the only module that knows lm-eval."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import handle_non_serializable, hash_string
+from tqdm.auto import tqdm
+
+from lm_eval_coupling import plugin, records
+from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.fingerprint import fingerprint
+from lm_eval_coupling.measure import PromptCoupling, Settings, measure_prompt
+from lm_eval_coupling.prompts import Prompt, document_prompts
+from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.sampling import DocumentKey, choose
+from lm_eval_coupling.store import MeasurementStore, default_store_path
+from lm_eval_coupling.summary import document_value, headline_rank, mean_and_error, summarize
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The ``coupling_`` arguments of a run, checked."""
+
+    settings: Settings
+    limit: int | None
+    seed: int
+    position: int
+    store: Path
+    out: Path | None
+
+    @classmethod
+    def parse(
+        cls,
+        ranks: Any = "10+30+50",
+        limit: Any = 100,
+        seed: Any = 0,
+        measures: Any = "depth+regularity",
+        position: Any = -1,
+        dtype: str = "float32",
+        method: str = "auto",
+        store: Any = None,
+        out: Any = None,
+    ) -> Options:
+        """Read the arguments as lm-eval hands them over: strings, numbers or lists.
+
+        Raises:
+            CouplingError: naming the argument that is wrong.
+        """
+        options = cls(
+            Settings(
+                tuple(_whole("ranks", k) for k in _several(ranks)), tuple(map(str, _several(measures))), dtype, method
+            ),
+            None if limit == "all" else _whole("limit", limit),
+            _whole("seed", seed),
+            _whole("position", position),
+            Path(store).expanduser() if store else default_store_path(),
+            Path(out).expanduser() if out else None,
+        )
+        if options.limit is not None and options.limit < 0:
+            raise CouplingError(f"got coupling_limit={limit}, expected a number of documents, 0 (only score) or all")
+        if options.out is not None:
+            plugin.require_writable(options.out)
+        return options
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting that a reader of the results must know."""
+        return self.settings.as_dict() | {
+            "limit": "all" if self.limit is None else self.limit,
+            "seed": self.seed,
+            "position": self.position,
+        }
+
+
+_OPTION_NAMES = ("ranks", "limit", "seed", "measures", "position", "dtype", "method", "store", "out")
+
+
+def _several(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("[]() ").replace("+", ",").split(",") if part.strip()]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise CouplingError(f"got coupling_{name}={value!r}, expected a whole number") from None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One evaluated document of this process, with its requests."""
+
+    key: DocumentKey
+    doc_id: int
+    requests: list[Any]
+    target: Any
+
+
+@register_model("coupling-hf")
+class CouplingLM(HFLM):
+    """Scores exactly as `hf` does, and measures block coupling of a sample of the evaluated documents afterwards."""
+
+    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        """Load the model as HFLM does and boot the measuring twin on its weights.
+
+        Args:
+            pretrained: as for `hf`.
+            **kwargs: everything `hf` takes, and the ``coupling_`` arguments.
+
+        Raises:
+            CouplingError: for a wrong ``coupling_`` argument, before any work, or a model that cannot be measured.
+        """
+        plugin.install()
+        self.coupling_options = Options.parse(**_take_coupling_arguments(kwargs))
+        if kwargs.get("tp_plan"):
+            raise CouplingError("got tp_plan, which splits every weight over processes; use --model hf to only score")
+        self._measuring = self.coupling_options.limit != 0
+        self._store = MeasurementStore(self.coupling_options.store) if self._measuring else None
+        super().__init__(pretrained, **kwargs)
+        self._split_data_without_gpus()
+        self.coupling_info: dict[str, Any] = {}
+        if self._measuring:
+            if self.backend != "causal":
+                raise CouplingError(
+                    f"got a {self.backend} model, expected a decoder-only one; use --model hf or coupling_limit=0"
+                )
+            if self._device.type == "mps" and self.coupling_options.settings.dtype == "float64":
+                raise CouplingError("got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu")
+            self.residual_model = ResidualModel.wrap(self._model, self.tokenizer)
+            self.coupling_options.settings.check_width(self.residual_model.d_model)
+            self._fingerprint = fingerprint(self._model)
+
+    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what the configuration already rules out, before the weights are loaded."""
+        super()._get_config(*args, **kwargs)
+        if self._measuring and (width := getattr(self._config.get_text_config(), "hidden_size", None)):
+            self.coupling_options.settings.check_width(width)
+
+    def _split_data_without_gpus(self) -> None:
+        """HFLM shares the documents among processes only where it sees several GPUs."""
+        accelerator = getattr(self, "accelerator", None)
+        if self._world_size == 1 and accelerator is not None and accelerator.num_processes > 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Facts about the model for ``config`` in the results, with ``coupling`` beside HFLM's own."""
+        return super().get_model_info() | ({"coupling": self.coupling_info} if self._measuring else {})
+
+    def record_coupling(self, task_dict: Mapping[str, Any], results: dict[str, Any] | None) -> None:
+        """Measure the chosen documents of an evaluation that has just been scored, and add the values to its results.
+
+        Every process must call this; process 0 gathers and gets ``results``.
+        """
+        if not self._measuring:
+            return
+        tasks, roots = _tasks_and_roots(task_dict)
+        documents = list(_documents(tasks))
+        by_rank = self._gather_everywhere([d.key for d in documents])
+        chosen = choose(chain(*by_rank), roots, self.coupling_options.limit, self.coupling_options.seed)
+        elsewhere = set(chain(*by_rank[: self.rank]))
+        mine = [d for d in _distinct(documents) if d.key in chosen and d.key not in elsewhere]
+        measured, counts = self._measure(mine)
+        gathered = self.gather_object((measured, counts), dst=0)
+        if results is None:
+            return
+        rows = [row for part, _ in gathered for row in part]
+        totals = {name: sum(part[name] for _, part in gathered) for name in counts}
+        values = _document_couplings(rows, headline_rank(self.coupling_options.settings.ranks))
+        self.coupling_info = self._describe(rows, totals, tasks)
+        _add_to_results(results, values, _members(roots, task_dict), self.coupling_info)
+        plugin.pending_tables[self.coupling_info["run_id"]] = lambda folder, date: self._write(rows, folder, date)
+        if not self.coupling_info["measured"] and chosen:
+            logger.error("coupling: none of %d documents could be measured: %s", len(chosen), _reasons(rows))
+        elif self.coupling_info["failed"]:
+            logger.warning("coupling: %d documents were not measured: %s", self.coupling_info["failed"], _reasons(rows))
+
+    def _gather_everywhere(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, value)
+        return parts
+
+    def _measure(self, documents: list[Document]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Rows of this process's documents, each distinct prompt measured once; Ctrl-C keeps what is there."""
+        counts = {"prompts": 0, "reused": 0, "interrupted": 0}
+        prompts = {document.key: self._prompts(document) for document in documents}
+        self._announce(prompts)
+        rows: list[dict[str, Any]] = []
+        seen: dict[str, PromptCoupling] = {}
+        total = sum(map(len, prompts.values()))
+        try:
+            with tqdm(total=total, desc="Measuring coupling", disable=self.rank != 0 or not total) as bar:
+                for document in documents:
+                    for index, prompt in enumerate(prompts[document.key]):
+                        counts["prompts"] += 1
+                        measurement = self._measured(prompt, seen, counts)
+                        rows.append(self._row(document, index, prompt, measurement))
+                        bar.update()
+        except KeyboardInterrupt:
+            counts["interrupted"] = 1
+            logger.warning("coupling: interrupted after %d of %d prompts; scores and measurements are kept", len(rows), total)
+        return rows, counts
+
+    def _prompts(self, document: Document) -> list[Prompt]:
+        try:
+            return document_prompts(self, document.requests, document.target)
+        except Exception as error:
+            logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
+            return []
+
+    def _measured(self, prompt: Prompt, seen: dict[str, PromptCoupling], counts: dict[str, int]) -> PromptCoupling:
+        key = self._store.key(
+            self._fingerprint, self.coupling_options.settings.as_dict(), prompt.tokens, self.coupling_options.position
+        )
+        if key not in seen and (columns := self._store.get(key)) is not None:
+            seen[key] = PromptCoupling.from_columns(columns)
+        if key in seen:
+            counts["reused"] += 1
+            return seen[key]
+        options = self.coupling_options
+        seen[key] = measure_prompt(self.residual_model, prompt.tokens, options.position, options.settings)
+        if seen[key].certificate is not None or seen[key].norms is not None:
+            self._keep(key, seen[key])
+        return seen[key]
+
+    def _keep(self, key: str, measurement: PromptCoupling) -> None:
+        try:
+            self._store.put(key, measurement.to_columns())
+        except Exception as error:
+            logger.warning("coupling: a measurement could not be stored (%s); it stays in this run's tables", error)
+
+    def _row(self, document: Document, index: int, prompt: Prompt, measurement: PromptCoupling) -> dict[str, Any]:
+        return {
+            "task": document.key.task,
+            "doc_id": document.doc_id,
+            "doc_hash": document.key.doc_hash,
+            "prompt_hash": document.key.prompt_hash,
+            "prompt_index": index,
+            "kind": prompt.kind,
+            "text": self.tokenizer.decode(list(prompt.tokens)),
+            "n_tokens": len(prompt.tokens),
+        } | measurement.to_columns()
+
+    def _announce(self, prompts: Mapping[DocumentKey, list[Prompt]]) -> None:
+        """Say what is going to be measured, how long one prompt of median length takes and how much memory."""
+        lengths = sorted((p.tokens for group in prompts.values() for p in group), key=len)
+        if self.rank != 0 or not lengths:
+            return
+        model = self.residual_model
+        size = model.n_layers * model.d_model**2 * (8 if self.coupling_options.settings.dtype == "float64" else 4)
+        start = time.perf_counter()
+        self._measured(Prompt(lengths[len(lengths) // 2], ""), {}, {"reused": 0})
+        seconds = time.perf_counter() - start
+        logger.info(
+            "coupling: %d prompts of %d documents on this process, about %.1f s each (measured on one of median length; "
+            "known ones take no time), %.0f MB of Jacobians at a time",
+            *(len(lengths), len(prompts), seconds, size / 1e6),
+        )
+
+    def _describe(self, rows: list[dict[str, Any]], totals: dict[str, int], tasks: Mapping[str, Any]) -> dict[str, Any]:
+        options, model = self.coupling_options, self.residual_model
+        ranks = options.settings.ranks
+        by_task: dict[str, dict[DocumentKey, list[PromptCoupling]]] = {}
+        for row in rows:
+            by_task.setdefault(row["task"], {}).setdefault(_key(row), []).append(PromptCoupling.from_columns(row))
+        summaries = {task: summarize(by_task[task], ranks) for task in tasks if task in by_task}
+        certificates = [row["certificate"].max() for row in rows if row["certificate"] is not None]
+        return {
+            "run_id": uuid.uuid4().hex,
+            "schema_version": records.SCHEMA_VERSION,
+            "settings": options.as_dict(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
+            "revision": self.revision,
+            "fingerprint": self._fingerprint,
+            "model_dtype": str(model.dtype),
+            "device": str(self.device),
+            "d_model": model.d_model,
+            "n_layers": model.n_layers,
+            "n_params": model.n_params,
+            "headline_rank": headline_rank(ranks),
+            "chance": {k: chance_level(k) for k in ranks},
+            "measured": sum(s["measured"] for s in summaries.values()),
+            "failed": sum(s["failed"] for s in summaries.values()),
+            "reused": totals["reused"],
+            "interrupted": bool(totals["interrupted"]),
+            "worst_certificate": float(max(certificates, default=math.nan)),
+            "tasks": summaries,
+        }
+
+    def _write(self, rows: list[dict[str, Any]], folder: Path, date: str) -> list[Path]:
+        return records.write_tables(rows, self.coupling_options.out or folder, date, self.coupling_info)
+
+
+def _take_coupling_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the ``coupling_`` arguments from ``kwargs``; refuse unknown ones with the nearest right name."""
+    taken = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("coupling")}
+    known = [f"coupling_{name}" for name in _OPTION_NAMES]
+    for name in taken:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise CouplingError(f"got unknown argument {name}, did you mean {nearest}? There are {', '.join(known)}")
+    return {name.removeprefix("coupling_"): value for name, value in taken.items()}
+
+
+def _tasks_and_roots(task_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """All leaf tasks, and what was requested as nested lists of task names."""
+    if "tasks" in task_dict:
+        tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
+    else:
+        from lm_eval.evaluator_utils import _handle_back_comp
+
+        groups, tasks = _handle_back_comp(dict(task_dict))
+    inner = {g.name for group in groups.values() for g in group.get_all_groups()}
+    roots: list[Any] = [_nested(group) for name, group in groups.items() if name not in inner]
+    grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    return dict(tasks), roots + [name for name in tasks if name not in grouped]
+
+
+def _nested(group: Any) -> list[Any]:
+    return [member.task_name if hasattr(member, "task_name") else _nested(member) for member in group]
+
+
+def _documents(tasks: Mapping[str, Any]) -> Iterable[Document]:
+    for name, task in tasks.items():
+        by_id: dict[int, list[Any]] = {}
+        for instance in task.instances or []:
+            by_id.setdefault(instance.doc_id, []).append(instance)
+        for doc_id, requests in by_id.items():
+            requests.sort(key=lambda request: request.idx)
+            first = requests[0]
+            yield Document(
+                DocumentKey(name, doc_hash(first.doc), hash_string(first.arguments[0])),
+                doc_id,
+                requests,
+                _target(task, first.doc),
+            )
+
+
+def _target(task: Any, doc: Any) -> Any:
+    """The task's target; tasks written in Python may have none, and it only matters where there is no context."""
+    try:
+        return task.doc_to_target(doc)
+    except Exception:
+        return None
+
+
+def _distinct(documents: Iterable[Document]) -> Iterable[Document]:
+    """Equal documents with equal prompts are one."""
+    seen: set[DocumentKey] = set()
+    for document in documents:
+        if document.key not in seen:
+            seen.add(document.key)
+            yield document
+
+
+def doc_hash(doc: Any) -> str:
+    """lm-eval's own hash of a document: what samples and tables are joined on."""
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+
+def _key(row: Mapping[str, Any]) -> DocumentKey:
+    return DocumentKey(row["task"], row["doc_hash"], row["prompt_hash"])
+
+
+def _document_couplings(rows: Iterable[Mapping[str, Any]], rank: int) -> dict[DocumentKey, float]:
+    prompts: dict[DocumentKey, list[PromptCoupling]] = {}
+    for row in rows:
+        prompts.setdefault(_key(row), []).append(PromptCoupling.from_columns(dict(row)))
+    return {key: document_value(group, rank) for key, group in prompts.items()}
+
+
+def _members(roots: list[Any], task_dict: Mapping[str, Any]) -> dict[str, list[str]]:
+    groups = task_dict.get("groups", {}) if "tasks" in task_dict else {}
+    return {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
+
+
+def _add_to_results(
+    results: dict[str, Any], values: Mapping[DocumentKey, float], members: Mapping[str, list[str]], info: dict[str, Any]
+) -> None:
+    """One more metric per task and group, and one more value per sample."""
+    names = [name for name in results["results"] if name not in members]
+    for name, tasks in {**{name: [name] for name in names}, **members}.items():
+        found = mean_and_error(value for key, value in values.items() if key.task in tasks)
+        if not found["n"]:
+            continue
+        metric = {"coupling,none": found["mean"], "coupling_stderr,none": found["stderr"]}
+        if found["n"] < 2:
+            metric["coupling_stderr,none"] = "N/A"
+        for column in ("results", "groups"):
+            if name in results.get(column, {}):
+                results[column][name].update(metric)
+        results.setdefault("higher_is_better", {}).setdefault(name, {})["coupling"] = True
+    for task, samples in (results.get("samples") or {}).items():
+        for sample in samples:
+            value = values.get(DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]), math.nan)
+            sample["coupling"] = None if math.isnan(value) else value
+
+
+def _reasons(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "; ".join(sorted({row["reason"] for row in rows if row["reason"]})) or "no prompt"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

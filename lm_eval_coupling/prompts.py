@@ -1,0 +1,92 @@
+"""Which tokens each document is measured on.
+
+The rule: what is measured is the *context*, as exactly the token ids that the model class feeds to the model: few-shot
+examples, chat template, moved trailing spaces, BOS token and left truncation included; at its last token by default.
+
+* Every distinct context of a document is measured (Winogrande has one per choice); equal ones once. Requests with an empty
+  context beside others that have one (unconditional likelihoods) are passed over.
+* Documents that have no context at all (BLiMP) are measured on the prefix token and the target continuation.
+* Rolling tasks (WikiText) are measured on the last window that is scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids to measure, and what they are: ``context``, ``continuation`` or ``window``."""
+
+    tokens: tuple[int, ...]
+    kind: str
+
+
+def document_prompts(lm: Any, requests: Sequence[Any], target: Any) -> list[Prompt]:
+    """The distinct prompts of one document, in the order of its requests.
+
+    Args:
+        lm: an `HFLM`, for its tokenizer, window and encoding rules.
+        requests: the document's `Instance`s.
+        target: what the task's ``doc_to_target`` says of the document: names the continuation where there is no context.
+    """
+    return list(dict.fromkeys(_prompts(lm, requests, target)))
+
+
+def _prompts(lm: Any, requests: Sequence[Any], target: Any) -> Iterable[Prompt]:
+    scored = [r for r in requests if r.request_type == "loglikelihood"]
+    with_context = [r for r in scored if r.args[0]]
+    for request in with_context:
+        yield Prompt(_scored_context(lm, *request.args), "context")
+    if scored and not with_context:
+        yield Prompt(_bare_continuation(lm, _of_target(scored, target).args[1]), "continuation")
+    for request in requests:
+        if request.request_type == "generate_until":
+            yield Prompt(_generation_context(lm, *request.args), "context")
+        elif request.request_type == "loglikelihood_rolling":
+            yield Prompt(_last_window(lm, request.args[0]), "window")
+
+
+def _scored_context(lm: Any, context: str, continuation: str) -> tuple[int, ...]:
+    """The part of the context that is left after HFLM's truncation to its window, one longer than what it feeds."""
+    context_ids, continuation_ids = lm._encode_pair(context, continuation)
+    kept = (context_ids + continuation_ids)[-(lm.max_length + 1) :]
+    return tuple(kept[: len(kept) - len(continuation_ids)])
+
+
+def _bare_continuation(lm: Any, continuation: str) -> tuple[int, ...]:
+    """Prefix token and continuation, as `TemplateLM.loglikelihood` encodes requests with an empty context."""
+    ids = lm.tok_encode(continuation, add_special_tokens=False)
+    prefix = lm.prefix_token_id
+    whole = ids if ids and ids[0] == prefix else [prefix, *ids]
+    return tuple(whole[-lm.max_length :])
+
+
+def _generation_context(lm: Any, context: str, gen_kwargs: dict) -> tuple[int, ...]:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    room = normalize_gen_kwargs(dict(gen_kwargs), lm.max_gen_toks)["max_gen_toks"]
+    ids, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - room, truncation=lm.truncation)
+    return tuple(ids[0].tolist())
+
+
+def _last_window(lm: Any, text: str) -> tuple[int, ...]:
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    windows = get_rolling_token_windows(
+        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
+    )
+    *_, last = map(make_disjoint_window, windows)
+    return tuple([*last[0], *last[1]][-lm.max_length :])
+
+
+def _of_target(requests: Sequence[Any], target: Any) -> Any:
+    """The request whose continuation is the document's target; the first if the task does not say."""
+    if isinstance(target, str) and target.isdigit():
+        target = int(target)
+    if isinstance(target, int) and 0 <= target < len(requests):
+        return requests[target]
+    named = [r for r in requests if isinstance(target, str) and r.args[1].strip() == target.strip()]
+    return named[0] if named else requests[0]
