@@ -1,0 +1,129 @@
+"""Coupling matrices and miscoupling: pure functions of Jacobians and their singular triplets (J, U, S, V).
+
+A = U_{l'}ᵀ J^l V_{l'} measures the Jacobian of layer l in the singular basis of layer l'; wherever all pairs are held in one tensor, the
+first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut from the largest: A[..., :K, :K]. The
+swapped variant ("vju") is the same functions with U and V exchanged. Undefined values are NaN.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_eval_coupling.errors import CouplingError
+
+
+def coupling_matrix(
+    J1: Float[Tensor, "*#batch d_model d_model"],
+    U2: Float[Tensor, "*#batch d_model rank"],
+    V2: Float[Tensor, "*#batch d_model rank"],
+) -> Float[Tensor, "*out rank rank"]:
+    """Return A = U2ᵀ J1 V2, broadcast over leading dimensions."""
+    return U2.mT @ (J1 @ V2)
+
+
+def coupling_matrices(
+    J: Float[Tensor, "layer d_model d_model"],
+    U: Float[Tensor, "basis d_model rank"],
+    V: Float[Tensor, "basis d_model rank"],
+) -> Float[Tensor, "layer basis rank rank"]:
+    """Return A[l, l'] = U_{l'}ᵀ J^l V_{l'} for all pairs at once, on the device of V.
+
+    J may live on another device; one layer of it is moved at a time. Peak working memory is basis · d_model · rank beside the result.
+    """
+    layers, (bases, _, rank) = J.shape[0], V.shape
+    all_V = rearrange(V, "basis d k -> d (basis k)")
+    A = V.new_empty(layers, bases, rank, rank)
+    for l in range(layers):
+        JV = rearrange(J[l].to(V.device) @ all_V, "d (basis k) -> basis d k", basis=bases)
+        torch.bmm(U.mT, JV, out=A[l])
+    return A
+
+
+def miscoupling(A: Float[Tensor, "*batch rank rank"], normalized: bool = False) -> Float[Tensor, "*batch"]:
+    """Return m(A) = ‖A − Diag A‖_F, divided by ‖A‖_F where normalized (NaN where that is 0)."""
+    eye = torch.eye(A.shape[-1], dtype=torch.bool, device=A.device)
+    # Zeroed, not ‖A‖² − ‖Diag A‖², which cancels for nearly diagonal A.
+    m = _frobenius(A.masked_fill(eye, 0))
+    return (m / _frobenius(A) if normalized else m).to(A.dtype)
+
+
+def miscoupling_to(
+    A: Float[Tensor, "*#batch rank rank"],
+    S1: Float[Tensor, "*#batch rank"],
+    *,
+    p: float | int = 2,
+    absolute: bool = False,
+    norm: Literal["p", "trace"] = "p",
+) -> Float[Tensor, "*out"]:
+    """Return m_K = ‖A − diag(S1)‖_F / ‖S1‖_p, NaN where the divisor is 0.
+
+    Args:
+        A: coupling matrices U2ᵀ J1 V2.
+        S1: top singular values of J1; for A[layer, basis] of `coupling_matrices` pass S[:, None].
+        p: order of the vector norm of S1, which is the Schatten norm of diag(S1).
+        absolute: compare |A| entrywise, as the authors' released code does.
+        norm: "trace" divides by the sum of S1 instead, whatever p.
+
+    Raises:
+        CouplingError: if norm is neither "p" nor "trace".
+    """
+    if norm not in ("p", "trace"):
+        raise CouplingError(f'got norm = "{norm}", expected "p" or "trace", choose one of them')
+    distance = _frobenius((A.abs() if absolute else A) - torch.diag_embed(S1))
+    size = S1.double().sum(dim=-1) if norm == "trace" else torch.linalg.vector_norm(S1.double(), ord=p, dim=-1)
+    return torch.where(size == 0, torch.nan, distance / size).to(A.dtype)
+
+
+def subspace_overlap(
+    U1: Float[Tensor, "*#batch d_model rank"], U2: Float[Tensor, "*#batch d_model rank"]
+) -> Float[Tensor, "*out"]:
+    """Return ‖U2ᵀ U1‖_F² / K: 1 for equal subspaces, 0 for orthogonal ones, whatever basis spans them."""
+    return reduce((U2.mT @ U1).square(), "... i j -> ...", "sum") / U1.shape[-1]
+
+
+def subspace_overlaps(
+    U: Float[Tensor, "layer d_model max_rank"], ranks: Sequence[int]
+) -> Float[Tensor, "ranks layer layer"]:
+    """Return `subspace_overlap` of the leading columns for every rank and all pairs of layers, from one product.
+
+    Raises:
+        CouplingError: if a rank is outside 1 … number of columns.
+    """
+    layers, _, columns = U.shape
+    if bad := [k for k in ranks if not 1 <= k <= columns]:
+        raise CouplingError(
+            f"got ranks {bad} with {columns} singular vectors, expected 1 to {columns}, ask top_singular for more"
+        )
+    all_U = rearrange(U, "layer d k -> d (layer k)")
+    squares = rearrange((all_U.mT @ all_U).square(), "(l1 i) (l2 j) -> l1 l2 i j", l1=layers, l2=layers)
+    return torch.stack([reduce(squares[..., :k, :k], "l1 l2 i j -> l1 l2", "sum") / k for k in ranks])
+
+
+def chance_level(rank: int) -> float:
+    """Return √(1 − 1/K), the normalised miscoupling of any A under random pairing of its left with its right indices.
+
+    Exactly: the mean of m̃² over all K! pairings is 1 − 1/K.
+    """
+    return math.sqrt(1 - 1 / rank)
+
+
+def excess_over_chance(normalized_miscoupling: float, rank: int) -> float:
+    """Return `chance_level` − m̃: positive where coupling is stronger than chance; comparable across ranks only with care."""
+    return chance_level(rank) - normalized_miscoupling
+
+
+def mean_off_diagonal(M: Float[Tensor, "*batch layer layer"], diagonal: bool = False) -> Float[Tensor, "*batch"]:
+    """Return the mean over l ≠ l' (all pairs where diagonal), skipping NaN; NaN where nothing is left."""
+    if not diagonal:
+        M = M.masked_fill(torch.eye(M.shape[-1], dtype=torch.bool, device=M.device), torch.nan)
+    return M.double().nanmean(dim=(-2, -1)).to(M.dtype)
+
+
+def _frobenius(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
+    """In float64, so that squares of small float32 entries do not vanish."""
+    return torch.linalg.vector_norm(A.double(), dim=(-2, -1))

@@ -1,0 +1,124 @@
+"""Top singular triplets of square matrices, with a measured error bound.
+
+One symmetric eigendecomposition of the Gram matrix JᵀJ per matrix gives a basis of the top right singular vectors; a Rayleigh-Ritz step
+on J itself then gives U, S and V. What comes out is checked against J, and a matrix that fails is done again by a full SVD in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lm_eval_coupling.errors import CouplingError
+
+# Largest accepted residual, and loss of orthogonality, of the Gram path; rounding costs it eps · σ_1/σ_k.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
+
+
+@dataclass(frozen=True)
+class SingularTriplets:
+    """The k largest singular triplets of each matrix of a batch, largest first.
+
+    Attributes:
+        U: left singular vectors, orthonormal columns. Each (u, v) pair carries an arbitrary joint sign.
+        S: singular values, descending.
+        V: right singular vectors, orthonormal columns.
+        residual: max over the k triplets of max(‖J v − σ u‖, ‖Jᵀ u − σ v‖) / σ_1; 0 for a zero matrix.
+    """
+
+    U: Float[Tensor, "*batch d_model rank"]
+    S: Float[Tensor, "*batch rank"]
+    V: Float[Tensor, "*batch d_model rank"]
+    residual: Float[Tensor, "*batch"]
+
+
+def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> SingularTriplets:
+    """Return the k largest singular triplets of every matrix in J.
+
+    Args:
+        J: square matrices, float32 or float64.
+        k: number of triplets, at most d_model. Ask for one more than needed where `relative_gap` is wanted.
+
+    Raises:
+        CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1 … d_model.
+    """
+    d_model = J.shape[-1]
+    if not 1 <= k <= d_model:
+        raise CouplingError(
+            f"got k = {k} singular triplets of matrices with d_model = {d_model}, expected 1 to {d_model}, choose a smaller rank"
+        )
+    if J.dtype not in TOLERANCE:
+        raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
+    if not torch.isfinite(J).all():
+        raise CouplingError(
+            "got non-finite values (NaN or infinity) in a matrix, expected finite ones, check the dtype the Jacobian was taken in"
+        )
+    batch = J.shape[:-2]
+    J = J.detach().reshape(-1, d_model, d_model)
+    exponent = torch.frexp(J.abs().amax(dim=(-2, -1))).exponent
+    # A power of two scales exactly, and keeps the Gram matrix from overflow and underflow.
+    scaled = torch.ldexp(J, -exponent[:, None, None])
+    U, S, V = _by_gram(scaled, k)
+    residual = _residual(scaled, U, S, V)
+    failed = ~(torch.maximum(residual, _orthogonality_loss(U, V)) <= TOLERANCE[J.dtype])
+    for i in failed.nonzero().flatten().tolist():
+        U[i], S[i], V[i] = _by_svd(scaled[i], k)
+        residual[i] = _residual(scaled[i], U[i], S[i], V[i])
+    S = torch.ldexp(S, exponent[:, None])
+    return SingularTriplets(
+        U.reshape(*batch, d_model, k), S.reshape(*batch, k), V.reshape(*batch, d_model, k), residual.reshape(batch)
+    )
+
+
+def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*batch"]:
+    """Return (σ_k − σ_{k+1}) / σ_k, NaN where σ_{k+1} is not among the given values or σ_k is 0.
+
+    Raises:
+        CouplingError: if k is outside 1 … number of values.
+    """
+    values = S.shape[-1]
+    if not 1 <= k <= values:
+        raise CouplingError(
+            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
+        )
+    if k == values:
+        return torch.full_like(S[..., 0], torch.nan)
+    return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
+
+
+def numerical_rank(S: Float[Tensor, "*batch values"], d_model: int) -> Int[Tensor, "*batch"]:
+    """Return how many of the given singular values exceed rounding: d_model · eps · σ_1."""
+    return (S > d_model * torch.finfo(S.dtype).eps * S[..., :1]).sum(dim=-1)
+
+
+def _by_gram(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        basis = torch.linalg.eigh(J.mT @ J).eigenvectors[..., -k:].flip(-1)
+    except torch.linalg.LinAlgError:
+        # eigh gives up on the whole batch at once; NaN sends every matrix to the SVD.
+        nan = J.new_full((J.shape[0], J.shape[-1], k), torch.nan)
+        return nan, nan[:, 0].clone(), nan.clone()
+    # Rayleigh-Ritz: J V = Q R with R = P S Wᵀ makes U = Q P orthonormal even where singular values vanish.
+    Q, R = torch.linalg.qr(J @ basis)
+    P, S, Wt = torch.linalg.svd(R)
+    return Q @ P, S, basis @ Wt.mT
+
+
+def _by_svd(J: Float[Tensor, "d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vt = torch.linalg.svd(J.double())
+    return U[:, :k].to(J.dtype), S[:k].to(J.dtype), Vt[:k].mT.to(J.dtype)
+
+
+def _residual(J: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Float[Tensor, "*batch"]:
+    right = torch.linalg.vector_norm(J @ V - U * S[..., None, :], dim=-2)
+    left = torch.linalg.vector_norm(J.mT @ U - V * S[..., None, :], dim=-2)
+    worst = torch.maximum(right, left).amax(dim=-1)
+    return torch.where(S[..., 0] == 0, worst, worst / S[..., 0])
+
+
+def _orthogonality_loss(U: Tensor, V: Tensor) -> Float[Tensor, "batch"]:
+    eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
+    losses = [(einsum(X, X, "b d i, b d j -> b i j") - eye).abs().amax(dim=(-2, -1)) for X in (U, V)]
+    return torch.maximum(*losses)
