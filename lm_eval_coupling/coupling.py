@@ -1,8 +1,9 @@
 """Coupling matrices and miscoupling: pure functions of Jacobians and their singular triplets (J, U, S, V).
 
-A = U_{l'}ᵀ J^l V_{l'} measures the Jacobian of layer l in the singular basis of layer l'; wherever all pairs are held in one tensor, the
-first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut from the largest: A[..., :K, :K]. The
-swapped variant ("vju") is the same functions with U and V exchanged. Undefined values are NaN.
+A = U_{l'}ᵀ J^l V_{l'} measures the Jacobian of layer l in the singular basis of layer l'; wherever all pairs are held
+in one tensor, the first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut from
+the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functions with U and V exchanged. Undefined values
+are NaN.
 """
 
 import math
@@ -33,14 +34,15 @@ def coupling_matrices(
 ) -> Float[Tensor, "layer basis rank rank"]:
     """Return A[l, l'] = U_{l'}ᵀ J^l V_{l'} for all pairs at once, on the device of V.
 
-    J may live on another device; one layer of it is moved at a time. Peak working memory is basis · d_model · rank beside the result.
+    J may live on another device; one layer of it is moved at a time. Working memory beside the result is
+    basis · d_model · rank numbers.
     """
     layers, (bases, _, rank) = J.shape[0], V.shape
     all_V = rearrange(V, "basis d k -> d (basis k)")
     A = V.new_empty(layers, bases, rank, rank)
-    for l in range(layers):
-        JV = rearrange(J[l].to(V.device) @ all_V, "d (basis k) -> basis d k", basis=bases)
-        torch.bmm(U.mT, JV, out=A[l])
+    for layer in range(layers):
+        JV = rearrange(J[layer].to(V.device) @ all_V, "d (basis k) -> basis d k", basis=bases)
+        torch.bmm(U.mT, JV, out=A[layer])
     return A
 
 
@@ -113,7 +115,7 @@ def chance_level(rank: int) -> float:
 
 
 def excess_over_chance(normalized_miscoupling: float, rank: int) -> float:
-    """Return `chance_level` − m̃: positive where coupling is stronger than chance; comparable across ranks only with care."""
+    """Return `chance_level` − m̃: positive where coupling is stronger than chance."""
     return chance_level(rank) - normalized_miscoupling
 
 

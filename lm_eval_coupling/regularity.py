@@ -1,8 +1,9 @@
 """How regular a residual trajectory x^0 … x^L is: straightness, exponential growth, equal steps.
 
-Trajectories are [..., points, d_model] with x^0, the input of block 1, first. Everything is computed and returned in float64; variances
-are population variances; undefined values are NaN. A `window` of w takes w consecutive steps (blocks) at a time and returns one value
-per window, in order of depth: [..., steps − w + 1]. Without one, all steps are taken and there is one value per trajectory.
+Trajectories are [..., points, d_model] with x^0, the input of block 1, first. Everything is computed and returned in
+float64; variances are population variances; undefined values are NaN. A `window` of w takes w consecutive steps
+(blocks) at a time and returns one value per window, in order of depth: [..., steps − w + 1]. Without one, all steps are
+taken and there is one value per trajectory.
 """
 
 import torch

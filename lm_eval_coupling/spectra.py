@@ -1,9 +1,11 @@
 """Top singular triplets of square matrices, with a measured error bound.
 
-One symmetric eigendecomposition of the Gram matrix JᵀJ per matrix gives a basis of the top right singular vectors; a Rayleigh-Ritz step
-on J itself then gives U, S and V. What comes out is checked against J, and a matrix that fails is done again by a full SVD in float64.
+One symmetric eigendecomposition of the Gram matrix JᵀJ per matrix gives a basis of the top right singular vectors; a
+Rayleigh-Ritz step on J itself then gives U, S and V. What comes out is checked against J, and a matrix that fails is
+done again by a full SVD in float64.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +49,22 @@ def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> Singular
     d_model = J.shape[-1]
     if not 1 <= k <= d_model:
         raise CouplingError(
-            f"got k = {k} singular triplets of matrices with d_model = {d_model}, expected 1 to {d_model}, choose a smaller rank"
+            f"got k = {k} singular triplets of matrices with d_model = {d_model}, expected 1 to {d_model}, "
+            "choose a smaller rank"
         )
     if J.dtype not in TOLERANCE:
         raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
     if not torch.isfinite(J).all():
         raise CouplingError(
-            "got non-finite values (NaN or infinity) in a matrix, expected finite ones, check the dtype the Jacobian was taken in"
+            "got non-finite values (NaN or infinity) in a matrix, expected finite ones, "
+            "check the dtype the Jacobian was taken in"
         )
     batch = J.shape[:-2]
     J = J.detach().reshape(-1, d_model, d_model)
-    exponent = torch.frexp(J.abs().amax(dim=(-2, -1))).exponent
-    # A power of two scales exactly, and keeps the Gram matrix from overflow and underflow.
+    # A power of two scales exactly and keeps the Gram matrix from overflow and underflow.
+    # The power itself must not overflow either: hence the limit.
+    limit = -math.frexp(torch.finfo(J.dtype).tiny)[1] - 5
+    exponent = torch.frexp(J.abs().amax(dim=(-2, -1))).exponent.clamp(-limit, limit)
     scaled = torch.ldexp(J, -exponent[:, None, None])
     U, S, V = _by_gram(scaled, k)
     residual = _residual(scaled, U, S, V)
@@ -118,7 +124,7 @@ def _residual(J: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Float[Tensor, "*bat
     return torch.where(S[..., 0] == 0, worst, worst / S[..., 0])
 
 
-def _orthogonality_loss(U: Tensor, V: Tensor) -> Float[Tensor, "batch"]:
+def _orthogonality_loss(U: Tensor, V: Tensor) -> Float[Tensor, " batch"]:
     eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
     losses = [(einsum(X, X, "b d i, b d j -> b i j") - eye).abs().amax(dim=(-2, -1)) for X in (U, V)]
     return torch.maximum(*losses)

@@ -1,4 +1,4 @@
-"""Deliberately naive float64 oracles: one number at a time, straight from the definitions, sharing no code with the package."""
+"""Naive float64 oracles: one number at a time, straight from the definitions, sharing no code with the package."""
 
 import itertools
 import math

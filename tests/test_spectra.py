@@ -108,13 +108,23 @@ def test_an_eigensolver_that_does_not_converge_is_survived(monkeypatch):
 
 
 @dtypes
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+@pytest.mark.parametrize("scale", [1e-36, 1e-10, 1e10, 1e36])
 def test_scale_does_not_matter(scale, dtype):
-    """The Gram matrix of entries of 1e30 overflows float32, and of 1e-30 vanishes."""
+    """The Gram matrix of entries of 1e36 overflows float32, and of 1e-36 vanishes."""
     J = torch.randn(16, 16, dtype=dtype, generator=rng())
     found, scaled = top_singular(J, 5), top_singular(J * scale, 5)
     torch.testing.assert_close(scaled.S / scale, found.S, rtol=1e-5, atol=0)
     assert scaled.residual < RESIDUAL[dtype]
+
+
+@dtypes
+def test_the_edges_of_the_number_range_are_finite(dtype):
+    """The power of two that undoes a scale of 1e-40 would itself overflow float32."""
+    info = torch.finfo(dtype)
+    for scale in (info.tiny / 64, info.max / 8):
+        found = top_singular(torch.eye(4, dtype=dtype) * scale, 2)
+        torch.testing.assert_close(found.S / scale, torch.ones(2, dtype=dtype))
+        assert found.residual < RESIDUAL[dtype]
 
 
 def test_residual_of_a_zero_matrix_is_zero():
