@@ -1,9 +1,9 @@
 """Coupling matrices and miscoupling: pure functions of Jacobians and their singular triplets (J, U, S, V).
 
 A = U_{l'}ᵀ J^l V_{l'} measures the Jacobian of layer l in the singular basis of layer l'; wherever all pairs are held
-in one tensor, the first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut from
-the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functions with U and V exchanged. Undefined values
-are NaN.
+in one tensor, the first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut
+from the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functions with U and V exchanged. Undefined
+values are NaN.
 """
 
 import math
