@@ -1,0 +1,163 @@
+"""What has been measured so far, safe against a kill at any moment: one SQLite file that several runs may share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_eval_coupling.errors import CouplingError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 60
+_PLAIN = "_plain"
+
+
+def default_store_path() -> Path:
+    """The store of this user: a file in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lm-eval-coupling") / "measurements.sqlite"
+
+
+class MeasurementStore:
+    """Measurements by key; what :meth:`put` has returned from survives a kill of the process or of the machine.
+
+    Usable as a context manager. Several processes may have the same file open and write to it.
+
+    Args:
+        path: the SQLite file; it and its folder are made if they are missing.
+
+    Raises:
+        CouplingError: if the file belongs to another schema version, is no store, or cannot be written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._require_writable()
+        try:
+            # Autocommit: each statement is its own durable transaction.
+            self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        except sqlite3.Error as error:
+            raise CouplingError(f"got {self.path} as the store, which cannot be opened ({error}); {_ANOTHER}") from None
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            self.close()
+            raise CouplingError(
+                f"got {self.path} as the store, which is no readable measurement store ({error}); delete it or {_ANOTHER}"
+            ) from None
+        except CouplingError:
+            self.close()
+            raise
+
+    @staticmethod
+    def key(fingerprint: str, settings: dict[str, Any], tokens: Sequence[int], position: int) -> str:
+        """Identify a measurement by the model's weights, the settings, the prompt's token ids and the position.
+
+        Returns:
+            The SHA-256 of their canonical JSON, in hexadecimal.
+        """
+        what = [fingerprint, settings, [int(t) for t in tokens], int(position)]
+        return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Columns stored under ``key``, arrays as NumPy and tuples as lists; ``None`` if missing or unreadable."""
+        try:
+            found = self._connection.execute("SELECT columns FROM measurements WHERE key = ?", (key,)).fetchone()
+            return None if found is None else _decode(found[0])
+        except Exception as error:  # a damaged entry takes any form; measuring again is always right
+            logger.warning("coupling: entry %s of %s is unreadable (%s) and is measured again", key[:8], self.path, error)
+            return None
+
+    def put(self, key: str, columns: dict[str, Any]) -> None:
+        """Keep ``columns`` (JSON-able values, NumPy arrays, ``None``) under ``key``, durably; the last one wins."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._connection.execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", (key, _encode(columns), now))
+
+    def close(self) -> None:
+        """Release the file; nothing is lost without it."""
+        self._connection.close()
+
+    def __len__(self) -> int:
+        """Number of measurements kept."""
+        return self._connection.execute("SELECT COUNT(*) FROM measurements").fetchone()[0]
+
+    def __bool__(self) -> bool:
+        """A store is there even while it is empty."""
+        return True
+
+    def __enter__(self) -> MeasurementStore:
+        """Nothing to do: the store opens when it is made."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _require_writable(self) -> None:
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CouplingError(f"got {self.path} as the store, whose folder cannot be made ({error}); {_ANOTHER}") from None
+        if self.path.is_dir():
+            raise CouplingError(f"got the folder {self.path} as the store, expected a file; {_ANOTHER}")
+        for place in (folder, self.path):  # SQLite writes its journal beside the file
+            if place.exists() and not os.access(place, os.W_OK):
+                raise CouplingError(f"got {self.path} as the store, but {place} is not writable; {_ANOTHER}")
+
+    def _prepare(self) -> None:
+        # A write-ahead log would be faster, but its shared memory does not work on network file systems.
+        self._connection.execute("PRAGMA journal_mode = DELETE")
+        self._connection.execute("PRAGMA synchronous = EXTRA")
+        if not self._tables():
+            self._create()
+        if not {"measurements", "meta"} <= self._tables():
+            raise CouplingError(f"got {self.path} as the store, an SQLite file of something else; {_ANOTHER}")
+        found = self._connection.execute("SELECT schema_version FROM meta").fetchone()[0]
+        if found != SCHEMA_VERSION:
+            raise CouplingError(
+                f"got the store {self.path} of schema version {found}, expected version {SCHEMA_VERSION}; delete it or {_ANOTHER}"
+            )
+
+    def _tables(self) -> set[str]:
+        return {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+    def _create(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+        if not self._tables():  # another process may have been faster
+            self._connection.execute("CREATE TABLE measurements (key TEXT PRIMARY KEY, columns BLOB, created TEXT)")
+            self._connection.execute("CREATE TABLE meta (schema_version INTEGER)")
+            self._connection.execute("INSERT INTO meta VALUES (?)", (SCHEMA_VERSION,))
+        self._connection.execute("COMMIT")
+
+
+_ANOTHER = "choose another file with coupling_store=PATH"
+
+
+def _encode(columns: dict[str, Any]) -> bytes:
+    arrays = {name: value for name, value in columns.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in columns.items() if name not in arrays}
+    order = list(columns)
+    text = json.dumps([order, plain], default=lambda scalar: scalar.item()).encode()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **{_PLAIN: np.frombuffer(text, dtype=np.uint8)}, **arrays)
+    return buffer.getvalue()
+
+
+def _decode(blob: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(blob), allow_pickle=False) as saved:
+        order, plain = json.loads(saved[_PLAIN].tobytes())
+        return {name: plain[name] if name in plain else saved[name] for name in order}

@@ -1,0 +1,196 @@
+"""The store keeps what it was given: through kills, beside other processes, and next to damaged entries."""
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.store import MeasurementStore, default_store_path
+
+SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
+
+WRITER = """
+import sys
+import numpy as np
+from lm_eval_coupling.store import MeasurementStore
+path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with MeasurementStore(path) as store:
+    for i in range(count):
+        store.put(f"{name}-{i}", {"values": np.full((40, 40), i, np.float32), "tokens": [i]})
+        print(f"{name}-{i}", flush=True)
+"""
+
+
+def writer(path, name, count=10**9):
+    command = [sys.executable, "-c", WRITER, str(path), name, str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def columns():
+    generator = np.random.default_rng(0)
+    matrix = generator.random((2, 3, 3), dtype=np.float32)
+    matrix[0, 0, 1] = np.nan
+    return {
+        "tokens": (1, 2, 3),
+        "position": 2,
+        "text": "naïve 🧪 \x00 \u202e",
+        "normalized_miscoupling": matrix,
+        "singular_values": generator.random((3, 5)),
+        "gap": np.zeros((0, 3), np.float32),
+        "miscoupling": None,
+        "method": ("closed", "closed", "autodiff"),
+        "line_shape_score": np.float64(0.1) + 0.2,
+        "expodistance": math.nan,
+        "seconds": np.float32(1.5),
+        "reason": None,
+    }
+
+
+def test_round_trip(tmp_path):
+    kept = columns()
+    with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
+        assert len(store) == 0 and store.get("a") is None and store
+        store.put("a", kept)
+    with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
+        found = store.get("a")
+        assert len(store) == 1
+    assert list(found) == list(kept)
+    for name, value in kept.items():
+        if isinstance(value, np.ndarray):
+            assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes()
+            assert found[name].shape == value.shape
+        elif isinstance(value, tuple):
+            assert found[name] == list(value)
+        else:
+            assert found[name] == value or (math.isnan(found[name]) and math.isnan(value))
+
+
+def test_last_one_wins(tmp_path):
+    with MeasurementStore(tmp_path / "s.sqlite") as store:
+        store.put("a", {"x": 1})
+        store.put("a", {"x": 2})
+        assert store.get("a") == {"x": 2} and len(store) == 1
+
+
+def test_objects_are_never_pickled(tmp_path):
+    with MeasurementStore(tmp_path / "s.sqlite") as store, pytest.raises(ValueError, match="allow_pickle"):
+        store.put("a", {"x": np.array([{}], dtype=object)})
+
+
+def test_key_depends_on_everything_and_on_nothing_else():
+    base = MeasurementStore.key("f", SETTINGS, [1, 2], -1)
+    others = [
+        MeasurementStore.key("g", SETTINGS, [1, 2], -1),
+        MeasurementStore.key("f", SETTINGS | {"dtype": "float64"}, [1, 2], -1),
+        MeasurementStore.key("f", SETTINGS, [1, 3], -1),
+        MeasurementStore.key("f", SETTINGS, [12], -1),
+        MeasurementStore.key("f", SETTINGS, [1, 2], 0),
+    ]
+    assert len({base, *others}) == 6
+    reordered = dict(reversed(SETTINGS.items()))
+    assert MeasurementStore.key("f", reordered, np.array([1, 2]), np.int64(-1)) == base
+
+
+def test_kill_loses_nothing_that_was_put(tmp_path):
+    """SIGKILL in the middle of writing, several times over the same file."""
+    path = tmp_path / "s.sqlite"
+    written = []
+    for round_ in range(4):
+        with writer(path, f"round{round_}") as process:
+            for _ in range(3 + 4 * round_):
+                written.append(process.stdout.readline().strip())
+            os.kill(process.pid, signal.SIGKILL)
+            written += process.stdout.read().split()
+        with MeasurementStore(path) as store:
+            for key in written:
+                i = int(key.split("-")[1])
+                found = store.get(key)
+                assert found["tokens"] == [i] and (found["values"] == i).all() and found["values"].shape == (40, 40)
+            assert len(store) - len(written) <= round_ + 1  # a put may be durable before its return was reported
+    assert len(written) >= 36
+
+
+def test_several_processes_write_at_once(tmp_path):
+    path = tmp_path / "s.sqlite"  # does not exist: they race to create it, too
+    processes = [writer(path, name, 25) for name in "abc"]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    with MeasurementStore(path) as store:
+        assert len(store) == 75
+        assert all(store.get(f"{name}-{i}")["tokens"] == [i] for name in "abc" for i in range(25))
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    path = tmp_path / "s.sqlite"
+    MeasurementStore(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET schema_version = 7")
+    connection.close()
+    message = rf"{path}.* schema version 7, expected version 1; delete it or choose another file with coupling_store"
+    with pytest.raises(CouplingError, match=message):
+        MeasurementStore(path)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to have a header " * 50)
+    with pytest.raises(CouplingError, match=r"notes.txt.*no readable measurement store.*coupling_store"):
+        MeasurementStore(path)
+    assert path.read_text().startswith("not a database")
+
+
+def test_a_database_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+    connection.close()
+    with pytest.raises(CouplingError, match="something else"):
+        MeasurementStore(path)
+
+
+def test_unusable_places_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CouplingError, match="folder cannot be made"):
+        MeasurementStore(tmp_path / "file" / "s.sqlite")
+    with pytest.raises(CouplingError, match="expected a file"):
+        MeasurementStore(tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # permissions do not bind root
+    with pytest.raises(CouplingError, match="not writable"):
+        MeasurementStore(tmp_path / "s.sqlite")
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 rubbish", None])
+def test_a_damaged_entry_counts_as_missing(tmp_path, damage):
+    path = tmp_path / "s.sqlite"
+    with MeasurementStore(path) as store:
+        store.put("a", columns())
+        store.put("b", {"x": 1})
+    with sqlite3.connect(path) as connection:
+        blob = connection.execute("SELECT columns FROM measurements WHERE key = 'a'").fetchone()[0]
+        damaged = blob[: len(blob) // 2] if damage is None else damage
+        connection.execute("UPDATE measurements SET columns = ? WHERE key = 'a'", (damaged,))
+    connection.close()
+    with MeasurementStore(path) as store:
+        assert store.get("a") is None
+        assert store.get("b") == {"x": 1}
+        store.put("a", {"x": 3})
+        assert store.get("a") == {"x": 3}
+
+
+def test_the_default_is_a_file_of_the_user():
+    path = default_store_path()
+    assert path.name == "measurements.sqlite" and "lm-eval-coupling" in str(path)
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, json, lm_eval_coupling.store; print(json.dumps([m for m in ('torch', 'lm_eval') if m in sys.modules]))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == []
