@@ -1,0 +1,255 @@
+"""The saved tables: one Parquet file per task beside lm-eval's results, how they are read, and how they join with scores.
+
+A record is one row per measured prompt: which document it belongs to (``task, doc_id, doc_hash, prompt_hash, prompt_index,
+kind, text, n_tokens``) and what was measured of it. Rows join with ``samples_*.jsonl`` on ``doc_hash``, never on ``doc_id``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.runs import load_runs
+
+__all__ = ["COLUMNS", "SCHEMA_VERSION", "find_tables", "load_records", "load_runs", "read_provenance", "write_tables"]
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"lm_eval_coupling"
+
+
+def _nested(depth: int) -> pa.DataType:
+    return pa.float32() if depth == 0 else pa.list_(_nested(depth - 1))
+
+
+COLUMNS: dict[str, pa.DataType] = {
+    "task": pa.string(),
+    "doc_id": pa.int64(),
+    "doc_hash": pa.string(),
+    "prompt_hash": pa.string(),
+    "prompt_index": pa.int64(),
+    "kind": pa.string(),
+    "text": pa.string(),
+    "n_tokens": pa.int64(),
+    "tokens": pa.list_(pa.int64()),
+    "position": pa.int64(),
+    "ranks": pa.list_(pa.int64()),
+    "measures": pa.list_(pa.string()),
+    "normalized_miscoupling": _nested(3),
+    "miscoupling": _nested(3),
+    "miscoupling_to": _nested(3),
+    "miscoupling_to_absolute": _nested(3),
+    "miscoupling_to_trace": _nested(3),
+    "miscoupling_to_vju": _nested(3),
+    "miscoupling_to_absolute_vju": _nested(3),
+    "subspace_overlap": _nested(4),
+    "singular_values": _nested(2),
+    "gap": _nested(2),
+    "svd_residual": _nested(1),
+    "certificate": _nested(1),
+    "method": pa.list_(pa.string()),
+    "line_shape_score": pa.float64(),
+    "expodistance": pa.float64(),
+    "norms": _nested(1),
+    "seconds": pa.float64(),
+    "reason": pa.string(),
+}
+
+
+def write_tables(
+    rows: Sequence[Mapping[str, Any]], folder: Path | str, date: str, provenance: Mapping[str, Any]
+) -> list[Path]:
+    """Write ``coupling_<task>_<date>.parquet`` for each task; a reader never sees half a file.
+
+    Args:
+        rows: the records.
+        folder: where to; made if missing.
+        date: lm-eval's date of the run, as in ``results_<date>.json``.
+        provenance: JSON-able facts about model, settings and versions, kept in each file's metadata.
+
+    Returns:
+        The files, in the order in which their tasks first appear.
+
+    Raises:
+        CouplingError: if the folder cannot be written.
+    """
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    written = []
+    for task, members in by_task.items():
+        about = dict(provenance) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
+        path = Path(folder) / f"coupling_{_safe(task)}_{date}.parquet"
+        table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
+        try:
+            _write_atomically(table, path)
+        except OSError as error:
+            raise CouplingError(
+                f"got {folder} for the coupling tables, which cannot be written ({error}); choose another"
+            ) from None
+        written.append(path)
+    return written
+
+
+def load_records(path: Path | str, *, newest: bool = True) -> pd.DataFrame:
+    """Read saved tables.
+
+    Args:
+        path: one table, or a folder that is searched recursively.
+        newest: keep only the newest table of each task in each folder (lm-eval makes one folder per model).
+
+    Returns:
+        One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
+        measured), and ``model``, ``revision``, ``fingerprint``, ``date`` of the run.
+
+    Raises:
+        CouplingError: if there is no table, or one is not ours or of another schema version.
+    """
+    tables = find_tables(path, newest=newest)
+    frames = []
+    for file, about in tables:
+        frame = _frame(pq.read_table(file))
+        for name in ("model", "revision", "fingerprint", "date"):
+            frame[name] = pd.Series([about.get(name)] * len(frame), dtype=object)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[Path, dict[str, Any]]]:
+    """The tables at ``path`` with their provenance, as :func:`load_records` reads them."""
+    path = Path(path)
+    if not path.exists():
+        raise CouplingError(f"got {path}, which does not exist; give a folder that lm-eval wrote or a coupling table")
+    files = [path] if path.is_file() else sorted(path.rglob("coupling_*.parquet"))
+    if not files:
+        raise CouplingError(
+            f"got {path}, which has no coupling_*.parquet; give the output folder of a run with --model coupling-hf"
+        )
+    tables = [(file, read_provenance(file)) for file in files]
+    if not newest:
+        return tables
+    latest: dict[tuple[Path, str], tuple[Path, dict[str, Any]]] = {}
+    for file, about in sorted(tables, key=lambda table: table[1]["date"]):
+        latest[file.parent, about["task"]] = (file, about)
+    return sorted(latest.values(), key=lambda table: table[0])
+
+
+def read_provenance(file: Path | str) -> dict[str, Any]:
+    """What a table's metadata says about the run that made it.
+
+    Raises:
+        CouplingError: if it is not one of our tables, or of another schema version.
+    """
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+        about = json.loads(metadata[METADATA_KEY])
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        raise CouplingError(
+            f"got {file}, which is not a coupling table; expected a file that a coupling-hf run wrote"
+        ) from None
+    if about["schema_version"] != SCHEMA_VERSION:
+        raise CouplingError(
+            f"got {file} of schema version {about['schema_version']}, expected version {SCHEMA_VERSION}; "
+            "read it with the release that wrote it or measure again"
+        )
+    return about
+
+
+def _safe(task: str) -> str:
+    """Task name as part of a file name; names that had to be changed stay distinct by a hash."""
+    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", task)
+    if plain == task and len(task) <= 120:
+        return task
+    return f"{plain[:100]}-{hashlib.sha256(task.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _write_atomically(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # same folder: os.replace must not cross file systems
+    try:
+        with open(unfinished, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    names = list(COLUMNS) + [name for name in rows[0] if name not in COLUMNS]
+    return pa.table({name: _column([row.get(name) for row in rows], COLUMNS.get(name)) for name in names})
+
+
+def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    arrays = [v for v in values if isinstance(v, np.ndarray)]
+    if arrays and (kind is None or _innermost(kind) == pa.float32()):
+        return _array_column(values, arrays[0].ndim)
+    plain = [v.tolist() if isinstance(v, np.ndarray | np.generic) else v for v in values]
+    # from_pandas=False: NaN is a value, not a missing one
+    return pa.array([_encodable(v) for v in plain], type=kind, from_pandas=False)
+
+
+def _encodable(value: Any) -> Any:
+    """A lone surrogate has no UTF-8; a table that cannot be written would cost more than that character."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _innermost(kind: pa.DataType) -> pa.DataType:
+    while pa.types.is_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _array_column(values: list[np.ndarray | None], depth: int) -> pa.Array:
+    """Nested float32 lists, built from one flat buffer; ``None`` becomes null."""
+    shapes = [(0,) * depth if v is None else v.shape for v in values]
+    flat = [np.asarray(v, np.float32).ravel() for v in values if v is not None]
+    nested: pa.Array = pa.array(np.concatenate(flat), from_pandas=False)
+    for level in reversed(range(1, depth)):
+        sizes = [np.full(math.prod(shape[:level]), shape[level]) for shape in shapes]
+        nested = pa.ListArray.from_arrays(_offsets(np.concatenate(sizes)), nested)
+    missing = pa.array([v is None for v in values])
+    return pa.ListArray.from_arrays(_offsets([shape[0] for shape in shapes]), nested, mask=missing)
+
+
+def _offsets(sizes: Any) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type
+        if pa.types.is_list(kind) and _innermost(kind) == pa.float32():
+            columns[name] = pd.Series([_to_numpy(value) for value in column], dtype=object)
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            columns[name] = column.to_pandas()
+        else:
+            lists = column.to_pylist()
+            columns[name] = pd.Series([tuple(v) if isinstance(v, list) else v for v in lists], dtype=object)
+    return pd.DataFrame(columns)
+
+
+def _to_numpy(value: pa.Scalar) -> np.ndarray | None:
+    if not value.is_valid:
+        return None
+    inner, shape, count = value.values, [len(value.values)], len(value.values)
+    while pa.types.is_list(inner.type):
+        inner = inner.flatten()
+        shape.append(len(inner) // count if count else 0)
+        count = len(inner)
+    return np.array(inner.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(shape)

@@ -1,0 +1,208 @@
+"""Saved runs of lm-eval as one table: scores, coupling and facts about the model, one row per (model, task)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_coupling.errors import CouplingError
+
+_DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
+
+
+_NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
+
+
+def load_runs(paths: Path | str | Iterable[Path | str], *, mixed: str = "refuse") -> pd.DataFrame:
+    """Scores of lm-eval's ``results_*.json`` joined with coupling: one row per (model, task), groups included.
+
+    The newest run of a (model name, revision, task) counts, one with coupling before one without. Columns:
+
+    * ``model, revision, task, alias, is_group, n_fewshot, n_samples, date, file``;
+    * every metric and standard error under lm-eval's own key, such as ``acc,none`` and ``acc_stderr,none``;
+    * ``fingerprint, dtype, n_params, n_layers, d_model``, ``coupling_rank`` (of lm-eval's metric ``coupling,none``),
+      ``worst_certificate``, ``measured`` and ``failed`` (documents of the task);
+    * for every measure m of ``config.coupling`` and every rank K: ``m@K``, ``m_stderr@K``, ``m_n@K``, for instance
+      ``coupling@10``, ``miscoupling_to_stderr@30``; ``chance@K`` (m̃ of chance) and ``coupling_excess@K`` =
+      ``coupling@K`` − (1 − ``chance@K``); without a rank: ``line_shape_score``, ``line_shape_score_stderr``, …
+
+    A group's values pool the documents of its tasks. What a run does not have is NaN.
+
+    Args:
+        paths: result files, or folders that are searched recursively.
+        mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
+
+    Raises:
+        CouplingError: if there is no result file, one is unreadable, or coupling settings differ.
+    """
+    if mixed not in ("refuse", "keep"):
+        raise CouplingError(f"got mixed={mixed!r}, expected 'refuse' or 'keep'")
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for file in _result_files(paths):
+        run = _read_results(file)
+        settings[str(file)] = _coupling_of(run).get("settings", {})
+        for row in _rows_of_run(run, file):
+            key = (row["model"], row["revision"], row["task"])
+            if key not in rows or _precedence(row) >= _precedence(rows[key]):
+                rows[key] = row
+    kept = [rows[key] for key in sorted(rows)]
+    if mixed == "refuse":
+        _require_equal_settings({row["file"]: settings[row["file"]] for row in kept if settings[row["file"]]})
+    return pd.DataFrame(kept)
+
+
+def _result_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+    roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    files: dict[Path, None] = {}
+    for root in roots:
+        if not root.exists():
+            raise CouplingError(
+                f"got {root}, which does not exist; give folders that lm-eval wrote or its result files"
+            )
+        # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
+        found = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
+        files |= dict.fromkeys(found)
+    if not files:
+        raise CouplingError(
+            f"got {', '.join(map(str, roots)) or 'no folder'}, where there is no results_*.json; give folders that lm-eval wrote"
+        )
+    return list(files)
+
+
+def _is_result_name(name: str) -> bool:
+    return name.startswith("results") or bool(_DATED.search(name))
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CouplingError(
+            f"got {file}, which is no readable results file ({error}); remove it or run the evaluation again"
+        ) from None
+    if not isinstance(run, dict) or not isinstance(run.get("results"), dict):
+        raise CouplingError(f"got {file}, which has no results; expected a results_*.json that lm-eval wrote")
+    return run
+
+
+def _coupling_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    return (run.get("config") or {}).get("coupling") or {}
+
+
+def _rows_of_run(run: Mapping[str, Any], file: Path) -> Iterable[dict[str, Any]]:
+    config, coupling = run.get("config") or {}, _coupling_of(run)
+    dated = _DATED.search(file.name)
+    facts = {
+        "model": str(run.get("model_name") or coupling.get("model") or _pretrained(config) or file.parent.name),
+        "revision": str(config.get("model_revision") or coupling.get("revision") or "main"),
+    }
+    origin = {"date": dated[1] if dated else "", "file": str(file)}
+    model = {
+        "fingerprint": coupling.get("fingerprint"),
+        "dtype": str(coupling.get("model_dtype") or config.get("model_dtype") or "").removeprefix("torch.") or None,
+        "n_params": _number(coupling.get("n_params") or config.get("model_num_parameters")),
+        "n_layers": _number(coupling.get("n_layers")),
+        "d_model": _number(coupling.get("d_model")),
+    }
+    groups = _leaves(run.get("group_subtasks") or {})
+    for task, found in run["results"].items():
+        metrics = {key if "," in key else f"{key},none": _number(found[key]) for key in found if key not in _NO_METRICS}
+        yield (
+            facts
+            | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "is_group": bool(groups.get(task))}
+            | {"n_fewshot": _number((run.get("n-shot") or {}).get(task)), "n_samples": _samples(run, task, found)}
+            | origin
+            | metrics
+            | model
+            | _coupling_columns(coupling, groups.get(task) or [task])
+        )
+
+
+def _pretrained(config: Mapping[str, Any]) -> str | None:
+    arguments = config.get("model_args")
+    if isinstance(arguments, str):
+        arguments = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+    return (arguments or {}).get("pretrained")
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number, such as lm-eval's standard error "N/A"."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _samples(run: Mapping[str, Any], task: str, found: Mapping[str, Any]) -> float:
+    count = (run.get("n-samples") or {}).get(task)
+    return _number(count.get("effective") if isinstance(count, Mapping) else found.get("sample_len"))
+
+
+def _leaves(subtasks: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Leaf tasks of each group, through groups of groups."""
+
+    def below(name: str, above: tuple[str, ...]) -> list[str]:
+        children = [child for child in subtasks.get(name) or [] if child not in above]
+        return [leaf for child in children for leaf in below(child, (*above, name))] if children else [name]
+
+    return {name: list(dict.fromkeys(below(name, ()))) for name, children in subtasks.items() if children}
+
+
+def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    members = [coupling["tasks"][task] for task in tasks if task in coupling.get("tasks", {})]
+    if not members:
+        return {"coupling_rank": math.nan, "worst_certificate": math.nan, "measured": 0, "failed": 0}
+    columns: dict[str, Any] = {
+        "coupling_rank": coupling["headline_rank"],
+        "worst_certificate": _number(coupling.get("worst_certificate")),
+        "measured": sum(member["measured"] for member in members),
+        "failed": sum(member["failed"] for member in members),
+    }
+    for name, first in members[0]["measures"].items():
+        for rank in [None] if "mean" in first else first:
+            parts = [
+                m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members
+            ]
+            pooled = pool([part for part in parts if part])
+            at = "" if rank is None else f"@{rank}"
+            columns |= {
+                f"{name}{at}": pooled["mean"],
+                f"{name}_stderr{at}": pooled["stderr"],
+                f"{name}_n{at}": pooled["n"],
+            }
+    for rank, chance in coupling.get("chance", {}).items():
+        columns[f"chance@{rank}"] = chance
+        columns[f"coupling_excess@{rank}"] = columns.get(f"coupling@{rank}", math.nan) - (1 - chance)
+    return columns
+
+
+def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """Mean, standard error and number of the values of several samples, from those of each: as if computed from all."""
+    parts = [part for part in parts if part["n"]]
+    n = sum(part["n"] for part in parts)
+    if n == 0:
+        return {"mean": math.nan, "stderr": math.nan, "n": 0}
+    mean = sum(part["n"] * part["mean"] for part in parts) / n
+    squares = sum(part["n"] * (part["mean"] - mean) ** 2 for part in parts)
+    squares += sum((part["n"] - 1) * part["n"] * part["stderr"] ** 2 for part in parts if part["n"] > 1)
+    return {"mean": mean, "stderr": math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, "n": n}
+
+
+def _precedence(row: Mapping[str, Any]) -> tuple[bool, str]:
+    return row["measured"] > 0, row["date"]
+
+
+def _require_equal_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse runs whose coupling was not measured in the same way."""
+    first_file, first = next(iter(settings.items()), ("", {}))
+    for file, other in settings.items():
+        for key in sorted({*first, *other}):
+            if first.get(key) != other.get(key):
+                raise CouplingError(
+                    f"got runs with different coupling settings: {key} is {first.get(key)!r} in {first_file} but "
+                    f"{other.get(key)!r} in {file}; measure them alike, give one of them, or pass mixed='keep'"
+                )
