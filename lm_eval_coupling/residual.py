@@ -273,14 +273,16 @@ class ResidualModel:
 
     def _check(self, original: nn.Module) -> None:
         """Load-time checks: weights still shared, evaluation mode, and a stream that is carried from block to block."""
-        pointers = {p.data_ptr() for p in original.parameters()}
-        copied = [name for name, p in self.model.named_parameters() if p.numel() and p.data_ptr() not in pointers]
-        if copied:
+        shared = {p.data_ptr() for p in self.model.parameters()}
+        processed = [name for name, p in original.named_parameters() if p.data_ptr() not in shared]
+        if processed:
             raise CouplingError(
-                f"got {len(copied)} weights that the bridge copied or processed (first: {copied[0]}), expected shared "
-                "storage; do not fold norms or use compatibility mode"
+                f"got {len(processed)} weights that the bridge replaced (first: {processed[0]}), expected shared storage; "
+                "do not fold norms or use compatibility mode"
             )
-        trace = self.trace([self.model.config.vocab_size // 2] * 2, torch.float32)
+        probe = [1, 2]
+        self._check_logits(original, probe)
+        trace = self.trace(probe, torch.float32)
         streams = [call.resid_pre for call in trace.calls] + [trace.resid_final]
         for call, following in zip(trace.calls, streams[1:], strict=True):
             with torch.no_grad(), call.ready():
@@ -292,6 +294,18 @@ class ResidualModel:
                     f"got a {type(original).__name__} whose block {call.layer} does not hand its output on as the next "
                     "block's input, expected a residual stream; score it with --model hf"
                 )
+
+    @torch.no_grad()
+    def _check_logits(self, original: nn.Module, probe: list[int]) -> None:
+        """The bridge splits joint projections into copies of its own: what counts is that it computes the same function."""
+        ids = torch.tensor([probe], device=self.device)
+        expected, found = original(ids, use_cache=False).logits.float(), self.model(ids, use_cache=False).logits.float()
+        error = ((found - expected).norm() / expected.norm()).item()
+        if error > (1e-3 if self.dtype in (torch.float32, torch.float64) else 5e-2):
+            raise CouplingError(
+                f"got logits off by {error:.1e} from TransformerLens' bridge of {type(original).__name__}, expected the "
+                "model's own; score it with --model hf, or with coupling_limit=0"
+            )
 
 
 def _block_call(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BlockCall:

@@ -1,0 +1,90 @@
+"""The architecture matrix: random tiny configurations of every family, small enough for a naive oracle."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {"vocab_size": 61, "max_position_embeddings": 64, "attn_implementation": "eager"}
+_LLAMA_LIKE = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_MHA = _LLAMA_LIKE | {"num_key_value_heads": 4}
+_GPT2_LIKE = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64}
+_NEOX = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_pct": 0.5}
+_FALCON = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+CASES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", _LLAMA_LIKE),
+    "mistral": ("mistral", _LLAMA_LIKE | {"sliding_window": 5}),
+    "qwen2": ("qwen2", _LLAMA_LIKE),
+    "qwen3": ("qwen3", _LLAMA_LIKE | {"head_dim": 6}),
+    "gemma": ("gemma", _LLAMA_LIKE | {"head_dim": 6}),
+    "gemma2": ("gemma2", _LLAMA_LIKE | {"head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}),
+    "gemma3": ("gemma3_text", _LLAMA_LIKE | {"head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}),
+    "gpt2": ("gpt2", _GPT2_LIKE),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 5,
+        },
+    ),
+    "gpt-j": ("gptj", _GPT2_LIKE | {"rotary_dim": 4}),
+    "gpt-neox": ("gpt_neox", _NEOX | {"use_parallel_residual": True}),
+    "gpt-neox-sequential": ("gpt_neox", _NEOX | {"use_parallel_residual": False}),
+    "phi": ("phi", _MHA | {"hidden_size": 32, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", _LLAMA_LIKE | {"pad_token_id": 0}),
+    "falcon": ("falcon", _FALCON | {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon-alibi": ("falcon", _FALCON | {"alibi": True, "multi_query": False, "new_decoder_architecture": False}),
+    "mpt": ("mpt", {"d_model": 24, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2}),
+    "olmo": ("olmo", _MHA),
+    "olmo2": ("olmo2", _LLAMA_LIKE),
+    "opt": (
+        "opt",
+        {
+            "hidden_size": 24,
+            "ffn_dim": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 24,
+        },
+    ),
+    "bloom": ("bloom", {"hidden_size": 24, "n_layer": 2, "n_head": 4}),
+    "stablelm": ("stablelm", _LLAMA_LIKE | {"hidden_size": 32, "partial_rotary_factor": 0.5}),
+    "mixtral": ("mixtral", _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "granite": ("granite", _LLAMA_LIKE | {"residual_multiplier": 0.5}),
+    "cohere": ("cohere", _LLAMA_LIKE),
+    "starcoder2": ("starcoder2", _LLAMA_LIKE | {"sliding_window": 5}),
+}
+
+
+def tiny_model(case: str, dtype: torch.dtype = torch.float64, **changes) -> torch.nn.Module:
+    """A random model of the family, deterministic, with weights large enough that attention is far from uniform."""
+    model_type, config = CASES[case]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **copy.deepcopy(_COMMON | config | changes))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if case == "mixtral":
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model.to(dtype).eval()
+
+
+def tiny_tokens(seq: int) -> torch.Tensor:
+    """Token ids [1, seq], the same every time."""
+    return torch.randint(1, 60, (1, seq), generator=torch.Generator().manual_seed(seq))

@@ -1,0 +1,168 @@
+"""Block Jacobians against a row-by-row float64 oracle and against the unmodified transformers model, for every family."""
+
+from __future__ import annotations
+
+import copy
+
+import cases
+import pytest
+import torch
+
+from lm_eval_coupling import jacobians as engine
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import block_jacobians
+from lm_eval_coupling.residual import ResidualModel, TrueDtype
+
+PAIRS = {1: [(0, 0)], 2: [(1, 1), (1, 0), (0, 1)], 11: [(0, 0), (5, 5), (10, 10), (10, 0), (10, 7), (3, 8)]}
+SHARED_CASTS = 1e-6  # transformers computes norms, softmax and rotary embeddings in float32 whatever the model's dtype
+
+
+def decoder_layers(model):
+    """The blocks of an unmodified transformers model: its longest ModuleList."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def oracle(model, tokens, layer, t_out, t_in):
+    """∂(block − identity)/∂x by one plain backward pass per output coordinate, through the unmodified model's own block."""
+    seen = {}
+
+    def before(module, args, kwargs):
+        name = "hidden_states" if "hidden_states" in kwargs else None
+        x = (kwargs[name] if name else args[0]).detach().requires_grad_(True)
+        seen["x"] = x
+        return (args, kwargs | {name: x}) if name else ((x, *args[1:]), kwargs)
+
+    def after(module, args, output):
+        seen["y"] = output[0] if isinstance(output, tuple) else output
+
+    block = decoder_layers(model)[layer]
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    with torch.enable_grad():
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    contribution = (seen["y"] - seen["x"])[0, t_out]
+    rows = [torch.autograd.grad(value, seen["x"], retain_graph=True)[0][0, t_in] for value in contribution]
+    return torch.stack(rows)
+
+
+def worst(found, expected):
+    scale = expected.norm().clamp_min(1e-300)
+    return ((found - expected).norm() / scale).item() if expected.any() or found.any() else 0.0
+
+
+@pytest.mark.parametrize("seq", PAIRS)
+@pytest.mark.parametrize("case", cases.CASES)
+def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq):
+    model = cases.tiny_model(case)
+    tokens = cases.tiny_tokens(seq)
+    wrapped = ResidualModel.wrap(model)
+    for t_out, t_in in PAIRS[seq]:
+        found = block_jacobians(wrapped, tokens, output_token=t_out, input_token=t_in, dtype=torch.float64)
+        assert set(found.method) == {"token-local"}
+        for layer, jacobian in enumerate(found.jacobians):
+            with TrueDtype(torch.float64):
+                expected = oracle(model, tokens, layer, t_out, t_in)
+            assert worst(jacobian, expected) < 1e-12, (layer, t_out, t_in)
+            assert found.certificate[layer] < 1e-10
+            if t_in > t_out:
+                assert not jacobian.any()
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_jacobian_is_the_unmodified_models(case):
+    model = cases.tiny_model(case)
+    tokens = cases.tiny_tokens(9)
+    found = block_jacobians(ResidualModel.wrap(model), tokens, output_token=-1, input_token=4, dtype=torch.float64)
+    for layer, jacobian in enumerate(found.jacobians):
+        assert worst(jacobian, oracle(model, tokens, layer, 8, 4)) < SHARED_CASTS
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "bloom", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype):
+    """Derivatives of bf16 weights are those of the same weights in float32, and the weights are left in bf16."""
+    model = cases.tiny_model(case, dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tokens = cases.tiny_tokens(9)
+    found = block_jacobians(ResidualModel.wrap(model), tokens, dtype=torch.float32)
+    assert found.jacobians.dtype == torch.float32
+    assert all(p.dtype == dtype and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    twin = copy.deepcopy(model).double()
+    for layer, jacobian in enumerate(found.jacobians):
+        assert worst(jacobian.double(), oracle(twin, tokens, layer, 8, 8)) < 2e-5
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "falcon-alibi"])
+def test_levels_agree(case):
+    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    tokens = cases.tiny_tokens(7)
+    for t_in in (6, 2):
+        one, other = (
+            block_jacobians(wrapped, tokens, input_token=t_in, method=m, dtype=torch.float64).jacobians
+            for m in ("token-local", "autodiff")
+        )
+        assert worst(one, other) < 1e-12
+
+
+def test_tokens_are_mixed_and_causal():
+    """An earlier token moves a later one, never the reverse."""
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    tokens = cases.tiny_tokens(6)
+    assert block_jacobians(wrapped, tokens, output_token=5, input_token=2).jacobians.abs().max() > 1e-3
+    assert not block_jacobians(wrapped, tokens, output_token=2, input_token=5).jacobians.any()
+
+
+def test_a_broken_level_is_caught_by_its_certificate(monkeypatch):
+    """A wrong Jacobian is never recorded under ``auto``: the layer falls to the next level and says so."""
+    right = engine.LEVELS["token-local"]
+    monkeypatch.setitem(engine.LEVELS, "token-local", lambda *args: right(*args) * 1.001)
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    tokens = cases.tiny_tokens(5)
+    found = block_jacobians(wrapped, tokens)
+    assert set(found.method) == {"autodiff"}
+    assert found.certificate.max() < 1e-4
+    assert block_jacobians(wrapped, tokens, method="token-local").certificate.min() > 1e-4
+
+
+def test_a_level_that_throws_falls_to_the_next(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no rule")
+
+    monkeypatch.setitem(engine.LEVELS, "token-local", broken)
+    found = block_jacobians(ResidualModel.wrap(cases.tiny_model("gpt2")), cases.tiny_tokens(5))
+    assert set(found.method) == {"autodiff"}
+
+
+def test_layers_can_be_chosen():
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    tokens = cases.tiny_tokens(5)
+    every, last = block_jacobians(wrapped, tokens), block_jacobians(wrapped, tokens, layers=[-1])
+    assert last.layers == [1]
+    assert torch.equal(every.jacobians[1:], last.jacobians)
+
+
+def test_small_memory_budget_gives_the_same_numbers(monkeypatch):
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    tokens = cases.tiny_tokens(5)
+    whole = block_jacobians(wrapped, tokens, dtype=torch.float64)
+    monkeypatch.setattr(engine, "BUDGET", 1)
+    for method in ("token-local", "autodiff"):
+        chunked = block_jacobians(wrapped, tokens, dtype=torch.float64, method=method)
+        assert worst(chunked.jacobians, whole.jacobians) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_token": 5}, "got token 5 of a prompt of 5 tokens, expected -5 to 4"),
+        ({"input_token": -6}, "got token -6"),
+        ({"layers": [2]}, "got layer 2, expected 0 to 1"),
+        ({"method": "guess"}, "got method 'guess', expected one of auto, token-local, autodiff"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    with pytest.raises(CouplingError, match=message):
+        block_jacobians(wrapped, cases.tiny_tokens(5), **arguments)
