@@ -45,8 +45,7 @@ def load_runs(paths: Path | str | Iterable[Path | str], *, mixed: str = "refuse"
         raise CouplingError(f"got mixed={mixed!r}, expected 'refuse' or 'keep'")
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
-    for file in _result_files(paths):
-        run = _read_results(file)
+    for file, run in _results(paths):
         settings[str(file)] = _coupling_of(run).get("settings", {})
         for row in _rows_of_run(run, file):
             key = (row["model"], row["revision"], row["task"])
@@ -58,38 +57,38 @@ def load_runs(paths: Path | str | Iterable[Path | str], *, mixed: str = "refuse"
     return pd.DataFrame(kept)
 
 
-def _result_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+def _results(paths: Path | str | Iterable[Path | str]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Every results file at ``paths`` with its content; other people's JSON in a folder is passed over."""
     roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    files: dict[Path, None] = {}
+    seen: set[Path] = set()
     for root in roots:
         if not root.exists():
-            raise CouplingError(
-                f"got {root}, which does not exist; give folders that lm-eval wrote or its result files"
-            )
+            raise CouplingError(f"got {root}, which does not exist; give folders that lm-eval wrote or its result files")
         # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
-        found = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
-        files |= dict.fromkeys(found)
-    if not files:
-        raise CouplingError(
-            f"got {', '.join(map(str, roots)) or 'no folder'}, where there is no results_*.json; give folders that lm-eval wrote"
-        )
-    return list(files)
+        files = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
+        for file in files:
+            run = None if file in seen else _read(file)
+            if isinstance(run, dict) and isinstance(run.get("results"), dict):
+                seen.add(file)
+                yield file, run
+            elif file == root and file not in seen:
+                raise CouplingError(f"got {file}, which has no results; expected a results_*.json that lm-eval wrote")
+    if not seen:
+        where = ", ".join(map(str, roots)) or "no folder"
+        raise CouplingError(f"got {where}, where there is no results_*.json; give folders that lm-eval wrote")
 
 
 def _is_result_name(name: str) -> bool:
     return name.startswith("results") or bool(_DATED.search(name))
 
 
-def _read_results(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Any:
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CouplingError(
             f"got {file}, which is no readable results file ({error}); remove it or run the evaluation again"
         ) from None
-    if not isinstance(run, dict) or not isinstance(run.get("results"), dict):
-        raise CouplingError(f"got {file}, which has no results; expected a results_*.json that lm-eval wrote")
-    return run
 
 
 def _coupling_of(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Saved runs as lm-eval 0.4.13 and the package leave them, made of random numbers."""
+
+import json
+
+import numpy as np
+
+from lm_eval_coupling import records
+
+SETTINGS = {"ranks": [10, 30], "limit": 100, "seed": 0, "measures": ["depth", "regularity"], "position": -1}
+SETTINGS |= {"dtype": "float32", "method": "auto", "measurement_version": 1}
+CHANCE = {10: 0.9487, 30: 0.9832}
+DATE = "2025-06-01T12-00-00.123456"
+PAIRS = ("normalized_miscoupling", "miscoupling", "miscoupling_to", "miscoupling_to_absolute", "miscoupling_to_trace")
+PAIRS += ("miscoupling_to_vju", "miscoupling_to_absolute_vju")
+
+
+def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reason=None, seed=0):
+    """One record; with a ``reason``, of a prompt that could not be measured."""
+    generator = np.random.default_rng([seed, doc_id, prompt_index])
+    about = {
+        "task": task,
+        "doc_id": doc_id,
+        "doc_hash": f"d{doc_id}",
+        "prompt_hash": f"p{doc_id}",
+        "prompt_index": prompt_index,
+        "kind": "context",
+        "text": f"Question {doc_id}: why is the sky blue?\nAnswer:",
+        "n_tokens": 5,
+        "tokens": (1, 2, 3, 4, 5),
+        "position": 4,
+        "ranks": ranks,
+        "measures": ("depth", "regularity"),
+    }
+    pairs = {name: generator.random((len(ranks), layers, layers), dtype=np.float32) for name in PAIRS}
+    for matrices in pairs.values():
+        matrices[:, range(layers), range(layers)] = 0
+    measured = pairs | {
+        "subspace_overlap": generator.random((len(ranks), 2, layers, layers), dtype=np.float32),
+        "singular_values": generator.random((layers, ranks[-1]), dtype=np.float32),
+        "gap": generator.random((len(ranks), layers), dtype=np.float32),
+        "svd_residual": generator.random(layers, dtype=np.float32),
+        "certificate": generator.random(layers, dtype=np.float32) * np.float32(1e-6),
+        "method": ("closed",) * layers,
+        "line_shape_score": float(generator.random()),
+        "expodistance": float(generator.random()),
+        "norms": generator.random(layers + 1, dtype=np.float32),
+        "seconds": float(generator.random()),
+    }
+    if reason:
+        measured = dict.fromkeys(measured) | {"line_shape_score": np.nan, "expodistance": np.nan, "seconds": 0.0}
+    return about | measured | {"reason": reason}
+
+
+def value(mean, stderr=0.01, n=10):
+    return {"mean": mean, "stderr": stderr, "n": n}
+
+
+def task_summary(mean=0.3, n=10, failed=0, reasons=None):
+    measures = {
+        name: {k: value(mean - k / 1000, n=n) for k in CHANCE}
+        for name in ("coupling", "coupling_with_diagonal", *PAIRS)
+    }
+    measures |= {"line_shape_score": value(2.0, n=n), "expodistance": value(0.5, n=n)}
+    return {"measured": n, "failed": failed, "reasons": reasons or {}, "measures": measures}
+
+
+def coupling_config(tasks, model="org/tiny", **changes):
+    return {
+        "run_id": "abc",
+        "schema_version": 1,
+        "settings": SETTINGS,
+        "versions": {"lm-eval": "0.4.13"},
+        "model": model,
+        "revision": "main",
+        "fingerprint": "f" * 64,
+        "model_dtype": "torch.bfloat16",
+        "device": "cpu",
+        "d_model": 64,
+        "n_layers": 4,
+        "n_params": 1_000_000,
+        "headline_rank": 10,
+        "chance": CHANCE,
+        "measured": sum(t["measured"] for t in tasks.values()),
+        "reused": 0,
+        "failed": sum(t["failed"] for t in tasks.values()),
+        "worst_certificate": 2.5e-6,
+        "tasks": tasks,
+    } | changes
+
+
+def results(tasks, model="org/tiny", coupling=True, groups=None, **changes):
+    """A results file; ``tasks`` gives each task's summary."""
+    scores = {
+        task: {
+            "alias": task,
+            "name": task,
+            "sample_len": 50,
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.02,
+            "f1,strict": 0.4,
+        }
+        | {"f1_stderr,strict": "N/A"}
+        for task in [*tasks, *(groups or {})]
+    }
+    config = {
+        "model": "coupling-hf",
+        "model_args": f"pretrained={model},dtype=bfloat16",
+        "model_num_parameters": 1_000_000,
+    }
+    config |= {"model_dtype": "torch.bfloat16", "model_revision": "main"}
+    if coupling:
+        config["coupling"] = coupling_config(tasks, model) | changes
+    return {
+        "results": scores,
+        "group_subtasks": groups or {},
+        "n-shot": {task: 5 for task in tasks},
+        "n-samples": {task: {"original": 100, "effective": 50} for task in tasks},
+        "config": config,
+        "model_name": model,
+    }
+
+
+def save(folder, tasks, model="org/tiny", date=DATE, rows=(), **kwargs):
+    """Write a run the way lm-eval and the package do, and return its folder."""
+    where = folder / model.replace("/", "__")
+    where.mkdir(parents=True, exist_ok=True)
+    run = results(tasks, model, **kwargs)
+    (where / f"results_{date}.json").write_text(json.dumps(run), encoding="utf-8")
+    records.write_tables(rows, where, date, run["config"].get("coupling", {}))
+    return where

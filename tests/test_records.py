@@ -1,0 +1,262 @@
+"""Tables come back exactly as written; runs are joined by model and task and never mixed silently."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from saved_runs import CHANCE, DATE, coupling_config, record, results, save, task_summary
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.records import COLUMNS, find_tables, load_records, load_runs, read_provenance, write_tables
+from lm_eval_coupling.runs import pool
+
+
+def same(a, b):
+    if isinstance(b, np.ndarray):
+        return a.dtype == b.dtype == np.float32 and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(b, float) and math.isnan(b):
+        return isinstance(a, float) and math.isnan(a)
+    return a == b and (a is None) == (b is None)
+
+
+def test_every_column_round_trips(tmp_path):
+    rows = [record(doc_id=i) for i in range(3)] + [record(doc_id=3, reason="out of memory")]
+    rows[0]["normalized_miscoupling"][0, 0, 1] = np.nan
+    rows[0]["expodistance"] = np.nan
+    rows[1]["text"] = "naïve 🧪 \x00 ‮ 日本語 \r\n\t"
+    rows[1]["norms"] = None
+    rows[2] = record(doc_id=2, layers=7, ranks=(3,))
+    (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
+    frame = load_records(path)
+    assert len(frame) == 4 and list(frame.columns)[: len(COLUMNS)] == list(COLUMNS) == list(rows[0])
+    for i, row in enumerate(rows):
+        for name, expected in row.items():
+            assert same(frame[name].iloc[i], expected), (name, i, frame[name].iloc[i], expected)
+    assert (
+        set(frame["model"]) == {"org/tiny"} and set(frame["date"]) == {DATE} and set(frame["fingerprint"]) == {"f" * 64}
+    )
+    assert frame["doc_id"].dtype == np.int64 and frame["seconds"].dtype == np.float64
+
+
+def test_columns_are_those_of_a_measurement():
+    measure = pytest.importorskip("lm_eval_coupling.measure")
+    fields = list(measure.PromptCoupling.__dataclass_fields__)
+    assert list(COLUMNS)[-len(fields) :] == fields
+
+
+def test_missing_is_null_and_undefined_is_nan(tmp_path):
+    rows = [record(doc_id=0), record(doc_id=1, reason="too short")]
+    rows[0]["line_shape_score"] = np.nan
+    table = pq.read_table(write_tables(rows, tmp_path, DATE, {})[0])
+    assert table["reason"].to_pylist() == [None, "too short"]
+    assert table["norms"].null_count == 1 and table["line_shape_score"].null_count == 0
+    assert table.schema.field("subspace_overlap").type == COLUMNS["subspace_overlap"]
+
+
+def test_nothing_measured_keeps_the_types(tmp_path):
+    (path,) = write_tables([record(reason="out of memory")], tmp_path, DATE, {})
+    assert {f.name: f.type for f in pq.read_schema(path)} == COLUMNS
+
+
+def test_further_columns_are_kept(tmp_path):
+    rows = [record() | {"context_coupling": np.ones((2, 3), np.float32), "note": "x"}, record(doc_id=1)]
+    frame = load_records(write_tables(rows, tmp_path, DATE, {})[0])
+    assert same(frame["context_coupling"].iloc[0], np.ones((2, 3), np.float32))
+    assert list(frame["note"]) == ["x", None]
+
+
+def test_a_lone_surrogate_does_not_stop_the_table(tmp_path):
+    frame = load_records(write_tables([record() | {"text": "a\ud800b"}], tmp_path, DATE, {})[0])
+    assert frame["text"].iloc[0] == "a?b"
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "a/b", "a_b", "../../etc", "日本語", "x" * 300, "a:b?*", "mmlu-pro.1+2"])
+def test_task_names_become_file_names(tmp_path, task):
+    (path,) = write_tables([record(task)], tmp_path / "out", DATE, {})
+    assert path.parent == tmp_path / "out" and len(path.name.encode()) < 200 and path.name.startswith("coupling_")
+    assert list(load_records(tmp_path)["task"]) == [task]
+
+
+def test_names_that_look_alike_stay_apart(tmp_path):
+    paths = write_tables([record("a/b"), record("a_b"), record("a:b")], tmp_path, DATE, {})
+    assert len(set(paths)) == 3 and paths[1].name == f"coupling_a_b_{DATE}.parquet"
+    assert set(load_records(tmp_path)["task"]) == {"a/b", "a_b", "a:b"}
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    (path,) = write_tables([record()], tmp_path, DATE, {})
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CouplingError, match="cannot be written .no space left"):
+        write_tables([record(doc_id=9)], tmp_path, DATE, {})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_compressed_with_provenance(tmp_path):
+    (path,) = write_tables([record()], tmp_path, DATE, coupling_config({}))
+    assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
+    about = read_provenance(path)
+    assert about["task"] == "arc" and about["date"] == DATE and about["schema_version"] == 1 and about["d_model"] == 64
+
+
+def test_newest_table_per_folder_and_task(tmp_path):
+    for date, seed in (("2025-06-02T00-00-00", 2), ("2025-06-01T00-00-00.5", 1)):
+        for model in ("a", "b"):
+            for task in ("arc", "gsm"):
+                write_tables([record(task, seed=seed)], tmp_path / model, date, {"model": model})
+    frame = load_records(tmp_path)
+    assert len(frame) == 4 and set(frame["date"]) == {"2025-06-02T00-00-00"} and set(frame["model"]) == {"a", "b"}
+    assert len(load_records(tmp_path, newest=False)) == 8
+    assert len(find_tables(tmp_path / "a")) == 2
+
+
+def test_wrong_places_and_files_are_refused(tmp_path):
+    with pytest.raises(CouplingError, match="does not exist"):
+        load_records(tmp_path / "nowhere")
+    with pytest.raises(CouplingError, match=r"no coupling_\*.parquet; give"):
+        load_records(tmp_path)
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "coupling_other.parquet")
+    with pytest.raises(CouplingError, match="not a coupling table"):
+        load_records(tmp_path)
+    (tmp_path / "coupling_other.parquet").write_text("rubbish")
+    with pytest.raises(CouplingError, match="not a coupling table"):
+        load_records(tmp_path / "coupling_other.parquet")
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    (path,) = write_tables([record()], tmp_path, DATE, {})
+    about = read_provenance(path) | {"schema_version": 2}
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"lm_eval_coupling": json.dumps(about)}), path)
+    with pytest.raises(CouplingError, match="schema version 2, expected version 1"):
+        load_records(path)
+
+
+def test_runs_join_scores_and_coupling(tmp_path):
+    save(tmp_path, {"arc": task_summary(0.3), "gsm": task_summary(0.4, failed=2)})
+    runs = load_runs(tmp_path).set_index("task")
+    arc = runs.loc["arc"]
+    assert arc["model"] == "org/tiny" and arc["revision"] == "main" and arc["dtype"] == "bfloat16"
+    assert arc["acc,none"] == 0.5 and arc["acc_stderr,none"] == 0.02 and arc["f1,strict"] == 0.4
+    assert math.isnan(arc["f1_stderr,strict"])
+    assert arc["n_fewshot"] == 5 and arc["n_samples"] == 50 and arc["measured"] == 10
+    assert (arc["n_params"], arc["n_layers"], arc["d_model"]) == (1e6, 4, 64) and arc["fingerprint"] == "f" * 64
+    assert arc["coupling@10"] == pytest.approx(0.29) and arc["coupling_stderr@10"] == pytest.approx(0.01)
+    assert (
+        arc["miscoupling_to@30"] == pytest.approx(0.27) and arc["line_shape_score"] == 2 and arc["coupling_rank"] == 10
+    )
+    assert arc["coupling_excess@10"] == pytest.approx(0.29 - (1 - CHANCE[10]))
+    assert runs.loc["gsm", "failed"] == 2 and not arc["is_group"]
+
+
+def test_groups_pool_their_documents(tmp_path):
+    groups = {"all": ["half", "gsm"], "half": ["arc", "mmlu"]}
+    tasks = {"arc": task_summary(0.3, n=10), "gsm": task_summary(0.5, n=30), "mmlu": task_summary(0.2, n=1)}
+    save(tmp_path, tasks, groups=groups)
+    runs = load_runs(tmp_path).set_index("task")
+    assert list(runs[runs["is_group"]].index) == ["all", "half"]
+    assert runs.loc["all", "measured"] == 41
+    assert runs.loc["all", "coupling@10"] == pytest.approx((0.29 * 10 + 0.49 * 30 + 0.19) / 41)
+
+
+def test_pooling_is_exact():
+    samples = [np.random.default_rng(i).random(n) for i, n in enumerate((7, 1, 30))]
+    parts = [
+        {"mean": s.mean(), "stderr": s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else math.nan, "n": len(s)}
+        for s in samples
+    ]
+    everything = np.concatenate(samples)
+    pooled = pool([*parts, {"mean": math.nan, "stderr": math.nan, "n": 0}])
+    assert pooled["n"] == 38 and pooled["mean"] == pytest.approx(everything.mean())
+    assert pooled["stderr"] == pytest.approx(everything.std(ddof=1) / 38**0.5)
+    assert math.isnan(pool([])["mean"])
+
+
+def test_newest_run_counts_and_coupling_is_not_lost(tmp_path):
+    save(tmp_path, {"arc": task_summary(0.1)}, date="2025-06-01T00-00-00")
+    save(tmp_path, {"arc": task_summary(0.3)}, date="2025-06-02T00-00-00")
+    save(tmp_path, {"arc": task_summary(), "gsm": task_summary()}, date="2025-06-03T00-00-00", coupling=False)
+    runs = load_runs(tmp_path).set_index("task")
+    assert runs.loc["arc", "coupling@10"] == pytest.approx(0.29)
+    assert math.isnan(runs.loc["gsm", "coupling@10"]) and runs.loc["gsm", "acc,none"] == 0.5
+
+
+def test_revisions_are_models_of_their_own(tmp_path):
+    for i, step in enumerate(("step1", "step1000")):
+        run = results({"arc": task_summary(0.1 + i)})
+        run["config"]["model_revision"] = step
+        (tmp_path / f"results_2025-06-0{i + 1}T00-00-00.json").write_text(json.dumps(run))
+    assert list(load_runs(tmp_path)["revision"]) == ["step1", "step1000"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("position", 0), ("seed", 1), ("ranks", [10, 30, 50])])
+def test_different_settings_are_not_mixed(tmp_path, key, value):
+    settings = coupling_config({})["settings"]
+    save(tmp_path, {"arc": task_summary()}, model="a")
+    save(tmp_path, {"arc": task_summary()}, model="b", settings=settings | {key: value})
+    with pytest.raises(
+        CouplingError, match=rf"{key} is .* in .*a.results.* but .* in .*b.results.*mixed='keep'"
+    ) as error:
+        load_runs(tmp_path)
+    assert repr(settings[key]) in str(error.value) and repr(value) in str(error.value)
+    assert len(load_runs(tmp_path, mixed="keep")) == 2
+    with pytest.raises(CouplingError, match="'refuse' or 'keep'"):
+        load_runs(tmp_path, mixed="yes")
+
+
+def test_older_result_files_load(tmp_path):
+    old = {
+        "results": {"arc": {"acc": 0.4, "acc_stderr": 0.01}},
+        "config": {"model": "hf", "model_args": "pretrained=org/old"},
+    }
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "results.json").write_text(json.dumps(old))
+    (tmp_path / "y" / "bare").mkdir(parents=True)
+    (tmp_path / "y" / "bare" / "out_2025-06-01T00-00-00.1.json").write_text(
+        json.dumps({"results": {"arc": {"acc,none": 0.6}}})
+    )
+    (tmp_path / "results_of_mine.json").write_text("[1]")
+    runs = load_runs(tmp_path).set_index("model")
+    assert runs.loc["org/old", "acc,none"] == 0.4 and runs.loc["bare", "acc,none"] == 0.6
+    assert runs.loc["bare", "measured"] == 0 and runs.loc["bare", "date"] == "2025-06-01T00-00-00.1"
+
+
+def test_unreadable_results_are_named(tmp_path):
+    with pytest.raises(CouplingError, match="no results_"):
+        load_runs(tmp_path)
+    with pytest.raises(CouplingError, match="does not exist"):
+        load_runs([tmp_path / "nowhere"])
+    (tmp_path / "results_x.json").write_text('{"results": {"arc"')
+    with pytest.raises(CouplingError, match="results_x.json, which is no readable results file"):
+        load_runs(tmp_path)
+    (tmp_path / "results_x.json").write_text("{}")
+    with pytest.raises(CouplingError, match="has no results"):
+        load_runs(tmp_path / "results_x.json")
+
+
+def test_a_thousand_runs_load_in_seconds(tmp_path):
+    tasks = {f"task{i}": task_summary() for i in range(6)}
+    text = json.dumps(results(tasks))
+    for i in range(1000):
+        (tmp_path / f"model{i}").mkdir()
+        (tmp_path / f"model{i}" / f"results_{DATE}.json").write_text(text.replace("org/tiny", f"org/{i}"))
+    start = time.perf_counter()
+    runs = load_runs(tmp_path)
+    assert len(runs) == 6000 and time.perf_counter() - start < 10
+    assert isinstance(runs, pd.DataFrame)
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, lm_eval_coupling.records; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
