@@ -1,0 +1,31 @@
+# TORCH picks the torch to install first, e.g. TORCH=torch==2.13.0 or TORCH="torch --index-url URL".
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+BIN = $(VENV)/bin
+
+.PHONY: help setup test check demo clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+$(BIN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+setup: $(BIN)/.ready  ## a virtual environment with everything installed
+
+test: setup  ## run all tests
+	$(BIN)/python -m pytest -q
+
+check: setup  ## lint
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+demo: setup  ## evaluate a small real model, measure its coupling, draw the picture
+	$(BIN)/lm-eval-coupling demo
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,63 @@
+"""Runs plugin.py after certain modules of lm-eval were imported; loaded at every interpreter start, so it imports next to nothing.
+
+lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for five of its modules only, lets the ordinary finders find
+them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
+"""
+
+import os
+import sys
+import threading
+
+MODULES = frozenset(
+    {
+        "lm_eval.models",
+        "lm_eval.tasks.manager",
+        "lm_eval.evaluator",
+        "lm_eval.loggers.evaluation_tracker",
+        "lm_eval._cli.harness",
+    }
+)
+
+
+class _Finder:
+    def __init__(self):
+        self._searching = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in MODULES:
+            return None
+        # Two hooks of this kind that ask each other would recurse for ever.
+        search = (threading.get_ident(), name)
+        if search in self._searching:
+            return None
+        self._searching.add(search)
+        try:
+            import importlib.util
+
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching.discard(search)
+        if spec is not None and spec.loader is not None:
+            _run_after(spec.loader)
+        return spec
+
+
+def _run_after(loader):
+    execute = loader.exec_module
+
+    def exec_module(module):
+        execute(module)
+        try:
+            from lm_eval_coupling import plugin
+        except ImportError:
+            return  # the package is half removed
+        plugin.after_import(module)
+
+    loader.exec_module = exec_module
+
+
+def install():
+    """Put the finder first, once, unless the environment says no."""
+    if os.environ.get("LM_EVAL_COUPLING_NO_HOOK") or any(isinstance(f, _Finder) for f in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
