@@ -1,7 +1,8 @@
-"""The saved tables: one Parquet file per task beside lm-eval's results, how they are read, and how they join with scores.
+"""The saved tables: one Parquet file per task beside lm-eval's results, and how they are read.
 
-A record is one row per measured prompt: which document it belongs to (``task, doc_id, doc_hash, prompt_hash, prompt_index,
-kind, text, n_tokens``) and what was measured of it. Rows join with ``samples_*.jsonl`` on ``doc_hash``, never on ``doc_id``.
+A record is one row per measured prompt: which document it belongs to (``task, doc_id, doc_hash, prompt_hash,
+prompt_index, kind, text, n_tokens``) and what was measured of it. Rows join with ``samples_*.jsonl`` on ``doc_hash``,
+never on ``doc_id``.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def load_records(path: Path | str, *, newest: bool = True) -> pd.DataFrame:
 
     Args:
         path: one table, or a folder that is searched recursively.
-        newest: keep only the newest table of each task in each folder (lm-eval makes one folder per model).
+        newest: keep only the newest table of each model and task in each folder.
 
     Returns:
         One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
@@ -139,9 +140,9 @@ def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[Path, di
     tables = [(file, read_provenance(file)) for file in files]
     if not newest:
         return tables
-    latest: dict[tuple[Path, str], tuple[Path, dict[str, Any]]] = {}
+    latest: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for file, about in sorted(tables, key=lambda table: table[1]["date"]):
-        latest[file.parent, about["task"]] = (file, about)
+        latest[file.parent, about.get("model"), about.get("revision"), about["task"]] = (file, about)
     return sorted(latest.values(), key=lambda table: table[0])
 
 

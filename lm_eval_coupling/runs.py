@@ -63,7 +63,9 @@ def _results(paths: Path | str | Iterable[Path | str]) -> Iterable[tuple[Path, d
     seen: set[Path] = set()
     for root in roots:
         if not root.exists():
-            raise CouplingError(f"got {root}, which does not exist; give folders that lm-eval wrote or its result files")
+            raise CouplingError(
+                f"got {root}, which does not exist; give folders that lm-eval wrote or its result files"
+            )
         # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
         files = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
         for file in files:

@@ -36,14 +36,14 @@ class MeasurementStore:
 
     Usable as a context manager. Several processes may have the same file open and write to it.
 
-    Args:
-        path: the SQLite file; it and its folder are made if they are missing.
-
-    Raises:
-        CouplingError: if the file belongs to another schema version, is no store, or cannot be written.
     """
 
     def __init__(self, path: Path | str) -> None:
+        """Open the SQLite file at ``path``; it and its folder are made if they are missing.
+
+        Raises:
+            CouplingError: if the file belongs to another schema version, is no store, or cannot be written.
+        """
         self.path = Path(path)
         self._require_writable()
         try:
@@ -56,7 +56,8 @@ class MeasurementStore:
         except sqlite3.Error as error:
             self.close()
             raise CouplingError(
-                f"got {self.path} as the store, which is no readable measurement store ({error}); delete it or {_ANOTHER}"
+                f"got {self.path} as the store, which is no readable measurement store ({error}); "
+                f"delete it or {_ANOTHER}"
             ) from None
         except CouplingError:
             self.close()
@@ -133,7 +134,8 @@ class MeasurementStore:
         found = self._connection.execute("SELECT schema_version FROM meta").fetchone()[0]
         if found != SCHEMA_VERSION:
             raise CouplingError(
-                f"got the store {self.path} of schema version {found}, expected version {SCHEMA_VERSION}; delete it or {_ANOTHER}"
+                f"got the store {self.path} of schema version {found}, expected version {SCHEMA_VERSION}; "
+                f"delete it or {_ANOTHER}"
             )
 
     def _tables(self) -> set[str]:

@@ -31,7 +31,7 @@ def test_every_column_round_trips(tmp_path):
     rows = [record(doc_id=i) for i in range(3)] + [record(doc_id=3, reason="out of memory")]
     rows[0]["normalized_miscoupling"][0, 0, 1] = np.nan
     rows[0]["expodistance"] = np.nan
-    rows[1]["text"] = "naïve 🧪 \x00 ‮ 日本語 \r\n\t"
+    rows[1]["text"] = "naïve 🧪 \x00 \u202e 日本語 \r\n\t"
     rows[1]["norms"] = None
     rows[2] = record(doc_id=2, layers=7, ranks=(3,))
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
@@ -259,4 +259,4 @@ def test_a_thousand_runs_load_in_seconds(tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, lm_eval_coupling.records; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,5 @@
 """The store keeps what it was given: through kills, beside other processes, and next to damaged entries."""
 
-import json
 import math
 import os
 import signal
@@ -191,6 +190,5 @@ def test_the_default_is_a_file_of_the_user():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, json, lm_eval_coupling.store; print(json.dumps([m for m in ('torch', 'lm_eval') if m in sys.modules]))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == []
+    code = "import sys, lm_eval_coupling.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

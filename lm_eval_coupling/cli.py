@@ -1,0 +1,80 @@
+"""The `lm-eval-coupling` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lm_eval_coupling.errors import CouplingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `lm-eval-coupling`; by default those it was called with.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake of the user, which is told in one sentence on stderr.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["run"]:  # argparse would take lm-eval's own options, such as --help, for ours
+            return _run(words[1:])
+        options = _parser().parse_args(words)
+        options.command(options)
+    except CouplingError as error:
+        print(f"lm-eval-coupling: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lm-eval-coupling",
+        description="Transformer block coupling beside the scores of lm-eval.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("run", help="lm-eval's own command line, with the model class coupling-hf", add_help=False)
+    demo = commands.add_parser("demo", help="from nothing to a table and a picture: a small model on bundled tasks")
+    demo.add_argument("--out", type=Path, metavar="DIR", help="folder for results, tables and pictures")
+    demo.set_defaults(command=_demo)
+    show = commands.add_parser("show", help="coupling of a saved run, per task; one document's layer-by-layer matrix")
+    show.add_argument("folder", type=Path, metavar="OUT", help="folder that lm-eval wrote, searched recursively")
+    show.add_argument("--task", metavar="T", help="this task only, with its profile over layers")
+    show.add_argument("--doc", type=int, metavar="N", help="the matrix of the document with this doc_id (needs --task)")
+    show.set_defaults(command=_show)
+    return parser
+
+
+def _run(rest: list[str]) -> int:
+    from lm_eval_coupling import plugin
+
+    plugin.install()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *rest]
+    cli_evaluate()
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lm_eval_coupling import demo
+
+    demo.main(out=options.out)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from lm_eval_coupling.show import show
+
+    show(options.folder, options.task, options.doc)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

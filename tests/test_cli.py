@@ -1,0 +1,84 @@
+"""The command: quick help, one sentence for a mistake, and lm-eval's own arguments handed on untouched."""
+
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from saved_runs import record, save, task_summary
+
+import lm_eval_coupling
+from lm_eval_coupling import cli
+from lm_eval_coupling.errors import CouplingError
+
+
+def stand_in(monkeypatch, name, **attributes):
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "lm_eval_coupling.cli", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_is_quick_and_names_the_commands():
+    start = time.perf_counter()
+    found = command("--help")
+    assert found.returncode == 0 and all(name in found.stdout for name in ("run", "demo", "show"))
+    assert time.perf_counter() - start < 1.5
+    code = "import sys, lm_eval_coupling.cli as c; c._parser(); sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
+    heavy = ("torch", "lm_eval", "pandas", "numpy", "rich", "pyarrow")
+    assert subprocess.run([sys.executable, "-c", code, *heavy], check=False).returncode == 0
+
+
+def test_no_command_is_an_error():
+    assert command().returncode == 2 and command("dance").returncode == 2
+
+
+def test_show(tmp_path, capsys):
+    save(tmp_path, {"arc": task_summary()}, rows=[record()])
+    assert cli.main(["show", str(tmp_path), "--task", "arc", "--doc", "0"]) == 0
+    assert "Document 0" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_sentence(tmp_path):
+    found = command("show", str(tmp_path / "nowhere"))
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.count("\n") == 1 and "does not exist" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_run_hands_everything_to_lm_eval(monkeypatch):
+    seen = []
+    plugin = stand_in(monkeypatch, "lm_eval_coupling.plugin", install=lambda: seen.append("installed"))
+    monkeypatch.setattr(lm_eval_coupling, "plugin", plugin, raising=False)
+    stand_in(monkeypatch, "lm_eval")
+    stand_in(monkeypatch, "lm_eval.__main__", cli_evaluate=lambda: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["lm-eval-coupling"])
+    rest = ["--model", "coupling-hf", "--tasks", "arc", "--help", "--out", "x"]
+    assert cli.main(["run", *rest]) == 0
+    assert seen == ["installed", ["lm_eval", *rest]]
+
+
+def test_run_reports_a_mistake(monkeypatch, capsys):
+    def refuse():
+        raise CouplingError("got K = 0, expected 1 or more; choose another")
+
+    monkeypatch.setattr(
+        lm_eval_coupling, "plugin", stand_in(monkeypatch, "lm_eval_coupling.plugin", install=refuse), raising=False
+    )
+    assert cli.main(["run", "--model", "coupling-hf"]) == 2
+    assert capsys.readouterr().err == "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n"
+
+
+@pytest.mark.parametrize("out", [None, "somewhere"])
+def test_demo(monkeypatch, out):
+    seen = []
+    demo = stand_in(monkeypatch, "lm_eval_coupling.demo", main=lambda out: seen.append(out and str(out)))
+    monkeypatch.setattr(lm_eval_coupling, "demo", demo, raising=False)
+    assert cli.main(["demo", *(["--out", out] if out else [])]) == 0
+    assert seen == [out]
