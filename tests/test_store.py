@@ -94,7 +94,7 @@ def test_key_depends_on_everything_and_on_nothing_else():
     ]
     assert len({base, *others}) == 6
     reordered = dict(reversed(SETTINGS.items()))
-    assert MeasurementStore.key("f", reordered, np.array([1, 2]), np.int64(-1)) == base
+    assert MeasurementStore.key("f", reordered, (1, 2), -1) == base
 
 
 def test_kill_loses_nothing_that_was_put(tmp_path):
