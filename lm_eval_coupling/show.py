@@ -19,7 +19,7 @@ from rich.text import Text
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import find_tables, load_records
 
-# Viridis from 0 (coupled) to 1 (not coupled at all).
+# Viridis, dark where layers are coupled.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _PROMPT_TAIL = 400
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # prompts are other people's text: keep the terminal safe
@@ -96,16 +96,18 @@ def _require(wanted: Any, there: set[Any], what: str, where: str) -> None:
 def _overview(tasks: dict[str, _Saved]) -> Table:
     about = next(iter(tasks.values())).about
     size = f"{about['n_layers']} layers of width {about['d_model']}, " if "n_layers" in about else ""
-    title = f"{about.get('model')} ({size}coupling = 1 − mean miscoupling of different layers, ↑)"
+    title = (
+        f"{about.get('model')} ({size}coupling = 1 − mean miscoupling of different layers, ↑; worst error: certificate)"
+    )
     table = Table(title=escape(title), title_justify="left")
     table.add_column("task", overflow="fold", ratio=2)
-    table.add_column("documents", justify="right")
-    table.add_column("K", justify="right")
+    table.add_column("docs", justify="right", no_wrap=True)
+    table.add_column("K", justify="right", no_wrap=True)
     table.add_column("coupling", justify="right", no_wrap=True)
-    table.add_column("chance", justify="right")
-    table.add_column("excess", justify="right")
-    table.add_column("worst certificate", justify="right")
-    table.add_column("not measured", overflow="fold", ratio=2)
+    table.add_column("chance", justify="right", no_wrap=True)
+    table.add_column("excess", justify="right", no_wrap=True)
+    table.add_column("worst error", justify="right", no_wrap=True)
+    table.add_column("missing", overflow="fold", ratio=2)
     for name, saved in tasks.items():
         for rank in saved.ranks:
             mean, error, n = coupling_of_documents(saved.rows, rank)
@@ -221,12 +223,15 @@ def _columns_that_fit(width: int) -> int:
 
 
 def _heat_map(matrix: np.ndarray, columns: range) -> list[Text]:
+    """Colours span what occurs between different layers: real matrices use only the upper part of 0 to 1."""
+    known = matrix[~np.eye(len(matrix), dtype=bool) & ~np.isnan(matrix)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     header = Text("    " + "".join(f"{column + 1:>3}" for column in columns), style="dim")
     lines = [header]
     for number, values in enumerate(matrix[:, columns.start : columns.stop]):
         line = Text().append(f"{number + 1:>3} ", style="dim")
         for value in values:
-            line.append(_cell(float(value)), style=_cell_style(float(value)))
+            line.append(_cell(float(value)), style=_cell_style((float(value) - low) / max(high - low, 1e-6)))
         lines.append(line)
     return lines
 

@@ -55,7 +55,7 @@ def test_overview(run):
 def test_one_table_per_model(run):
     save(run, {"arc": task_summary()}, model="org/other", rows=[record()])
     text = printed(run)
-    assert text.index("org/other") < text.index("org/tiny") and text.count("worst") == 2
+    assert text.index("org/other") < text.index("org/tiny") and text.count("missing") == 2
 
 
 def test_layer_profile(run):
@@ -130,3 +130,8 @@ def test_coupling_is_that_of_the_measurement(run):
 def test_nothing_heavy_is_imported():
     code = "import sys, lm_eval_coupling.show; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_overview_is_legible_in_80_columns(run):
+    lines = printed(run, width=80).splitlines()
+    assert any(all(name in line for name in ("docs", "coupling", "chance", "excess", "worst error")) for line in lines)
