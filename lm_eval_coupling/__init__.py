@@ -3,10 +3,6 @@
 Public names are loaded when they are first used: importing the package imports no torch.
 """
 
-from __future__ import annotations
-
-import importlib
-
 _PUBLIC = {
     "ResidualModel": "residual",
     "BlockJacobians": "jacobians",
@@ -30,6 +26,8 @@ __all__ = [*_PUBLIC]
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # here, because every interpreter start pays for what stands above
+
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 

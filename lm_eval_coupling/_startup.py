@@ -6,7 +6,7 @@ them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPL
 
 import os
 import sys
-import threading
+from _thread import get_ident  # `threading` would be most of the start-up cost
 
 MODULES = frozenset(
     {
@@ -27,7 +27,7 @@ class _Finder:
         if name not in MODULES:
             return None
         # Two hooks of this kind that ask each other would recurse for ever.
-        search = (threading.get_ident(), name)
+        search = (get_ident(), name)
         if search in self._searching:
             return None
         self._searching.add(search)
@@ -56,8 +56,9 @@ def _run_after(loader):
     loader.exec_module = exec_module
 
 
-def install():
-    """Put the finder first, once, unless the environment says no."""
-    if os.environ.get("LM_EVAL_COUPLING_NO_HOOK") or any(isinstance(f, _Finder) for f in sys.meta_path):
+def install(asked=False):
+    """Put the finder first, once; the environment can forbid it where nobody ``asked``."""
+    if os.environ.get("LM_EVAL_COUPLING_NO_HOOK") and not asked:
         return
-    sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -310,8 +310,9 @@ class CouplingLM(HFLM):
             "tasks": summaries,
         }
 
-    def _write(self, rows: list[dict[str, Any]], folder: Path, date: str) -> list[Path]:
-        return records.write_tables(rows, self.coupling_options.out or folder, date, self.coupling_info)
+    def _write(self, rows: list[dict[str, Any]], folder: Path | None, date: str) -> list[Path]:
+        folder = self.coupling_options.out or folder
+        return records.write_tables(rows, folder, date, self.coupling_info) if folder else []
 
 
 def _take_coupling_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,15 @@ TARGET = "lm_eval_coupling.model:CouplingLM"
 
 logger = logging.getLogger(__name__)
 
-pending_tables: dict[str, Callable[[Path, str], Any]] = {}
-"""run_id -> function (folder, date) that writes the tables of a run whose results are not saved yet."""
+pending_tables: dict[str, Callable[[Path | None, str], Any]] = {}
+"""run_id -> function (folder or None, date) that writes the tables of a run whose results are not saved yet."""
 
 
 def install() -> None:
     """Take effect on the modules of lm-eval that are loaded, and through the hook on those that will be."""
     from lm_eval_coupling import _startup
 
-    os.environ.pop("LM_EVAL_COUPLING_NO_HOOK", None)
-    _startup.install()
+    _startup.install(asked=True)
     for name in _STEPS:
         if name in sys.modules:
             after_import(sys.modules[name])
@@ -53,7 +53,9 @@ def require_writable(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise CouplingError(f"got output folder {folder}, which cannot be written ({error.strerror}); choose another") from None
+        raise CouplingError(
+            f"got output folder {folder}, which cannot be written ({error.strerror}); choose another"
+        ) from None
 
 
 def tasks_folder() -> Path:
@@ -70,13 +72,14 @@ def _register_model(models: Any) -> None:
 
 
 def _add_tasks(manager: Any) -> None:
-    """Ours come first: later folders override earlier ones, so a user's own tasks win."""
+    """Ours belong to the defaults and come right after them: later folders override earlier ones, so a user's own win."""
     original = manager.TaskManager.__init__
 
     @functools.wraps(original)
-    def init(self, verbosity=None, include_path=None, *args, **kwargs):
+    def init(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
+        ours = [tasks_folder()] if include_defaults else []
         theirs = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
-        original(self, verbosity, [tasks_folder(), *theirs], *args, **kwargs)
+        original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
         self.include_path = include_path
 
     manager.TaskManager.__init__ = init
@@ -115,12 +118,14 @@ def _write_tables_with_results(tracking: Any) -> None:
     def save_results_aggregated(self, results, samples=None):
         save(self, results, samples)
         write = pending_tables.pop((results or {}).get("config", {}).get("coupling", {}).get("run_id"), None)
-        if write is None or not self.output_path:
+        if write is None:
             return
-        path = Path(self.output_path)
-        folder = path.parent if path.suffix == ".json" else path / str(self.general_config_tracker.model_name_sanitized)
         try:
-            write(folder, self.date_id)
+            if self.output_path:
+                path, model = Path(self.output_path), str(self.general_config_tracker.model_name_sanitized)
+                write(path.parent if path.suffix == ".json" else path / model, self.date_id)
+            else:
+                write(None, datetime.now().isoformat().replace(":", "-"))  # the form of upstream's date_id
         except Exception:
             logger.exception("coupling tables were not written; measurements are kept in the store")
 

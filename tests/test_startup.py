@@ -1,0 +1,157 @@
+"""The start-up hook: what it costs every interpreter, what it does when lm-eval is imported, and that it breaks nothing."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm_eval_coupling import _startup, plugin
+
+ROOT = Path(__file__).parents[1]
+HOOK = ROOT / "hook"
+OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
+HOOKED = f"import site; site.addsitedir({str(HOOK)!r})\n"
+"""What an interpreter does at its start with the files that the wheel puts into site-packages."""
+
+
+def python(code, *path, options=(), **environment):
+    """Run ``code`` in a fresh interpreter that sees nothing but the standard library and ``path``."""
+    inherited = {k: v for k, v in os.environ.items() if k not in (OPT_OUT, "PYTHONDONTWRITEBYTECODE")}
+    environment = inherited | {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
+    command = [sys.executable, "-S", *options, "-c", code]
+    return subprocess.run(command, env=environment, cwd=HOOK, capture_output=True, text=True, check=False)
+
+
+def quiet(found):
+    assert (found.returncode, found.stderr) == (0, "")
+    return found.stdout.split()
+
+
+@pytest.fixture
+def lm_eval(tmp_path):
+    """A stand-in for lm-eval: the modules that the hook waits for, and a registry of models."""
+
+    def write(
+        models="", registry="class Registry(dict):\n register = lambda self, name, target: self.update({name: target})"
+    ):
+        package = tmp_path / "lm_eval"
+        for name, text in {
+            "__init__": "",
+            "models/__init__": "from lm_eval.api.registry import model_registry\nbefore = list(model_registry)\n"
+            + models,
+            "api/__init__": "",
+            "api/registry": registry + "\nmodel_registry = Registry()\n",
+        }.items():
+            file = package / f"{name}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_a_start_loads_the_hook_and_nothing_else(tmp_path):
+    (tmp_path / "other.pth").write_text("import os\n")
+    code = f"import site, sys; site.addsitedir({str(tmp_path)!r}); before = set(sys.modules)\n{HOOKED}"
+    loaded = quiet(python(code + "print(*sorted(set(sys.modules) - before))", ROOT))
+    assert loaded == ["lm_eval_coupling", "lm_eval_coupling._startup"]
+
+
+def test_a_start_costs_less_than_a_millisecond(tmp_path):
+    """Everything that importing the hook imports, with byte-code as an installation has it; half of it is usual."""
+
+    def microseconds():
+        found = python(HOOKED, ROOT, options=["-X", "importtime"], PYTHONPYCACHEPREFIX=str(tmp_path))
+        (total,) = re.findall(r"\| +(\d+) \| +lm_eval_coupling\._startup$", found.stderr, re.MULTILINE)
+        return int(total)
+
+    microseconds()  # writes the byte-code
+    assert 0 < min(microseconds() for _ in range(10)) < 1000
+
+
+def test_lm_eval_learns_of_the_model_once_its_own_are_there(lm_eval):
+    """Registering earlier would make upstream's registration of its own models skip itself."""
+    code = HOOKED + "import lm_eval.models as m; print(m.before, dict(m.model_registry))"
+    assert " ".join(quiet(python(code, ROOT, lm_eval()))) == f"[] {{'coupling-hf': '{plugin.TARGET}'}}"
+
+
+def test_without_the_hook_lm_eval_learns_nothing(lm_eval):
+    """The control of the test above."""
+    assert quiet(python("import lm_eval.models as m; print(dict(m.model_registry))", ROOT, lm_eval())) == ["{}"]
+
+
+@pytest.mark.parametrize(
+    "start", [HOOKED, "import lm_eval_coupling._startup as s; s.install()\n"], ids=["pth", "start"]
+)
+def test_the_opt_out_variable(lm_eval, start):
+    code = start + "import sys, lm_eval.models as m; print(len(m.model_registry), any('Finder' in repr(f) and "
+    code += "'lm_eval_coupling' in repr(f) for f in sys.meta_path))"
+    assert quiet(python(code, ROOT, lm_eval())) == ["1", "True"]
+    assert quiet(python(code, ROOT, lm_eval(), **{OPT_OUT: "1"})) == ["0", "False"]
+
+
+def test_one_hook_however_often_it_is_installed(lm_eval):
+    code = HOOKED * 2 + "import sys, lm_eval_coupling._startup as s; s.install(); s.install(asked=True)\n"
+    assert quiet(python(code + "print(sum(isinstance(f, s._Finder) for f in sys.meta_path))", ROOT)) == ["1"]
+
+
+def test_two_such_hooks_do_not_ask_each_other_for_ever(lm_eval):
+    code = HOOKED + "import sys, lm_eval_coupling._startup as s; sys.meta_path.insert(0, s._Finder())\n"
+    assert quiet(python(code + "import lm_eval.models as m; print(*m.model_registry)", ROOT, lm_eval())) == [
+        "coupling-hf"
+    ]
+
+
+def test_a_broken_lm_eval_breaks_neither_the_start_nor_its_own_message(lm_eval):
+    path = lm_eval(models="raise RuntimeError('broken upstream')")
+    assert quiet(python(HOOKED, ROOT, path)) == []
+    with_hook, without = (python(f"{start}import lm_eval.models", ROOT, path) for start in (HOOKED, ""))
+    assert with_hook.returncode == without.returncode == 1
+    assert with_hook.stderr.splitlines()[-1] == without.stderr.splitlines()[-1] == "RuntimeError: broken upstream"
+    assert "_coupling" not in with_hook.stderr.splitlines()[-2]
+
+
+def test_an_lm_eval_that_does_not_fit_is_a_warning(lm_eval):
+    path = lm_eval(registry="class Registry(dict): pass  # without the method that the plugin calls")
+    found = python(HOOKED + "import lm_eval.models; print('imported')", ROOT, path)
+    assert (found.returncode, found.stdout) == (0, "imported\n")
+    assert (
+        found.stderr.count("\n") == 1 and "lm-eval-coupling does not fit this lm-eval (lm_eval.models" in found.stderr
+    )
+
+
+def test_without_lm_eval_an_import_fails_as_usual():
+    found = python(HOOKED + "import lm_eval.models", ROOT)
+    assert found.stderr.endswith("ModuleNotFoundError: No module named 'lm_eval'\n") and "Error" in found.stderr
+
+
+def test_a_removed_package_is_silent():
+    code = HOOKED + "from importlib.util import find_spec; print(find_spec('lm_eval_coupling'))"
+    assert quiet(python(code)) == ["None"]
+
+
+def test_a_half_removed_package_is_silent(tmp_path, lm_eval):
+    package = tmp_path / "lm_eval_coupling"
+    package.mkdir()
+    for name in ("__init__.py", "_startup.py"):
+        (package / name).write_bytes((ROOT / "lm_eval_coupling" / name).read_bytes())
+    code = HOOKED + "import lm_eval.models as m; print(len(m.model_registry))"
+    assert quiet(python(code, lm_eval())) == ["0"]
+
+
+def test_the_finder_answers_for_the_modules_that_the_plugin_knows():
+    assert _startup.MODULES == set(plugin._STEPS)
+    assert _startup._Finder().find_spec("json") is None and _startup._Finder().find_spec("lm_eval") is None
+
+
+def test_the_files_are_what_site_reads():
+    """A line of a .pth is executed if it begins with import; a .start file (PEP 829) names a function."""
+    (line,) = (HOOK / "lm_eval_coupling_hook.pth").read_text().splitlines()
+    assert line.startswith("import ") and OPT_OUT in line
+    (entry,) = (HOOK / "lm_eval_coupling_hook.start").read_text().splitlines()
+    module, _, function = entry.partition(":")
+    assert getattr(importlib.import_module(module), function) is _startup.install
