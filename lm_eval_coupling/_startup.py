@@ -1,7 +1,7 @@
-"""Runs plugin.py after certain modules of lm-eval were imported; loaded at every interpreter start, so it imports next to nothing.
+"""Runs plugin.py after certain modules of lm-eval; loaded at every interpreter start, so it imports next to nothing.
 
-lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for five of its modules only, lets the ordinary finders find
-them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
+lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for five of its modules only, lets the ordinary finders
+find them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
 """
 
 import os

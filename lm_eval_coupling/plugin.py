@@ -72,7 +72,7 @@ def _register_model(models: Any) -> None:
 
 
 def _add_tasks(manager: Any) -> None:
-    """Ours belong to the defaults and come right after them: later folders override earlier ones, so a user's own win."""
+    """Ours come right after the defaults: later folders override earlier ones, so a user's own tasks win."""
     original = manager.TaskManager.__init__
 
     @functools.wraps(original)
