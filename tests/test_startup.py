@@ -1,4 +1,4 @@
-"""The start-up hook: what every interpreter pays for it, what it does on an import of lm-eval, what it must not break."""
+"""The start-up hook: what every interpreter pays for it, what it does on an import of lm-eval, what it leaves alone."""
 
 import importlib
 import os

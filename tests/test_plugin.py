@@ -1,0 +1,330 @@
+"""What lm-eval is told: nothing that its own models notice; for coupling-hf values, tables, tasks and plain errors."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny
+
+from lm_eval_coupling import load_records, plugin
+from lm_eval_coupling.errors import CouplingError
+
+lm_eval = pytest.importorskip("lm_eval")
+HOOK = Path(__file__).parents[1] / "hook"
+OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
+
+
+def python(code, *words, hook):
+    """Run ``code`` in a fresh interpreter with all packages, with or without what the start-up hook does."""
+    environment = {k: v for k, v in os.environ.items() if k != OPT_OUT} | ({} if hook else {OPT_OUT: "1"})
+    start = f"import site; site.addsitedir({str(HOOK)!r})\n"
+    found = subprocess.run(
+        [sys.executable, "-c", start + code, *map(str, words)],
+        env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOOK.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+EVALUATE = """
+import logging, sys
+from lm_eval import simple_evaluate
+from lm_eval.api.registry import model_registry
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+model_folder, tasks_folder, out, *names = sys.argv[1:]
+for model, arguments in {"dummy": "", "hf": f"pretrained={model_folder}"}.items():
+    tracker = EvaluationTracker(output_path=f"{out}/{model}")
+    results = simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=names,
+        task_manager=TaskManager(include_path=tasks_folder, include_defaults=False),
+        evaluation_tracker=tracker,
+        device="cpu",
+        batch_size=4,
+        limit=4,
+        bootstrap_iters=2,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results, samples)
+    for name in names:
+        tracker.save_results_samples(name, samples[name])
+    print(make_table(results))
+print("models:", *sorted(model_registry))
+print("ours:", *sorted(name for name in sys.modules if name.startswith("lm_eval_coupling")))
+"""
+TIMES = {"date", "start_time", "end_time", "total_evaluation_time_seconds"}
+
+
+def saved(folder):
+    """Every file below, by its name without the date; results without the times."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.json*")):
+        text = path.read_text()
+        if path.suffix == ".json":
+            text = {key: value for key, value in json.loads(text).items() if key not in TIMES}
+        found[re.sub(r"_\d{4}-.*\.", ".", str(path.relative_to(folder)))] = text
+    return found
+
+
+@pytest.mark.slow
+def test_other_models_are_evaluated_as_without_us(tmp_path):
+    names = [tiny.save_task(tmp_path / "tasks", kind) for kind in ("choice", "generate")]
+    words = tiny.save_model(tmp_path / "model", num_hidden_layers=2), tmp_path / "tasks"
+    with_hook, without = (python(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook) for hook in (True, False))
+    (*tables, models, ours), (*tables_without, models_without, none) = with_hook.splitlines(), without.splitlines()
+    assert "lm_eval_coupling.plugin" in ours and none == "ours:"
+    assert {*models.split()} - {*models_without.split()} == {"coupling-hf"}
+    assert {*models_without.split()} > {"hf", "dummy", "vllm"} and {*models_without.split()} < {*models.split()}
+    assert tables == tables_without and sum("|tiny_" in line for line in tables) == 4
+    files, files_without = saved(tmp_path / "True"), saved(tmp_path / "False")
+    assert len(files) == 6 and files.keys() == files_without.keys()
+    for name in files:
+        assert files[name] == files_without[name], name
+
+
+INSTALL = """
+import os
+from lm_eval import evaluator
+from lm_eval.api.registry import model_registry
+import lm_eval.loggers.evaluation_tracker, lm_eval.models, lm_eval.tasks.manager, lm_eval._cli.harness
+modules = evaluator, lm_eval.loggers.evaluation_tracker, lm_eval.tasks.manager, lm_eval._cli.harness
+
+def look():
+    wrapped = (
+        evaluator.evaluate,
+        evaluator.simple_evaluate,
+        lm_eval.loggers.evaluation_tracker.EvaluationTracker.save_results_aggregated,
+        lm_eval.tasks.manager.TaskManager.__init__,
+        lm_eval._cli.harness.HarnessCLI.execute,
+    )
+    return ["coupling-hf" in model_registry, *(function.__code__.co_filename for function in wrapped)], wrapped
+
+before = look()
+from lm_eval_coupling import plugin
+plugin.install()
+once = look()
+plugin.install()
+twice = look()
+print(before[0][0], sum("lm_eval_coupling" in file for file in before[0][1:]))
+print(once[0][0], sum("lm_eval_coupling" in file for file in once[0][1:]))
+print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
+"""
+
+
+@pytest.mark.slow
+def test_install_takes_effect_on_what_is_loaded_and_only_once():
+    assert python(INSTALL, hook=False).splitlines() == ["False 0", "True 5", "True 1"]
+
+
+@pytest.fixture(scope="module")
+def installed():
+    plugin.install()
+    import lm_eval._cli.harness  # noqa: F401
+    import lm_eval.evaluator  # noqa: F401
+    import lm_eval.loggers.evaluation_tracker  # noqa: F401
+
+    return lm_eval
+
+
+def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
+    plugin.require_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            CouplingError, match=rf"got output folder {folder}, which cannot be written .*choose another"
+        ):
+            plugin.require_writable(folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CouplingError, match="Permission denied"):
+        plugin.require_writable(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["file/out", "file/out.json"])
+def test_an_unwritable_output_path_is_told_before_any_work(installed, tmp_path, output):
+    (tmp_path / "file").touch()
+    tracker = types.SimpleNamespace(output_path=str(tmp_path / output))
+    with pytest.raises(CouplingError, match="cannot be written"):
+        installed.evaluator.simple_evaluate(
+            model="coupling-hf", model_args="pretrained=/nowhere", tasks=["none"], evaluation_tracker=tracker
+        )
+
+
+class Manager:
+    """Stands for lm-eval's task manager; remembers what it was asked for."""
+
+    def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
+        self.include_path = self.seen = include_path
+        self.rest = verbosity, include_defaults, metadata
+
+
+@pytest.mark.parametrize(
+    ("given", "theirs"),
+    [(None, []), ("a", ["a"]), (Path("a"), [Path("a")]), (["a", "b"], ["a", "b"]), (("a",), ["a"]), ([], [])],
+)
+def test_our_tasks_come_before_the_users(given, theirs):
+    manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
+    plugin._add_tasks(manager)
+    made = manager.TaskManager("INFO", given, metadata={"a": 1})
+    assert made.seen == [plugin.tasks_folder(), *theirs] and made.include_path == given
+    assert made.rest == ("INFO", True, {"a": 1})
+    assert manager.TaskManager(include_path=given, include_defaults=False).seen == theirs
+
+
+def test_the_users_task_wins_over_ours(installed, tmp_path, monkeypatch):
+    """With the real task manager; as indexing all of upstream's tasks takes ten seconds, there are none."""
+    from lm_eval.tasks import manager
+
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "defaults" / "manager.py"))
+    (tmp_path / "defaults").mkdir()
+    name = tiny.save_task(tmp_path / "theirs", "choice")
+    ours = manager.TaskManager(include_path=str(tmp_path / "theirs"))
+    assert {"arc", name} <= {*ours.all_tasks} and "arc" in ours.all_groups
+    (tmp_path / "theirs" / "arc.yaml").write_text(f"group: arc\ntask:\n  - {name}\n")
+    loaded = manager.TaskManager(include_path=str(tmp_path / "theirs")).load(["arc"])
+    assert [*loaded["tasks"]] == [name]
+
+
+def test_a_mistake_is_one_sentence(installed, capsys):
+    def fail(_):
+        raise CouplingError("got K = 0, expected 1 or more; choose another")
+
+    with pytest.raises(SystemExit) as ended:
+        installed._cli.harness.HarnessCLI().execute(argparse.Namespace(func=fail))
+    assert ended.value.code == 2 and ended.value.__suppress_context__
+    assert capsys.readouterr() == ("", "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n")
+
+
+def test_other_errors_and_results_pass_through(installed):
+    harness = installed._cli.harness.HarnessCLI()
+    with pytest.raises(ZeroDivisionError):
+        harness.execute(argparse.Namespace(func=lambda _: 1 / 0))
+    seen = []
+    harness.execute(argparse.Namespace(func=seen.append))
+    assert len(seen) == 1
+
+
+def evaluator(results):
+    """Stands for lm-eval's module `evaluator`, wrapped."""
+    module = types.SimpleNamespace(evaluate=lambda *_, **__: results, simple_evaluate=lambda *_, **__: results)
+    plugin._record_after_scoring(module)
+    return module
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_coupling_is_recorded_after_scoring(cached):
+    seen = []
+    lm = types.SimpleNamespace(record_coupling=lambda *given: seen.append(given))
+    lm = types.SimpleNamespace(lm=lm) if cached else lm
+    results, tasks = {"results": {}}, {"tasks": {}}
+    assert evaluator(results).evaluate(lm=lm, task_dict=tasks, limit=1) is results
+    assert seen == [(tasks, results)]
+    assert evaluator(None).evaluate(lm, tasks) is None and len(seen) == 2  # any process but the first
+    assert evaluator(results).evaluate(object(), tasks) is results and len(seen) == 2
+
+
+def test_a_failure_to_record_keeps_the_scores(caplog):
+    def fail(*_):
+        raise MemoryError("out of it")
+
+    results = {"results": {"a": 1}}
+    assert evaluator(results).evaluate(types.SimpleNamespace(record_coupling=fail), {}) is results
+    assert "coupling was not recorded; the scores are complete" in caplog.text and "out of it" in caplog.text
+
+
+@pytest.fixture
+def tracker(installed):
+    def make(output_path):
+        made = installed.loggers.evaluation_tracker.EvaluationTracker(output_path=output_path and str(output_path))
+        made.general_config_tracker.model_name_sanitized = "some__model"
+        return made
+
+    return make
+
+
+def pending(monkeypatch, write):
+    monkeypatch.setattr(plugin, "pending_tables", {"this": write, "other": None})
+    return {"results": {}, "config": {"coupling": {"run_id": "this"}}}
+
+
+@pytest.mark.parametrize(("output", "folder"), [("out", "out/some__model"), ("out/all.json", "out"), (None, None)])
+def test_tables_are_written_where_the_results_are(tracker, tmp_path, monkeypatch, output, folder):
+    seen = []
+    results = pending(monkeypatch, lambda *given: seen.append(given))
+    tracker(output and tmp_path / output).save_results_aggregated(results)
+    ((where, date),) = seen
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d+", date)
+    assert where == (folder and tmp_path / folder)
+    assert [p.parent for p in tmp_path.rglob(f"*_{date}.json")] == ([where] if where else [])
+    assert [*plugin.pending_tables] == ["other"]
+
+
+def test_a_real_run_leaves_a_table_beside_its_results(installed, tmp_path):
+    name = tiny.save_task(tmp_path / "tasks", "choice")
+    arguments = {
+        "pretrained": tiny.save_model(tmp_path / "model", num_hidden_layers=2),
+        "coupling_ranks": "4+8",
+        "coupling_limit": 3,
+        "coupling_store": str(tmp_path / "store.sqlite"),
+    }
+    made = installed.loggers.evaluation_tracker.EvaluationTracker(output_path=str(tmp_path / "out"))
+    results = installed.evaluator.simple_evaluate(
+        model="coupling-hf",
+        model_args=arguments,
+        tasks=[name],
+        task_manager=installed.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        evaluation_tracker=made,
+        device="cpu",
+        limit=5,
+        bootstrap_iters=0,
+    )
+    samples = results.pop("samples")
+    made.save_results_aggregated(results, samples)
+    (table,) = (tmp_path / "out").rglob("*.parquet")
+    (saved_results,) = (tmp_path / "out").rglob("results_*.json")
+    date = saved_results.stem.removeprefix("results_")
+    assert table == saved_results.parent / f"coupling_{name}_{date}.parquet"
+    measured = {sample["doc_hash"]: sample["coupling"] for sample in samples[name] if sample["coupling"] is not None}
+    assert len(samples[name]) == 5 and len(measured) == 3
+    assert {*load_records(tmp_path / "out").doc_hash} == {*measured}
+    about = json.loads(saved_results.read_text())
+    assert about["config"]["coupling"]["measured"] == 3
+    assert about["results"][name]["coupling,none"] == pytest.approx(sum(measured.values()) / 3)
+
+
+def test_tables_that_cannot_be_written_are_told_and_results_kept(tracker, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("disk full")
+
+    tracker(tmp_path).save_results_aggregated(pending(monkeypatch, fail))
+    assert "coupling tables were not written" in caplog.text and "disk full" in caplog.text
+    assert len([*tmp_path.rglob("results_*.json")]) == 1
+
+
+@pytest.mark.parametrize("results", [None, {}, {"config": {}}, {"config": {"coupling": {"run_id": "unknown"}}}])
+def test_results_of_others_write_no_tables(tracker, tmp_path, monkeypatch, results):
+    seen = []
+    pending(monkeypatch, lambda *given: seen.append(given))
+    tracker(tmp_path).save_results_aggregated(results)
+    assert not seen and [*plugin.pending_tables] == ["this", "other"]
+
+
+def test_an_lm_eval_that_does_not_fit_is_a_warning(caplog):
+    module = types.ModuleType("lm_eval._cli.harness")
+    with caplog.at_level(logging.WARNING):
+        plugin.after_import(module)
+    assert "does not fit this lm-eval (lm_eval._cli.harness: " in caplog.text and "HarnessCLI" in caplog.text
