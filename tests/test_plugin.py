@@ -185,12 +185,18 @@ def test_our_tasks_come_before_the_users(given, theirs):
     assert manager.TaskManager(include_path=given, include_defaults=False).seen == theirs
 
 
-def test_the_users_task_wins_over_ours(installed, tmp_path, monkeypatch):
-    """With the real task manager; as indexing all of upstream's tasks takes ten seconds, there are none."""
+@pytest.fixture
+def no_defaults(installed, tmp_path, monkeypatch):
+    """The real task manager without upstream's tasks, which take ten seconds to index."""
     from lm_eval.tasks import manager
 
-    monkeypatch.setattr(manager, "__file__", str(tmp_path / "defaults" / "manager.py"))
     (tmp_path / "defaults").mkdir()
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "defaults" / "manager.py"))
+    return manager
+
+
+def test_the_users_task_wins_over_ours(no_defaults, tmp_path):
+    manager = no_defaults
     name = tiny.save_task(tmp_path / "theirs", "choice")
     ours = manager.TaskManager(include_path=str(tmp_path / "theirs"))
     assert {"arc", name} <= {*ours.all_tasks} and "arc" in ours.all_groups
@@ -207,6 +213,21 @@ def test_a_mistake_is_one_sentence(installed, capsys):
         installed._cli.harness.HarnessCLI().execute(argparse.Namespace(func=fail))
     assert ended.value.code == 2 and ended.value.__suppress_context__
     assert capsys.readouterr() == ("", "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n")
+
+
+def test_a_wrong_argument_on_lm_evals_command_line(no_defaults, tmp_path, monkeypatch, capfd):
+    name = tiny.save_task(tmp_path / "tasks", "choice")
+    words = ["--model", "coupling-hf", "--model_args", "pretrained=/nowhere,coupling_rank=4", "--tasks", name]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--include_path", str(tmp_path / "tasks")])
+    from lm_eval.__main__ import cli_evaluate
+
+    with pytest.raises(SystemExit) as ended:
+        cli_evaluate()
+    told = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in told
+    assert told.splitlines()[-1].startswith(
+        "lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra"
+    )
 
 
 def test_other_errors_and_results_pass_through(installed):
