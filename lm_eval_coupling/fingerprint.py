@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 _CHUNK = 1 << 22
 # Facts about where a model came from or how it is run, not about the function it computes.
-_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_attn_implementation"}
+_IRRELEVANT = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+    "_attn_implementation",
+}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -219,13 +219,17 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
     arrays = {name: _array(torch.stack([at[name] for at in by_rank])) for name in by_rank[0]}
     overlap = torch.stack([coupling_maths.subspace_overlaps(basis, settings.ranks) for basis in (U, V)], dim=1)
     gap = torch.stack([relative_gap(triplets.S, k) for k in settings.ranks])
-    return proof | arrays | {
-        "subspace_overlap": _array(overlap),
-        "singular_values": _array(S),
-        "gap": _array(gap),
-        "svd_residual": _array(triplets.residual),
-        "reason": _undefined_pairs(arrays["normalized_miscoupling"]),
-    }
+    return (
+        proof
+        | arrays
+        | {
+            "subspace_overlap": _array(overlap),
+            "singular_values": _array(S),
+            "gap": _array(gap),
+            "svd_residual": _array(triplets.residual),
+            "reason": _undefined_pairs(arrays["normalized_miscoupling"]),
+        }
+    )
 
 
 def _at_rank(k: int, A, A_vju, S, d_model: int) -> dict[str, torch.Tensor]:

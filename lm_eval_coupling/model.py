@@ -67,9 +67,7 @@ class Options:
             CouplingError: naming the argument that is wrong.
         """
         options = cls(
-            Settings(
-                tuple(_whole("ranks", k) for k in _several(ranks)), tuple(map(str, _several(measures))), dtype, method
-            ),
+            Settings(tuple(_whole("ranks", k) for k in _several(ranks)), tuple(map(str, _several(measures))), dtype, method),
             None if limit == "all" else _whole("limit", limit),
             _whole("seed", seed),
             _whole("position", position),
@@ -220,7 +218,9 @@ class CouplingLM(HFLM):
                         bar.update()
         except KeyboardInterrupt:
             counts["interrupted"] = 1
-            logger.warning("coupling: interrupted after %d of %d prompts; scores and measurements are kept", len(rows), total)
+            logger.warning(
+                "coupling: interrupted after %d of %d prompts; scores and measurements are kept", len(rows), total
+            )
         return rows, counts
 
     def _prompts(self, document: Document) -> list[Prompt]:

@@ -177,9 +177,7 @@ def _safe(task: str) -> str:
 
 def _write_atomically(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # same folder: os.replace must not cross file systems
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace must not cross file systems
     try:
         with open(unfinished, "wb") as file:
             pq.write_table(table, file, compression="zstd")

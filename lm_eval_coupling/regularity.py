@@ -75,9 +75,7 @@ def _steps(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch s
 def _windows(values: Float[Tensor, "*batch steps"], window: int | None) -> Float[Tensor, "*batch windows window"]:
     steps = values.shape[-1]
     if steps == 0:
-        raise CouplingError(
-            "got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block"
-        )
+        raise CouplingError("got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block")
     if window is None:
         window = steps
     if not 1 <= window <= steps:

@@ -107,6 +107,12 @@ class BlockCall:
         kwargs = {name: _cut(name, value, token, self.seq) for name, value in self.kwargs.items()}
         return self._run(x[None, None], args, kwargs)[0, 0]
 
+    def one_query(self, token: int) -> Float[Tensor, "1 seq d_model"]:
+        """Run the block on the whole sequence with masks cut to one query row: only row ``token`` of it may be used."""
+        args = tuple(_cut_row(value, token, self.seq) for value in self.args)
+        kwargs = {name: _cut_row(value, token, self.seq) for name, value in self.kwargs.items()}
+        return self._run(self.resid_pre, args, kwargs)
+
     def _run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return _hidden(self.module(hidden, *args, **kwargs))
 
@@ -126,6 +132,11 @@ def _cut(name: str, value: Any, t: int, n: int) -> Any:
     if value.dim() >= 2 and value.shape[-2:] == (n, n):
         return value[..., t : t + 1, t : t + 1]
     return value
+
+
+def _cut_row(value: Any, t: int, n: int) -> Any:
+    square = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2:] == (n, n)
+    return value[..., t : t + 1, :] if square else value
 
 
 def _replayable(name: str, value: Any) -> Any:
@@ -183,7 +194,7 @@ class ResidualModel:
             The wrapped model, in evaluation mode. Costs under a second and some megabytes.
 
         Raises:
-            CouplingError: if TransformerLens has no adapter for the architecture, or the blocks do not form a residual stream.
+            CouplingError: if TransformerLens has no adapter for the architecture, or its blocks are no residual stream.
         """
         base = hf_model.get_base_model() if hasattr(hf_model, "peft_config") else hf_model
         _refuse_unsupported(base)

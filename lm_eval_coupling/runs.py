@@ -63,9 +63,7 @@ def _results(paths: Path | str | Iterable[Path | str]) -> Iterable[tuple[Path, d
     seen: set[Path] = set()
     for root in roots:
         if not root.exists():
-            raise CouplingError(
-                f"got {root}, which does not exist; give folders that lm-eval wrote or its result files"
-            )
+            raise CouplingError(f"got {root}, which does not exist; give folders that lm-eval wrote or its result files")
         # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
         files = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
         for file in files:
@@ -165,9 +163,7 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
     }
     for name, first in members[0]["measures"].items():
         for rank in [None] if "mean" in first else first:
-            parts = [
-                m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members
-            ]
+            parts = [m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members]
             pooled = pool([part for part in parts if part])
             at = "" if rank is None else f"@{rank}"
             columns |= {

@@ -96,9 +96,7 @@ def _require(wanted: Any, there: set[Any], what: str, where: str) -> None:
 def _overview(tasks: dict[str, _Saved]) -> Table:
     about = next(iter(tasks.values())).about
     size = f"{about['n_layers']} layers of width {about['d_model']}, " if "n_layers" in about else ""
-    title = (
-        f"{about.get('model')} ({size}coupling = 1 − mean miscoupling of different layers, ↑; worst error: certificate)"
-    )
+    title = f"{about.get('model')} ({size}coupling = 1 − mean miscoupling of different layers, ↑; worst error: certificate)"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("task", overflow="fold", ratio=2)
     table.add_column("docs", justify="right", no_wrap=True)
@@ -197,9 +195,7 @@ def _print_prompt(console: Console, row: pd.Series, saved: _Saved) -> None:
     rank = saved.headline
     text = row["text"] if len(row["text"]) <= _PROMPT_TAIL else "…" + row["text"][-_PROMPT_TAIL:]
     where = f"token {row['position']} of {row['n_tokens']}"
-    console.print(
-        f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}"
-    )
+    console.print(f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}")
     console.print(Text(_CONTROL.sub("�", text), style="italic"))
     if row["reason"]:
         console.print(Text(f"Note: {row['reason']}"))

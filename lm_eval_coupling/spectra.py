@@ -86,9 +86,7 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     """
     values = S.shape[-1]
     if not 1 <= k <= values:
-        raise CouplingError(
-            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
-        )
+        raise CouplingError(f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more")
     if k == values:
         return torch.full_like(S[..., 0], torch.nan)
     return (S[..., k - 1] - S[..., k]) / S[..., k - 1]

@@ -56,8 +56,7 @@ class MeasurementStore:
         except sqlite3.Error as error:
             self.close()
             raise CouplingError(
-                f"got {self.path} as the store, which is no readable measurement store ({error}); "
-                f"delete it or {_ANOTHER}"
+                f"got {self.path} as the store, which is no readable measurement store ({error}); delete it or {_ANOTHER}"
             ) from None
         except CouplingError:
             self.close()
@@ -79,9 +78,7 @@ class MeasurementStore:
             found = self._connection.execute("SELECT columns FROM measurements WHERE key = ?", (key,)).fetchone()
             return None if found is None else _decode(found[0])
         except Exception as error:  # a damaged entry takes any form; measuring again is always right
-            logger.warning(
-                "coupling: entry %s of %s is unreadable (%s) and is measured again", key[:8], self.path, error
-            )
+            logger.warning("coupling: entry %s of %s is unreadable (%s) and is measured again", key[:8], self.path, error)
             return None
 
     def put(self, key: str, columns: dict[str, Any]) -> None:
@@ -114,9 +111,7 @@ class MeasurementStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CouplingError(
-                f"got {self.path} as the store, whose folder cannot be made ({error}); {_ANOTHER}"
-            ) from None
+            raise CouplingError(f"got {self.path} as the store, whose folder cannot be made ({error}); {_ANOTHER}") from None
         if self.path.is_dir():
             raise CouplingError(f"got the folder {self.path} as the store, expected a file; {_ANOTHER}")
         for place in (folder, self.path):  # SQLite writes its journal beside the file

@@ -65,7 +65,68 @@ CASES: dict[str, tuple[str, dict]] = {
     "granite": ("granite", _LLAMA_LIKE | {"residual_multiplier": 0.5}),
     "cohere": ("cohere", _LLAMA_LIKE),
     "starcoder2": ("starcoder2", _LLAMA_LIKE | {"sliding_window": 5}),
+    "olmo3": ("olmo3", _LLAMA_LIKE | {"sliding_window": 5}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        _LLAMA_LIKE
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 20,
+        },
+    ),
+    "qwen3-moe": ("qwen3_moe", _LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}),
+    "gpt-oss": (
+        "gpt_oss",
+        _LLAMA_LIKE | {"head_dim": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _MHA
+        | {
+            "q_lora_rank": 12,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 6,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 20,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "qwen3-next": (
+        "qwen3_next",
+        _LLAMA_LIKE
+        | {
+            "head_dim": 6,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 6,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 20,
+            "mlp_only_layers": [],
+        },
+    ),
 }
+
+_EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"}
+
+
+def levels(case: str) -> list[str]:
+    """The level that each of the two layers of a family is served by."""
+    if case == "qwen3-next":
+        return ["autodiff", "token-local"]  # linear attention, then softmax attention; experts in both
+    if case == "deepseek-v3":
+        return ["closed", "token-local"]  # dense, then experts
+    return ["token-local" if case in _EXPERTS else "closed"] * 2
 
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64, **changes) -> torch.nn.Module:
@@ -80,7 +141,7 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, **changes) -> torc
                 parameter.normal_(0, 0.2)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if case == "mixtral":
+    if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
 

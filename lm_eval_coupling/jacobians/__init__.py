@@ -6,8 +6,9 @@ token, one output token: J[i, j] = ∂f^l_i(token t2) / ∂x^{l-1}_j(token t1) (
 positions or approximated; TransformerLens' `JacobianLens` is averaged and reaches to the final layer, and the paper's
 release differentiates norm∘block in its last layer.
 
-Levels: ``token-local`` (one-token passes, any softmax attention), ``autodiff`` (whole sequence, any model). ``auto`` takes
-the first whose result agrees with the model's own derivative (certify.py).
+Levels: ``closed`` (matrix products, where every step has a rule), ``token-local`` (one-token passes, any softmax attention),
+``autodiff`` (whole sequence, any model). ``auto`` takes the first whose result agrees with the model's own derivative
+(certify.py).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import TOLERANCE, certify
+from lm_eval_coupling.jacobians.closed import closed_jacobian
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 
-LEVELS = {"token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
+LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
 
 
@@ -60,7 +62,7 @@ def block_jacobians(
         output_token: t2; negative counts from the end.
         input_token: t1; ``None`` means t1 = t2. For t1 > t2 a causal model's Jacobian is exactly zero.
         layers: block indices from 0; ``None`` means all.
-        method: ``auto``, ``token-local`` or ``autodiff``.
+        method: ``auto``, ``closed``, ``token-local`` or ``autodiff``.
         dtype: arithmetic, ``torch.float32`` or ``torch.float64``, whatever dtype the model runs in.
 
     Returns:

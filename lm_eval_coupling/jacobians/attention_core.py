@@ -52,8 +52,8 @@ def _heads(tensor: Tensor, batch: torch.Size) -> Tensor:
     return tensor.expand(*batch, *tensor.shape[-2:]).reshape(batch.numel(), *tensor.shape[-2:])
 
 
-class _Watch(TorchFunctionMode):
-    """Common part: follows a block through scores → softmax → values."""
+class Watch(TorchFunctionMode):
+    """Follows a block through scores → softmax → values; what it does there is for subclasses to say."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,66 +62,74 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.stage == "scores":
-            if (factors := _operands(func, args, kwargs)) is not None:
-                self.product = factors
-                return self.on_scores(func, args, kwargs)
-            if self.product is not None and func in _SOFTMAXES:
-                self.stage = "values"
-                return self.on_softmax(func, args, kwargs)
-            return self.on_between(func, args, kwargs)
+        if self.stage == "scores" and (factors := _operands(func, args, kwargs)) is not None:
+            self.product = factors
+            return self._on_scores(func, args, kwargs)
+        if self.stage == "scores" and self.product is not None and func in _SOFTMAXES:
+            self.stage = "values"
+            return self._on_softmax(func, args, kwargs)
         if self.stage == "values" and (factors := _operands(func, args, kwargs)) is not None:
             self.stage = "done"
-            return self.on_values(func, args, kwargs, *factors)
+            return self._on_values(func, args, kwargs, *factors)
+        return self._on_other(func, args, kwargs)
+
+    def _on_scores(self, func, args, kwargs):
         return func(*args, **kwargs)
 
-    def on_scores(self, func, args, kwargs):
+    def _on_softmax(self, func, args, kwargs):
         return func(*args, **kwargs)
 
-    def on_between(self, func, args, kwargs):
-        return func(*args, **kwargs)
-
-    def on_softmax(self, func, args, kwargs):
-        return func(*args, **kwargs)
-
-    def on_values(self, func, args, kwargs, weights, values):
+    def _on_values(self, func, args, kwargs, weights, values):
         raise NotImplementedError
 
+    def _on_other(self, func, args, kwargs):
+        return func(*args, **kwargs)
 
-class _Record(_Watch):
-    """Keeps queries, keys, values, weights and the slope of the scores of a whole-sequence call."""
 
-    def on_scores(self, func, args, kwargs):
+class _Record(Watch):
+    """Keeps queries, keys, values, weights and the slope of the scores at one output token, then stops the block."""
+
+    def __init__(self, output_token: int, alone: bool) -> None:
+        super().__init__()
+        self.token, self.alone = output_token, alone
+
+    def _row(self, tensor: Tensor) -> Tensor:
+        """Row of the output token, whether it came alone or among all."""
+        return tensor[..., self.token if tensor.shape[-2] > 1 else 0, :]
+
+    def _on_scores(self, func, args, kwargs):
+        q, k_t = self.product
+        self.seq = q.shape[-2]
+        self.q = q[..., self.token : self.token + 1, :]
+        self.raw = torch.matmul(self.q if self.alone else q, k_t).detach().requires_grad_(True)
         if func in _ADDED_PRODUCTS:
-            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-            self.raw = torch.bmm(*self.product).detach().requires_grad_(True)
-            return beta * args[0] + alpha * self.raw
-        self.raw = func(*args, **kwargs).detach().requires_grad_(True)
+            return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self.raw
         return self.raw * 1  # in-place steps are not allowed on a leaf
 
-    def on_between(self, func, args, kwargs):
+    def _on_other(self, func, args, kwargs):
         if self.product is not None and func in _MAXIMA:
             args = (args[0].detach(), *args[1:])  # a stabilising shift is no part of the slope (GPT-OSS)
         return func(*args, **kwargs)
 
-    def on_softmax(self, func, args, kwargs):
+    def _on_softmax(self, func, args, kwargs):
         scores = args[0] if args else kwargs.pop("input")
-        (self.slope,) = torch.autograd.grad(scores.sum(), self.raw)
+        (slope,) = torch.autograd.grad(self._row(scores).sum(), self.raw)
+        self.slope = self._row(slope)
         return func(scores.detach(), *args[1:], **kwargs)
 
-    def on_values(self, func, args, kwargs, weights, values):
-        self.weights, self.values = weights, values
-        return func(*args, **kwargs)
+    def _on_values(self, func, args, kwargs, weights, values):
+        self.weights, self.values = self._row(weights), values
+        raise _Abort
 
 
-class Substitute(_Watch):
-    """Hands the core's (q, k, v) of a one-token call, each [head, d_head], to ``answer`` and puts its reply in their place."""
+class Substitute(Watch):
+    """Hands the core's (q, k, v) of a one-token call, each [head, d_head], to ``answer``, whose reply takes their place."""
 
     def __init__(self, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.answer = answer
 
-    def on_values(self, func, args, kwargs, weights, values):
+    def _on_values(self, func, args, kwargs, weights, values):
         q, k_t = self.product
         batch = q.shape[:-2]
         z = self.answer(
@@ -144,34 +152,45 @@ class AttentionRecord:
     z: Float[Tensor, "head d_value"]
 
     @classmethod
-    def of(cls, run: Callable[[], object], output_token: int, dtype: torch.dtype) -> AttentionRecord:
-        """Watch ``run``, a whole-sequence call of one block, and keep row ``output_token``.
+    def of(cls, call, output_token: int) -> AttentionRecord:
+        """Run a :class:`~lm_eval_coupling.residual.BlockCall` up to its attention core, keeping row ``output_token``.
+
+        Costs the projections of every token to keys and values, and one pass over the keys.
 
         Raises:
             NoAttentionCore: if the call holds no softmax attention core.
         """
-        watch = _Record()
-        with torch.enable_grad(), watch:
-            run()
-        if watch.stage != "done":
+        try:
+            return cls._watched(_Record(output_token, alone=True), lambda: call.one_query(output_token), call)
+        except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
+            return cls._watched(_Record(output_token, alone=False), lambda: call(call.resid_pre), call)
+
+    @classmethod
+    def _watched(cls, watch: _Record, run: Callable[[], object], call) -> AttentionRecord:
+        try:
+            with torch.enable_grad(), watch:
+                run()
+        except _Abort:
+            pass
+        else:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
-        q, k_t = watch.product
-        batch, seq = q.shape[:-2], q.shape[-2]
-        if k_t.shape[-1] != seq or watch.values.shape[-2] != seq:
-            raise NoAttentionCore(f"{k_t.shape[-1]} keys and {watch.values.shape[-2]} values for {seq} tokens")
+        k_t, seq = watch.product[1], call.seq
+        batch = watch.q.shape[:-2]
+        sizes = {watch.seq, k_t.shape[-1], watch.values.shape[-2]}
+        if sizes != {seq} or watch.weights.shape[-1] < seq:
+            raise NoAttentionCore(f"got queries, keys and values of lengths {sorted(sizes)}, expected {seq}")
 
-        def row(tensor):
-            return _heads(tensor, batch)[:, output_token, :seq].detach().to(dtype)
+        def heads(tensor):
+            return _heads(tensor, batch).detach().to(call.dtype)
 
-        v = _heads(watch.values, batch).detach().to(dtype)
-        weights = row(watch.weights)
+        weights, v = heads(watch.weights[..., None, :seq]), heads(watch.values)
         return cls(
-            q=_heads(q, batch)[:, output_token].detach().to(dtype),
-            k=_heads(k_t, batch).transpose(1, 2).detach().to(dtype),
+            q=heads(watch.q)[:, 0],
+            k=heads(k_t).transpose(1, 2),
             v=v,
-            weights=weights,
-            slope=row(watch.slope),
-            z=torch.bmm(weights[:, None], v)[:, 0],
+            weights=weights[:, 0],
+            slope=heads(watch.slope[..., None, :])[:, 0],
+            z=torch.bmm(weights, v)[:, 0],
         )
 
 

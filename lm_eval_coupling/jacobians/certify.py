@@ -12,6 +12,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
     """Relative error of uᵀJ against one backward pass through the whole block, for a fixed random u.
 
+    J is what remains of ∂F when the identity is taken off. Where it is tiny beside that identity, its rounding is what it
+    is compared with: a certificate below ``TOLERANCE`` then means an absolute error of at most four roundings of 1.
+
     Args:
         call: a :class:`~lm_eval_coupling.residual.BlockCall`, inside its ``ready()`` context.
         jacobian: J of the block *without* its skip connection.
@@ -19,8 +22,7 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
         input_token: absolute index.
 
     Returns:
-        ‖uᵀJ − ∂(u·f)/∂x‖ / ‖∂(u·f)/∂x‖, 0 where both are zero, infinity where only the model's is, NaN for a
-        Jacobian that is not finite.
+        ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
     generator = torch.Generator().manual_seed(call.layer)
     u = torch.randn(jacobian.shape[0], generator=generator, dtype=torch.float64).to(jacobian)
@@ -31,7 +33,5 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
     truth = grad[0, input_token]
     if output_token == input_token:
         truth = truth - u
-    error, scale = (u @ jacobian - truth).norm(), truth.norm()
-    if scale == 0:
-        return 0.0 if error == 0 else float("inf")
-    return (error / scale).item()
+    rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]
+    return ((u @ jacobian - truth).norm() / torch.maximum(truth.norm(), rounding)).item()

@@ -50,9 +50,7 @@ def jacobian_rows(function, x: Float[Tensor, " d_in"], budget: int, live: int = 
     eye = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
     if not y.requires_grad:  # x does not reach the output at all
         return torch.zeros(y.numel(), x.numel(), dtype=x.dtype, device=x.device)
-    rows = [
-        _grad(y, x, some, is_grads_batched=True, retain_graph=True) for some in eye.split(_chunk(x, budget, live))
-    ]
+    rows = [_grad(y, x, some, is_grads_batched=True, retain_graph=True) for some in eye.split(_chunk(x, budget, live))]
     return torch.cat(rows)
 
 

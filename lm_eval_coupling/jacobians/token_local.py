@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def token_local_jacobian(call, output_token: int, input_token: int, budget: int)
     Raises:
         NoAttentionCore: if the block holds no softmax attention.
     """
-    record = AttentionRecord.of(lambda: call(call.resid_pre), output_token, call.dtype)
+    record = AttentionRecord.of(call, output_token)
     core = LinearCore.at(record, output_token, input_token)
     function = _same_token(call, core, output_token) if core.same_token else _other_token(call, core, output_token)
     return jacobian_columns(function, call.resid_pre[0, input_token], budget)

@@ -1,0 +1,187 @@
+"""Derivatives kept in the shape they have: near-identity, rows of a weight matrix, or a product not yet multiplied out.
+
+A tangent is the derivative of a tensor with respect to an :class:`Origin`, a vector of ``width`` numbers (one per row of a
+batch). An origin is the variable itself, or a vector inside the block whose own derivative by an earlier origin is known.
+Placing an origin where a norm ends and where a residual is added is what makes the derivative cheap: a weight matrix is
+then the derivative of its output as it stands, and the factors in between are multiplied out once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """What tangents are taken with respect to. ``operator`` is its own tangent over an earlier origin, None at the root."""
+
+    batch: int
+    width: int
+    operator: Tangent | None = None
+
+    @property
+    def ancestors(self) -> list[Origin]:
+        """This origin and those it depends on, nearest first."""
+        return [self, *(self.operator.origin.ancestors if self.operator is not None else [])]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NearIdentity:
+    """diag(d) + L Rᵀ, the derivative of a vector as wide as its origin: what residuals and norms leave of the identity.
+
+    ``left`` and ``right`` are None where there is no low-rank part; ``exact`` marks the identity itself.
+    """
+
+    origin: Origin
+    diagonal: Float[Tensor, "batch width"]
+    left: Float[Tensor, "batch width rank"] | None = None
+    right: Float[Tensor, "batch width rank"] | None = None
+    exact: bool = False
+
+    @classmethod
+    def identity(cls, origin: Origin, like: Tensor) -> NearIdentity:
+        """The derivative of an origin with respect to itself, in the dtype and on the device of ``like``."""
+        return cls(origin, like.new_ones(()).expand(origin.batch, origin.width), exact=True)
+
+    @cached_property
+    def as_origin(self) -> Origin:
+        """The vector itself as an origin, the same one for every weight that is applied to it."""
+        return self.origin if self.exact else Origin(self.origin.batch, self.origin.width, self)
+
+    def scaled(self, factor: Tensor, shape: torch.Size) -> NearIdentity:
+        """Derivative of the vector times ``factor``, entry by entry; ``shape`` is that of the vector."""
+        f = factor.expand(shape).reshape(self.origin.batch, self.origin.width)
+        left = None if self.left is None else self.left * f[..., None]
+        return NearIdentity(self.origin, self.diagonal * f, left, self.right)
+
+    def plus(self, left: Tensor | None, right: Tensor | None, diagonal: Tensor | float = 0) -> NearIdentity:
+        """With diag(d) + L Rᵀ added."""
+        if self.left is not None and left is not None:
+            left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
+        elif left is None:
+            left, right = self.left, self.right
+        return NearIdentity(self.origin, self.diagonal + diagonal, left, right)
+
+    def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
+        """``matrix`` @ (diag(d) + L Rᵀ)."""
+        product = matrix * self.diagonal[:, None]
+        return product if self.left is None else product.baddbmm_(matrix @ self.left, self.right.mT)
+
+    def total(self) -> Float[Tensor, "batch width"]:
+        """Derivative of the sum of the vector's entries."""
+        if self.left is None:
+            return self.diagonal
+        return self.diagonal + (self.right @ self.left.sum(1)[..., None])[..., 0]
+
+    def matrix(self) -> Float[Tensor, "batch width width"]:
+        """Multiplied out."""
+        product = torch.diag_embed(self.diagonal)
+        return product if self.left is None else product.baddbmm_(self.left, self.right.mT)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense:
+    """``scale`` times ``matrix``, the derivative of a tensor of any shape, one row of ``width`` numbers for each entry.
+
+    Both broadcast to [*shape of the tensor, width]; a weight matrix serves as it stands, never copied for its scale.
+    """
+
+    origin: Origin
+    matrix: Float[Tensor, "*#shape width"]
+    scale: Float[Tensor, "*#shape 1"] | None = None
+
+    def scaled(self, factor: Tensor, shape: torch.Size) -> Dense:
+        """Derivative of the tensor times ``factor``, entry by entry."""
+        del shape
+        factor = factor[..., None]
+        return dataclasses.replace(self, scale=factor if self.scale is None else self.scale * factor)
+
+    def mapped(self, function: Callable[[Tensor], Tensor], shape: torch.Size) -> Dense:
+        """Derivative after a linear rearrangement of the entries of a tensor of ``shape``."""
+        matrix = function(self.matrix.expand(*shape, self.origin.width))
+        scale = None if self.scale is None else function(self.scale.expand(*shape, 1))
+        return Dense(self.origin, matrix, scale)
+
+    def values(self) -> Float[Tensor, "*#shape width"]:
+        """The product of scale and matrix."""
+        return self.matrix if self.scale is None else self.matrix * self.scale
+
+    def rows(self, shape: torch.Size) -> Float[Tensor, "batch rows width"]:
+        """Multiplied out for a tensor of ``shape``, one matrix per row of the batch."""
+        return self.values().expand(*shape, self.origin.width).reshape(self.origin.batch, -1, self.origin.width)
+
+    def outer(self, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+        """Factors L, R [batch, width, 1] if this is the derivative of a vector times one number per row of the batch."""
+        batch, width = self.origin.batch, self.origin.width
+        if self.matrix.numel() != batch * width or math.prod(shape) != batch * width:
+            return None
+        ones = self.matrix.new_ones(1) if self.scale is None else self.scale[..., 0]
+        return ones.expand(shape).reshape(batch, width, 1), self.matrix.reshape(batch, width, 1)
+
+
+Tangent = NearIdentity | Dense
+
+
+def dense(tangent: Tangent, shape: torch.Size) -> Dense:
+    """``tangent``, that of a tensor of ``shape``, as one row per entry."""
+    if isinstance(tangent, Dense):
+        return tangent
+    return Dense(tangent.origin, tangent.matrix().reshape(*shape, tangent.origin.width))
+
+
+def lifted(tangent: Tangent, shape: torch.Size, origin: Origin) -> Tangent:
+    """``tangent``, that of a tensor of ``shape``, over ``origin``, an ancestor of its own."""
+    while tangent.origin is not origin:
+        operator = tangent.origin.operator
+        if isinstance(tangent, NearIdentity) and tangent.exact and isinstance(operator, NearIdentity):
+            tangent = operator
+            continue
+        if isinstance(tangent, NearIdentity) and tangent.exact:
+            rows = operator.matrix
+        else:
+            rows = dense(tangent, shape).rows(shape)
+            rows = operator.after(rows) if isinstance(operator, NearIdentity) else rows @ operator.matrix
+        tangent = Dense(operator.origin, rows.reshape(*shape, operator.origin.width))
+    return tangent
+
+
+def common_origin(tangents: Sequence[Tangent]) -> Origin:
+    """The nearest origin that all depend on."""
+    lines = [tangent.origin.ancestors for tangent in tangents]
+    return next(origin for origin in lines[0] if all(origin in line for line in lines[1:]))
+
+
+def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size) -> Tangent:
+    """Derivative of the sum of two tensors. Where a residual is added to something dense, the sum becomes a new origin."""
+    origin = common_origin([a, b])
+    a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)
+    shape = torch.broadcast_shapes(a_shape, b_shape)
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return _both_dense(a, b, shape)
+    if isinstance(b, NearIdentity):
+        a, b = b, a
+    if isinstance(b, NearIdentity):
+        return a.plus(b.left, b.right, b.diagonal)
+    if (factors := b.outer(shape)) is not None:
+        return a.plus(*factors)
+    rows = b.rows(shape)
+    total = (
+        rows + a.matrix()
+        if a.left is not None
+        else rows.diagonal_scatter(rows.diagonal(dim1=1, dim2=2) + a.diagonal, dim1=1, dim2=2)
+    )
+    return NearIdentity.identity(Origin(origin.batch, origin.width, Dense(origin, total)), total)
+
+
+def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
+    if b.scale is None:
+        a, b = b, a
+    total = a.matrix + b.matrix if b.scale is None else torch.addcmul(a.values(), b.matrix, b.scale)
+    return Dense(a.origin, total.expand(*shape, a.origin.width))
