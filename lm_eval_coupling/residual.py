@@ -77,6 +77,7 @@ class BlockCall:
 
     layer: int
     module: nn.Module
+    weights: Sequence[Tensor]
     resid_pre: Float[Tensor, "1 seq d_model"]
     args: tuple
     kwargs: dict[str, Any]
@@ -94,7 +95,7 @@ class BlockCall:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Upcast this block's weights, and only them, for as long as the context lasts."""
-        with upcast(_state(self.module), self.dtype), _arithmetic(self.dtype):
+        with upcast(self.weights, self.dtype), _arithmetic(self.dtype):
             yield
 
     def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
@@ -180,6 +181,8 @@ class ResidualModel:
         self.blocks = [block.original_component for block in bridge.blocks]
         self.n_layers = len(self.blocks)
         self.d_model = bridge.cfg.d_model
+        self._block_weights = [_state(block) for block in self.blocks]
+        self._outside_weights = self._outside_blocks()
         self.n_params = sum(p.numel() for p in self.model.parameters())
 
     @classmethod
@@ -251,14 +254,14 @@ class ResidualModel:
         calls: list[BlockCall] = []
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(upcast(self._outside_blocks(), dtype))
+            stack.enter_context(upcast(self._outside_weights, dtype))
             stack.enter_context(_arithmetic(dtype))
             for layer, block in enumerate(self.blocks):
                 weights = contextlib.ExitStack()
 
                 def before(module, args, kwargs, layer=layer, weights=weights):
-                    weights.enter_context(upcast(_state(module), dtype))
-                    calls.append(_block_call(layer, module, args, kwargs))
+                    weights.enter_context(upcast(self._block_weights[layer], dtype))
+                    calls.append(_block_call(layer, module, self._block_weights[layer], args, kwargs))
 
                 def after(module, args, kwargs, output, layer=layer, weights=weights):
                     weights.close()
@@ -275,7 +278,7 @@ class ResidualModel:
 
     def _outside_blocks(self) -> list[Tensor]:
         """Embeddings and position tables, but not an untied head: it is never run."""
-        inside = {id(t) for block in self.blocks for t in _state(block)}
+        inside = {id(t) for weights in self._block_weights for t in weights}
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         if head is not None and head.weight is not embedding.weight:
@@ -319,11 +322,13 @@ class ResidualModel:
             )
 
 
-def _block_call(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+def _block_call(
+    layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]
+) -> BlockCall:
     kwargs = {name: _replayable(name, value) for name, value in kwargs.items()}
     hidden = args[0] if args else kwargs.pop("hidden_states")
     rest = tuple(_replayable("", value) for value in args[1:])
-    return BlockCall(layer, module, hidden.detach(), rest, kwargs)
+    return BlockCall(layer, module, weights, hidden.detach(), rest, kwargs)
 
 
 def _twin(model: nn.Module) -> nn.Module:

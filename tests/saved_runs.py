@@ -57,8 +57,7 @@ def value(mean, stderr=0.01, n=10):
 
 def task_summary(mean=0.3, n=10, failed=0, reasons=None):
     measures = {
-        name: {k: value(mean - k / 1000, n=n) for k in CHANCE}
-        for name in ("coupling", "coupling_with_diagonal", *PAIRS)
+        name: {k: value(mean - k / 1000, n=n) for k in CHANCE} for name in ("coupling", "coupling_with_diagonal", *PAIRS)
     }
     measures |= {"line_shape_score": value(2.0, n=n), "expodistance": value(0.5, n=n)}
     return {"measured": n, "failed": failed, "reasons": reasons or {}, "measures": measures}

@@ -121,9 +121,7 @@ def test_the_wheel_holds_the_package_the_tasks_and_the_hook(wheel):
 
 def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
     hatchling_build = pytest.importorskip("hatchling.build", reason="the build backend is not installed")
-    code = (
-        f"import os; os.chdir({str(ROOT)!r}); import {hatchling_build.__name__} as b; b.build_sdist({str(tmp_path)!r})"
-    )
+    code = f"import os; os.chdir({str(ROOT)!r}); import {hatchling_build.__name__} as b; b.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code)
     (archive,) = tmp_path.glob("*.tar.gz")
     assert contents(build(archive, tmp_path)) == contents(wheel)

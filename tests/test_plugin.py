@@ -145,9 +145,7 @@ def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(
-            CouplingError, match=rf"got output folder {folder}, which cannot be written .*choose another"
-        ):
+        with pytest.raises(CouplingError, match=rf"got output folder {folder}, which cannot be written .*choose another"):
             plugin.require_writable(folder)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(CouplingError, match="Permission denied"):
@@ -225,9 +223,7 @@ def test_a_wrong_argument_on_lm_evals_command_line(no_defaults, tmp_path, monkey
         cli_evaluate()
     told = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in told
-    assert told.splitlines()[-1].startswith(
-        "lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra"
-    )
+    assert told.splitlines()[-1].startswith("lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra")
 
 
 def test_other_errors_and_results_pass_through(installed):

@@ -40,9 +40,7 @@ def test_every_column_round_trips(tmp_path):
     for i, row in enumerate(rows):
         for name, expected in row.items():
             assert same(frame[name].iloc[i], expected), (name, i, frame[name].iloc[i], expected)
-    assert (
-        set(frame["model"]) == {"org/tiny"} and set(frame["date"]) == {DATE} and set(frame["fingerprint"]) == {"f" * 64}
-    )
+    assert set(frame["model"]) == {"org/tiny"} and set(frame["date"]) == {DATE} and set(frame["fingerprint"]) == {"f" * 64}
     assert frame["doc_id"].dtype == np.int64 and frame["seconds"].dtype == np.float64
 
 
@@ -153,9 +151,7 @@ def test_runs_join_scores_and_coupling(tmp_path):
     assert arc["n_fewshot"] == 5 and arc["n_samples"] == 50 and arc["measured"] == 10
     assert (arc["n_params"], arc["n_layers"], arc["d_model"]) == (1e6, 4, 64) and arc["fingerprint"] == "f" * 64
     assert arc["coupling@10"] == pytest.approx(0.29) and arc["coupling_stderr@10"] == pytest.approx(0.01)
-    assert (
-        arc["miscoupling_to@30"] == pytest.approx(0.27) and arc["line_shape_score"] == 2 and arc["coupling_rank"] == 10
-    )
+    assert arc["miscoupling_to@30"] == pytest.approx(0.27) and arc["line_shape_score"] == 2 and arc["coupling_rank"] == 10
     assert arc["coupling_excess@10"] == pytest.approx(0.29 - (1 - CHANCE[10]))
     assert runs.loc["gsm", "failed"] == 2 and not arc["is_group"]
 
@@ -173,8 +169,7 @@ def test_groups_pool_their_documents(tmp_path):
 def test_pooling_is_exact():
     samples = [np.random.default_rng(i).random(n) for i, n in enumerate((7, 1, 30))]
     parts = [
-        {"mean": s.mean(), "stderr": s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else math.nan, "n": len(s)}
-        for s in samples
+        {"mean": s.mean(), "stderr": s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else math.nan, "n": len(s)} for s in samples
     ]
     everything = np.concatenate(samples)
     pooled = pool([*parts, {"mean": math.nan, "stderr": math.nan, "n": 0}])
@@ -205,9 +200,7 @@ def test_different_settings_are_not_mixed(tmp_path, key, value):
     settings = coupling_config({})["settings"]
     save(tmp_path, {"arc": task_summary()}, model="a")
     save(tmp_path, {"arc": task_summary()}, model="b", settings=settings | {key: value})
-    with pytest.raises(
-        CouplingError, match=rf"{key} is .* in .*a.results.* but .* in .*b.results.*mixed='keep'"
-    ) as error:
+    with pytest.raises(CouplingError, match=rf"{key} is .* in .*a.results.* but .* in .*b.results.*mixed='keep'") as error:
         load_runs(tmp_path)
     assert repr(settings[key]) in str(error.value) and repr(value) in str(error.value)
     assert len(load_runs(tmp_path, mixed="keep")) == 2

@@ -41,9 +41,7 @@ def test_windows_against_loops(name, window):
     x = trajectory()
     found = WINDOWED[name](x, window=window)
     assert found.shape == (13 - window,)
-    assert found.tolist() == pytest.approx(
-        reference.windowed(getattr(reference, name), x, window), rel=1e-10, abs=1e-14
-    )
+    assert found.tolist() == pytest.approx(reference.windowed(getattr(reference, name), x, window), rel=1e-10, abs=1e-14)
 
 
 @windowed

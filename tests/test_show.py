@@ -43,9 +43,7 @@ def test_overview(run):
     assert "2 × out of memory" in text
     rows = [record(doc_id=i, prompt_index=p) for i in range(3) for p in range(2)]
     off = ~np.eye(4, dtype=bool)
-    values = (
-        np.array([1 - row["normalized_miscoupling"][0][off].mean(dtype=float) for row in rows]).reshape(3, 2).mean(1)
-    )
+    values = np.array([1 - row["normalized_miscoupling"][0][off].mean(dtype=float) for row in rows]).reshape(3, 2).mean(1)
     assert f"{values.mean():.4f} ± {values.std(ddof=1) / 3**0.5:.4f}" in text
     assert f"{values.mean() - (1 - 0.9487):+.4f}" in text
     worst = max(row["certificate"].max() for row in rows)
@@ -61,9 +59,7 @@ def test_one_table_per_model(run):
 def test_layer_profile(run):
     text = printed(run, "arc")
     assert "arc: mean miscoupling per layer, K = 10" in text and "gsm" not in text
-    matrices = np.stack(
-        [record(doc_id=i, prompt_index=p)["normalized_miscoupling"][0] for i in range(3) for p in range(2)]
-    )
+    matrices = np.stack([record(doc_id=i, prompt_index=p)["normalized_miscoupling"][0] for i in range(3) for p in range(2)])
     assert f"{matrices[:, 1, [0, 2, 3]].mean():.4f}" in text and f"{matrices[:, [0, 1, 3], 2].mean():.4f}" in text
 
 
@@ -108,9 +104,7 @@ def test_nothing_measured_is_no_error(tmp_path):
 def test_unknown_tasks_and_documents_name_what_there_is(run):
     with pytest.raises(CouplingError, match="got task mmlu.*choose one of arc, gsm"):
         show(run, "mmlu")
-    with pytest.raises(
-        CouplingError, match="got document 5, which task arc does not have; choose one of 0, 1, 2, 7, 8"
-    ):
+    with pytest.raises(CouplingError, match="got document 5, which task arc does not have; choose one of 0, 1, 2, 7, 8"):
         show(run, "arc", 5)
     with pytest.raises(CouplingError, match="without a task"):
         show(run, None, 5)

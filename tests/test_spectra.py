@@ -32,9 +32,7 @@ def with_spectrum(values, seed=0):
 def check(J, k):
     found = top_singular(J, k)
     eye = torch.eye(k, dtype=torch.float64)
-    flat = zip(
-        *(t.reshape(-1, *t.shape[J.ndim - 2 :]) for t in (J, found.U, found.S, found.V, found.residual)), strict=True
-    )
+    flat = zip(*(t.reshape(-1, *t.shape[J.ndim - 2 :]) for t in (J, found.U, found.S, found.V, found.residual)), strict=True)
     for j, U, S, V, residual in flat:
         _, S_true, _ = reference.top_singular(j, k)
         S_true = torch.as_tensor(S_true)

@@ -172,16 +172,25 @@ def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size) -> T
     if (factors := b.outer(shape)) is not None:
         return a.plus(*factors)
     rows = b.rows(shape)
-    total = (
-        rows + a.matrix()
-        if a.left is not None
-        else rows.diagonal_scatter(rows.diagonal(dim1=1, dim2=2) + a.diagonal, dim1=1, dim2=2)
-    )
+    if a.left is None:
+        total = rows.clone()
+        total.diagonal(dim1=1, dim2=2).add_(a.diagonal)
+    else:
+        total = rows + a.matrix()
     return NearIdentity.identity(Origin(origin.batch, origin.width, Dense(origin, total)), total)
 
 
 def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
-    if b.scale is None:
+    if a.scale is None:
         a, b = b, a
-    total = a.matrix + b.matrix if b.scale is None else torch.addcmul(a.values(), b.matrix, b.scale)
-    return Dense(a.origin, total.expand(*shape, a.origin.width))
+    full = (*shape, a.origin.width)
+    if a.scale is None:
+        return Dense(a.origin, (a.matrix + b.matrix).expand(full))
+    product = a.matrix * a.scale
+    if b.scale is None:
+        total = product + b.matrix
+    elif product.shape == torch.broadcast_shapes(product.shape, b.matrix.shape, b.scale.shape):
+        total = product.addcmul_(b.matrix, b.scale)  # no second buffer of the size of the weights
+    else:
+        total = torch.addcmul(product, b.matrix, b.scale)
+    return Dense(a.origin, total.expand(full))
