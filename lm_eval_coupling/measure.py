@@ -179,7 +179,7 @@ def _in_words(error: Exception) -> str:
 
 @torch.no_grad()
 def _measure(model, tokens: Sequence[int], token: int, settings: Settings) -> dict[str, Any]:
-    trace = model.trace(tokens, DTYPES[settings.dtype])
+    trace = model.trace(tokens, DTYPES[settings.dtype], token if "depth" in settings.measures else None)
     trajectory = _off_mps(trace.trajectory(token))
     broken = [layer for layer, x in enumerate(trajectory) if not torch.isfinite(x).all()]
     if broken:

@@ -32,7 +32,7 @@ from lm_eval_coupling.sampling import DocumentKey, choose
 from lm_eval_coupling.store import MeasurementStore, default_store_path
 from lm_eval_coupling.summary import document_value, headline_rank, mean_and_error, summarize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
 PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
 

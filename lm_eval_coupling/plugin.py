@@ -19,7 +19,7 @@ from lm_eval_coupling.errors import CouplingError
 MODEL = "coupling-hf"
 TARGET = "lm_eval_coupling.model:CouplingLM"
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
 pending_tables: dict[str, Callable[[Path | None, str], Any]] = {}
 """run_id -> function (folder or None, date) that writes the tables of a run whose results are not saved yet."""

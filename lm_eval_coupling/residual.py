@@ -72,7 +72,8 @@ def _hidden(output: Any) -> Tensor:
 class BlockCall:
     """One block together with the arguments it was called with, ready to be called again.
 
-    ``resid_pre`` is the block's input X^{l-1}, shape [1, seq, d_model]. Calls must be made inside :meth:`ready`.
+    ``resid_pre`` is the block's input X^{l-1}, shape [1, seq, d_model]. ``pullback`` is uᵀ ∂F_t / ∂X, taken on the way for
+    the token that the trace was told of, u being :attr:`probe`. Calls must be made inside :meth:`ready`.
     """
 
     layer: int
@@ -81,6 +82,22 @@ class BlockCall:
     resid_pre: Float[Tensor, "1 seq d_model"]
     args: tuple
     kwargs: dict[str, Any]
+    pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
+
+    @property
+    def probe(self) -> Float[Tensor, " d_model"]:
+        """The fixed random direction u that this layer's Jacobian is checked along."""
+        generator = torch.Generator().manual_seed(self.layer)
+        u = torch.randn(self.resid_pre.shape[-1], generator=generator, dtype=torch.float64)
+        return u.to(self.resid_pre)
+
+    def pulled_back(self, token: int) -> Float[Tensor, "seq d_model"]:
+        """uᵀ ∂F_token / ∂X: reverse mode through the whole block, once."""
+        if self.pullback is not None and self.pullback[0] == token:
+            return self.pullback[1]
+        resid_pre = self.resid_pre.detach().requires_grad_(True)
+        with torch.enable_grad():
+            return _gradient(self, resid_pre, self(resid_pre), token)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +133,12 @@ class BlockCall:
 
     def _run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return _hidden(self.module(hidden, *args, **kwargs))
+
+
+def _gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, token: int) -> Tensor:
+    if not output.requires_grad:
+        return torch.zeros_like(resid_pre[0])
+    return torch.autograd.grad((output[0, token] * call.probe).sum(), resid_pre)[0][0]
 
 
 def _cut(name: str, value: Any, t: int, n: int) -> Any:
@@ -161,6 +184,37 @@ class ResidualTrace:
     def trajectory(self, token: int) -> Float[Tensor, "layer_plus_1 d_model"]:
         """x_t^0 … x_t^L: the residual stream at one token, after every block."""
         return torch.stack([*(call.resid_pre[0, token] for call in self.calls), self.resid_final[0, token]])
+
+
+class _Visit:
+    """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted."""
+
+    def __init__(self, layer: int, weights: Sequence[Tensor], dtype: torch.dtype, token: int | None, calls: list) -> None:
+        self.layer, self.weights, self.dtype, self.token, self.calls = layer, weights, dtype, token, calls
+        self.open = contextlib.ExitStack()
+        self.close = self.open.close
+
+    def enter(self, module, args, kwargs):
+        """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
+        self.open.enter_context(upcast(self.weights, self.dtype))
+        self.calls.append(_block_call(self.layer, module, self.weights, args, kwargs))
+        if self.token is None:
+            return None
+        self.leaf = self.calls[-1].resid_pre.clone().requires_grad_(True)
+        self.open.enter_context(torch.enable_grad())
+        return ((self.leaf, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.leaf})
+
+    def leave(self, output):
+        """Forward hook: pull back, and hand on an output without history."""
+        if self.token is not None:
+            call = self.calls[-1]
+            gradient = _gradient(call, self.leaf, _hidden(output), self.token)
+            self.calls[-1] = dataclasses.replace(call, pullback=(self.token, gradient))
+            del self.leaf
+        self.open.close()
+        if isinstance(output, tuple):
+            return (output[0].detach(), *output[1:])
+        return output.detach()
 
 
 class _LastBlockDone(Exception):
@@ -240,12 +294,15 @@ class ResidualModel:
         return list(self.tokenizer.encode(text))
 
     @torch.no_grad()
-    def trace(self, tokens: Sequence[int] | Tensor, dtype: torch.dtype = torch.float32) -> ResidualTrace:
+    def trace(
+        self, tokens: Sequence[int] | Tensor, dtype: torch.dtype = torch.float32, output_token: int | None = None
+    ) -> ResidualTrace:
         """One forward pass in ``dtype``, upcasting bf16 or fp16 weights one block at a time.
 
         Args:
             tokens: token ids of one prompt, [seq] or [1, seq].
             dtype: ``torch.float32`` or ``torch.float64``.
+            output_token: token whose Jacobians will be certified; each block is then pulled back on the way.
 
         Returns:
             Every block's call and the stream after the last block; the language-model head is not run.
@@ -257,20 +314,17 @@ class ResidualModel:
             stack.enter_context(upcast(self._outside_weights, dtype))
             stack.enter_context(_arithmetic(dtype))
             for layer, block in enumerate(self.blocks):
-                weights = contextlib.ExitStack()
+                visit = _Visit(layer, self._block_weights[layer], dtype, output_token, calls)
 
-                def before(module, args, kwargs, layer=layer, weights=weights):
-                    weights.enter_context(upcast(self._block_weights[layer], dtype))
-                    calls.append(_block_call(layer, module, self._block_weights[layer], args, kwargs))
-
-                def after(module, args, kwargs, output, layer=layer, weights=weights):
-                    weights.close()
-                    if layer == self.n_layers - 1:
-                        final.append(_hidden(output).detach())
+                def after(module, args, kwargs, output, visit=visit):
+                    output = visit.leave(output)
+                    if visit.layer == self.n_layers - 1:
+                        final.append(_hidden(output))
                         raise _LastBlockDone
+                    return output
 
-                stack.callback(weights.close)
-                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(visit.close)
+                stack.callback(block.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
             with contextlib.suppress(_LastBlockDone):
                 self.model(ids, use_cache=False)
@@ -322,9 +376,7 @@ class ResidualModel:
             )
 
 
-def _block_call(
-    layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]
-) -> BlockCall:
+def _block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:
     kwargs = {name: _replayable(name, value) for name, value in kwargs.items()}
     hidden = args[0] if args else kwargs.pop("hidden_states")
     rest = tuple(_replayable("", value) for value in args[1:])

@@ -71,9 +71,11 @@ def block_jacobians(
     Raises:
         CouplingError: for a token or layer that does not exist, or an unknown method or dtype.
     """
-    trace = model.trace(tokens, dtype)
-    t2 = resolve_token(output_token, trace.calls[0].seq)
-    t1 = t2 if input_token is None else resolve_token(input_token, trace.calls[0].seq)
+    seq = torch.as_tensor(tokens).numel()
+    t2 = resolve_token(output_token, seq)
+    t1 = t2 if input_token is None else resolve_token(input_token, seq)
+    check_method(method)
+    trace = model.trace(tokens, dtype, t2)
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     if bad := [layer for layer in layers if not -model.n_layers <= layer < model.n_layers]:
         raise CouplingError(f"got layer {bad[0]}, expected 0 to {model.n_layers - 1}")

@@ -10,7 +10,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
-    """Relative error of uᵀJ against one backward pass through the whole block, for a fixed random u.
+    """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u.
 
     J is what remains of ∂F when the identity is taken off. Where it is tiny beside that identity, its rounding is what it
     is compared with: a certificate below ``TOLERANCE`` then means an absolute error of at most four roundings of 1.
@@ -24,13 +24,7 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
     Returns:
         ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
-    generator = torch.Generator().manual_seed(call.layer)
-    u = torch.randn(jacobian.shape[0], generator=generator, dtype=torch.float64).to(jacobian)
-    resid_pre = call.resid_pre.detach().requires_grad_(True)
-    with torch.enable_grad():
-        loss = (call(resid_pre)[0, output_token] * u).sum()
-        (grad,) = torch.autograd.grad(loss, resid_pre)
-    truth = grad[0, input_token]
+    u, truth = call.probe, call.pulled_back(output_token)[input_token]
     if output_token == input_token:
         truth = truth - u
     rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]
