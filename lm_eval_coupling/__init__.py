@@ -16,6 +16,7 @@ _PUBLIC = {
     "CouplingError": "errors",
     "PromptCoupling": "measure",
     "measure_coupling": "measure",
+    "run_coupling_hf": "paper_api",
     "load_records": "records",
     "load_runs": "runs",
 }

@@ -1,0 +1,192 @@
+"""`run_coupling_hf`, the function of the paper's project page, on this package's exact Jacobians.
+
+The module is not named after the function: importing it would then hide the function in the package's namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lm_eval_coupling.coupling import coupling_matrices, miscoupling_to
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import TOLERANCE, jacobians_of_trace
+from lm_eval_coupling.measure import DTYPES, Settings
+from lm_eval_coupling.residual import ResidualModel, TrueDtype, upcast
+from lm_eval_coupling.spectra import numerical_rank, top_singular
+
+RANKS = (10, 30, 50)
+
+
+def run_coupling_hf(
+    model,
+    tokenizer,
+    model_name: str,
+    prompts: Sequence[str],
+    start: int | None = None,
+    end: int | None = None,
+    save: bool = False,
+    out_path: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    verbose: bool = False,
+    *,
+    ranks: Sequence[int] | None = None,
+    last_layer_norm: bool = False,
+    dtype: str = "float32",
+) -> dict[int, dict[str, Any]]:
+    """Coupling of all pairs of blocks at the last token of each prompt: same call and same result as the paper's release.
+
+    Args:
+        model: a transformers causal language model; it stays untouched and where it is.
+        tokenizer: the model's own.
+        model_name: begins the names of the saved files.
+        prompts: texts.
+        start: number of the first prompt, 0 by default. As in the release, numbers and not positions: `prompts[0]` is
+            prompt `start`, so that a part of a longer list, ``prompts[start:end]``, keeps its numbers.
+        end: one more than the last number, ``len(prompts)`` by default; prompts beyond it are left out, with a warning.
+        save: write ``<model_name>_coupling.pt`` (for ``torch.load``) and ``.npz`` (for ``numpy.load``, with names such as
+            ``0/coupling_ujv/10/norm``); neither needs pickle.
+        out_path: folder of these files, created if absent; the current one by default.
+        device: where the model is expected to be; ``None`` measures wherever it is.
+        verbose: show a progress bar.
+        ranks: numbers K of top singular vectors; by default those of 10, 30 and 50 that are at most d_model.
+        last_layer_norm: differentiate the last block together with the final norm behind it, as the release does.
+        dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
+
+    Returns:
+        ``out[i]["coupling_ujv"][K]["norm"][a][b]`` = ‖|U_bᵀ J_a V_b| − S_a‖_F / ‖S_a‖_2 of the top K singular triplets:
+        a is the Jacobian's block, b the basis's, |·| is taken entrywise. ``"trace"`` divides by the sum of S_a instead,
+        ``"coupling_vju"`` has U_b and V_b swapped; all are float32 tensors [layer, layer] on the CPU. NaN where the basis
+        is arbitrary (J_b of rank below K) or J_a = 0. ``out[i]["prompt"]`` is the text.
+
+    Raises:
+        CouplingError: if the arguments do not fit the model, or a prompt cannot be measured.
+    """
+    if isinstance(prompts, str):
+        raise CouplingError("got one string as prompts, expected a list of them, pass [prompt]")
+    wrapped = ResidualModel.wrap(model, tokenizer)
+    settings = _settings(ranks, dtype, wrapped.d_model)
+    _check_device(device, wrapped.device)
+    stem = _stem(model_name, out_path) if save else None
+    first = start or 0
+    numbered = list(zip(range(first, len(prompts) if end is None else end), prompts, strict=False))
+    if len(numbered) < len(prompts):
+        warnings.warn(
+            f"the last {len(prompts) - len(numbered)} of {len(prompts)} prompts are left out: start={start} and end={end} "
+            f"number the prompts given, from {first}; pass prompts[start:end] with both to select some",
+            stacklevel=2,
+        )
+    out = {}
+    for i, prompt in tqdm(numbered, desc="Measuring coupling", disable=not verbose):
+        try:
+            J = _jacobians(wrapped, prompt, DTYPES[settings.dtype], last_layer_norm)
+            out[i] = {"prompt": prompt} | _couplings(J, settings.ranks)
+        except CouplingError as error:
+            raise CouplingError(f"prompt {i}: {error}") from error
+    if stem is not None:
+        _save(out, stem)
+    return out
+
+
+@torch.no_grad()
+def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> Float[Tensor, "layer d_model d_model"]:
+    tokens = model.encode(prompt)
+    if not tokens:
+        raise CouplingError("got a prompt without any token, expected at least one, leave it out")
+    trace, last = model.trace(tokens, dtype), len(tokens) - 1
+    found = jacobians_of_trace(trace, last, last, range(model.n_layers), "auto")
+    for layer, error in enumerate(found.certificate.tolist()):
+        if not error <= TOLERANCE[dtype]:
+            raise CouplingError(
+                f"got a Jacobian of block {layer} that is off by {error:.1e} against the model's own derivative, "
+                f'expected at most {TOLERANCE[dtype]:.0e}, try dtype="float64"'
+            )
+    J = found.jacobians
+    if last_layer_norm:
+        J[-1] = _through_final_norm(model, J[-1], trace.resid_final[0, last])
+    return J.cpu() if J.device.type == "mps" else J  # which has no eigendecomposition
+
+
+def _through_final_norm(
+    model, J: Float[Tensor, "d_model d_model"], resid_final: Float[Tensor, " d_model"]
+) -> Float[Tensor, "d_model d_model"]:
+    """∂(norm(F(x)) − x)/∂x, the derivative of the difference of transformers' last two hidden states."""
+    norm = getattr(getattr(model.bridge, "ln_final", None), "original_component", None)
+    if norm is None:
+        raise CouplingError("got last_layer_norm=True for a model without a final norm, leave it out")
+    eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
+    with upcast([*norm.parameters(), *norm.buffers()], J.dtype), TrueDtype(J.dtype):
+        J_norm = torch.func.jacrev(norm)(resid_final)
+    return J_norm @ (J + eye) - eye
+
+
+def _couplings(J: Float[Tensor, "layer d_model d_model"], ranks: Sequence[int]) -> dict[str, Any]:
+    triplets = top_singular(J, max(ranks))
+    U, S, V = triplets.U, triplets.S, triplets.V
+    rank_of_basis = numerical_rank(S, J.shape[-1])
+
+    def both_norms(A: Tensor, K: int) -> dict[str, Tensor]:
+        values = {
+            name: miscoupling_to(A[..., :K, :K], S[:, None, :K], absolute=True, norm=norm)
+            for name, norm in (("norm", "p"), ("trace", "trace"))
+        }
+        return {name: value.masked_fill(rank_of_basis < K, torch.nan).float().cpu() for name, value in values.items()}
+
+    matrices = {"coupling_ujv": coupling_matrices(J, U, V), "coupling_vju": coupling_matrices(J, V, U)}
+    return {variant: {K: both_norms(A, K) for K in ranks} for variant, A in matrices.items()}
+
+
+def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings:
+    if ranks is None and d_model < min(RANKS):
+        raise CouplingError(f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]")
+    settings = Settings(tuple(k for k in RANKS if k <= d_model) if ranks is None else tuple(ranks), dtype=dtype)
+    settings.check_width(d_model)
+    return settings
+
+
+def _check_device(device: str | torch.device | None, actual: torch.device) -> None:
+    asked = actual if device is None else torch.device(device)
+    if asked.type != actual.type or asked.index not in (None, actual.index):
+        raise CouplingError(
+            f"got device={device!r} for a model on {actual}, expected the same, move the model or leave it out"
+        )
+
+
+def _stem(model_name: str, out_path: str | os.PathLike | None) -> Path:
+    folder = Path(out_path or ".")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CouplingError(f"got out_path={str(out_path)!r}, expected a folder that can be written: {error}") from error
+    name = re.sub(r"[^\w.-]+", "_", model_name).strip("._") or "model"
+    return folder / f"{name}_coupling"
+
+
+def _save(out: dict[int, dict[str, Any]], stem: Path) -> None:
+    """Both files, each complete or not there at all."""
+    for suffix, write in ((".pt", torch.save), (".npz", lambda data, file: np.savez_compressed(file, **_flat(data)))):
+        part = Path(f"{stem}{suffix}.part")
+        with part.open("wb") as file:
+            write(out, file)
+        part.replace(f"{stem}{suffix}")
+
+
+def _flat(nested: dict) -> dict[str, np.ndarray]:
+    """Path in the nested result, joined by slashes, to array."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{path}": array for path, array in _flat(value).items()}
+        else:
+            flat[str(key)] = np.asarray(value)
+    return flat
