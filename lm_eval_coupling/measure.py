@@ -16,7 +16,7 @@ from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling import regularity
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, check_method, jacobians_of_trace, resolve_token
-from lm_eval_coupling.spectra import numerical_rank, relative_gap, top_singular
+from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
 
 MEASURES = ("depth", "regularity")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -209,9 +209,9 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
     if not found.certificate[worst] <= tolerance:
         error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
         return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
-    J = _off_mps(found.jacobians)
+    J = found.jacobians
     largest = settings.ranks[-1]
-    triplets = top_singular(J, min(largest + 1, J.shape[-1]))
+    triplets = _top_singular_layer_by_layer(J, min(largest + 1, J.shape[-1]), trace.resid_final.device)
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_maths.coupling_matrices(J, U, V)
     A_vju = coupling_maths.coupling_matrices(J, V, U)
@@ -230,6 +230,13 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
             "reason": _undefined_pairs(arrays["normalized_miscoupling"]),
         }
     )
+
+
+def _top_singular_layer_by_layer(J, k: int, device: torch.device) -> SingularTriplets:
+    """Working memory of one layer, on the device where the model computes (MPS has no symmetric eigendecomposition)."""
+    device = torch.device("cpu") if device.type == "mps" else device
+    found = [top_singular(layer.to(device), k) for layer in J]
+    return SingularTriplets(*(torch.stack([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
 
 
 def _at_rank(k: int, A, A_vju, S, d_model: int) -> dict[str, torch.Tensor]:

@@ -103,7 +103,8 @@ def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) ->
     tokens = model.encode(prompt)
     if not tokens:
         raise CouplingError("got a prompt without any token, expected at least one, leave it out")
-    trace, last = model.trace(tokens, dtype), len(tokens) - 1
+    last = len(tokens) - 1
+    trace = model.trace(tokens, dtype, last)
     found = jacobians_of_trace(trace, last, last, range(model.n_layers), "auto")
     for layer, error in enumerate(found.certificate.tolist()):
         if not error <= TOLERANCE[dtype]:

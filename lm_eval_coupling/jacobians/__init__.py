@@ -28,6 +28,7 @@ from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
+STACK = 4 << 30  # bytes of Jacobians that may lie on the model's device; more go to the host, layer by layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ def block_jacobians(
         dtype: arithmetic, ``torch.float32`` or ``torch.float64``, whatever dtype the model runs in.
 
     Returns:
-        J[l, i, j] = ∂f^l_i(output token) / ∂x^{l-1}_j(input token). Takes n_layers·d_model² numbers of memory.
+        J[l, i, j] = ∂f^l_i(output token) / ∂x^{l-1}_j(input token). Takes n_layers·d_model² numbers of memory, on the model's
+        device up to 4 GiB and on the host beyond.
 
     Raises:
         CouplingError: for a token or layer that does not exist, or an unknown method or dtype.
@@ -85,13 +87,14 @@ def block_jacobians(
 def jacobians_of_trace(trace, output_token: int, input_token: int, layers: Sequence[int], method: str) -> BlockJacobians:
     """As :func:`block_jacobians`, from a :class:`~lm_eval_coupling.residual.ResidualTrace` and absolute indices."""
     check_method(method)
-    found = [certified_jacobian(trace.calls[layer], output_token, input_token, method) for layer in layers]
-    return BlockJacobians(
-        torch.stack([jacobian for jacobian, _, _ in found]),
-        torch.tensor([error for _, error, _ in found], dtype=torch.float64),
-        [level for _, _, level in found],
-        list(layers),
-    )
+    d_model, like = trace.resid_final.shape[-1], trace.resid_final
+    on_device = len(layers) * d_model**2 * like.element_size() <= STACK
+    stack = like.new_empty(len(layers), d_model, d_model, device=like.device if on_device else "cpu")
+    certificate, levels = torch.empty(len(layers), dtype=torch.float64), []
+    for i, layer in enumerate(layers):
+        stack[i], certificate[i], level = certified_jacobian(trace.calls[layer], output_token, input_token, method)
+        levels.append(level)
+    return BlockJacobians(stack, certificate, levels, list(layers))
 
 
 def certified_jacobian(call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:
