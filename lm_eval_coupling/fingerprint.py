@@ -50,7 +50,7 @@ def _checksum(tensor: Tensor) -> list[int]:
     """Plain and position-weighted sums of the tensor's bits."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(-1).view(integer)
-    weights = torch.arange(1, _CHUNK + 1, device=bits.device)
+    weights = torch.arange(1, min(_CHUNK, bits.numel()) + 1, device=bits.device)
     sums = [0, 0]
     for i, chunk in enumerate(bits.split(_CHUNK)):
         wide = chunk.to(torch.int64)

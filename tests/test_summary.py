@@ -1,0 +1,104 @@
+"""From prompts to a task's numbers, against values worked out by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lm_eval_coupling.measure import PromptCoupling
+from lm_eval_coupling.summary import PAIR_MEASURES, document_value, headline_rank, mean_and_error, summarize
+
+NAN = math.nan
+
+
+def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, reason=None):
+    """Two layers; at each rank all seven measures have the same values: [[diagonal, first], [second, diagonal]]."""
+    arrays = {}
+    if off_diagonal is not None:
+        pairs = np.array([[[diagonal, first], [second, diagonal]] for first, second in off_diagonal], dtype=np.float32)
+        arrays = {name: pairs * (i + 1) for i, name in enumerate(PAIR_MEASURES)}
+    return PromptCoupling(
+        tokens=(1, 2),
+        position=1,
+        ranks=(4, 8),
+        measures=("depth", "regularity"),
+        **arrays,
+        line_shape_score=line_shape_score,
+        expodistance=expodistance,
+        reason=reason,
+    )
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [((10, 30, 50), 10), ((4, 10), 10), ((30, 50), 30), ((8, 4), 4)])
+def test_the_headline_is_rank_ten_where_it_was_measured(ranks, expected):
+    assert headline_rank(ranks) == expected
+
+
+def test_mean_and_standard_error():
+    found = mean_and_error([1.0, NAN, 2.0, 6.0])
+    assert found == pytest.approx({"mean": 3.0, "stderr": math.sqrt(7 / 3), "n": 3})
+    one = mean_and_error(iter([NAN, 5.0]))
+    assert (one["mean"], one["n"]) == (5.0, 1) and math.isnan(one["stderr"])
+    none = mean_and_error([NAN])
+    assert none["n"] == 0 and math.isnan(none["mean"]) and math.isnan(none["stderr"])
+
+
+def test_a_document_is_worth_the_mean_of_its_prompts():
+    first, second = prompt([(0.2, 0.4), (0.5, 0.7)]), prompt([(0.6, 0.8), (0.1, 0.1)])
+    assert document_value([first], 4) == pytest.approx(0.7)
+    assert document_value([first, second], 4) == pytest.approx((0.7 + 0.3) / 2)
+    assert document_value([first, second], 8) == pytest.approx((0.4 + 0.9) / 2)
+    assert document_value([first, prompt(None)], 4) == pytest.approx(0.7)
+    assert math.isnan(document_value([prompt(None)], 4)) and math.isnan(document_value([], 4))
+
+
+def test_documents_count_once_however_many_prompts_they_have():
+    """Three prompts of one document and one of another: 0.5·(mean of three + one), not the mean of four."""
+    group = [prompt([(m, m), (0, 0)], line_shape_score=s) for m, s in ((0.1, 1.0), (0.2, 2.0), (0.3, 6.0))]
+    found = summarize({"one": group, "two": [prompt([(0.8, 0.8), (0, 0)], line_shape_score=5.0)]}, (4, 8))
+    coupling = found["measures"]["coupling"][4]
+    assert coupling["mean"] == pytest.approx((0.8 + 0.2) / 2)
+    assert coupling["stderr"] == pytest.approx(0.3)  # |0.8 − 0.2| / 2
+    assert coupling["n"] == 2 and (found["measured"], found["failed"]) == (2, 0)
+    assert found["measures"]["line_shape_score"]["mean"] == pytest.approx((3 + 5) / 2)
+
+
+def test_every_measure_at_every_rank():
+    found = summarize({"one": [prompt([(0.2, 0.4), (0.5, 0.7)], diagonal=0.1, expodistance=2.5)]}, (4, 8))["measures"]
+    for i, name in enumerate(PAIR_MEASURES):
+        assert found[name][4]["mean"] == pytest.approx(0.3 * (i + 1))
+        assert found[name][8]["mean"] == pytest.approx(0.6 * (i + 1))
+    assert found["coupling"][4]["mean"] == pytest.approx(1 - 0.3)
+    assert found["coupling_with_diagonal"][4]["mean"] == pytest.approx(1 - (0.2 + 0.4 + 0.1 + 0.1) / 4)
+    assert found["coupling_with_diagonal"][8]["mean"] == pytest.approx(1 - (0.5 + 0.7 + 0.1 + 0.1) / 4)
+    assert found["expodistance"] == pytest.approx({"mean": 2.5, "stderr": NAN, "n": 1}, nan_ok=True)
+    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, "line_shape_score", "expodistance"}
+
+
+def test_undefined_pairs_are_left_out():
+    found = summarize({"one": [prompt([(0.2, NAN), (NAN, NAN)], diagonal=NAN)]}, (4, 8))["measures"]
+    assert found["coupling"][4]["mean"] == pytest.approx(0.8)
+    assert found["miscoupling"][4]["mean"] == pytest.approx(0.4)
+    assert found["coupling"][8]["n"] == found["miscoupling"][8]["n"] == 0
+
+
+def test_failures_are_counted_by_document_and_their_reasons_by_prompt():
+    bad = prompt(None, reason="out of memory")
+    documents = {
+        "measured": [prompt([(0.2, 0.2), (0.2, 0.2)])],
+        "in part": [prompt([(0.4, 0.4), (0.4, 0.4)]), bad],
+        "trajectory only": [prompt(None, line_shape_score=1.5, reason="the Jacobian is off")],
+        "failed": [bad, bad],
+        "without prompt": [],
+    }
+    found = summarize(documents, (4, 8))
+    assert (found["measured"], found["failed"]) == (3, 2)
+    assert found["reasons"] == {"out of memory": 3, "the Jacobian is off": 1}
+    assert found["measures"]["coupling"][4] == pytest.approx({"mean": 0.7, "stderr": 0.1, "n": 2})
+    assert found["measures"]["line_shape_score"]["n"] == 1
+
+
+def test_the_summary_is_json():
+    found = summarize({"one": [prompt([(0.2, 0.4), (0.5, 0.7)])], "two": [prompt(None, reason="?")]}, (4, 8))
+    assert json.loads(json.dumps(found))["measures"]["coupling"]["4"]["mean"] == pytest.approx(0.7)
