@@ -185,20 +185,20 @@ def _measure(model, tokens: Sequence[int], token: int, settings: Settings) -> di
     if broken:
         where = "the embeddings are" if broken[0] == 0 else f"the output of block {broken[0] - 1} is"
         raise _Unmeasurable(f"{where} not finite")
-    measured: dict[str, Any] = {}
-    if "regularity" in settings.measures:
-        measured |= _regularity(trajectory)
-    if "depth" in settings.measures:
-        measured |= _depth(trace, token, settings)
-    return measured
+    regular = _regularity(trajectory) if "regularity" in settings.measures else {}
+    depth = _depth(trace, token, settings) if "depth" in settings.measures else {}
+    reasons = [part["reason"] for part in (regular, depth) if part.get("reason")]
+    return regular | depth | {"reason": "; ".join(reasons) or None}
 
 
 def _regularity(trajectory) -> dict[str, Any]:
-    return {
+    scores = {
         "line_shape_score": regularity.line_shape_score(trajectory).item(),
         "expodistance": regularity.expodistance(trajectory).item(),
-        "norms": _array(regularity.norms(trajectory)),
     }
+    undefined = " and ".join(name.replace("_", "-") for name, score in scores.items() if math.isnan(score))
+    reason = f"undefined {undefined}: a step, a norm or their sum is zero" if undefined else None
+    return scores | {"norms": _array(regularity.norms(trajectory)), "reason": reason}
 
 
 def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
