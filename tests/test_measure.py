@@ -1,5 +1,7 @@
 """One prompt from token ids to its record, against naive float64 oracles from end to end; and what it says on failure."""
 
+import dataclasses
+import json
 import math
 
 import cases
@@ -7,112 +9,311 @@ import numpy as np
 import pytest
 import reference
 import torch
+from test_jacobians import decoder_layers, oracle
 
+from lm_eval_coupling import jacobians, measure
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians
-from lm_eval_coupling.measure import PromptCoupling, measure_coupling
-from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.measure import PromptCoupling, Settings, measure_coupling, measure_prompt
+from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
-RANKS = (2, 4)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
+RANKS = (2, 5)
+PAIRS = [f.name for f in dataclasses.fields(PromptCoupling) if "miscoupling" in f.name]
 
 
 @pytest.fixture(scope="module")
-def record(model):
-    return measure_coupling(model, cases.tiny_tokens(9).tolist(), ranks=RANKS, dtype="float64", progress=False)[0]
+def llama():
+    return cases.tiny_model("llama", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
-def naive(model):
-    """Every coupling quantity, one pair of layers at a time, from the same Jacobians."""
-    J = block_jacobians(model, cases.tiny_tokens(9), dtype=torch.float64).jacobians
-    found = {}
-    for k in RANKS:
-        U, S, V = zip(*(reference.top_singular(j, k) for j in J), strict=True)
-        for name, left, right in (("ujv", U, V), ("vju", V, U)):
-            A = {(a, b): reference.coupling_matrix(J[a], left[b], right[b]) for a in range(2) for b in range(2)}
-            found[name, k] = A, S
-        found["overlap", k] = [
-            [[reference.subspace_overlap(X[a], X[b]) for b in range(2)] for a in range(2)] for X in (U, V)
-        ]
-        found["S", k] = S
+def model(llama):
+    return ResidualModel.wrap(llama)
+
+
+def tokens(seq=7):
+    return cases.tiny_tokens(seq)[0].tolist()
+
+
+def measured(model, prompt=None, **options):
+    given = {"ranks": RANKS, "dtype": "float64", "progress": False} | options
+    (found,) = measure_coupling(model, [tokens() if prompt is None else prompt], **given)
     return found
 
 
-def matrix(function, A):
-    return np.array([[function(A[a, b], a) for b in range(2)] for a in range(2)])
+def same(one, other):
+    """Equal in everything but the time it took; NaN equals NaN."""
+    assert one.to_columns().keys() == other.to_columns().keys()
+    for name, value in one.to_columns().items():
+        if name != "seconds":
+            np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
 
 
-@pytest.mark.parametrize("index", range(len(RANKS)))
-def test_every_quantity_is_the_naive_one(record, naive, index):
-    k = RANKS[index]
-    A, S = naive["ujv", k]
-    A_vju, _ = naive["vju", k]
-    expected = {
-        "normalized_miscoupling": matrix(lambda a, _: reference.miscoupling(a, True), A),
-        "miscoupling": matrix(lambda a, _: reference.miscoupling(a), A),
-        "miscoupling_to": matrix(lambda a, i: reference.miscoupling_to(a, S[i]), A),
-        "miscoupling_to_absolute": matrix(lambda a, i: reference.miscoupling_to(a, S[i], absolute=True), A),
-        "miscoupling_to_trace": matrix(lambda a, i: reference.miscoupling_to(a, S[i], norm="trace"), A),
-        "miscoupling_to_vju": matrix(lambda a, i: reference.miscoupling_to(a, S[i]), A_vju),
-        "miscoupling_to_absolute_vju": matrix(lambda a, i: reference.miscoupling_to(a, S[i], absolute=True), A_vju),
+def trajectory(model, ids, token):
+    """x^0 … x^L by hooks on the unmodified model's own blocks."""
+    points = []
+
+    def before(module, args, kwargs):
+        points.append((args[0] if args else kwargs["hidden_states"])[0, token].detach())
+
+    def after(module, args, output):
+        points.append((output[0] if isinstance(output, tuple) else output)[0, token].detach())
+
+    blocks = decoder_layers(model)
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(after))
+    model(torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(points)
+
+
+@pytest.mark.parametrize("position", [-1, 3])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "gpt-neox"])
+def test_a_record_is_the_oracles(case, position):
+    """Every field, from plain backward passes through the unmodified model, full SVDs and loops over single numbers."""
+    plain = cases.tiny_model(case)
+    found = measured(ResidualModel.wrap(plain), position=position)
+    token = position % 7
+    with TrueDtype(torch.float64):
+        J = [oracle(plain, torch.tensor([tokens()]), layer, token, token) for layer in range(2)]
+        x = trajectory(plain, tokens(), token)
+    layers = range(2)
+    for i, k in enumerate(RANKS):
+        U, S, V = zip(*(reference.top_singular(j, k) for j in J), strict=True)
+        for a in layers:
+            for b in layers:
+                A = reference.coupling_matrix(J[a], U[b], V[b])
+                A_vju = reference.coupling_matrix(J[a], V[b], U[b])
+                expected = {
+                    "normalized_miscoupling": reference.miscoupling(A, normalized=True),
+                    "miscoupling": reference.miscoupling(A),
+                    "miscoupling_to": reference.miscoupling_to(A, S[a]),
+                    "miscoupling_to_absolute": reference.miscoupling_to(A, S[a], absolute=True),
+                    "miscoupling_to_trace": reference.miscoupling_to(A, S[a], norm="trace"),
+                    "miscoupling_to_vju": reference.miscoupling_to(A_vju, S[a]),
+                    "miscoupling_to_absolute_vju": reference.miscoupling_to(A_vju, S[a], absolute=True),
+                }
+                assert set(expected) == set(PAIRS)
+                for name, value in expected.items():
+                    assert getattr(found, name)[i, a, b] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, k, a, b)
+                overlap = [reference.subspace_overlap(basis[a], basis[b]) for basis in (U, V)]
+                assert found.subspace_overlap[i, :, a, b] == pytest.approx(overlap, rel=1e-5)
+            values = np.linalg.svd(J[a].numpy(), compute_uv=False)
+            assert found.gap[i, a] == pytest.approx(reference.relative_gap(values, k), rel=1e-4)
+            assert found.singular_values[a] == pytest.approx(values[: RANKS[-1]], rel=1e-5)
+        off = found.normalized_miscoupling[i]
+        assert found.coupling(k) == pytest.approx(1 - reference.mean_over_pairs(off), abs=1e-6)
+        assert found.coupling(k, diagonal=True) == pytest.approx(1 - reference.mean_over_pairs(off, diagonal=True), abs=1e-6)
+    assert found.norms == pytest.approx(reference.norms(x), rel=1e-6)
+    assert found.line_shape_score == pytest.approx(reference.line_shape_score(x), rel=1e-9)
+    assert found.expodistance == pytest.approx(reference.expodistance(x), rel=1e-6)
+    assert (found.tokens, found.position, found.ranks) == (tuple(tokens()), token, RANKS)
+    assert found.method == tuple(cases.levels(case)) and found.reason is None and found.seconds > 0
+    assert found.certificate.max() < 1e-10 and found.svd_residual.max() < 1e-10
+
+
+def test_shapes_and_dtypes(model):
+    found = measured(model)
+    shapes = {name: (2, 3, 3) for name in PAIRS} | {
+        "subspace_overlap": (2, 2, 3, 3),
+        "singular_values": (3, 5),
+        "gap": (2, 3),
+        "svd_residual": (3,),
+        "certificate": (3,),
+        "norms": (4,),
     }
-    for name, values in expected.items():
-        assert np.allclose(getattr(record, name)[index], values, rtol=1e-5, atol=1e-6), name
-    assert np.allclose(record.subspace_overlap[index], naive["overlap", k], atol=1e-6)
-    assert np.allclose(record.singular_values[:, :k], naive["S", k], rtol=1e-6)
-    assert record.coupling(k) == pytest.approx(
-        1 - expected["normalized_miscoupling"][~np.eye(2, dtype=bool)].mean(), abs=1e-6
-    )
-    with_diagonal = expected["normalized_miscoupling"] * ~np.eye(2, dtype=bool)
-    assert record.coupling(k, diagonal=True) == pytest.approx(1 - with_diagonal.mean(), abs=1e-6)
+    arrays = {name: value for name, value in found.to_columns().items() if isinstance(value, np.ndarray)}
+    assert {name: value.shape for name, value in arrays.items()} == shapes
+    assert {value.dtype for value in arrays.values()} == {np.dtype("float32")}
+    assert all(np.isfinite(value).all() for value in arrays.values())
 
 
-def test_regularity_is_the_naive_one(model, record):
-    trajectory = model.trace(cases.tiny_tokens(9), torch.float64).trajectory(-1)
-    assert record.line_shape_score == pytest.approx(reference.line_shape_score(trajectory), rel=1e-6)
-    assert record.expodistance == pytest.approx(reference.expodistance(trajectory), rel=1e-6)
-    assert np.allclose(record.norms, reference.norms(trajectory), rtol=1e-6)
+def test_a_smaller_rank_is_cut_from_the_largest(model):
+    """What is found at a rank does not depend on the others that were asked for, nor on their order."""
+    alone, together = measured(model, ranks=(2,)), measured(model, ranks=[5, 2, 2])
+    assert together.ranks == (2, 5)
+    for name in [*PAIRS, "subspace_overlap", "gap"]:
+        np.testing.assert_allclose(getattr(alone, name)[0], getattr(together, name)[0], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_a_record_survives_its_columns(record):
-    again = PromptCoupling.from_columns(record.to_columns() | {"unknown": 1})
-    assert again.coupling(2) == record.coupling(2)
-    assert again.tokens == record.tokens and again.method == record.method
+def test_the_largest_possible_rank(model):
+    found = measured(model, ranks=(24,))
+    assert found.singular_values.shape == (3, 24)
+    assert np.isnan(found.gap).all()  # there is no σ_25
+    assert found.subspace_overlap == pytest.approx(np.ones((1, 2, 3, 3)), rel=1e-5)
+    assert 0 < found.coupling(24) < 1
 
 
-def test_measures_can_be_chosen(model):
-    (regular,) = measure_coupling(model, [[1, 2, 3]], ranks=RANKS, measures=("regularity",), progress=False)
-    assert regular.normalized_miscoupling is None and regular.line_shape_score >= 1 and math.isnan(regular.coupling(2))
-    (depth,) = measure_coupling(model, [[1, 2, 3]], ranks=RANKS, measures=("depth",), progress=False)
-    assert depth.norms is None and depth.coupling(2) > 0
+def test_float32_is_float64_but_for_rounding(model):
+    single, double = measured(model, dtype="float32"), measured(model)
+    assert single.certificate.max() < 1e-4 and double.certificate.max() < 1e-10
+    np.testing.assert_allclose(single.singular_values, double.singular_values, rtol=1e-4)
+    for k in RANKS:
+        assert single.coupling(k) == pytest.approx(double.coupling(k), abs=1e-3)
 
 
-def test_position_chooses_the_token(model):
-    tokens = cases.tiny_tokens(9).tolist()[0]
-    (third,) = measure_coupling(model, [tokens], ranks=RANKS, position=2, progress=False)
-    (alone,) = measure_coupling(model, [tokens[:3]], ranks=RANKS, progress=False)
-    assert third.position == alone.position == 2
-    assert np.allclose(third.singular_values, alone.singular_values, rtol=1e-4)
+def test_a_record_does_not_depend_on_its_neighbours(model):
+    prompts = [tokens(5), tokens(), tokens(12)]
+    (_, among, _) = measure_coupling(model, prompts, ranks=RANKS, dtype="float64", progress=False)
+    same(among, measured(model))
+    same(among, measured(model))
+
+
+def test_only_what_is_before_the_token_counts(model):
+    at = measured(model, tokens(7)[:5])
+    inside = measured(model, tokens(7), position=4)
+    for name in [*PAIRS, "norms"]:
+        np.testing.assert_allclose(getattr(inside, name), getattr(at, name), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("position", "absolute"), [(-1, 6), (6, 6), (0, 0), (-7, 0)])
+def test_positions(model, position, absolute):
+    found = measured(model, position=position)
+    assert found.position == absolute and found.reason is None
+
+
+def test_a_prompt_of_one_token(model):
+    found = measured(model, tokens()[:1])
+    assert found.reason is None and np.isfinite(found.normalized_miscoupling).all() and found.certificate.max() < 1e-10
+
+
+@pytest.mark.parametrize(("position", "prompt"), [(7, None), (-8, None), (-1, [])])
+def test_a_token_that_is_not_there_is_a_reason(model, position, prompt):
+    found = measured(model, prompt, position=position)
+    assert f"got token {position} of a prompt of" in found.reason
+    assert found.normalized_miscoupling is None and math.isnan(found.coupling(2)) and math.isnan(found.line_shape_score)
+
+
+def test_text_is_tokenised_with_the_tokenizers_own_special_tokens(llama, model):
+    class Tokenizer:
+        def encode(self, text):
+            return [1, *map(int, text.split())]
+
+    same(measured(ResidualModel.wrap(llama, Tokenizer()), "5 6 7"), measured(model, [1, 5, 6, 7]))
+    with pytest.raises(CouplingError, match="without a tokenizer"):
+        measured(model, "5 6 7")
+
+
+def test_measures_are_independent(model):
+    both, depth, regularity = (measured(model, measures=m) for m in (("depth", "regularity"), ("depth",), ("regularity",)))
+    assert both.coupling(2) == depth.coupling(2) and math.isnan(regularity.coupling(2))
+    assert both.line_shape_score == regularity.line_shape_score and math.isnan(depth.line_shape_score)
+    assert depth.norms is None and regularity.normalized_miscoupling is None and regularity.certificate is None
+    assert depth.reason is regularity.reason is None
+
+
+@pytest.mark.parametrize("method", jacobians.LEVELS)
+def test_methods_agree(model, method):
+    found = measured(model, method=method)
+    assert found.method == (method,) * 3
+    assert found.coupling(5) == pytest.approx(measured(model).coupling(5), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "position", "reason"), [([], -1, "prompt of 0 tokens"), ([1, 2], 2, "token 2 of a prompt")]
+    ("options", "message"),
+    [
+        ({"ranks": ()}, "expected positive whole numbers"),
+        ({"ranks": (0, 3)}, "expected positive whole numbers"),
+        ({"ranks": (2, 25)}, "rank 25 for a model with d_model = 24; choose ranks of at most 24"),
+        ({"measures": ("depth", "width")}, "unknown measure 'width', expected any of depth, regularity"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16', expected one of float32, float64"),
+        ({"method": "fast"}, "'fast', expected one of auto, closed"),
+    ],
 )
-def test_what_cannot_be_measured_says_why(model, tokens, position, reason):
-    (found,) = measure_coupling(model, [tokens], ranks=RANKS, position=position, progress=False)
-    assert reason in found.reason and math.isnan(found.coupling(2))
+def test_settings_that_cannot_work_are_refused_at_once(model, options, message):
+    with pytest.raises(CouplingError, match=message):
+        measured(model, **options)
 
 
-def test_one_token_can_be_measured(model):
-    (found,) = measure_coupling(model, [[5]], ranks=RANKS, progress=False)
-    assert found.reason is None and found.coupling(2) > 0
+def test_a_rank_that_was_not_measured_is_named(model):
+    with pytest.raises(CouplingError, match=r"rank 3, expected one of the measured ranks \[2, 5\]"):
+        measured(model).coupling(3)
 
 
-def test_a_rank_that_was_not_measured_is_refused(record):
-    with pytest.raises(CouplingError, match="got rank 3"):
-        record.coupling(3)
+def test_settings_are_json_and_tell_measurements_apart():
+    base = Settings((2, 5))
+    assert json.loads(json.dumps(base.as_dict())) == base.as_dict()
+    assert Settings((5, 2, 5)).as_dict() == base.as_dict()
+    others = [
+        Settings((2,)),
+        Settings((2, 5), ("depth",)),
+        Settings((2, 5), dtype="float64"),
+        Settings((2, 5), method="closed"),
+    ]
+    assert len({json.dumps(s.as_dict()) for s in [base, *others]}) == 5
+
+
+def test_columns_there_and_back(model):
+    for record in (measured(model), measured(model, position=99), measured(model, measures=("regularity",))):
+        columns = record.to_columns()
+        assert list(columns) == [f.name for f in dataclasses.fields(PromptCoupling)]
+        stored = {name: list(value) if isinstance(value, tuple) else value for name, value in columns.items()}
+        back = PromptCoupling.from_columns(stored | {"unknown": 1})
+        same(record, back)
+        assert (back.tokens, back.ranks, back.method) == (record.tokens, record.ranks, record.method)
+
+
+def silenced(layer):
+    """A llama whose one block adds nothing."""
+    silent = cases.tiny_model("llama", num_hidden_layers=3)
+    for weight in (silent.model.layers[layer].self_attn.o_proj.weight, silent.model.layers[layer].mlp.down_proj.weight):
+        weight.data.zero_()
+    return ResidualModel.wrap(silent)
+
+
+def test_pairs_with_a_block_that_adds_nothing_are_undefined_and_said_so():
+    found = measured(silenced(1))
+    assert "5 of 9 layer pairs are undefined" in found.reason
+    undefined = np.isnan(found.normalized_miscoupling[0])
+    assert undefined[1].all() and undefined[:, 1].all() and undefined.sum() == 5
+    assert np.isfinite(found.coupling(2)) and math.isnan(found.line_shape_score)
+    assert "undefined line-shape-score:" in found.reason and np.isfinite(found.expodistance)
+    assert measured(silenced(1), measures=("regularity",)).reason.startswith("undefined line-shape-score:")
+
+
+def test_weights_that_are_not_finite_are_a_reason():
+    broken = cases.tiny_model("llama", num_hidden_layers=3)
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    assert measured(ResidualModel.wrap(broken)).reason == "the output of block 1 is not finite"
+    broken.model.embed_tokens.weight.data.fill_(math.inf)
+    assert measured(ResidualModel.wrap(broken)).reason == "the embeddings are not finite"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("line one\nline two " + "x" * 400), "RuntimeError: line one line two x"),
+        (CouplingError("got this, expected that"), "got this, expected that"),
+    ],
+)
+def test_what_goes_wrong_in_one_prompt_is_its_reason(model, monkeypatch, error, reason):
+    def failing(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "jacobians_of_trace", failing)
+        found = measured(model)
+    assert found.reason.startswith(reason) and "\n" not in found.reason and len(found.reason) < 350
+    assert found.tokens == tuple(tokens()) and found.normalized_miscoupling is None
+    assert measured(model).reason is None
+
+
+def test_ctrl_c_is_no_reason(model, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "jacobians_of_trace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_prompt(model, tokens(), -1, Settings(RANKS))
+
+
+@pytest.mark.parametrize("error", [0.3, math.nan])
+def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, error):
+    monkeypatch.setattr(jacobians, "certify", lambda *args: error)
+    found = measured(model)
+    assert found.reason.startswith("the Jacobian of block 0 (autodiff) is off by") and "own derivative" in found.reason
+    assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
+    assert found.method == ("autodiff",) * 3 and found.certificate.shape == (3,)
+    assert found.line_shape_score > 1  # the trajectory is not in doubt

@@ -1,0 +1,284 @@
+"""The bridge on shared weights: what it wraps stays as it was, bit for bit, and what it shows is the model's own stream."""
+
+import copy
+
+import cases
+import pytest
+import torch
+from test_jacobians import decoder_layers
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import block_jacobians
+from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.residual import ResidualModel
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOKENS = cases.tiny_tokens(9)
+
+
+def tiny(case="llama", dtype=torch.float32, **changes):
+    """As lm-eval loads it: with fused attention."""
+    attention = "eager" if case in ("gemma2", "falcon-alibi") else "sdpa"  # transformers has no, or another, fused one
+    return cases.tiny_model(case, dtype, **{"attn_implementation": attention} | changes)
+
+
+def behaviour(model):
+    """Logits of a left-padded batch and a generation, on the plain model."""
+    batch = torch.cat([TOKENS, cases.tiny_tokens(9).flip(1)])
+    mask = torch.ones_like(batch)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        logits = model(batch, attention_mask=mask).logits
+        generated = model.generate(TOKENS, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    return logits, generated
+
+
+def bits(model):
+    return {name: t.detach().clone().view(torch.uint8) for name, t in model.state_dict().items()}
+
+
+def plain(model):
+    """Everything about a model that wrapping could have touched."""
+    return {
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "parameters": [(n, p.data_ptr(), p.dtype, p.requires_grad) for n, p in model.named_parameters()],
+        "training": model.training,
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "gemma3", "falcon-alibi"])
+def test_the_wrapped_model_stays_as_it_was(case, dtype):
+    model = tiny(case, dtype)
+    logits, generated = behaviour(model)
+    before, weights = plain(model), bits(model)
+    wrapped = ResidualModel.wrap(model)
+    (found,) = measure_coupling(wrapped, [TOKENS[0].tolist()], ranks=(2,), progress=False)
+    assert found.reason is None and 0 < found.coupling(2) < 1
+    assert plain(model) == before
+    after_logits, after_generated = behaviour(model)
+    assert torch.equal(after_logits, logits) and torch.equal(after_generated, generated)
+    assert all(torch.equal(now, weights[name]) for name, now in bits(model).items())
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_weights_are_shared(case):
+    """No second copy, and a change to the model is a change to what is measured."""
+    model = cases.tiny_model(case)
+    wrapped = ResidualModel.wrap(model)
+    theirs = {p.data_ptr() for p in wrapped.model.parameters()}
+    assert all(p.data_ptr() in theirs for p in model.parameters())
+    before = wrapped.trace(TOKENS, torch.float64).resid_final
+    model.get_input_embeddings().weight.data.mul_(2)
+    assert not torch.allclose(wrapped.trace(TOKENS, torch.float64).resid_final, before)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_the_trace_is_the_models_own_stream(case):
+    """Every block's input and output, as hooks on the unmodified model see them."""
+    model = cases.tiny_model(case)
+    seen = []
+
+    def before(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(module, args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = decoder_layers(model)
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(after))
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    trace = ResidualModel.wrap(model).trace(TOKENS, torch.float64)
+    found = [call.resid_pre for call in trace.calls] + [trace.resid_final]
+    assert len(found) == len(seen) == len(blocks) + 1
+    for mine, theirs in zip(found, seen, strict=True):
+        assert mine.dtype == torch.float64 and not mine.requires_grad
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()  # transformers' casts to float32
+    assert torch.equal(trace.trajectory(3), torch.stack([x[0, 3] for x in found]))
+
+
+def test_bfloat16_weights_are_traced_in_full_precision():
+    """The stream is that of the same weights in the arithmetic asked for, without the rounding of bf16."""
+    model = tiny(dtype=torch.bfloat16)
+    upcast = copy.deepcopy(model).float()
+    for dtype in (torch.float32, torch.float64):
+        found, expected = (ResidualModel.wrap(m).trace(TOKENS, dtype).resid_final for m in (model, upcast))
+        assert found.dtype == dtype and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_one_block_is_upcast_at_a_time():
+    wrapped = ResidualModel.wrap(tiny(dtype=torch.bfloat16, num_hidden_layers=3))
+    seen = []
+
+    def look(module, args):
+        seen.append([{p.dtype for p in block.parameters()} for block in wrapped.blocks])
+
+    inner = [next(m for m in block.modules() if m is not block and not list(m.children())) for block in wrapped.blocks]
+    handles = [module.register_forward_pre_hook(look) for module in inner]
+    wrapped.trace(TOKENS, torch.float32)
+    for handle in handles:
+        handle.remove()
+    half, full = {torch.bfloat16}, {torch.float32}
+    assert seen == [[full if i == j else half for j in range(3)] for i in range(3)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_an_exception_inside_a_block_leaves_nothing_behind(error, derivatives):
+    model = tiny(dtype=torch.bfloat16)
+    before, weights, (logits, generated) = plain(model), bits(model), behaviour(model)
+    wrapped = ResidualModel.wrap(model)
+    expected = block_jacobians(wrapped, TOKENS).jacobians
+    twin = plain(wrapped.model)
+
+    def fail(module, args, output):
+        raise error("in the middle")
+
+    inner = [m for m in wrapped.blocks[1].modules() if not list(m.children())][-1]
+    handle = inner.register_forward_hook(fail)
+    with pytest.raises(error, match="in the middle"):
+        wrapped.trace(TOKENS, torch.float32, 4 if derivatives else None)
+    handle.remove()
+    assert plain(model) == before and plain(wrapped.model) == twin
+    assert all(torch.equal(now, weights[name]) for name, now in bits(model).items())
+    assert torch.is_grad_enabled()
+    assert torch.equal(block_jacobians(wrapped, TOKENS).jacobians, expected)
+    assert all(map(torch.equal, behaviour(model), (logits, generated)))
+
+
+def test_an_exception_inside_a_derivative_puts_the_weights_back():
+    model = tiny(dtype=torch.bfloat16)
+    weights = bits(model)
+    call = ResidualModel.wrap(model).trace(TOKENS, torch.float32).calls[1]
+    with pytest.raises(RuntimeError, match="in the middle"), call.ready():
+        assert {p.dtype for p in call.module.parameters()} == {torch.float32}
+        raise RuntimeError("in the middle")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(now, weights[name]) for name, now in bits(model).items())
+
+
+def test_float64_is_float64_throughout():
+    """transformers computes norms, softmax and rotary embeddings in float32 whatever is asked: not here, nor afterwards."""
+    model = cases.tiny_model("llama")
+    with torch.no_grad():
+        casting = model.model(TOKENS, output_hidden_states=True).hidden_states[1]
+    wrapped = ResidualModel.wrap(model)
+    found = wrapped.trace(TOKENS, torch.float64).calls[1].resid_pre
+    difference = ((found - casting).norm() / casting.norm()).item()
+    assert 1e-10 < difference < 1e-6
+    assert torch.zeros(1, dtype=torch.float64).float().dtype == torch.float32
+
+
+def test_blocks_can_be_called_again():
+    for call in (trace := ResidualModel.wrap(tiny("gemma2")).trace(TOKENS)).calls:
+        with torch.no_grad(), call.ready():
+            again = call(call.resid_pre)
+        after = trace.calls[call.layer + 1].resid_pre if call.layer + 1 < len(trace.calls) else trace.resid_final
+        assert torch.equal(again, after)
+
+
+def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    with_token, without = wrapped.trace(TOKENS, torch.float64, 6), wrapped.trace(TOKENS, torch.float64)
+    assert torch.equal(with_token.resid_final, without.resid_final)
+    for on_the_way, afterwards in zip(with_token.calls, without.calls, strict=True):
+        assert on_the_way.pullback is not None and afterwards.pullback is None
+        with afterwards.ready():
+            assert torch.allclose(on_the_way.pulled_back(6), afterwards.pulled_back(6), rtol=1e-12, atol=1e-14)
+            assert torch.allclose(on_the_way.pulled_back(3), afterwards.pulled_back(3), rtol=1e-12, atol=1e-14)
+
+
+def test_facts():
+    model = tiny(num_hidden_layers=3)
+    wrapped = ResidualModel.wrap(model)
+    assert (wrapped.n_layers, wrapped.d_model, wrapped.dtype) == (3, 24, torch.float32)
+    assert wrapped.n_params == sum(p.numel() for p in model.parameters())
+
+
+def test_training_mode_after_wrapping_does_not_reach_the_measurement():
+    model = tiny("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    wrapped = ResidualModel.wrap(model)
+    expected = wrapped.trace(TOKENS).resid_final
+    model.train()
+    assert torch.equal(wrapped.trace(TOKENS).resid_final, expected)
+
+
+def test_attention_that_transformers_computes_otherwise_when_eager_is_refused():
+    """Its eager Falcon adds the ALiBi bias twice: the twin would be another function than the model that is scored."""
+    with pytest.raises(CouplingError, match="got logits off by .* of FalconForCausalLM"):
+        ResidualModel.wrap(cases.tiny_model("falcon-alibi", torch.float32, attn_implementation="sdpa"))
+
+
+def adapted(base):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+def test_an_adapter_is_part_of_the_stream_and_stays_as_it_was():
+    base = tiny()
+    bare = ResidualModel.wrap(copy.deepcopy(base)).trace(TOKENS).resid_final
+    model = adapted(base)
+    before, logits = plain(model), behaviour(model)
+    found = ResidualModel.wrap(model).trace(TOKENS).resid_final
+    assert plain(model) == before and all(map(torch.equal, behaviour(model), logits))
+    merged = ResidualModel.wrap(model.merge_and_unload()).trace(TOKENS).resid_final
+    assert torch.allclose(found, merged, atol=1e-5) and not torch.allclose(found, bare, atol=1e-1)
+
+
+def bert():
+    return BertModel(
+        BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    )
+
+
+def t5():
+    return T5(T5Config(vocab_size=61, d_model=24, d_kv=6, d_ff=24, num_layers=2, num_heads=4))
+
+
+def headless():
+    return LlamaModel(LlamaConfig(**cases._COMMON | cases._LLAMA_LIKE))
+
+
+def packed():
+    model = tiny()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+def on_no_device():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**cases._COMMON | cases._LLAMA_LIKE))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (bert, "got a BertModel"),
+        (t5, "got a T5ForConditionalGeneration, expected a decoder-only"),
+        (headless, "got a LlamaModel without a language-model head"),
+        (packed, "packed integer weights"),
+        (on_no_device, "expected one device"),
+        (lambda: torch.nn.Linear(2, 2), "got a Linear, expected a decoder-only transformers language model"),
+    ],
+    ids=["encoder", "encoder-decoder", "no head", "packed", "meta", "no transformer"],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(make, message):
+    with pytest.raises(CouplingError, match=message) as caught:
+        ResidualModel.wrap(make())
+    assert "\n" not in str(caught.value) and "expected" in str(caught.value)
