@@ -1,0 +1,85 @@
+"""Every picture, drawn from measured numbers alone: one function per picture, each returns a matplotlib figure.
+
+No pyplot, hence no global state: save with ``figure.savefig("name.png")``, the suffix choosing the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.errors import CouplingError
+
+COLOURS = "viridis"  # dark where layers are coupled, as `show` has it; legible without colour vision and in grey
+_TICKS = 8
+
+
+def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None) -> Figure:
+    """Draw normalised miscoupling layer by layer, panels side by side on one colour scale.
+
+    A row is the layer of the Jacobian, a column that of the singular vectors, both counted from 1. The diagonal, which
+    is 0 by definition, is left blank, as is what is not a number. The colour bar marks the chance level.
+
+    Args:
+        panels: a matrix m̃[l, l'] under the name that stands above it.
+        rank: number K of singular vectors they were measured with.
+        title: stands above all panels.
+
+    Returns:
+        The figure; as data, each panel's image holds its matrix with the blank entries masked.
+
+    Raises:
+        CouplingError: if there is no panel, or one without a number off the diagonal.
+    """
+    masked = {name: _off_diagonal(name, matrix) for name, matrix in panels.items()}
+    if not masked:
+        raise CouplingError("got no panel to draw, expected at least one layer-by-layer matrix")
+    chance = chance_level(rank)
+    low = min(chance, *(matrix.min() for matrix in masked.values()))
+    high = max(chance, *(matrix.max() for matrix in masked.values()))
+    figure = Figure(figsize=(3.6 * len(masked) + 1.2, 4.1 if title else 3.8), dpi=200, layout="constrained")
+    axes = list(figure.subplots(1, len(masked), squeeze=False)[0])
+    for ax, (name, matrix) in zip(axes, masked.items(), strict=True):
+        image = _layer_image(ax, matrix, low, high)
+        ax.set_title(f"{name}\nmean {matrix.mean():.3f}", fontsize="medium")
+    axes[0].set_ylabel("Jacobian of layer")
+    _colour_bar(figure, image, axes, rank, chance)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _off_diagonal(name: str, matrix: Float[np.ndarray, "layer layer"]) -> np.ma.MaskedArray:
+    blank = np.eye(len(matrix), dtype=bool) | ~np.isfinite(matrix)
+    if blank.all():
+        raise CouplingError(f"got no number off the diagonal of {name!r}, expected a measured layer-by-layer matrix")
+    return np.ma.array(matrix, dtype=np.float64, mask=blank)
+
+
+def _layer_image(ax: Axes, matrix: np.ma.MaskedArray, low: float, high: float) -> AxesImage:
+    edges = 0.5, len(matrix) + 0.5  # cell l is centred on l
+    image = ax.imshow(matrix, cmap=COLOURS, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1]))
+    labelled = _labelled(len(matrix))
+    ax.set_xticks(labelled)
+    ax.set_yticks(labelled)
+    ax.set_xlabel("singular vectors of layer")
+    return image
+
+
+def _labelled(layers: int) -> list[int]:
+    """The first layer and the multiples of a round number."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= _TICKS * step)
+    return sorted({1, *range(step, layers + 1, step)})
+
+
+def _colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], rank: int, chance: float) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, label=f"normalised miscoupling, K = {rank}")
+    bar.ax.axhline(chance, color="black", linewidth=2)
+    beside = bar.ax.get_yaxis_transform()  # x in widths of the bar, y on its scale
+    bar.ax.text(-0.2, chance, f"chance\n{chance:.3f}", transform=beside, ha="right", va="center", fontsize="small")
