@@ -1,0 +1,50 @@
+"""Does coupling predict the score? Statistics of numbers that are already in a table: no file is read, no model run.
+
+The libraries (scipy, statsmodels) do the statistics; here is the assembly and its honesty: what was dropped is counted,
+what is undefined is NaN with a ``reason``, what a reader must bear in mind is in ``notes``, and ``in_words`` claims no
+more than the numbers do. Every result is a frozen dataclass with ``to_dict()``; ``as_frame(results)`` is their table.
+Regressions need statsmodels, the extra ``analysis``.
+"""
+
+_PUBLIC = {
+    "Estimate": "results",
+    "as_frame": "results",
+    "Correlation": "correlations",
+    "CorrelationDifference": "correlations",
+    "compare_correlations": "correlations",
+    "correlation": "correlations",
+    "correlation_within": "correlations",
+    "partial_correlation": "correlations",
+    "Fit": "curves",
+    "exponential_fit": "curves",
+    "line_fit": "curves",
+    "proportion_error": "curves",
+    "FamilyEffect": "regression",
+    "Model": "regression",
+    "NestedModels": "regression",
+    "adjust_p_values": "regression",
+    "collinearity": "regression",
+    "family_effect": "regression",
+    "nested_models": "regression",
+    "Auroc": "documents",
+    "LogisticEffect": "documents",
+    "accuracy_by_bin": "documents",
+    "auroc": "documents",
+    "auroc_within": "documents",
+    "logistic_effect": "documents",
+    "in_words": "wording",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # here, because correlations are wanted where statsmodels is not installed
+
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
