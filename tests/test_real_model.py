@@ -1,0 +1,77 @@
+"""The main job as a user runs it: a real model on real benchmarks, beside `--model hf`.
+
+Needs benchmark data and a script that fetches SmolLM2-135M in a folder next to the repository, or wherever
+LM_EVAL_COUPLING_REAL points: ``hf/`` is lm-eval's working directory, ``models/get_model.py NAME DIR`` writes the model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm_eval_coupling.coupling import chance_level
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("LM_EVAL_COUPLING_REAL", ROOT.parent / "shared"))
+TASKS = ["arc_easy", "gsm8k", "hellaswag", "winogrande"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (REAL / "hf").is_dir(), reason=f"no benchmark data in {REAL}: set LM_EVAL_COUPLING_REAL"),
+]
+
+EVALUATE = """
+import json, sys
+from lm_eval_coupling import plugin
+plugin.install()
+import lm_eval
+model, store, *tasks = sys.argv[1:]
+found = {}
+for name, arguments in {"hf": {}, "coupling-hf": {"coupling_limit": 2, "coupling_store": store}}.items():
+    results = lm_eval.simple_evaluate(
+        name, model_args={"pretrained": model, "device": "cpu"} | arguments, tasks=tasks, limit=2, bootstrap_iters=2,
+        gen_kwargs="max_gen_toks=48",
+    )
+    kept = ("doc_id", "arguments", "resps", "filtered_resps")
+    samples = {task: [{k: str(s[k]) for k in kept} for s in rows] for task, rows in results["samples"].items()}
+    found[name] = {"results": results["results"], "samples": samples, "coupling": results["config"].get("coupling")}
+print("FOUND" + json.dumps(found, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    fetch = [sys.executable, str(REAL / "models" / "get_model.py"), "smollm2-135m", str(folder)]
+    done = subprocess.run(fetch, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the model cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def test_a_real_model_on_real_benchmarks(smollm2, tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATE, str(smollm2), str(tmp_path / "store.sqlite"), *TASKS],
+        cwd=REAL / "hf",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("FOUND")[1])
+    hf, ours = found["hf"], found["coupling-hf"]
+    assert ours["samples"] == hf["samples"]
+    info = ours["coupling"]
+    assert (info["measured"], info["failed"], info["headline_rank"]) == (8, 0, 10)
+    assert info["worst_certificate"] < 1e-4
+    chance = 1 - chance_level(10)
+    for task, row in ours["results"].items():
+        value = row.pop("coupling,none")
+        assert row.pop("coupling_stderr,none") is not None
+        assert row == hf["results"][task]
+        assert chance + 0.03 < value < 0.4, task  # far from chance, as a trained model is
