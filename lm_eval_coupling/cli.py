@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--task", metavar="T", help="this task only, with its profile over layers")
     show.add_argument("--doc", type=int, metavar="N", help="the matrix of the document with this doc_id (needs --task)")
     show.set_defaults(command=_show)
+    report = commands.add_parser("report", help="saved runs as one self-contained page: tables, plots, every document")
+    report.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
+    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    report.add_argument("--documents", type=int, metavar="N", help="prompts to include per model and task (default: 200)")
+    report.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different coupling settings")
+    report.set_defaults(command=_report)
     return parser
 
 
@@ -74,6 +80,14 @@ def _show(options: argparse.Namespace) -> None:
     from lm_eval_coupling.show import show
 
     show(options.folder, options.task, options.doc)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lm_eval_coupling.report import DOCUMENTS, write_report
+
+    documents = DOCUMENTS if options.documents is None else options.documents
+    page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
 
 
 if __name__ == "__main__":

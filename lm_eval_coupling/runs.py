@@ -110,7 +110,7 @@ def _rows_of_run(run: Mapping[str, Any], file: Path) -> Iterable[dict[str, Any]]
         "n_layers": _number(coupling.get("n_layers")),
         "d_model": _number(coupling.get("d_model")),
     }
-    groups = _leaves(run.get("group_subtasks") or {})
+    groups = leaf_tasks(run.get("group_subtasks") or {})
     for task, found in run["results"].items():
         metrics = {key if "," in key else f"{key},none": _number(found[key]) for key in found if key not in _NO_METRICS}
         yield (
@@ -141,7 +141,7 @@ def _samples(run: Mapping[str, Any], task: str, found: Mapping[str, Any]) -> flo
     return _number(count.get("effective") if isinstance(count, Mapping) else found.get("sample_len"))
 
 
-def _leaves(subtasks: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def leaf_tasks(subtasks: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Leaf tasks of each group, through groups of groups."""
 
     def below(name: str, above: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,145 @@
+// Third view: prompts, answers and their layers, one by one.
+
+const LISTED = 300;
+const verdict = (answer) =>
+  !answer ? null : answer.right === true ? "right" : answer.right === false ? "wrong" : null;
+
+function renderDocuments() {
+  const row = rows[state.row];
+  const { documents, prompts } = contents(row, state.rank);
+  documents.forEach((one, i) => {
+    one.number = i;
+  });
+  const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
+  const matching = documents.filter((one) => {
+    const text = `${one.text} ${(one.answer && one.answer.given) || ""}`.toLowerCase();
+    return (
+      words.every((word) => text.includes(word)) && (state.answer === "all" || verdict(one.answer) === state.answer)
+    );
+  });
+  const limits = [`${matching.length} of ${prompts} measured prompts.`];
+  if (documents.length < prompts)
+    limits.push(`This page holds ${documents.length} of them (at most ${DATA.limit} a task; see --documents).`);
+  if (matching.length > LISTED) limits.push(`The first ${LISTED} are listed: search to see others.`);
+  if (documents.length && documents.every((one) => !one.answer))
+    limits.push("Answers are known where lm-eval ran with --log_samples.");
+  at("documents-note").textContent = limits.join(" ");
+  const several = row.tables.length > 1;
+  sortable(
+    at("document-list"),
+    [
+      {
+        name: "Document",
+        value: (one) => one.number,
+        cell: (one) =>
+          `${several ? one.table.task + " " : ""}${one.id}${one.prompt ? `, prompt ${one.prompt + 1}` : ""}`,
+      },
+      { name: "Prompt", text: true, value: (one) => one.text, cell: (one) => ending(one.text) },
+      { name: "Answer", text: true, value: (one) => one.answer && one.answer.given },
+      { name: "Right?", value: (one) => verdict(one.answer), cell: (one) => mark(one.answer) },
+      {
+        name: "Coupling",
+        numeric: true,
+        value: (one) => one.coupling[state.rank],
+        cell: (one) => fixed(one.coupling[state.rank]),
+      },
+    ],
+    matching.slice(0, LISTED),
+    { current: (one) => one.number === state.document, open: (one) => openDocument(one.number) },
+  );
+  renderDocument(documents[state.document]);
+}
+
+function mark(answer) {
+  const found = verdict(answer);
+  return found ? element("span", { class: found }, (found === "right" ? "✓ " : "✗ ") + found) : "–";
+}
+
+function openDocument(number) {
+  state.document = number;
+  renderDocuments();
+  at("document").focus({ preventScroll: true });
+  at("document").scrollIntoView({ block: "nearest" });
+}
+
+function renderDocument(one) {
+  const holder = at("document");
+  if (!one)
+    return holder.replaceChildren(
+      element("p", { class: "note" }, "Choose a document to see its prompt, answer and layers."),
+    );
+  const { answer, table } = one;
+  const headline = String(table.headline);
+  const part = (title, ...nodes) => [element("h3", {}, title), ...nodes];
+  const text = (words) => element("div", { class: "prompt", dir: "auto", tabindex: "0" }, words);
+  const facts = [`prompt ${one.prompt + 1} (${one.kind}), measured at token ${one.position + 1} of ${one.tokens}`];
+  facts.push(
+    ...Object.entries(one.coupling).map(
+      ([rank, value]) => `coupling ${fixed(value)} at K = ${rank} (chance ${(1 - table.chance[rank]).toFixed(4)})`,
+    ),
+  );
+  if (known(one.line_shape_score))
+    facts.push(`line-shape score ${fixed(one.line_shape_score, 3)}`, `expodistance ${fixed(one.expodistance, 3)}`);
+  const heat = element("div", { class: "plot", id: "document-heat", role: "group" });
+  holder.replaceChildren(
+    element("h2", {}, `${table.task}, document ${one.id}`),
+    element("p", { class: "note" }, facts.join("; ") + "."),
+    ...(one.reason ? [element("p", {}, "Note: " + one.reason)] : []),
+    ...part(
+      "Prompt",
+      ...(one.cut ? [element("p", { class: "note" }, `${one.cut} earlier characters are left out.`)] : []),
+      text(one.text),
+    ),
+    ...(answer
+      ? part(
+          "Answer",
+          element(
+            "p",
+            {},
+            mark(answer),
+            " ",
+            Object.entries(answer.scores)
+              .map(([name, value]) => `${name.replace(/,none$/, "")} ${short(value)}`)
+              .join(", "),
+          ),
+        )
+      : []),
+    ...(answer && known(answer.given) ? [text(answer.given)] : []),
+    ...(answer && known(answer.generated) ? part("Generated text", text(answer.generated)) : []),
+    ...(answer && known(answer.expected) ? part("Expected", text(answer.expected)) : []),
+    ...(answer && answer.options.length > 1 ? part("Choices", choices(answer)) : []),
+    ...part(`Miscoupling of every pair of layers, K = ${headline}`, heat),
+  );
+  if (one.matrix) heatMap(heat, offDiagonal(unpack(one.matrix)), headline);
+  else clear(heat, "No layer-by-layer matrix was measured.");
+}
+
+function choices(answer) {
+  const lines = answer.options.map(([text, likelihood]) =>
+    element(
+      "tr",
+      {},
+      element("td", { class: "text", dir: "auto" }, text),
+      element("td", { class: "number" }, fixed(likelihood, 2)),
+    ),
+  );
+  return element(
+    "div",
+    { class: "wide" },
+    element(
+      "table",
+      {},
+      element(
+        "thead",
+        {},
+        element(
+          "tr",
+          {},
+          element("th", { scope: "col" }, "Choice"),
+          element("th", { scope: "col", class: "number" }, "Log-likelihood"),
+        ),
+      ),
+      element("tbody", {}, ...lines),
+    ),
+  );
+}

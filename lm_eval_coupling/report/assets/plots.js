@@ -1,0 +1,107 @@
+// Plots in the reader's colours, legible without colour vision: every line has its own symbol too.
+
+const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]; // Okabe and Ito
+const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon"];
+const DASHES = ["solid", "dash", "dot", "dashdot"];
+
+function layout(more) {
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const axis = { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true };
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: colour("--ink"), family: "system-ui, sans-serif" },
+    margin: { l: 55, r: 15, t: 15, b: 50 },
+    legend: { orientation: "h", y: -0.2 },
+    hovermode: "closest",
+    hoverlabel: { font: { family: "system-ui, sans-serif" } },
+    ...more,
+    xaxis: { ...axis, ...more.xaxis },
+    yaxis: { ...axis, ...more.yaxis },
+  };
+}
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+
+function draw(holder, traces, more, label) {
+  holder.setAttribute("aria-label", label);
+  if (!holder.data) holder.replaceChildren(); // what clear() left
+  return Plotly.react(holder, traces, layout(more), CONFIG);
+}
+function clear(holder, why) {
+  Plotly.purge(holder);
+  holder.setAttribute("aria-label", why);
+  holder.replaceChildren(element("p", { class: "note" }, why));
+}
+
+function heatMap(holder, matrix, rank) {
+  const chance = chanceOf(rank);
+  const values = matrix.flat().filter((value) => Number.isFinite(value));
+  if (!values.length) return clear(holder, "No pair of layers has a value.");
+  const low = Math.min(chance, ...values),
+    high = Math.max(chance, ...values);
+  const numbers = { tick0: 1, dtick: Math.ceil(matrix.length / 8) };
+  const layers = matrix.map((_, i) => i + 1);
+  const others = [low, (low + chance) / 2].filter((value) => chance - value > 0.3 * (high - low)); // labels need room
+  const ticks = {
+    tickvals: [...others, chance],
+    ticktext: [...others.map((value) => value.toFixed(3)), `<b>chance ${chance.toFixed(3)}</b>`],
+  };
+  const trace = {
+    type: "heatmap",
+    z: matrix.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
+    x: layers,
+    y: layers,
+    zmin: low,
+    zmax: high,
+    colorscale: "Viridis",
+    hoverongaps: false,
+    hovertemplate:
+      "Jacobian of layer %{y}<br>singular vectors of layer %{x}<br>" +
+      `miscoupling %{z:.4f}, chance ${chance.toFixed(4)}<extra></extra>`,
+    colorbar: {
+      orientation: "h",
+      y: -0.2,
+      yanchor: "top",
+      len: 0.85,
+      thickness: 14,
+      tickmode: "array",
+      ...ticks,
+      ticklabeloverflow: "allow",
+      title: { text: `miscoupling, K = ${rank} (dark: coupled)`, side: "bottom" },
+    },
+  };
+  const side = Math.min(holder.clientWidth || 480, 520);
+  draw(
+    holder,
+    [trace],
+    {
+      height: side + 70,
+      margin: { l: 50, r: 30, t: 10, b: 115 },
+      xaxis: { title: { text: "singular vectors of layer" }, constrain: "domain", showgrid: false, ...numbers },
+      yaxis: {
+        title: { text: "Jacobian of layer" },
+        autorange: "reversed",
+        scaleanchor: "x",
+        constrain: "domain",
+        showgrid: false,
+        ...numbers,
+      },
+    },
+    `Heat map of ${layers.length} by ${layers.length} layers: mean miscoupling ${mean(values).toFixed(4)}, from ` +
+      `${Math.min(...values).toFixed(4)} to ${Math.max(...values).toFixed(4)}; chance is ${chance.toFixed(4)}.`,
+  );
+}
+
+function line(values, name, i, more = {}) {
+  const colour = COLOURS[i % COLOURS.length];
+  return {
+    type: "scatter",
+    mode: "lines+markers",
+    y: values,
+    name: plain(name),
+    line: { color: colour, width: 2, dash: DASHES[Math.floor(i / COLOURS.length) % DASHES.length] },
+    marker: { size: 5, color: colour, symbol: SYMBOLS[i % SYMBOLS.length] },
+    ...more,
+  };
+}
+const depths = (count) => Array.from({ length: count }, (_, i) => (count > 1 ? i / (count - 1) : 0));
