@@ -71,13 +71,13 @@ def main(out: Path | None = None) -> None:
     gguf = fetch(MODEL)
     results = evaluate(gguf, out)
     coupling = results["config"]["coupling"]
-    trained = measured_prompts(out, coupling["run_id"])
+    trained = measured_prompts(out, coupling.get("run_id"))
     _announce(3, f"Measuring the same architecture with random weights on the same {len(trained)} prompts")
     untrained = measure_untrained(gguf, [list(prompt.tokens) for prompt in trained], coupling["device"])
     _announce(4, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
     draw(trained, untrained, out)
     print(f"\n{explanation(trained, untrained)}\n")
-    print(f"Look closer: lm-eval-coupling show {out} --task {TASKS}_choice")
+    print(f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}")
 
 
 def _announce(step: int, what: str) -> None:
@@ -200,7 +200,7 @@ def _quieten(setup_logging) -> None:
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
 
 
-def measured_prompts(out: Path, run_id: str) -> list[PromptCoupling]:
+def measured_prompts(out: Path, run_id: str | None) -> list[PromptCoupling]:
     """What the run that was just saved in ``out`` has measured.
 
     Raises:
