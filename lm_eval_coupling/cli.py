@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `lm-eval-coupling`; by default those it was called with.
 
     Returns:
-        The exit code: 0, or 2 after a mistake of the user, which is told in one sentence on stderr.
+        The exit code: 0, 2 after a mistake of the user, which is told in one sentence on stderr, or 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CouplingError as error:
         print(f"lm-eval-coupling: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lm-eval-coupling: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -204,23 +204,22 @@ class CouplingLM(HFLM):
         """Rows of this process's documents, each distinct prompt measured once; Ctrl-C keeps what is there."""
         counts = {"prompts": 0, "reused": 0, "interrupted": 0}
         prompts = {document.key: self._prompts(document) for document in documents}
-        self._announce(prompts)
+        everything = [prompt for group in prompts.values() for prompt in group]
         rows: list[dict[str, Any]] = []
-        seen: dict[str, PromptCoupling] = {}
-        total = sum(map(len, prompts.values()))
         try:
-            with tqdm(total=total, desc="Measuring coupling", disable=self.rank != 0 or not total) as bar:
+            known = self._known(everything)
+            counts["reused"] = sum(self._key(prompt) in known for prompt in everything)
+            self._announce(everything, known)
+            with tqdm(total=len(everything), desc="Measuring coupling", disable=self.rank != 0 or not everything) as bar:
                 for document in documents:
                     for index, prompt in enumerate(prompts[document.key]):
                         counts["prompts"] += 1
-                        measurement = self._measured(prompt, seen, counts)
-                        rows.append(self._row(document, index, prompt, measurement))
+                        rows.append(self._row(document, index, prompt, self._measured(prompt, known)))
                         bar.update()
         except KeyboardInterrupt:
             counts["interrupted"] = 1
-            logger.warning(
-                "coupling: interrupted after %d of %d prompts; scores and measurements are kept", len(rows), total
-            )
+            done = f"{len(rows)} of {len(everything)}"
+            logger.warning("coupling: interrupted after %s prompts; scores and measurements are kept", done)
         return rows, counts
 
     def _prompts(self, document: Document) -> list[Prompt]:
@@ -230,20 +229,23 @@ class CouplingLM(HFLM):
             logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
             return []
 
-    def _measured(self, prompt: Prompt, seen: dict[str, PromptCoupling], counts: dict[str, int]) -> PromptCoupling:
-        key = self._store.key(
-            self._fingerprint, self.coupling_options.settings.as_dict(), prompt.tokens, self.coupling_options.position
-        )
-        if key not in seen and (columns := self._store.get(key)) is not None:
-            seen[key] = PromptCoupling.from_columns(columns)
-        if key in seen:
-            counts["reused"] += 1
-            return seen[key]
+    def _key(self, prompt: Prompt) -> str:
         options = self.coupling_options
-        seen[key] = measure_prompt(self.residual_model, prompt.tokens, options.position, options.settings)
-        if seen[key].certificate is not None or seen[key].norms is not None:
-            self._keep(key, seen[key])
-        return seen[key]
+        return self._store.key(self._fingerprint, options.settings.as_dict(), prompt.tokens, options.position)
+
+    def _known(self, prompts: Iterable[Prompt]) -> dict[str, PromptCoupling]:
+        """What earlier runs have measured of these prompts."""
+        found = ((key, self._store.get(key)) for key in {self._key(prompt) for prompt in prompts})
+        return {key: PromptCoupling.from_columns(columns) for key, columns in found if columns is not None}
+
+    def _measured(self, prompt: Prompt, known: dict[str, PromptCoupling]) -> PromptCoupling:
+        key = self._key(prompt)
+        if key not in known:
+            options = self.coupling_options
+            known[key] = measure_prompt(self.residual_model, prompt.tokens, options.position, options.settings)
+            if known[key].certificate is not None or known[key].norms is not None:
+                self._keep(key, known[key])
+        return known[key]
 
     def _keep(self, key: str, measurement: PromptCoupling) -> None:
         try:
@@ -263,20 +265,20 @@ class CouplingLM(HFLM):
             "n_tokens": len(prompt.tokens),
         } | measurement.to_columns()
 
-    def _announce(self, prompts: Mapping[DocumentKey, list[Prompt]]) -> None:
-        """Say what is going to be measured, how long one prompt of median length takes and how much memory."""
-        lengths = sorted((p.tokens for group in prompts.values() for p in group), key=len)
-        if self.rank != 0 or not lengths:
+    def _announce(self, prompts: list[Prompt], known: dict[str, PromptCoupling]) -> None:
+        """Say how much is to be measured, and how long it will take: the prompt of median length is measured first."""
+        if self.rank != 0 or not prompts:
             return
+        waiting = sorted({p.tokens for p in prompts if self._key(p) not in known}, key=len)
         model = self.residual_model
         size = model.n_layers * model.d_model**2 * (8 if self.coupling_options.settings.dtype == "float64" else 4)
         start = time.perf_counter()
-        self._measured(Prompt(lengths[len(lengths) // 2], ""), {}, {"reused": 0})
-        seconds = time.perf_counter() - start
+        if waiting:
+            self._measured(Prompt(waiting[len(waiting) // 2], ""), known)
         logger.info(
-            "coupling: %d prompts of %d documents on this process, about %.1f s each (measured on one of median length; "
-            "known ones take no time), %.0f MB of Jacobians at a time",
-            *(len(lengths), len(prompts), seconds, size / 1e6),
+            "coupling: %d prompts on this process, %d distinct ones not measured before, about %.1f s each, "
+            "%.0f MB of Jacobians at a time",
+            *(len(prompts), len(waiting), time.perf_counter() - start, size / 1e6),
         )
 
     def _describe(self, rows: list[dict[str, Any]], totals: dict[str, int], tasks: Mapping[str, Any]) -> dict[str, Any]:

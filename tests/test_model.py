@@ -311,7 +311,7 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
     printed = run([sys.executable, script, "--model", "coupling-hf", "--model_args", arguments, *words, "--device", "cpu"])
     assert "|coupling" in printed.replace(" ", "")
-    assert "prompts of 8 documents" in printed
+    assert "8 prompts on this process, 8 distinct ones not measured before" in printed
     value = written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     by_hash = {s["doc_hash"]: s["coupling"] for s in map(json.loads, samples.read_text().splitlines())}

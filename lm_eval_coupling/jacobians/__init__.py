@@ -67,8 +67,8 @@ def block_jacobians(
         dtype: arithmetic, ``torch.float32`` or ``torch.float64``, whatever dtype the model runs in.
 
     Returns:
-        J[l, i, j] = ∂f^l_i(output token) / ∂x^{l-1}_j(input token). Takes n_layers·d_model² numbers of memory, on the model's
-        device up to 4 GiB and on the host beyond.
+        J[l, i, j] = ∂f^l_i(output token) / ∂x^{l-1}_j(input token): n_layers·d_model² numbers, on the model's device up to
+        4 GiB and on the host beyond.
 
     Raises:
         CouplingError: for a token or layer that does not exist, or an unknown method or dtype.

@@ -66,7 +66,8 @@ def main_job(options, work: Path) -> dict:
     seconds = {
         "hf": run(lm_eval(options, "hf", options.tasks, options.limit, work / "hf"), options),
         "coupling-hf": run(
-            lm_eval(options, "coupling-hf", options.tasks, options.limit, work / "c", work / "c.sqlite"), options
+            lm_eval(options, "coupling-hf", options.tasks, options.limit, work / "c", options.store or work / "c.sqlite"),
+            options,
         ),
     }
     records = lm_eval_coupling.load_records(work / "c")
@@ -84,6 +85,7 @@ def main_job(options, work: Path) -> dict:
         "documents": len(trained),
         "prompts": len(records),
         "failed": info["failed"],
+        "measured_before": info["reused"],
         "methods": sorted({m for methods in records.method for m in methods}),
         "worst_certificate": info["worst_certificate"],
         "chance": chance,
@@ -181,8 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="transformers folder")
     parser.add_argument("--data", type=Path, required=True, help="working directory of lm-eval")
-    parser.add_argument("--tasks", default="arc_easy,hellaswag,winogrande,truthfulqa_mc2,gsm8k")
+    parser.add_argument("--tasks", default="arc_easy,hellaswag,winogrande,truthfulqa_mc2,gsm8k_cot_zeroshot")
     parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--store", type=Path, help="measurements to go on from, and to keep")
     parser.add_argument("--only-main", action="store_true", help="leave out the kill and the two processes")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options = parser.parse_args()
