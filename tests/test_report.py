@@ -21,6 +21,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import load_records
 from lm_eval_coupling.report import embeddable_json, gather, page, write_report
 from lm_eval_coupling.report.answers import read_answers
+from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.documents import pack
 from lm_eval_coupling.runs import load_runs
 from lm_eval_coupling.show import coupling_of_documents
@@ -29,7 +30,7 @@ NASTY = (
     "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=2'> \"quoted\" {{script}} & &amp; \\u003c "
     "\u2028 \u202eright-to-left\u202c 漢字 🙂 \x00"
 )
-BAD_MODEL = "org/<img src=x onerror=window.pwned=3>%{x}"
+BAD_MODEL = "org/<b>bold</b><img src=x onerror=window.pwned=3>%{x}"
 RECORDS = {
     "arc": [record("arc", i, p) for i in range(3) for p in range(2)],
     "gsm": [record("gsm", i, seed=1) for i in range(2)],
@@ -184,6 +185,11 @@ class TestLimits:
             assert len(table["documents"]) == min(2, whole["total"]) and table["total"] == whole["total"]
             assert table["mean"] == whole["mean"] and table["norms"] == whole["norms"]
         assert gather(saved, documents=0)["tables"][0]["documents"] == []
+
+    def test_many_tables_share_the_page(self):
+        assert _limit([100] * 40, 200) == 200
+        assert _limit([5] * 100 + [100] * 100, 200) == 35  # 500 + 3500
+        assert _limit([50] * 5000, 200) == 1 and _limit([50] * 5000, 0) == 0
 
     def test_long_prompts_keep_their_end(self, tmp_path):
         save(tmp_path, {"arc": task_summary()}, rows=[record() | {"text": "a" * 5000 + "the question"}])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import find_tables, load_records
@@ -109,7 +110,7 @@ class _Tables:
         return [order.index(key) for key in present]
 
     def describe(self, documents: int) -> dict[str, Any]:
-        limit = min(documents, max(1, _DOCUMENTS_IN_ALL // max(1, len(self._wanted))))
+        limit = _limit([pq.read_metadata(self._files[key][0]).num_rows for key in self._wanted], documents)
         described = []
         for key, (run, task, date) in self._wanted.items():
             file, about = self._files[key]
@@ -117,6 +118,12 @@ class _Tables:
             answers = read_answers(samples, run.main_score(task))
             described.append({"task": task} | describe_table(load_records(file), about, answers, limit))
         return {"tables": described, "limit": limit}
+
+
+def _limit(sizes: Sequence[int], documents: int) -> int:
+    """The most prompts of each table, at most ``documents``, with which the page holds no more than it can."""
+    fitting = [n for n in range(documents + 1) if sum(min(size, n) for size in sizes) <= _DOCUMENTS_IN_ALL]
+    return max(fitting, default=0) or min(1, documents)
 
 
 def _table_key(coupling: Mapping[str, Any], task: str, date: str) -> tuple[Any, ...]:
