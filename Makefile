@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: help setup test check demo clean
+.PHONY: help setup test check demo bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -27,6 +27,15 @@ check: setup  ## lint
 
 demo: setup  ## evaluate a small real model, measure its coupling, draw the picture
 	$(BIN)/lm-eval-coupling demo
+
+QUICK = $(if $(BENCH_FULL),,--quick)
+bench: setup  ## speed and memory of MODEL=DIR, a transformers folder; BENCH_FULL=1 takes hours instead of minutes
+	$(if $(MODEL),,$(error got no MODEL, expected make bench MODEL=DIR with a transformers folder))
+	$(BIN)/python tests/benchmarks/against_release.py --model $(MODEL) $(QUICK)
+	$(BIN)/python tests/benchmarks/floors.py --model $(MODEL) $(QUICK)
+	$(BIN)/python tests/benchmarks/growth.py $(QUICK)
+	$(BIN)/python tests/benchmarks/memory.py --model $(MODEL) $(QUICK)
+	$(BIN)/python tests/benchmarks/plot.py
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

@@ -1,0 +1,118 @@
+"""Each stage of a measurement against its floor: the matrix products it contains (products.py), alone, on this machine.
+
+    python tests/benchmarks/floors.py --model DIR [--tokens 10 128] [--device cuda]
+
+Stage and floor are timed in turn, with float32 operands of the same shapes. The spectra contain symmetric
+eigendecompositions, which are no products: their floor counts the library's `eigh` of matrices of that size as well, with
+its seconds beside it. The machine's own rate is that of a large square product.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import machine
+import models
+import products
+import stages
+import torch
+from timing import in_turn, seconds
+
+from lm_eval_coupling.measure import DTYPES, Settings
+from lm_eval_coupling.residual import ResidualModel
+
+SQUARE = 2048
+
+
+def floors(shape: products.Shape, tokens: int, rank: int) -> dict[str, list[products.Product]]:
+    """Products of each stage, per layer."""
+    triplets = min(rank + 1, shape.d_model)
+    return {
+        "forward": products.forward(shape, tokens),
+        "certificate": products.certificate(shape, tokens),
+        "jacobians": products.jacobians(shape, tokens),
+        "spectra": products.spectra(shape, triplets),
+        "pairs": products.pairs(shape, rank),
+    }
+
+
+def stage_and_floor(model: ResidualModel, shape: products.Shape, tokens: list[int], settings, device, repeats) -> list[dict]:
+    """One row per stage, for one prompt."""
+    contained = floors(shape, len(tokens), settings.ranks[-1])
+    alone = {name: products.runner(found, shape.layers, device) for name, found in contained.items()}
+    alone["eigh"] = decompositions(shape, device)
+    dtype, spent, record = DTYPES[settings.dtype], [], None
+
+    def measure():
+        nonlocal record
+        record, found = stages.measured(model, tokens, settings)
+        spent.append(found)
+
+    candidates = {"measure": measure, "trace without derivative": lambda: model.trace(tokens, dtype)}
+    taken = in_turn(candidates | alone, repeats)
+    if set(record.method) != {"closed"}:
+        raise SystemExit(f"got blocks of level {sorted(set(record.method))}, expected all closed: the floors are theirs")
+    ours = stages.median(spent[-repeats:])
+    ours["forward"] = taken["trace without derivative"]
+    ours["certificate"] = ours["trace"] - ours["forward"]
+    return [
+        {
+            "tokens": str(len(tokens)),
+            "stage": name,
+            "seconds": ours[name],
+            "floor": taken[name] + (taken["eigh"] if name == "spectra" else 0),
+            "of_it_eigh": taken["eigh"] if name == "spectra" else None,
+            "ratio": ours[name] / (taken[name] + (taken["eigh"] if name == "spectra" else 0)),
+            "floor_gflops_per_second": (gflop := shape.layers * sum(p.flops for p in found) / 1e9) / taken[name],
+            "gflop": gflop,
+        }
+        for name, found in contained.items()
+    ]
+
+
+def decompositions(shape: products.Shape, device: str) -> Callable[[], None]:
+    """As many symmetric eigendecompositions as the model has layers."""
+    J = torch.randn(shape.d_model, shape.d_model, device=device)
+    gram = J @ J.T
+
+    def run() -> None:
+        for _ in range(shape.layers):
+            torch.linalg.eigh(gram)
+
+    return run
+
+
+def rate(device: str) -> float:
+    """Gflop/s of a large square product in float32, the median of five."""
+    a, b = torch.randn(2, SQUARE, SQUARE, device=device)
+    out = a @ b
+    return 2 * SQUARE**3 / 1e9 / statistics.median(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(5))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = machine.parser(__doc__, "floors")
+    parser.add_argument("--model", required=True, help="transformers folder of a Llama, or llama-3-8b for random weights")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
+    parser.add_argument("--repeats", type=int, help="default 7; 3 with --quick")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights; the arithmetic is float32")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    about = machine.describe(options.device, options.dtype)
+    model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
+    shape = products.Shape.of(model.config)
+    ours, settings = ResidualModel.wrap(model), Settings(tuple(options.ranks))
+    rows = []
+    for tokens in options.tokens:
+        prompt = models.prompt(tokens, model.config.vocab_size, tokenizer)
+        repeats = options.repeats or (3 if options.quick else 7)
+        rows += stage_and_floor(ours, shape, prompt, settings, options.device, repeats)
+    found = {"gflops_per_second": rate(options.device), "stages": rows}
+    machine.save("floors", about, options, found)
+    machine.show(f"Stages and their floors: {options.model}, {found['gflops_per_second']:.0f} Gflop/s", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Seconds that one real measurement spends in each of its stages."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from timing import synchronize
+
+from lm_eval_coupling import measure
+from lm_eval_coupling.residual import ResidualModel
+
+# Where each stage is entered. What runs inside another stage counts for the inner one only, so the pairs are what is left
+# of the depth-wise measurement.
+ENTRANCES = {
+    "trace": (ResidualModel, "trace"),
+    "jacobians": (measure, "jacobians_of_trace"),
+    "spectra": (measure, "top_singular"),
+    "pairs": (measure, "_depth"),
+    "regularity": (measure, "_regularity"),
+}
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Counter]:
+    """Collects seconds by stage of every measurement made inside; the code measured is what users run."""
+    spent: Counter = Counter()
+    inner = [0.0]  # seconds of stages inside the open ones
+
+    def timed(stage, function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            inner.append(0.0)
+            synchronize()
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize()
+                total = time.perf_counter() - start
+                spent[stage] += total - inner.pop()
+                inner[-1] += total
+
+        return run
+
+    with contextlib.ExitStack() as undo:
+        for stage, (owner, name) in ENTRANCES.items():
+            original = getattr(owner, name)
+            undo.callback(setattr, owner, name, original)
+            setattr(owner, name, timed(stage, original))
+        yield spent
+
+
+def measured(model: ResidualModel, tokens: Sequence[int], settings) -> tuple[measure.PromptCoupling, dict[str, float]]:
+    """One record with its seconds by stage and in ``total``. A prompt that cannot be measured ends the benchmark."""
+    with stopwatch() as spent:
+        synchronize()
+        start = time.perf_counter()
+        record = measure.measure_prompt(model, tokens, -1, settings)
+        synchronize()
+        total = time.perf_counter() - start
+    if record.certificate is None or record.normalized_miscoupling is None:
+        raise SystemExit(f"the prompt of {len(tokens)} tokens could not be measured: {record.reason}")
+    return record, {stage: spent[stage] for stage in ENTRANCES} | {"total": total}
+
+
+def median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Median of each stage over several runs."""
+    return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
