@@ -13,6 +13,8 @@ import time
 
 FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --force-prefers-reduced-motion"
 
+PATIENCE = 240  # seconds; a page is there in two, unless the machine is very busy
+
 
 @functools.cache
 def reason_to_skip():
@@ -21,7 +23,10 @@ def reason_to_skip():
         import PyQt6.QtWebEngineCore  # noqa: F401
     except ImportError as error:
         return f"no browser: {error} (pip install 'lm-eval-coupling[browser]')"
-    ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False)
+    try:
+        ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the browser does not start within {PATIENCE} s"
     return None if ran.returncode == 0 else f"the browser does not start: {ran.stderr.strip()[-500:]}"
 
 
@@ -66,7 +71,7 @@ class Browser:
             if not sip.isdeleted(thing):
                 sip.delete(thing)
 
-    def wait(self, done, what, seconds=60):
+    def wait(self, done, what, seconds=PATIENCE):
         """Let the browser work until ``done()``."""
         end = time.monotonic() + seconds
         while not done():
