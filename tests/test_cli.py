@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -26,11 +25,9 @@ def command(*words):
     )
 
 
-def test_help_is_quick_and_names_the_commands():
-    start = time.perf_counter()
+def test_help_names_the_commands_and_loads_nothing_heavy():
     found = command("--help")
     assert found.returncode == 0 and all(name in found.stdout for name in ("run", "demo", "show"))
-    assert time.perf_counter() - start < 1.5
     code = "import sys, lm_eval_coupling.cli as c; c._parser(); sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
     heavy = ("torch", "lm_eval", "pandas", "numpy", "rich", "pyarrow")
     assert subprocess.run([sys.executable, "-c", code, *heavy], check=False).returncode == 0
