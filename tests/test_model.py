@@ -303,7 +303,7 @@ def written(out):
 
 @pytest.mark.slow
 def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
-    script = tmp_path / "lm_eval.py"
+    script = tmp_path / "run.py"
     script.write_text(
         f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
     )
