@@ -58,7 +58,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
-    Console(width=max(80, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 def _processor() -> str:
