@@ -48,6 +48,8 @@ def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
 def save(benchmark: str, machine: dict, options: argparse.Namespace, results: Any) -> None:
     """Write one benchmark's JSON to ``options.out``."""
     asked = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
+    if "model" in asked:
+        asked["model"] = Path(asked["model"]).name
     found = {"benchmark": benchmark, "machine": machine, "options": asked, "results": results}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -34,7 +34,9 @@ def against_release(found: dict, figure) -> None:
     axes = figure.subplots()
     rows = sorted(found["results"], key=lambda row: row["tokens"])
     tokens = [row["tokens"] for row in rows]
-    for name, label, colour in (("release", "release's procedure", "#d55e00"), ("ours", "this package", "#0072b2")):
+    differentiated, layers = len(rows[0]["layers_differentiated_by_baseline"]), rows[0]["layers"]
+    part = f"\n(from {differentiated} of {layers} layers)" if rows[0]["jacobians_extrapolated"] else ""
+    for name, label, colour in (("release", f"release's procedure{part}", "#d55e00"), ("ours", "this package", "#0072b2")):
         axes.plot(tokens, [row[name]["total"] for row in rows], "o-", color=colour, label=label)
     for row in rows:
         middle = (row["release"]["total"] * row["ours"]["total"]) ** 0.5
@@ -64,7 +66,7 @@ DRAWINGS = {"against_release": (against_release, (5, 4)), "growth": (growth, (13
 def _finish(axes, label: str, sizes: list[int]) -> None:
     axes.set(xscale="log", yscale="log", xlabel=label)
     axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45 if len(sizes) > 4 else 0)
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
 
 
