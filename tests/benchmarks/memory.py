@@ -54,31 +54,24 @@ def one(options: argparse.Namespace) -> dict:
     torch.set_num_threads(options.threads)
     model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
     prompt = models.prompt(options.tokens[0], model.config.get_text_config().vocab_size, tokenizer)
-    short = prompt[:2]  # the first call of anything loads libraries
     settings = Settings(tuple(options.ranks))
-    if options.procedure == "ours":
-        ours = ResidualModel.wrap(model)
 
-        def run(tokens):
-            record = measure_prompt(ours, tokens, -1, settings)
-            if record.normalized_miscoupling is None:
-                raise SystemExit(f"could not be measured: {record.reason}")
+    def forward(tokens):
+        with torch.no_grad():
+            model(torch.tensor([tokens], device=model.device), use_cache=False, logits_to_keep=1)
 
-    elif options.procedure == "release":
+    def ours(tokens):
+        record = measure_prompt(ResidualModel.wrap(model), tokens, -1, settings)
+        if record.normalized_miscoupling is None:
+            raise SystemExit(f"could not be measured: {record.reason}")
 
-        def run(tokens):
-            release.block_jacobian(*release.block_calls(model, tokens)[0])
+    def one_layer_of_release(tokens):
+        release.block_jacobian(*release.block_calls(model, tokens)[0])
 
-    else:
-
-        def run(tokens):
-            with torch.no_grad():
-                model(torch.tensor([tokens], device=model.device), use_cache=False, logits_to_keep=1)
-
-    run(short)
+    forward(prompt[:2])  # weights are read from their file when they are first used
     forget_peak()
     loaded = resident("VmRSS")
-    run(prompt)
+    dict(zip(PROCEDURES, (forward, ours, one_layer_of_release), strict=True))[options.procedure](prompt)
     peak = resident("VmHWM")
     found = {"tokens": str(len(prompt)), "procedure": options.procedure, "peak": peak, "added": peak - loaded}
     if torch.device(options.device).type == "cuda":
