@@ -9,6 +9,7 @@ the next level.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import torch
@@ -16,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore
-from lm_eval_coupling.jacobians.rules import Differentiation, NoRule
-from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, Tangent, common_origin, lifted
+from lm_eval_coupling.jacobians.rules import NoRule
+from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, common_origin, lifted
+from lm_eval_coupling.jacobians.tape import Tape
 
 
 class _Reached(Exception):
@@ -40,20 +42,21 @@ def closed_jacobian(call, output_token: int, input_token: int, budget: int) -> F
         return output_factor(call, record, output_token) @ input_factor(call, core)
     x = call.resid_pre[0, output_token]
     root = Origin(1, x.numel())
-    return _jacobian(call, x, output_token, root, NearIdentity.identity(root, x), partial(_through, core))
+    tape = Tape(partial(_through, core))
+    tape.watch(x, NearIdentity.identity(root, x))
+    return _derivative(tape, _run(tape, call, x, output_token), root)
 
 
 def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
     """M = ∂F_{output}/∂z, z being what the attention core hands on at the output token: shared by all input tokens."""
-    z = record.z
-    root = Origin(1, z.numel())
-    x = call.resid_pre[0, output_token]
+    root = Origin(1, record.z.numel())
 
-    def start(run, q, k_t, v):
-        value = z.reshape(*q.shape[:-1], z.shape[-1])
-        return value, NearIdentity.identity(root, value)
+    def start(tape, q, k_t, v):
+        z = record.z.reshape(*q.shape[:-1], record.z.shape[-1])
+        return tape.watch(z, NearIdentity.identity(root, z))
 
-    return _jacobian(call, x, output_token, root, None, start)
+    tape = Tape(start)
+    return _derivative(tape, _run(tape, call, call.resid_pre[0, output_token], output_token), root)
 
 
 def input_factor(call, core: LinearCore) -> Float[Tensor, "head_value d_model"]:
@@ -63,33 +66,37 @@ def input_factor(call, core: LinearCore) -> Float[Tensor, "head_value d_model"]:
     reached = []
 
     def stop(*parts):
-        z, tangent = _through(core, *parts)
-        reached.append(lifted(tangent, z.shape, root).rows(z.shape)[0])
+        reached.append(_through(core, *parts))
         raise _Reached
 
-    try:
-        _jacobian(call, x, core.input_token, root, NearIdentity.identity(root, x), stop)
-    except _Reached:
-        return reached[0]
-    raise NoRule("the block ended before its attention core was reached")
+    tape = Tape(stop)
+    tape.watch(x, NearIdentity.identity(root, x))
+    with contextlib.suppress(_Reached):
+        _run(tape, call, x, core.input_token)
+    return _derivative(tape, reached[0], root)
 
 
-def _jacobian(call, x: Tensor, token: int, root: Origin, tangent: Tangent | None, core) -> Float[Tensor, "d_out width"]:
-    """∂F/∂(root) of a one-token run at ``x``, whose own tangent is ``tangent``; ``core`` answers for the attention core."""
-    run = Differentiation(core)
-    run.set(x, tangent)
-    with run:
+def _run(tape: Tape, call, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
+    """The block's output for one token, kept on ``tape``."""
+    with tape:
         out = call.one_token(x, token)
-    if run.stage != "done":
-        raise NoRule(f"the run on one token stopped while looking for the {run.stage} of the attention core")
-    if run.of(out) is None:
-        raise NoRule("the output lost its derivative on the way")
-    return lifted(run.of(out), out.shape, root).rows(out.shape)[0]
+    if tape.stage != "done":
+        raise NoRule(f"the run on one token stopped while looking for the {tape.stage} of the attention core")
+    return out
 
 
-def _through(core: LinearCore, run: Differentiation, q: Tensor, k_t: Tensor, v: Tensor) -> tuple[Tensor, Dense]:
-    """The core's output at one token, and its tangent from those of q, k and v (attention_core.py has the formulas)."""
-    tangents = [run.of(value) for value in (q, k_t, v)]
+def _derivative(tape: Tape, outcome: Tensor, root: Origin) -> Float[Tensor, "d_out width"]:
+    return lifted(tape.differentiate(outcome), outcome.shape, root).rows(outcome.shape)[0]
+
+
+def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:
+    """The core's output at one token. Its tangent comes from those of q, k and v (attention_core.py has the formulas)."""
+    z = core.record.z.reshape(*q.shape[:-2], 1, core.record.z.shape[-1])
+    return tape.note(_through, partial(_core_tangent, core), (q, k_t, v), {}, z)
+
+
+def _core_tangent(core: LinearCore, tape: Tape, func, z: Tensor, q: Tensor, k_t: Tensor, v: Tensor) -> Dense:
+    tangents = [tape.of(value) for value in (q, k_t, v)]
     if any(tangent is None for tangent in tangents):
         raise NoRule("a query, key or value does not depend on its token")
     origin = common_origin(tangents)
@@ -105,5 +112,4 @@ def _through(core: LinearCore, run: Differentiation, q: Tensor, k_t: Tensor, v: 
     dz = torch.baddbmm(dz, core.dz_dqk[..., None], record.q[:, None] @ dk)
     if core.same_token:
         dz = torch.baddbmm(dz, core.dz_dq, dq)
-    shape = (*batch, 1, record.z.shape[-1])
-    return record.z.reshape(shape), Dense(origin, dz.reshape(*shape, origin.width))
+    return Dense(origin, dz.reshape(*z.shape, origin.width))

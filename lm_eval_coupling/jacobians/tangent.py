@@ -158,11 +158,10 @@ def common_origin(tangents: Sequence[Tangent]) -> Origin:
     return next(origin for origin in lines[0] if all(origin in line for line in lines[1:]))
 
 
-def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size) -> Tangent:
-    """Derivative of the sum of two tensors. Where a residual is added to something dense, the sum becomes a new origin."""
+def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shape: torch.Size) -> Tangent:
+    """Derivative of the sum, of ``shape``. Where a residual is added to something dense, the sum becomes a new origin."""
     origin = common_origin([a, b])
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)
-    shape = torch.broadcast_shapes(a_shape, b_shape)
     if isinstance(a, Dense) and isinstance(b, Dense):
         return _both_dense(a, b, shape)
     if isinstance(b, NearIdentity):
