@@ -37,12 +37,13 @@ def coupling_matrices(
     J may live on another device; one layer of it is moved at a time. Working memory beside the result is
     basis · d_model · rank numbers.
     """
-    layers, (bases, _, rank) = J.shape[0], V.shape
-    all_V = rearrange(V, "basis d k -> d (basis k)")
+    layers, (bases, d_model, rank) = J.shape[0], V.shape
+    all_V = rearrange(V, "basis d k -> (basis k) d")
+    JV = V.new_empty(bases, rank, d_model)  # transposed and used again: fresh pages cost as much as half the product
     A = V.new_empty(layers, bases, rank, rank)
     for layer in range(layers):
-        JV = rearrange(J[layer].to(V.device) @ all_V, "d (basis k) -> basis d k", basis=bases)
-        torch.bmm(U.mT, JV, out=A[layer])
+        torch.mm(all_V, J[layer].to(V.device).mT, out=JV.flatten(0, 1))
+        torch.bmm(U.mT, JV.mT, out=A[layer])
     return A
 
 

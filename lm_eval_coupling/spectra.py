@@ -5,9 +5,13 @@ Rayleigh-Ritz step on J itself then gives U, S and V. What comes out is checked 
 done again by a full SVD in float64.
 """
 
+import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
+import scipy.linalg
+import threadpoolctl
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
@@ -54,18 +58,16 @@ def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> Singular
         )
     if J.dtype not in TOLERANCE:
         raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
-    if not torch.isfinite(J).all():
+    peak = torch.linalg.vector_norm(J.detach().flatten(-2), ord=math.inf, dim=-1)
+    if not torch.isfinite(peak).all():
         raise CouplingError(
             "got non-finite values (NaN or infinity) in a matrix, expected finite ones, "
             "check the dtype the Jacobian was taken in"
         )
     batch = J.shape[:-2]
     J = J.detach().reshape(-1, d_model, d_model)
-    # A power of two scales exactly and keeps the Gram matrix from overflow and underflow.
-    # The power itself must not overflow either: hence the limit.
-    limit = -math.frexp(torch.finfo(J.dtype).tiny)[1] - 5
-    exponent = torch.frexp(J.abs().amax(dim=(-2, -1))).exponent.clamp(-limit, limit)
-    scaled = torch.ldexp(J, -exponent[:, None, None])
+    exponent = _exponents(peak.reshape(-1))
+    scaled = torch.ldexp(J, -exponent[:, None, None]) if exponent.any() else J
     U, S, V = _by_gram(scaled, k)
     residual = _residual(scaled, U, S, V)
     failed = ~(torch.maximum(residual, _orthogonality_loss(U, V)) <= TOLERANCE[J.dtype])
@@ -97,10 +99,21 @@ def numerical_rank(S: Float[Tensor, "*batch values"], d_model: int) -> Int[Tenso
     return (S > d_model * torch.finfo(S.dtype).eps * S[..., :1]).sum(dim=-1)
 
 
+def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Powers of two by which to scale down matrices of these largest entries, 0 where their Gram matrix is safe as it is.
+
+    A power of two scales exactly and keeps the Gram matrix from overflow and underflow.
+    """
+    exponent = torch.frexp(peak).exponent
+    # The power itself must not overflow either: hence the limit.
+    limit = -math.frexp(torch.finfo(peak.dtype).tiny)[1] - 5
+    return torch.where(exponent.abs() <= limit // 6, 0, exponent.clamp(-limit, limit))
+
+
 def _by_gram(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        basis = torch.linalg.eigh(J.mT @ J).eigenvectors[..., -k:].flip(-1)
-    except torch.linalg.LinAlgError:
+        basis = _leading_eigenvectors(J.mT @ J, k)
+    except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):
         # eigh gives up on the whole batch at once; NaN sends every matrix to the SVD.
         nan = J.new_full((J.shape[0], J.shape[-1], k), torch.nan)
         return nan, nan[:, 0].clone(), nan.clone()
@@ -108,6 +121,28 @@ def _by_gram(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor,
     Q, R = torch.linalg.qr(J @ basis)
     P, S, Wt = torch.linalg.svd(R)
     return Q @ P, S, basis @ Wt.mT
+
+
+def _leading_eigenvectors(G: Float[Tensor, "batch d_model d_model"], k: int) -> Float[Tensor, "batch d_model rank"]:
+    """Eigenvectors of the k largest eigenvalues, largest first."""
+    if G.device.type != "cpu":
+        return torch.linalg.eigh(G).eigenvectors[..., -k:].flip(-1)
+    found = G.new_empty(*G.shape[:-1], k)
+    top = (G.shape[-1] - k, G.shape[-1] - 1)
+    with _scipy_threads(G.shape[-1]):
+        for vectors, g in zip(found.numpy(), G.numpy(), strict=True):  # torch has no partial decomposition: a third slower
+            vectors[:] = scipy.linalg.eigh(g, subset_by_index=top, check_finite=False, overwrite_a=True)[1][:, ::-1]
+    return found
+
+
+def _scipy_threads(d_model: int) -> contextlib.AbstractContextManager:
+    """One thread for small matrices: scipy's threads and torch's, each spinning while it waits, get in each other's way."""
+    return _thread_pools().limit(limits=1 if d_model <= 1024 else None, user_api="blas")
+
+
+@functools.cache
+def _thread_pools() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()
 
 
 def _by_svd(J: Float[Tensor, "d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
