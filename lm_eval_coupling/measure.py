@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling import regularity
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import TOLERANCE, check_method, jacobians_of_trace, resolve_token
+from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
 from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
 
 MEASURES = ("depth", "regularity")
@@ -149,46 +149,93 @@ def measure_coupling(
     settings = Settings(tuple(ranks), tuple(measures), dtype, method)
     settings.check_width(model.d_model)
     encoded = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    bar = tqdm(encoded, desc="Measuring coupling", disable=not progress)
-    return [measure_prompt(model, tokens, position, settings) for tokens in bar]
+    records: dict[int, PromptCoupling] = {}
+    with tqdm(total=len(encoded), desc="Measuring coupling", disable=not progress) as bar:
+        for together in groups(model, encoded, settings):
+            found = measure_prompts(model, [encoded[i] for i in together], position, settings)
+            records.update(zip(together, found, strict=True))
+            bar.update(len(together))
+    return [records[i] for i in range(len(encoded))]
+
+
+PROMPTS = 8  # measured at once: from there on the steps of a block cost little beside its matrix products
+TOKENS = 2048  # of one padded pass; longer prompts keep the processor busy by themselves
+BYTES = 1 << 30  # of Jacobians
+
+
+def groups(model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:
+    """Indices of the prompts to measure together: of about the same length, and as many as a GiB of Jacobians allows."""
+    jacobians = model.n_layers * model.d_model**2 * DTYPES[settings.dtype].itemsize
+    most = max(1, min(PROMPTS, BYTES // jacobians))
+    found: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        together = found[-1] if found else []
+        if together and len(together) < most and (len(together) + 1) * len(prompts[i]) <= TOKENS:
+            together.append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def measure_prompt(model, tokens: Sequence[int], position: int, settings: Settings) -> PromptCoupling:
     """One prompt's record; never raises for what a single prompt or a lack of memory can cause."""
+    return measure_prompts(model, [tokens], position, settings)[0]
+
+
+def measure_prompts(model, prompts: Sequence[Sequence[int]], position: int, settings: Settings) -> list[PromptCoupling]:
+    """The records of several prompts, measured together; what fails together is measured alone."""
     start = time.perf_counter()
-    common = {"tokens": tuple(map(int, tokens)), "ranks": settings.ranks, "measures": settings.measures}
+    common = [
+        {"tokens": tuple(map(int, tokens)), "ranks": settings.ranks, "measures": settings.measures} for tokens in prompts
+    ]
     try:
-        token = resolve_token(position, len(tokens))
-    except CouplingError as error:
-        return PromptCoupling(**common, position=position, reason=str(error))
-    try:
-        measured = _measure(model, tokens, token, settings)
-    except (torch.OutOfMemoryError, MemoryError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        measured = {"reason": "out of memory"}
+        positions = [resolve_token(position, len(tokens)) for tokens in prompts]
+        measured = _measure(model, prompts, positions, settings)
     except Exception as error:
-        measured = {"reason": _in_words(error)}
-    return PromptCoupling(**common, position=token, **measured, seconds=time.perf_counter() - start)
+        if len(prompts) > 1:
+            return [measure_prompt(model, tokens, position, settings) for tokens in prompts]
+        seq = len(prompts[0])
+        positions = [position % seq if -seq <= position < seq else position]
+        measured = [{"reason": _in_words(error)}]
+    seconds = (time.perf_counter() - start) / len(prompts)
+    return [
+        PromptCoupling(**about, position=at, **found, seconds=seconds)
+        for about, at, found in zip(common, positions, measured, strict=True)
+    ]
 
 
 def _in_words(error: Exception) -> str:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "out of memory"
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, (_Unmeasurable, CouplingError)) else f"{type(error).__name__}: {text}"
 
 
 @torch.no_grad()
-def _measure(model, tokens: Sequence[int], token: int, settings: Settings) -> dict[str, Any]:
-    trace = model.trace(tokens, DTYPES[settings.dtype], token if "depth" in settings.measures else None)
+def _measure(model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
+    depth = "depth" in settings.measures
+    traces = model.traces(prompts, DTYPES[settings.dtype], positions if depth else None)
+    found = [_along_the_stream(trace, token, settings) for trace, token in zip(traces, positions, strict=True)]
+    if depth:
+        blocks = jacobians_of_traces(traces, positions, settings.method)
+        found = [_and(regular, _depth(J, settings)) for regular, J in zip(found, blocks, strict=True)]
+    return found
+
+
+def _and(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    reasons = [part["reason"] for part in (one, other) if part.get("reason")]
+    return one | other | {"reason": "; ".join(reasons) or None}
+
+
+def _along_the_stream(trace, token: int, settings: Settings) -> dict[str, Any]:
     trajectory = _off_mps(trace.trajectory(token))
     broken = [layer for layer, x in enumerate(trajectory) if not torch.isfinite(x).all()]
     if broken:
         where = "the embeddings are" if broken[0] == 0 else f"the output of block {broken[0] - 1} is"
         raise _Unmeasurable(f"{where} not finite")
-    regular = _regularity(trajectory) if "regularity" in settings.measures else {}
-    depth = _depth(trace, token, settings) if "depth" in settings.measures else {}
-    reasons = [part["reason"] for part in (regular, depth) if part.get("reason")]
-    return regular | depth | {"reason": "; ".join(reasons) or None}
+    return _regularity(trajectory) if "regularity" in settings.measures else {"reason": None}
 
 
 def _regularity(trajectory) -> dict[str, Any]:
@@ -201,8 +248,7 @@ def _regularity(trajectory) -> dict[str, Any]:
     return scores | {"norms": _array(regularity.norms(trajectory)), "reason": reason}
 
 
-def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
-    found = jacobians_of_trace(trace, token, token, range(len(trace.calls)), settings.method)
+def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:
     tolerance = TOLERANCE[DTYPES[settings.dtype]]
     worst = int(found.certificate.nan_to_num(math.inf).argmax())
     proof = {"certificate": _array(found.certificate), "method": tuple(found.method)}
@@ -211,7 +257,7 @@ def _depth(trace, token: int, settings: Settings) -> dict[str, Any]:
         return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
     J = found.jacobians
     largest = settings.ranks[-1]
-    triplets = _top_singular_layer_by_layer(J, min(largest + 1, J.shape[-1]), trace.resid_final.device)
+    triplets = _top_singular_layer_by_layer(J, min(largest + 1, J.shape[-1]), found.device)
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_maths.coupling_matrices(J, U, V)
     A_vju = coupling_maths.coupling_matrices(J, V, U)

@@ -25,7 +25,7 @@ from lm_eval_coupling import plugin, records
 from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fingerprint import fingerprint
-from lm_eval_coupling.measure import PromptCoupling, Settings, measure_prompt
+from lm_eval_coupling.measure import PromptCoupling, Settings, groups, measure_prompts
 from lm_eval_coupling.prompts import Prompt, document_prompts
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.sampling import DocumentKey, choose
@@ -205,21 +205,21 @@ class CouplingLM(HFLM):
         counts = {"prompts": 0, "reused": 0, "interrupted": 0}
         prompts = {document.key: self._prompts(document) for document in documents}
         everything = [prompt for group in prompts.values() for prompt in group]
-        rows: list[dict[str, Any]] = []
+        known: dict[str, PromptCoupling] = {}
         try:
-            known = self._known(everything)
+            known.update(self._known(everything))
             counts["reused"] = sum(self._key(prompt) in known for prompt in everything)
-            self._announce(everything, known)
-            with tqdm(total=len(everything), desc="Measuring coupling", disable=self.rank != 0 or not everything) as bar:
-                for document in documents:
-                    for index, prompt in enumerate(prompts[document.key]):
-                        counts["prompts"] += 1
-                        rows.append(self._row(document, index, prompt, self._measured(prompt, known)))
-                        bar.update()
+            self._measure_what_is_missing(everything, known)
         except KeyboardInterrupt:
             counts["interrupted"] = 1
-            done = f"{len(rows)} of {len(everything)}"
-            logger.warning("coupling: interrupted after %s prompts; scores and measurements are kept", done)
+            done = sum(self._key(prompt) in known for prompt in everything)
+            logger.warning("coupling: interrupted, %d of %d prompts are measured and kept", done, len(everything))
+        rows: list[dict[str, Any]] = []
+        for document in documents:
+            for index, prompt in enumerate(prompts[document.key]):
+                if self._key(prompt) in known:
+                    rows.append(self._row(document, index, prompt, known[self._key(prompt)]))
+        counts["prompts"] = len(rows)
         return rows, counts
 
     def _prompts(self, document: Document) -> list[Prompt]:
@@ -238,14 +238,30 @@ class CouplingLM(HFLM):
         found = ((key, self._store.get(key)) for key in {self._key(prompt) for prompt in prompts})
         return {key: PromptCoupling.from_columns(columns) for key, columns in found if columns is not None}
 
-    def _measured(self, prompt: Prompt, known: dict[str, PromptCoupling]) -> PromptCoupling:
-        key = self._key(prompt)
-        if key not in known:
-            options = self.coupling_options
-            known[key] = measure_prompt(self.residual_model, prompt.tokens, options.position, options.settings)
-            if known[key].certificate is not None or known[key].norms is not None:
-                self._keep(key, known[key])
-        return known[key]
+    def _measure_what_is_missing(self, prompts: list[Prompt], known: dict[str, PromptCoupling]) -> None:
+        """Fill ``known``: each distinct prompt once, a few of about the same length at a time, stored as they are made."""
+        waiting = list(dict.fromkeys(prompt.tokens for prompt in prompts if self._key(prompt) not in known))
+        batches = groups(self.residual_model, waiting, self.coupling_options.settings)
+        if batches:
+            batches.insert(0, batches.pop(len(batches) // 2))  # the time announced is that of the median length
+        hidden = self.rank != 0 or not prompts
+        with tqdm(total=len(prompts), desc="Measuring coupling", disable=hidden, initial=len(prompts) - len(waiting)) as bar:
+            for number, batch in enumerate(batches):
+                start = time.perf_counter()
+                self._measure_batch([waiting[i] for i in batch], known)
+                bar.update(len(batch))
+                if number == 0:
+                    self._announce(len(prompts), len(waiting), (time.perf_counter() - start) / len(batch), len(batch))
+            if not batches:
+                self._announce(len(prompts), 0, 0.0, 1)
+
+    def _measure_batch(self, prompts: list[tuple[int, ...]], known: dict[str, PromptCoupling]) -> None:
+        options = self.coupling_options
+        for record in measure_prompts(self.residual_model, prompts, options.position, options.settings):
+            key = self._key(Prompt(record.tokens, ""))
+            known[key] = record
+            if record.certificate is not None or record.norms is not None:
+                self._keep(key, record)
 
     def _keep(self, key: str, measurement: PromptCoupling) -> None:
         try:
@@ -265,20 +281,15 @@ class CouplingLM(HFLM):
             "n_tokens": len(prompt.tokens),
         } | measurement.to_columns()
 
-    def _announce(self, prompts: list[Prompt], known: dict[str, PromptCoupling]) -> None:
-        """Say how much is to be measured, and how long it will take: the prompt of median length is measured first."""
+    def _announce(self, prompts: int, waiting: int, seconds: float, together: int) -> None:
         if self.rank != 0 or not prompts:
             return
-        waiting = sorted({p.tokens for p in prompts if self._key(p) not in known}, key=len)
         model = self.residual_model
-        size = model.n_layers * model.d_model**2 * (8 if self.coupling_options.settings.dtype == "float64" else 4)
-        start = time.perf_counter()
-        if waiting:
-            self._measured(Prompt(waiting[len(waiting) // 2], ""), known)
+        size = together * model.n_layers * model.d_model**2 * (8 if self.coupling_options.settings.dtype == "float64" else 4)
         logger.info(
             "coupling: %d prompts on this process, %d distinct ones not measured before, about %.1f s each, "
             "%.0f MB of Jacobians at a time",
-            *(len(prompts), len(waiting), time.perf_counter() - start, size / 1e6),
+            *(prompts, waiting, seconds, size / 1e6),
         )
 
     def _describe(self, rows: list[dict[str, Any]], totals: dict[str, int], tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from lm_eval_coupling.errors import CouplingError
 
+# Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
+_BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -97,7 +99,7 @@ class BlockCall:
             return self.pullback[1]
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
-            return _gradient(self, resid_pre, self(resid_pre), token)
+            return _gradient(self, resid_pre, self(resid_pre), [token])[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,9 +123,27 @@ class BlockCall:
 
     def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
         """Run the block on the single vector ``x`` as if it stood at position ``token`` and saw only itself."""
-        args = tuple(_cut("", value, token, self.seq) for value in self.args)
-        kwargs = {name: _cut(name, value, token, self.seq) for name, value in self.kwargs.items()}
-        return self._run(x[None, None], args, kwargs)[0, 0]
+        return self.one_token_each([self], x[None], [token])[0]
+
+    @staticmethod
+    def one_token_each(
+        calls: Sequence[BlockCall], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Run one block on one vector of each prompt, as if it stood at that prompt's token and saw only itself.
+
+        Raises:
+            ValueError: if the calls' arguments cannot be joined.
+        """
+        cut = [
+            (
+                [_cut("", value, token, call.seq) for value in call.args],
+                {name: _cut(name, value, token, call.seq) for name, value in call.kwargs.items()},
+            )
+            for call, token in zip(calls, tokens, strict=True)
+        ]
+        args = [_joined(values) for values in zip(*(args for args, _ in cut), strict=True)]
+        kwargs = {name: _joined([kwargs[name] for _, kwargs in cut]) for name in cut[0][1]}
+        return calls[0]._run(x[:, None], tuple(args), kwargs)[:, 0]
 
     def one_query(self, token: int) -> Float[Tensor, "1 seq d_model"]:
         """Run the block on the whole sequence with masks cut to one query row: only row ``token`` of it may be used."""
@@ -135,10 +155,30 @@ class BlockCall:
         return _hidden(self.module(hidden, *args, **kwargs))
 
 
-def _gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, token: int) -> Tensor:
+def _joined(values: Sequence[Any]) -> Any:
+    """The same argument of several calls as one: stacked where it differs."""
+    first = values[0]
+    if len(values) == 1:
+        return first
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(items) for items in zip(*values, strict=True))
+    if not isinstance(first, Tensor):
+        if any(value != first for value in values):
+            raise ValueError("calls with different arguments cannot be joined")
+        return first
+    if first.dim() > 1 and first.shape[0] == 1:
+        return torch.cat(list(values))
+    if any(not torch.equal(value, first) for value in values):
+        raise ValueError("calls with different arguments cannot be joined")
+    return first
+
+
+def _gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
+    """uᵀ ∂F_t / ∂X of every prompt of a batch, each at its own token t."""
     if not output.requires_grad:
-        return torch.zeros_like(resid_pre[0])
-    return torch.autograd.grad((output[0, token] * call.probe).sum(), resid_pre)[0][0]
+        return torch.zeros_like(resid_pre)
+    chosen = output[torch.arange(len(tokens)), torch.as_tensor(tokens)]
+    return torch.autograd.grad((chosen * call.probe).sum(), resid_pre)[0]
 
 
 def _cut(name: str, value: Any, t: int, n: int) -> Any:
@@ -161,6 +201,23 @@ def _cut(name: str, value: Any, t: int, n: int) -> Any:
 def _cut_row(value: Any, t: int, n: int) -> Any:
     square = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2:] == (n, n)
     return value[..., t : t + 1, :] if square else value
+
+
+def _of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
+    """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_of_prompt(name, item, prompt, seq, padded) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() > 1 and value.shape[0] > 1:
+        value = value[prompt : prompt + 1]
+    if name == "position_embeddings":
+        return value[..., :seq, :]
+    if name in ("position_ids", "cache_position"):
+        return value[..., :seq]
+    if value.dim() >= 2 and value.shape[-2:] == (padded, padded):
+        return value[..., :seq, :seq]
+    return value
 
 
 def _replayable(name: str, value: Any) -> Any:
@@ -187,34 +244,52 @@ class ResidualTrace:
 
 
 class _Visit:
-    """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted."""
+    """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
-    def __init__(self, layer: int, weights: Sequence[Tensor], dtype: torch.dtype, token: int | None, calls: list) -> None:
-        self.layer, self.weights, self.dtype, self.token, self.calls = layer, weights, dtype, token, calls
+    The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it.
+    """
+
+    def __init__(self, layer: int, weights: Sequence[Tensor], dtype: torch.dtype, tokens: Sequence[int] | None) -> None:
+        self.layer, self.weights, self.dtype, self.tokens = layer, weights, dtype, tokens
+        self.gradient: Tensor | None = None
         self.open = contextlib.ExitStack()
         self.close = self.open.close
 
     def enter(self, module, args, kwargs):
         """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
         self.open.enter_context(upcast(self.weights, self.dtype))
-        self.calls.append(_block_call(self.layer, module, self.weights, args, kwargs))
-        if self.token is None:
+        self.call = _block_call(self.layer, module, self.weights, args, kwargs)
+        if self.tokens is None:
             return None
-        self.leaf = self.calls[-1].resid_pre.clone().requires_grad_(True)
+        self.leaf = self.call.resid_pre.clone().requires_grad_(True)
         self.open.enter_context(torch.enable_grad())
         return ((self.leaf, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.leaf})
 
     def leave(self, output):
         """Forward hook: pull back, and hand on an output without history."""
-        if self.token is not None:
-            call = self.calls[-1]
-            gradient = _gradient(call, self.leaf, _hidden(output), self.token)
-            self.calls[-1] = dataclasses.replace(call, pullback=(self.token, gradient))
+        if self.tokens is not None:
+            self.gradient = _gradient(self.call, self.leaf, _hidden(output), self.tokens)
             del self.leaf
         self.open.close()
         if isinstance(output, tuple):
             return (output[0].detach(), *output[1:])
         return output.detach()
+
+    def of_prompt(self, prompt: int, seq: int) -> BlockCall:
+        """The call as it would have been of one prompt alone, ``seq`` tokens long."""
+        padded, prompts = self.call.seq, len(self.call.resid_pre)
+        if prompts == 1:
+            one = self.call
+        else:
+            one = dataclasses.replace(
+                self.call,
+                resid_pre=self.call.resid_pre[prompt : prompt + 1, :seq],
+                args=tuple(_of_prompt("", value, prompt, seq, padded) for value in self.call.args),
+                kwargs={name: _of_prompt(name, value, prompt, seq, padded) for name, value in self.call.kwargs.items()},
+            )
+        if self.tokens is None:
+            return one
+        return dataclasses.replace(one, pullback=(self.tokens[prompt], self.gradient[prompt, :seq]))
 
 
 class _LastBlockDone(Exception):
@@ -238,6 +313,7 @@ class ResidualModel:
         self._block_weights = [_state(block) for block in self.blocks]
         self._outside_weights = self._outside_blocks()
         self.n_params = sum(p.numel() for p in self.model.parameters())
+        self._padding_is_harmless: bool | None = None  # not tried yet
 
     @classmethod
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
@@ -297,7 +373,6 @@ class ResidualModel:
             )
         return list(self.tokenizer.encode(text))
 
-    @torch.no_grad()
     def trace(
         self, tokens: Sequence[int] | Tensor, dtype: torch.dtype = torch.float32, output_token: int | None = None
     ) -> ResidualTrace:
@@ -311,14 +386,51 @@ class ResidualModel:
         Returns:
             Every block's call and the stream after the last block; the language-model head is not run.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device).reshape(1, -1)
-        calls: list[BlockCall] = []
+        return self._traces([tokens], dtype, None if output_token is None else [output_token])[0]
+
+    def traces(
+        self,
+        prompts: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        output_tokens: Sequence[int] | None = None,
+    ) -> list[ResidualTrace]:
+        """:meth:`trace` of several prompts in one pass, padded on the right, where no token of a causal model sees it.
+
+        Prompts are traced one by one where the model takes arguments that are not known to be padded that way, or where a
+        padded pass, tried once, gives another stream than a plain one.
+        """
+        if len(prompts) > 1 and self._pads_on_the_right(dtype):
+            return self._traces(prompts, dtype, output_tokens)
+        tokens = [None] * len(prompts) if output_tokens is None else output_tokens
+        return [self.trace(prompt, dtype, token) for prompt, token in zip(prompts, tokens, strict=True)]
+
+    def _pads_on_the_right(self, dtype: torch.dtype) -> bool:
+        if self._padding_is_harmless is None:
+            self._padding_is_harmless = self._try_padding(dtype)
+        return self._padding_is_harmless
+
+    def _try_padding(self, dtype: torch.dtype) -> bool:
+        prompts = [[1, 2, 3], [4] * 21]
+        try:
+            padded = self._traces(prompts, dtype, None)
+        except Exception:
+            return False
+        if any(set(_tensors_by_name(call)) - _BATCHABLE for call in padded[0].calls):
+            return False
+        alone = [self.trace(prompt, dtype) for prompt in prompts]
+        streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max()) for a, b in streams)
+
+    @torch.no_grad()
+    def _traces(self, prompts, dtype: torch.dtype, output_tokens: Sequence[int] | None) -> list[ResidualTrace]:
+        rows = [torch.as_tensor(tokens, dtype=torch.long, device=self.device).flatten() for tokens in prompts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        visits = [_Visit(layer, self._block_weights[layer], dtype, output_tokens) for layer in range(self.n_layers)]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(upcast(self._outside_weights, dtype))
             stack.enter_context(_arithmetic(dtype))
-            for layer, block in enumerate(self.blocks):
-                visit = _Visit(layer, self._block_weights[layer], dtype, output_token, calls)
+            for block, visit in zip(self.blocks, visits, strict=True):
 
                 def after(module, args, kwargs, output, visit=visit):
                     output = visit.leave(output)
@@ -332,7 +444,12 @@ class ResidualModel:
                 stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
             with contextlib.suppress(_LastBlockDone):
                 self.model(ids, use_cache=False)
-        return ResidualTrace(tuple(calls), final[0])
+        return [
+            ResidualTrace(
+                tuple(visit.of_prompt(prompt, len(row)) for visit in visits), final[0][prompt : prompt + 1, : len(row)]
+            )
+            for prompt, row in enumerate(rows)
+        ]
 
     def _outside_blocks(self) -> list[Tensor]:
         """Embeddings and position tables, but not an untied head: it is never run."""
@@ -385,6 +502,12 @@ def _close_logits(name: str, found: Tensor, expected: Tensor, tolerance: float) 
 def _logits(model: nn.Module) -> Tensor:
     device = model.get_input_embeddings().weight.device
     return model(torch.tensor([_PROBE], device=device), use_cache=False).logits.float()
+
+
+def _tensors_by_name(call: BlockCall) -> list[str]:
+    """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
+    unnamed = ["" if value.shape[-1] == value.shape[-2] else "?" for value in call.args if isinstance(value, Tensor)]
+    return [*unnamed, *(name for name, value in call.kwargs.items() if isinstance(value, Tensor))]
 
 
 def _block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:

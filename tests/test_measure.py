@@ -13,6 +13,7 @@ from test_jacobians import decoder_layers, oracle
 
 from lm_eval_coupling import jacobians, measure
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import closed
 from lm_eval_coupling.measure import PromptCoupling, Settings, measure_coupling, measure_prompt
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
@@ -155,8 +156,10 @@ def test_float32_is_float64_but_for_rounding(model):
 def test_a_record_does_not_depend_on_its_neighbours(model):
     prompts = [tokens(5), tokens(), tokens(12)]
     (_, among, _) = measure_coupling(model, prompts, ranks=RANKS, dtype="float64", progress=False)
-    same(among, measured(model))
-    same(among, measured(model))
+    alone = measured(model)
+    same(alone, measured(model))
+    for name in [*PAIRS, "norms", "singular_values", "subspace_overlap"]:  # beyond rounding: a batch has its own products
+        np.testing.assert_allclose(getattr(among, name), getattr(alone, name), rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_only_what_is_before_the_token_counts(model):
@@ -293,7 +296,7 @@ def test_what_goes_wrong_in_one_prompt_is_its_reason(model, monkeypatch, error, 
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "jacobians_of_trace", failing)
+        patch.setattr(measure, "jacobians_of_traces", failing)
         found = measured(model)
     assert found.reason.startswith(reason) and "\n" not in found.reason and len(found.reason) < 350
     assert found.tokens == tuple(tokens()) and found.normalized_miscoupling is None
@@ -304,7 +307,7 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "jacobians_of_trace", interrupted)
+    monkeypatch.setattr(measure, "jacobians_of_traces", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure_prompt(model, tokens(), -1, Settings(RANKS))
 
@@ -317,3 +320,52 @@ def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, e
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
     assert found.method == ("autodiff",) * 3 and found.certificate.shape == (3,)
     assert found.line_shape_score > 1  # the trajectory is not in doubt
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2", "bloom", "falcon-alibi", "mixtral", "qwen3-next"])
+def test_prompts_measured_together_are_those_measured_alone(case):
+    """Padding on the right and a batch in the closed level change nothing but rounding, whatever the lengths."""
+    together = ResidualModel.wrap(cases.tiny_model(case))
+    prompts = [cases.tiny_tokens(seq).flatten().tolist() for seq in (3, 17, 9, 3)]
+    settings = Settings((2, 4), dtype="float64")
+    for position in (-1, 1):
+        found = measure.measure_prompts(together, prompts, position, settings)
+        for record, tokens in zip(found, prompts, strict=True):
+            alone = measure_prompt(together, tokens, position, settings)
+            assert record.reason is None and record.tokens == tuple(tokens) and record.position == position % len(tokens)
+            assert record.method == alone.method and record.certificate.max() < 1e-10
+            np.testing.assert_allclose(record.singular_values, alone.singular_values, rtol=1e-5)
+            np.testing.assert_allclose(record.norms, alone.norms, rtol=1e-6)
+            np.testing.assert_allclose(record.miscoupling, alone.miscoupling, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_really_is_one(monkeypatch):
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    widths = []
+    right = closed.Tape.watch
+
+    def watch(self, value, tangent=None):
+        widths.append(value.shape)
+        return right(self, value, tangent)
+
+    monkeypatch.setattr(closed.Tape, "watch", watch)
+    measure.measure_prompts(wrapped, [[1, 2, 3], [4, 5, 6, 7]], -1, Settings((2,)))
+    assert widths[0] == (2, 24)
+
+
+def test_one_bad_prompt_of_a_batch_costs_the_others_nothing():
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    good, empty, unknown = measure.measure_prompts(wrapped, [[1, 2, 3], [], [1, 10**6]], -1, Settings((2,)))
+    assert good.reason is None and good.certificate.max() < 1e-4
+    assert empty.reason and unknown.reason
+
+
+def test_prompts_are_grouped_by_length_within_memory(monkeypatch):
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    prompts = [[1] * n for n in (1500, 4, 900, 3, 1000, 5)]
+    settings = Settings((2,))
+    assert measure.groups(wrapped, prompts, settings) == [[3, 1, 5], [2, 4], [0]]
+    monkeypatch.setattr(measure, "PROMPTS", 2)
+    assert measure.groups(wrapped, prompts, settings) == [[3, 1], [5, 2], [4], [0]]
+    monkeypatch.setattr(measure, "BYTES", 1)
+    assert all(len(group) == 1 for group in measure.groups(wrapped, prompts, settings))

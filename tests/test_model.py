@@ -219,15 +219,15 @@ def test_text_needs_a_tokenizer(home):
 
 
 def test_out_of_memory_costs_the_document_not_the_run(evaluate, monkeypatch):
-    right = jacobians.certified_jacobian
+    right = jacobians.certified_jacobians
     longest = len("Question: What colour is the grass?\nAnswer:")  # in bytes, which are tokens
 
-    def scarce(call, *args):
-        if call.seq == longest:
+    def scarce(calls, *args):
+        if any(call.seq == longest for call in calls):
             raise torch.OutOfMemoryError("no memory")
-        return right(call, *args)
+        return right(calls, *args)
 
-    monkeypatch.setattr(jacobians, "certified_jacobian", scarce)
+    monkeypatch.setattr(jacobians, "certified_jacobians", scarce)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     info = found["config"]["coupling"]
@@ -263,7 +263,8 @@ def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
 
 
 def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
-    right, calls = measure.measure_prompt, []
+    right, calls = measure.measure_prompts, []
+    monkeypatch.setattr(measure, "PROMPTS", 2)
 
     def interrupted(*args):
         calls.append(1)
@@ -271,7 +272,7 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr("lm_eval_coupling.model.measure_prompt", interrupted)
+    monkeypatch.setattr("lm_eval_coupling.model.measure_prompts", interrupted)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))

@@ -23,7 +23,7 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import TOLERANCE, certify
-from lm_eval_coupling.jacobians.closed import closed_jacobian
+from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
@@ -36,13 +36,14 @@ class BlockJacobians:
     """Jacobians of several blocks for one pair of tokens.
 
     ``certificate`` is each layer's relative error against the model's own derivative, ``method`` the level each layer was
-    computed at, ``layers`` their indices.
+    computed at, ``layers`` their indices, ``device`` where the model computed (the Jacobians may lie on the host).
     """
 
     jacobians: Float[Tensor, "layer d_model d_model"]
     certificate: Float[Tensor, " layer"]
     method: list[str]
     layers: list[int]
+    device: torch.device
 
 
 def block_jacobians(
@@ -87,14 +88,68 @@ def block_jacobians(
 def jacobians_of_trace(trace, output_token: int, input_token: int, layers: Sequence[int], method: str) -> BlockJacobians:
     """As :func:`block_jacobians`, from a :class:`~lm_eval_coupling.residual.ResidualTrace` and absolute indices."""
     check_method(method)
-    d_model, like = trace.resid_final.shape[-1], trace.resid_final
-    on_device = len(layers) * d_model**2 * like.element_size() <= STACK
-    stack = like.new_empty(len(layers), d_model, d_model, device=like.device if on_device else "cpu")
-    certificate, levels = torch.empty(len(layers), dtype=torch.float64), []
-    for i, layer in enumerate(layers):
-        stack[i], certificate[i], level = certified_jacobian(trace.calls[layer], output_token, input_token, method)
-        levels.append(level)
-    return BlockJacobians(stack, certificate, levels, list(layers))
+    stack = _Stack(trace.resid_final, layers)
+    for layer in layers:
+        stack.add(*certified_jacobian(trace.calls[layer], output_token, input_token, method))
+    return stack.filled()
+
+
+def jacobians_of_traces(traces: Sequence, tokens: Sequence[int], method: str) -> list[BlockJacobians]:
+    """J_tt of every block for several prompts of one model, each at its own token t, as absolute index.
+
+    Where the closed level has rules, its steps are gone through once for all prompts. Memory: that of one prompt times
+    their number.
+    """
+    check_method(method)
+    layers = range(len(traces[0].calls))
+    stacks = [_Stack(trace.resid_final, layers) for trace in traces]
+    for layer in layers:
+        calls = [trace.calls[layer] for trace in traces]
+        for stack, found in zip(stacks, certified_jacobians(calls, tokens, method), strict=True):
+            stack.add(*found)
+    return [stack.filled() for stack in stacks]
+
+
+class _Stack:
+    """The Jacobians of one prompt as they are made, on the model's device where they fit."""
+
+    def __init__(self, like: Tensor, layers: Sequence[int]) -> None:
+        d_model = like.shape[-1]
+        on_device = len(layers) * d_model**2 * like.element_size() <= STACK
+        self.layers, self.device = list(layers), like.device
+        self.jacobians = like.new_empty(len(layers), d_model, d_model, device=like.device if on_device else "cpu")
+        self.errors: list[float] = []
+        self.levels: list[str] = []
+
+    def add(self, jacobian: Tensor, error: float, level: str) -> None:
+        self.jacobians[len(self.levels)] = jacobian
+        self.errors.append(error)
+        self.levels.append(level)
+
+    def filled(self) -> BlockJacobians:
+        certificate = torch.tensor(self.errors, dtype=torch.float64)
+        return BlockJacobians(self.jacobians, certificate, self.levels, self.layers, self.device)
+
+
+def certified_jacobians(calls: Sequence, tokens: Sequence[int], method: str) -> list[tuple[Tensor, float, str]]:
+    """:func:`certified_jacobian` of one block's J_tt for several prompts: together where that is certified, else alone."""
+    together = _closed_together(calls, tokens) if len(calls) > 1 and method in ("auto", "closed") else {}
+    return [
+        together[i] if i in together else certified_jacobian(call, token, token, method)
+        for i, (call, token) in enumerate(zip(calls, tokens, strict=True))
+    ]
+
+
+def _closed_together(calls: Sequence, tokens: Sequence[int]) -> dict[int, tuple[Tensor, float, str]]:
+    """Those prompts of a batch for which the closed level gives what the model's own derivative says."""
+    with calls[0].ready():
+        try:
+            found = closed_jacobians(calls, tokens)
+        except Exception:  # alone, each prompt finds the level that can, or says what is wrong
+            return {}
+        found.diagonal(dim1=1, dim2=2).sub_(1)
+        errors = [certify(call, J, token, token) for call, J, token in zip(calls, found, tokens, strict=True)]
+    return {i: (found[i], error, "closed") for i, error in enumerate(errors) if error <= TOLERANCE[calls[0].dtype]}
 
 
 def certified_jacobian(call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:

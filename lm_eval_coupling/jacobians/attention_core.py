@@ -12,7 +12,7 @@ With attention sinks Σ_j a_j < 1; the formulas hold unchanged as long as the we
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -223,12 +223,19 @@ class _HeadProduct(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class LinearCore:
-    """The core at one output token as an affine function of one input token's (q, k, v); exact to first order."""
+    """The core at one output token as an affine function of one input token's (q, k, v); exact to first order.
 
-    record: AttentionRecord
-    input_token: int
-    same_token: bool
-    dz_dq: Float[Tensor, "head d_value d_key"] | None
+    All it takes from the other tokens is in here, so its size does not depend on the sequence. ``query``, ``key``, ``value``
+    are where it is linearised: the query of the output token, the key and value of the input token; ``weight`` is the
+    attention that the first pays to the second.
+    """
+
+    query: Float[Tensor, "head d_key"]
+    key: Float[Tensor, "head d_key"]
+    value: Float[Tensor, "head d_value"]
+    weight: Float[Tensor, " head"]
+    z: Float[Tensor, "head d_value"]
+    dz_dq: Float[Tensor, "head d_value d_key"] | None  # None where the input token is another one
     dz_dqk: Float[Tensor, "head d_value"]
 
     @classmethod
@@ -237,8 +244,28 @@ class LinearCore:
         w = record.weights * record.slope
         spread = record.v - record.z[:, None]
         same = output_token == input_token
-        dz_dq = torch.bmm((w[..., None] * spread).transpose(1, 2), record.k) if same else None
-        return cls(record, input_token, same, dz_dq, w[:, input_token, None] * spread[:, input_token])
+        return cls(
+            query=record.q,
+            key=record.k[:, input_token],
+            value=record.v[:, input_token],
+            weight=record.weights[:, input_token],
+            z=record.z,
+            dz_dq=torch.bmm((w[..., None] * spread).transpose(1, 2), record.k) if same else None,
+            dz_dqk=w[:, input_token, None] * spread[:, input_token],
+        )
+
+    @classmethod
+    def joined(cls, cores: Sequence[LinearCore]) -> LinearCore:
+        """The cores of several prompts as one with as many times the heads."""
+        if len(cores) == 1:
+            return cores[0]
+        parts = {field.name: [getattr(core, field.name) for core in cores] for field in dataclasses.fields(cls)}
+        return cls(**{name: None if parts[name][0] is None else torch.cat(parts[name]) for name in parts})
+
+    @property
+    def same_token(self) -> bool:
+        """Whether the input token is the output token."""
+        return self.dz_dq is not None
 
     def __call__(
         self,
@@ -247,8 +274,7 @@ class LinearCore:
         v: Float[Tensor, "head d_value"],
     ) -> Float[Tensor, "head d_value"]:
         """The core's output for these projections of the input token."""
-        r, s = self.record, self.input_token
-        q, k, v = q.to(r.z.dtype), k.to(r.z.dtype), v.to(r.z.dtype)
-        key_change = ((k - r.k[:, s]) * r.q).sum(-1, keepdim=True)
-        z = r.z + r.weights[:, s, None] * (v - r.v[:, s]) + self.dz_dqk * key_change
-        return z + _HeadProduct.apply(self.dz_dq, q - r.q) if self.same_token else z
+        q, k, v = q.to(self.z.dtype), k.to(self.z.dtype), v.to(self.z.dtype)
+        key_change = ((k - self.key) * self.query).sum(-1, keepdim=True)
+        z = self.z + self.weight[:, None] * (v - self.value) + self.dz_dqk * key_change
+        return z + _HeadProduct.apply(self.dz_dq, q - self.query) if self.same_token else z

@@ -1,15 +1,16 @@
 """Level ``closed``: the real block on one token, differentiated step by step into matrix products.
 
-Like ``token-local``, but each step hands on a structured tangent (tangent.py) instead of d_model directions: norms stay
-diagonal plus low rank, the derivative of a projection is its weight as it stands, an activation only scales rows, and what
-is left to multiply is W_out·(rows of the MLP's inner weights), the output projection, and the product of the two halves of
-the block. Rules go by kind of operation and know no model family; a step without a rule raises, and the block is done by
-the next level.
+Like ``token-local``, but for any number of prompts at once, and each step hands on a structured tangent (tangent.py) instead
+of d_model directions: norms stay diagonal plus low rank, the derivative of a projection is its weight as it stands, an
+activation only scales rows, and what is left to multiply is W_out·(rows of the MLP's inner weights), the output projection,
+and the product of the two halves of the block. Rules go by kind of operation and know no model family; a step without a
+rule raises, and the block is done by the next level.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -36,15 +37,25 @@ def closed_jacobian(call, output_token: int, input_token: int, budget: int) -> F
         NoRule: if a step of the block has no rule.
     """
     del budget
+    if output_token == input_token:
+        return closed_jacobians([call], [output_token])[0]
     record = AttentionRecord.of(call, output_token)
     core = LinearCore.at(record, output_token, input_token)
-    if not core.same_token:
-        return output_factor(call, record, output_token) @ input_factor(call, core)
-    x = call.resid_pre[0, output_token]
-    root = Origin(1, x.numel())
-    tape = Tape(partial(_through, core))
+    return output_factor(call, record, output_token) @ input_factor(call, core, input_token)
+
+
+def closed_jacobians(calls: Sequence, tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
+    """∂F_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
+
+    The steps are gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot
+    be joined.
+    """
+    cores = [LinearCore.at(AttentionRecord.of(call, t), t, t) for call, t in zip(calls, tokens, strict=True)]
+    x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])
+    root = Origin(*x.shape)
+    tape = Tape(partial(_through, LinearCore.joined(cores)))
     tape.watch(x, NearIdentity.identity(root, x))
-    return _derivative(tape, _run(tape, call, x, output_token), root)
+    return _derivative(tape, _run(tape, calls, x, tokens), root)
 
 
 def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
@@ -56,13 +67,13 @@ def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Ten
         return tape.watch(z, NearIdentity.identity(root, z))
 
     tape = Tape(start)
-    return _derivative(tape, _run(tape, call, call.resid_pre[0, output_token], output_token), root)
+    return _derivative(tape, _run(tape, [call], call.resid_pre[:, output_token], [output_token]), root)[0]
 
 
-def input_factor(call, core: LinearCore) -> Float[Tensor, "head_value d_model"]:
+def input_factor(call, core: LinearCore, input_token: int) -> Float[Tensor, "head_value d_model"]:
     """C = ∂z_{output}/∂x_{input}, for an input token before the output token."""
-    x = call.resid_pre[0, core.input_token]
-    root = Origin(1, x.numel())
+    x = call.resid_pre[:, input_token]
+    root = Origin(*x.shape)
     reached = []
 
     def stop(*parts):
@@ -72,26 +83,28 @@ def input_factor(call, core: LinearCore) -> Float[Tensor, "head_value d_model"]:
     tape = Tape(stop)
     tape.watch(x, NearIdentity.identity(root, x))
     with contextlib.suppress(_Reached):
-        _run(tape, call, x, core.input_token)
-    return _derivative(tape, reached[0], root)
+        _run(tape, [call], x, [input_token])
+    return _derivative(tape, reached[0], root)[0]
 
 
-def _run(tape: Tape, call, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
-    """The block's output for one token, kept on ``tape``."""
+def _run(
+    tape: Tape, calls: Sequence, x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
+) -> Float[Tensor, "prompt d_model"]:
+    """The block's output for one token of each prompt, kept on ``tape``."""
     with tape:
-        out = call.one_token(x, token)
+        out = calls[0].one_token_each(calls, x, tokens)
     if tape.stage != "done":
         raise NoRule(f"the run on one token stopped while looking for the {tape.stage} of the attention core")
     return out
 
 
-def _derivative(tape: Tape, outcome: Tensor, root: Origin) -> Float[Tensor, "d_out width"]:
-    return lifted(tape.differentiate(outcome), outcome.shape, root).rows(outcome.shape)[0]
+def _derivative(tape: Tape, outcome: Tensor, root: Origin) -> Float[Tensor, "prompt d_out width"]:
+    return lifted(tape.differentiate(outcome), outcome.shape, root).rows(outcome.shape)
 
 
 def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:
     """The core's output at one token. Its tangent comes from those of q, k and v (attention_core.py has the formulas)."""
-    z = core.record.z.reshape(*q.shape[:-2], 1, core.record.z.shape[-1])
+    z = core.z.reshape(*q.shape[:-2], 1, core.z.shape[-1])
     return tape.note(_through, partial(_core_tangent, core), (q, k_t, v), {}, z)
 
 
@@ -107,9 +120,8 @@ def _core_tangent(core: LinearCore, tape: Tape, func, z: Tensor, q: Tensor, k_t:
         return rows.expand(*batch, *rows.shape[-3:]).reshape(batch.numel(), -1, origin.width)
 
     dq, dk, dv = (per_head(t, value) for t, value in zip(tangents, (q, k_t, v), strict=True))
-    record = core.record
-    dz = record.weights[:, core.input_token, None, None] * dv
-    dz = torch.baddbmm(dz, core.dz_dqk[..., None], record.q[:, None] @ dk)
+    dz = core.weight[:, None, None] * dv
+    dz = torch.baddbmm(dz, core.dz_dqk[..., None], core.query[:, None] @ dk)
     if core.same_token:
         dz = torch.baddbmm(dz, core.dz_dq, dq)
     return Dense(origin, dz.reshape(*z.shape, origin.width))

@@ -38,7 +38,10 @@ def token_local_jacobian(call, output_token: int, input_token: int, budget: int)
     """
     record = AttentionRecord.of(call, output_token)
     core = LinearCore.at(record, output_token, input_token)
-    function = _same_token(call, core, output_token) if core.same_token else _other_token(call, core, output_token)
+    if core.same_token:
+        function = _same_token(call, core, output_token)
+    else:
+        function = _other_token(call, core, output_token, input_token)
     return jacobian_columns(function, call.resid_pre[0, input_token], budget)
 
 
@@ -50,7 +53,7 @@ def _same_token(call, core: LinearCore, token: int) -> Callable[[Tensor], Tensor
     return function
 
 
-def _other_token(call, core: LinearCore, output_token: int) -> Callable[[Tensor], Tensor]:
+def _other_token(call, core: LinearCore, output_token: int, input_token: int) -> Callable[[Tensor], Tensor]:
     """x_{t1} moves the output at t2 > t1 only through its key and value."""
     at_output = call.resid_pre[0, output_token]
 
@@ -63,7 +66,7 @@ def _other_token(call, core: LinearCore, output_token: int) -> Callable[[Tensor]
 
         try:
             with Substitute(stop):
-                call.one_token(x, core.input_token)
+                call.one_token(x, input_token)
         except _Reached:
             pass
         with Substitute(lambda q, k, v: reached[0]):

@@ -17,8 +17,8 @@ from lm_eval_coupling.residual import ResidualModel
 # Where each stage is entered. What runs inside another stage counts for the inner one only, so the pairs are what is left
 # of the depth-wise measurement.
 ENTRANCES = {
-    "trace": (ResidualModel, "trace"),
-    "jacobians": (measure, "jacobians_of_trace"),
+    "trace": (ResidualModel, "traces"),
+    "jacobians": (measure, "jacobians_of_traces"),
     "spectra": (measure, "top_singular"),
     "pairs": (measure, "_depth"),
     "regularity": (measure, "_regularity"),
