@@ -37,7 +37,7 @@ def results(script, out, *arguments):
 class TestAgainstRelease:
     def test_both_find_the_same(self, benchmark, model, tmp_path):
         script = benchmark("against_release")
-        arguments = ("--model", model, "--tokens", 1, 30, "--ranks", 2, 4, "--layers", 4)
+        arguments = ("--model", model, "--tokens", 1, 30, "--ranks", 2, 4, "--layers", 4, "--prompts", 3)
         for found in results(script, tmp_path / "a.json", *arguments):
             assert not found["jacobians_extrapolated"] and found["methods"] == ["closed"]
             agreement = found["agreement"]
@@ -49,7 +49,9 @@ class TestAgainstRelease:
                 assert same["largest_difference"] < 1e-3 and same["mean_difference"] < 1e-4
                 assert agreement[f"absolute_ujv_{rank}"]["mean_difference"] < 1e-4
                 assert agreement[f"absolute_vju_{rank}"]["mean_difference"] < 1e-4
-            assert all(found["ratio"][stage] > 0 for stage in ("trace", "jacobians", "spectra", "pairs", "total"))
+            for ours, together in zip(found["ours"], (1, 3), strict=True):
+                assert ours["together"] == together
+                assert all(ours["ratio"][stage] > 0 for stage in ("trace", "jacobians", "spectra", "pairs", "total"))
 
     def test_layers_left_out_are_extrapolated(self, benchmark, model, tmp_path):
         script = benchmark("against_release")

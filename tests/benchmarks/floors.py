@@ -1,10 +1,11 @@
 """Each stage of a measurement against its floor: the matrix products it contains (products.py), alone, on this machine.
 
-    python tests/benchmarks/floors.py --model DIR [--tokens 10 128] [--device cuda]
+    python tests/benchmarks/floors.py --model DIR [--tokens 10 128] [--prompts 8] [--device cuda]
 
-Stage and floor are timed in turn, with float32 operands of the same shapes. The spectra contain symmetric
-eigendecompositions, which are no products: their floor counts the library's own, of matrices of that size and for as many
-vectors, with its seconds beside it. The machine's own rate is that of a large square product.
+Seconds are those of one prompt, the mean of ``--prompts`` measured together. Stage and floor are timed in turn, with float32
+operands of the same shapes. The spectra contain symmetric eigendecompositions, which are no products: their floor counts the
+library's own, of matrices of that size and for as many vectors, with its seconds beside it. The machine's own rate is that
+of a large square product.
 """
 
 from __future__ import annotations
@@ -38,28 +39,29 @@ def floors(shape: products.Shape, tokens: int, rank: int) -> dict[str, list[prod
     }
 
 
-def stage_and_floor(model: ResidualModel, shape: products.Shape, tokens: list[int], settings, device, repeats) -> list[dict]:
-    """One row per stage, for one prompt."""
-    contained = floors(shape, len(tokens), settings.ranks[-1])
+def stage_and_floor(
+    model: ResidualModel, shape: products.Shape, prompts: list[list[int]], settings, device, repeats
+) -> list[dict]:
+    """One row per stage, per prompt."""
+    contained = floors(shape, len(prompts[0]), settings.ranks[-1])
     alone = {name: products.runner(found, shape.layers, device) for name, found in contained.items()}
     alone["eigh"] = decompositions(shape, min(settings.ranks[-1] + 1, shape.d_model), device)
-    dtype, spent, record = DTYPES[settings.dtype], [], None
+    dtype, spent, records = DTYPES[settings.dtype], [], []
 
     def measure():
-        nonlocal record
-        record, found = stages.measured(model, tokens, settings)
+        records[:], found = stages.measured(model, prompts, settings)
         spent.append(found)
 
-    candidates = {"measure": measure, "trace without derivative": lambda: model.trace(tokens, dtype)}
+    candidates = {"measure": measure, "trace without derivative": lambda: model.traces(prompts, dtype)}
     taken = in_turn(candidates | alone, repeats)
-    if set(record.method) != {"closed"}:
-        raise SystemExit(f"got blocks of level {sorted(set(record.method))}, expected all closed: the floors are theirs")
+    if (methods := {method for record in records for method in record.method}) != {"closed"}:
+        raise SystemExit(f"got blocks of level {sorted(methods)}, expected all closed: the floors are theirs")
     ours = stages.median(spent[-repeats:])
-    ours["forward"] = taken["trace without derivative"]
+    ours["forward"] = taken["trace without derivative"] / len(prompts)
     ours["certificate"] = ours["trace"] - ours["forward"]
     return [
         {
-            "tokens": str(len(tokens)),
+            "tokens": str(len(prompts[0])),
             "stage": name,
             "seconds": ours[name],
             "floor": taken[name] + (taken["eigh"] if name == "spectra" else 0),
@@ -102,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "floors")
     parser.add_argument("--model", required=True, help="transformers folder of a Llama, or llama-3-8b for random weights")
     parser.add_argument("--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts")
+    parser.add_argument("--prompts", type=int, default=8, help="measured together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--repeats", type=int, help="default 7; 3 with --quick")
     parser.add_argument("--device", default="cpu")
@@ -114,9 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     ours, settings = ResidualModel.wrap(model), Settings(tuple(options.ranks))
     rows = []
     for tokens in options.tokens:
-        prompt = models.prompt(tokens, model.config.vocab_size, tokenizer)
+        prompts = [models.prompt(tokens, model.config.vocab_size, tokenizer, number=i) for i in range(options.prompts)]
         repeats = options.repeats or (3 if options.quick else 7)
-        rows += stage_and_floor(ours, shape, prompt, settings, options.device, repeats)
+        rows += stage_and_floor(ours, shape, prompts, settings, options.device, repeats)
     found = {"gflops_per_second": rate(options.device), "stages": rows}
     machine.save("floors", about, options, found)
     machine.show(f"Stages and their floors: {options.model}, {found['gflops_per_second']:.0f} Gflop/s", rows)

@@ -26,17 +26,16 @@ MEASURING = ("jacobians", "spectra", "pairs", "regularity")
 
 
 def cost(model: ResidualModel, settings: Settings, tokens: int, prompts: int, repeats: int) -> dict[str, float]:
-    """Seconds by stage for so many prompts, one after the other; ``measuring`` is all but forward and certificate."""
+    """Seconds by stage for so many prompts, together; ``measuring`` is all but forward and certificate."""
     texts = [models.prompt(tokens, model.bridge.cfg.d_vocab, number=i) for i in range(prompts)]
     runs = []
 
     def measure():
-        found = [stages.measured(model, text, settings)[1] for text in texts]
-        runs.append({stage: sum(one[stage] for one in found) for stage in found[0]})
+        _, found = stages.measured(model, texts, settings)
+        runs.append({stage: seconds * prompts for stage, seconds in found.items()})
 
     def forward():
-        for text in texts:
-            model.trace(text, DTYPES[settings.dtype])
+        model.traces(texts, DTYPES[settings.dtype])
 
     taken = in_turn({"measure": measure, "forward": forward}, repeats)
     found = stages.median(runs[-repeats:])

@@ -55,17 +55,27 @@ def stopwatch() -> Iterator[Counter]:
         yield spent
 
 
-def measured(model: ResidualModel, tokens: Sequence[int], settings) -> tuple[measure.PromptCoupling, dict[str, float]]:
-    """One record with its seconds by stage and in ``total``. A prompt that cannot be measured ends the benchmark."""
+def measured(
+    model: ResidualModel, prompts: Sequence[Sequence[int]], settings
+) -> tuple[list[measure.PromptCoupling], dict[str, float]]:
+    """The prompts' records, measured together as a run does, with the mean seconds of a prompt by stage and in ``total``.
+
+    A prompt that cannot be measured ends the benchmark.
+    """
+    records = {}
     with stopwatch() as spent:
         synchronize()
         start = time.perf_counter()
-        record = measure.measure_prompt(model, tokens, -1, settings)
+        for together in measure.groups(model, prompts, settings):
+            found = measure.measure_prompts(model, [prompts[i] for i in together], -1, settings)
+            records.update(zip(together, found, strict=True))
         synchronize()
         total = time.perf_counter() - start
-    if record.certificate is None or record.normalized_miscoupling is None:
-        raise SystemExit(f"the prompt of {len(tokens)} tokens could not be measured: {record.reason}")
-    return record, {stage: spent[stage] for stage in ENTRANCES} | {"total": total}
+    for record in records.values():
+        if record.certificate is None or record.normalized_miscoupling is None:
+            raise SystemExit(f"the prompt of {len(record.tokens)} tokens could not be measured: {record.reason}")
+    seconds = {stage: spent[stage] for stage in ENTRANCES} | {"total": total}
+    return [records[i] for i in sorted(records)], {stage: spent / len(prompts) for stage, spent in seconds.items()}
 
 
 def median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
