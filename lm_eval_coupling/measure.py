@@ -257,7 +257,7 @@ def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:
         return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
     J = found.jacobians
     largest = settings.ranks[-1]
-    triplets = _top_singular_layer_by_layer(J, min(largest + 1, J.shape[-1]), found.device)
+    triplets = _top_singular_by_parts(J, min(largest + 1, J.shape[-1]), found.device)
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_maths.coupling_matrices(J, U, V)
     A_vju = coupling_maths.coupling_matrices(J, V, U)
@@ -278,11 +278,15 @@ def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:
     )
 
 
-def _top_singular_layer_by_layer(J, k: int, device: torch.device) -> SingularTriplets:
-    """Working memory of one layer, on the device where the model computes (MPS has no symmetric eigendecomposition)."""
+def _top_singular_by_parts(J, k: int, device: torch.device) -> SingularTriplets:
+    """On the device where the model computes (MPS has no symmetric eigendecomposition), so many layers at a time.
+
+    As many as there are threads, each of which takes one; working memory is theirs.
+    """
     device = torch.device("cpu") if device.type == "mps" else device
-    found = [top_singular(layer.to(device), k) for layer in J]
-    return SingularTriplets(*(torch.stack([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
+    parts = J.split(torch.get_num_threads() if device.type == "cpu" else 4)
+    found = [top_singular(part.to(device), k) for part in parts]
+    return SingularTriplets(*(torch.cat([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
 
 
 def _at_rank(k: int, A, A_vju, S, d_model: int) -> dict[str, torch.Tensor]:

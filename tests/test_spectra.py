@@ -4,9 +4,11 @@ import math
 
 import pytest
 import reference
+import scipy.linalg
 import torch
 
-from lm_eval_coupling import spectra
+from lm_eval_coupling import krylov, spectra
+from lm_eval_coupling.lapack import leading_eigenvectors
 from lm_eval_coupling.spectra import numerical_rank, relative_gap, top_singular
 
 # Half a digit above what float32 rounding leaves; float64 keeps its own.
@@ -187,3 +189,48 @@ def test_relative_gap(dtype):
 def test_numerical_rank(dtype):
     J = torch.stack([with_spectrum(SPECTRA[name]) for name in ("zero", "rank one", "rank below k", "flat")]).to(dtype)
     assert numerical_rank(top_singular(J, 10).S, 24).tolist() == [0, 1, 3, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (2, 1), (7, 7), (40, 11)])
+def test_leading_eigenvectors_are_scipys(dtype, size, k):
+    A = torch.randn(3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    G = (A.mT @ A).to(dtype)
+    found = leading_eigenvectors(G.clone(), k).double()
+    for vectors, g in zip(found, G.double(), strict=True):
+        values = scipy.linalg.eigh(g.numpy(), eigvals_only=True)[::-1][:k].copy()
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        assert torch.allclose(g @ vectors, vectors * torch.from_numpy(values), atol=tolerance * values[0])
+        assert torch.allclose(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", ["flat", "power", "clustered", "rank-deficient"])
+def test_products_alone_find_the_same_vectors(monkeypatch, dtype, decay):
+    """As on a GPU for large matrices; whatever the spectrum, the triplets are those of a full float64 SVD."""
+    d_model, k = 150, 12
+    i = torch.arange(d_model, dtype=torch.float64)
+    S = {
+        "flat": 1 - 0.9 * i / d_model,
+        "power": (1 + i) ** -0.5,
+        "clustered": torch.where(i < 20, 1.0, 0.3) - 1e-6 * i,
+        "rank-deficient": torch.where(i < 5, 1.0 / (1 + i), 0.0),
+    }[decay]
+    U, V = (torch.linalg.qr(torch.randn(d_model, d_model, dtype=torch.float64, generator=rng(seed)))[0] for seed in (1, 2))
+    J = ((U * S) @ V.mT).to(dtype)
+    basis = krylov.leading_right_vectors(J, k, spectra.TOLERANCE[dtype] / 2)
+    if decay != "rank-deficient":  # vectors of zeros never settle
+        assert basis is not None
+        size = (J.double() @ basis.double()).norm() / S[:k].norm()
+        assert abs(size - 1) < 1e-5
+    monkeypatch.setattr(
+        spectra, "_leading_right_vectors", lambda J, k: torch.stack([spectra._without_decomposition(j, k) for j in J])
+    )
+    found = top_singular(J, k)
+    assert torch.allclose(found.S.double(), S[:k], rtol=0, atol=2 * SIGMA[dtype])
+    assert found.residual < RESIDUAL[dtype]
+
+
+def test_products_alone_say_when_they_have_not_settled():
+    assert krylov.leading_right_vectors(torch.randn(60, 60, generator=rng()), 40, 1e-6) is None  # no room for two blocks
+    assert krylov.leading_right_vectors(torch.randn(200, 200, generator=rng()), 3, 0.0) is None
