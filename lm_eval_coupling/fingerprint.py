@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_eval_coupling.weights import named_weights
+
 _CHUNK = 1 << 22
 # Facts about where a model came from or how it is run, not about the function it computes.
 _IRRELEVANT = {
@@ -23,14 +25,14 @@ _IRRELEVANT = {
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hex digits over every parameter, bit by bit, and the configuration.
+    """32 hex digits over every parameter, bit by bit, and the configuration; packed weights count as what they stand for.
 
     The sums are taken in wrapping 64-bit integers where the weights lie, so the result is the same on every device and
     costs one read of the weights.
     """
     digest = hashlib.sha256(_configuration(model).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {_checksum(parameter)}".encode())
+    for name, weight in named_weights(model):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_checksum(weight)}".encode())
     return digest.hexdigest()[:32]
 
 

@@ -151,7 +151,11 @@ class CouplingLM(HFLM):
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what the configuration already rules out, before the weights are loaded."""
-        super()._get_config(*args, **kwargs)
+        try:
+            super()._get_config(*args, **kwargs)
+        except (OSError, ValueError) as error:
+            what = f"model {args[0] if args else kwargs.get('pretrained')!r}, revision {kwargs.get('revision', 'main')!r}"
+            raise CouplingError(f"got {what}, which transformers cannot load: {str(error).splitlines()[0]}") from error
         if self._measuring and (width := getattr(self._config.get_text_config(), "hidden_size", None)):
             self.coupling_options.settings.check_width(width)
 

@@ -22,8 +22,9 @@ from lm_eval_coupling.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, jacobians_of_trace
 from lm_eval_coupling.measure import DTYPES, Settings
-from lm_eval_coupling.residual import ResidualModel, TrueDtype, upcast
+from lm_eval_coupling.residual import ResidualModel, TrueDtype
 from lm_eval_coupling.spectra import numerical_rank, top_singular
+from lm_eval_coupling.weights import upcast
 
 RANKS = (10, 30, 50)
 
@@ -126,8 +127,10 @@ def _through_final_norm(
     if norm is None:
         raise CouplingError("got last_layer_norm=True for a model without a final norm, leave it out")
     eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
-    with upcast([*norm.parameters(), *norm.buffers()], J.dtype), TrueDtype(J.dtype):
-        J_norm = torch.func.jacrev(norm)(resid_final)
+    weights = [*norm.parameters(), *norm.buffers()]
+    with upcast(weights, J.dtype), TrueDtype(J.dtype):
+        at = resid_final.to(weights[0].device) if weights else resid_final
+        J_norm = torch.func.jacrev(norm)(at).to(J.device)
     return J_norm @ (J + eye) - eye
 
 

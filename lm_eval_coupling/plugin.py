@@ -105,7 +105,10 @@ def _record_after_scoring(evaluator: Any) -> None:
         if model == MODEL and tracker is not None and tracker.output_path:
             path = Path(tracker.output_path)
             require_writable(path.parent if path.suffix == ".json" else path)
-        return simple_evaluate(model, *args, **kwargs)
+        results = simple_evaluate(model, *args, **kwargs)
+        if tracker is None:  # nobody else will: called from Python, for its results alone
+            _write_tables(results, None, _now())
+        return results
 
     evaluator.evaluate, evaluator.simple_evaluate = evaluate_and_record, simple_evaluate_checked
 
@@ -117,19 +120,28 @@ def _write_tables_with_results(tracking: Any) -> None:
     @functools.wraps(save)
     def save_results_aggregated(self, results, samples=None):
         save(self, results, samples)
-        write = pending_tables.pop((results or {}).get("config", {}).get("coupling", {}).get("run_id"), None)
-        if write is None:
-            return
-        try:
-            if self.output_path:
-                path, model = Path(self.output_path), str(self.general_config_tracker.model_name_sanitized)
-                write(path.parent if path.suffix == ".json" else path / model, self.date_id)
-            else:
-                write(None, datetime.now().isoformat().replace(":", "-"))  # the form of upstream's date_id
-        except Exception:
-            logger.exception("coupling tables were not written; measurements are kept in the store")
+        date = getattr(self, "date_id", _now())  # absent where nothing was saved
+        if self.output_path:
+            path, model = Path(self.output_path), str(self.general_config_tracker.model_name_sanitized)
+            _write_tables(results, path.parent if path.suffix == ".json" else path / model, date)
+        else:
+            _write_tables(results, None, date)
 
     tracker_class.save_results_aggregated = save_results_aggregated
+
+
+def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
+    """Write the tables of a run into ``coupling_out``, else into ``folder``, once; nowhere if there is neither."""
+    write = pending_tables.pop((results or {}).get("config", {}).get("coupling", {}).get("run_id"), None)
+    try:
+        if write is not None:
+            write(folder, date)
+    except Exception:
+        logger.exception("coupling tables were not written; measurements are kept in the store")
+
+
+def _now() -> str:
+    return datetime.now().isoformat().replace(":", "-")  # the form of upstream's date_id
 
 
 def _errors_as_sentences(harness: Any) -> None:

@@ -2,7 +2,7 @@
 
 A :class:`ResidualModel` is a `TransformerBridge` booted on a *second module tree* that shares the weights of the model it
 wraps: the wrapped model keeps its own attention implementation and its outputs stay bit-identical. Only this module knows
-TransformerLens and transformers; the mathematics sees :class:`BlockCall` objects.
+TransformerLens and, with weights.py, transformers; the mathematics sees :class:`BlockCall` objects.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.weights import is_absent, present, sharing, split_again, unreadable, upcast, without_hooks
 
 # Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
 _BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}
@@ -47,19 +49,6 @@ class TrueDtype(TorchFunctionMode):
 
 def _arithmetic(dtype: torch.dtype) -> contextlib.AbstractContextManager:
     return TrueDtype(dtype) if dtype == torch.float64 else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Hold the floating-point ``tensors`` in ``dtype`` for the time of the context, then put the shared storage back."""
-    saved = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != dtype]
-    try:
-        for tensor, data in saved:
-            tensor.data = data.to(dtype)
-        yield
-    finally:
-        for tensor, data in saved:
-            tensor.data = data
 
 
 def _state(module: nn.Module) -> list[Tensor]:
@@ -240,13 +229,15 @@ class ResidualTrace:
 
     def trajectory(self, token: int) -> Float[Tensor, "layer_plus_1 d_model"]:
         """x_t^0 … x_t^L: the residual stream at one token, after every block."""
-        return torch.stack([*(call.resid_pre[0, token] for call in self.calls), self.resid_final[0, token]])
+        stream = [call.resid_pre[0, token].to(self.resid_final.device) for call in self.calls]
+        return torch.stack([*stream, self.resid_final[0, token]])
 
 
 class _Visit:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
-    The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it.
+    The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it. Its arguments are
+    brought to the device that the block's weights lie on.
     """
 
     def __init__(self, layer: int, weights: Sequence[Tensor], dtype: torch.dtype, tokens: Sequence[int] | None) -> None:
@@ -257,10 +248,11 @@ class _Visit:
 
     def enter(self, module, args, kwargs):
         """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
+        args, kwargs = _brought_to(self.weights[0].device, (args, kwargs))
         self.open.enter_context(upcast(self.weights, self.dtype))
         self.call = _block_call(self.layer, module, self.weights, args, kwargs)
         if self.tokens is None:
-            return None
+            return args, kwargs
         self.leaf = self.call.resid_pre.clone().requires_grad_(True)
         self.open.enter_context(torch.enable_grad())
         return ((self.leaf, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.leaf})
@@ -300,10 +292,10 @@ class ResidualModel:
     """A language model as a stack of residual blocks (build one with :meth:`wrap`).
 
     Attributes: ``bridge`` (the TransformerBridge), ``blocks`` (the bridged transformers blocks), ``n_layers``, ``d_model``,
-    ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
+    ``n_params``, ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
     """
 
-    def __init__(self, bridge: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(self, bridge: nn.Module, n_params: int, tokenizer: Any = None) -> None:
         self.bridge = bridge
         self.tokenizer = tokenizer
         self.model = bridge.original_model
@@ -312,7 +304,7 @@ class ResidualModel:
         self.d_model = bridge.cfg.d_model
         self._block_weights = [_state(block) for block in self.blocks]
         self._outside_weights = self._outside_blocks()
-        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self.n_params = n_params
         self._padding_is_harmless: bool | None = None  # not tried yet
 
     @classmethod
@@ -332,9 +324,12 @@ class ResidualModel:
         base = hf_model.get_base_model() if hasattr(hf_model, "peft_config") else hf_model
         _refuse_unsupported(base)
         twin = _twin(base)
-        name, eager = type(twin).__name__, _logits(twin)
-        if not base.training:  # dropout; other attention kernels round differently, Falcon's ALiBi by 3e-3
-            _close_logits(name, eager, _logits(base), tolerance=5e-2)
+        name, in_place = type(twin).__name__, _in_place(twin)
+        n_params = sum(p.numel() for p in twin.parameters())  # the bridge adds the parts of joint projections
+        names = {id(module): name for name, module in twin.named_modules()}
+        eager = _logits(twin) if in_place else None
+        if in_place and not base.training:  # dropout; other attention kernels round differently, Falcon's ALiBi by 3e-3
+            _close("logits", name, eager, _logits(base), tolerance=5e-2)
         from transformer_lens.model_bridge.sources import build_bridge_from_module
 
         try:
@@ -344,10 +339,15 @@ class ResidualModel:
                 f"got a {name}, which TransformerLens cannot bridge ({type(error).__name__}: {error}); "
                 "score it with --model hf, or with coupling_limit=0"
             ) from error
-        model = cls(bridge, tokenizer)
-        low_precision = model.dtype not in (torch.float32, torch.float64)
-        _close_logits(name, _logits(model.model), eager, tolerance=5e-2 if low_precision else 1e-3)
-        model._check(base)
+        _split_again(bridge)
+        model = cls(bridge, n_params, tokenizer)
+        if in_place:
+            low_precision = model.dtype not in (torch.float32, torch.float64)
+            _close("logits", name, _logits(model.model), eager, tolerance=5e-2 if low_precision else 1e-3)
+        stream = model._check(base)
+        if not in_place and not base.training:  # packed layers may also round what they are given
+            last = base.get_submodule(names[id(model.blocks[-1])])
+            _close("a residual stream", name, stream, _output(base, last, model.device), tolerance=0.25)
         return model
 
     @property
@@ -460,47 +460,56 @@ class ResidualModel:
             inside |= {id(t) for t in _state(head)}
         return [t for t in _state(self.model) if id(t) not in inside]
 
-    def _check(self, original: nn.Module) -> None:
-        """Load-time checks: weights still shared, evaluation mode, and a stream that is carried from block to block."""
+    def _check(self, original: nn.Module) -> Tensor:
+        """Load-time checks: weights still shared, and a stream that is carried from block to block; returns its end."""
         shared = {p.data_ptr() for p in self.model.parameters()}
-        processed = [name for name, p in original.named_parameters() if p.data_ptr() not in shared]
+        processed = [name for name, p in present(original) if p.data_ptr() not in shared]
         if processed:
             raise CouplingError(
                 f"got {len(processed)} weights that the bridge replaced (first: {processed[0]}), expected shared storage; "
                 "do not fold norms or use compatibility mode"
             )
+        for layer, block in enumerate(self.blocks):
+            if len(devices := {p.device for p in block.parameters()}) > 1:
+                raise CouplingError(
+                    f"got block {layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
+                    "keep blocks whole in the device_map"
+                )
         trace = self.trace(_PROBE, torch.float32)
         streams = [call.resid_pre for call in trace.calls] + [trace.resid_final]
         for call, following in zip(trace.calls, streams[1:], strict=True):
             with torch.no_grad(), call.ready():
                 output = call(call.resid_pre)
             if not torch.isfinite(output).all():
-                return  # weights that are not finite are reported prompt by prompt, the score is kept
-            if output.shape != call.resid_pre.shape or not torch.allclose(output, following, rtol=1e-3, atol=1e-4):
+                break  # weights that are not finite are reported prompt by prompt, the score is kept
+            if output.shape != call.resid_pre.shape or not torch.allclose(
+                output, following.to(output), rtol=1e-3, atol=1e-4
+            ):
                 raise CouplingError(
                     f"got a {type(original).__name__} whose block {call.layer} does not hand its output on as the next "
                     "block's input, expected a residual stream; score it with --model hf"
                 )
+        return trace.resid_final
 
 
 _PROBE = [1, 2]
 
 
-def _close_logits(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def _close(what: str, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     """The bridge splits joint projections into copies of its own: what counts is that it computes the same function."""
     if not torch.isfinite(expected).all():
         return  # weights that are not finite are reported prompt by prompt, the score is kept
-    error = ((found - expected).norm() / expected.norm()).item()
+    error = ((found - expected.to(found)).norm() / expected.norm()).item()
     if not error <= tolerance:
         raise CouplingError(
-            f"got logits off by {error:.1e} from TransformerLens' bridge of {name}, expected the model's own; "
+            f"got {what} off by {error:.1e} from TransformerLens' bridge of {name}, expected the model's own; "
             "score it with --model hf, or with coupling_limit=0"
         )
 
 
 @torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    device = model.get_input_embeddings().weight.device
+def _logits(model: nn.Module, device: torch.device | None = None) -> Tensor:
+    device = device or model.get_input_embeddings().weight.device
     return model(torch.tensor([_PROBE], device=device), use_cache=False).logits.float()
 
 
@@ -508,6 +517,17 @@ def _tensors_by_name(call: BlockCall) -> list[str]:
     """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
     unnamed = ["" if value.shape[-1] == value.shape[-2] else "?" for value in call.args if isinstance(value, Tensor)]
     return [*unnamed, *(name for name, value in call.kwargs.items() if isinstance(value, Tensor))]
+
+
+def _output(model: nn.Module, module: nn.Module, device: torch.device) -> Tensor:
+    """What ``module`` hands on in a pass of ``model``."""
+    seen = []
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(_hidden(output)))
+    try:
+        _logits(model, device)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:
@@ -519,11 +539,7 @@ def _block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: 
 
 def _twin(model: nn.Module) -> nn.Module:
     """A second module tree over the same storage: bridging changes modules in place, scores must not move."""
-    memo: dict[int, Any] = {}
-    for tensor in _state(model):
-        shared = tensor.detach()
-        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
-    twin = copy.deepcopy(model, memo).eval()
+    twin = without_hooks(copy.deepcopy(model, sharing(model)).eval())
     twin.config.architectures = [type(model).__name__]
     twin.set_attn_implementation("eager")
     if hasattr(twin, "set_experts_implementation"):
@@ -543,14 +559,28 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise CouplingError(f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf")
     if model.get_output_embeddings() is None:
         raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices:
+    if reason := unreadable(model):
         raise CouplingError(
-            f"got a model spread over {sorted(map(str, devices))}, expected one device; "
-            "use `accelerate launch` for several GPUs, or --model hf to only score"
+            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
+            "such as accelerate offloads; use --model hf, or coupling_limit=0, to only score"
         )
-    if any(not p.is_floating_point() for p in model.parameters()):
-        raise CouplingError(
-            f"got a {name} with packed integer weights, expected floating-point ones; load it without 4- or 8-bit "
-            "quantisation (GGUF files are fine: they are de-quantised), or score it with --model hf"
-        )
+
+
+def _in_place(model: nn.Module) -> bool:
+    """Whether the model runs as it stands: every weight present, and on one device."""
+    weights = _state(model)
+    return not any(map(is_absent, weights)) and len({t.device for t in weights}) == 1
+
+
+def _split_again(bridge: nn.Module) -> None:
+    """TransformerLens splits joint projections once; those of absent weights must be split whenever they are fetched."""
+    joints = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+    for module in bridge.modules():
+        for split, names in joints.items():
+            if (cut := getattr(module, split, None)) is not None:
+                split_again(module.original_component, cut, [getattr(module, name).original_component for name in names])
+
+
+def _brought_to(device: torch.device, arguments: Any) -> Any:
+    """Every tensor in nested arguments on ``device``; one that is there already stays as it is."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)

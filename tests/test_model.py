@@ -162,6 +162,42 @@ def test_a_document_has_the_value_of_the_naive_oracle(evaluate, home):
     assert found["results"]["tiny_choice"]["coupling,none"] == pytest.approx(sample["coupling"])
 
 
+def test_a_model_split_over_devices_is_scored_and_measured(evaluate, home, tmp_path):
+    """Without a GPU, accelerate splits over the host and the disk."""
+    arguments = {"parallelize": True, "offload_folder": str(tmp_path / "offload")}
+    expected, found = (evaluate(model, kinds=("choice",), arguments=dict(arguments)) for model in ("hf", "coupling-hf"))
+    assert scores(found) == scores(expected)
+    plain = evaluate(kinds=("choice",))
+    assert plain["config"]["coupling"]["fingerprint"] == found["config"]["coupling"]["fingerprint"]
+    assert plain["config"]["coupling"]["reused"] == found["config"]["coupling"]["measured"] == 2
+    elsewhere = arguments | {"coupling_store": str(tmp_path / "other.sqlite")}
+    if not torch.cuda.is_available():
+        lm = CouplingLM(str(home / "float32"), device="cpu", coupling_ranks="2", **elsewhere)
+        assert all(p.device.type == "meta" for p in lm.model.parameters())
+    again = evaluate(kinds=("choice",), arguments=elsewhere)["results"]["tiny_choice"]["coupling,none"]
+    assert again == pytest.approx(plain["results"]["tiny_choice"]["coupling,none"], abs=1e-5)
+
+
+def test_a_packed_checkpoint_is_scored_and_measured(evaluate, home, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantised]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    wide = tiny.save_model(tmp_path / "wide", hidden_size=64, intermediate_size=128)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = AutoModelForCausalLM.from_pretrained(wide, quantization_config=config, device_map={"": "cpu"})
+    packed.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "packed")
+    expected, found, dense = (
+        evaluate(model, kinds=("choice",), pretrained=pretrained)
+        for model, pretrained in (("hf", tmp_path / "packed"), ("coupling-hf", tmp_path / "packed"), ("coupling-hf", wide))
+    )
+    assert scores(found) == scores(expected)
+    info = found["config"]["coupling"]
+    assert (info["measured"], info["failed"]) == (2, 0) and info["worst_certificate"] < 1e-5
+    assert info["fingerprint"] != dense["config"]["coupling"]["fingerprint"]
+    assert info["n_params"] == dense["config"]["coupling"]["n_params"]
+
+
 def test_unmeasured_documents_have_no_value(evaluate):
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": 3})
     values = [s["coupling"] for s in found["samples"]["tiny_choice"]]
@@ -194,6 +230,54 @@ def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, 
     with pytest.raises(CouplingError, match=message):
         given = {"coupling_ranks": "2+4", "coupling_store": str(tmp_path / "s.sqlite")} | arguments
         CouplingLM(str(home / "float32"), device="cpu", **given)
+
+
+@pytest.fixture
+def hub(home, tmp_path, monkeypatch):
+    """A cache with one model of the hub, and no network."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub" / "models--someone--tiny"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "snapshots" / SHA).symlink_to(home / "float32")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(SHA)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+SHA = "0123456789" * 4
+
+
+def test_a_revision_is_recorded(evaluate, hub):
+    found = evaluate(kinds=("choice",), pretrained="someone/tiny", arguments={"revision": SHA})
+    assert found["config"]["coupling"]["revision"] == SHA
+    assert found["config"]["coupling"]["measured"] == 2
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "arguments", "message"),
+    [
+        ("someone/tiny", {"revision": "v2"}, "got model 'someone/tiny', revision 'v2', which transformers cannot load"),
+        ("someone/else", {}, "got model 'someone/else', revision 'main', which transformers cannot load"),
+    ],
+    ids=["revision", "model"],
+)
+def test_what_is_not_there_is_said_in_one_sentence(evaluate, hub, pretrained, arguments, message):
+    with pytest.raises(CouplingError, match=message) as caught:
+        evaluate(pretrained=pretrained, arguments=arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
+    """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked for."""
+    from lm_eval_coupling import plugin
+
+    found = evaluate(kinds=("choice",), arguments={"coupling_out": str(tmp_path / "tables")})
+    frame = load_records(tmp_path / "tables")
+    assert sorted(frame.doc_hash) == sorted(s["doc_hash"] for s in found["samples"]["tiny_choice"] if s["coupling"])
+    evaluate(kinds=("choice",))
+    assert not plugin.pending_tables
 
 
 def test_an_encoder_is_refused(home, tmp_path):

@@ -158,7 +158,8 @@ def test_an_exception_inside_a_block_leaves_nothing_behind(error, derivatives):
 def test_an_exception_inside_a_derivative_puts_the_weights_back():
     model = tiny(dtype=torch.bfloat16)
     weights = bits(model)
-    call = ResidualModel.wrap(model).trace(TOKENS, torch.float32).calls[1]
+    wrapped = ResidualModel.wrap(model)
+    call = wrapped.trace(TOKENS, torch.float32).calls[1]
     with pytest.raises(RuntimeError, match="in the middle"), call.ready():
         assert {p.dtype for p in call.module.parameters()} == {torch.float32}
         raise RuntimeError("in the middle")
@@ -179,7 +180,8 @@ def test_float64_is_float64_throughout():
 
 
 def test_blocks_can_be_called_again():
-    for call in (trace := ResidualModel.wrap(tiny("gemma2")).trace(TOKENS)).calls:
+    wrapped = ResidualModel.wrap(tiny("gemma2"))  # TransformerLens' blocks do not outlive their bridge
+    for call in (trace := wrapped.trace(TOKENS)).calls:
         with torch.no_grad(), call.ready():
             again = call(call.resid_pre)
         after = trace.calls[call.layer + 1].resid_pre if call.layer + 1 < len(trace.calls) else trace.resid_final
@@ -197,8 +199,10 @@ def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
             assert torch.allclose(on_the_way.pulled_back(3), afterwards.pulled_back(3), rtol=1e-12, atol=1e-14)
 
 
-def test_facts():
-    model = tiny(num_hidden_layers=3)
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_facts(case):
+    """Phi-3's joint projections are split by the bridge, and still counted once."""
+    model = tiny(case, num_hidden_layers=3)
     wrapped = ResidualModel.wrap(model)
     assert (wrapped.n_layers, wrapped.d_model, wrapped.dtype) == (3, 24, torch.float32)
     assert wrapped.n_params == sum(p.numel() for p in model.parameters())
@@ -272,8 +276,8 @@ def on_no_device():
         (bert, "got a BertModel"),
         (t5, "got a T5ForConditionalGeneration, expected a decoder-only"),
         (headless, "got a LlamaModel without a language-model head"),
-        (packed, "packed integer weights"),
-        (on_no_device, "expected one device"),
+        (packed, "layers.0.mlp.up_proj.weight packed as torch.int8"),
+        (on_no_device, "embed_tokens.weight on no device"),
         (lambda: torch.nn.Linear(2, 2), "got a Linear, expected a decoder-only transformers language model"),
     ],
     ids=["encoder", "encoder-decoder", "no head", "packed", "meta", "no transformer"],
