@@ -17,10 +17,10 @@ import pytest
 from saved_runs import CHANCE, DATE, record, save, task_summary
 
 from lm_eval_coupling import cli
+from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import load_records
 from lm_eval_coupling.report import embeddable_json, gather, page, write_report
-from lm_eval_coupling.report.answers import read_answers
 from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.documents import pack
 from lm_eval_coupling.runs import load_runs
