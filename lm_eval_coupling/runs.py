@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -195,17 +196,18 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
     for name, first in members[0]["measures"].items():
         for rank in [None] if "mean" in first else first:
             parts = [m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members]
-            pooled = pool([part for part in parts if part])
-            at = "" if rank is None else f"@{rank}"
-            columns |= {
-                f"{name}{at}": pooled["mean"],
-                f"{name}_stderr{at}": pooled["stderr"],
-                f"{name}_n{at}": pooled["n"],
-            }
+            pooled = parts[0] if len(parts) == 1 else pool([part for part in parts if part])
+            columns |= zip(_columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True)
     for rank, chance in coupling.get("chance", {}).items():
         columns[f"chance@{rank}"] = chance
         columns[f"coupling_excess@{rank}"] = columns.get(f"coupling@{rank}", math.nan) - (1 - chance)
     return columns
+
+
+@functools.cache
+def _columns(name: str, rank: str | None) -> tuple[str, str, str]:
+    at = "" if rank is None else f"@{rank}"
+    return f"{name}{at}", f"{name}_stderr{at}", f"{name}_n{at}"
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -43,7 +45,7 @@ def score_scatter(
             xerr=of["x_error"].fillna(0),
             yerr=of["y_error"].fillna(0),
             fmt="o",
-            color=_colour(index),
+            color=_colour(index, len(families)),
             elinewidth=0.8,
             markersize=4,
             label=family,
@@ -102,13 +104,15 @@ def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | N
         at = np.flatnonzero(rows["kind"] == kind)
         of = rows.iloc[at]
         sides = np.abs(of[["low", "high"]].sub(of["value"], axis=0)).fillna(0).T.to_numpy()
-        ax.errorbar(of["value"], at, xerr=sides, fmt="o", color=_colour(index), elinewidth=1, markersize=4, label=kind)
+        ax.errorbar(
+            of["value"], at, xerr=sides, fmt="o", color=_colour(index, len(kinds)), elinewidth=1, markersize=4, label=kind
+        )
     ax.axvline(chance, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(rows)), rows["label"], fontsize="x-small")
     ax.invert_yaxis()
     ax.set_xlabel(x_label)
     if len(kinds) > 1:
-        ax.legend(fontsize="x-small", frameon=False)
+        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
     return figure
 
 
@@ -149,7 +153,7 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     for ax, task in zip(axes, tasks, strict=True):
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
             sides = np.abs(of[["low", "high"]].sub(of["accuracy"], axis=0)).T.to_numpy()
-            colour = _colour(models.index(model))
+            colour = _colour(models.index(model), len(models))
             ax.errorbar(
                 of["mean"], of["accuracy"], yerr=sides, fmt="o-", color=colour, markersize=3, linewidth=1, label=model
             )
@@ -157,7 +161,7 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         ax.set_xlabel(x_label, fontsize="small")
         ax.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of right answers")
-    axes[-1].legend(fontsize="xx-small", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="xx-small", frameon=False)
     return figure
 
 
@@ -194,5 +198,6 @@ def _figure(panels: int, *, width: float, height: float, title: str | None) -> t
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+def _colour(index: int, of: int = 0) -> Any:
+    """One of a few that are told apart without colour vision; of more than these, a place on a scale."""
+    return _COLOURS[index % len(_COLOURS)] if of <= len(_COLOURS) else colormaps["viridis"](0.92 * index / (of - 1))

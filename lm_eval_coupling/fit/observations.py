@@ -239,7 +239,8 @@ def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
 def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Series:
     """lm-eval's standard error of a proportion of 0 or 1 is 0, as if it were known exactly."""
     proportion = (error == 0) & score.between(0, 1) & (n > 0)
-    return error.where(~proportion, proportion_error(score, n.where(n > 0))).where(lambda e: e > 0)
+    known = score.where(proportion, 0.5), n.where(proportion, 1)  # anything valid where it is not used
+    return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
 
 
 def _labels(rows: pd.DataFrame) -> pd.Series:

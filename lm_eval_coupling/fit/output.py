@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SCATTERS = 7  # more scores than that are shown by their mean only
+_ROWS = 60  # more than that are no picture
 _INPUTS = ("observations", "documents", "checkpoints")
 
 
@@ -86,23 +87,17 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield name, lambda score=score: _scatter(found, score)
         yield (
             "predictors",
-            lambda: draw.intervals(_compared(found), x_label=f"Pearson correlation with {observed.scores[-1]}", chance=0),
+            lambda: draw.intervals(_compared(found), x_label=f"Pearson correlation with {observed.scores[-1]}", chance=0.0),
         )
         swept = _swept(found)
         if swept["rank"].nunique() > 1:
             yield "ranks", lambda: draw.rank_sweep(swept)
-    areas = tables.get("auroc", pd.DataFrame())
-    if len(areas) and areas["auroc"].notna().any():
-        yield (
-            "auroc",
-            lambda: draw.intervals(
-                _areas(areas[areas["predictor"] == areas["predictor"].iloc[0]]),
-                x_label=f"AUROC of {areas['predictor'].iloc[0]} for right answers",
-                chance=0.5,
-            ),
-        )
-        binned = tables["calibration"]
-        yield "calibration", lambda: draw.accuracy_curves(binned, x_label=binned["predictor"].iloc[0])
+    areas = _areas(tables.get("auroc", pd.DataFrame()))
+    if 0 < len(areas) <= _ROWS:
+        within = areas["predictor"].iloc[0]
+        yield "auroc", lambda: draw.intervals(areas, x_label=f"AUROC of {within} for right answers", chance=0.5)
+        binned = tables["calibration"].merge(areas[["model", "task"]])  # where there are right and wrong answers
+        yield "calibration", lambda: draw.accuracy_curves(binned, x_label=within)
     if len(tables["checkpoints"]):
         yield "training", lambda: draw.training_curves(tables["checkpoints"].assign(x=lambda t: t[main]), x_label=main)
 
@@ -135,7 +130,12 @@ def _swept(found: Findings) -> pd.DataFrame:
 
 
 def _areas(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(label=rows["model"] + ": " + rows["task"], value=rows["auroc"], kind=rows["task"])
+    """Of the first predictor, where there is one."""
+    if not len(rows):
+        return rows
+    rows = rows[(rows["predictor"] == rows["predictor"].iloc[0]) & rows["auroc"].notna()]
+    kind = rows["task"] if rows["model"].nunique() > 1 else "task"
+    return rows.assign(label=rows["model"] + ": " + rows["task"], value=rows["auroc"], kind=kind)
 
 
 def show(found: Findings, console: Console | None = None) -> None:
@@ -158,7 +158,7 @@ def _score_table(found: Findings) -> Table | None:
         pearson, *ranks = (_correlation(found, score, main, method) for method in ("pearson", "spearman", "kendall"))
         r2 = [found.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
         numbers = map(_number, [*(rank["coefficient"] for rank in ranks), *r2])
-        cells.append((score, _count(pearson["n"]), _estimate(pearson, "coefficient"), _p(pearson["p_holm"]), *numbers))
+        cells.append((score, str(pearson["n"]), _estimate(pearson, "coefficient"), _p(pearson["p_holm"]), *numbers))
     columns = ("score", "models", "Pearson r", "p Holm", "Spearman", "Kendall", "R² line", "R² exp")
     return _table(f"{main} and the score, across models", columns, cells)
 
@@ -185,7 +185,7 @@ def _subset_table(found: Findings) -> Table | None:
     if not len(rows) or rows["subset"].nunique() == 1:
         return None
     cells = [
-        (row["subset"], _count(row["n"]), _estimate(row, "coefficient"), _p(row["p"]), _number(row["line_r2"]))
+        (row["subset"], str(row["n"]), _estimate(row, "coefficient"), _p(row["p"]), _number(row["line_r2"]))
         for row in rows[rows["score"] == found.observations.scores[-1]].to_dict("records")
     ]
     title = f"Subsets: {found.observations.main.name} and {found.observations.scores[-1]}"
@@ -244,10 +244,6 @@ def _estimate(row: Mapping[str, Any], name: str, spec: str = ".2f") -> str:
 
 def _number(value: float, spec: str = ".2f") -> str:
     return "–" if math.isnan(value) else f"{value:{spec}}"
-
-
-def _count(value: float) -> str:
-    return str(int(value))
 
 
 def _p(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lm_eval_coupling.fit.documents import POOLED
 from lm_eval_coupling.fit.observations import Observations
@@ -25,7 +26,7 @@ def about_models(
         correlated: Pearson's correlation with the main predictor, by score and predictor.
         results: further findings by score and others, told of the last score: the mean, where there are several.
     """
-    adjusted = dict(zip(correlated, adjust_p_values([r.p for r in correlated.values()]), strict=True))
+    adjusted = _adjusted(correlated)
     words, scores = [_observed(found)], found.scores
     if len(scores) > _MANY:
         words.append(f"{_counted(correlated, adjusted)} The tables have them one by one.")
@@ -38,6 +39,11 @@ def about_models(
             sentences += [in_words(result, **about, other=last) for last, result in told]
         words.append(" ".join(sentences))
     return words
+
+
+def _adjusted(results: Mapping[Any, Correlation | Auroc]) -> dict[Any, float]:
+    """p-values adjusted for their number, by Holm."""
+    return dict(zip(results, adjust_p_values([result.p for result in results.values()]).tolist(), strict=True))
 
 
 def _observed(found: Observations) -> str:
@@ -72,7 +78,7 @@ def about_documents(
     pooled = {model: aurocs[model, task, main] for model, task in of.items() if (model, task, main) in aurocs}
     if not pooled:
         return []
-    adjusted = dict(zip(pooled, adjust_p_values([r.p for r in pooled.values()]), strict=True))
+    adjusted = _adjusted(pooled)
     if len(pooled) > _MANY:
         return [_counted_models(pooled, adjusted, main)]
     words = []
