@@ -262,7 +262,8 @@ class TestAcross:
             noisy = 10 ** (8 + 10 * coupling + rng.normal(0, 0.01))
             save_model(tmp_path, f"org/{'xyz'[i % 3]}-{i}b", coupling, {"arc": 0.3 + rng.uniform(0, 0.4)}, n_params=noisy)
         assert re.search(
-            r"the covariates explain (9\d\.\d|more than 99.9)% of coupling@10", " ".join(fit_runs(tmp_path, resamples=QUICK).words)
+            r"the covariates explain (9\d\.\d|more than 99.9)% of coupling@10",
+            " ".join(fit_runs(tmp_path, resamples=QUICK).words),
         )
 
 
