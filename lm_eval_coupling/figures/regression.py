@@ -104,9 +104,8 @@ def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | N
         at = np.flatnonzero(rows["kind"] == kind)
         of = rows.iloc[at]
         sides = np.abs(of[["low", "high"]].sub(of["value"], axis=0)).fillna(0).T.to_numpy()
-        ax.errorbar(
-            of["value"], at, xerr=sides, fmt="o", color=_colour(index, len(kinds)), elinewidth=1, markersize=4, label=kind
-        )
+        colour = _colour(index, len(kinds))
+        ax.errorbar(of["value"], at, xerr=sides, fmt="o", color=colour, elinewidth=1, markersize=4, label=kind)
     ax.axvline(chance, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(rows)), rows["label"], fontsize="x-small")
     ax.invert_yaxis()
@@ -128,9 +127,7 @@ def rank_sweep(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
     for index, (score, of) in enumerate(rows.sort_values("rank").groupby("score", sort=False)):
         sides = np.abs(of[["low", "high"]].sub(of["coefficient"], axis=0)).fillna(0).T.to_numpy()
         at = of["rank"].map(ranks.index) + 0.04 * index  # beside each other, not on top
-        ax.errorbar(
-            at, of["coefficient"], yerr=sides, fmt="o-", color=_colour(index), markersize=4, linewidth=1, label=score
-        )
+        ax.errorbar(at, of["coefficient"], yerr=sides, color=_colour(index), label=score, **_JOINED)
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_xticks(range(len(ranks)), ranks)
     ax.set_xlabel("K, number of singular vectors")
@@ -154,14 +151,13 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
             sides = np.abs(of[["low", "high"]].sub(of["accuracy"], axis=0)).T.to_numpy()
             colour = _colour(models.index(model), len(models))
-            ax.errorbar(
-                of["mean"], of["accuracy"], yerr=sides, fmt="o-", color=colour, markersize=3, linewidth=1, label=model
-            )
+            ax.errorbar(of["mean"], of["accuracy"], yerr=sides, color=colour, label=model, **_JOINED)
         ax.set_title(task, fontsize="small")
         ax.set_xlabel(x_label, fontsize="small")
         ax.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of right answers")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="xx-small", frameon=False)
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside right upper", fontsize="xx-small", frameon=False)
     return figure
 
 
@@ -177,9 +173,7 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     above, below = figure.subplots(2, 1, sharex=True)
     for index, ((lineage, score), of) in enumerate(rows.groupby(["lineage", "score_of"], sort=False)):
         for ax, column in ((above, "x"), (below, "score")):
-            ax.plot(
-                of["step"], of[column], "o-", color=_colour(index), markersize=3, linewidth=1, label=f"{lineage}: {score}"
-            )
+            ax.errorbar(of["step"], of[column], color=_colour(index), label=f"{lineage}: {score}", **_JOINED)
     if (rows["step"] > 0).all() and rows["step"].max() > 100 * rows["step"].min():
         below.set_xscale("log")
     above.set_ylabel(x_label)
