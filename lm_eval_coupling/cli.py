@@ -53,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--task", metavar="T", help="this task only, with its profile over layers")
     show.add_argument("--doc", type=int, metavar="N", help="the matrix of the document with this doc_id (needs --task)")
     show.set_defaults(command=_show)
+    fit = commands.add_parser("fit", help="does coupling predict the score? Regressions over the saved runs of many models")
+    fit.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
+    fit.add_argument("--score", metavar="METRIC", help="such as acc_norm; default: the first that lm-eval lists")
+    fit.add_argument("--x", nargs="+", metavar="PREDICTOR", help="the one in question first; default: coupling@10, then all")
+    fit.add_argument("--tasks", nargs="+", metavar="T", help="these tasks or groups and their mean; default: all")
+    fit.add_argument("--facts", type=Path, metavar="CSV", help="what is known of models: family, tuned, training_tokens, …")
+    fit.add_argument("--out", type=Path, default=Path("coupling_fit"), metavar="DIR", help="default: %(default)s")
+    fit.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different settings")
+    fit.set_defaults(command=_fit)
     report = commands.add_parser("report", help="saved runs as one self-contained page: tables, plots, every document")
     report.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
@@ -83,6 +92,16 @@ def _show(options: argparse.Namespace) -> None:
     from lm_eval_coupling.show import show
 
     show(options.folder, options.task, options.doc)
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from lm_eval_coupling.fit import fit_runs, output
+
+    chosen = {name: getattr(options, name) for name in ("score", "x", "tasks", "facts", "mixed")}
+    found = fit_runs(options.folders, **chosen)
+    files = output.save(found, options.out)
+    output.show(found)
+    print(f"{len(files)} files in {options.out}: tables (CSV, fit.json), pictures (PNG, SVG), finding.txt")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -303,6 +303,7 @@ class CouplingLM(HFLM):
         for row in rows:
             by_task.setdefault(row["task"], {}).setdefault(_key(row), []).append(PromptCoupling.from_columns(row))
         summaries = {task: summarize(by_task[task], ranks) for task in tasks if task in by_task}
+        architecture = self.model.config.get_text_config()
         certificates = [row["certificate"].max() for row in rows if row["certificate"] is not None]
         return {
             "run_id": uuid.uuid4().hex,
@@ -317,6 +318,8 @@ class CouplingLM(HFLM):
             "d_model": model.d_model,
             "n_layers": model.n_layers,
             "n_params": model.n_params,
+            "n_heads": getattr(architecture, "num_attention_heads", None),
+            "vocab_size": getattr(architecture, "vocab_size", None),
             "headline_rank": headline_rank(ranks),
             "chance": {k: chance_level(k) for k in ranks},
             "measured": sum(s["measured"] for s in summaries.values()),

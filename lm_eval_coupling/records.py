@@ -103,12 +103,13 @@ def write_tables(
     return written
 
 
-def load_records(path: Path | str, *, newest: bool = True) -> pd.DataFrame:
+def load_records(path: Path | str, *, newest: bool = True, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read saved tables.
 
     Args:
         path: one table, or a folder that is searched recursively.
         newest: keep only the newest table of each model and task in each folder.
+        columns: only those columns of the record that are named here, which saves most of the time.
 
     Returns:
         One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
@@ -120,11 +121,19 @@ def load_records(path: Path | str, *, newest: bool = True) -> pd.DataFrame:
     tables = find_tables(path, newest=newest)
     frames = []
     for file, about in tables:
-        frame = _frame(pq.read_table(file))
+        wanted = None if columns is None else [name for name in pq.read_schema(file).names if name in columns]
+        frame = _frame(pq.read_table(file, columns=wanted))
         for name in ("model", "revision", "fingerprint", "date"):
             frame[name] = pd.Series([about.get(name)] * len(frame), dtype=object)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
+
+
+def coupling_of(normalized_miscoupling: np.ndarray) -> float:
+    """1 − the mean of m̃[layer, layer'] over different layers; NaN if nothing is defined."""
+    different = ~np.eye(len(normalized_miscoupling), dtype=bool)
+    known = normalized_miscoupling[different & ~np.isnan(normalized_miscoupling)].astype(np.float64)
+    return 1 - float(known.mean()) if known.size else math.nan
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[Path, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -12,22 +13,33 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import add_facts, facts_from_name
 
 _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
-
-
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
+# What the numbers of depth coupling depend on: runs that measured other things besides are not different in these.
+_DEPTH_SETTINGS = ("ranks", "dtype", "method", "measurement_version", "limit", "seed", "position")
 
 
-def load_runs(paths: Path | str | Iterable[Path | str], *, mixed: str = "refuse") -> pd.DataFrame:
+def load_runs(
+    paths: Path | str | Iterable[Path | str],
+    *,
+    newest: bool = True,
+    mixed: str = "refuse",
+    facts: Path | str | None = None,
+) -> pd.DataFrame:
     """Scores of lm-eval's ``results_*.json`` joined with coupling: one row per (model, task), groups included.
 
     The newest run of a (model name, revision, task) counts, one with coupling before one without. Columns:
 
-    * ``model, revision, task, alias, is_group, n_fewshot, n_samples, date, file``;
-    * every metric and standard error under lm-eval's own key, such as ``acc,none`` and ``acc_stderr,none``;
-    * ``fingerprint, dtype, n_params, n_layers, d_model``, ``coupling_rank`` (of lm-eval's metric ``coupling,none``),
-      ``worst_certificate``, ``measured`` and ``failed`` (documents of the task);
+    * ``model, revision, task, alias, is_group, group`` (the group that the task belongs to, or ""), ``n_fewshot``,
+      ``n_samples`` of ``n_total`` documents, ``task_version, lm_eval_version, chat_template, date, file``;
+    * every metric and standard error under lm-eval's own key, such as ``acc,none`` and ``acc_stderr,none``; ``metric``
+      names the one that lm-eval lists first;
+    * ``fingerprint, dtype, n_params, n_layers, d_model, n_heads, vocab_size``, and from names or ``facts`` ``family, tuned,
+      training_tokens, lineage`` and ``step`` (of a checkpoint);
+    * ``run_id, interrupted, coupling_rank`` (of lm-eval's metric ``coupling,none``), ``worst_certificate``, ``measured`` and
+      ``failed`` (documents of the task);
     * for every measure m of ``config.coupling`` and every rank K: ``m@K``, ``m_stderr@K``, ``m_n@K``, for instance
       ``coupling@10``, ``miscoupling_to_stderr@30``; ``chance@K`` (m̃ of chance) and ``coupling_excess@K`` =
       ``coupling@K`` − (1 − ``chance@K``); without a rank: ``line_shape_score``, ``line_shape_score_stderr``, …
@@ -36,25 +48,28 @@ def load_runs(paths: Path | str | Iterable[Path | str], *, mixed: str = "refuse"
 
     Args:
         paths: result files, or folders that are searched recursively.
+        newest: of several runs of a (model name, revision, task) only the newest; otherwise all of them.
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
+        facts: CSV file with what is known of the models; see :func:`~lm_eval_coupling.facts.add_facts`.
 
     Raises:
         CouplingError: if there is no result file, one is unreadable, or coupling settings differ.
     """
     if mixed not in ("refuse", "keep"):
         raise CouplingError(f"got mixed={mixed!r}, expected 'refuse' or 'keep'")
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for file, run in _results(paths):
         settings[str(file)] = _coupling_of(run).get("settings", {})
         for row in _rows_of_run(run, file):
-            key = (row["model"], row["revision"], row["task"])
+            key = (row["model"], row["revision"], row["task"], *(() if newest else (row["date"], row["file"])))
             if key not in rows or _precedence(row) >= _precedence(rows[key]):
                 rows[key] = row
     kept = [rows[key] for key in sorted(rows)]
     if mixed == "refuse":
         _require_equal_settings({row["file"]: settings[row["file"]] for row in kept if settings[row["file"]]})
-    return pd.DataFrame(kept)
+    frame = pd.DataFrame(kept)
+    return frame if facts is None else add_facts(frame, facts)
 
 
 def _results(paths: Path | str | Iterable[Path | str]) -> Iterable[tuple[Path, dict[str, Any]]]:
@@ -67,11 +82,13 @@ def _results(paths: Path | str | Iterable[Path | str]) -> Iterable[tuple[Path, d
         # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
         files = [root] if root.is_file() else [f for f in sorted(root.rglob("*.json")) if _is_result_name(f.name)]
         for file in files:
-            run = None if file in seen else _read(file)
+            if (there := file.resolve()) in seen:  # of two paths, one may lead to the other
+                continue
+            run = _read(file)
             if isinstance(run, dict) and isinstance(run.get("results"), dict):
-                seen.add(file)
+                seen.add(there)
                 yield file, run
-            elif file == root and file not in seen:
+            elif file == root:
                 raise CouplingError(f"got {file}, which has no results; expected a results_*.json that lm-eval wrote")
     if not seen:
         where = ", ".join(map(str, roots)) or "no folder"
@@ -98,30 +115,44 @@ def _coupling_of(run: Mapping[str, Any]) -> dict[str, Any]:
 def _rows_of_run(run: Mapping[str, Any], file: Path) -> Iterable[dict[str, Any]]:
     config, coupling = run.get("config") or {}, _coupling_of(run)
     dated = _DATED.search(file.name)
-    facts = {
-        "model": str(run.get("model_name") or coupling.get("model") or _pretrained(config) or file.parent.name),
-        "revision": str(config.get("model_revision") or coupling.get("revision") or "main"),
+    model = str(run.get("model_name") or coupling.get("model") or _pretrained(config) or file.parent.name)
+    revision = str(config.get("model_revision") or coupling.get("revision") or "main")
+    origin = {
+        "lm_eval_version": run.get("lm_eval_version"),
+        "chat_template": bool(run.get("chat_template")),
+        "run_id": coupling.get("run_id"),
+        "interrupted": bool(coupling.get("interrupted")),
+        "date": dated[1] if dated else "",
+        "file": str(file),
     }
-    origin = {"date": dated[1] if dated else "", "file": str(file)}
-    model = {
+    facts = {
         "fingerprint": coupling.get("fingerprint"),
         "dtype": str(coupling.get("model_dtype") or config.get("model_dtype") or "").removeprefix("torch.") or None,
         "n_params": _number(coupling.get("n_params") or config.get("model_num_parameters")),
-        "n_layers": _number(coupling.get("n_layers")),
-        "d_model": _number(coupling.get("d_model")),
     }
-    groups = leaf_tasks(run.get("group_subtasks") or {})
+    facts |= {name: _number(coupling.get(name)) for name in ("n_layers", "d_model", "n_heads", "vocab_size")}
+    facts |= facts_from_name(model, revision)
+    children = run.get("group_subtasks") or {}
+    groups = leaf_tasks(children)
+    above = {child: group for group, members in children.items() for child in members or ()}
     for task, found in run["results"].items():
         metrics = {key if "," in key else f"{key},none": _number(found[key]) for key in found if key not in _NO_METRICS}
         yield (
-            facts
-            | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "is_group": bool(groups.get(task))}
-            | {"n_fewshot": _number((run.get("n-shot") or {}).get(task)), "n_samples": _samples(run, task, found)}
+            {"model": model, "revision": revision, "task": task, "alias": str(found.get("alias", task)).strip(" -")}
+            | {"is_group": bool(groups.get(task)), "group": above.get(task, "")}
+            | {"n_fewshot": _number((run.get("n-shot") or {}).get(task)), **_samples(run, task, found)}
+            | {"task_version": _number((run.get("versions") or {}).get(task))}
             | origin
+            | {"metric": next(filter(is_score, metrics), None)}
             | metrics
-            | model
+            | facts
             | _coupling_columns(coupling, groups.get(task) or [task])
         )
+
+
+def is_score(column: str) -> bool:
+    """Whether a column holds one of lm-eval's metrics: no standard error, and not coupling."""
+    return "," in column and "_stderr," not in column and not column.startswith("coupling,")
 
 
 def _pretrained(config: Mapping[str, Any]) -> str | None:
@@ -136,9 +167,10 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _samples(run: Mapping[str, Any], task: str, found: Mapping[str, Any]) -> float:
+def _samples(run: Mapping[str, Any], task: str, found: Mapping[str, Any]) -> dict[str, float]:
     count = (run.get("n-samples") or {}).get(task)
-    return _number(count.get("effective") if isinstance(count, Mapping) else found.get("sample_len"))
+    count = count if isinstance(count, Mapping) else {"effective": found.get("sample_len")}
+    return {"n_samples": _number(count.get("effective")), "n_total": _number(count.get("original"))}
 
 
 def leaf_tasks(subtasks: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -164,17 +196,18 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
     for name, first in members[0]["measures"].items():
         for rank in [None] if "mean" in first else first:
             parts = [m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members]
-            pooled = pool([part for part in parts if part])
-            at = "" if rank is None else f"@{rank}"
-            columns |= {
-                f"{name}{at}": pooled["mean"],
-                f"{name}_stderr{at}": pooled["stderr"],
-                f"{name}_n{at}": pooled["n"],
-            }
+            pooled = parts[0] if len(parts) == 1 else pool([part for part in parts if part])
+            columns |= zip(_columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True)
     for rank, chance in coupling.get("chance", {}).items():
         columns[f"chance@{rank}"] = chance
         columns[f"coupling_excess@{rank}"] = columns.get(f"coupling@{rank}", math.nan) - (1 - chance)
     return columns
+
+
+@functools.cache
+def _columns(name: str, rank: str | None) -> tuple[str, str, str]:
+    at = "" if rank is None else f"@{rank}"
+    return f"{name}{at}", f"{name}_stderr{at}", f"{name}_n{at}"
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
@@ -197,7 +230,7 @@ def _require_equal_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse runs whose coupling was not measured in the same way."""
     first_file, first = next(iter(settings.items()), ("", {}))
     for file, other in settings.items():
-        for key in sorted({*first, *other}):
+        for key in _DEPTH_SETTINGS:
             if first.get(key) != other.get(key):
                 raise CouplingError(
                     f"got runs with different coupling settings: {key} is {first.get(key)!r} in {first_file} but "

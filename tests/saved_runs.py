@@ -127,3 +127,26 @@ def save(folder, tasks, model="org/tiny", date=DATE, rows=(), **kwargs):
     (where / f"results_{date}.json").write_text(json.dumps(run), encoding="utf-8")
     records.write_tables(rows, where, date, run["config"].get("coupling", {}))
     return where
+
+
+def sample(doc_hash, **changes):
+    """One line of lm-eval's samples, of a multiple-choice task."""
+    choices = [" red", " blue"]
+    made = {
+        "doc_hash": doc_hash,
+        "target": "1",
+        "filter": "none",
+        "arguments": {f"gen_args_{i}": {"arg_0": "Why?", "arg_1": choice} for i, choice in enumerate(choices)},
+        "resps": [[["-1.5", "False"]], [["-2.5", "False"]]],
+        "filtered_resps": [["-1.5", "False"], ["-2.5", "False"]],
+        "metrics": ["acc", "coupling"],
+        "acc": 0.0,
+        "coupling": 0.1,
+    }
+    return made | changes
+
+
+def write_samples(folder, task, samples, date=DATE):
+    file = folder / f"samples_{task}_{date}.jsonl"
+    file.write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+    return file

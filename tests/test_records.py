@@ -15,7 +15,15 @@ import pytest
 from saved_runs import CHANCE, DATE, coupling_config, record, results, save, task_summary
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import COLUMNS, find_tables, load_records, load_runs, read_provenance, write_tables
+from lm_eval_coupling.records import (
+    COLUMNS,
+    coupling_of,
+    find_tables,
+    load_records,
+    load_runs,
+    read_provenance,
+    write_tables,
+)
 from lm_eval_coupling.runs import pool
 
 
@@ -206,6 +214,59 @@ def test_different_settings_are_not_mixed(tmp_path, key, value):
     assert len(load_runs(tmp_path, mixed="keep")) == 2
     with pytest.raises(CouplingError, match="'refuse' or 'keep'"):
         load_runs(tmp_path, mixed="yes")
+
+
+@pytest.mark.parametrize(("key", "value"), [("measures", ["depth"]), ("tokens", "all"), ("regularity_version", 2)])
+def test_settings_that_do_not_touch_depth_are_no_reason_to_refuse(tmp_path, key, value):
+    settings = coupling_config({})["settings"]
+    save(tmp_path, {"arc": task_summary()}, model="a")
+    save(tmp_path, {"arc": task_summary()}, model="b", settings=settings | {key: value})
+    assert list(load_runs(tmp_path)["model"]) == ["a", "b"]
+
+
+def test_all_runs_on_request(tmp_path):
+    for day, mean in ((1, 0.1), (2, 0.2)):
+        save(tmp_path, {"arc": task_summary(mean)}, date=f"2025-06-0{day}T00-00-00")
+    assert list(load_runs(tmp_path)["coupling@10"]) == pytest.approx([0.19])
+    every = load_runs(tmp_path, newest=False)
+    assert list(every["date"]) == ["2025-06-01T00-00-00", "2025-06-02T00-00-00"]
+    assert list(every["coupling@10"]) == pytest.approx([0.09, 0.19])
+    assert len(load_runs([tmp_path, tmp_path / "org__tiny", *tmp_path.rglob("*.json")], newest=False)) == 2
+
+
+def test_what_makes_scores_comparable_is_kept(tmp_path):
+    where = save(tmp_path, {"arc": task_summary(), "gsm": task_summary()}, groups={"all": ["arc", "gsm"]}, n_heads=8)
+    (file,) = where.glob("results*.json")
+    run = json.loads(file.read_text())
+    run |= {"versions": {"arc": 1.0}, "lm_eval_version": "0.4.13", "chat_template": "{{x}}"}
+    run["config"]["coupling"]["interrupted"] = True
+    file.write_text(json.dumps(run))
+    runs = load_runs(tmp_path).set_index("task")
+    arc = runs.loc["arc"]
+    assert (arc["task_version"], arc["lm_eval_version"], arc["n_samples"], arc["n_total"]) == (1, "0.4.13", 50, 100)
+    assert arc["chat_template"] and arc["interrupted"] and arc["run_id"] == "abc" and arc["n_heads"] == 8
+    assert arc["metric"] == "acc,none" and arc["group"] == "all" and runs.loc["all", "group"] == ""
+    assert arc["family"] == "tiny" and not arc["tuned"] and math.isnan(arc["step"])
+
+
+def test_facts_are_joined(tmp_path):
+    save(tmp_path, {"arc": task_summary()})
+    (tmp_path / "facts.csv").write_text("model,family,training_tokens\ntiny,greek,5e9\n")
+    runs = load_runs(tmp_path, facts=tmp_path / "facts.csv")
+    assert list(runs["family"]) == ["greek"] and list(runs["training_tokens"]) == [5e9]
+
+
+def test_only_some_columns_of_the_records(tmp_path):
+    write_tables([record(), record(doc_id=1)], tmp_path, DATE, {"model": "a"})
+    frame = load_records(tmp_path, columns=["norms", "doc_hash", "not there"])
+    assert set(frame) == {"norms", "doc_hash", "model", "revision", "fingerprint", "date"} and len(frame) == 2
+    assert np.array_equal(frame["norms"][0], record()["norms"])
+
+
+def test_coupling_of_a_saved_matrix():
+    matrix = np.array([[0, 0.5, np.nan], [0.7, 0, 0.6], [0.8, 0.4, 0]], np.float32)
+    assert coupling_of(matrix) == pytest.approx(1 - (0.5 + 0.7 + 0.6 + 0.8 + 0.4) / 5)
+    assert math.isnan(coupling_of(np.eye(1, dtype=np.float32)))
 
 
 def test_older_result_files_load(tmp_path):

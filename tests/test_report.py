@@ -14,13 +14,13 @@ from pathlib import Path
 import browser
 import numpy as np
 import pytest
-from saved_runs import CHANCE, DATE, record, save, task_summary
+from saved_runs import CHANCE, record, sample, save, task_summary, write_samples
 
 from lm_eval_coupling import cli
+from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import load_records
 from lm_eval_coupling.report import embeddable_json, gather, page, write_report
-from lm_eval_coupling.report.answers import read_answers
 from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.documents import pack
 from lm_eval_coupling.runs import load_runs
@@ -35,29 +35,6 @@ RECORDS = {
     "arc": [record("arc", i, p) for i in range(3) for p in range(2)],
     "gsm": [record("gsm", i, seed=1) for i in range(2)],
 }
-
-
-def sample(doc_hash, **changes):
-    """One line of lm-eval's samples, of a multiple-choice task."""
-    choices = [" red", " blue"]
-    made = {
-        "doc_hash": doc_hash,
-        "target": "1",
-        "filter": "none",
-        "arguments": {f"gen_args_{i}": {"arg_0": "Why?", "arg_1": choice} for i, choice in enumerate(choices)},
-        "resps": [[["-1.5", "False"]], [["-2.5", "False"]]],
-        "filtered_resps": [["-1.5", "False"], ["-2.5", "False"]],
-        "metrics": ["acc", "coupling"],
-        "acc": 0.0,
-        "coupling": 0.1,
-    }
-    return made | changes
-
-
-def write_samples(folder, task, samples, date=DATE):
-    file = folder / f"samples_{task}_{date}.jsonl"
-    file.write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
-    return file
 
 
 def packed(text, layers):

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.records import find_tables, load_records
-from lm_eval_coupling.report.answers import read_answers
 from lm_eval_coupling.report.documents import describe_table
-from lm_eval_coupling.runs import leaf_tasks, load_runs
+from lm_eval_coupling.runs import is_score, leaf_tasks, load_runs
 
 DOCUMENTS = 200
 _DOCUMENTS_IN_ALL = 4000
@@ -77,7 +77,7 @@ class _Run:
 
     def main_score(self, task: str) -> str | None:
         """The metric that lm-eval lists first."""
-        return next((name for name in self.results["results"][task] if _is_score(name)), None)
+        return next((name for name in self.results["results"][task] if is_score(name)), None)
 
     def provenance(self) -> dict[str, Any]:
         """Settings, versions and device, and what lm-eval says of the run itself."""
@@ -131,7 +131,7 @@ def _table_key(coupling: Mapping[str, Any], task: str, date: str) -> tuple[Any, 
 
 
 def _row(row: Mapping[str, Any], run: _Run, tables: _Tables) -> dict[str, Any]:
-    scores = {name: [row[name], row.get(_stderr(name))] for name in row if _is_score(name) and math.isfinite(row[name])}
+    scores = {name: [row[name], row.get(_stderr(name))] for name in row if is_score(name) and math.isfinite(row[name])}
     task = row["task"]
     return {name: row[name] for name in _FACTS} | {
         "group": row["is_group"],
@@ -142,10 +142,6 @@ def _row(row: Mapping[str, Any], run: _Run, tables: _Tables) -> dict[str, Any]:
         "regularity": {name: [row.get(name), row.get(f"{name}_stderr")] for name in _REGULARITY},
         "tables": tables.numbers(run, task, row["date"]),
     }
-
-
-def _is_score(name: str) -> bool:
-    return "," in name and "_stderr," not in name and not name.startswith("coupling,")
 
 
 def _stderr(name: str) -> str:

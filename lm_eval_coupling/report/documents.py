@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lm_eval_coupling.records import coupling_of
+
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
 _SCALE, _UNDEFINED = 10_000, 0xFFFF
 
@@ -59,7 +61,7 @@ def _document(row: Mapping[str, Any], headline: int, answers: Mapping[str, Mappi
         "position": row["position"],
         "text": text[-_TEXT:],
         "cut": max(0, len(text) - _TEXT),
-        "coupling": {} if matrices is None else {k: coupling(m) for k, m in zip(row["ranks"], matrices, strict=True)},
+        "coupling": {} if matrices is None else {k: coupling_of(m) for k, m in zip(row["ranks"], matrices, strict=True)},
         "matrix": None if matrices is None else pack(matrices[list(row["ranks"]).index(headline)]),
         "norms": None if row["norms"] is None else row["norms"].astype(float).tolist(),
         "line_shape_score": row["line_shape_score"],
@@ -67,12 +69,6 @@ def _document(row: Mapping[str, Any], headline: int, answers: Mapping[str, Mappi
         "reason": row["reason"],
         "answer": answers.get(row["doc_hash"]),
     }
-
-
-def coupling(matrix: Float[np.ndarray, "layer layer"]) -> float:
-    """1 − mean of m̃ over different layers; NaN if nothing is defined."""
-    known = matrix[~np.eye(len(matrix), dtype=bool) & ~np.isnan(matrix)].astype(np.float64)
-    return 1 - float(known.mean()) if known.size else math.nan
 
 
 def pack(matrix: Float[np.ndarray, "layer layer"]) -> str:

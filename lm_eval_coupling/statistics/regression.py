@@ -244,7 +244,15 @@ def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np
         raise CouplingError(f"got p-values from {np.nanmin(p):g} to {np.nanmax(p):g}, expected numbers between 0 and 1")
     adjusted = np.full(p.shape, math.nan)
     if known.any():
-        adjusted[known] = statsmodels("stats.multitest").multipletests(p[known], method=method)[1]
+        adjusted[known] = _holm(p[known]) if method == "holm" else stats.false_discovery_control(p[known], method="bh")
+    return adjusted
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Holm (1979). Not that of statsmodels, which collects garbage at every call: a quarter of a second each."""
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
     return adjusted
 
 

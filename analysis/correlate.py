@@ -1,0 +1,33 @@
+"""Does coupling predict the score? The regression of the paper (fig. 7, table 4, fig. 36) for saved runs of many models.
+
+    python analysis/correlate.py RESULTS [RESULTS …] --x coupling@10 --score acc --facts FACTS.csv --out OUT
+
+The same as ``lm-eval-coupling fit``, as a script to start from: what it reads, computes and writes stands below.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm_eval_coupling.fit import fit_runs, output
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that lm-eval wrote, searched recursively")
+    parser.add_argument("--score", help="a metric of lm-eval such as acc_norm")
+    parser.add_argument("--x", nargs="+", help="predictors, the one in question first")
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--facts", type=Path, help="CSV with a column model, and family, tuned, training_tokens, …")
+    parser.add_argument("--out", type=Path, default=Path("correlate"))
+    options = parser.parse_args()
+
+    found = fit_runs(options.runs, score=options.score, x=options.x, tasks=options.tasks, facts=options.facts)
+    output.show(found)
+    output.save(found, options.out)
+
+    # Every number is in a table, for questions of your own:
+    pearson = found.tables["correlations"].query("method == 'pearson'") if found.fits else None
+    if pearson is not None:
+        strongest = pearson.loc[pearson["coefficient"].abs().idxmax()]
+        print(f"Strongest of {len(pearson)} correlations, hence by chance too: {strongest.predictor} with {strongest.score}")

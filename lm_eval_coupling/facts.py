@@ -1,0 +1,106 @@
+"""What a model is besides its weights: family, tuned or not, training step. From its name, or from a CSV file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_coupling.errors import CouplingError
+
+FACTS = ("family", "tuned", "training_tokens", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:(?:\d+x)?\d+(?:[._]\d+)?[kmb]|nano|tiny|mini|small|base|medium|large|x+l)(?![a-z0-9])")
+_TUNED = re.compile(r"(?<![a-z])(?:instruct|chat|it|sft|dpo|ppo|rlhf|orpo|tuned|aligned|assistant)(?![a-z])")
+_STEP = re.compile(r"(?:global_?step|step|iter|checkpoint|ckpt)[-_]?(\d+)")
+_TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([mbt])")
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub name or a path."""
+    return re.split(r"[\\/]", model.rstrip("\\/"))[-1]
+
+
+def facts_from_name(model: str, revision: str) -> dict[str, Any]:
+    """What the names say: ``family`` (before the size), ``tuned``, ``lineage`` (whose checkpoint it is), ``step``.
+
+    ``EleutherAI/pythia-410m`` at ``step1000`` is step 1000 of the lineage of that name; so is a local folder
+    ``pythia/checkpoint-1000``, of the lineage ``pythia``. Names of other habits are for the CSV file.
+    """
+    lineage, checkpoint = model, _STEP.search(revision.lower())
+    folder, _, name = model.rstrip("\\/").replace("\\", "/").rpartition("/")
+    if folder and (inside := _STEP.fullmatch(name.lower())):
+        lineage, checkpoint = folder, inside
+    name = short_name(lineage).lower()
+    size = _SIZE.search(name)
+    family = _TUNED.sub("", name[: size.start()] if size and size.start() else name).strip("-_. ") or name
+    tokens = _TOKENS.search(revision.lower())
+    return {
+        "family": family,
+        "tuned": bool(_TUNED.search(name)),
+        "lineage": lineage,
+        "step": float(checkpoint[1]) if checkpoint else math.nan,
+        "training_tokens": float(tokens[1]) * {"m": 1e6, "b": 1e9, "t": 1e12}[tokens[2]] if tokens else math.nan,
+    }
+
+
+def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
+    """``runs`` with the facts of a CSV file: a column ``model``, perhaps ``revision``, and any others.
+
+    A row counts for the model of that name, or of that last part of its name. The file's word on family, tuned,
+    training_tokens and sizes goes before what the run says; its other columns are added.
+
+    Raises:
+        CouplingError: if the file cannot be read, names a model twice or ambiguously, or has a column of results.
+    """
+    facts = _read(file)
+    if taken := [name for name in facts if name in runs and name not in ("model", "revision", *FACTS)]:
+        raise CouplingError(f"got {file} with a column {taken[0]!r}, which the runs have themselves; rename it")
+    by_model = {key: row for key, row in zip(_keys(facts, file), facts.to_dict("records"), strict=True)}
+    _require_clear({model for model, _ in by_model}, set(runs["model"]), file)
+    found = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
+    runs = runs.copy()
+    for name in facts.columns.drop(["model", "revision"], errors="ignore"):
+        told = pd.Series([row.get(name) for row in found], index=runs.index)
+        runs[name] = told.where(told.notna(), runs[name]) if name in runs else told
+    return runs
+
+
+def _read(file: Path | str) -> pd.DataFrame:
+    try:
+        facts = pd.read_csv(file, dtype={"model": str, "revision": str})
+    except (OSError, ValueError) as error:
+        raise CouplingError(f"got {file}, which is no readable CSV file of facts ({error})") from None
+    if "model" not in facts:
+        raise CouplingError(f"got {file} with the columns {', '.join(facts)}, expected one named model")
+    for name in [name for name in FACTS[2:] if name in facts]:
+        if not pd.api.types.is_numeric_dtype(facts[name]):
+            raise CouplingError(f"got {file} with words in the column {name}, expected numbers such as 3e11")
+    if "tuned" in facts:
+        words = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
+        facts["tuned"] = facts["tuned"].astype(str).str.lower().map(words).astype(object)
+    return facts
+
+
+def _keys(facts: pd.DataFrame, file: Path | str) -> list[tuple[str, str | None]]:
+    revisions = facts["revision"] if "revision" in facts else [None] * len(facts)
+    revisions = [revision if isinstance(revision, str) else None for revision in revisions]
+    keys = list(zip(facts["model"], revisions, strict=True))
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise CouplingError(f"got {file} with {twice[0][0]} more than once, expected one row for each model")
+    return keys
+
+
+def _require_clear(named: set[str], models: set[str], file: Path | str) -> None:
+    for short in named - models:
+        if len(meant := sorted(model for model in models if short_name(model) == short)) > 1:
+            raise CouplingError(f"got {short} in {file}, which may be {' or '.join(meant)}; give the full name")
+
+
+def _lookup(by_model: Mapping[tuple[str, str | None], dict[str, Any]], model: str, revision: str) -> dict[str, Any]:
+    keys = [(name, at) for name in (model, short_name(model)) for at in (revision, None)]
+    return next((by_model[key] for key in keys if key in by_model), {})

@@ -1,0 +1,146 @@
+"""From saved runs to an answer: does coupling go with the score, across models and within one over its documents?
+
+:func:`fit_runs` assembles what :mod:`lm_eval_coupling.statistics` computes; every number is in one of ``Findings.tables``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lm_eval_coupling.fit import across, documents, words
+from lm_eval_coupling.fit.checkpoints import along_training, checkpoints
+from lm_eval_coupling.fit.observations import Observations, Predictor, observe, scored_rows
+from lm_eval_coupling.runs import load_runs
+from lm_eval_coupling.statistics import Fit
+
+__all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """``words``: the finding, a paragraph each; ``notes``: what was left out; ``tables``: every number, by name.
+
+    ``fits``: by score, predictor, form and whose errors, for drawing.
+    """
+
+    observations: Observations
+    tables: Mapping[str, pd.DataFrame]
+    fits: Mapping[tuple[str, str, str, str], Fit]
+    words: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, and what may make the numbers differ."""
+        return self.observations.notes
+
+
+def fit_runs(
+    paths: Path | str | Iterable[Path | str],
+    *,
+    score: str | None = None,
+    x: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    facts: Path | str | None = None,
+    mixed: str = "refuse",
+    resamples: int = 1999,
+) -> Findings:
+    """Read saved runs and ask of them everything that they can answer.
+
+    Args:
+        paths: folders that lm-eval wrote, searched recursively.
+        score: a metric such as ``acc_norm``; by default the one that lm-eval lists first for each task.
+        x: names of the predictors, the one in question first; by default coupling at K = 10, then all others.
+        tasks: tasks or groups; by default all that belong to no group.
+        facts: CSV file with what is known of the models: family, tuned, training_tokens, others.
+        mixed: ``refuse`` or ``keep`` runs of different settings.
+        resamples: of permutation tests and bootstraps.
+
+    Raises:
+        CouplingError: if there is nothing to compare, a name is unknown, or the runs do not compare.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    runs = load_runs(paths, mixed=mixed, facts=facts)
+    notes: list[str] = []
+    rows = scored_rows(runs, notes, score=score, tasks=tasks, mixed=mixed)
+    found = observe(rows, notes, x=x)
+    main = found.main.name
+    steps = checkpoints(rows, main)
+    training = along_training(steps, main, resamples=resamples)
+    tables = {"observations": found.frame, "checkpoints": steps}
+    tables["training"] = across.table(training, "lineage", "score", "predictor", "of")
+    tables_across, fits, said = _across(found, resamples)
+    read = documents.load_documents(paths, _leaves(runs, found, tasks, score))
+    tables_within, said_within = _within(read, main)
+    return Findings(
+        Observations(found.frame, found.predictors, tuple(notes)),
+        tables | tables_across | tables_within,
+        fits,
+        tuple([*said, *said_within, *words.about_training(training)]),
+    )
+
+
+def _across(found: Observations, resamples: int) -> tuple[dict[str, pd.DataFrame], dict, list[str]]:
+    if found.models < 2:
+        return {}, {}, ["One model only: nothing to compare across models."]
+    main = found.main.name
+    correlated, fits = across.correlations(found, resamples=resamples), across.fits(found)
+    compared, nested, families = across.comparisons(found), across.nested(found), across.families(found)
+    tables = {
+        "correlations": across.correlation_table(correlated),
+        "fits": across.table(fits, "score", "predictor", "curve", "weights"),
+        "subsets": across.subsets(found),
+        "comparisons": across.table(compared, "score", "predictor", "other"),
+        "nested": across.table(nested, "score", "predictor", "given"),
+        "families": across.table(families, "score", "predictor", "given", "how"),
+    }
+    pearson = {(score, x): r for (score, x, method), r in correlated.items() if x == main and method == "pearson"}
+    told = [
+        {key: fit for key, fit in fits.items() if key[1:] == (main, "exponential", "none")},
+        {key: r for key, r in compared.items() if key[2] in found.covariates[:1]},
+        nested,
+        {key: r for key, r in families.items() if key[2:] == ("", "mixed")},
+    ]
+    return tables, fits, words.about_models(found, pearson, told)
+
+
+def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    if read.empty or read["right"].isna().all():
+        return {}, ["Within models nothing was asked: there are no samples of measured documents (lm-eval's --log_samples)."]
+    predictors = documents.document_predictors(read, main)
+    aurocs, logistics = documents.aurocs(read, predictors), documents.logistics(read, predictors)
+    tables = {
+        "documents": read,
+        "auroc": documents.auroc_table(aurocs),
+        "logistic": across.table(logistics, "model", "task", "predictor", "given"),
+        "graded": across.table(documents.graded(read, predictors), "model", "task", "predictor", "of"),
+        "calibration": documents.calibration(read, predictors[0]),
+    }
+    return tables, words.about_documents(aurocs, logistics, predictors[0])
+
+
+def _leaves(runs: pd.DataFrame, found: Observations, tasks: Sequence[str] | None, score: str | None) -> pd.DataFrame:
+    """The rows of single tasks, of the models that were compared: documents belong to these, not to groups."""
+    labels = found.frame.drop_duplicates("label").set_index(["model", "revision"])["label"]
+    rows = runs.assign(label=[labels.get(key) for key in zip(runs["model"], runs["revision"], strict=True)])
+    rows = rows[rows["label"].notna() & ~rows["is_group"]]
+    if tasks is not None:
+        above = dict(zip(runs["task"], runs["group"], strict=True))
+        rows = rows[[not set(tasks).isdisjoint(_ancestors(task, above)) for task in rows["task"]]]
+    return rows if score is None else rows.assign(metric=[_named(row, score) for row in rows.to_dict("records")])
+
+
+def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:
+    line = [task]
+    while (parent := above.get(line[-1])) and parent not in line:
+        line.append(parent)
+    return line
+
+
+def _named(row: Mapping[str, object], score: str) -> str | None:
+    """The metric of this row that is meant, or the one lm-eval lists first."""
+    named = [name for name in row if name == score or str(name).startswith(f"{score},")]
+    return next((name for name in named if pd.notna(row[name])), row["metric"])

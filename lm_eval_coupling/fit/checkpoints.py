@@ -1,0 +1,37 @@
+"""Per checkpoint: how coupling and the score of one training go along with each other over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_coupling.statistics import Correlation, correlation
+
+
+def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
+    """The rows of trainings that were saved at two steps or more: ``lineage, score_of, step, score, …``, in order."""
+    steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
+    several = steps.groupby(["lineage", "score_of"])["step"].transform("nunique") > 1
+    return steps[several].sort_values(["lineage", "score_of", "step"], ignore_index=True)
+
+
+def along_training(
+    steps: pd.DataFrame, predictor: str, *, resamples: int = 1999
+) -> dict[tuple[str, str, str, str], Correlation]:
+    """Spearman of predictor and score, by lineage, score, predictor and ``of``: ``levels`` or ``changes``.
+
+    What grows with training goes together in levels whatever the reason; whether they also move together from one
+    checkpoint to the next says more.
+    """
+    return {
+        (lineage, score, predictor, of): correlation(x, y, method="spearman", resamples=resamples)
+        for (lineage, score), group in steps.groupby(["lineage", "score_of"], sort=False)
+        for of, x, y in _levels_and_changes(group[predictor].to_numpy(), group["score"].to_numpy())
+    }
+
+
+def _levels_and_changes(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    yield "levels", x, y
+    yield "changes", np.diff(x), np.diff(y)

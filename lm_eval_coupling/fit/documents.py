@@ -1,0 +1,170 @@
+"""Within a model, over documents: does a prompt's coupling tell whether the model gets it right?
+
+A row is a measured document: coupling and regularity of its prompt (mean over its prompts), whether the answer was right,
+and from lm-eval's samples the model's own ``confidence`` (log-likelihood of its choice minus that of the runner-up) and
+``margin`` (of the right choice minus that of the best wrong one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_coupling.answers import read_answers
+from lm_eval_coupling.fit.across import table
+from lm_eval_coupling.records import coupling_of, find_tables, load_records
+from lm_eval_coupling.statistics import (
+    Auroc,
+    Correlation,
+    LogisticEffect,
+    accuracy_by_bin,
+    adjust_p_values,
+    auroc_within,
+    correlation_within,
+    logistic_effect,
+)
+
+POOLED = "all tasks"
+BINS = 5
+_REGULARITY = ["line_shape_score", "expodistance"]
+_READ = ["task", "doc_hash", "n_tokens", "ranks", "normalized_miscoupling", *_REGULARITY, "weights"]
+
+
+def load_documents(paths: Iterable[Path | str], rows: pd.DataFrame) -> pd.DataFrame:
+    """The measured documents of the runs in ``rows`` (of ``load_runs``, with ``label``); empty if no table is found.
+
+    Args:
+        paths: where the coupling tables are, searched recursively.
+        rows: one per model and task; ``metric`` tells right from wrong.
+    """
+    wanted = {(row["run_id"], row["task"]): row for row in rows.to_dict("records") if row["run_id"]}
+    frames = []
+    for file, about in _tables(paths):
+        if row := wanted.pop((about.get("run_id"), about["task"]), None):
+            samples = Path(row["file"]).parent / f"samples_{row['task']}_{row['date']}.jsonl"
+            answers = read_answers(samples, row["metric"])
+            records = load_records(file, columns=_READ)
+            if "weights" in records:  # an untrained twin answers nothing
+                records = records[records["weights"] == "trained"]
+            frames.append(_documents(records, answers, row["metric"]).assign(model=row["label"]))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _tables(paths: Iterable[Path | str]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    for root in map(Path, paths):
+        folder = root if root.is_dir() else root.parent
+        if next(folder.rglob("coupling_*.parquet"), None):
+            yield from find_tables(folder, newest=False)
+
+
+def _documents(records: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str) -> pd.DataFrame:
+    values = records[_REGULARITY].copy()
+    for index, rank in enumerate(records["ranks"].iloc[0]):
+        matrices = records["normalized_miscoupling"]
+        values[f"coupling@{rank}"] = [math.nan if m is None else coupling_of(m[index]) for m in matrices]
+    values["prompt_tokens"] = records["n_tokens"]
+    documents = values.groupby([records["task"], records["doc_hash"]]).mean().reset_index()
+    found = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
+    score = [answer.get("scores", {}).get(metric, math.nan) for answer in found]
+    score = pd.Series([answer.get("scores", {}).get(metric, math.nan) for answer in found], dtype=float)
+    plain = score.dropna().isin((0, 1)).all()  # unlike, for instance, the probability of all true answers
+    right = score if plain else score * math.nan
+    options = [answer.get("options", ()) for answer in found]
+    expected = [answer.get("expected") for answer in found]
+    margin = [_margin(*given) for given in zip(options, expected, right, strict=True)]
+    return documents.assign(score=score, right=right, confidence=list(map(_confidence, options)), margin=margin)
+
+
+def _confidence(options: Sequence[tuple[str, float]]) -> float:
+    *_, second, first = (-math.inf, -math.inf, *sorted(likelihood for _, likelihood in options))
+    return first - second if len(options) > 1 else math.nan
+
+
+def _margin(options: Sequence[tuple[str, float]], expected: str | None, right: float) -> float:
+    """NaN where none of the choices, or more than one, is the expected one, or an answer is neither right nor wrong."""
+    if math.isnan(right):
+        return math.nan
+    true = [likelihood for text, likelihood in options if text == expected]
+    false = [likelihood for text, likelihood in options if text != expected]
+    if len(true) == 1 and false:
+        return true[0] - max(false)
+    two = len(options) == 2 and not true  # Winogrande: the choices are told apart by what the target does not say
+    return _confidence(options) * (1 if right else -1) if two else math.nan
+
+
+def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
+    """Coupling at each rank and regularity, ``main`` first where documents have it."""
+    names = [name for name in documents if name.startswith("coupling@") or name in _REGULARITY]
+    names = [name for name in names if documents[name].notna().any()]
+    return sorted(names, key=lambda name: (name != main, not name.startswith("coupling@")))
+
+
+def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str], Auroc]:
+    """By model, task and predictor; :data:`POOLED` are the pairs within each task together."""
+    results = {}
+    for model, group in documents.groupby("model", sort=False):
+        for predictor in predictors:
+            by_task, pooled = auroc_within(group, predictor, "right", "task")
+            for task, found in {**by_task, **({POOLED: pooled} if len(by_task) > 1 else {})}.items():
+                results[model, task, predictor] = found
+    return results
+
+
+def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
+    """With ``p_holm``, adjusted for the many models and tasks of a predictor (the pool apart from its tasks)."""
+    rows = table(results, "model", "task", "predictor")
+    if len(rows):
+        pooled = rows["task"] == POOLED
+        rows["p_holm"] = rows.groupby([rows["predictor"], pooled])["p"].transform(adjust_p_values)
+    return rows
+
+
+def logistics(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str, str], LogisticEffect]:
+    """By model, task, predictor and what is held fixed: nothing, or prompt length and, where known, confidence."""
+    results = {}
+    for (model, task), group in _by_task_and_pooled(documents):
+        group = group.dropna(subset="right")
+        known = ["prompt_tokens", *(["confidence"] if group["confidence"].notna().any() else [])]
+        controls = [name for name in known if group[name].nunique() > 1]
+        for predictor in predictors:
+            for given in dict.fromkeys([(), tuple(controls)]):
+                results[model, task, predictor, " + ".join(given)] = logistic_effect(
+                    group,
+                    correct="right",
+                    predictor=predictor,
+                    controls=given,
+                    task="task" if task == POOLED else None,
+                )
+    return results
+
+
+def graded(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str, str], Correlation]:
+    """Spearman with the margin and with the score, within tasks. By model, task, predictor and which of the two."""
+    return {
+        (model, task, predictor, of): correlation_within(group, predictor, of, "task", method="spearman")
+        for (model, task), group in _by_task_and_pooled(documents)
+        for predictor in predictors
+        for of in ("margin", "score")
+        if group[of].notna().any()
+    }
+
+
+def calibration(documents: pd.DataFrame, predictor: str) -> pd.DataFrame:
+    """Share of right answers in bins of the predictor, by model and task."""
+    known = documents.dropna(subset=["right", predictor])
+    parts = [
+        accuracy_by_bin(group[predictor], group["right"], bins=BINS).assign(model=model, task=task, predictor=predictor)
+        for (model, task), group in known.groupby(["model", "task"], sort=False)
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _by_task_and_pooled(documents: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:
+    yield from documents.groupby(["model", "task"], sort=False)
+    for model, group in documents.groupby("model", sort=False):
+        if group["task"].nunique() > 1:
+            yield (model, POOLED), group

@@ -1,0 +1,318 @@
+"""Saved runs as observations: for every score one row per model, with all predictors and the errors of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import short_name
+from lm_eval_coupling.runs import is_score
+from lm_eval_coupling.statistics import proportion_error
+
+_LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])")
+_DEFINITIONS = {  # with the direction in which the paper expects each to go with the score
+    "coupling": 1,
+    "coupling_with_diagonal": 1,
+    "miscoupling": -1,
+    "miscoupling_to": -1,
+    "miscoupling_to_absolute": -1,
+    "miscoupling_to_trace": -1,
+    "miscoupling_to_vju": -1,
+    "miscoupling_to_absolute_vju": -1,
+}
+_REGULARITY = {"line_shape_score": -1, "expodistance": -1}
+COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
+_SIZES = (*COVARIATES, "n_heads", "vocab_size")
+_LOGARITHMS = {"log10_params": "n_params", "log10_training_tokens": "training_tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A column that may say something of the score; ``sign``: the direction in which it is expected to."""
+
+    name: str
+    kind: str  # coupling, regularity, size or fact
+    sign: int = 1
+    rank: int | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The column of its standard error."""
+        if self.kind not in ("coupling", "regularity"):
+            return None
+        name, _, rank = self.name.partition("@")
+        return f"{name}_stderr@{rank}" if rank else f"{name}_stderr"
+
+
+@dataclasses.dataclass(frozen=True)
+class Observations:
+    """``frame`` has ``score_of`` (task and metric), ``model, label, family, tuned, score, score_error`` and predictors.
+
+    ``main`` is the predictor in question; ``notes`` say what was left out and what a reader must bear in mind.
+    """
+
+    frame: pd.DataFrame
+    predictors: tuple[Predictor, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def main(self) -> Predictor:
+        """The predictor in question."""
+        return self.predictors[0]
+
+    @property
+    def scores(self) -> list[str]:
+        """Their names, the mean last."""
+        return list(dict.fromkeys(self.frame["score_of"]))
+
+    def by_score(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The rows of every score, in order."""
+        for name in self.scores:
+            yield name, self.frame[self.frame["score_of"] == name]
+
+    def of_kind(self, *kinds: str) -> list[Predictor]:
+        """The predictors of these kinds."""
+        return [predictor for predictor in self.predictors if predictor.kind in kinds]
+
+    @property
+    def models(self) -> int:
+        """How many there are."""
+        return self.frame["label"].nunique()
+
+    @property
+    def covariates(self) -> list[str]:
+        """Facts about size that are known of every model and differ."""
+        sizes = {predictor.name for predictor in self.of_kind("size")}
+        return [name for name in COVARIATES if name in sizes and self.frame[name].notna().all()]
+
+
+def scored_rows(
+    runs: pd.DataFrame,
+    notes: list[str],
+    *,
+    score: str | None = None,
+    tasks: Sequence[str] | None = None,
+    mixed: str = "refuse",
+) -> pd.DataFrame:
+    """The rows of ``load_runs`` that have coupling and a score, with ``score, score_error, score_of`` and ``label``.
+
+    Args:
+        runs: the newest run of every model and task.
+        notes: what was left out is added here.
+        score: a metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one lm-eval lists first.
+        tasks: the tasks or groups to use, by default those that belong to no group.
+        mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
+
+    Raises:
+        CouplingError: if nothing is left, a name is unknown, or the scores of a task do not compare.
+    """
+    rows = _with_coupling(_chosen_tasks(runs, tasks), notes)
+    _require_comparable(rows, mixed)
+    notes += _differences(rows)
+    rows = _with_scores(rows, score, notes)
+    for name, column in _LOGARITHMS.items():
+        rows[name] = np.log10(rows[column].where(rows[column] > 0))
+    rows["label"] = _labels(rows)
+    return rows
+
+
+def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None) -> Observations:
+    """Make observations of :func:`scored_rows`: one per model, and the mean of the scores as one more score.
+
+    Args:
+        rows: what is known of each model and task.
+        notes: what was left out is added here.
+        x: names of the predictors, the one in question first; by default coupling at its headline rank, then all others.
+
+    Raises:
+        CouplingError: if there is no such predictor.
+    """
+    rows = _distinct_weights(_last_checkpoints(rows, notes), notes)
+    predictors = _predictors(rows, x, notes)
+    frame = pd.concat([rows, *_mean_score(rows, predictors, notes)], ignore_index=True)
+    return Observations(frame, tuple(predictors), tuple(notes))
+
+
+def _chosen_tasks(runs: pd.DataFrame, tasks: Sequence[str] | None) -> pd.DataFrame:
+    if tasks is None:
+        return runs[runs["group"] == ""]
+    if unknown := [task for task in tasks if task not in set(runs["task"])]:
+        there = ", ".join(sorted(set(runs["task"])))
+        raise CouplingError(f"got no task {unknown[0]!r}, expected one of {there}")
+    return runs[runs["task"].isin(tasks)]
+
+
+def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Predictors are compared over the same models: those without coupling stay out."""
+    measured = rows["measured"] > 0
+    if not measured.any():
+        raise CouplingError("got runs without coupling only; evaluate the models with --model coupling-hf")
+    if models := sorted(set(rows["model"]) - set(rows["model"][measured])):
+        notes.append(f"without coupling and left out: {_some(map(short_name, models))}")
+    if interrupted := sorted(set(rows["model"][rows["interrupted"] & measured])):
+        notes.append(f"measured in part only, as their runs were interrupted: {_some(map(short_name, interrupted))}")
+    return rows[measured]
+
+
+def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Checkpoints of one training are no models of their own: the last one counts, or the finished model."""
+    order = rows["step"].fillna(np.inf)
+    last = order == order.groupby([rows["lineage"], rows["task"]]).transform("max")
+    if not last.all():
+        notes.append(f"of {rows['lineage'][~last].nunique()} models the last checkpoint counts, {(~last).sum()} rows do not")
+    return rows[last]
+
+
+def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The same weights under two names are one model, not two."""
+    known = rows["fingerprint"].notna()
+    newest = rows.sort_values("date").drop_duplicates(["fingerprint", "task"], keep="last").index
+    kept = ~known | rows.index.isin(newest)
+    if not kept.all():
+        notes.append(f"the same weights under another name, counted once: {_some(map(short_name, rows['model'][~kept]))}")
+    return rows[kept]
+
+
+def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
+    for column, what in (("n_fewshot", "few-shot examples"), ("task_version", "as version of the task")):
+        for task, group in rows.groupby("task", sort=False):
+            values = group.dropna(subset=column).drop_duplicates(column)
+            if len(values) > 1 and mixed == "refuse":
+                (first, file), (second, other) = values[[column, "file"]].iloc[:2].itertuples(index=False)
+                raise CouplingError(
+                    f"got {task} with {first:g} and {second:g} {what} ({file} and {other}), whose scores do not compare; "
+                    "give runs made alike, choose other tasks, or pass mixed='keep' (--mixed keep)"
+                )
+
+
+def _differences(rows: pd.DataFrame) -> list[str]:
+    """What may make scores differ, but need not."""
+    columns = {"n_samples": "numbers of documents", "n_fewshot": "numbers of few-shot examples"}
+    columns |= {"task_version": "versions of the task", "chat_template": "use of a chat template"}
+    notes = []
+    for column, what in columns.items():
+        differ = rows.groupby("task")[column].nunique() > 1
+        if differ.any():
+            notes.append(f"models differ in the {what} of {_some(differ.index[differ])}")
+    versions = sorted(set(rows["lm_eval_version"].dropna()))
+    return [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
+
+
+def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd.DataFrame:
+    """Columns ``score``, ``score_error`` and ``score_of``; larger is better, as perplexities change their sign."""
+    scored = []
+    for task, group in rows.groupby("task", sort=False):
+        metric = _metric(group, wanted)
+        if metric is None:
+            notes.append(f"{task} has no {wanted or 'metric'} and was left out")
+            continue
+        error = group.get(metric.replace(",", "_stderr,", 1), pd.Series(np.nan, index=group.index))
+        lower = bool(_LOWER_IS_BETTER.search(metric))
+        name = metric.removesuffix(",none")
+        scored.append(
+            group.assign(
+                score=-group[metric] if lower else group[metric],
+                score_error=_without_zeros(error, group[metric], group["n_samples"]),
+                score_of=f"{task} {'−' if lower else ''}{name}",
+                metric=metric,
+            )
+        )
+    if not scored:
+        metrics = sorted({name for name in rows.columns if is_score(name) and rows[name].notna().any()})
+        raise CouplingError(f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}")
+    return pd.concat(scored)
+
+
+def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
+    there = [name for name in group.columns if is_score(name) and group[name].notna().any()]
+    if wanted is None:
+        first = [name for name in group["metric"].mode() if name in there]
+        return first[0] if first else None
+    return next((name for name in there if wanted in (name, name.split(",")[0])), None)
+
+
+def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Series:
+    """lm-eval's standard error of a proportion of 0 or 1 is 0, as if it were known exactly."""
+    proportion = (error == 0) & score.between(0, 1) & (n > 0)
+    known = score.where(proportion, 0.5), n.where(proportion, 1)  # anything valid where it is not used
+    return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
+
+
+def _labels(rows: pd.DataFrame) -> pd.Series:
+    at = np.where(rows["revision"] == "main", "", "@" + rows["revision"])
+    labels = rows["model"].map(short_name) + at
+    twice = rows.groupby(labels)["model"].transform("nunique") > 1
+    return labels.where(~twice, rows["model"] + at)
+
+
+def _predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]) -> list[Predictor]:
+    known = {p.name: p for p in _all_predictors(rows)}
+    if x is not None:
+        if unknown := [name for name in x if name not in known and not _is_number(rows, name)]:
+            raise CouplingError(
+                f"got no predictor {unknown[0]!r}, expected one of {', '.join(known)} or a number of the facts"
+            )
+        # Size stays among them: whether coupling says more than it is asked in any case.
+        names = [*dict.fromkeys([*x, *(name for name, p in known.items() if p.kind == "size")])]
+        chosen = [known.get(name, Predictor(name, "fact")) for name in names]
+    else:
+        chosen = list(known.values())
+    varying = [p for p in chosen if _varies(rows, p)]
+    if rows["label"].nunique() > 1 and (same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]):
+        notes.append(f"the same for all models: {', '.join(same)}")
+    partly = [p.name for p in varying if p.kind == "size" and rows[p.name].isna().any()]
+    if partly:
+        notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
+    return [chosen[0], *(p for p in varying if p != chosen[0])]  # the one in question in any case, if only to say so
+
+
+def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
+    """Those that the runs have, coupling at its headline rank first."""
+    ranks = sorted({int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")})
+    ranks.sort(key=lambda rank: rank != rows["coupling_rank"].mode()[0])
+    for definition, sign in _DEFINITIONS.items():
+        for rank in ranks:
+            if f"{definition}@{rank}" in rows:
+                yield Predictor(f"{definition}@{rank}", "coupling", sign, rank)
+    yield from (Predictor(name, "regularity", sign) for name, sign in _REGULARITY.items() if name in rows)
+    yield from (Predictor(name, "size") for name in _SIZES if rows[name].notna().any())
+
+
+def _is_number(rows: pd.DataFrame, name: str) -> bool:
+    return name in rows and pd.api.types.is_numeric_dtype(rows[name])
+
+
+def _varies(rows: pd.DataFrame, predictor: Predictor) -> bool:
+    values = rows[predictor.name]
+    levels = values.groupby(rows["task"]).agg(lambda v: v.max() - v.min())
+    return bool((levels > 1e-12 * values.abs().max()).any())
+
+
+def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]) -> Iterator[pd.DataFrame]:
+    """Scores and predictors averaged over the tasks, for the models that have them all."""
+    names = list(dict.fromkeys(rows["score_of"]))
+    if len(names) < 2:
+        return
+    complete = rows.groupby("label")["score_of"].transform("nunique") == len(names)
+    if not complete.all():
+        notes.append(f"not in the mean, as a score is missing: {_some(sorted(set(rows['label'][~complete])))}")
+    if not complete.any():
+        return
+    groups = rows[complete].groupby("label", sort=False)
+    means = groups.first()
+    for value, error in [("score", "score_error"), *((p.name, p.error) for p in predictors)]:
+        means[value] = groups[value].mean()
+        if error in rows:
+            means[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
+    yield means.reset_index().assign(score_of=f"mean of {len(names)} scores", task="mean", metric="mean")
+
+
+def _some(names) -> str:
+    """At most five of them, with how many there are besides."""
+    names = list(dict.fromkeys(map(str, names)))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

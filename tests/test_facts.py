@@ -1,0 +1,104 @@
+"""What names and a CSV file say of a model."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import add_facts, facts_from_name, short_name
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "tuned"),
+    [
+        ("EleutherAI/pythia-410m-deduped", "pythia", False),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2", True),
+        ("google/gemma-3-270m-it", "gemma-3", True),
+        ("Qwen/Qwen2.5-0.5B", "qwen2.5", False),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral", False),
+        ("stabilityai/stablelm-2-1_6b", "stablelm-2", False),
+        ("openai-community/gpt2-xl", "gpt2", False),
+        ("microsoft/phi-2", "phi-2", False),
+        ("/models/SmolLM2-135M/", "smollm2", False),
+        ("C:\\models\\gemma-2b-it", "gemma", True),
+        ("7b", "7b", False),
+    ],
+)
+def test_family_and_tuning_from_the_name(model, family, tuned):
+    facts = facts_from_name(model, "main")
+    assert (facts["family"], facts["tuned"], facts["lineage"]) == (family, tuned, model)
+    assert math.isnan(facts["step"])
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "lineage", "step", "tokens"),
+    [
+        ("EleutherAI/pythia-410m", "step1000", "EleutherAI/pythia-410m", 1000, math.nan),
+        ("allenai/OLMo-1B", "step20000-tokens84B", "allenai/OLMo-1B", 20000, 84e9),
+        ("out/pythia-70m/checkpoint-500", "main", "out/pythia-70m", 500, math.nan),
+        ("/out/x/global_step7/", "main", "/out/x", 7, math.nan),
+        ("checkpoint-500", "main", "checkpoint-500", math.nan, math.nan),  # of which training, no one knows
+        ("org/two-step-reasoner", "main", "org/two-step-reasoner", math.nan, math.nan),
+    ],
+)
+def test_checkpoints_from_revision_or_folder(model, revision, lineage, step, tokens):
+    facts = facts_from_name(model, revision)
+    found = facts["lineage"], facts["step"], facts["training_tokens"]
+    assert found == pytest.approx((lineage, step, tokens), nan_ok=True)
+
+
+def test_short_names():
+    assert [short_name(name) for name in ("org/a-1b", "/x/y/", "C:\\x\\y", "plain")] == ["a-1b", "y", "y", "plain"]
+
+
+def runs(*models, revision="main"):
+    return pd.DataFrame(
+        [
+            {"model": m, "revision": revision, "n_params": 5.0, "acc,none": 0.5, **facts_from_name(m, revision)}
+            for m in models
+        ]
+    )
+
+
+def csv(tmp_path, text):
+    (tmp_path / "facts.csv").write_text(text)
+    return tmp_path / "facts.csv"
+
+
+def test_the_file_goes_before_the_name_and_adds_columns(tmp_path):
+    file = csv(tmp_path, "model,family,tuned,training_tokens,loss\na-1b,greek,yes,3e11,2.5\norg/b-2b,,0,,\nunused,x,1,1,1\n")
+    found = add_facts(runs("org/a-1b", "org/b-2b", "org/c-3b"), file)
+    assert list(found["family"]) == ["greek", "b", "c"]
+    assert list(found["tuned"]) == [True, False, False]
+    assert found["training_tokens"].tolist() == pytest.approx([3e11, math.nan, math.nan], nan_ok=True)
+    assert found["loss"].tolist() == pytest.approx([2.5, math.nan, math.nan], nan_ok=True)
+    assert list(found["n_params"]) == [5, 5, 5]
+
+
+def test_a_revision_in_the_file_is_of_that_revision_only(tmp_path):
+    file = csv(tmp_path, "model,revision,training_tokens\na,step1,10\na,,99\n")
+    both = pd.concat([runs("org/a", revision="step1"), runs("org/a", revision="step2")])
+    assert list(add_facts(both, file)["training_tokens"]) == [10, 99]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name\nx\n", "columns name, expected one named model"),
+        ("model\na\na\n", "a more than once"),
+        ('model,"acc,none"\na,1\n', "column 'acc,none', which the runs have"),
+        ("model,n_params\na,7b\n", "words in the column n_params"),
+        ("model\nsame\n", "same in .*, which may be one/same or two/same"),
+        ('model\n"', "no readable CSV"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tmp_path, text, message):
+    with pytest.raises(CouplingError, match=message):
+        add_facts(runs("a", "one/same", "two/same"), csv(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CouplingError, match="nowhere.csv, which is no readable CSV"):
+        add_facts(runs("a"), tmp_path / "nowhere.csv")
