@@ -21,6 +21,8 @@ from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_
 MEASURES = ("depth", "regularity")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MEASUREMENT_VERSION = 1  # raised whenever the same settings would give other numbers
+REGULARITY_VERSION = 2  # the same for what is measured of the trajectory alone; couplings of other versions stay comparable
+WINDOW = 11  # blocks, as in the paper; all of them where a model has fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Settings:
     measures: tuple[str, ...] = ("depth", "regularity")
     dtype: str = "float32"
     method: str = "auto"
+    window: int | None = None  # None: WINDOW, or all blocks of a shallower model
 
     def __post_init__(self) -> None:
         if not self.ranks or any(not isinstance(k, int) or k < 1 for k in self.ranks):
@@ -41,20 +44,29 @@ class Settings:
         if self.dtype not in DTYPES:
             raise CouplingError(f"got coupling dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         check_method(self.method)
+        if self.window is not None and self.window < 1:
+            raise CouplingError(f"got a window of {self.window} blocks, expected at least 1")
 
-    def check_width(self, d_model: int) -> None:
-        """Refuse ranks that the model is too narrow for."""
+    def check_shape(self, d_model: int, n_layers: int | None = None) -> None:
+        """Refuse ranks that the model is too narrow for, and a window that it is too shallow for."""
         if self.ranks[-1] > d_model:
             raise CouplingError(
                 f"got coupling rank {self.ranks[-1]} for a model with d_model = {d_model}; choose ranks of at most {d_model}"
             )
+        if None not in (self.window, n_layers) and self.window > n_layers:
+            raise CouplingError(
+                f"got a window of {self.window} blocks for a model of {n_layers}, give a coupling_window of at most that"
+            )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able form, part of a measurement's key."""
+        """JSON-able form, part of a measurement's key: what is left at its default, or touches no measure, is left out."""
         plain = dataclasses.asdict(self)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()} | {
-            "measurement_version": MEASUREMENT_VERSION
-        }
+        if self.window is None:
+            del plain["window"]
+        versions = {"measurement_version": MEASUREMENT_VERSION}
+        if "regularity" in self.measures:
+            versions["regularity_version"] = REGULARITY_VERSION
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()} | versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,13 @@ class PromptCoupling:
     line_shape_score: float = math.nan
     expodistance: float = math.nan
     norms: np.ndarray | None = None  # layer + 1
+    line_shape_scores: np.ndarray | None = None  # seq, of every token
+    window: int | None = None  # blocks
+    windowed_line_shape: np.ndarray | None = None  # layer − window + 1
+    windowed_expodistance: np.ndarray | None = None  # layer − window + 1
+    step_lengths: np.ndarray | None = None  # layer
+    equidistance: float = math.nan  # coefficient of variation of the step lengths
+    entropy: np.ndarray | None = None  # layer + 1, nats, of the logits decoded there
     seconds: float = 0.0
     reason: str | None = None
 
@@ -126,6 +145,7 @@ def measure_coupling(
     position: int = -1,
     dtype: str = "float32",
     method: str = "auto",
+    window: int | None = None,
     progress: bool = True,
 ) -> list[PromptCoupling]:
     """Measure block coupling at one token of each prompt.
@@ -138,6 +158,7 @@ def measure_coupling(
         position: token whose trajectory is measured; negative counts from the end.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
         method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
+        window: blocks of the windowed line-shape score and expodistance; 11, or all of a shallower model's, unless given.
         progress: show a progress bar.
 
     Returns:
@@ -146,8 +167,8 @@ def measure_coupling(
     Raises:
         CouplingError: for settings that no prompt could be measured with.
     """
-    settings = Settings(tuple(ranks), tuple(measures), dtype, method)
-    settings.check_width(model.d_model)
+    settings = Settings(tuple(ranks), tuple(measures), dtype, method, window)
+    settings.check_shape(model.d_model, model.n_layers)
     encoded = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     records: dict[int, PromptCoupling] = {}
     with tqdm(total=len(encoded), desc="Measuring coupling", disable=not progress) as bar:
@@ -217,7 +238,7 @@ def _in_words(error: Exception) -> str:
 def _measure(model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
     depth = "depth" in settings.measures
     traces = model.traces(prompts, DTYPES[settings.dtype], positions if depth else None)
-    found = [_along_the_stream(trace, token, settings) for trace, token in zip(traces, positions, strict=True)]
+    found = [_along_the_stream(model, trace, token, settings) for trace, token in zip(traces, positions, strict=True)]
     if depth:
         blocks = jacobians_of_traces(traces, positions, settings.method)
         found = [_and(regular, _depth(J, settings)) for regular, J in zip(found, blocks, strict=True)]
@@ -229,23 +250,47 @@ def _and(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return one | other | {"reason": "; ".join(reasons) or None}
 
 
-def _along_the_stream(trace, token: int, settings: Settings) -> dict[str, Any]:
+def _along_the_stream(model, trace, token: int, settings: Settings) -> dict[str, Any]:
     trajectory = _off_mps(trace.trajectory(token))
     broken = [layer for layer, x in enumerate(trajectory) if not torch.isfinite(x).all()]
     if broken:
         where = "the embeddings are" if broken[0] == 0 else f"the output of block {broken[0] - 1} is"
         raise _Unmeasurable(f"{where} not finite")
-    return _regularity(trajectory) if "regularity" in settings.measures else {"reason": None}
+    return _regularity(model, trace, token, settings) if "regularity" in settings.measures else {"reason": None}
 
 
-def _regularity(trajectory) -> dict[str, Any]:
+def _regularity(model, trace, token: int, settings: Settings) -> dict[str, Any]:
+    trajectory = _off_mps(trace.trajectory(token))
+    window = min(WINDOW, len(trajectory) - 1) if settings.window is None else settings.window
     scores = {
         "line_shape_score": regularity.line_shape_score(trajectory).item(),
         "expodistance": regularity.expodistance(trajectory).item(),
     }
     undefined = " and ".join(name.replace("_", "-") for name, score in scores.items() if math.isnan(score))
-    reason = f"undefined {undefined}: a step, a norm or their sum is zero" if undefined else None
-    return scores | {"norms": _array(regularity.norms(trajectory)), "reason": reason}
+    reasons = [f"undefined {undefined}: a step, a norm or their sum is zero"] if undefined else []
+    try:
+        entropy = _array(regularity.entropy(_off_mps(model.logits(trace.trajectory(token)))))
+    except Exception as error:
+        entropy = None
+        reasons.append(f"no entropy: {_in_words(error)}")
+    return scores | {
+        "norms": _array(regularity.norms(trajectory)),
+        "line_shape_scores": _line_shape_scores(trace),
+        "window": window,
+        "windowed_line_shape": _array(regularity.line_shape_score(trajectory, window)),
+        "windowed_expodistance": _array(regularity.expodistance(trajectory, window)),
+        "step_lengths": _array(regularity.step_lengths(trajectory)),
+        "equidistance": regularity.equidistance(trajectory).item(),
+        "entropy": entropy,
+        "reason": "; ".join(reasons) or None,
+    }
+
+
+def _line_shape_scores(trace, at_once: int = 64) -> np.ndarray:
+    """Of every token, so many at once: a double-precision trajectory of all of a long prompt would be large."""
+    starts = range(0, trace.resid_final.shape[1], at_once)
+    parts = [regularity.line_shape_score(_off_mps(trace.trajectories(slice(i, i + at_once)))) for i in starts]
+    return np.concatenate([_array(part) for part in parts])
 
 
 def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:

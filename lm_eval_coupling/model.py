@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
 import math
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -31,6 +32,7 @@ from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.sampling import DocumentKey, choose
 from lm_eval_coupling.store import MeasurementStore, default_store_path
 from lm_eval_coupling.summary import document_value, headline_rank, mean_and_error, summarize
+from lm_eval_coupling.untrained import untrained_twin
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
@@ -45,6 +47,7 @@ class Options:
     limit: int | None
     seed: int
     position: int
+    untrained: int | None
     store: Path
     out: Path | None
 
@@ -58,6 +61,8 @@ class Options:
         position: Any = -1,
         dtype: str = "float32",
         method: str = "auto",
+        window: Any = None,
+        untrained: Any = None,
         store: Any = None,
         out: Any = None,
     ) -> Options:
@@ -67,10 +72,17 @@ class Options:
             CouplingError: naming the argument that is wrong.
         """
         options = cls(
-            Settings(tuple(_whole("ranks", k) for k in _several(ranks)), tuple(map(str, _several(measures))), dtype, method),
+            Settings(
+                tuple(_whole("ranks", k) for k in _several(ranks)),
+                tuple(map(str, _several(measures))),
+                dtype,
+                method,
+                None if window is None else _whole("window", window),
+            ),
             None if limit == "all" else _whole("limit", limit),
             _whole("seed", seed),
             _whole("position", position),
+            None if untrained is None else _whole("untrained", untrained),
             Path(store).expanduser() if store else default_store_path(),
             Path(out).expanduser() if out else None,
         )
@@ -89,7 +101,7 @@ class Options:
         }
 
 
-_OPTION_NAMES = ("ranks", "limit", "seed", "measures", "position", "dtype", "method", "store", "out")
+_OPTION_NAMES = (*inspect.signature(Options.parse).parameters,)
 
 
 def _several(value: Any) -> list[Any]:
@@ -113,6 +125,15 @@ class Document:
     doc_id: int
     requests: list[Any]
     target: Any
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights whose coupling is measured: ``trained``, those that are scored, or ``untrained``."""
+
+    weights: str
+    model: ResidualModel
+    fingerprint: str
 
 
 @register_model("coupling-hf")
@@ -146,8 +167,12 @@ class CouplingLM(HFLM):
             if self._device.type == "mps" and self.coupling_options.settings.dtype == "float64":
                 raise CouplingError("got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu")
             self.residual_model = ResidualModel.wrap(self._model, self.tokenizer)
-            self.coupling_options.settings.check_width(self.residual_model.d_model)
-            self._fingerprint = fingerprint(self._model)
+            self.coupling_options.settings.check_shape(self.residual_model.d_model, self.residual_model.n_layers)
+            self._trained = Subject("trained", self.residual_model, fingerprint(self._model))
+            self._subjects = [self._trained]
+            if (seed := self.coupling_options.untrained) is not None:
+                twin = untrained_twin(self._model, seed)
+                self._subjects.append(Subject("untrained", ResidualModel.wrap(twin, self.tokenizer), fingerprint(twin)))
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what the configuration already rules out, before the weights are loaded."""
@@ -156,8 +181,9 @@ class CouplingLM(HFLM):
         except (OSError, ValueError) as error:
             what = f"model {args[0] if args else kwargs.get('pretrained')!r}, revision {kwargs.get('revision', 'main')!r}"
             raise CouplingError(f"got {what}, which transformers cannot load: {str(error).splitlines()[0]}") from error
-        if self._measuring and (width := getattr(self._config.get_text_config(), "hidden_size", None)):
-            self.coupling_options.settings.check_width(width)
+        shape = [getattr(self._config.get_text_config(), name, None) for name in ("hidden_size", "num_hidden_layers")]
+        if self._measuring and all(shape):
+            self.coupling_options.settings.check_shape(*shape)
 
     def _split_data_without_gpus(self) -> None:
         """HFLM shares the documents among processes only where it sees several GPUs."""
@@ -188,7 +214,8 @@ class CouplingLM(HFLM):
             return
         rows = [row for part, _ in gathered for row in part]
         totals = {name: sum(part[name] for _, part in gathered) for name in counts}
-        values = _document_couplings(rows, headline_rank(self.coupling_options.settings.ranks))
+        trained = [row for row in rows if row["weights"] == "trained"]
+        values = _document_couplings(trained, headline_rank(self.coupling_options.settings.ranks))
         self.coupling_info = self._describe(rows, totals, tasks)
         _add_to_results(results, values, _members(roots, task_dict), self.coupling_info)
         plugin.pending_tables[self.coupling_info["run_id"]] = lambda folder, date: self._write(rows, folder, date)
@@ -206,25 +233,41 @@ class CouplingLM(HFLM):
 
     def _measure(self, documents: list[Document]) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """Rows of this process's documents, each distinct prompt measured once; Ctrl-C keeps what is there."""
-        counts = {"prompts": 0, "reused": 0, "interrupted": 0}
         prompts = {document.key: self._prompts(document) for document in documents}
         everything = [prompt for group in prompts.values() for prompt in group]
         known: dict[str, PromptCoupling] = {}
+        counts = {"prompts": 0, "reused": 0, "interrupted": 0}
         try:
-            known.update(self._known(everything))
-            counts["reused"] = sum(self._key(prompt) in known for prompt in everything)
-            self._measure_what_is_missing(everything, known)
+            for subject in self._subjects:
+                known.update(self._known(subject, everything))
+            counts["reused"] = len(self._rows(self._trained, documents, prompts, known))
+            for subject in self._subjects:
+                self._measure_what_is_missing(subject, everything, known)
         except KeyboardInterrupt:
             counts["interrupted"] = 1
-            done = sum(self._key(prompt) in known for prompt in everything)
+            done = len(self._rows(self._trained, documents, prompts, known))
             logger.warning("coupling: interrupted, %d of %d prompts are measured and kept", done, len(everything))
-        rows: list[dict[str, Any]] = []
-        for document in documents:
-            for index, prompt in enumerate(prompts[document.key]):
-                if self._key(prompt) in known:
-                    rows.append(self._row(document, index, prompt, known[self._key(prompt)]))
+        rows = [row for subject in self._subjects for row in self._rows(subject, documents, prompts, known)]
         counts["prompts"] = len(rows)
         return rows, counts
+
+    def _rows(
+        self,
+        subject: Subject,
+        documents: list[Document],
+        prompts: Mapping[DocumentKey, list[Prompt]],
+        known: Mapping[str, PromptCoupling],
+    ) -> list[dict[str, Any]]:
+        found = [
+            (document, index, prompt, known.get(self._key(subject, prompt)))
+            for document in documents
+            for index, prompt in enumerate(prompts[document.key])
+        ]
+        return [
+            self._row(document, index, prompt, record) | {"weights": subject.weights}
+            for document, index, prompt, record in found
+            if record is not None
+        ]
 
     def _prompts(self, document: Document) -> list[Prompt]:
         try:
@@ -233,36 +276,37 @@ class CouplingLM(HFLM):
             logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
             return []
 
-    def _key(self, prompt: Prompt) -> str:
+    def _key(self, subject: Subject, prompt: Prompt) -> str:
         options = self.coupling_options
-        return self._store.key(self._fingerprint, options.settings.as_dict(), prompt.tokens, options.position)
+        return self._store.key(subject.fingerprint, options.settings.as_dict(), prompt.tokens, options.position)
 
-    def _known(self, prompts: Iterable[Prompt]) -> dict[str, PromptCoupling]:
+    def _known(self, subject: Subject, prompts: Iterable[Prompt]) -> dict[str, PromptCoupling]:
         """What earlier runs have measured of these prompts."""
-        found = ((key, self._store.get(key)) for key in {self._key(prompt) for prompt in prompts})
+        found = ((key, self._store.get(key)) for key in {self._key(subject, prompt) for prompt in prompts})
         return {key: PromptCoupling.from_columns(columns) for key, columns in found if columns is not None}
 
-    def _measure_what_is_missing(self, prompts: list[Prompt], known: dict[str, PromptCoupling]) -> None:
+    def _measure_what_is_missing(self, subject: Subject, prompts: list[Prompt], known: dict[str, PromptCoupling]) -> None:
         """Fill ``known``: each distinct prompt once, a few of about the same length at a time, stored as they are made."""
-        waiting = list(dict.fromkeys(prompt.tokens for prompt in prompts if self._key(prompt) not in known))
-        batches = groups(self.residual_model, waiting, self.coupling_options.settings)
+        waiting = list(dict.fromkeys(prompt.tokens for prompt in prompts if self._key(subject, prompt) not in known))
+        batches = groups(subject.model, waiting, self.coupling_options.settings)
         if batches:
             batches.insert(0, batches.pop(len(batches) // 2))  # the time announced is that of the median length
         hidden = self.rank != 0 or not prompts
-        with tqdm(total=len(prompts), desc="Measuring coupling", disable=hidden, initial=len(prompts) - len(waiting)) as bar:
+        what = "Measuring coupling" + (", untrained" if subject is not self._trained else "")
+        with tqdm(total=len(prompts), desc=what, disable=hidden, initial=len(prompts) - len(waiting)) as bar:
             for number, batch in enumerate(batches):
                 start = time.perf_counter()
-                self._measure_batch([waiting[i] for i in batch], known)
+                self._measure_batch(subject, [waiting[i] for i in batch], known)
                 bar.update(len(batch))
                 if number == 0:
                     self._announce(len(prompts), len(waiting), (time.perf_counter() - start) / len(batch), len(batch))
             if not batches:
                 self._announce(len(prompts), 0, 0.0, 1)
 
-    def _measure_batch(self, prompts: list[tuple[int, ...]], known: dict[str, PromptCoupling]) -> None:
+    def _measure_batch(self, subject: Subject, prompts: list[tuple[int, ...]], known: dict[str, PromptCoupling]) -> None:
         options = self.coupling_options
-        for record in measure_prompts(self.residual_model, prompts, options.position, options.settings):
-            key = self._key(Prompt(record.tokens, ""))
+        for record in measure_prompts(subject.model, prompts, options.position, options.settings):
+            key = self._key(subject, Prompt(record.tokens, ""))
             known[key] = record
             if record.certificate is not None or record.norms is not None:
                 self._keep(key, record)
@@ -299,10 +343,8 @@ class CouplingLM(HFLM):
     def _describe(self, rows: list[dict[str, Any]], totals: dict[str, int], tasks: Mapping[str, Any]) -> dict[str, Any]:
         options, model = self.coupling_options, self.residual_model
         ranks = options.settings.ranks
-        by_task: dict[str, dict[DocumentKey, list[PromptCoupling]]] = {}
-        for row in rows:
-            by_task.setdefault(row["task"], {}).setdefault(_key(row), []).append(PromptCoupling.from_columns(row))
-        summaries = {task: summarize(by_task[task], ranks) for task in tasks if task in by_task}
+        summaries = {subject.weights: _summaries(rows, subject.weights, tasks, ranks) for subject in self._subjects}
+        trained = summaries.pop("trained")
         architecture = self.model.config.get_text_config()
         certificates = [row["certificate"].max() for row in rows if row["certificate"] is not None]
         return {
@@ -312,7 +354,7 @@ class CouplingLM(HFLM):
             "versions": {name: _version(name) for name in PACKAGES},
             "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
             "revision": self.revision,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._trained.fingerprint,
             "model_dtype": str(model.dtype),
             "device": str(self.device),
             "d_model": model.d_model,
@@ -322,13 +364,13 @@ class CouplingLM(HFLM):
             "vocab_size": getattr(architecture, "vocab_size", None),
             "headline_rank": headline_rank(ranks),
             "chance": {k: chance_level(k) for k in ranks},
-            "measured": sum(s["measured"] for s in summaries.values()),
-            "failed": sum(s["failed"] for s in summaries.values()),
+            "measured": sum(s["measured"] for s in trained.values()),
+            "failed": sum(s["failed"] for s in trained.values()),
             "reused": totals["reused"],
             "interrupted": bool(totals["interrupted"]),
             "worst_certificate": float(max(certificates, default=math.nan)),
-            "tasks": summaries,
-        }
+            "tasks": trained,
+        } | {weights: {"seed": options.untrained, "tasks": tasks} for weights, tasks in summaries.items()}
 
     def _write(self, rows: list[dict[str, Any]], folder: Path | None, date: str) -> list[Path]:
         folder = self.coupling_options.out or folder
@@ -404,6 +446,16 @@ def doc_hash(doc: Any) -> str:
 
 def _key(row: Mapping[str, Any]) -> DocumentKey:
     return DocumentKey(row["task"], row["doc_hash"], row["prompt_hash"])
+
+
+def _summaries(
+    rows: Iterable[Mapping[str, Any]], weights: str, tasks: Iterable[str], ranks: Sequence[int]
+) -> dict[str, Any]:
+    by_task: dict[str, dict[DocumentKey, list[PromptCoupling]]] = {}
+    for row in rows:
+        if row["weights"] == weights:
+            by_task.setdefault(row["task"], {}).setdefault(_key(row), []).append(PromptCoupling.from_columns(dict(row)))
+    return {task: summarize(by_task[task], ranks) for task in tasks if task in by_task}
 
 
 def _document_couplings(rows: Iterable[Mapping[str, Any]], rank: int) -> dict[DocumentKey, float]:

@@ -154,7 +154,7 @@ def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings
     if ranks is None and d_model < min(RANKS):
         raise CouplingError(f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]")
     settings = Settings(tuple(k for k in RANKS if k <= d_model) if ranks is None else tuple(ranks), dtype=dtype)
-    settings.check_width(d_model)
+    settings.check_shape(d_model)
     return settings
 
 

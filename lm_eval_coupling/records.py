@@ -41,6 +41,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "prompt_hash": pa.string(),
     "prompt_index": pa.int64(),
     "kind": pa.string(),
+    "weights": pa.string(),
     "text": pa.string(),
     "n_tokens": pa.int64(),
     "tokens": pa.list_(pa.int64()),
@@ -63,6 +64,13 @@ COLUMNS: dict[str, pa.DataType] = {
     "line_shape_score": pa.float64(),
     "expodistance": pa.float64(),
     "norms": _nested(1),
+    "line_shape_scores": _nested(1),
+    "window": pa.int64(),
+    "windowed_line_shape": _nested(1),
+    "windowed_expodistance": _nested(1),
+    "step_lengths": _nested(1),
+    "equidistance": pa.float64(),
+    "entropy": _nested(1),
     "seconds": pa.float64(),
     "reason": pa.string(),
 }
@@ -103,13 +111,16 @@ def write_tables(
     return written
 
 
-def load_records(path: Path | str, *, newest: bool = True, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def load_records(
+    path: Path | str, *, newest: bool = True, columns: Sequence[str] | None = None, weights: str = "trained"
+) -> pd.DataFrame:
     """Read saved tables.
 
     Args:
         path: one table, or a folder that is searched recursively.
         newest: keep only the newest table of each model and task in each folder.
         columns: only those columns of the record that are named here, which saves most of the time.
+        weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``, told apart in a column.
 
     Returns:
         One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
@@ -118,11 +129,18 @@ def load_records(path: Path | str, *, newest: bool = True, columns: Sequence[str
     Raises:
         CouplingError: if there is no table, or one is not ours or of another schema version.
     """
+    if weights not in ("trained", "untrained", "all"):
+        raise CouplingError(f"got weights={weights!r}, expected trained, untrained or all")
     tables = find_tables(path, newest=newest)
     frames = []
     for file, about in tables:
-        wanted = None if columns is None else [name for name in pq.read_schema(file).names if name in columns]
+        names = pq.read_schema(file).names
+        wanted = None if columns is None else [name for name in names if name in (*columns, "weights")]
         frame = _frame(pq.read_table(file, columns=wanted))
+        # Tables from before there were twins do not say.
+        frame["weights"] = frame["weights"].fillna("trained") if "weights" in frame else "trained"
+        if weights != "all":
+            frame = frame[frame["weights"] == weights].reset_index(drop=True)
         for name in ("model", "revision", "fingerprint", "date"):
             frame[name] = pd.Series([about.get(name)] * len(frame), dtype=object)
         frames.append(frame)
@@ -244,7 +262,7 @@ def _frame(table: pa.Table) -> pd.DataFrame:
         kind = column.type
         if pa.types.is_list(kind) and _innermost(kind) == pa.float32():
             columns[name] = pd.Series([_to_numpy(value) for value in column], dtype=object)
-        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        elif pa.types.is_floating(kind) or (pa.types.is_integer(kind) and not column.null_count):
             columns[name] = column.to_pandas()
         else:
             lists = column.to_pylist()

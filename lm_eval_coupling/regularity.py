@@ -63,6 +63,12 @@ def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None =
     return _drop(torch.where(mean == 0, torch.nan, alpha.var(dim=-1, correction=0) / mean.square()), window)
 
 
+def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
+    """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1)
+
+
 def expodistance_is_ill_conditioned(expodistance: float, steps: int) -> bool:
     """Return whether the mean growth lies within one standard error of zero, which is ED > number of steps."""
     return expodistance > steps

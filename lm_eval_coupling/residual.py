@@ -232,6 +232,11 @@ class ResidualTrace:
         stream = [call.resid_pre[0, token].to(self.resid_final.device) for call in self.calls]
         return torch.stack([*stream, self.resid_final[0, token]])
 
+    def trajectories(self, tokens: slice) -> Float[Tensor, "token layer_plus_1 d_model"]:
+        """:meth:`trajectory` of several tokens."""
+        stream = [call.resid_pre[0, tokens].to(self.resid_final.device) for call in self.calls]
+        return torch.stack([*stream, self.resid_final[0, tokens]], dim=1)
+
 
 class _Visit:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
@@ -306,6 +311,7 @@ class ResidualModel:
         self._outside_weights = self._outside_blocks()
         self.n_params = n_params
         self._padding_is_harmless: bool | None = None  # not tried yet
+        self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
 
     @classmethod
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
@@ -434,6 +440,7 @@ class ResidualModel:
 
                 def after(module, args, kwargs, output, visit=visit):
                     output = visit.leave(output)
+                    self._outputs = len(output) if isinstance(output, tuple) else 0
                     if visit.layer == self.n_layers - 1:
                         final.append(_hidden(output))
                         raise _LastBlockDone
@@ -450,6 +457,27 @@ class ResidualModel:
             )
             for prompt, row in enumerate(rows)
         ]
+
+    @torch.no_grad()
+    def logits(self, resid: Float[Tensor, "points d_model"]) -> Float[Tensor, "points vocabulary"]:
+        """What the model would predict from these vectors after its last block (logit lens): its own final norm and head.
+
+        The model runs with its blocks left out, so that scales and soft-caps are whatever it does with them. In the dtype
+        of ``resid``; a head of another dtype is upcast for the time of the call.
+        """
+        head = self.model.get_output_embeddings()
+        hidden = resid[None].to(head.weight.device)
+        stand_in = (hidden, *[None] * (self._outputs - 1)) if self._outputs else hidden
+        weights = {id(t): t for t in [*self._outside_weights, *_state(head)]}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(upcast([*weights.values()], resid.dtype))
+            stack.enter_context(_arithmetic(resid.dtype))
+            for block in self.blocks:
+                stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
+                stack.callback(vars(block).pop, "forward")
+                block.forward = lambda *args, **kwargs: stand_in
+            ids = torch.zeros(1, len(resid), dtype=torch.long, device=self.device)
+            return self.model(ids, use_cache=False).logits[0]
 
     def _outside_blocks(self) -> list[Tensor]:
         """Embeddings and position tables, but not an untied head: it is never run."""

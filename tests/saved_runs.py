@@ -24,6 +24,7 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
         "prompt_hash": f"p{doc_id}",
         "prompt_index": prompt_index,
         "kind": "context",
+        "weights": "trained",
         "text": f"Question {doc_id}: why is the sky blue?\nAnswer:",
         "n_tokens": 5,
         "tokens": (1, 2, 3, 4, 5),
@@ -44,10 +45,18 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
         "line_shape_score": float(generator.random()),
         "expodistance": float(generator.random()),
         "norms": generator.random(layers + 1, dtype=np.float32),
+        "line_shape_scores": generator.random(5, dtype=np.float32),
+        "window": 2,
+        "windowed_line_shape": generator.random(layers - 1, dtype=np.float32),
+        "windowed_expodistance": generator.random(layers - 1, dtype=np.float32),
+        "step_lengths": generator.random(layers, dtype=np.float32),
+        "equidistance": float(generator.random()),
+        "entropy": generator.random(layers + 1, dtype=np.float32),
         "seconds": float(generator.random()),
     }
     if reason:
-        measured = dict.fromkeys(measured) | {"line_shape_score": np.nan, "expodistance": np.nan, "seconds": 0.0}
+        measured = dict.fromkeys(measured) | dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), np.nan)
+        measured |= {"seconds": 0.0}
     return about | measured | {"reason": reason}
 
 

@@ -1,5 +1,6 @@
 """One prompt from token ids to its record, against naive float64 oracles from end to end; and what it says on failure."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -122,6 +123,11 @@ def test_shapes_and_dtypes(model):
         "svd_residual": (3,),
         "certificate": (3,),
         "norms": (4,),
+        "line_shape_scores": (7,),
+        "windowed_line_shape": (1,),
+        "windowed_expodistance": (1,),
+        "step_lengths": (3,),
+        "entropy": (4,),
     }
     arrays = {name: value for name, value in found.to_columns().items() if isinstance(value, np.ndarray)}
     assert {name: value.shape for name, value in arrays.items()} == shapes
@@ -369,3 +375,68 @@ def test_prompts_are_grouped_by_length_within_memory(monkeypatch):
     assert measure.groups(wrapped, prompts, settings) == [[3, 1], [5, 2], [4], [0]]
     monkeypatch.setattr(measure, "BYTES", 1)
     assert all(len(group) == 1 for group in measure.groups(wrapped, prompts, settings))
+
+
+def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):
+    """Every number of the trajectory against its own definition, written out, from the unmodified model's hidden states."""
+    found = measured(model, window=2)
+    with torch.no_grad(), TrueDtype(torch.float64):
+        double = copy.deepcopy(llama).double()
+        seen = []
+        layers = decoder_layers(double)
+        handles = [
+            layers[0].register_forward_pre_hook(
+                lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+            )
+        ]
+        handles += [
+            layer.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+            for layer in layers
+        ]
+        double(torch.tensor([tokens()]), use_cache=False)
+        x = torch.stack([h[0] for h in seen], dim=1)  # token, point, d_model
+        decoded = double.lm_head(double.model.norm(x[-1])).log_softmax(-1)
+    steps = x.diff(dim=1)
+    units = steps / steps.norm(dim=-1, keepdim=True)
+    np.testing.assert_allclose(found.line_shape_scores, 3 / units.sum(1).norm(dim=-1), rtol=1e-5)
+    np.testing.assert_allclose(found.line_shape_scores[-1], found.line_shape_score, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.windowed_line_shape, [2 / (units[-1, i] + units[-1, i + 1]).norm() for i in (0, 1)], rtol=1e-5
+    )
+    growth = x[-1].norm(dim=-1).log().diff()
+    expected = [growth[i : i + 2].var(correction=0) / growth[i : i + 2].mean() ** 2 for i in (0, 1)]
+    np.testing.assert_allclose(found.windowed_expodistance, expected, rtol=1e-4)
+    lengths = steps[-1].norm(dim=-1)
+    np.testing.assert_allclose(found.step_lengths, lengths, rtol=1e-6)
+    assert found.equidistance == pytest.approx((lengths.std(correction=0) / lengths.mean()).item(), rel=1e-6)
+    np.testing.assert_allclose(found.entropy, -(decoded.exp() * decoded).sum(-1), rtol=1e-6)
+    assert found.window == 2 and measured(model).window == 3  # eleven, or all of fewer blocks
+
+
+def test_a_window_longer_than_the_model_is_named(model):
+    with pytest.raises(CouplingError, match="got a window of 4 blocks for a model of 3"):
+        measured(model, window=4)
+    with pytest.raises(CouplingError, match="at least 1"):
+        measured(model, window=0)
+
+
+def test_settings_at_their_default_leave_keys_as_they_were():
+    """Depth numbers are found again whatever is added to the measures of the trajectory."""
+    assert Settings(measures=("depth",)).as_dict() == {
+        "ranks": [10, 30, 50],
+        "measures": ["depth"],
+        "dtype": "float32",
+        "method": "auto",
+        "measurement_version": 1,
+    }
+    assert Settings(window=5).as_dict()["window"] == 5 and Settings().as_dict()["regularity_version"] == 2
+
+
+def test_a_head_that_fails_costs_the_entropy_only(model, monkeypatch):
+    def failing(self, resid):
+        raise RuntimeError("no head")
+
+    monkeypatch.setattr(ResidualModel, "logits", failing)
+    found = measured(model)
+    assert found.entropy is None and found.reason == "no entropy: RuntimeError: no head"
+    assert found.normalized_miscoupling is not None and found.line_shape_score > 1

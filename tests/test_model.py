@@ -19,8 +19,10 @@ import torch
 from lm_eval_coupling import jacobians, load_records, measure
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import block_jacobians
+from lm_eval_coupling.measure import PromptCoupling
 from lm_eval_coupling.model import CouplingLM
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.untrained import untrained_twin
 
 lm_eval = pytest.importorskip("lm_eval")
 HOOK = Path(__file__).parents[1] / "hook"
@@ -479,3 +481,38 @@ def stored(store):
             return dict(db.execute("SELECT key, created FROM measurements"))
         except sqlite3.OperationalError:
             return {}
+
+
+def test_the_untrained_twin_is_measured_on_the_same_prompts(evaluate, tmp_path):
+    """Beside the trained weights, never among them; the same for the same seed and found again in the store."""
+    arguments = {"coupling_limit": "all", "coupling_untrained": 3, "coupling_out": str(tmp_path / "tables")}
+    found = evaluate(kinds=("choice",), arguments=arguments)
+    plain = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
+    info = found["config"]["coupling"]
+    assert info["untrained"]["seed"] == 3 and info["reused"] == 0
+    assert info["tasks"] == plain["config"]["coupling"]["tasks"]
+    assert found["results"]["tiny_choice"]["coupling,none"] == plain["results"]["tiny_choice"]["coupling,none"]
+    both = load_records(tmp_path / "tables", weights="all").set_index(["weights", "doc_hash"])
+    trained, untrained = both.loc["trained"], both.loc["untrained"]
+    assert set(trained.index) == set(untrained.index) and len(trained) == len(untrained) == 8
+    mean = info["untrained"]["tasks"]["tiny_choice"]["measures"]["coupling"][2]["mean"]
+    values = [PromptCoupling.from_columns(row).coupling(2) for row in untrained.to_dict("records")]
+    assert mean == pytest.approx(np.mean(values), rel=1e-6)
+    assert not np.allclose(trained.singular_values.iloc[0], untrained.singular_values.loc[trained.index[0]], rtol=0.1)
+    again = evaluate(kinds=("choice",), arguments=arguments)["config"]["coupling"]
+    assert again["reused"] == 8 and again["untrained"]["tasks"] == info["untrained"]["tasks"]
+
+
+def test_untrained_weights_are_those_of_the_seed_alone(home):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / "float32")
+    torch.manual_seed(1)
+    one = untrained_twin(model, 3)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    two, three = untrained_twin(model, 3), untrained_twin(model, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), three.parameters(), strict=True))
+    assert [p.shape for p in one.parameters()] == [p.shape for p in model.parameters()]

@@ -8,6 +8,7 @@ import torch
 
 from lm_eval_coupling import regularity
 from lm_eval_coupling.regularity import (
+    entropy,
     equidistance,
     expodistance,
     expodistance_is_ill_conditioned,
@@ -140,3 +141,9 @@ def test_windows_that_do_not_fit_are_refused(name):
             getattr(regularity, name)(trajectory(), window=window)
     with pytest.raises(ValueError, match="fewer than 2 points"):
         getattr(regularity, name)(trajectory(1))
+
+
+def test_entropy_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), -math.inf, -math.inf], [9e4, 0.0, 0.0, 0.0]])
+    expected = [math.log(4), -0.25 * math.log(0.25) - 0.75 * math.log(0.75), 0.0]
+    assert torch.allclose(entropy(logits), torch.tensor(expected), atol=1e-6)

@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration as T5
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import block_jacobians
 from lm_eval_coupling.measure import measure_coupling
-from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = cases.tiny_tokens(9)
@@ -286,3 +286,25 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(make, message):
     with pytest.raises(CouplingError, match=message) as caught:
         ResidualModel.wrap(make())
     assert "\n" not in str(caught.value) and "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_logits_of_the_last_stream_are_the_models_own(case):
+    """Final norm, scales, soft-caps and head are whatever the unmodified model does; blocks work as before afterwards."""
+    model, tokens = cases.tiny_model(case), cases.tiny_tokens(9)
+    wrapped = ResidualModel.wrap(model)
+    for _ in range(2):
+        found = wrapped.logits(wrapped.trace(tokens).resid_final[0])
+        expected = model(tokens, use_cache=False).logits[0]
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_logits_in_the_dtype_asked_for():
+    model = cases.tiny_model("llama", torch.bfloat16)
+    wrapped = ResidualModel.wrap(model)
+    resid = wrapped.trace(cases.tiny_tokens(5), torch.float64).resid_final[0]
+    found, expected = wrapped.logits(resid), cases.tiny_model("llama", torch.bfloat16).double()
+    assert found.dtype == torch.float64 and model.lm_head.weight.dtype == torch.bfloat16
+    with TrueDtype(torch.float64):
+        normed = expected.model.norm(resid)
+    assert torch.allclose(found, normed @ expected.lm_head.weight.T, rtol=1e-12)
