@@ -146,6 +146,15 @@ class TestObservations:
         with pytest.raises(CouplingError, match="no task 'nothing', expected one of arc, both, gsm"):
             observations(tmp_path, tasks=["nothing"])
 
+    def test_tasks_of_a_group_without_a_score_stand_for_themselves(self, tmp_path):
+        def add_groups(run):
+            run["results"] |= {"all": {"alias": "all"}, "some": {"acc,none": 0.4}}
+            run["group_subtasks"] = {"all": ["arc", "some"], "some": ["gsm"]}
+
+        save_model(tmp_path, "a", 0.1, {"arc": 0.3, "gsm": 0.5, "alone": 0.7}, change=add_groups)
+        scores = ["alone acc", "arc acc", "some acc", "mean of 3 scores"]
+        assert observations(tmp_path).scores == scores
+
     def test_metrics_by_name_and_losses_with_their_sign_changed(self, tmp_path):
         def add_loss(run):
             run["results"]["arc"] |= {"word_perplexity,none": 12.0, "word_perplexity_stderr,none": "N/A"}

@@ -112,6 +112,8 @@ def test_scores_are_those_of_hf(evaluate, home, pretrained, options):
     found = evaluate("coupling-hf", pretrained=home / pretrained, **options)
     assert scores(found) == scores(expected)
     assert found["config"]["coupling"]["failed"] == 0
+    size = {name: found["config"]["coupling"][name] for name in ("n_layers", "d_model", "n_heads", "vocab_size")}
+    assert size == {"n_layers": 4, "d_model": 32, "n_heads": 4, "vocab_size": 259}
     for row in found["results"].values():
         assert 0 < row["coupling,none"] < 1
 

@@ -109,3 +109,9 @@ def test_training_curves():
     np.testing.assert_allclose(drawn(above)["l: arc acc"][0], [[1, 0.1], [1000, 0.2]])
     np.testing.assert_allclose(drawn(below)["l: arc acc"][0], [[1, 0.3], [1000, 0.4]])
     assert below.get_xscale() == "log"
+
+
+def test_of_many_families_none_is_told_apart(points):
+    many = pd.concat([points.assign(family=f"{i}") for i in range(20)])
+    (ax,) = regression.score_scatter(many, [], x_label="x", y_label="y").axes
+    assert set(drawn(ax)) == {"models"} and len(drawn(ax)["models"][0]) == 100

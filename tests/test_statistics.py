@@ -119,6 +119,27 @@ def test_intervals_of_correlations_cover_and_tests_find(method, truth, n, slack)
     assert power > (0.4 if n == 12 else 0.6)
 
 
+@pytest.mark.parametrize(
+    "method, truth",
+    [("pearson", 0.6), ("spearman", 6 / math.pi * math.asin(0.3)), ("kendall", 2 / math.pi * math.asin(0.6))],
+)
+def test_large_samples_need_no_resampling(method, truth):
+    def one(rng):
+        found = correlation(*normal_pair(rng, 250, 0.6), method=method)
+        return covers(found, truth), correlation(*normal_pair(rng, 250, 0.0), method=method).p
+
+    covered, p = draws(one, 400)
+    assert near(covered.mean(), 0.95, 400) and uniform(p)
+
+
+def test_large_samples_go_on_where_small_ones_end():
+    x, y = normal_pair(np.random.default_rng(5), 201, 0.1)
+    for method in ("pearson", "spearman", "kendall"):
+        resampled, theory = (correlation(x[:n], y[:n], method=method, resamples=999) for n in (200, 201))
+        assert abs(resampled.low - theory.low) < 0.03 and abs(resampled.high - theory.high) < 0.03
+        assert abs(resampled.p - theory.p) < 0.06
+
+
 def test_permutation_test_has_its_size():
     def one(rng):
         x, y = rng.exponential(size=10) ** 2, rng.exponential(size=10) ** 2  # far from normal

@@ -16,6 +16,7 @@ from lm_eval_coupling.statistics import Fit
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
 _JOINED = {"fmt": "o-", "markersize": 3, "linewidth": 1}
 _CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
+_FAMILIES = 12  # more than that are not told apart by colour
 _NAMED = 40  # points; more names than that are not legible
 
 
@@ -25,7 +26,7 @@ def score_scatter(
     """Draw one point per model with its errors, its name and the colour of its family; fits with their bands.
 
     Args:
-        points: ``x, y, x_error, y_error`` (standard errors or NaN), ``label`` and ``family``.
+        points: ``x, y, x_error, y_error`` (standard errors or NaN), ``label`` and ``family`` (of many, none is told apart).
         fits: curves through the points; those without a solution are left out.
         x_label: what the predictor is.
         y_label: what the score is.
@@ -36,6 +37,8 @@ def score_scatter(
     """
     figure, (ax,) = _figure(1, width=6.4, height=4.6, title=title)
     points = points.dropna(subset=["x", "y"])
+    if points["family"].nunique() > _FAMILIES:
+        points = points.assign(family="models")
     families = list(dict.fromkeys(points["family"]))
     for index, family in enumerate(families):
         of = points[points["family"] == family]

@@ -54,7 +54,7 @@ def fit_runs(
         paths: folders that lm-eval wrote, searched recursively.
         score: a metric such as ``acc_norm``; by default the one that lm-eval lists first for each task.
         x: names of the predictors, the one in question first; by default coupling at K = 10, then all others.
-        tasks: tasks or groups; by default all that belong to no group.
+        tasks: tasks or groups; by default groups that have a score, and tasks in none of these.
         facts: CSV file with what is known of the models: family, tuned, training_tokens, others.
         mixed: ``refuse`` or ``keep`` runs of different settings.
         resamples: of permutation tests and bootstraps.

@@ -105,7 +105,7 @@ def scored_rows(
         runs: the newest run of every model and task.
         notes: what was left out is added here.
         score: a metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one lm-eval lists first.
-        tasks: the tasks or groups to use, by default those that belong to no group.
+        tasks: the tasks or groups to use, by default groups that have a score, and tasks in none of these.
         mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
 
     Raises:
@@ -140,11 +140,27 @@ def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = N
 
 def _chosen_tasks(runs: pd.DataFrame, tasks: Sequence[str] | None) -> pd.DataFrame:
     if tasks is None:
-        return runs[runs["group"] == ""]
+        return runs[_on_top(runs)]
     if unknown := [task for task in tasks if task not in set(runs["task"])]:
         there = ", ".join(sorted(set(runs["task"])))
         raise CouplingError(f"got no task {unknown[0]!r}, expected one of {there}")
     return runs[runs["task"].isin(tasks)]
+
+
+def _on_top(runs: pd.DataFrame) -> list[bool]:
+    """Groups that have a score of their own, and tasks that are in none of these."""
+    keys = list(zip(runs["file"], runs["task"], strict=True))
+    above = dict(zip(keys, runs["group"], strict=True))
+    scored = {key for key, has in zip(keys, runs["is_group"] & runs["metric"].notna(), strict=True) if has}
+
+    def beneath(file: str, task: str) -> bool:
+        line = [task]
+        while (group := above.get((file, line[-1]))) and group not in line:
+            line.append(group)
+        return any((file, group) in scored for group in line[1:])
+
+    groups = runs["is_group"].tolist()
+    return [(key in scored or not group) and not beneath(*key) for key, group in zip(keys, groups, strict=True)]
 
 
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
