@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.coupling import chance_level, miscoupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid
 
@@ -76,12 +77,13 @@ def coupling_matrices(
     figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=200, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     shown = np.abs(A) / scale[:, None, None, None]
+    m = miscoupling(torch.as_tensor(A), normalized=True)
     for (row, column), ax in np.ndenumerate(axes):
         image = ax.imshow(shown[row, column], cmap=COLOURS, vmin=0, vmax=1, interpolation="none")
         ax.set_facecolor(UNDEFINED)
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.set_title(f"m̃ = {normalised_miscoupling(A[row, column]):.3f}", fontsize="x-small")
+        ax.set_title(f"m̃ = {m[row, column]:.3f}", fontsize="x-small")
         if column == 0:
             ax.set_ylabel(rows[row], fontsize="small")
         if row == len(rows) - 1:
@@ -93,9 +95,3 @@ def coupling_matrices(
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure
-
-
-def normalised_miscoupling(A: Float[np.ndarray, "rank rank"]) -> float:
-    """‖A − Diag A‖_F / ‖A‖_F; NaN where A is 0."""
-    size = np.linalg.norm(A)
-    return float(np.linalg.norm(A - np.diag(np.diag(A))) / size) if size > 0 else float("nan")

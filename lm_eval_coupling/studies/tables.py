@@ -54,7 +54,7 @@ def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
 
 def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFrame:
     """Every document's values of these measures: ``model, revision, weights, task, doc_hash, prompt_hash, measure, depth,
-    value``; of several prompts of a document their mean.
+    value, n_tokens``; of several prompts of a document their mean.
 
     Raises:
         CouplingError: if no record has one of the measures.
@@ -64,10 +64,10 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
         measure = MEASURES[name]
         for record in require(records, [measure.column]).to_dict("records"):
             depth, value = measure.read(record, rank)
-            about = {key: record[key] for key in (*RUN, *DOCUMENT)}
+            about = {key: record[key] for key in (*RUN, *DOCUMENT, "n_tokens")}
             rows.append(pd.DataFrame(about | {"measure": name, "depth": depth, "value": value}))
     keys = [*RUN, *DOCUMENT, "measure", "depth"]
-    return pd.concat(rows).groupby(keys, sort=False, dropna=False, as_index=False)["value"].mean()
+    return pd.concat(rows).groupby(keys, sort=False, dropna=False, as_index=False)[["value", "n_tokens"]].mean()
 
 
 def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -105,7 +105,24 @@ def nanmean(values: np.ndarray) -> np.ndarray:
     return np.where(n, np.nansum(values, axis=0) / np.maximum(n, 1), np.nan)
 
 
-def label(model: str, revision: str, *rest: str) -> str:
-    """Short name of a run for a legend: the last part of the model's name, its revision if that is not main, and more."""
+def recorded(records: pd.DataFrame, measures: Sequence[str], needed: int = 0) -> list[str]:
+    """Those of ``measures`` that were recorded, the first ``needed`` of them whether or not."""
+    return [
+        name
+        for i, name in enumerate(measures)
+        if i < needed or (MEASURES[name].column in records and records[MEASURES[name].column].notna().any())
+    ]
+
+
+def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """``rows`` with what a picture needs: ``panel`` (the measure's label), ``line`` (the run) and ``chance``."""
+    lines = [label(model, revision) for model, revision in zip(rows["model"], rows["revision"], strict=True)]
+    panels = rows["measure"].map(lambda name: MEASURES[name].label)
+    return rows.assign(panel=panels, line=lines, chance=rows["measure"].map(lambda name: MEASURES[name].chance(rank)))
+
+
+def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
+    """Short name of a run: the last part of the model's name, its revision if that is not main, untrained if it is."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
-    return ", ".join([name if revision in (None, "main") else f"{name}@{revision}", *rest])
+    name += f"@{revision}" if revision not in (None, "main") else ""
+    return f"{name}, untrained" if weights == "untrained" else name
