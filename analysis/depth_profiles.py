@@ -1,6 +1,6 @@
 r"""How do norm, straightness, growth, step length and entropy go with depth? Quartiles over documents (paper, fig. 26).
 
-    python analysis/depth_profiles.py OUT [OUT …] --out figures
+python analysis/depth_profiles.py OUT [OUT …] --out figures
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ SPECTRA = ["effective_rank", "participation_ratio"]  # where these were measured
 
 def main(argv=None):
     parser = command.arguments(__doc__)
-    parser.add_argument("--measures", nargs="+", choices=[*PROFILES, *SPECTRA], metavar="M", help=", ".join(PROFILES + SPECTRA))
+    parser.add_argument(
+        "--measures", nargs="+", choices=[*PROFILES, *SPECTRA], metavar="M", help=", ".join(PROFILES + SPECTRA)
+    )
     options = parser.parse_args(argv)
     records = tables.read(options.runs, options.tasks)
     rank = tables.choose_rank(records, options.rank)

@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.runs import load_runs
 
-__all__ = ["COLUMNS", "SCHEMA_VERSION", "find_tables", "load_records", "load_runs", "read_provenance", "require", "write_tables"]
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "find_tables",
+    "load_records",
+    "load_runs",
+    "read_provenance",
+    "require",
+    "write_tables",
+]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"

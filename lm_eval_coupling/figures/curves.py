@@ -51,7 +51,9 @@ def curves(
             curve = curve.sort_values(x)
             style = {"color": colour[line], "linestyle": _style(weights)}
             marker = "o" if len(curve) <= 12 else None
-            ax.plot(curve[x], curve["median"], **style, linewidth=1.3, marker=marker, markersize=3, label=names[line, weights])
+            ax.plot(
+                curve[x], curve["median"], **style, linewidth=1.3, marker=marker, markersize=3, label=names[line, weights]
+            )
             ax.fill_between(curve[x], curve["q25"], curve["q75"], color=colour[line], alpha=0.18, linewidth=0)
         _finish(ax, of)
         ax.set_ylabel(panel, fontsize="small")

@@ -57,26 +57,25 @@ def token_heatmaps(
 
 def coupling_matrices(
     A: Float[np.ndarray, "row column rank rank"],
-    scale: Float[np.ndarray, " row"],
     *,
     rows: Sequence[str],
     columns: Sequence[str],
     title: str | None = None,
 ) -> Figure:
-    """Draw |A| of every pair, in units of the Jacobian's largest singular value (paper, figs. 3, 4, 18–23).
+    """Draw |A| of every pair, each in units of its own largest entry (paper, figs. 3, 4, 18–23).
 
-    A bright diagonal on a dark ground is coupling. Above each matrix stands its m̃; what is not a number is grey.
+    A bright diagonal on a dark ground is coupling. Above each matrix stands its m̃; a matrix of zeros is grey.
 
     Args:
         A: coupling matrices; a row's Jacobian in a column's singular vectors.
-        scale: σ_1 of each row's Jacobian, which no entry of A exceeds.
         rows: names of the Jacobians.
         columns: names of the bases.
         title: stands above all.
     """
     figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=200, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    shown = np.abs(A) / scale[:, None, None, None]
+    largest = np.abs(A).max(axis=(-2, -1), keepdims=True)
+    shown = np.abs(A) / np.where(largest > 0, largest, np.nan)
     m = miscoupling(torch.as_tensor(A), normalized=True)
     for (row, column), ax in np.ndenumerate(axes):
         image = ax.imshow(shown[row, column], cmap=COLOURS, vmin=0, vmax=1, interpolation="none")
@@ -91,7 +90,7 @@ def coupling_matrices(
     figure.supylabel("Jacobian", fontsize="small")
     rank = A.shape[-1]
     figure.supxlabel(f"singular vectors (K = {rank}; m̃ of chance: {chance_level(rank):.3f})", fontsize="small")
-    figure.colorbar(image, ax=axes, shrink=0.7, label="|A| / σ₁ of the Jacobian")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="|A|, largest entry of each = 1")
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled, legend_outside
+from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled
 
 
 def against_number(
@@ -53,7 +53,12 @@ def _rho(found: pd.Series) -> str:
 
 
 def paired_differences(
-    pairs: pd.DataFrame, by_layer: pd.DataFrame, *, names: tuple[str, str], chance: Mapping[str, float], title: str | None = None
+    pairs: pd.DataFrame,
+    by_layer: pd.DataFrame,
+    *,
+    names: tuple[str, str],
+    chance: Mapping[str, float],
+    title: str | None = None,
 ) -> Figure:
     """Draw the same documents in two tasks: each as a point of both values, and the mean difference at every layer.
 
@@ -70,7 +75,9 @@ def paired_differences(
     for ax, panel in zip(axes, panels, strict=False):
         of = pairs[pairs["panel"] == panel].dropna(subset=["first", "second"])
         for (line, weights), points in of.groupby(["line", "weights"], sort=False):
-            hollow = {"facecolors": "none", "edgecolors": colour[line]} if weights == "untrained" else {"color": colour[line]}
+            hollow = (
+                {"facecolors": "none", "edgecolors": colour[line]} if weights == "untrained" else {"color": colour[line]}
+            )
             above = (points["second"] > points["first"]).mean()
             name = f"{line}, {weights} (n = {len(points)}, {above:.0%} higher)"
             ax.scatter(points["first"], points["second"], s=9, linewidths=0.6, alpha=0.7, label=name, **hollow)
@@ -99,7 +106,7 @@ def _differences(ax: Axes, rows: pd.DataFrame, colour: Mapping[str, str]) -> Non
         ax.plot(of["depth"], of["difference"], style, color=colour[line], linewidth=1.2, label=name)
         ax.fill_between(of["depth"], of["low"], of["high"], color=colour[line], alpha=0.18, linewidth=0)
     ax.axhline(0, color="0.5", linewidth=0.8)
-    ax.set_title("coupling of each layer, mean difference and its 95 % interval", fontsize="small")
+    ax.set_title("coupling of each layer: mean difference, 95 %", fontsize="small")
     ax.set_xticks(labelled(int(rows["depth"].max())))
     ax.set_xlabel("layer", fontsize="small")
     ax.tick_params(labelsize="small")

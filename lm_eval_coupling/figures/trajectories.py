@@ -47,11 +47,17 @@ def trajectories(
     return figure
 
 
-def _draw(ax: Axes, ways: Float[np.ndarray, "token point xy"], layers: np.ndarray, depth: Normalize, token: int | None) -> None:
+def _draw(
+    ax: Axes, ways: Float[np.ndarray, "token point xy"], layers: np.ndarray, depth: Normalize, token: int | None
+) -> None:
     for index, way in enumerate(ways):
         thick = index == token
         steps = LineCollection(
-            np.stack([way[:-1], way[1:]], axis=1), cmap=_DEPTH, norm=depth, linewidths=2.2 if thick else 0.7, zorder=1 + thick
+            np.stack([way[:-1], way[1:]], axis=1),
+            cmap=_DEPTH,
+            norm=depth,
+            linewidths=2.2 if thick else 0.7,
+            zorder=1 + thick,
         )
         steps.set_array((layers[:-1] + layers[1:]) / 2)
         ax.add_collection(steps)

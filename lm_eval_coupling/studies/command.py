@@ -20,7 +20,9 @@ def arguments(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
         parser.add_argument("runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
         parser.add_argument("--tasks", nargs="+", metavar="T", help="these tasks only; all by default")
         parser.add_argument("--rank", type=int, metavar="K", help="number of singular vectors (default: 10 if measured)")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder of what is made (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("figures"), metavar="DIR", help="folder of what is made (%(default)s)"
+    )
     return parser
 
 
@@ -30,14 +32,24 @@ def save(folder: Path, name: str, figure: Figure, rows: pd.DataFrame) -> None:
     Raises:
         CouplingError: if the folder cannot be written.
     """
+    save_table(folder, name, rows)
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{suffix}")
+    print(f"{folder / name}.png and .svg")
+
+
+def save_table(folder: Path, name: str, rows: pd.DataFrame) -> None:
+    """Write ``name.csv``.
+
+    Raises:
+        CouplingError: if the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows.to_csv(folder / f"{name}.csv", index=False)
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}")
     except OSError as error:
         raise CouplingError(f"got {folder}, which cannot be written ({error}); choose another with --out") from None
-    print(f"{folder / name}.png, .svg, .csv ({len(rows)} rows)")
+    print(f"{folder / name}.csv: {len(rows)} rows")
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:

@@ -18,6 +18,7 @@ from lm_eval_coupling.statistics import Estimate, as_frame, correlation
 from lm_eval_coupling.studies.tables import RUN
 
 _KEYS = [*RUN, "doc_hash", "measure", "depth"]
+_GROUP = [*RUN, "task", "measure"]  # tasks apart: a difference between two of them is none between their documents
 
 
 def paired(rows: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
@@ -54,24 +55,26 @@ def mean_differences(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
         estimate = Estimate.from_t(known.mean(), stderr, max(n - 1, 1), confidence)
         about = dict(zip([*RUN, "measure", "depth"], key, strict=True))
         counts = {"positive": (known > 0).mean(), "n": n, "undefined": len(group) - n}
-        found.append(about | {"difference": estimate.value, "stderr": stderr, "low": estimate.low, "high": estimate.high} | counts)
+        found.append(
+            about | {"difference": estimate.value, "stderr": stderr, "low": estimate.low, "high": estimate.high} | counts
+        )
     return pd.DataFrame(found)
 
 
 def bins(rows: pd.DataFrame, x: str, number: int = 6) -> pd.DataFrame:
-    """Quartiles of ``value`` in bins of ``x`` with about as many documents each, per run and measure; ``x`` is the bin's
-    mean.
+    """Quartiles of ``value`` in bins of ``x`` with about as many documents each, per run, task and measure; ``x`` is the
+    bin's mean.
     """
     rows = rows.dropna(subset=[x, "value"]).reset_index(drop=True)
-    codes = rows.groupby([*RUN, "measure"], sort=False)[x].transform(lambda v: _bins(v, number))
-    found = rows.groupby([*RUN, "measure", codes.rename("bin")], sort=False).agg(
+    codes = rows.groupby(_GROUP, sort=False)[x].transform(lambda v: _bins(v, number))
+    found = rows.groupby([*_GROUP, codes.rename("bin")], sort=False).agg(
         x=(x, "mean"),
         q25=("value", lambda v: v.quantile(0.25)),
         median=("value", "median"),
         q75=("value", lambda v: v.quantile(0.75)),
         n=("value", "size"),
     )
-    return found.reset_index().sort_values([*RUN, "measure", "bin"]).rename(columns={"x": x})
+    return found.reset_index().sort_values([*_GROUP, "bin"]).rename(columns={"x": x})
 
 
 def _bins(values: pd.Series, number: int) -> pd.Series:
@@ -82,10 +85,10 @@ def _bins(values: pd.Series, number: int) -> pd.Series:
 
 
 def correlations(rows: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Spearman's correlation of every measure with ``x`` over the documents of a run, with interval and permutation test."""
-    groups = list(rows.groupby([*RUN, "measure"], sort=False))
+    """Spearman's correlation of every measure with ``x`` over the documents of a run's task: interval, permutation test."""
+    groups = list(rows.groupby(_GROUP, sort=False))
     found = as_frame(correlation(of[x], of["value"], method="spearman", resamples=999) for _, of in groups)
-    about = pd.DataFrame([dict(zip([*RUN, "measure"], key, strict=True)) for key, _ in groups])
+    about = pd.DataFrame([dict(zip(_GROUP, key, strict=True)) for key, _ in groups])
     return pd.concat([about, found], axis=1)
 
 
@@ -109,7 +112,9 @@ def fields(paths: Iterable[Path | str], column: str, count: str | None = None) -
     numbers = {key: _number(doc.get(column), count) for key, doc in documents.items()}
     if not np.isfinite(list(numbers.values())).any():
         example = next(iter(documents.values())).get(column)
-        raise CouplingError(f"got {column!r} without numbers, such as {str(example)[:80]!r}; give --count TEXT or --csv FILE")
+        raise CouplingError(
+            f"got {column!r} without numbers, such as {str(example)[:80]!r}; give --count TEXT or --csv FILE"
+        )
     return numbers
 
 

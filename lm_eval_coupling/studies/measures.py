@@ -85,10 +85,16 @@ _PAIRS = "normalized_miscoupling"
 MEASURES: dict[str, Measure] = {
     "coupling": Measure("coupling", _PAIRS, lambda r, k: _whole(1 - _mean(miscoupling(r, k))), of_rank=True),
     "layer_coupling": Measure(
-        "its Jacobian in the others' bases", _PAIRS, lambda r, k: _blocks(1 - _mean(miscoupling(r, k), 1)), of_rank=True
+        "coupling, its Jacobian in the others' bases",
+        _PAIRS,
+        lambda r, k: _blocks(1 - _mean(miscoupling(r, k), 1)),
+        of_rank=True,
     ),
     "layer_coupling_as_basis": Measure(
-        "the others' Jacobians in its basis", _PAIRS, lambda r, k: _blocks(1 - _mean(miscoupling(r, k), 0)), of_rank=True
+        "coupling, the others' Jacobians in its basis",
+        _PAIRS,
+        lambda r, k: _blocks(1 - _mean(miscoupling(r, k), 0)),
+        of_rank=True,
     ),
     "line_shape_score": _scalar("line-shape score", "line_shape_score"),
     "expodistance": _scalar("expodistance", "expodistance"),

@@ -16,11 +16,11 @@ RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
 
 
-def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None) -> pd.DataFrame:
+def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, weights: str | None = None) -> pd.DataFrame:
     """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
 
     Raises:
-        CouplingError: if nothing was saved there, or nothing of these tasks.
+        CouplingError: if nothing was saved there, or nothing of these tasks or weights.
     """
     records = pd.concat([load_records(path) for path in paths], ignore_index=True)
     of = records["weights"] if "weights" in records else pd.Series(None, index=records.index, dtype=object)
@@ -32,6 +32,8 @@ def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None) -> pd.
             raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
         records = records[records["task"].isin(tasks)]
     prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
+    if weights:
+        records = require(records, [], weights=weights)
     return records.sort_values("date", kind="stable").drop_duplicates(prompt, keep="last").sort_index()
 
 
@@ -41,7 +43,7 @@ def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
     Raises:
         CouplingError: if they do not.
     """
-    common = sorted(set.intersection(*(set(ranks) for ranks in records["ranks"])))
+    common = common_ranks(records)
     if rank is None and common:
         return 10 if 10 in common else common[0]
     if rank not in common:
@@ -50,6 +52,11 @@ def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
             f"measure again with coupling_ranks={rank or 10}"
         )
     return rank
+
+
+def common_ranks(records: pd.DataFrame) -> list[int]:
+    """The ranks that all records have, ascending."""
+    return sorted(set.intersection(*(set(ranks) for ranks in records["ranks"])))
 
 
 def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFrame:
@@ -74,7 +81,12 @@ def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """``rows`` of :func:`long` summarised over documents: ``mean, stderr, q25, median, q75``, their number ``n``, and how
     many are ``undefined``.
     """
-    values = rows.groupby([*by, "measure", "depth"], sort=False, dropna=False)["value"]
+    return summary(rows, [*by, "measure", "depth"])
+
+
+def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """``mean, stderr, q25, median, q75, n, undefined`` of the column ``value`` in the groups of ``by``."""
+    values = rows.groupby(list(by), sort=False, dropna=False)["value"]
     found = values.agg(
         mean="mean",
         stderr=lambda v: v.std(ddof=1) / np.sqrt(v.notna().sum()),
@@ -116,9 +128,17 @@ def recorded(records: pd.DataFrame, measures: Sequence[str], needed: int = 0) ->
 
 def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
     """``rows`` with what a picture needs: ``panel`` (the measure's label), ``line`` (the run) and ``chance``."""
-    lines = [label(model, revision) for model, revision in zip(rows["model"], rows["revision"], strict=True)]
     panels = rows["measure"].map(lambda name: MEASURES[name].label)
-    return rows.assign(panel=panels, line=lines, chance=rows["measure"].map(lambda name: MEASURES[name].chance(rank)))
+    chances = rows["measure"].map(lambda name: MEASURES[name].chance(rank))
+    return with_line(rows).assign(panel=panels, chance=chances)
+
+
+def with_line(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with a column ``line``: the short name of their run, and the task if there are several."""
+    lines = [label(model, revision) for model, revision in zip(rows["model"], rows["revision"], strict=True)]
+    if "task" in rows and rows["task"].nunique() > 1:
+        lines = [f"{line}, {task}" for line, task in zip(lines, rows["task"], strict=True)]
+    return rows.assign(line=lines)
 
 
 def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
@@ -126,3 +146,29 @@ def label(model: str, revision: str | None = None, weights: str | None = None) -
     name = model.rstrip("/").rsplit("/", 1)[-1]
     name += f"@{revision}" if revision not in (None, "main") else ""
     return f"{name}, untrained" if weights == "untrained" else name
+
+
+def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
+    """The records of the document with this ``doc_id``; all of them for None.
+
+    Raises:
+        CouplingError: if there is no such document.
+    """
+    if doc is None:
+        return records
+    known = sorted(records["doc_id"].unique())
+    if doc not in known:
+        listed = ", ".join(map(str, known[:20])) + (", …" if len(known) > 20 else "")
+        raise CouplingError(f"got document {doc}, which has no such record; choose among {listed}")
+    return records[records["doc_id"] == doc]
+
+
+def chosen(wanted: Sequence[int] | None, known: Sequence[int], number: int) -> list[int]:
+    """``wanted`` layers, or ``number`` of the ``known`` ones spread evenly.
+
+    Raises:
+        CouplingError: if one is not known.
+    """
+    if bad := [layer for layer in wanted or () if layer not in known]:
+        raise CouplingError(f"got layer {bad[0]}, expected one of {', '.join(map(str, known))}")
+    return list(wanted or dict.fromkeys(known[i] for i in np.linspace(0, len(known) - 1, number).round().astype(int)))
