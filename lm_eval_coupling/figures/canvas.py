@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib import colormaps
@@ -15,6 +15,7 @@ COLOURS = "viridis"  # dark where layers are coupled, as `show` has it; legible 
 UNDEFINED = "0.85"  # grey, which the colours above do not have
 _OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _TICKS = 8
+DPI = 200  # of the pictures
 
 
 def grid(
@@ -23,7 +24,7 @@ def grid(
     """A figure with as many axes as asked for, ``columns`` in a row; inches of one panel."""
     columns = min(panels, columns)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), dpi=200, layout="constrained")
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), dpi=DPI, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[panels:]:
         ax.remove()
@@ -32,7 +33,7 @@ def grid(
     return figure, axes[:panels]
 
 
-def colours(names: Sequence[Any]) -> Mapping[Any, Any]:
+def colours(names: Iterable[Any]) -> Mapping[Any, Any]:
     """A colour for every name: one of a few told apart by everybody; of more than these, places on a scale."""
     names = list(dict.fromkeys(names))
     if len(names) <= len(_OKABE_ITO):

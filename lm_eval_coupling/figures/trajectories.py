@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +18,7 @@ _DEPTH = "viridis"
 
 
 def trajectories(
-    prompts: Mapping[str, tuple[Float[np.ndarray, "token point component"], Sequence[float]]],
+    prompts: Mapping[str, tuple[Float[np.ndarray, "_ _ component"], Float[np.ndarray, " component"]]],
     *,
     token: int | None = None,
     title: str | None = None,
@@ -26,7 +26,7 @@ def trajectories(
     """Draw every token's way through the layers: all layers, the shallow half, the deep half (paper, fig. 12).
 
     Args:
-        prompts: coordinates and explained variance under the name of the row; the first two components are drawn.
+        prompts: coordinates [token, point, component] and explained variance under the name of the row; the first two components are drawn.
         token: index of the measured token, which is drawn thicker.
         title: stands above.
 

@@ -153,7 +153,7 @@ def from_csv(file: Path | str, column: str) -> dict[str, float]:
         raise CouplingError(f"got {file}, which is no readable CSV file ({error})") from None
     if missing := [name for name in ("doc_hash", column) if name not in table]:
         raise CouplingError(f"got {file} with the columns {', '.join(table)}, expected one named {missing[0]}")
-    return dict(zip(table["doc_hash"], pd.to_numeric(table[column], errors="coerce"), strict=True))
+    return dict(zip(table["doc_hash"], pd.to_numeric(table[column], errors="coerce").astype(float), strict=True))
 
 
 def against(rows: pd.DataFrame, numbers: dict[str, float], name: str) -> pd.DataFrame:

@@ -60,7 +60,7 @@ def _points(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(0.0, len(values)), np.asarray(values, dtype=np.float64)
 
 
-def _windows(values: np.ndarray, window: float) -> tuple[np.ndarray, np.ndarray]:
+def _windows(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Each window at its centre: the first reaches from the input of block 1 to the output of block ``window``."""
     return np.arange(len(values)) + window / 2, np.asarray(values, dtype=np.float64)
 
@@ -78,7 +78,7 @@ def _of_points(label: str, column: str, **kwargs: bool) -> Measure:
 
 
 def _of_windows(label: str, column: str) -> Measure:
-    return Measure(label, column, lambda record, rank: _windows(record[column], record["window"]))
+    return Measure(label, column, lambda record, rank: _windows(record[column], int(record["window"])))
 
 
 _PAIRS = "normalized_miscoupling"

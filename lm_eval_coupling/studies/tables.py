@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import short_name
 from lm_eval_coupling.records import load_records, require
 from lm_eval_coupling.studies.measures import MEASURES, miscoupling
 
@@ -143,8 +144,7 @@ def with_line(rows: pd.DataFrame) -> pd.DataFrame:
 
 def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
     """Short name of a run: the last part of the model's name, its revision if that is not main, untrained if it is."""
-    name = model.rstrip("/").rsplit("/", 1)[-1]
-    name += f"@{revision}" if revision not in (None, "main") else ""
+    name = short_name(model) + (f"@{revision}" if revision not in (None, "main") else "")
     return f"{name}, untrained" if weights == "untrained" else name
 
 
