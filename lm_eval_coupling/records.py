@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.runs import load_runs
 
-__all__ = ["COLUMNS", "SCHEMA_VERSION", "find_tables", "load_records", "load_runs", "read_provenance", "write_tables"]
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "find_tables",
+    "load_records",
+    "load_runs",
+    "read_provenance",
+    "require",
+    "write_tables",
+]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
@@ -152,6 +161,51 @@ def coupling_of(normalized_miscoupling: np.ndarray) -> float:
     different = ~np.eye(len(normalized_miscoupling), dtype=bool)
     known = normalized_miscoupling[different & ~np.isnan(normalized_miscoupling)].astype(np.float64)
     return 1 - float(known.mean()) if known.size else math.nan
+
+
+_DEFAULT, _TOKENS = "coupling_measures=depth+regularity", ",coupling_tokens=last8"
+_RECORDED_BY = {  # arguments of the model
+    _DEFAULT: ("normalized_miscoupling", "singular_values", "line_shape_score", "expodistance", "norms")
+    + ("windowed_line_shape", "windowed_expodistance", "step_lengths", "equidistance", "entropy"),
+    f"{_DEFAULT}+spectra": ("effective_rank", "participation_ratio", "frobenius_norms", "spectral_norms")
+    + ("depth_slope", "depth_r2"),
+    f"{_DEFAULT}+self{_TOKENS}": ("self_miscoupling",),
+    f"{_DEFAULT}+context{_TOKENS}": ("context_input_miscoupling", "context_output_miscoupling"),
+    "coupling_trajectories=1": ("trajectories", "trajectory_variance"),
+    "coupling_untrained=0": ("untrained weights",),
+}
+
+
+def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | None = None) -> pd.DataFrame:
+    """The records that have all of ``columns``, and these ``weights`` (``trained`` or ``untrained``) where given.
+
+    Raises:
+        CouplingError: if there is none; it says which option of a run records what is missing.
+    """
+    if weights is not None:
+        of = records["weights"] if "weights" in records else pd.Series("trained", index=records.index)
+        records = _some(records[of == weights], records, f"{weights} weights")
+    for column in columns:
+        known = [_is_known(value) for value in records[column]] if column in records else [False] * len(records)
+        records = _some(records[known], records, column)
+    return records
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFrame:
+    if len(kept):
+        return kept
+    tasks = ", ".join(map(str, records["task"].unique()[:5]))
+    measures = list(dict.fromkeys(measure for measured in records["measures"] for measure in measured))
+    option = next((option for option, columns in _RECORDED_BY.items() if needed in columns), _DEFAULT)
+    older = "" if option != _DEFAULT or "regularity" not in measures else "an older release made them or they failed: "
+    raise CouplingError(
+        f"got {len(records)} records of {tasks} with the measures {'+'.join(measures) or 'nothing'}, none with {needed}; "
+        f"{older}measure again with {option}"
+    )
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[Path, dict[str, Any]]]:

@@ -5,7 +5,7 @@ No pyplot, hence no global state: save with ``figure.savefig("name.png")``, the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -15,9 +15,7 @@ from matplotlib.image import AxesImage
 
 from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
-
-COLOURS = "viridis"  # dark where layers are coupled, as `show` has it; legible without colour vision and in grey
-_TICKS = 8
+from lm_eval_coupling.figures.canvas import COLOURS, colour_bar, labelled
 
 
 def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None) -> Figure:
@@ -49,7 +47,7 @@ def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, ra
         image = _layer_image(ax, matrix, low, high)
         ax.set_title(f"{name}\nmean {matrix.mean():.3f}", fontsize="medium")
     axes[0].set_ylabel("Jacobian of layer")
-    _colour_bar(figure, image, axes, rank, chance)
+    colour_bar(figure, image, axes, rank, chance)
     if title:
         figure.suptitle(title)
     return figure
@@ -65,21 +63,8 @@ def _off_diagonal(name: str, matrix: Float[np.ndarray, "layer layer"]) -> np.ma.
 def _layer_image(ax: Axes, matrix: np.ma.MaskedArray, low: float, high: float) -> AxesImage:
     edges = 0.5, len(matrix) + 0.5  # cell l is centred on l
     image = ax.imshow(matrix, cmap=COLOURS, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1]))
-    labelled = _labelled(len(matrix))
-    ax.set_xticks(labelled)
-    ax.set_yticks(labelled)
+    ticks = labelled(len(matrix))
+    ax.set_xticks(ticks)
+    ax.set_yticks(ticks)
     ax.set_xlabel("singular vectors of layer")
     return image
-
-
-def _labelled(layers: int) -> list[int]:
-    """The first layer and the multiples of a round number."""
-    step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= _TICKS * step)
-    return sorted({1, *range(step, layers + 1, step)})
-
-
-def _colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], rank: int, chance: float) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, label=f"normalised miscoupling, K = {rank}")
-    bar.ax.axhline(chance, color="black", linewidth=2)
-    beside = bar.ax.get_yaxis_transform()  # x in widths of the bar, y on its scale
-    bar.ax.text(-0.2, chance, f"chance\n{chance:.3f}", transform=beside, ha="right", va="center", fontsize="small")

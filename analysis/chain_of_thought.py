@@ -1,0 +1,40 @@
+r"""Does "Let's think step by step." change coupling? The same documents in two tasks, paired (zero-shot chain of thought).
+
+lm_eval --model coupling-hf … --tasks gsm8k,gsm8k_cot_zeroshot --num_fewshot 0 --output_path OUT
+python analysis/chain_of_thought.py OUT --first gsm8k --second gsm8k_cot_zeroshot --out figures
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.studies import paired_differences
+from lm_eval_coupling.studies import command, documents, tables
+from lm_eval_coupling.studies.measures import MEASURES
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument("--first", default="gsm8k", metavar="T", help="task without it (%(default)s)")
+    parser.add_argument("--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)")
+    options = parser.parse_args(argv)
+    names = options.first, options.second
+    records = tables.read(options.runs, names)
+    rank = tables.choose_rank(records, options.rank)
+    whole = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    pairs = documents.paired(tables.long(records, [*whole, "layer_coupling"], rank), *names)
+    means = tables.named(documents.mean_differences(pairs), rank)
+    pairs = tables.named(pairs, rank)
+    figure = paired_differences(
+        pairs[pairs["measure"].isin(whole)],
+        means[means["measure"] == "layer_coupling"],
+        names=names,
+        chance={MEASURES["coupling"].label: MEASURES["coupling"].chance(rank)},
+        title=f"The same documents in {names[0]} and {names[1]}, K = {rank}",
+    )
+    command.save(options.out, "chain_of_thought", figure, means)
+    command.save_table(options.out, "chain_of_thought_documents", pairs)
+    columns = ["line", "weights", "measure", "difference", "low", "high", "positive", "n"]
+    print(means.loc[means["measure"].isin(whole), columns].to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

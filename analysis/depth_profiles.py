@@ -1,0 +1,32 @@
+r"""How do norm, straightness, growth, step length and entropy go with depth? Quartiles over documents (paper, fig. 26).
+
+python analysis/depth_profiles.py OUT [OUT …] --out figures
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.curves import curves
+from lm_eval_coupling.studies import command, tables
+from lm_eval_coupling.studies.measures import MEASURES
+
+PROFILES = ["norms", "step_lengths", "windowed_line_shape", "windowed_expodistance", "entropy"]
+SPECTRA = ["effective_rank", "participation_ratio"]  # where these were measured, too
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument(
+        "--measures", nargs="+", choices=[*PROFILES, *SPECTRA], metavar="M", help=", ".join(PROFILES + SPECTRA)
+    )
+    options = parser.parse_args(argv)
+    records = tables.read(options.runs, options.tasks)
+    rank = tables.choose_rank(records, options.rank)
+    measures = options.measures or PROFILES + tables.recorded(records, SPECTRA)
+    rows = tables.named(tables.quartiles(tables.long(records, measures, rank), tables.RUN), rank)
+    log = [MEASURES[name].label for name in measures if MEASURES[name].log]
+    title = "Trajectories with depth: median and quartiles over documents"
+    command.save(options.out, "depth_profiles", curves(rows, log=log, title=title), rows)
+
+
+if __name__ == "__main__":
+    command.run(main)

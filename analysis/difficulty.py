@@ -1,0 +1,44 @@
+r"""Does coupling depend on how difficult a document is? (Paper, fig. 9.)
+
+    python analysis/difficulty.py OUT --tasks hendrycks_math_algebra --column level --out figures
+    python analysis/difficulty.py OUT --tasks gsm8k --column answer --count "<<" --out figures
+    python analysis/difficulty.py OUT --csv difficulty.csv --column difficulty --out figures
+
+The number of a document is taken from its field in lm-eval's samples (--log_samples; from "Level 3" the 3; with --count
+how often a text occurs in it), or from a CSV file with the columns doc_hash and --column.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lm_eval_coupling.figures.studies import against_number
+from lm_eval_coupling.studies import command, documents, tables
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument("--column", required=True, metavar="NAME", help="field of the documents, or column of the CSV file")
+    parser.add_argument("--count", metavar="TEXT", help="how often TEXT occurs in the field")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="with the columns doc_hash and NAME")
+    options = parser.parse_args(argv)
+    records = tables.read(options.runs, options.tasks, weights="trained")
+    rank = tables.choose_rank(records, options.rank)
+    if options.csv:
+        numbers = documents.from_csv(options.csv, options.column)
+    else:
+        numbers = documents.fields(options.runs, options.column, options.count)
+    measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    rows = tables.named(documents.against(tables.long(records, measures, rank), numbers, "difficulty"), rank)
+    bins = tables.named(documents.bins(rows, "difficulty"), rank)
+    found = tables.named(documents.correlations(rows, "difficulty"), rank)
+    name = f"{options.column}: times {options.count!r}" if options.count else options.column
+    title = f"Documents by difficulty, K = {rank}; large: medians and quartiles of bins"
+    figure = against_number(rows, bins, found, x="difficulty", x_label=name, title=title)
+    command.save(options.out, "difficulty", figure, rows)
+    command.save_table(options.out, "difficulty_correlations", found)
+    print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

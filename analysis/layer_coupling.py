@@ -1,0 +1,28 @@
+r"""How strongly is each layer coupled to the others? Median over documents with quartiles, beside chance (paper, fig. 15).
+
+python analysis/layer_coupling.py OUT [OUT …] --tasks gsm8k --out figures
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.curves import curves
+from lm_eval_coupling.studies import command, tables
+from lm_eval_coupling.studies.measures import MEASURES
+
+
+def main(argv=None):
+    options = command.arguments(__doc__).parse_args(argv)
+    records = tables.read(options.runs, options.tasks)
+    rank = tables.choose_rank(records, options.rank)
+    values = tables.long(records, ["layer_coupling", "layer_coupling_as_basis"], rank)
+    rows = tables.named(tables.quartiles(values, tables.RUN), rank)
+    title = f"Coupling of each layer, K = {rank}: median and quartiles over documents"
+    command.save(options.out, "layer_coupling", curves(rows, columns=2, title=title), rows)
+    for line, of in rows[rows["measure"] == "layer_coupling"].groupby(["line", "weights"], sort=False):
+        best = of.loc[of["median"].idxmax()]
+        chance = MEASURES["layer_coupling"].chance(rank)
+        print(f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,28 @@
+r"""Does coupling depend on the length of the prompt? (Paper, fig. 9.)
+
+python analysis/prompt_length.py OUT [OUT …] --tasks gsm8k --out figures
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.studies import against_number
+from lm_eval_coupling.studies import command, documents, tables
+
+
+def main(argv=None):
+    options = command.arguments(__doc__).parse_args(argv)
+    records = tables.read(options.runs, options.tasks, weights="trained")
+    rank = tables.choose_rank(records, options.rank)
+    measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    rows = tables.named(tables.long(records, measures, rank), rank)
+    bins = tables.named(documents.bins(rows, "n_tokens"), rank)
+    found = tables.named(documents.correlations(rows, "n_tokens"), rank)
+    title = f"Documents by the length of their prompt, K = {rank}; large: medians and quartiles of bins"
+    figure = against_number(rows, bins, found, x="n_tokens", x_label="tokens of the prompt", title=title)
+    command.save(options.out, "prompt_length", figure, rows)
+    command.save_table(options.out, "prompt_length_correlations", found)
+    print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

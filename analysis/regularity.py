@@ -1,0 +1,27 @@
+r"""How straight, how exponential, how even are trajectories, trained beside untrained? (Paper, figs. 5 and 25.)
+
+    python analysis/regularity.py OUT [OUT …] --out figures
+
+The untrained bars are there if the runs measured the twin (coupling_untrained=0).
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.curves import quartile_bars
+from lm_eval_coupling.studies import command, tables
+
+
+def main(argv=None):
+    options = command.arguments(__doc__).parse_args(argv)
+    records = tables.read(options.runs, options.tasks)
+    rank = tables.choose_rank(records, options.rank)
+    measures = tables.recorded(records, ["line_shape_score", "expodistance", "equidistance"], needed=2)
+    values = tables.long(records, measures, rank)
+    rows = tables.named(tables.quartiles(values, tables.RUN), rank)
+    title = "Regularity of trajectories: median and quartiles over documents"
+    command.save(options.out, "regularity", quartile_bars(rows, columns=len(measures), title=title), rows)
+    print(rows[["line", "weights", "measure", "q25", "median", "q75", "n", "undefined"]].to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

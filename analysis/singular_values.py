@@ -1,0 +1,35 @@
+r"""How do singular values of the blocks scale with depth, and is 1/σ a straight line? (Paper, figs. 33 and 34.)
+
+    python analysis/singular_values.py OUT [OUT …] --indices 1 3 10 30 --out figures
+
+Lines are fitted to the medians over documents; where the runs measured spectra, the table has the medians of the fits of
+single prompts, too.
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.curves import singular_values as draw
+from lm_eval_coupling.studies import command, spectra, tables
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument(
+        "--indices", type=int, nargs="+", metavar="k", help="which ones, from 1 (default: 1 3 10 … measured)"
+    )
+    options = parser.parse_args(argv)
+    records = tables.read(options.runs, options.tasks)
+    most = tables.common_ranks(records)[-1]
+    indices = options.indices or [k for k in (1, 3, 10, 30) if k <= most]
+    rows = tables.summary(spectra.singular_values(records, indices), [*tables.RUN, "k", "depth"])
+    fits = spectra.inverse_fits(rows)
+    if "depth_slope" in records and records["depth_slope"].notna().any():
+        fits = fits.merge(spectra.document_fits(records, indices))
+    rows, fits = tables.with_line(rows), tables.with_line(fits)
+    title = "Singular values of the blocks with depth: median and quartiles over documents"
+    command.save(options.out, "singular_values", draw(rows, fits, title=title), rows.merge(fits))
+    print(fits.drop(columns=[*tables.RUN[:2]]).to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

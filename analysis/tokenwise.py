@@ -1,0 +1,50 @@
+r"""Are the Jacobians of different tokens coupled? Self-coupling and context coupling (paper, figs. 18–23).
+
+    python analysis/tokenwise.py OUT --kind self --out figures
+    python analysis/tokenwise.py OUT --kind context_input --doc 3 --out figures
+
+The runs must have measured it: coupling_measures=depth+regularity+self+context,coupling_tokens=last8. The coupling
+matrices themselves draws coupling_matrices.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_coupling.figures.matrices import token_heatmaps
+from lm_eval_coupling.records import require
+from lm_eval_coupling.studies import command, tables, tokens
+
+PANELS = 4  # layers, spread over those measured
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument("--kind", choices=[*tokens.KINDS], default="self")
+    parser.add_argument("--doc", type=int, metavar="N", help="of the document with this doc_id only, not the mean")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="l", help=f"to draw, from 1 (default: {PANELS} of those measured)"
+    )
+    options = parser.parse_args(argv)
+    kind = tokens.KINDS[options.kind]
+    records = require(tables.read(options.runs, options.tasks), [kind.column])
+    rank = tables.choose_rank(records, options.rank)
+    records = tables.of_document(records, options.doc)
+    panels, rows = {}, []
+    for run, of in records.groupby(tables.RUN, sort=False):
+        found = tokens.token_pairs(of, options.kind, rank)
+        for layer in tables.chosen(options.layers, found.layers, PANELS):
+            at = found.layers.index(layer)
+            panels[f"{tables.label(*run)}, layer {layer} (n = {found.n})"] = found.miscoupling[at, at]
+        rows.append(found.rows().assign(**dict(zip(tables.RUN, run, strict=True))))
+        pairs = found.by_layers()
+        every, within = 1 - np.nanmean(pairs), 1 - np.nanmean(np.diag(pairs))
+        print(f"{tables.label(*run)}: {kind.label} of different tokens {every:.4f}, within a layer {within:.4f}")
+    title = f"{kind.label}, K = {rank}: miscoupling of tokens within a layer"
+    figure = token_heatmaps(panels, tokens=found.tokens, rank=rank, title=title)
+    command.save(options.out, f"tokenwise_{options.kind}", figure, pd.concat(rows))
+
+
+if __name__ == "__main__":
+    command.run(main)

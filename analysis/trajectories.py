@@ -1,0 +1,45 @@
+r"""Which way do the tokens of a prompt take through the layers? PCA fitted on the last layer (paper, fig. 12).
+
+    python analysis/trajectories.py OUT --tasks arc_easy --doc 3 --out figures
+
+The runs must have recorded trajectories (coupling_trajectories=1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_coupling.figures.trajectories import trajectories as draw
+from lm_eval_coupling.records import require
+from lm_eval_coupling.studies import command, tables
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument("--doc", type=int, metavar="N", help="doc_id; by default of the first document that has them")
+    options = parser.parse_args(argv)
+    records = require(tables.read(options.runs, options.tasks), ["trajectories", "trajectory_variance"])
+    doc = int(records["doc_id"].iloc[0]) if options.doc is None else options.doc
+    chosen = tables.of_document(records, doc)
+    chosen = chosen[chosen["task"] == chosen["task"].iloc[0]].drop_duplicates(tables.RUN)
+    prompts = {
+        tables.label(*(record[key] for key in tables.RUN)): (record["trajectories"], record["trajectory_variance"])
+        for record in chosen.to_dict("records")
+    }
+    one = chosen.iloc[0]
+    title = f"{one['task']}, document {one['doc_id']}: {one['n_tokens']} tokens, thick the measured one"
+    rows = pd.concat([coordinates(record) for record in chosen.to_dict("records")])
+    command.save(options.out, "trajectories", draw(prompts, token=int(one["position"]), title=title), rows)
+
+
+def coordinates(record: dict) -> pd.DataFrame:
+    """One row for every token and layer."""
+    ways = record["trajectories"]
+    token, layer = (index.ravel() for index in np.indices(ways.shape[:2]))
+    about = {key: record[key] for key in (*tables.RUN, *tables.DOCUMENT)} | {"token": token, "layer": layer}
+    return pd.DataFrame(about | {f"component_{i + 1}": ways[..., i].ravel() for i in range(ways.shape[-1])})
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,75 @@
+"""What the pictures have in common: colours told apart without colour vision, panels in a grid, the line of chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+COLOURS = "viridis"  # dark where layers are coupled, as `show` has it; legible without colour vision and in grey
+UNDEFINED = "0.85"  # grey, which the colours above do not have
+_OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_TICKS = 8
+DPI = 200  # of the pictures
+
+
+def grid(
+    panels: int, *, width: float = 3.4, height: float = 3.0, columns: int = 3, title: str | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure with as many axes as asked for, ``columns`` in a row; inches of one panel."""
+    columns = min(panels, columns)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[panels:]:
+        ax.remove()
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure, axes[:panels]
+
+
+def colours(names: Iterable[Any]) -> Mapping[Any, Any]:
+    """A colour for every name: one of a few told apart by everybody; of more than these, places on a scale."""
+    names = list(dict.fromkeys(names))
+    if len(names) <= len(_OKABE_ITO):
+        return dict(zip(names, _OKABE_ITO, strict=False))
+    return {name: colormaps["viridis"](0.92 * i / (len(names) - 1)) for i, name in enumerate(names)}
+
+
+def chance_line(ax: Axes, chance: float) -> None:
+    """A dotted line across the panel, named."""
+    ax.axhline(chance, color="black", linewidth=1, linestyle=":")
+    place = ax.get_yaxis_transform()
+    ax.text(0.99, chance, f"chance {chance:.3f}", transform=place, ha="right", va="bottom", fontsize="x-small")
+
+
+def legend_outside(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels, below them, each name once."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
+    if entries:
+        columns = 1 if max(map(len, entries)) > 60 or len(entries) < 3 else 2
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize="x-small", frameon=False
+        )
+
+
+def labelled(layers: int) -> list[int]:
+    """The first layer and the multiples of a round number."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= _TICKS * step)
+    return sorted({1, *range(step, layers + 1, step)})
+
+
+def colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], rank: int, chance: float) -> None:
+    """Beside the panels, with the chance level marked."""
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, label=f"normalised miscoupling, K = {rank}")
+    bar.ax.axhline(chance, color="black", linewidth=2)
+    beside = bar.ax.get_yaxis_transform()  # x in widths of the bar, y on its scale
+    bar.ax.text(-0.2, chance, f"chance\n{chance:.3f}", transform=beside, ha="right", va="center", fontsize="small")

@@ -1,0 +1,96 @@
+"""Matrices as images: miscoupling of pairs of tokens, and coupling matrices |A| themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from lm_eval_coupling.coupling import chance_level, miscoupling
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid
+
+
+def token_heatmaps(
+    panels: Mapping[str, Float[np.ndarray, "token token"]],
+    *,
+    tokens: Sequence[int],
+    rank: int,
+    axes_names: tuple[str, str] = ("Jacobian at token", "singular vectors at token"),
+    title: str | None = None,
+) -> Figure:
+    """Draw normalised miscoupling token by token, panels on one colour scale that marks chance (paper, figs. 18–23).
+
+    What is not a number is grey.
+
+    Args:
+        panels: a matrix m̃[t, t'] under the name that stands above it.
+        tokens: positions of the tokens in the prompt, from 0.
+        rank: number K of singular vectors they were measured with.
+        axes_names: what rows and columns are.
+        title: stands above all panels.
+
+    Raises:
+        CouplingError: if there is no panel, or none with a number.
+    """
+    finite = [matrix[np.isfinite(matrix)] for matrix in panels.values()]
+    if not any(len(values) for values in finite):
+        raise CouplingError("got no pair of tokens with a number, expected at least one token-by-token matrix")
+    chance = chance_level(rank)
+    values = np.concatenate([*finite, [chance]])
+    figure, axes = grid(len(panels), width=3.1, height=3.3, columns=4, title=title)
+    for ax, (name, matrix) in zip(axes, panels.items(), strict=True):
+        image = ax.imshow(matrix, cmap=COLOURS, vmin=values.min(), vmax=values.max(), interpolation="none")
+        ax.set_facecolor(UNDEFINED)
+        undefined = np.isnan(matrix).sum()
+        ax.set_title(name + (f"\n({undefined} undefined, grey)" if undefined else ""), fontsize="small")
+        ax.set_xticks(range(len(tokens)), tokens, fontsize="x-small")
+        ax.set_yticks(range(len(tokens)), tokens, fontsize="x-small")
+        ax.set_ylabel(axes_names[0], fontsize="small")
+        ax.set_xlabel(axes_names[1], fontsize="small")
+    colour_bar(figure, image, axes, rank, chance)
+    return figure
+
+
+def coupling_matrices(
+    A: Float[np.ndarray, "row column rank rank"],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str | None = None,
+) -> Figure:
+    """Draw |A| of every pair, each in units of its own largest entry (paper, figs. 3, 4, 18–23).
+
+    A bright diagonal on a dark ground is coupling. Above each matrix stands its m̃; a matrix of zeros is grey.
+
+    Args:
+        A: coupling matrices; a row's Jacobian in a column's singular vectors.
+        rows: names of the Jacobians.
+        columns: names of the bases.
+        title: stands above all.
+    """
+    figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=200, layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    largest = np.abs(A).max(axis=(-2, -1), keepdims=True)
+    shown = np.abs(A) / np.where(largest > 0, largest, np.nan)
+    m = miscoupling(torch.as_tensor(A), normalized=True)
+    for (row, column), ax in np.ndenumerate(axes):
+        image = ax.imshow(shown[row, column], cmap=COLOURS, vmin=0, vmax=1, interpolation="none")
+        ax.set_facecolor(UNDEFINED)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_title(f"m̃ = {m[row, column]:.3f}", fontsize="x-small")
+        if column == 0:
+            ax.set_ylabel(rows[row], fontsize="small")
+        if row == len(rows) - 1:
+            ax.set_xlabel(columns[column], fontsize="small")
+    figure.supylabel("Jacobian", fontsize="small")
+    rank = A.shape[-1]
+    figure.supxlabel(f"singular vectors (K = {rank}; m̃ of chance: {chance_level(rank):.3f})", fontsize="small")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="|A|, largest entry of each = 1")
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure

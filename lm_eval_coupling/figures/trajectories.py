@@ -1,0 +1,66 @@
+"""Token trajectories through the layers, in the principal components of their end points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from lm_eval_coupling.figures.canvas import grid
+
+_DEPTH = "viridis"
+
+
+def trajectories(
+    prompts: Mapping[str, tuple[Float[np.ndarray, "_ _ component"], Float[np.ndarray, " component"]]],
+    *,
+    token: int | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw every token's way through the layers: all layers, the shallow half, the deep half (paper, fig. 12).
+
+    Args:
+        prompts: coordinates [token, point, component] and explained variance under the name of the row; the first two components are drawn.
+        token: index of the measured token, which is drawn thicker.
+        title: stands above.
+
+    Returns:
+        The figure: one row per prompt, three panels each; colour is depth from 0, a dot the end of each part.
+    """
+    figure, axes = grid(3 * len(prompts), width=3.2, columns=3, title=title)
+    for row, (name, (coordinates, variance)) in enumerate(prompts.items()):
+        points = coordinates.shape[1]
+        depth = Normalize(0, points - 1)
+        parts = {"all layers": (0, points), "shallow half": (0, points // 2 + 1), "deep half": (points // 2, points)}
+        for ax, (part, (first, last)) in zip(axes[3 * row : 3 * row + 3], parts.items(), strict=True):
+            _draw(ax, coordinates[:, first:last, :2], np.arange(first, last), depth, token)
+            ax.set_title(f"{name}: {part}", fontsize="small")
+            ax.set_xlabel(f"component 1 ({variance[0]:.0%} of the last layer's variance)", fontsize="x-small")
+            ax.set_ylabel(f"component 2 ({variance[1]:.0%})", fontsize="x-small")
+        figure.colorbar(ScalarMappable(depth, _DEPTH), ax=axes[3 * row + 2], label="after layer")
+    return figure
+
+
+def _draw(
+    ax: Axes, ways: Float[np.ndarray, "token point xy"], layers: np.ndarray, depth: Normalize, token: int | None
+) -> None:
+    for index, way in enumerate(ways):
+        thick = index == token
+        steps = LineCollection(
+            np.stack([way[:-1], way[1:]], axis=1),
+            cmap=_DEPTH,
+            norm=depth,
+            linewidths=2.2 if thick else 0.7,
+            zorder=1 + thick,
+        )
+        steps.set_array((layers[:-1] + layers[1:]) / 2)
+        ax.add_collection(steps)
+    ax.scatter(*ways[:, -1].T, s=6, color="black", zorder=3)
+    ax.autoscale_view()
+    ax.tick_params(labelsize="x-small")

@@ -1,0 +1,174 @@
+"""Records in, tidy tables out: which records a study takes, its measures in rows, and their quartiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import short_name
+from lm_eval_coupling.records import load_records, require
+from lm_eval_coupling.studies.measures import MEASURES, miscoupling
+
+RUN = ["model", "revision", "weights"]
+DOCUMENT = ["task", "doc_hash", "prompt_hash"]
+
+
+def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, weights: str | None = None) -> pd.DataFrame:
+    """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
+
+    Raises:
+        CouplingError: if nothing was saved there, or nothing of these tasks or weights.
+    """
+    records = pd.concat([load_records(path) for path in paths], ignore_index=True)
+    of = records["weights"] if "weights" in records else pd.Series(None, index=records.index, dtype=object)
+    records["weights"] = of.where(of.notna(), "trained")
+    records["revision"] = records["revision"].fillna("main")
+    if tasks and not records["task"].isin(tasks).all():
+        known = sorted(records["task"].unique())
+        if unknown := [task for task in tasks if task not in known]:
+            raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
+        records = records[records["task"].isin(tasks)]
+    prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
+    if weights:
+        records = require(records, [], weights=weights)
+    return records.sort_values("date", kind="stable").drop_duplicates(prompt, keep="last").sort_index()
+
+
+def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
+    """``rank`` if all records have it; without one 10, or else the smallest that all have.
+
+    Raises:
+        CouplingError: if they do not.
+    """
+    common = common_ranks(records)
+    if rank is None and common:
+        return 10 if 10 in common else common[0]
+    if rank not in common:
+        raise CouplingError(
+            f"got rank {rank}, expected one that all records have ({', '.join(map(str, common)) or 'there is none'}); "
+            f"measure again with coupling_ranks={rank or 10}"
+        )
+    return rank
+
+
+def common_ranks(records: pd.DataFrame) -> list[int]:
+    """The ranks that all records have, ascending."""
+    return sorted(set.intersection(*(set(ranks) for ranks in records["ranks"])))
+
+
+def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFrame:
+    """Every document's values of these measures: ``model, revision, weights, task, doc_hash, prompt_hash, measure, depth,
+    value, n_tokens``; of several prompts of a document their mean.
+
+    Raises:
+        CouplingError: if no record has one of the measures.
+    """
+    rows = []
+    for name in measures:
+        measure = MEASURES[name]
+        for record in require(records, [measure.column]).to_dict("records"):
+            depth, value = measure.read(record, rank)
+            about = {key: record[key] for key in (*RUN, *DOCUMENT, "n_tokens")}
+            rows.append(pd.DataFrame(about | {"measure": name, "depth": depth, "value": value}))
+    keys = [*RUN, *DOCUMENT, "measure", "depth"]
+    return pd.concat(rows).groupby(keys, sort=False, dropna=False, as_index=False)[["value", "n_tokens"]].mean()
+
+
+def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """``rows`` of :func:`long` summarised over documents: ``mean, stderr, q25, median, q75``, their number ``n``, and how
+    many are ``undefined``.
+    """
+    return summary(rows, [*by, "measure", "depth"])
+
+
+def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """``mean, stderr, q25, median, q75, n, undefined`` of the column ``value`` in the groups of ``by``."""
+    values = rows.groupby(list(by), sort=False, dropna=False)["value"]
+    found = values.agg(
+        mean="mean",
+        stderr=lambda v: v.std(ddof=1) / np.sqrt(v.notna().sum()),
+        q25=lambda v: v.quantile(0.25),
+        median="median",
+        q75=lambda v: v.quantile(0.75),
+        n="count",
+        undefined=lambda v: v.isna().sum(),
+    )
+    return found.reset_index()
+
+
+def mean_matrices(records: pd.DataFrame, rank: int, by: Sequence[str] = RUN) -> dict[tuple, tuple[np.ndarray, int]]:
+    """m̃[layer, layer'] averaged over the documents of every group, NaN on the diagonal, and the number of documents."""
+    found = {}
+    for key, group in require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False):
+        documents = [
+            nanmean(np.stack([miscoupling(record, rank) for record in prompts.to_dict("records")]))
+            for _, prompts in group.groupby(DOCUMENT, sort=False)
+        ]
+        found[key] = nanmean(np.stack(documents)), len(documents)
+    return found
+
+
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is defined; NaN, without a warning, where nothing is."""
+    n = np.isfinite(values).sum(axis=0)
+    return np.where(n, np.nansum(values, axis=0) / np.maximum(n, 1), np.nan)
+
+
+def recorded(records: pd.DataFrame, measures: Sequence[str], needed: int = 0) -> list[str]:
+    """Those of ``measures`` that were recorded, the first ``needed`` of them whether or not."""
+    return [
+        name
+        for i, name in enumerate(measures)
+        if i < needed or (MEASURES[name].column in records and records[MEASURES[name].column].notna().any())
+    ]
+
+
+def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """``rows`` with what a picture needs: ``panel`` (the measure's label), ``line`` (the run) and ``chance``."""
+    panels = rows["measure"].map(lambda name: MEASURES[name].label)
+    chances = rows["measure"].map(lambda name: MEASURES[name].chance(rank))
+    return with_line(rows).assign(panel=panels, chance=chances)
+
+
+def with_line(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with a column ``line``: the short name of their run, and the task if there are several."""
+    lines = [label(model, revision) for model, revision in zip(rows["model"], rows["revision"], strict=True)]
+    if "task" in rows and rows["task"].nunique() > 1:
+        lines = [f"{line}, {task}" for line, task in zip(lines, rows["task"], strict=True)]
+    return rows.assign(line=lines)
+
+
+def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
+    """Short name of a run: the last part of the model's name, its revision if that is not main, untrained if it is."""
+    name = short_name(model) + (f"@{revision}" if revision not in (None, "main") else "")
+    return f"{name}, untrained" if weights == "untrained" else name
+
+
+def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
+    """The records of the document with this ``doc_id``; all of them for None.
+
+    Raises:
+        CouplingError: if there is no such document.
+    """
+    if doc is None:
+        return records
+    known = sorted(records["doc_id"].unique())
+    if doc not in known:
+        listed = ", ".join(map(str, known[:20])) + (", …" if len(known) > 20 else "")
+        raise CouplingError(f"got document {doc}, which has no such record; choose among {listed}")
+    return records[records["doc_id"] == doc]
+
+
+def chosen(wanted: Sequence[int] | None, known: Sequence[int], number: int) -> list[int]:
+    """``wanted`` layers, or ``number`` of the ``known`` ones spread evenly.
+
+    Raises:
+        CouplingError: if one is not known.
+    """
+    if bad := [layer for layer in wanted or () if layer not in known]:
+        raise CouplingError(f"got layer {bad[0]}, expected one of {', '.join(map(str, known))}")
+    return list(wanted or dict.fromkeys(known[i] for i in np.linspace(0, len(known) - 1, number).round().astype(int)))
