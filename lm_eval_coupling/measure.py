@@ -17,8 +17,10 @@ from lm_eval_coupling import regularity
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
 from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
+from lm_eval_coupling.tokenwise import chosen_layers, chosen_tokens, context_coupling, influence, self_coupling
 
-MEASURES = ("depth", "regularity")
+TOKENWISE = {"spectra": influence, "self": self_coupling, "context": context_coupling}
+MEASURES = ("depth", "regularity", *TOKENWISE)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MEASUREMENT_VERSION = 1  # raised whenever the same settings would give other numbers
 REGULARITY_VERSION = 2  # the same for what is measured of the trajectory alone; couplings of other versions stay comparable
@@ -34,6 +36,9 @@ class Settings:
     dtype: str = "float32"
     method: str = "auto"
     window: int | None = None  # None: WINDOW, or all blocks of a shallower model
+    tokens: str = "last8"  # of self- and context coupling, see tokenwise.py
+    layers: str = "spaced4"
+    trajectories: bool = False
 
     def __post_init__(self) -> None:
         if not self.ranks or any(not isinstance(k, int) or k < 1 for k in self.ranks):
@@ -46,6 +51,8 @@ class Settings:
         check_method(self.method)
         if self.window is not None and self.window < 1:
             raise CouplingError(f"got a window of {self.window} blocks, expected at least 1")
+        if self.tokens != "all":
+            chosen_tokens(self.tokens, 10**6)  # is it a choice of tokens at all? How long prompts are is seen later
 
     def check_shape(self, d_model: int, n_layers: int | None = None) -> None:
         """Refuse ranks that the model is too narrow for, and a window that it is too shallow for."""
@@ -53,6 +60,8 @@ class Settings:
             raise CouplingError(
                 f"got coupling rank {self.ranks[-1]} for a model with d_model = {d_model}; choose ranks of at most {d_model}"
             )
+        if n_layers is not None:
+            chosen_layers(self.layers, n_layers)
         if None not in (self.window, n_layers) and self.window > n_layers:
             raise CouplingError(
                 f"got a window of {self.window} blocks for a model of {n_layers}, give a coupling_window of at most that"
@@ -63,6 +72,10 @@ class Settings:
         plain = dataclasses.asdict(self)
         if self.window is None:
             del plain["window"]
+        if not {"self", "context"} & {*self.measures}:
+            del plain["tokens"], plain["layers"]
+        if not self.trajectories:
+            del plain["trajectories"]
         versions = {"measurement_version": MEASUREMENT_VERSION}
         if "regularity" in self.measures:
             versions["regularity_version"] = REGULARITY_VERSION
@@ -105,6 +118,21 @@ class PromptCoupling:
     step_lengths: np.ndarray | None = None  # layer
     equidistance: float = math.nan  # coefficient of variation of the step lengths
     entropy: np.ndarray | None = None  # layer + 1, nats, of the logits decoded there
+    trajectories: np.ndarray | None = None  # seq layer + 1 component, at most 3 principal components of the last layer
+    trajectory_variance: np.ndarray | None = None  # component: share of the last layer's variance
+    effective_rank: np.ndarray | None = None  # layer
+    participation_ratio: np.ndarray | None = None  # layer
+    frobenius_norms: np.ndarray | None = None  # layer seq, of the Jacobian from every token to the measured one
+    spectral_norms: np.ndarray | None = None  # layer seq
+    depth_slope: np.ndarray | None = None  # max_rank: of 1/σ_k over depth
+    depth_r2: np.ndarray | None = None  # max_rank
+    self_tokens: tuple[int, ...] | None = None
+    self_layers: tuple[int, ...] | None = None
+    self_miscoupling: np.ndarray | None = None  # rank layer layer token token
+    context_tokens: tuple[int, ...] | None = None
+    context_layers: tuple[int, ...] | None = None
+    context_input_miscoupling: np.ndarray | None = None  # rank layer layer token token, NaN where a Jacobian is zero
+    context_output_miscoupling: np.ndarray | None = None  # rank layer layer token token
     seconds: float = 0.0
     reason: str | None = None
 
@@ -126,10 +154,13 @@ class PromptCoupling:
         """Inverse of :meth:`to_columns`; unknown columns are ignored."""
         names = {f.name for f in dataclasses.fields(cls)}
         values = {name: value for name, value in columns.items() if name in names}
-        for name in ("tokens", "ranks", "measures", "method"):
+        for name in _TUPLES:
             if values.get(name) is not None:
                 values[name] = tuple(np.asarray(values[name]).tolist())
         return cls(**values)
+
+
+_TUPLES = ("tokens", "ranks", "measures", "method", "self_tokens", "self_layers", "context_tokens", "context_layers")
 
 
 class _Unmeasurable(RuntimeError):
@@ -146,6 +177,9 @@ def measure_coupling(
     dtype: str = "float32",
     method: str = "auto",
     window: int | None = None,
+    tokens: str = "last8",
+    layers: str = "spaced4",
+    trajectories: bool = False,
     progress: bool = True,
 ) -> list[PromptCoupling]:
     """Measure block coupling at one token of each prompt.
@@ -154,11 +188,14 @@ def measure_coupling(
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
         prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are.
         ranks: numbers K of top singular vectors.
-        measures: any of ``depth``, ``regularity``.
+        measures: any of ``depth``, ``regularity``, ``spectra``, ``self``, ``context``.
         position: token whose trajectory is measured; negative counts from the end.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
         method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
         window: blocks of the windowed line-shape score and expodistance; 11, or all of a shallower model's, unless given.
+        tokens: of self- and context coupling: ``all``, ``lastN``, ``firstN``, ``randomN`` or positions such as ``0+3+-1``.
+        layers: of self- and context coupling: ``all``, ``spacedN`` or blocks such as ``0+10+29``.
+        trajectories: keep the principal components of all tokens' trajectories (with ``regularity``).
         progress: show a progress bar.
 
     Returns:
@@ -167,7 +204,7 @@ def measure_coupling(
     Raises:
         CouplingError: for settings that no prompt could be measured with.
     """
-    settings = Settings(tuple(ranks), tuple(measures), dtype, method, window)
+    settings = Settings(tuple(ranks), tuple(measures), dtype, method, window, tokens, layers, trajectories)
     settings.check_shape(model.d_model, model.n_layers)
     encoded = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     records: dict[int, PromptCoupling] = {}
@@ -242,7 +279,20 @@ def _measure(model, prompts: Sequence[Sequence[int]], positions: Sequence[int], 
     if depth:
         blocks = jacobians_of_traces(traces, positions, settings.method)
         found = [_and(regular, _depth(J, settings)) for regular, J in zip(found, blocks, strict=True)]
+        del blocks
+    for i, (trace, token) in enumerate(zip(traces, positions, strict=True)):
+        for name in settings.measures:
+            if name in TOKENWISE:
+                found[i] = _and(found[i], _tokenwise(name, trace, token, settings))
     return found
+
+
+def _tokenwise(name: str, trace, token: int, settings: Settings) -> dict[str, Any]:
+    """One measure over tokens; where it fails, the others are kept."""
+    try:
+        return TOKENWISE[name](trace, token, settings)
+    except Exception as error:
+        return {"reason": f"no {name}: {_in_words(error)}"}
 
 
 def _and(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -282,8 +332,14 @@ def _regularity(model, trace, token: int, settings: Settings) -> dict[str, Any]:
         "step_lengths": _array(regularity.step_lengths(trajectory)),
         "equidistance": regularity.equidistance(trajectory).item(),
         "entropy": entropy,
+        **(_trajectories(trace) if settings.trajectories else {}),
         "reason": "; ".join(reasons) or None,
     }
+
+
+def _trajectories(trace) -> dict[str, np.ndarray]:
+    points, share = regularity.principal_trajectories(_off_mps(trace.trajectories(slice(None))))
+    return {"trajectories": _array(points), "trajectory_variance": _array(share)}
 
 
 def _line_shape_scores(trace, at_once: int = 64) -> np.ndarray:

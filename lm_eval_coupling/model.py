@@ -26,12 +26,14 @@ from lm_eval_coupling import plugin, records
 from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fingerprint import fingerprint
+from lm_eval_coupling.jacobians import resolve_token
 from lm_eval_coupling.measure import PromptCoupling, Settings, groups, measure_prompts
 from lm_eval_coupling.prompts import Prompt, document_prompts
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.sampling import DocumentKey, choose
 from lm_eval_coupling.store import MeasurementStore, default_store_path
 from lm_eval_coupling.summary import document_value, headline_rank, mean_and_error, summarize
+from lm_eval_coupling.tokenwise import cost
 from lm_eval_coupling.untrained import untrained_twin
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
@@ -62,6 +64,9 @@ class Options:
         dtype: str = "float32",
         method: str = "auto",
         window: Any = None,
+        tokens: Any = "last8",
+        layers: Any = "spaced4",
+        trajectories: Any = False,
         untrained: Any = None,
         store: Any = None,
         out: Any = None,
@@ -78,6 +83,9 @@ class Options:
                 dtype,
                 method,
                 None if window is None else _whole("window", window),
+                str(tokens),
+                str(layers),
+                bool(_whole("trajectories", int(trajectories) if isinstance(trajectories, bool) else trajectories)),
             ),
             None if limit == "all" else _whole("limit", limit),
             _whole("seed", seed),
@@ -290,6 +298,7 @@ class CouplingLM(HFLM):
         waiting = list(dict.fromkeys(prompt.tokens for prompt in prompts if self._key(subject, prompt) not in known))
         batches = groups(subject.model, waiting, self.coupling_options.settings)
         if batches:
+            self._announce_tokenwise(max(map(len, waiting)))
             batches.insert(0, batches.pop(len(batches) // 2))  # the time announced is that of the median length
         hidden = self.rank != 0 or not prompts
         what = "Measuring coupling" + (", untrained" if subject is not self._trained else "")
@@ -339,6 +348,22 @@ class CouplingLM(HFLM):
             "%.0f MB of Jacobians at a time",
             *(prompts, waiting, seconds, size / 1e6),
         )
+
+    def _announce_tokenwise(self, longest: int) -> None:
+        """What measures over tokens cost, before the first prompt is measured."""
+        settings, model = self.coupling_options.settings, self.residual_model
+        try:
+            jacobians, megabytes = cost(
+                model.n_layers, model.d_model, resolve_token(self.coupling_options.position, longest), settings
+            )
+        except CouplingError:
+            return  # tokens that the prompt does not have: its record says so
+        if jacobians and self.rank == 0:
+            logger.info(
+                "coupling: measures over tokens take up to %d Jacobians more for a prompt, where the depth takes %d; "
+                "%.0f MB of them at a time",
+                *(jacobians, model.n_layers, megabytes),
+            )
 
     def _describe(self, rows: list[dict[str, Any]], totals: dict[str, int], tasks: Mapping[str, Any]) -> dict[str, Any]:
         options, model = self.coupling_options, self.residual_model

@@ -63,6 +63,22 @@ def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None =
     return _drop(torch.where(mean == 0, torch.nan, alpha.var(dim=-1, correction=0) / mean.square()), window)
 
 
+def principal_trajectories(
+    x: Float[Tensor, "token points d_model"], components: int = 3
+) -> tuple[Float[Tensor, "token points component"], Float[Tensor, " component"]]:
+    """Trajectories along the principal components of their last points, and each one's share of the variance there.
+
+    Each component's largest loading is positive. At most token − 1 components, and none for a single token.
+    """
+    last = x[:, -1].double()
+    centre = last.mean(dim=0)
+    _, S, Vt = torch.linalg.svd(last - centre, full_matrices=False)
+    count = min(components, len(last) - 1)
+    axes = Vt[:count]
+    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    return (x.double() - centre) @ axes.T, S[:count].square() / S.square().sum()
+
+
 def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
     """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
     log_p = torch.log_softmax(logits, dim=-1)

@@ -14,8 +14,8 @@ PAIRS = ("normalized_miscoupling", "miscoupling", "miscoupling_to", "miscoupling
 PAIRS += ("miscoupling_to_vju", "miscoupling_to_absolute_vju")
 
 
-def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reason=None, seed=0):
-    """One record; with a ``reason``, of a prompt that could not be measured."""
+def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reason=None, seed=0, over_tokens=False):
+    """One record; with a ``reason``, of a prompt that could not be measured; ``over_tokens`` with every measure there is."""
     generator = np.random.default_rng([seed, doc_id, prompt_index])
     about = {
         "task": task,
@@ -35,6 +35,23 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
     pairs = {name: generator.random((len(ranks), layers, layers), dtype=np.float32) for name in PAIRS}
     for matrices in pairs.values():
         matrices[:, range(layers), range(layers)] = 0
+    tokenwise = {
+        "trajectories": generator.random((5, layers + 1, 3), dtype=np.float32),
+        "trajectory_variance": generator.random(3, dtype=np.float32),
+        "effective_rank": generator.random(layers, dtype=np.float32),
+        "participation_ratio": generator.random(layers, dtype=np.float32),
+        "frobenius_norms": generator.random((layers, 5), dtype=np.float32),
+        "spectral_norms": generator.random((layers, 5), dtype=np.float32),
+        "depth_slope": generator.random(ranks[-1], dtype=np.float32),
+        "depth_r2": generator.random(ranks[-1], dtype=np.float32),
+        "self_tokens": (3, 4),
+        "self_layers": (0, 1),
+        "self_miscoupling": generator.random((len(ranks), 2, 2, 2, 2), dtype=np.float32),
+        "context_tokens": (3, 4),
+        "context_layers": (0, 1),
+        "context_input_miscoupling": generator.random((len(ranks), 2, 2, 2, 2), dtype=np.float32),
+        "context_output_miscoupling": generator.random((len(ranks), 2, 2, 2, 2), dtype=np.float32),
+    }
     measured = pairs | {
         "subspace_overlap": generator.random((len(ranks), 2, layers, layers), dtype=np.float32),
         "singular_values": generator.random((layers, ranks[-1]), dtype=np.float32),
@@ -52,6 +69,7 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
         "step_lengths": generator.random(layers, dtype=np.float32),
         "equidistance": float(generator.random()),
         "entropy": generator.random(layers + 1, dtype=np.float32),
+        **(tokenwise if over_tokens else dict.fromkeys(tokenwise)),
         "seconds": float(generator.random()),
     }
     if reason:

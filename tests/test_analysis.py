@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection
 from lm_eval_coupling import measure_coupling
 from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures import canvas, curves, graph, matrices, studies, trajectories
+from lm_eval_coupling.figures import canvas, curves, graph, matrices, trajectories
 from lm_eval_coupling.records import load_records, require, write_tables
 from lm_eval_coupling.studies import command, documents, spectra, tables, tokens, training
 from lm_eval_coupling.studies import matrices as measured
@@ -52,7 +52,7 @@ def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
             "tokens": tuple(range(n)),
             "position": n - 1,
             "normalized_miscoupling": miscoupling,
-            "singular_values": np.array([[1 / (k + l) for k in range(1, 31)] for l in range(1, 4)], np.float32),
+            "singular_values": np.array([[1 / (k + layer) for k in range(1, 31)] for layer in range(1, 4)], np.float32),
             "line_shape_score": 1.5 + shift,
             "expodistance": 0.5 + shift,
             "norms": np.array([1, 2, 4, 8], np.float32),
@@ -100,7 +100,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A run of depth coupling alone."""
-    rows = [saved_runs.record("arc", i, layers=3) | {"measures": ("depth",), "line_shape_score": math.nan} for i in range(2)]
+    rows = [saved_runs.record("arc", i, layers=3) | {"measures": ("depth",)} for i in range(2)]
+    for row in rows:
+        row |= dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), math.nan)
+        row |= dict.fromkeys(("step_lengths", "windowed_line_shape", "windowed_expodistance", "entropy"))
     return save(tmp_path_factory.mktemp("plain"), rows)
 
 
@@ -204,7 +207,9 @@ def test_what_is_undefined_is_counted_and_left_out_of_means(tmp_path):
 def pair_rows(**tasks):
     about = {"model": "m", "revision": "main", "weights": "trained", "measure": "coupling", "depth": math.nan}
     return pd.DataFrame(
-        about | {"task": task, "doc_hash": doc, "value": value} for task, values in tasks.items() for doc, value in values.items()
+        about | {"task": task, "doc_hash": doc, "value": value}
+        for task, values in tasks.items()
+        for doc, value in values.items()
     )
 
 
@@ -329,7 +334,9 @@ def test_coupling_matrices_each_fill_the_scale():
 def test_trajectories_are_split_at_half_depth():
     ways = np.arange(2 * 5 * 3.0).reshape(2, 5, 3)
     figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token=1)
-    parts = [[len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)] for ax in figure.axes[:3]]
+    parts = [
+        [len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)] for ax in figure.axes[:3]
+    ]
     assert parts == [[4, 4], [2, 2], [2, 2]]
     assert "50%" in figure.axes[0].get_xlabel()
 
@@ -360,7 +367,9 @@ def test_layer_graph(run, tmp_path):
 def test_regularity(run, tmp_path):
     script("regularity")([str(run), "--out", str(tmp_path)])
     rows = table(tmp_path, "regularity").set_index(["measure", "weights"])
-    assert rows.loc[("line_shape_score", "trained"), ["q25", "median", "q75"]].tolist() == pytest.approx([1.5075, 1.515, 1.5225])
+    assert rows.loc[("line_shape_score", "trained"), ["q25", "median", "q75"]].tolist() == pytest.approx(
+        [1.5075, 1.515, 1.5225]
+    )
     assert rows.loc[("line_shape_score", "untrained"), "median"] == 2
     assert rows.loc[("equidistance", "trained"), "median"] == pytest.approx(0.265)
 
@@ -427,7 +436,9 @@ def test_prompt_length(tmp_path):
 
 def test_difficulty(tmp_path):
     folder = save(tmp_path, [record(i, shift=i / 100) for i in range(9)]) / "org__tiny-main"
-    levels = [{"doc_hash": f"d{i}", "doc": {"level": f"Level {i // 3}", "answer": "<<" * i, "text": "none"}} for i in range(9)]
+    levels = [
+        {"doc_hash": f"d{i}", "doc": {"level": f"Level {i // 3}", "answer": "<<" * i, "text": "none"}} for i in range(9)
+    ]
     samples = folder / f"samples_arc_{saved_runs.DATE}.jsonl"
     samples.write_text("".join(json.dumps(sample) + "\n" for sample in levels) + '{"cut o')
     main, out = script("difficulty"), ["--out", str(tmp_path)]
@@ -438,7 +449,9 @@ def test_difficulty(tmp_path):
     (tmp_path / "known.csv").write_text("doc_hash,hard\nd1,5\nd2,7\nd99,1\n")
     main([str(tmp_path), "--csv", str(tmp_path / "known.csv"), "--column", "hard", *out])
     assert sorted(table(tmp_path, "difficulty")["difficulty"].unique()) == [5, 7]
-    with pytest.raises(CouplingError, match="got column 'grade', which the documents do not have; choose among answer, level"):
+    with pytest.raises(
+        CouplingError, match="got column 'grade', which the documents do not have; choose among answer, level"
+    ):
         main([str(tmp_path), "--column", "grade", *out])
     with pytest.raises(CouplingError, match="got 'text' without numbers, such as 'none'"):
         main([str(tmp_path), "--column", "text", *out])

@@ -34,12 +34,12 @@ def same(a, b):
 
 
 def test_every_column_round_trips(tmp_path):
-    rows = [record(doc_id=i) for i in range(3)] + [record(doc_id=3, reason="out of memory")]
+    rows = [record(doc_id=i, over_tokens=True) for i in range(3)] + [record(doc_id=3, reason="out of memory")]
     rows[0]["normalized_miscoupling"][0, 0, 1] = np.nan
     rows[0]["expodistance"] = np.nan
     rows[1]["text"] = "naïve 🧪 \x00 \u202e 日本語 \r\n\t"
     rows[1]["norms"] = None
-    rows[2] = record(doc_id=2, layers=7, ranks=(3,))
+    rows[2] = record(doc_id=2, layers=7, ranks=(3,), over_tokens=True)
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
     frame = load_records(path)
     assert len(frame) == 4 and list(frame.columns)[: len(COLUMNS)] == list(COLUMNS) == list(rows[0])

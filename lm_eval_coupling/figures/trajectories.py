@@ -26,7 +26,8 @@ def trajectories(
     """Draw every token's way through the layers: all layers, the shallow half, the deep half (paper, fig. 12).
 
     Args:
-        prompts: coordinates [token, point, component] and explained variance under the name of the row; the first two components are drawn.
+        prompts: coordinates [token, point, component] and explained variance under the name of the row; the first two
+            components are drawn.
         token: index of the measured token, which is drawn thicker.
         title: stands above.
 

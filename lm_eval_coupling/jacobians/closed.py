@@ -39,9 +39,16 @@ def closed_jacobian(call, output_token: int, input_token: int, budget: int) -> F
     del budget
     if output_token == input_token:
         return closed_jacobians([call], [output_token])[0]
+    return closed_row(call, output_token, [input_token])[0]
+
+
+def closed_row(call, output_token: int, input_tokens: Sequence[int]) -> Float[Tensor, "token d_model d_model"]:
+    """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
+
+    They share the half of the block that comes after the attention core: J = M C with M = ∂F/∂z at the output token.
+    """
     record = AttentionRecord.of(call, output_token)
-    core = LinearCore.at(record, output_token, input_token)
-    return output_factor(call, record, output_token) @ input_factor(call, core, input_token)
+    return output_factor(call, record, output_token) @ input_factors(call, record, output_token, input_tokens)
 
 
 def closed_jacobians(calls: Sequence, tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
@@ -70,9 +77,12 @@ def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Ten
     return _derivative(tape, _run(tape, [call], call.resid_pre[:, output_token], [output_token]), root)[0]
 
 
-def input_factor(call, core: LinearCore, input_token: int) -> Float[Tensor, "head_value d_model"]:
-    """C = ∂z_{output}/∂x_{input}, for an input token before the output token."""
-    x = call.resid_pre[:, input_token]
+def input_factors(
+    call, record: AttentionRecord, output_token: int, input_tokens: Sequence[int]
+) -> Float[Tensor, "token head_value d_model"]:
+    """C = ∂z_{output}/∂x_{input} for each input token other than the output token."""
+    core = LinearCore.joined([LinearCore.at(record, output_token, token) for token in input_tokens])
+    x = call.resid_pre[0, list(input_tokens)]
     root = Origin(*x.shape)
     reached = []
 
@@ -83,8 +93,8 @@ def input_factor(call, core: LinearCore, input_token: int) -> Float[Tensor, "hea
     tape = Tape(stop)
     tape.watch(x, NearIdentity.identity(root, x))
     with contextlib.suppress(_Reached):
-        _run(tape, [call], x, [input_token])
-    return _derivative(tape, reached[0], root)[0]
+        _run(tape, [call] * len(input_tokens), x, input_tokens)
+    return _derivative(tape, reached[0], root)
 
 
 def _run(

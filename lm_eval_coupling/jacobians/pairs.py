@@ -1,0 +1,76 @@
+"""Jacobians J_{t1 t2} of one block for many pairs of tokens, each certified like a single one.
+
+Pairs with one token, t1 = t2, go through the closed level together; pairs that share their output token share the half of
+the block after its attention core, and one backward pass certifies them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_eval_coupling.jacobians import TOLERANCE, certified_jacobian, certified_jacobians
+from lm_eval_coupling.jacobians.certify import certify
+from lm_eval_coupling.jacobians.closed import closed_row
+
+AT_ONCE = 16  # input tokens: working memory is that of so many Jacobians and their halves
+
+
+def jacobians_of_pairs(
+    call, pairs: Sequence[tuple[int, int]], method: str = "auto"
+) -> tuple[Float[Tensor, "pair d_model d_model"], Float[Tensor, " pair"]]:
+    """J of one block for pairs (output token, input token), skip connection excluded, with their certificates.
+
+    Exactly zero, and not computed, where the input token comes after the output token.
+
+    Args:
+        call: a :class:`~lm_eval_coupling.residual.BlockCall` of one prompt.
+        pairs: absolute indices.
+        method: as for :func:`~lm_eval_coupling.jacobians.block_jacobians`.
+    """
+    d_model = call.resid_pre.shape[-1]
+    found = call.resid_pre.new_zeros(len(pairs), d_model, d_model)
+    errors = torch.zeros(len(pairs), dtype=torch.float64)
+    rows: dict[int, list[int]] = defaultdict(list)
+    for i, (output_token, input_token) in enumerate(pairs):
+        if input_token <= output_token:
+            rows[output_token].append(i)
+    with call.ready():
+        pulled = {token: dataclasses.replace(call, pullback=(token, call.pulled_back(token))) for token in rows}
+        same = [i for members in rows.values() for i in members if pairs[i][0] == pairs[i][1]]
+        for part in _parts(same):
+            tokens = [pairs[i][0] for i in part]
+            made = certified_jacobians([pulled[token] for token in tokens], tokens, method)
+            for i, (jacobian, error, _) in zip(part, made, strict=True):
+                found[i], errors[i] = jacobian, error
+        for token, members in rows.items():
+            for part in _parts([i for i in members if pairs[i][1] != token]):
+                made = _row(pulled[token], token, [pairs[i][1] for i in part], method)
+                for i, (jacobian, error) in zip(part, made, strict=True):
+                    found[i], errors[i] = jacobian, error
+    return found, errors
+
+
+def _parts(items: list[int]) -> list[list[int]]:
+    return [items[i : i + AT_ONCE] for i in range(0, len(items), AT_ONCE)]
+
+
+def _row(call, output_token: int, input_tokens: list[int], method: str) -> list[tuple[Tensor, float]]:
+    together: list[Tensor | None] = [None] * len(input_tokens)
+    if method in ("auto", "closed"):
+        try:
+            together = list(closed_row(call, output_token, input_tokens))
+        except Exception:  # alone, each pair finds the level that can, or says what is wrong
+            pass
+    found = []
+    for jacobian, token in zip(together, input_tokens, strict=True):
+        error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)
+        if not error <= TOLERANCE[call.dtype]:
+            jacobian, error, _ = certified_jacobian(call, output_token, token, method)
+        found.append((jacobian, error))
+    return found
