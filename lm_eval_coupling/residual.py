@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -310,6 +310,7 @@ class ResidualModel:
         self._block_weights = [_state(block) for block in self.blocks]
         self._outside_weights = self._outside_blocks()
         self.n_params = n_params
+        self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
 
@@ -436,6 +437,7 @@ class ResidualModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(upcast(self._outside_weights, dtype))
             stack.enter_context(_arithmetic(dtype))
+            stack.callback(self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove)
             for block, visit in zip(self.blocks, visits, strict=True):
 
                 def after(module, args, kwargs, output, visit=visit):
@@ -457,6 +459,23 @@ class ResidualModel:
             )
             for prompt, row in enumerate(rows)
         ]
+
+    @contextlib.contextmanager
+    def first_block_given(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, traces give the first block ``change(X)`` in place of its input X [prompt, seq, d_model]."""
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None
+
+    def _changed(self, module, args, kwargs):
+        """Forward pre-hook of the first block during a trace: calls replayed later have the change in their input."""
+        if self._change is None:
+            return None
+        if args:
+            return (self._change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._change(kwargs["hidden_states"])}
 
     @torch.no_grad()
     def logits(self, resid: Float[Tensor, "points d_model"]) -> Float[Tensor, "points vocabulary"]:

@@ -1,0 +1,69 @@
+"""Noise on the input embeddings: nothing at level 0, by hand beyond."""
+
+import cases
+import pytest
+import torch
+
+from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.robustness import noise_robustness
+
+PROMPTS = [cases.tiny_tokens(5).flatten().tolist(), cases.tiny_tokens(7).flatten().tolist()]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ResidualModel.wrap(cases.tiny_model("llama"))
+
+
+def test_no_noise_changes_nothing_and_much_noise_much(model):
+    rows = noise_robustness(model, PROMPTS, [0.0, 0.01, 3.0], rank=3, dtype="float64", progress=False)
+    clean = [record.coupling(3) for record in measure_coupling(model, PROMPTS, ranks=(3,), dtype="float64", progress=False)]
+    still = rows[rows["level"] == 0]
+    assert still["coupling"].tolist() == pytest.approx(clean, abs=1e-6)
+    assert still["cosine_first"].tolist() == pytest.approx([1, 1]) == still["cosine_last"].tolist()
+    little, much = rows[rows["level"] == 0.01], rows[rows["level"] == 3]
+    assert (0.99 < little["cosine_first"]).all() and (little["cosine_first"] < 1).all()
+    assert (much["cosine_first"] < 0.9).all() and (much["coupling"] - still["coupling"].to_numpy()).abs().min() > 1e-4
+    again = noise_robustness(model, PROMPTS, [3.0], rank=3, dtype="float64", progress=False)
+    assert again["coupling"].tolist() == much["coupling"].tolist()
+
+
+def test_the_stream_starts_from_what_is_given(model):
+    with model.first_block_given(lambda resid: resid * 2):
+        doubled = model.trace(PROMPTS[0])
+    plain = model.trace(PROMPTS[0])
+    assert torch.equal(doubled.calls[0].resid_pre, 2 * plain.calls[0].resid_pre)
+    assert not torch.allclose(doubled.resid_final, plain.resid_final)
+    with torch.no_grad(), doubled.calls[0].ready():
+        assert torch.allclose(doubled.calls[0](doubled.calls[0].resid_pre), doubled.calls[1].resid_pre, atol=1e-5)
+
+
+def test_noise_has_the_size_asked_for(model):
+    from lm_eval_coupling.robustness import _noise
+
+    resid = torch.rand(1, 50, 400) + 1
+    ratio = _noise(resid, 0, 1).norm(dim=-1) / resid.norm(dim=-1)
+    assert ratio.mean().item() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(_noise(resid, 0, 1), _noise(resid, 0, 2))
+
+
+def test_the_script(model, tmp_path, monkeypatch):
+    import importlib.util
+    from pathlib import Path
+
+    import pandas as pd
+    import saved_runs
+
+    from lm_eval_coupling.studies import matrices
+
+    rows = [saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)]
+    run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
+    monkeypatch.setattr(matrices, "load", lambda name: model)
+    spec = importlib.util.spec_from_file_location("noise", Path(__file__).parents[1] / "analysis" / "noise.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out = tmp_path / "figures"
+    script.main(["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)])
+    written = pd.read_csv(out / "noise.csv")
+    assert len(written) == 4 and written["cosine_last"][0] == pytest.approx(1) and (out / "noise.png").stat().st_size > 1000
