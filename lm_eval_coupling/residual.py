@@ -25,6 +25,7 @@ from lm_eval_coupling.weights import is_absent, present, sharing, split_again, u
 # Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
 _BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+_LONG = 64  # tokens from which on a block is differentiated as one more step of decoding, not through the whole sequence
 
 
 class TrueDtype(TorchFunctionMode):
@@ -64,7 +65,8 @@ class BlockCall:
     """One block together with the arguments it was called with, ready to be called again.
 
     ``resid_pre`` is the block's input X^{l-1}, shape [1, seq, d_model]. ``pullback`` is uᵀ ∂F_t / ∂X, taken on the way for
-    the token that the trace was told of, u being :attr:`probe`. Calls must be made inside :meth:`ready`.
+    the token t that the trace was told of, u being :attr:`probe`; in long prompts, ``keys`` are the keys and values that
+    the block handed to its cache instead. Calls must be made inside :meth:`ready`.
     """
 
     layer: int
@@ -74,6 +76,7 @@ class BlockCall:
     args: tuple
     kwargs: dict[str, Any]
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
+    keys: _Keys | None = None
 
     @property
     def probe(self) -> Float[Tensor, " d_model"]:
@@ -82,13 +85,28 @@ class BlockCall:
         u = torch.randn(self.resid_pre.shape[-1], generator=generator, dtype=torch.float64)
         return u.to(self.resid_pre)
 
-    def pulled_back(self, token: int) -> Float[Tensor, "seq d_model"]:
-        """uᵀ ∂F_token / ∂X: reverse mode through the whole block, once."""
-        if self.pullback is not None and self.pullback[0] == token:
-            return self.pullback[1]
+    def pulled_back(self, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
+        """uᵀ ∂F_{output} / ∂x_{input}: reverse mode through the whole block."""
+        if self.pullback is not None and self.pullback[0] == output_token:
+            return self.pullback[1][input_token]
+        if self.keys is not None and output_token == input_token:
+            return self._pulled_back_decoding(output_token)
+        return self.pulled_back_to_all(output_token)[input_token]
+
+    def pulled_back_to_all(self, output_token: int) -> Float[Tensor, "seq d_model"]:
+        """uᵀ ∂F_{output} / ∂X: :meth:`pulled_back` for every input token, in one pass through the whole sequence."""
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
-            return _gradient(self, resid_pre, self(resid_pre), [token])[0]
+            return _gradient(self, resid_pre, self(resid_pre), [output_token])[0]
+
+    def _pulled_back_decoding(self, token: int) -> Float[Tensor, " d_model"]:
+        """uᵀ ∂F_t / ∂x_t: the other tokens enter F_t by their keys and values alone, as when the model generates."""
+        x = self.resid_pre[:, token : token + 1].detach().requires_grad_(True)
+        args = tuple(_cut("", value, token, self.seq, first=0) for value in self.args)
+        kwargs = {name: _cut(name, value, token, self.seq, first=0) for name, value in self.kwargs.items()}
+        with torch.enable_grad():
+            output = self._run(x, args, kwargs | {name: self.keys.before(token) for name in _CACHES if name in kwargs})
+            return _gradient(self, x, output, [0])[0, 0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,10 +188,14 @@ def _gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, tokens: Sequen
     return torch.autograd.grad((chosen * call.probe).sum(), resid_pre)[0]
 
 
-def _cut(name: str, value: Any, t: int, n: int) -> Any:
-    """Cut one argument of a block down to position ``t`` of ``n``: the only table about block arguments."""
+def _cut(name: str, value: Any, t: int, n: int, first: int | None = None) -> Any:
+    """Cut one argument of a block down to position ``t`` of ``n``, which sees the keys from ``first`` on, or itself only.
+
+    The only table about block arguments.
+    """
+    first = t if first is None else first
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(name, item, t, n) for item in value)
+        return type(value)(_cut(name, item, t, n, first) for item in value)
     if not isinstance(value, Tensor):
         return value
     if name == "position_embeddings":
@@ -183,13 +205,34 @@ def _cut(name: str, value: Any, t: int, n: int) -> Any:
     if name in ("alibi", "position_bias"):
         return value[..., -1:]
     if value.dim() >= 2 and value.shape[-2:] == (n, n):
-        return value[..., t : t + 1, t : t + 1]
+        return value[..., t : t + 1, first : t + 1]
     return value
 
 
 def _cut_row(value: Any, t: int, n: int) -> Any:
     square = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2:] == (n, n)
     return value[..., t : t + 1, :] if square else value
+
+
+class _Keys:
+    """In place of a block's key-value cache: keeps the keys and values that it is given, or puts kept ones before them."""
+
+    def __init__(self, kept: tuple[Tensor, Tensor] | None = None) -> None:
+        self.kept, self.given = kept, None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.kept is not None:
+            return tuple(torch.cat([old, new], dim=-2) for old, new in zip(self.kept, (key, value), strict=True))
+        self.given = (key, value)
+        return key, value
+
+    def before(self, token: int) -> _Keys:
+        return _Keys(tuple(tensor[..., :token, :] for tensor in self.given))
+
+    def of_prompt(self, prompt: int, seq: int) -> _Keys:
+        one = _Keys()
+        one.given = tuple(tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
+        return one
 
 
 def _of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
@@ -242,11 +285,19 @@ class _Visit:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
     The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it. Its arguments are
-    brought to the device that the block's weights lie on.
+    brought to the device that the block's weights lie on. With ``keys`` it is not pulled back: they are kept for that.
     """
 
-    def __init__(self, layer: int, weights: Sequence[Tensor], dtype: torch.dtype, tokens: Sequence[int] | None) -> None:
-        self.layer, self.weights, self.dtype, self.tokens = layer, weights, dtype, tokens
+    def __init__(
+        self,
+        layer: int,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        tokens: Sequence[int] | None,
+        keys: _Keys | None = None,
+    ) -> None:
+        self.layer, self.weights, self.dtype, self.keys = layer, weights, dtype, keys
+        self.tokens = tokens if keys is None else None
         self.gradient: Tensor | None = None
         self.open = contextlib.ExitStack()
         self.close = self.open.close
@@ -256,6 +307,8 @@ class _Visit:
         args, kwargs = _brought_to(self.weights[0].device, (args, kwargs))
         self.open.enter_context(upcast(self.weights, self.dtype))
         self.call = _block_call(self.layer, module, self.weights, args, kwargs)
+        if self.keys is not None:
+            kwargs = kwargs | {name: self.keys for name in _CACHES if name in kwargs}
         if self.tokens is None:
             return args, kwargs
         self.leaf = self.call.resid_pre.clone().requires_grad_(True)
@@ -284,6 +337,8 @@ class _Visit:
                 args=tuple(_of_prompt("", value, prompt, seq, padded) for value in self.call.args),
                 kwargs={name: _of_prompt(name, value, prompt, seq, padded) for name, value in self.call.kwargs.items()},
             )
+        if self.keys is not None:
+            return dataclasses.replace(one, keys=self.keys.of_prompt(prompt, seq))
         if self.tokens is None:
             return one
         return dataclasses.replace(one, pullback=(self.tokens[prompt], self.gradient[prompt, :seq]))
@@ -313,6 +368,7 @@ class ResidualModel:
         self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
+        self._decodes: bool | None = None
 
     @classmethod
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
@@ -428,11 +484,27 @@ class ResidualModel:
         streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max()) for a, b in streams)
 
+    def _is_decoding(self, dtype: torch.dtype) -> bool:
+        """Whether every block's derivative by its own token is also that of a step of decoding, which is tried once."""
+        if self._decodes is None:
+            try:
+                calls = self._traces([[*range(1, 8)]], dtype, None, keep_keys=True)[0].calls
+                self._decodes = all(map(_decodes_rightly, calls))
+            except Exception:
+                self._decodes = False
+        return self._decodes
+
     @torch.no_grad()
-    def _traces(self, prompts, dtype: torch.dtype, output_tokens: Sequence[int] | None) -> list[ResidualTrace]:
+    def _traces(
+        self, prompts, dtype: torch.dtype, output_tokens: Sequence[int] | None, keep_keys: bool = False
+    ) -> list[ResidualTrace]:
         rows = [torch.as_tensor(tokens, dtype=torch.long, device=self.device).flatten() for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        visits = [_Visit(layer, self._block_weights[layer], dtype, output_tokens) for layer in range(self.n_layers)]
+        keep_keys = keep_keys or (output_tokens is not None and ids.shape[1] >= _LONG and self._is_decoding(dtype))
+        visits = [
+            _Visit(layer, self._block_weights[layer], dtype, output_tokens, _Keys() if keep_keys else None)
+            for layer in range(self.n_layers)
+        ]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(upcast(self._outside_weights, dtype))
@@ -558,6 +630,14 @@ def _close(what: str, name: str, found: Tensor, expected: Tensor, tolerance: flo
 def _logits(model: nn.Module, device: torch.device | None = None) -> Tensor:
     device = device or model.get_input_embeddings().weight.device
     return model(torch.tensor([_PROBE], device=device), use_cache=False).logits.float()
+
+
+def _decodes_rightly(call: BlockCall) -> bool:
+    without = dataclasses.replace(call, keys=None)
+    token = call.seq // 2
+    with call.ready():
+        found, expected = call.pulled_back(token, token), without.pulled_back(token, token)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
 
 
 def _tensors_by_name(call: BlockCall) -> list[str]:

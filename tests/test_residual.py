@@ -9,6 +9,7 @@ from test_jacobians import decoder_layers
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
+from lm_eval_coupling import residual
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import block_jacobians
 from lm_eval_coupling.measure import measure_coupling
@@ -195,8 +196,47 @@ def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
     for on_the_way, afterwards in zip(with_token.calls, without.calls, strict=True):
         assert on_the_way.pullback is not None and afterwards.pullback is None
         with afterwards.ready():
-            assert torch.allclose(on_the_way.pulled_back(6), afterwards.pulled_back(6), rtol=1e-12, atol=1e-14)
-            assert torch.allclose(on_the_way.pulled_back(3), afterwards.pulled_back(3), rtol=1e-12, atol=1e-14)
+            for pair in ((6, 6), (6, 2), (6, 8), (3, 3)):
+                found, expected = on_the_way.pulled_back(*pair), afterwards.pulled_back(*pair)
+                assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+NOT_BY_DECODING = {"falcon-alibi", "mpt", "bloom", "gpt2", "qwen3-next"}  # ALiBi, an unnamed cache, linear attention
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monkeypatch):
+    """In long prompts, with sliding windows shorter than them; where it is another, the whole block is differentiated."""
+    monkeypatch.setattr(residual, "_LONG", 12)
+    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    tokens = cases.tiny_tokens(17)
+    for token in (0, 8, 16):
+        trace, without = wrapped.trace(tokens, torch.float64, token), wrapped.trace(tokens, torch.float64)
+        assert torch.allclose(trace.resid_final, without.resid_final, rtol=1e-12, atol=1e-12)
+        for decoding, whole in zip(trace.calls, without.calls, strict=True):
+            assert (decoding.keys is None, decoding.pullback is None) == (
+                case in NOT_BY_DECODING,
+                case not in NOT_BY_DECODING,
+            )
+            with decoding.ready():
+                for pair in [(token, token), (16, 3)]:
+                    found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
+                    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_long_prompts_are_measured_as_short_ones(monkeypatch):
+    """Alone and padded together with others."""
+    wrapped = ResidualModel.wrap(tiny("gemma3"))
+    prompts = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)]
+    expected = measure_coupling(wrapped, prompts, ranks=(2,), position=-2, progress=False)
+    monkeypatch.setattr(residual, "_LONG", 12)
+    for together in (prompts, prompts[:1]):
+        assert wrapped.traces(together, torch.float32, [1] * len(together))[0].calls[0].keys is not None
+        for a, b in zip(
+            expected, measure_coupling(wrapped, together, ranks=(2,), position=-2, progress=False), strict=False
+        ):
+            assert b.reason is None and b.certificate.max() < 1e-5 and a.method == b.method
+            assert abs(a.coupling(2) - b.coupling(2)) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["llama", "phi3"])

@@ -358,7 +358,7 @@ def walk(case):
         place(wrapped.blocks[1], "other:0")
         trace = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2)
         for call, device in zip(trace.calls, ("cpu", "other:0")):
-            assert str(call.resid_pre.device) == str(call.pulled_back(2).device) == device
+            assert str(call.resid_pre.device) == str(call.pulled_back(2, 2).device) == device
             with call.ready():
                 for level in ("token-local", "autodiff"):
                     assert str(LEVELS[level](call, 2, 2, 1 << 20).device) == device

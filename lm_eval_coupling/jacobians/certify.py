@@ -24,7 +24,7 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
     Returns:
         ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
-    u, truth = call.probe, call.pulled_back(output_token)[input_token]
+    u, truth = call.probe, call.pulled_back(output_token, input_token)
     if output_token == input_token:
         truth = truth - u
     rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]

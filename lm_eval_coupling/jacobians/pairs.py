@@ -41,7 +41,7 @@ def jacobians_of_pairs(
         if input_token <= output_token:
             rows[output_token].append(i)
     with call.ready():
-        pulled = {token: dataclasses.replace(call, pullback=(token, call.pulled_back(token))) for token in rows}
+        pulled = {token: dataclasses.replace(call, pullback=(token, call.pulled_back_to_all(token))) for token in rows}
         same = [i for members in rows.values() for i in members if pairs[i][0] == pairs[i][1]]
         for part in _parts(same):
             tokens = [pairs[i][0] for i in part]
