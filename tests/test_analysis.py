@@ -66,6 +66,8 @@ def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
             "participation_ratio": np.array([2, 3, 4], np.float32),
             "depth_slope": np.full(30, 1, np.float32),
             "depth_r2": np.full(30, 0.9, np.float32),
+            "frobenius_norms": np.array([[8, 1, 0, 2, 3, 4]] * layers, np.float32) + np.float32(shift),
+            "spectral_norms": np.array([[4, 1, 0, 1, 1, 2]] * layers, np.float32),
             "self_tokens": (n - 2, n - 1),
             "self_layers": (0, 1, 2),
             "self_miscoupling": pairs + np.float32(shift),
@@ -393,6 +395,14 @@ def test_singular_values(run, tmp_path):
         script("singular_values")([str(run), "--indices", "31"])
 
 
+def test_influence(run, tmp_path):
+    script("influence")([str(run), "--last", "3", "--out", str(tmp_path)])
+    rows = table(tmp_path, "influence").query("weights == 'trained' and depth == 2").set_index("token")
+    assert rows["median"].to_dict() == pytest.approx({"first": 8.015, "-2": 2.015, "-1": 3.015, "0": 4.015})
+    with pytest.raises(CouplingError, match="got prompts of at most 6 tokens .* expected more than 6"):
+        script("influence")([str(run), "--last", "6"])
+
+
 def test_trajectories(run, tmp_path):
     script("trajectories")([str(run), "--doc", "2", "--out", str(tmp_path)])
     rows = table(tmp_path, "trajectories")
@@ -491,6 +501,7 @@ def test_coupling_matrices(tmp_path):
         ("depth_profiles", "norms"),
         ("trajectories", "trajectories"),
         ("tokenwise", "self_miscoupling"),
+        ("influence", "frobenius_norms"),
     ],
 )
 def test_a_script_says_what_is_missing(plain, name, needed, capsys, monkeypatch):
