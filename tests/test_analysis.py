@@ -109,6 +109,12 @@ def plain(tmp_path_factory):
     return save(tmp_path_factory.mktemp("plain"), kept)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A script without --out leaves its pictures where it was called."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_pictures():
     with pytest.MonkeyPatch.context() as patch:
@@ -341,6 +347,8 @@ def test_trajectories_are_split_at_half_depth():
     ]
     assert parts == [[4, 4], [2, 2], [2, 2]]
     assert "50%" in figure.axes[0].get_xlabel()
+    with pytest.raises(CouplingError, match="got 1 principal component of m, expected at least two"):
+        trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
 
 
 # Scripts
