@@ -40,7 +40,7 @@ def main(argv=None):
         rows.append(found.rows().assign(**dict(zip(tables.RUN, run, strict=True))))
         pairs = found.by_layers()
         every, within = 1 - np.nanmean(pairs), 1 - np.nanmean(np.diag(pairs))
-        print(f"{tables.label(*run)}: {kind.label} of different tokens {every:.4f}, within a layer {within:.4f}")
+        print(f"{tables.label(*run)}: {kind.label}: {every:.4f} over different tokens, within a layer {within:.4f}")
     title = f"{kind.label}, K = {rank}: miscoupling of tokens within a layer"
     figure = token_heatmaps(panels, tokens=found.tokens, rank=rank, title=title)
     command.save(options.out, f"tokenwise_{options.kind}", figure, pd.concat(rows))

@@ -198,8 +198,7 @@ def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | Non
         CouplingError: if there is none; it says which option of a run records what is missing.
     """
     if weights is not None:
-        of = records["weights"] if "weights" in records else pd.Series("trained", index=records.index)
-        records = _some(records[of == weights], records, f"{weights} weights")
+        records = _some(records[records["weights"] == weights], records, f"{weights} weights")
     for column in columns:
         known = [_is_known(value) for value in records[column]] if column in records else [False] * len(records)
         records = _some(records[known], records, column)

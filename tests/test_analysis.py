@@ -66,6 +66,8 @@ def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
             "participation_ratio": np.array([2, 3, 4], np.float32),
             "depth_slope": np.full(30, 1, np.float32),
             "depth_r2": np.full(30, 0.9, np.float32),
+            "frobenius_norms": np.array([[8, 1, 0, 2, 3, 4]] * layers, np.float32) + np.float32(shift),
+            "spectral_norms": np.array([[4, 1, 0, 1, 1, 2]] * layers, np.float32),
             "self_tokens": (n - 2, n - 1),
             "self_layers": (0, 1, 2),
             "self_miscoupling": pairs + np.float32(shift),
@@ -99,12 +101,18 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run of depth coupling alone."""
-    rows = [saved_runs.record("arc", i, layers=3) | {"measures": ("depth",)} for i in range(2)]
-    for row in rows:
-        row |= dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), math.nan)
-        row |= dict.fromkeys(("step_lengths", "windowed_line_shape", "windowed_expodistance", "entropy"))
-    return save(tmp_path_factory.mktemp("plain"), rows)
+    """A run of depth coupling alone, from before there were twins."""
+    depth = ("normalized_miscoupling", "singular_values", "certificate", "seconds")
+    rows = [saved_runs.record("arc", i, layers=3) for i in range(2)]
+    about = [*rows[0]][: [*rows[0]].index("measures")]
+    kept = [{name: row[name] for name in (*about, *depth) if name != "weights"} | {"measures": ("depth",)} for row in rows]
+    return save(tmp_path_factory.mktemp("plain"), kept)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A script without --out leaves its pictures where it was called."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -339,6 +347,8 @@ def test_trajectories_are_split_at_half_depth():
     ]
     assert parts == [[4, 4], [2, 2], [2, 2]]
     assert "50%" in figure.axes[0].get_xlabel()
+    with pytest.raises(CouplingError, match="got 1 principal component of m, expected at least two"):
+        trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
 
 
 # Scripts
@@ -391,6 +401,14 @@ def test_singular_values(run, tmp_path):
     assert rows["r2_documents"].tolist() == pytest.approx([0.9] * 6)
     with pytest.raises(CouplingError, match="got singular value 31, expected 1 to 30.*coupling_ranks=31"):
         script("singular_values")([str(run), "--indices", "31"])
+
+
+def test_influence(run, tmp_path):
+    script("influence")([str(run), "--last", "3", "--out", str(tmp_path)])
+    rows = table(tmp_path, "influence").query("weights == 'trained' and depth == 2").set_index("token")
+    assert rows["median"].to_dict() == pytest.approx({"first": 8.015, "-2": 2.015, "-1": 3.015, "0": 4.015})
+    with pytest.raises(CouplingError, match="got prompts of at most 6 tokens .* expected more than 6"):
+        script("influence")([str(run), "--last", "6"])
 
 
 def test_trajectories(run, tmp_path):
@@ -488,9 +506,10 @@ def test_coupling_matrices(tmp_path):
     ("name", "needed"),
     [
         ("regularity", "line_shape_score"),
-        ("depth_profiles", "step_lengths"),
+        ("depth_profiles", "norms"),
         ("trajectories", "trajectories"),
         ("tokenwise", "self_miscoupling"),
+        ("influence", "frobenius_norms"),
     ],
 )
 def test_a_script_says_what_is_missing(plain, name, needed, capsys, monkeypatch):

@@ -63,7 +63,7 @@ def curves(
         if log_x:
             ax.set_xscale("symlog" if (of[x] <= 0).any() else "log")
         elif x == "depth":
-            ax.set_xticks(labelled(int(of[x].max())))
+            ax.set_xticks(labelled(int(np.ceil(rows[x].max()))))
     legend_outside(figure, axes)
     return figure
 

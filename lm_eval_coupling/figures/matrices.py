@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.coupling import chance_level, miscoupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid
+from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid, labelled
 
 
 def token_heatmaps(
@@ -93,4 +94,39 @@ def coupling_matrices(
     figure.colorbar(image, ax=axes, shrink=0.7, label="|A|, largest entry of each = 1")
     if title:
         figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def influence(
+    panels: Mapping[str, Float[np.ndarray, "layer token"]], *, tokens: Sequence[str], label: str, title: str | None = None
+) -> Figure:
+    """Draw a positive number of every layer and input token on one logarithmic scale; what is not positive is grey.
+
+    Args:
+        panels: a matrix under the name that stands above it.
+        tokens: names of the columns.
+        label: what the number is.
+        title: stands above all panels.
+
+    Raises:
+        CouplingError: if no number is positive.
+    """
+    known = np.concatenate([matrix[matrix > 0] for matrix in panels.values()])
+    if not known.size:
+        raise CouplingError("got no positive number, expected the norm of at least one Jacobian")
+    figure, axes = grid(len(panels), width=3.6, height=3.8, title=title)
+    for ax, (name, matrix) in zip(axes, panels.items(), strict=True):
+        extent = (-0.5, len(tokens) - 0.5, len(matrix) + 0.5, 0.5)
+        shown = np.ma.masked_less_equal(np.nan_to_num(matrix), 0)
+        image = ax.imshow(
+            shown, cmap=COLOURS, norm=LogNorm(known.min(), known.max()), interpolation="none", extent=extent, aspect="auto"
+        )
+        ax.set_facecolor(UNDEFINED)
+        ax.set_title(name, fontsize="small")
+        step = max(1, len(tokens) // 9)
+        ax.set_xticks([0, *range(len(tokens) - 1, 0, -step)], [tokens[0], *tokens[:0:-step]], fontsize="x-small")
+        ax.set_yticks(labelled(len(matrix)))
+        ax.set_xlabel("input token (0: the measured one)", fontsize="small")
+        ax.set_ylabel("layer", fontsize="small")
+    figure.colorbar(image, ax=axes, label=label)
     return figure

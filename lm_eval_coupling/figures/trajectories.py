@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid
 
 _DEPTH = "viridis"
@@ -33,7 +34,15 @@ def trajectories(
 
     Returns:
         The figure: one row per prompt, three panels each; colour is depth from 0, a dot the end of each part.
+
+    Raises:
+        CouplingError: if a prompt was too short for two components.
     """
+    for name, (coordinates, _) in prompts.items():
+        if (components := coordinates.shape[-1]) < 2:
+            raise CouplingError(
+                f"got {components} principal component of {name}, expected at least two; choose a prompt of 3 tokens or more"
+            )
     figure, axes = grid(3 * len(prompts), width=3.2, columns=3, title=title)
     for row, (name, (coordinates, variance)) in enumerate(prompts.items()):
         points = coordinates.shape[1]

@@ -33,6 +33,8 @@ def save(folder: Path, name: str, figure: Figure, rows: pd.DataFrame) -> None:
         CouplingError: if the folder cannot be written.
     """
     save_table(folder, name, rows)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not for every format again
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{name}.{suffix}")
     print(f"{folder / name}.png and .svg")

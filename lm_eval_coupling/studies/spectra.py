@@ -73,3 +73,36 @@ def document_fits(records: pd.DataFrame, indices: Sequence[int]) -> pd.DataFrame
         for k in indices
     ]
     return pd.DataFrame(rows).groupby([*RUN, "k"], sort=False, as_index=False).median()
+
+
+def influence(records: pd.DataFrame, last: int = 16) -> pd.DataFrame:
+    """How much the input tokens of every block move the measured token: ‖J_{t1 T}‖ of the first and the ``last`` tokens.
+
+    Args:
+        records: of prompts.
+        last: tokens up to the measured one; only prompts that have more count.
+
+    Returns:
+        ``model, revision, weights, task, doc_hash, prompt_hash, depth, token`` (0 is the measured one, -1 the one before
+        it, …, ``first`` the prompt's first) ``, frobenius, spectral``.
+
+    Raises:
+        CouplingError: if the spectra were not measured, or all prompts are shorter.
+    """
+    records = require(records, ["frobenius_norms", "spectral_norms"])
+    long = records[records["position"] >= last]
+    if long.empty:
+        most = records["position"].max() + 1
+        raise CouplingError(
+            f"got prompts of at most {most} tokens up to the measured one, expected more than {last}; give a smaller --last"
+        )
+    rows = []
+    for record in long.to_dict("records"):
+        about = {key: record[key] for key in (*RUN, *DOCUMENT)}
+        at = record["position"]
+        for token, name in [(0, "first"), *((at + offset, str(offset)) for offset in range(1 - last, 1))]:
+            norms = {kind: record[f"{kind}_norms"][:, token].astype(np.float64) for kind in ("frobenius", "spectral")}
+            depth = np.arange(1.0, len(norms["spectral"]) + 1)
+            rows.append(pd.DataFrame(about | {"depth": depth, "token": name} | norms))
+    keys = [*RUN, *DOCUMENT, "depth", "token"]
+    return pd.concat(rows).groupby(keys, sort=False, as_index=False)[["frobenius", "spectral"]].mean()

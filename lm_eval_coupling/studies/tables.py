@@ -24,8 +24,6 @@ def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, wei
         CouplingError: if nothing was saved there, or nothing of these tasks or weights.
     """
     records = pd.concat([load_records(path, weights="all") for path in paths], ignore_index=True)
-    of = records["weights"] if "weights" in records else pd.Series(None, index=records.index, dtype=object)
-    records["weights"] = of.where(of.notna(), "trained")
     records["revision"] = records["revision"].fillna("main")
     if tasks and not records["task"].isin(tasks).all():
         known = sorted(records["task"].unique())

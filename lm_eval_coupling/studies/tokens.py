@@ -24,8 +24,12 @@ class Kind:
 
 KINDS = {
     "self": Kind("self-coupling", "self_miscoupling", "self_tokens", "self_layers"),
-    "context_input": Kind("input token fixed", "context_input_miscoupling", "context_tokens", "context_layers"),
-    "context_output": Kind("output token fixed", "context_output_miscoupling", "context_tokens", "context_layers"),
+    "context_input": Kind(
+        "context coupling, input token fixed", "context_input_miscoupling", "context_tokens", "context_layers"
+    ),
+    "context_output": Kind(
+        "context coupling, output token fixed", "context_output_miscoupling", "context_tokens", "context_layers"
+    ),
 }
 
 

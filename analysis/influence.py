@@ -1,0 +1,34 @@
+r"""How much does each token of the context move the measured one, layer by layer? Norms of J between the two.
+
+    python analysis/influence.py OUT [OUT …] --last 16 --out figures
+
+The runs must have measured spectra (coupling_measures=depth+regularity+spectra).
+"""
+
+from __future__ import annotations
+
+from lm_eval_coupling.figures.matrices import influence as draw
+from lm_eval_coupling.studies import command, spectra, tables
+
+
+def main(argv=None):
+    parser = command.arguments(__doc__)
+    parser.add_argument("--last", type=int, default=16, metavar="N", help="tokens up to the measured one (%(default)s)")
+    parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
+    options = parser.parse_args(argv)
+    values = spectra.influence(tables.read(options.runs, options.tasks), options.last)
+    rows = tables.summary(values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"])
+    names = list(dict.fromkeys(rows["token"]))
+    panels = {
+        f"{tables.label(*run)} (n = {of['n'].max()})": of.pivot(index="depth", columns="token", values="median")[
+            names
+        ].to_numpy()
+        for run, of in rows.groupby(tables.RUN, sort=False)
+    }
+    title = "From input token to the measured one: median over documents"
+    figure = draw(panels, tokens=names, label=f"{options.norm} norm of the Jacobian", title=title)
+    command.save(options.out, "influence", figure, rows)
+
+
+if __name__ == "__main__":
+    command.run(main)
