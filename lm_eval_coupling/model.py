@@ -27,7 +27,8 @@ from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fingerprint import fingerprint
 from lm_eval_coupling.jacobians import resolve_token
-from lm_eval_coupling.measure import PromptCoupling, Settings, groups, measure_prompts
+from lm_eval_coupling.measure import DTYPES, PromptCoupling, Settings, groups, measure_prompts
+from lm_eval_coupling.memory import memory_of
 from lm_eval_coupling.prompts import Prompt, document_prompts
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.sampling import DocumentKey, choose
@@ -298,6 +299,7 @@ class CouplingLM(HFLM):
         waiting = list(dict.fromkeys(prompt.tokens for prompt in prompts if self._key(subject, prompt) not in known))
         batches = groups(subject.model, waiting, self.coupling_options.settings)
         if batches:
+            self._announce_memory(batches, waiting)
             self._announce_tokenwise(max(map(len, waiting)))
             batches.insert(0, batches.pop(len(batches) // 2))  # the time announced is that of the median length
         hidden = self.rank != 0 or not prompts
@@ -308,9 +310,9 @@ class CouplingLM(HFLM):
                 self._measure_batch(subject, [waiting[i] for i in batch], known)
                 bar.update(len(batch))
                 if number == 0:
-                    self._announce(len(prompts), len(waiting), (time.perf_counter() - start) / len(batch), len(batch))
+                    self._announce(len(prompts), len(waiting), (time.perf_counter() - start) / len(batch))
             if not batches:
-                self._announce(len(prompts), 0, 0.0, 1)
+                self._announce(len(prompts), 0, 0.0)
 
     def _measure_batch(self, subject: Subject, prompts: list[tuple[int, ...]], known: dict[str, PromptCoupling]) -> None:
         options = self.coupling_options
@@ -338,16 +340,25 @@ class CouplingLM(HFLM):
             "n_tokens": len(prompt.tokens),
         } | measurement.to_columns()
 
-    def _announce(self, prompts: int, waiting: int, seconds: float, together: int) -> None:
+    def _announce(self, prompts: int, waiting: int, seconds: float) -> None:
         if self.rank != 0 or not prompts:
             return
-        model = self.residual_model
-        size = together * model.n_layers * model.d_model**2 * (8 if self.coupling_options.settings.dtype == "float64" else 4)
         logger.info(
-            "coupling: %d prompts on this process, %d distinct ones not measured before, about %.1f s each, "
-            "%.0f MB of Jacobians at a time",
-            *(prompts, waiting, seconds, size / 1e6),
+            "coupling: %d prompts on this process, %d distinct ones not measured before, about %.1f s each",
+            *(prompts, waiting, seconds),
         )
+
+    def _announce_memory(self, batches: list[list[int]], waiting: list[tuple[int, ...]]) -> None:
+        """What the largest batch takes beside the model."""
+        if self.rank != 0:
+            return
+        settings = self.coupling_options.settings
+        size = {"rank": settings.ranks[-1], "itemsize": DTYPES[settings.dtype].itemsize}
+        needed = (
+            memory_of(self.residual_model, seq=max(len(waiting[i]) for i in batch), prompts=len(batch), **size)
+            for batch in batches
+        )
+        logger.info("coupling: measuring takes %s", max(needed, key=lambda memory: memory.total))
 
     def _announce_tokenwise(self, longest: int) -> None:
         """What measures over tokens cost, before the first prompt is measured."""

@@ -352,7 +352,7 @@ class ResidualModel:
     """A language model as a stack of residual blocks (build one with :meth:`wrap`).
 
     Attributes: ``bridge`` (the TransformerBridge), ``blocks`` (the bridged transformers blocks), ``n_layers``, ``d_model``,
-    ``n_params``, ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
+    ``n_heads``, ``n_params``, ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
     """
 
     def __init__(self, bridge: nn.Module, n_params: int, tokenizer: Any = None) -> None:
@@ -362,6 +362,7 @@ class ResidualModel:
         self.blocks = [block.original_component for block in bridge.blocks]
         self.n_layers = len(self.blocks)
         self.d_model = bridge.cfg.d_model
+        self.n_heads = bridge.cfg.n_heads
         self._block_weights = [_state(block) for block in self.blocks]
         self._outside_weights = self._outside_blocks()
         self.n_params = n_params

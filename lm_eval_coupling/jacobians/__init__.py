@@ -25,10 +25,10 @@ from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import TOLERANCE, certify
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
+from lm_eval_coupling.memory import jacobian_stack
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
-STACK = 4 << 30  # bytes of Jacobians that may lie on the model's device; more go to the host, layer by layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def block_jacobians(
 
     Returns:
         J[l, i, j] = ∂f^l_i(output token) / ∂x^{l-1}_j(input token): n_layers·d_model² numbers, on the model's device up to
-        4 GiB and on the host beyond.
+        4 GiB, beyond on the host, and in a temporary file where half of its free memory does not hold them.
 
     Raises:
         CouplingError: for a token or layer that does not exist, or an unknown method or dtype.
@@ -111,13 +111,11 @@ def jacobians_of_traces(traces: Sequence, tokens: Sequence[int], method: str) ->
 
 
 class _Stack:
-    """The Jacobians of one prompt as they are made, on the model's device where they fit."""
+    """The Jacobians of one prompt as they are made."""
 
     def __init__(self, like: Tensor, layers: Sequence[int]) -> None:
-        d_model = like.shape[-1]
-        on_device = len(layers) * d_model**2 * like.element_size() <= STACK
         self.layers, self.device = list(layers), like.device
-        self.jacobians = like.new_empty(len(layers), d_model, d_model, device=like.device if on_device else "cpu")
+        self.jacobians = jacobian_stack(len(layers), like)
         self.errors: list[float] = []
         self.levels: list[str] = []
 

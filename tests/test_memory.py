@@ -1,0 +1,138 @@
+"""What a measurement takes is announced before it starts, bounded, and not exceeded."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lm_eval_coupling import memory as module
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians import block_jacobians
+from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.memory import jacobian_stack, memory, memory_of
+from lm_eval_coupling.residual import ResidualModel
+
+GB = 10**9
+
+
+@pytest.fixture
+def free(monkeypatch, tmp_path):
+    """Set how much is free on the host; temporary files go to a folder of the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return lambda size: monkeypatch.setattr(module, "_free_on_host", lambda: size)
+
+
+def seventy_billion():
+    """Llama 3 70B, without its weights."""
+    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8)
+    with torch.device("meta"):
+        block = LlamaDecoderLayer(config, 0)
+    parameters = sum(p.numel() for p in block.parameters())
+    return {"n_layers": 80, "d_model": 8192, "n_heads": 64, "block_params": parameters}
+
+
+def test_a_model_of_70_billion_weights(free):
+    free(64 * GB)
+    found = memory(**seventy_billion(), rank=50, seq=128, device="cuda")
+    assert found.jacobians == 80 * 8192 * 8192 * 4 == 21_474_836_480
+    assert found.bases == 2 * 80 * 8192 * 51 * 4 == 267_386_880
+    assert 4 * 855_654_400 < found.working < 16 * GB  # at least the upcast block
+    assert found.total == found.jacobians + found.bases + found.working
+    assert found.where == "host"
+    free(40 * GB)
+    found = memory(**seventy_billion(), rank=50, seq=128, device="cuda")
+    assert found.where == "disk"
+    assert str(found).startswith(f"21.5 GB of Jacobians in a file in {tempfile.gettempdir()}, 267 MB of singular vectors, ")
+
+
+def test_jacobians_stay_on_a_device_up_to_four_gibibytes(free):
+    free(100 * GB)
+    shape = {"d_model": 4096, "n_heads": 32, "block_params": 218_112_000, "rank": 50, "seq": 128}
+    assert memory(n_layers=64, device="cuda", **shape).where == "device"  # exactly 4 GiB
+    assert memory(n_layers=65, device="cuda", **shape).where == "host"
+    assert memory(n_layers=64, device="cpu", **shape).where == "host"
+    assert memory(n_layers=64, device="cuda", itemsize=8, **shape).where == "host"
+
+
+def test_it_grows_with_what_is_measured_at_a_time():
+    model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
+    one, several = memory_of(model, rank=4, seq=10), memory_of(model, rank=4, seq=10, prompts=8)
+    assert one.jacobians == 2 * 24 * 24 * 4 and several.jacobians == 8 * one.jacobians
+    assert one.bases == several.bases == 2 * 2 * 24 * 5 * 4
+    assert one.working < several.working < memory_of(model, rank=4, seq=100, prompts=8).working
+
+
+def test_jacobians_on_the_disk_are_those_in_memory(free, tmp_path):
+    """And the file is gone at once: only the open mapping holds it."""
+    model, prompt = ResidualModel.wrap(cases.tiny_model("llama", torch.float32)), cases.tiny_tokens(7)
+    expected = block_jacobians(model, prompt).jacobians
+    (record,) = measure_coupling(model, [prompt[0].tolist()], ranks=(2, 4), progress=False)
+    free(0)
+    found = block_jacobians(model, prompt).jacobians
+    assert torch.equal(found, expected) and not list(tmp_path.iterdir())
+    mapped = any(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert mapped or not sys.platform.startswith("linux")
+    (again,) = measure_coupling(model, [prompt[0].tolist()], ranks=(2, 4), progress=False)
+    assert again.reason is None and (again.normalized_miscoupling == record.normalized_miscoupling).all()
+
+
+def test_a_disk_without_room_is_said(free, monkeypatch):
+    free(0)
+    usage = module.shutil.disk_usage("/")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
+    with pytest.raises(CouplingError, match=r"got 0 MB of Jacobians, .* expected room for them; set TMPDIR"):
+        jacobian_stack(2, torch.zeros(1, 3, 24))
+    (record,) = measure_coupling(model, [[1, 2, 3]], ranks=(2,), progress=False)
+    assert "set TMPDIR" in record.reason
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    unlimited = module._free_on_host()
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert module._free_on_host() == 600_000 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module._free_on_host() > 1_000_000
+
+
+MEASURE = """
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig
+from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.memory import memory_of
+from lm_eval_coupling.residual import ResidualModel
+torch.set_num_threads(1)
+size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=99)
+model = ResidualModel.wrap(AutoModelForCausalLM.from_config(LlamaConfig(**size)).bfloat16().eval())
+resident = lambda what: int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) * 1024
+def added(seq):
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    (record,) = measure_coupling(model, [[1 + i % 90 for i in range(seq)]], ranks=(50,), progress=False)
+    assert record.reason is None
+    return resident("VmHWM") - before
+measure_coupling(model, [[1, 2]], ranks=(2,), measures=("regularity",), progress=False)
+print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for seq in (16, 700)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure a peak")
+def test_no_more_is_taken_than_announced():
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], env={"PYTHONPATH": root, "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert "ADDED" in done.stdout, done.stderr[-3000:]
+    short, announced_short, long, announced_long = map(int, done.stdout.split("ADDED")[1].split())
+    assert 0.2 * announced_short < short < 1.1 * announced_short
+    assert 0.2 * announced_long < long < 1.1 * announced_long
