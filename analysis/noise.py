@@ -1,6 +1,6 @@
 r"""How robust are trajectories and coupling to noise on the input embeddings? (Paper, fig. 32.)
 
-python analysis/noise.py MODEL OUT --prompts 20 --levels 0 0.03 0.1 0.3 1 --out figures
+    python analysis/noise.py MODEL OUT --prompts 20 --levels 0 0.03 0.1 0.3 1 --out figures
 
 OUT holds saved records: their prompts are measured again, with noise added to the input of the first block.
 """

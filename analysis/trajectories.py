@@ -2,7 +2,8 @@ r"""Which way do the tokens of a prompt take through the layers? PCA fitted on t
 
     python analysis/trajectories.py OUT --tasks arc_easy --doc 3 --out figures
 
-The runs must have recorded trajectories (coupling_trajectories=1).
+The runs must have recorded trajectories (coupling_trajectories=1). Where the first token is an attention sink, it is the
+first component: --skip 1 --components 2 3 shows the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from lm_eval_coupling.studies import command, tables
 def main(argv=None):
     parser = command.arguments(__doc__)
     parser.add_argument("--doc", type=int, metavar="N", help="doc_id; by default of the first document that has them")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N tokens (an attention sink)")
+    parser.add_argument("--components", type=int, nargs=2, default=(1, 2), metavar="i", help="of the PCA (default: 1 2)")
     options = parser.parse_args(argv)
     records = require(tables.read(options.runs, options.tasks), ["trajectories", "trajectory_variance"])
     doc = int(records["doc_id"].iloc[0]) if options.doc is None else options.doc
@@ -30,7 +33,9 @@ def main(argv=None):
     one = chosen.iloc[0]
     title = f"{one['task']}, document {one['doc_id']}: {one['n_tokens']} tokens, thick the measured one"
     rows = pd.concat([coordinates(record) for record in chosen.to_dict("records")])
-    command.save(options.out, "trajectories", draw(prompts, token=int(one["position"]), title=title), rows)
+    components = tuple(options.components)
+    figure = draw(prompts, token=int(one["position"]), skip=options.skip, components=components, title=title)
+    command.save(options.out, "trajectories", figure, rows)
 
 
 def coordinates(record: dict) -> pd.DataFrame:

@@ -306,6 +306,13 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
     assert ax.get_legend_handles_labels()[1] == ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)"]
 
 
+def test_a_zero_has_a_place_on_a_logarithmic_axis():
+    rows = quartile_rows(level=[0, 0.01, 0.1, 1])
+    (ax,) = curves.curves(rows, x="level", log_x=True).axes
+    places = ax.transData.transform([(level, 0) for level in rows["level"]])[:, 0]
+    assert (np.diff(places) > 0.15 * np.ptp(places)).all()
+
+
 def test_edges_are_coupling_above_chance():
     weights = graph.edge_weights(PAIRS.astype(float), 10)
     assert weights[0, 1] == weights[1, 0] == pytest.approx(chance_level(10) - 0.4)
@@ -347,8 +354,11 @@ def test_trajectories_are_split_at_half_depth():
     ]
     assert parts == [[4, 4], [2, 2], [2, 2]]
     assert "50%" in figure.axes[0].get_xlabel()
-    with pytest.raises(CouplingError, match="got 1 principal component of m, expected at least two"):
+    with pytest.raises(CouplingError, match=r"got components \(1, 2\) without 0 tokens, but m has 1 components of 2 tokens"):
         trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token=1, skip=1, components=(2, 3))
+    (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
+    assert line.get_segments()[0].tolist() == [[16, 17], [19, 20]] and line.get_linewidth() == [2.2]
 
 
 # Scripts

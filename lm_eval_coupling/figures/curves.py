@@ -37,7 +37,7 @@ def curves(
         x: column of the horizontal axis.
         x_label: what it is.
         log: panels with a logarithmic axis.
-        log_x: whether the horizontal axis is logarithmic, too.
+        log_x: whether the horizontal axis is logarithmic, too; down to the smallest positive value where it has a 0.
         columns: panels side by side.
         title: stands above.
     """
@@ -61,7 +61,8 @@ def curves(
         if panel in log:
             ax.set_yscale("log")
         if log_x:
-            ax.set_xscale("symlog" if (of[x] <= 0).any() else "log")
+            smallest = of.loc[of[x] > 0, x].min()
+            ax.set_xscale(**{"value": "symlog", "linthresh": smallest} if (of[x] <= 0).any() else {"value": "log"})
         elif x == "depth":
             ax.set_xticks(labelled(int(np.ceil(rows[x].max()))))
     legend_outside(figure, axes)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled
+from lm_eval_coupling.figures.curves import curves
 
 
 def against_number(
@@ -120,6 +121,4 @@ def noise(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
         rows: ``panel, line, level, median, q25, q75, n, undefined, chance``.
         title: stands above.
     """
-    from lm_eval_coupling.figures.curves import curves
-
-    return curves(rows, x="level", x_label="noise, relative to the embeddings' norm", title=title)
+    return curves(rows, x="level", x_label="noise, relative to the embeddings' norm", log_x=True, title=title)

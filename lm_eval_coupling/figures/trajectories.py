@@ -22,37 +22,45 @@ def trajectories(
     prompts: Mapping[str, tuple[Float[np.ndarray, "_ _ component"], Float[np.ndarray, " component"]]],
     *,
     token: int | None = None,
+    skip: int = 0,
+    components: tuple[int, int] = (1, 2),
     title: str | None = None,
 ) -> Figure:
     """Draw every token's way through the layers: all layers, the shallow half, the deep half (paper, fig. 12).
 
     Args:
-        prompts: coordinates [token, point, component] and explained variance under the name of the row; the first two
-            components are drawn.
+        prompts: coordinates [token, point, component] and explained variance under the name of the row.
         token: index of the measured token, which is drawn thicker.
+        skip: tokens left out at the start, such as an attention sink, whose way dwarfs the others'.
+        components: the two that are drawn, from 1.
         title: stands above.
 
     Returns:
         The figure: one row per prompt, three panels each; colour is depth from 0, a dot the end of each part.
 
     Raises:
-        CouplingError: if a prompt was too short for two components.
+        CouplingError: if a prompt was too short for these components, or nothing is left of it.
     """
     for name, (coordinates, _) in prompts.items():
-        if (components := coordinates.shape[-1]) < 2:
+        tokens, _, known = coordinates.shape
+        if not 1 <= min(components) <= max(components) <= known or skip >= tokens:
             raise CouplingError(
-                f"got {components} principal component of {name}, expected at least two; choose a prompt of 3 tokens or more"
+                f"got components {components} without {skip} tokens, but {name} has {known} components of {tokens} tokens; "
+                "choose others, or a longer prompt"
             )
+    xy = [component - 1 for component in components]
     figure, axes = grid(3 * len(prompts), width=3.2, columns=3, title=title)
     for row, (name, (coordinates, variance)) in enumerate(prompts.items()):
         points = coordinates.shape[1]
         depth = Normalize(0, points - 1)
         parts = {"all layers": (0, points), "shallow half": (0, points // 2 + 1), "deep half": (points // 2, points)}
         for ax, (part, (first, last)) in zip(axes[3 * row : 3 * row + 3], parts.items(), strict=True):
-            _draw(ax, coordinates[:, first:last, :2], np.arange(first, last), depth, token)
+            _draw(ax, coordinates[skip:, first:last, xy], np.arange(first, last), depth, token and token - skip)
             ax.set_title(f"{name}: {part}", fontsize="small")
-            ax.set_xlabel(f"component 1 ({variance[0]:.0%} of the last layer's variance)", fontsize="x-small")
-            ax.set_ylabel(f"component 2 ({variance[1]:.0%})", fontsize="x-small")
+            ax.set_xlabel(
+                f"component {components[0]} ({variance[xy[0]]:.0%} of the last layer's variance)", fontsize="x-small"
+            )
+            ax.set_ylabel(f"component {components[1]} ({variance[xy[1]]:.0%})", fontsize="x-small")
         figure.colorbar(ScalarMappable(depth, _DEPTH), ax=axes[3 * row + 2], label="after layer")
     return figure
 
