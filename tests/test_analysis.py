@@ -311,6 +311,7 @@ def test_a_zero_has_a_place_on_a_logarithmic_axis():
     (ax,) = curves.curves(rows, x="level", log_x=True).axes
     places = ax.transData.transform([(level, 0) for level in rows["level"]])[:, 0]
     assert (np.diff(places) > 0.15 * np.ptp(places)).all()
+    assert ax.get_xlim()[0] > -0.01
 
 
 def test_edges_are_coupling_above_chance():

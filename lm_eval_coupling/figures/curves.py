@@ -47,6 +47,9 @@ def curves(
     names = legend_names(rows)
     for ax, panel in zip(axes, panels, strict=True):
         of = rows[rows["panel"] == panel]
+        if log_x:  # first, or limits of the linear axis stay
+            smallest = of.loc[of[x] > 0, x].min()
+            ax.set_xscale(**{"value": "symlog", "linthresh": smallest} if (of[x] <= 0).any() else {"value": "log"})
         for (line, weights), curve in of.groupby(["line", "weights"], sort=False):
             curve = curve.sort_values(x)
             style = {"color": colour[line], "linestyle": _style(weights)}
@@ -60,10 +63,7 @@ def curves(
         ax.set_xlabel(x_label, fontsize="small")
         if panel in log:
             ax.set_yscale("log")
-        if log_x:
-            smallest = of.loc[of[x] > 0, x].min()
-            ax.set_xscale(**{"value": "symlog", "linthresh": smallest} if (of[x] <= 0).any() else {"value": "log"})
-        elif x == "depth":
+        if x == "depth":
             ax.set_xticks(labelled(int(np.ceil(rows[x].max()))))
     legend_outside(figure, axes)
     return figure
