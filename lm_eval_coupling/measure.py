@@ -16,6 +16,7 @@ from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling import regularity
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
+from lm_eval_coupling.memory import layers_at_once
 from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
 from lm_eval_coupling.tokenwise import chosen_layers, chosen_tokens, context_coupling, influence, self_coupling
 
@@ -358,7 +359,7 @@ def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:
         return proof | {"reason": f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}"}
     J = found.jacobians
     largest = settings.ranks[-1]
-    triplets = _top_singular_by_parts(J, min(largest + 1, J.shape[-1]), found.device)
+    triplets = top_singular_by_parts(J, min(largest + 1, J.shape[-1]), found.device)
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_maths.coupling_matrices(J, U, V)
     A_vju = coupling_maths.coupling_matrices(J, V, U)
@@ -379,13 +380,10 @@ def _depth(found: BlockJacobians, settings: Settings) -> dict[str, Any]:
     )
 
 
-def _top_singular_by_parts(J, k: int, device: torch.device) -> SingularTriplets:
-    """On the device where the model computes (MPS has no symmetric eigendecomposition), so many layers at a time.
-
-    As many as there are threads, each of which takes one; working memory is theirs.
-    """
+def top_singular_by_parts(J, k: int, device: torch.device) -> SingularTriplets:
+    """On the device where the model computes (MPS has no symmetric eigendecomposition), a few layers at a time."""
     device = torch.device("cpu") if device.type == "mps" else device
-    parts = J.split(torch.get_num_threads() if device.type == "cpu" else 4)
+    parts = J.split(layers_at_once(J.shape[-1], J.element_size(), device))
     found = [top_singular(part.to(device), k) for part in parts]
     return SingularTriplets(*(torch.cat([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
 

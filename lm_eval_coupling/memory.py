@@ -21,6 +21,7 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError
 
 ON_DEVICE = 4 << 30  # bytes of Jacobians that may lie on an accelerator
+SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time may take
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -44,6 +45,15 @@ def jacobian_stack(layers: int, like: Tensor) -> Float[Tensor, "layer d_model d_
     if where == "disk":
         return _in_file(size, like.dtype).view(shape)
     return like.new_empty(shape, device=like.device if where == "device" else "cpu")
+
+
+def layers_at_once(d_model: int, itemsize: int, device: torch.device) -> int:
+    """How many Jacobians to decompose at once: one for each thread, as far as memory allows."""
+    most = torch.get_num_threads() if device.type == "cpu" else 4
+    return max(1, min(most, SPECTRA // (_DECOMPOSITION * d_model**2 * itemsize)))
+
+
+_DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +101,17 @@ def memory(
         itemsize: bytes of a number.
         device: where the model computes.
     """
+    device = torch.device(device)
     tokens, square, basis = prompts * seq, d_model**2, n_layers * d_model * (rank + 1)
     trace = 3 * n_layers * tokens * d_model  # inputs, keys and values of every block
     activations = 2 * tokens * block_params // d_model + 3 * n_heads * tokens * seq
     forward = block_params + activations
-    jacobian = block_params * (1 + 2 * prompts) + 4 * prompts * square
-    pairs = 3 * basis + 10 * (n_layers * rank) ** 2 + 4 * square  # all bases times one J; all pairs, some in float64
+    jacobian = block_params * (1 + 3 * prompts) + 4 * prompts * square
+    spectra = layers_at_once(d_model, itemsize, device) * _DECOMPOSITION * square
+    pairs = 3 * basis + 10 * (n_layers * rank) ** 2 + square  # all bases times one J; all pairs, some in float64
     size = prompts * n_layers * square * itemsize
-    working = (trace + max(forward, jacobian, pairs)) * itemsize
-    return Memory(size, place(size, torch.device(device)), 2 * basis * itemsize, working)
+    working = (trace + max(forward, jacobian, spectra, pairs)) * itemsize
+    return Memory(size, place(size, device), 2 * basis * itemsize, working)
 
 
 def memory_of(model, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from lm_eval_coupling.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import TOLERANCE, jacobians_of_trace
-from lm_eval_coupling.measure import DTYPES, Settings
+from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, jacobians_of_trace
+from lm_eval_coupling.measure import DTYPES, Settings, top_singular_by_parts
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
-from lm_eval_coupling.spectra import numerical_rank, top_singular
+from lm_eval_coupling.spectra import numerical_rank
 from lm_eval_coupling.weights import upcast
 
 RANKS = (10, 30, 50)
@@ -90,8 +90,8 @@ def run_coupling_hf(
     out = {}
     for i, prompt in tqdm(numbered, desc="Measuring coupling", disable=not verbose):
         try:
-            J = _jacobians(wrapped, prompt, DTYPES[settings.dtype], last_layer_norm)
-            out[i] = {"prompt": prompt} | _couplings(J, settings.ranks)
+            blocks = _jacobians(wrapped, prompt, DTYPES[settings.dtype], last_layer_norm)
+            out[i] = {"prompt": prompt} | _couplings(blocks, settings.ranks)
         except CouplingError as error:
             raise CouplingError(f"prompt {i}: {error}") from error
     if stem is not None:
@@ -100,7 +100,7 @@ def run_coupling_hf(
 
 
 @torch.no_grad()
-def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> Float[Tensor, "layer d_model d_model"]:
+def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> BlockJacobians:
     tokens = model.encode(prompt)
     if not tokens:
         raise CouplingError("got a prompt without any token, expected at least one, leave it out")
@@ -113,10 +113,10 @@ def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) ->
                 f"got a Jacobian of block {layer} that is off by {error:.1e} against the model's own derivative, "
                 f'expected at most {TOLERANCE[dtype]:.0e}, try dtype="float64"'
             )
-    J = found.jacobians
     if last_layer_norm:
+        J = found.jacobians
         J[-1] = _through_final_norm(model, J[-1], trace.resid_final[0, last])
-    return J.cpu() if J.device.type == "mps" else J  # which has no eigendecomposition
+    return found
 
 
 def _through_final_norm(
@@ -134,8 +134,9 @@ def _through_final_norm(
     return J_norm @ (J + eye) - eye
 
 
-def _couplings(J: Float[Tensor, "layer d_model d_model"], ranks: Sequence[int]) -> dict[str, Any]:
-    triplets = top_singular(J, max(ranks))
+def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
+    J = blocks.jacobians
+    triplets = top_singular_by_parts(J, max(ranks), blocks.device)
     U, S, V = triplets.U, triplets.S, triplets.V
     rank_of_basis = numerical_rank(S, J.shape[-1])
 

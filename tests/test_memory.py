@@ -15,7 +15,7 @@ from lm_eval_coupling import memory as module
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import block_jacobians
 from lm_eval_coupling.measure import measure_coupling
-from lm_eval_coupling.memory import jacobian_stack, memory, memory_of
+from lm_eval_coupling.memory import jacobian_stack, layers_at_once, memory, memory_of
 from lm_eval_coupling.residual import ResidualModel
 
 GB = 10**9
@@ -42,7 +42,7 @@ def test_a_model_of_70_billion_weights(free):
     found = memory(**seventy_billion(), rank=50, seq=128, device="cuda")
     assert found.jacobians == 80 * 8192 * 8192 * 4 == 21_474_836_480
     assert found.bases == 2 * 80 * 8192 * 51 * 4 == 267_386_880
-    assert 4 * 855_654_400 < found.working < 16 * GB  # at least the upcast block
+    assert 4 * 855_654_400 < found.working < 20 * GB  # at least the upcast block
     assert found.total == found.jacobians + found.bases + found.working
     assert found.where == "host"
     free(40 * GB)
@@ -58,6 +58,13 @@ def test_jacobians_stay_on_a_device_up_to_four_gibibytes(free):
     assert memory(n_layers=65, device="cuda", **shape).where == "host"
     assert memory(n_layers=64, device="cpu", **shape).where == "host"
     assert memory(n_layers=64, device="cuda", itemsize=8, **shape).where == "host"
+
+
+def test_wide_jacobians_are_decomposed_one_by_one():
+    """However many threads there are: six matrices of 8192 times 8192 for each is 1.6 GB."""
+    gpu = torch.device("cuda")
+    assert [layers_at_once(d, 4, gpu) for d in (1024, 4096, 8192, 16384)] == [4, 4, 1, 1]
+    assert layers_at_once(576, 4, torch.device("cpu")) == torch.get_num_threads()
 
 
 def test_it_grows_with_what_is_measured_at_a_time():
@@ -111,7 +118,7 @@ from lm_eval_coupling.measure import measure_coupling
 from lm_eval_coupling.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 torch.set_num_threads(1)
-size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=99)
+size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, vocab_size=99)
 model = ResidualModel.wrap(AutoModelForCausalLM.from_config(LlamaConfig(**size)).bfloat16().eval())
 resident = lambda what: int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) * 1024
 def added(seq):
@@ -121,7 +128,7 @@ def added(seq):
     assert record.reason is None
     return resident("VmHWM") - before
 measure_coupling(model, [[1, 2]], ranks=(2,), measures=("regularity",), progress=False)
-print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for seq in (16, 700)))
+print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for seq in (16, 500)))
 """
 
 
