@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -401,6 +402,9 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     printed = run([sys.executable, script, "--model", "coupling-hf", "--model_args", arguments, *words, "--device", "cpu"])
     assert "|coupling" in printed.replace(" ", "")
     assert "8 prompts on this process, 8 distinct ones not measured before" in printed
+    assert re.search(
+        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work", printed
+    )
     value = written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     by_hash = {s["doc_hash"]: s["coupling"] for s in map(json.loads, samples.read_text().splitlines())}
