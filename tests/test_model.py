@@ -229,6 +229,7 @@ def test_limit_zero_only_scores(evaluate):
         ({"coupling_dtype": "float16"}, "expected one of float32, float64"),
         ({"coupling_limit": -1}, "coupling_limit=-1"),
         ({"coupling_method": "guess"}, "expected one of auto, closed"),
+        ({"tp_plan": "auto"}, "got tp_plan, which splits every weight over processes"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, message):
