@@ -18,7 +18,8 @@ def main(argv=None):
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)
     title = f"Coupling of each layer, K = {rank}: median and quartiles over documents"
     command.save(options.out, "layer_coupling", curves(rows, columns=2, title=title), rows)
-    for line, of in rows[rows["measure"] == "layer_coupling"].groupby(["line", "weights"], sort=False):
+    known = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
+    for line, of in known.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]
         chance = MEASURES["layer_coupling"].chance(rank)
         print(f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})")

@@ -2,12 +2,14 @@ r"""How robust are trajectories and coupling to noise on the input embeddings? (
 
     python analysis/noise.py MODEL OUT --prompts 20 --levels 0 0.03 0.1 0.3 1 --out figures
 
-OUT holds saved records: their prompts are measured again, with noise added to the input of the first block.
+OUT holds saved records: the prompts of this model among them are measured again, with noise added to the input of the first
+block.
 """
 
 from __future__ import annotations
 
 from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.facts import short_name
 from lm_eval_coupling.figures.studies import noise
 from lm_eval_coupling.robustness import LEVELS, noise_robustness
 from lm_eval_coupling.studies import command, matrices, tables
@@ -28,13 +30,13 @@ def main(argv=None):
     parser.add_argument("--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args(argv)
-    records = tables.read(options.runs)
+    name = short_name(options.model)
+    records = tables.of_model(tables.read(options.runs), name)
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
     model = matrices.load(options.model)
     rows = noise_robustness(model, prompts, options.levels, rank=options.rank, seed=options.seed)
     long = rows.melt(["prompt", "level"], list(PANELS), "measure")
     found = tables.summary(long, ["measure", "level"])
-    name = options.model.rstrip("/").rsplit("/", 1)[-1]
     found = found.assign(panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained")
     found["chance"] = found["measure"].eq("coupling").map({True: 1 - chance_level(options.rank), False: float("nan")})
     figure = noise(found, title=f"{name}: noise on the input embeddings of {len(prompts)} prompts")

@@ -24,7 +24,7 @@ def main(argv=None):
     rows = tables.summary(spectra.singular_values(records, indices), [*tables.RUN, "k", "depth"])
     fits = spectra.inverse_fits(rows)
     if "depth_slope" in records and records["depth_slope"].notna().any():
-        fits = fits.merge(spectra.document_fits(records, indices))
+        fits = fits.merge(spectra.document_fits(records, indices), how="left")  # not every run measured spectra
     rows, fits = tables.with_line(rows), tables.with_line(fits)
     title = "Singular values of the blocks with depth: median and quartiles over documents"
     command.save(options.out, "singular_values", draw(rows, fits, title=title), rows.merge(fits))

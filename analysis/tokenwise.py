@@ -31,18 +31,19 @@ def main(argv=None):
     records = require(tables.read(options.runs, options.tasks), [kind.column])
     rank = tables.choose_rank(records, options.rank)
     records = tables.of_document(records, options.doc)
-    panels, rows = {}, []
+    panels, places, rows = {}, {}, []
     for run, of in records.groupby(tables.RUN, sort=False):
         found = tokens.token_pairs(of, options.kind, rank)
         for layer in tables.chosen(options.layers, found.layers, PANELS):
             at = found.layers.index(layer)
-            panels[f"{tables.label(*run)}, layer {layer} (n = {found.n})"] = found.miscoupling[at, at]
+            name = f"{tables.label(*run)}, layer {layer} (n = {found.n})"
+            panels[name], places[name] = found.miscoupling[at, at], found.tokens
         rows.append(found.rows().assign(**dict(zip(tables.RUN, run, strict=True))))
         pairs = found.by_layers()
         every, within = 1 - np.nanmean(pairs), 1 - np.nanmean(np.diag(pairs))
         print(f"{tables.label(*run)}: {kind.label}: {every:.4f} over different tokens, within a layer {within:.4f}")
     title = f"{kind.label}, K = {rank}: miscoupling of tokens within a layer"
-    figure = token_heatmaps(panels, tokens=found.tokens, rank=rank, title=title)
+    figure = token_heatmaps(panels, tokens=places, rank=rank, title=title)
     command.save(options.out, f"tokenwise_{options.kind}", figure, pd.concat(rows))
 
 

@@ -26,15 +26,16 @@ def main(argv=None):
     doc = int(records["doc_id"].iloc[0]) if options.doc is None else options.doc
     chosen = tables.of_document(records, doc)
     chosen = chosen[chosen["task"] == chosen["task"].iloc[0]].drop_duplicates(tables.RUN)
-    prompts = {
-        tables.label(*(record[key] for key in tables.RUN)): (record["trajectories"], record["trajectory_variance"])
+    of = {  # models split a text into tokens each in its way
+        f"{tables.label(*(record[key] for key in tables.RUN))} ({record['n_tokens']} tokens)": record
         for record in chosen.to_dict("records")
     }
-    one = chosen.iloc[0]
-    title = f"{one['task']}, document {one['doc_id']}: {one['n_tokens']} tokens, thick the measured one"
-    rows = pd.concat([coordinates(record) for record in chosen.to_dict("records")])
+    prompts = {name: (record["trajectories"], record["trajectory_variance"]) for name, record in of.items()}
+    measured = {name: record["position"] for name, record in of.items()}
+    title = f"{chosen['task'].iloc[0]}, document {doc}; thick: the measured token"
+    rows = pd.concat([coordinates(record) for record in of.values()])
     components = tuple(options.components)
-    figure = draw(prompts, token=int(one["position"]), skip=options.skip, components=components, title=title)
+    figure = draw(prompts, token=measured, skip=options.skip, components=components, title=title)
     command.save(options.out, "trajectories", figure, rows)
 
 

@@ -331,11 +331,11 @@ def test_edges_are_coupling_above_chance():
 
 def test_token_heat_maps_leave_out_what_is_undefined():
     matrix = np.array([[0, 0.3], [np.nan, 0]])
-    ax = matrices.token_heatmaps({"m": matrix}, tokens=[-2, -1], rank=10).axes[0]
+    ax = matrices.token_heatmaps({"m": matrix}, tokens={"m": [-2, -1]}, rank=10).axes[0]
     assert "1 undefined" in ax.get_title()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "-1"]
     with pytest.raises(CouplingError, match="got no pair of tokens"):
-        matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens=[1, 2], rank=10)
+        matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10)
 
 
 def test_coupling_matrices_each_fill_the_scale():
@@ -349,7 +349,7 @@ def test_coupling_matrices_each_fill_the_scale():
 
 def test_trajectories_are_split_at_half_depth():
     ways = np.arange(2 * 5 * 3.0).reshape(2, 5, 3)
-    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token=1)
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1})
     parts = [
         [len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)] for ax in figure.axes[:3]
     ]
@@ -357,12 +357,60 @@ def test_trajectories_are_split_at_half_depth():
     assert "50%" in figure.axes[0].get_xlabel()
     with pytest.raises(CouplingError, match=r"got components \(1, 2\) without 0 tokens, but m has 1 components of 2 tokens"):
         trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
-    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token=1, skip=1, components=(2, 3))
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1}, skip=1, components=(2, 3))
     (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
     assert line.get_segments()[0].tolist() == [[16, 17], [19, 20]] and line.get_linewidth() == [2.2]
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 0}, skip=1)
+    (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
+    assert line.get_linewidth() == [0.7], "a measured token that is left out makes no other one thick"
 
 
 # Scripts
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """One document in the tokens of two models; the second run has no spectra."""
+    save(tmp_path, [record(0)], model="org/first")
+    longer = {"n_tokens": 9, "tokens": tuple(range(9)), "position": 8, "self_tokens": (7, 8)}
+    longer |= {"trajectories": np.arange(9 * 4 * 3, dtype=np.float32).reshape(9, 4, 3)}
+    return save(tmp_path, [record(0, **longer, depth_slope=None, depth_r2=None)], model="org/second")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that scripts made, as they are before they are saved."""
+    figures = []
+    monkeypatch.setattr(command, "save", lambda folder, name, figure, rows: figures.append(figure))
+    return figures
+
+
+def test_every_model_has_tokens_of_its_own(two_models, drawn):
+    """Regression: all panels had the tokens of one model, the last one's or the first one's."""
+    script("tokenwise")([str(two_models), "--layers", "1", "--doc", "0"])
+    script("trajectories")([str(two_models)])
+    tokenwise, ways = drawn
+    assert [[text.get_text() for text in ax.get_xticklabels()] for ax in tokenwise.axes[:2]] == [["4", "5"], ["7", "8"]]
+    widths = [[line.get_linewidth()[0] for line in ax.collections if isinstance(line, LineCollection)] for ax in ways.axes]
+    assert widths[0] == [0.7] * 5 + [2.2] and widths[3] == [0.7] * 8 + [2.2]
+    assert [ax.get_title() for ax in ways.axes[:6:3]] == ["first (6 tokens): all layers", "second (9 tokens): all layers"]
+
+
+def test_a_run_without_spectra_beside_one_with(two_models, tmp_path):
+    """Regression: its lines were lost, and the picture with them."""
+    script("singular_values")([str(two_models), "--indices", "2", "--out", str(tmp_path)])
+    rows = table(tmp_path, "singular_values").groupby("line").first()
+    assert rows["slope"].tolist() == pytest.approx([1, 1])
+    assert rows.loc["first", "r2_documents"] == pytest.approx(0.9) and np.isnan(rows.loc["second", "r2_documents"])
+
+
+def test_layer_coupling_without_a_defined_pair(tmp_path, capsys):
+    """Regression: the most coupled of no layers was asked for."""
+    undefined = np.full((2, 3, 3), np.nan, np.float32)
+    run = save(tmp_path, [record(0, normalized_miscoupling=undefined)])
+    script("layer_coupling")([str(run), "--out", str(tmp_path)])
+    assert table(tmp_path, "layer_coupling")["undefined"].tolist() == [1] * 6
+    assert "most coupled" not in capsys.readouterr().out
 
 
 def test_layer_coupling(run, tmp_path, capsys):

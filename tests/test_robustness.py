@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measure import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.robustness import noise_robustness
@@ -66,4 +67,6 @@ def test_the_script(model, tmp_path, monkeypatch):
     out = tmp_path / "figures"
     script.main(["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)])
     written = pd.read_csv(out / "noise.csv")
+    with pytest.raises(CouplingError, match="got records of tiny, none of other; give the folder of a run that measured"):
+        script.main(["org/other", str(run)])
     assert len(written) == 4 and written["cosine_last"][0] == pytest.approx(1) and (out / "noise.png").stat().st_size > 1000

@@ -15,6 +15,7 @@ from matplotlib.image import AxesImage
 
 from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.canvas import COLOURS, colour_bar, labelled
 
 
@@ -41,7 +42,7 @@ def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, ra
     chance = chance_level(rank)
     low = min(chance, *(matrix.min() for matrix in masked.values()))
     high = max(chance, *(matrix.max() for matrix in masked.values()))
-    figure = Figure(figsize=(3.6 * len(masked) + 1.2, 4.1 if title else 3.8), dpi=200, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(masked) + 1.2, 4.1 if title else 3.8), dpi=canvas.DPI, layout="constrained")
     axes = list(figure.subplots(1, len(masked), squeeze=False)[0])
     for ax, (name, matrix) in zip(axes, masked.items(), strict=True):
         image = _layer_image(ax, matrix, low, high)

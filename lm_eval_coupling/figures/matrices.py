@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.coupling import chance_level, miscoupling
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid, labelled
 
 
 def token_heatmaps(
     panels: Mapping[str, Float[np.ndarray, "token token"]],
     *,
-    tokens: Sequence[int],
+    tokens: Mapping[str, Sequence[int]],
     rank: int,
     axes_names: tuple[str, str] = ("Jacobian at token", "singular vectors at token"),
     title: str | None = None,
@@ -29,7 +30,7 @@ def token_heatmaps(
 
     Args:
         panels: a matrix m̃[t, t'] under the name that stands above it.
-        tokens: positions of the tokens in the prompt, from 0.
+        tokens: positions of each panel's tokens in the prompt, from 0.
         rank: number K of singular vectors they were measured with.
         axes_names: what rows and columns are.
         title: stands above all panels.
@@ -48,8 +49,8 @@ def token_heatmaps(
         ax.set_facecolor(UNDEFINED)
         undefined = np.isnan(matrix).sum()
         ax.set_title(name + (f"\n({undefined} undefined, grey)" if undefined else ""), fontsize="small")
-        ax.set_xticks(range(len(tokens)), tokens, fontsize="x-small")
-        ax.set_yticks(range(len(tokens)), tokens, fontsize="x-small")
+        ax.set_xticks(range(len(matrix)), tokens[name], fontsize="x-small")
+        ax.set_yticks(range(len(matrix)), tokens[name], fontsize="x-small")
         ax.set_ylabel(axes_names[0], fontsize="small")
         ax.set_xlabel(axes_names[1], fontsize="small")
     colour_bar(figure, image, axes, rank, chance)
@@ -73,7 +74,7 @@ def coupling_matrices(
         columns: names of the bases.
         title: stands above all.
     """
-    figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=200, layout="constrained")
+    figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=canvas.DPI, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     largest = np.abs(A).max(axis=(-2, -1), keepdims=True)
     shown = np.abs(A) / np.where(largest > 0, largest, np.nan)

@@ -21,7 +21,7 @@ _DEPTH = "viridis"
 def trajectories(
     prompts: Mapping[str, tuple[Float[np.ndarray, "_ _ component"], Float[np.ndarray, " component"]]],
     *,
-    token: int | None = None,
+    token: Mapping[str, int] | None = None,
     skip: int = 0,
     components: tuple[int, int] = (1, 2),
     title: str | None = None,
@@ -30,7 +30,7 @@ def trajectories(
 
     Args:
         prompts: coordinates [token, point, component] and explained variance under the name of the row.
-        token: index of the measured token, which is drawn thicker.
+        token: index of the measured token under the same names; it is drawn thicker.
         skip: tokens left out at the start, such as an attention sink, whose way dwarfs the others'.
         components: the two that are drawn, from 1.
         title: stands above.
@@ -53,9 +53,10 @@ def trajectories(
     for row, (name, (coordinates, variance)) in enumerate(prompts.items()):
         points = coordinates.shape[1]
         depth = Normalize(0, points - 1)
+        thick = token[name] - skip if token else None
         parts = {"all layers": (0, points), "shallow half": (0, points // 2 + 1), "deep half": (points // 2, points)}
         for ax, (part, (first, last)) in zip(axes[3 * row : 3 * row + 3], parts.items(), strict=True):
-            _draw(ax, coordinates[skip:, first:last, xy], np.arange(first, last), depth, token and token - skip)
+            _draw(ax, coordinates[skip:, first:last, xy], np.arange(first, last), depth, thick)
             ax.set_title(f"{name}: {part}", fontsize="small")
             ax.set_xlabel(
                 f"component {components[0]} ({variance[xy[0]]:.0%} of the last layer's variance)", fontsize="x-small"

@@ -146,6 +146,19 @@ def label(model: str, revision: str | None = None, weights: str | None = None) -
     return f"{name}, untrained" if weights == "untrained" else name
 
 
+def of_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The records of the model with this short name: the tokens of another would be other words.
+
+    Raises:
+        CouplingError: if there is none.
+    """
+    names = records["model"].map(short_name)
+    if not (names == name).any():
+        known = ", ".join(sorted(names.unique()))
+        raise CouplingError(f"got records of {known}, none of {name}; give the folder of a run that measured this model")
+    return records[names == name]
+
+
 def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
     """The records of the document with this ``doc_id``; all of them for None.
 
