@@ -561,6 +561,27 @@ def test_coupling_matrices(tmp_path):
     assert set(table(tmp_path, "coupling_matrices_self_untrained")["jacobian"]) == {"token 15", "token 16"}
 
 
+def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
+    main = script("make_results")
+    assert all((ANALYSIS / f"{study.split()[0]}.py").exists() for study in main.__globals__["STUDIES"])
+    some = ["layer_coupling", "influence", "tokenwise --kind context_input", "chain_of_thought"]
+    monkeypatch.setitem(main.__globals__, "STUDIES", some)
+    rows = [record(i, shift=i / 100, n_tokens=10 + i) for i in range(3)]
+    here = save(tmp_path, [*rows, record(0, prompt_index=1, trajectories=None)], model="/some/where/tiny")
+    out = tmp_path / "results"
+    main([str(here), "--out", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    left = [line.split(": ")[0] for line in lines if line.startswith("left out")]
+    assert left == ["left out influence", "left out chain_of_thought"]
+    assert {file.suffix for file in out.iterdir()} == {".csv", ".png"}
+    (run,) = pd.read_csv(out / "runs.csv").to_dict("records")
+    assert (run["model"], run["weights"], run["documents"], run["prompts"]) == ("tiny", "trained", 3, 4)
+    rows = pd.read_csv(out / "layer_coupling.csv").query("measure == 'layer_coupling'")
+    assert rows["median"].tolist() == pytest.approx([0.69, 0.29, 0.24], abs=1e-6) and set(rows["model"]) == {"tiny"}
+    assert "/some/where" not in "".join(file.read_text() for file in out.glob("*.csv"))
+    assert {file.name for file in out.glob("*.png")} == {"layer_coupling.png", "tokenwise_context_input.png"}
+
+
 @pytest.mark.parametrize(
     ("name", "needed"),
     [
