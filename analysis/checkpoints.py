@@ -19,14 +19,14 @@ def main(argv=None):
     measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance", "equidistance"])]
     values = tables.quartiles(tables.long(records, measures, rank), tables.RUN)
     rows = training.with_steps(tables.named(values, rank)).sort_values("step")
-    rows["line"] = rows["lineage"].map(tables.label)
+    rows["line"] = rows["lineage"]
     title = f"Along training, K = {rank}: median and quartiles over documents"
     command.save(
         options.out, "checkpoints", curves(rows, x="step", x_label="step", log_x=True, columns=2, title=title), rows
     )
     layers = tables.quartiles(tables.long(records, ["layer_coupling"], rank), tables.RUN)
     layers = training.with_steps(tables.named(layers, rank)).sort_values("step")
-    layers["line"] = [f"{tables.label(row.lineage)}, step {row.step:.0f}" for row in layers.itertuples()]
+    layers["line"] = [f"{row.lineage}, step {row.step:.0f}" for row in layers.itertuples()]
     command.save(
         options.out, "checkpoints_layers", curves(layers, columns=1, title="Coupling of each layer, by step"), layers
     )

@@ -9,6 +9,7 @@ column the singular vectors it is written in.
 
 from __future__ import annotations
 
+from lm_eval_coupling.facts import short_name
 from lm_eval_coupling.figures.matrices import coupling_matrices as draw
 from lm_eval_coupling.studies import command, matrices
 
@@ -37,7 +38,7 @@ def main(argv=None):
     else:
         found = matrices.of_tokens(model, ids, options.layer, options.tokens, options.rank, options.across)
     weights = "" if options.untrained is None else ", untrained"
-    title = f"{options.model.rstrip('/').rsplit('/', 1)[-1]}{weights}: {found.about}"
+    title = f"{short_name(options.model)}{weights}: {found.about}"
     figure = draw(found.A, rows=found.names, columns=found.names, title=title)
     name = f"coupling_matrices_{options.across}" + ("" if options.untrained is None else "_untrained")
     command.save(options.out, name, figure, found.rows())

@@ -18,7 +18,6 @@ import pandas as pd
 from PIL import Image
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import short_name
 from lm_eval_coupling.studies import command, tables
 
 STUDIES = ["layer_coupling", "layer_graph", "regularity", "depth_profiles", "singular_values", "influence", "trajectories"]
@@ -57,15 +56,12 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     """One row per model, task and weights: the run, its documents and prompts."""
     keys = ["model", "revision", "fingerprint", "date", "task", "weights"]
     counts = {"documents": ("doc_hash", "nunique"), "prompts": ("prompt_hash", "size")}
-    rows = records.groupby(keys, dropna=False, sort=False).agg(**counts).reset_index()
-    return rows.assign(model=rows["model"].map(short_name))
+    return records.groupby(keys, dropna=False, sort=False).agg(**counts).reset_index()
 
 
 def slim(table: Path, to: Path) -> None:
-    """Copy a table in the precision of the records, with names of models instead of places on a disk."""
+    """Copy a table in the precision of the records."""
     rows = pd.read_csv(table)
-    if "model" in rows:
-        rows["model"] = rows["model"].map(short_name)
     rows.to_csv(to, index=False, float_format="%.7g")
     print(f"{to}: {len(rows)} rows")
 

@@ -9,7 +9,6 @@ block.
 from __future__ import annotations
 
 from lm_eval_coupling.coupling import chance_level
-from lm_eval_coupling.facts import short_name
 from lm_eval_coupling.figures.studies import noise
 from lm_eval_coupling.robustness import LEVELS, noise_robustness
 from lm_eval_coupling.studies import command, matrices, tables
@@ -30,8 +29,8 @@ def main(argv=None):
     parser.add_argument("--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args(argv)
-    name = short_name(options.model)
-    records = tables.of_model(tables.read(options.runs), name)
+    records = tables.of_model(tables.read(options.runs), options.model)
+    name = records["model"].iloc[0]
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
     model = matrices.load(options.model)
     rows = noise_robustness(model, prompts, options.levels, rank=options.rank, seed=options.seed)

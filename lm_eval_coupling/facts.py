@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,38 @@ _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([mbt])")
 
 def short_name(model: str) -> str:
     """The last part of a hub name or a path."""
-    return re.split(r"[\\/]", model.rstrip("\\/"))[-1]
+    return _parts(model)[-1]
+
+
+def labels(models: Iterable[str]) -> dict[str, str]:
+    """By model, the shortest end of its name, in whole parts, that no other one's has: ``b/base`` beside ``/x/a/base``.
+
+    A checkpoint's folder is told by its training, without which it says nothing: ``pythia/checkpoint-1000``.
+    """
+    lineages = {model: facts_from_name(model, "main")["lineage"] for model in models}
+    parts = {lineage: _parts(lineage) for lineage in lineages.values()}
+    names = {lineage: "/".join(_own_end(own, {*parts.values()} - {own})) for lineage, own in parts.items()}
+    return {model: names[of] if of == model else f"{names[of]}/{short_name(model)}" for model, of in lineages.items()}
+
+
+def ends_with(model: str, end: str) -> bool:
+    """Whether the last parts of a model's name are these, as they are of a model and its label."""
+    parts = _parts(end)
+    return _parts(model)[-len(parts) :] == parts
+
+
+def run_label(name: str, revision: str | None) -> str:
+    """The label of a model with its revision, if that is not main."""
+    return name if revision in (None, "main") else f"{name}@{revision}"
+
+
+def _parts(model: str) -> tuple[str, ...]:
+    """A path from the root starts with an empty part, which tells it from a relative one."""
+    return tuple(re.split(r"[\\/]", model.rstrip("\\/")))
+
+
+def _own_end(own: tuple[str, ...], others: set[tuple[str, ...]]) -> tuple[str, ...]:
+    return next(own[-n:] for n in itertools.count(1) if own[-n:] not in {other[-n:] for other in others})
 
 
 def facts_from_name(model: str, revision: str) -> dict[str, Any]:

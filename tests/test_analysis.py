@@ -83,9 +83,9 @@ def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
     )
 
 
-def save(folder, rows, *, model="org/tiny", revision="main", date=saved_runs.DATE):
+def save(folder, rows, *, model="org/tiny", revision="main", date=saved_runs.DATE, fingerprint="f"):
     """The tables of one run."""
-    about = {"model": model, "revision": revision, "fingerprint": "f"}
+    about = {"model": model, "revision": revision, "fingerprint": fingerprint}
     write_tables(rows, folder / f"{model}-{revision}".replace("/", "__"), date, about)
     return folder
 
@@ -164,6 +164,48 @@ def test_a_measure_that_was_not_recorded(plain, column, option):
 def test_records_that_lack_a_measure_are_left_out(tmp_path):
     save(tmp_path, [record(0), record(1, entropy=None), record(2, line_shape_score=math.nan)])
     assert require(load_records(tmp_path), ["entropy", "line_shape_score"])["doc_id"].tolist() == [0]
+
+
+def test_one_name_with_two_weights_is_refused(tmp_path):
+    """Regression: documents measured before and after a training under the same name counted as one model's."""
+    save(tmp_path / "a", [record(0), record(1, task="mmlu")], date="2025-01-01T00-00-00", fingerprint="before" * 5)
+    save(tmp_path / "b", [record(1)], date="2025-02-01T00-00-00", fingerprint="after" * 6)
+    message = (
+        r"got tiny with .* \(fingerprints beforebe of 2025-01-01T00-00-00 and afteraft of 2025-02-01T00-00-00\), expected"
+    )
+    with pytest.raises(CouplingError, match=message):
+        tables.read([tmp_path])
+    assert tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]
+    assert tables.read([tmp_path], ["mmlu"])["fingerprint"].tolist() == ["before" * 5]
+
+
+def test_revisions_and_old_tables_need_no_common_fingerprint(tmp_path):
+    save(tmp_path, [record(0)], fingerprint="one", revision="step1")
+    save(tmp_path, [record(0)], fingerprint="other", revision="step2")
+    save(tmp_path, [record(0)], fingerprint="third")
+    save(tmp_path / "old", [record(1)], fingerprint=None)
+    assert len(tables.read([tmp_path])) == 4
+
+
+def test_names_are_the_same_whatever_the_tasks(tmp_path):
+    save(tmp_path, [record(0), record(0, task="gsm8k")], model="/x/a/tiny")
+    save(tmp_path, [record(0)], model="/x/b/tiny")
+    assert tables.read([tmp_path])["model"].unique().tolist() == ["a/tiny", "b/tiny"]
+    assert tables.read([tmp_path], ["gsm8k"])["model"].unique().tolist() == ["a/tiny"]
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/b/tiny", "b/tiny/", "/home/b/tiny", "C:\\b\\tiny"])
+def test_records_of_the_model_that_is_meant(tmp_path, name):
+    """Regression: those of another model with the same last part of its name came along."""
+    for model in ("/home/a/tiny", "/home/b/tiny", "org/other"):
+        save(tmp_path, [record(0)], model=model)
+    records = tables.read([tmp_path])
+    assert tables.of_model(records, name)["model"].tolist() == ["b/tiny"]
+    assert tables.of_model(records, "/moved/other")["model"].tolist() == ["other"]
+    with pytest.raises(CouplingError, match="got tiny, which may be a/tiny or b/tiny; give more of its path"):
+        tables.of_model(records, "tiny")
+    with pytest.raises(CouplingError, match="got records of a/tiny, b/tiny, other, none of c/tiny; give"):
+        tables.of_model(records, "c/tiny")
 
 
 def test_what_was_not_measured_is_named(run):
@@ -396,6 +438,43 @@ def test_every_model_has_tokens_of_its_own(two_models, drawn):
     assert [ax.get_title() for ax in ways.axes[:6:3]] == ["first (6 tokens): all layers", "second (9 tokens): all layers"]
 
 
+@pytest.fixture
+def namesakes(tmp_path):
+    """Two models whose folders have the same last name."""
+    save(tmp_path, [record(0)], model="/some/where/a/tiny")
+    return save(tmp_path, [record(0, shift=0.1)], model="/some/where/b/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"), [("layer_graph", 2), ("influence --last 3", 2), ("trajectories", 6), ("tokenwise --layers 1", 2)]
+)
+def test_models_of_one_last_name_have_panels_of_their_own(namesakes, drawn, name, panels):
+    """Regression: they had one label, and the panel of one was drawn in the place of the other's."""
+    name, *arguments = name.split()
+    script(name)([str(namesakes), *arguments])
+    titles = [ax.get_title() for ax in drawn[0].axes if ax.get_title()]
+    assert len(titles) == panels
+    assert all(title.startswith(("a/tiny", "b/tiny")[i >= panels / 2]) for i, title in enumerate(titles)), titles
+
+
+def test_models_of_one_last_name_have_lines_of_their_own(namesakes, tmp_path):
+    """Regression: they were drawn as one line, which went through the layers twice."""
+    script("layer_coupling")([str(namesakes), "--out", str(tmp_path)])
+    rows = table(tmp_path, "layer_coupling").query("measure == 'layer_coupling'")
+    medians = {line: of["median"].tolist() for line, of in rows.groupby("line")}
+    assert medians == {"a/tiny": pytest.approx([0.7, 0.3, 0.25]), "b/tiny": pytest.approx([0.6, 0.2, 0.15])}
+
+
+def test_trainings_of_one_last_name_have_lines_of_their_own(tmp_path):
+    """Regression: checkpoints of two trainings were drawn as those of one."""
+    for training_of, steps in {"a": (1, 3), "b": (2, 4)}.items():
+        for step in steps:
+            save(tmp_path, [record(0)], model=f"/some/where/{training_of}/tiny/checkpoint-{step}")
+    script("checkpoints")([str(tmp_path), "--out", str(tmp_path)])
+    rows = table(tmp_path, "checkpoints").query("measure == 'coupling'")
+    assert {line: of["step"].tolist() for line, of in rows.groupby("line")} == {"a/tiny": [1, 3], "b/tiny": [2, 4]}
+
+
 def test_a_run_without_spectra_beside_one_with(two_models, tmp_path):
     """Regression: its lines were lost, and the picture with them."""
     script("singular_values")([str(two_models), "--indices", "2", "--out", str(tmp_path)])
@@ -580,6 +659,16 @@ def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
     assert rows["median"].tolist() == pytest.approx([0.69, 0.29, 0.24], abs=1e-6) and set(rows["model"]) == {"tiny"}
     assert "/some/where" not in "".join(file.read_text() for file in out.glob("*.csv"))
     assert {file.name for file in out.glob("*.png")} == {"layer_coupling.png", "tokenwise_context_input.png"}
+
+
+def test_results_of_models_of_one_last_name(namesakes, tmp_path, monkeypatch):
+    """Regression: both were committed under one name, the same in all columns that tell runs apart."""
+    main = script("make_results")
+    monkeypatch.setitem(main.__globals__, "STUDIES", ["layer_coupling"])
+    main([str(namesakes), "--out", str(tmp_path / "results")])
+    for name in ("runs", "layer_coupling"):
+        rows = pd.read_csv(tmp_path / "results" / f"{name}.csv")
+        assert rows["model"].unique().tolist() == ["a/tiny", "b/tiny"]
 
 
 @pytest.mark.parametrize(

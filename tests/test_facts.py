@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import add_facts, facts_from_name, short_name
+from lm_eval_coupling.facts import add_facts, facts_from_name, labels, short_name
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,36 @@ def test_checkpoints_from_revision_or_folder(model, revision, lineage, step, tok
 
 def test_short_names():
     assert [short_name(name) for name in ("org/a-1b", "/x/y/", "C:\\x\\y", "plain")] == ["a-1b", "y", "y", "plain"]
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        {"/x/y/base": "base", "org/a-1b": "a-1b", "plain": "plain"},
+        {"org1/pythia-410m": "org1/pythia-410m", "org2/pythia-410m": "org2/pythia-410m", "/secret/gpt2": "gpt2"},
+        {"/x/a/base/v1": "a/base/v1", "/x/b/base/v1": "b/base/v1", "/x/b/other/v1/": "other/v1"},
+        {"base": "base", "C:\\x\\base": "x/base", "x/y/base": "y/base"},
+        {"a/base": "a/base", "/a/base": "/a/base"},
+        {"/x/a/base": "base", "/x/a/base/": "base"},  # the same folder
+        {"/x/a": "a", "/x/a/checkpoint-1": "a/checkpoint-1", "/x/a/checkpoint-2/": "a/checkpoint-2"},
+        {"/x/a/checkpoint-1": "x/a/checkpoint-1", "/y/a/checkpoint-2": "y/a/checkpoint-2"},  # two trainings
+        {"checkpoint-1": "checkpoint-1"},
+        {},
+    ],
+)
+def test_labels_have_as_many_parts_as_tell_models_apart(expected):
+    """Regression: models with the same last part of their names had one label, and one's numbers stood for both."""
+    assert labels(iter(expected)) == expected
+
+
+def test_a_label_says_of_a_checkpoint_what_its_folder_does():
+    of = labels(["/x/a/checkpoint-1", "/y/a/checkpoint-2", "C:\\b-1b\\step3"])
+    found = {of[model]: facts_from_name(of[model], "main") for model in of}
+    assert {label: (facts["lineage"], facts["step"]) for label, facts in found.items()} == {
+        "x/a/checkpoint-1": ("x/a", 1),
+        "y/a/checkpoint-2": ("y/a", 2),
+        "b-1b/step3": ("b-1b", 3),
+    }
 
 
 def runs(*models, revision="main"):

@@ -114,8 +114,24 @@ class TestObservations:
             model = f"out/a/checkpoint-{step}"
             save_model(tmp_path, model, step / 1000, {"arc": 0.3})
         found = observations(tmp_path)
-        assert list(found.frame["label"]) == ["checkpoint-100"]
+        assert list(found.frame["label"]) == ["a/checkpoint-100"]
         assert "of 1 models the last checkpoint counts, 2 rows do not" in found.notes
+
+    def test_labels_tell_models_apart_and_no_more(self, tmp_path):
+        """Regression: of two folders with one last name the labels were the whole paths, and in notes they had one name."""
+        for i, model in enumerate(("/home/me/a/base", "/home/me/b/base", "org/other")):
+            save_model(tmp_path, model, i / 10 + 0.1, {"arc": 0.3})
+        save(tmp_path, {"arc": task_summary()}, model="/home/me/c/base", coupling=False)
+        found = observations(tmp_path)
+        assert list(found.frame["label"]) == ["a/base", "b/base", "other"]
+        assert "without coupling and left out: c/base" in found.notes
+
+    def test_tasks_measured_with_other_weights_are_noted(self, tmp_path):
+        """Regression: a mean over tasks took them for one model's."""
+        save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="before")
+        save_model(tmp_path, "org/a", 0.1, {"gsm": 0.3}, fingerprint="after", date="2025-07-01T00-00-00")
+        save_model(tmp_path, "org/b", 0.1, {"arc": 0.3, "gsm": 0.4})
+        assert "not the same weights in all tasks, though under one name: a" in observations(tmp_path).notes
 
     @pytest.mark.parametrize(
         ("key", "what"), [("n-shot", "0 and 5 few-shot examples"), ("versions", "0 and 5 as version of the task")]

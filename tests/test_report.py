@@ -313,6 +313,12 @@ class TestPage:
             zip(models, ["small", "org/name", "other"], strict=True)
         )
 
+    def test_folders_of_one_last_name_keep_the_rest_of_their_paths_to_themselves(self, tmp_path):
+        """Regression: their labels were the whole paths."""
+        for model in ("/home/someone/a/base", "/home/someone/b/base"):
+            save(tmp_path, {"arc": task_summary()}, model=model, coupling=False)
+        assert [row["label"] for row in gather(tmp_path)["rows"]] == ["a/base", "b/base"]
+
 
 class TestErrors:
     def test_no_runs(self, tmp_path):

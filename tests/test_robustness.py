@@ -67,6 +67,6 @@ def test_the_script(model, tmp_path, monkeypatch):
     out = tmp_path / "figures"
     script.main(["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)])
     written = pd.read_csv(out / "noise.csv")
-    with pytest.raises(CouplingError, match="got records of tiny, none of other; give the folder of a run that measured"):
+    with pytest.raises(CouplingError, match="got records of tiny, none of org/other; give the folder of a run"):
         script.main(["org/other", str(run)])
     assert len(written) == 4 and written["cosine_last"][0] == pytest.approx(1) and (out / "noise.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import short_name
+from lm_eval_coupling.facts import labels, run_label
 from lm_eval_coupling.runs import is_score
 from lm_eval_coupling.statistics import proportion_error
 
@@ -111,13 +111,12 @@ def scored_rows(
     Raises:
         CouplingError: if nothing is left, a name is unknown, or the scores of a task do not compare.
     """
-    rows = _with_coupling(_chosen_tasks(runs, tasks), notes)
+    rows = _with_coupling(_labelled(_chosen_tasks(runs, tasks)), notes)
     _require_comparable(rows, mixed)
     notes += _differences(rows)
     rows = _with_scores(rows, score, notes)
     for name, column in _LOGARITHMS.items():
         rows[name] = np.log10(rows[column].where(rows[column] > 0))
-    rows["label"] = _labels(rows)
     return rows
 
 
@@ -163,15 +162,21 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
     return [(key in scored or not group) and not beneath(*key) for key, group in zip(keys, groups, strict=True)]
 
 
+def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    names = labels(rows["model"].unique())
+    runs = zip(rows["model"], rows["revision"], strict=True)
+    return rows.assign(label=[run_label(names[model], revision) for model, revision in runs])
+
+
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Predictors are compared over the same models: those without coupling stay out."""
     measured = rows["measured"] > 0
     if not measured.any():
         raise CouplingError("got runs without coupling only; evaluate the models with --model coupling-hf")
-    if models := sorted(set(rows["model"]) - set(rows["model"][measured])):
-        notes.append(f"without coupling and left out: {_some(map(short_name, models))}")
-    if interrupted := sorted(set(rows["model"][rows["interrupted"] & measured])):
-        notes.append(f"measured in part only, as their runs were interrupted: {_some(map(short_name, interrupted))}")
+    if without := sorted(set(rows["label"]) - set(rows["label"][measured])):
+        notes.append(f"without coupling and left out: {_some(without)}")
+    if interrupted := sorted(set(rows["label"][rows["interrupted"] & measured])):
+        notes.append(f"measured in part only, as their runs were interrupted: {_some(interrupted)}")
     return rows[measured]
 
 
@@ -190,7 +195,7 @@ def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     newest = rows.sort_values("date").drop_duplicates(["fingerprint", "task"], keep="last").index
     kept = ~known | rows.index.isin(newest)
     if not kept.all():
-        notes.append(f"the same weights under another name, counted once: {_some(map(short_name, rows['model'][~kept]))}")
+        notes.append(f"the same weights under another name, counted once: {_some(rows['label'][~kept])}")
     return rows[kept]
 
 
@@ -215,6 +220,9 @@ def _differences(rows: pd.DataFrame) -> list[str]:
         differ = rows.groupby("task")[column].nunique() > 1
         if differ.any():
             notes.append(f"models differ in the {what} of {_some(differ.index[differ])}")
+    states = rows.groupby("label")["fingerprint"].nunique() > 1
+    if states.any():
+        notes.append(f"not the same weights in all tasks, though under one name: {_some(states.index[states])}")
     versions = sorted(set(rows["lm_eval_version"].dropna()))
     return [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
 
@@ -257,13 +265,6 @@ def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Serie
     proportion = (error == 0) & score.between(0, 1) & (n > 0)
     known = score.where(proportion, 0.5), n.where(proportion, 1)  # anything valid where it is not used
     return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
-
-
-def _labels(rows: pd.DataFrame) -> pd.Series:
-    at = np.where(rows["revision"] == "main", "", "@" + rows["revision"])
-    labels = rows["model"].map(short_name) + at
-    twice = rows.groupby(labels)["model"].transform("nunique") > 1
-    return labels.where(~twice, rows["model"] + at)
 
 
 def _predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]) -> list[Predictor]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.facts import labels, run_label
 from lm_eval_coupling.records import find_tables, load_records
 from lm_eval_coupling.report.documents import describe_table
 from lm_eval_coupling.runs import is_score, leaf_tasks, load_runs
@@ -40,9 +41,10 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
         raise CouplingError(f"got {', '.join(map(str, roots))}, whose results have no task; evaluate one first")
     runs = {file: _Run.read(file) for file in dict.fromkeys(row["file"] for row in found)}
     tables = _Tables(roots)
-    labels = _labels(found)
+    names = _names(row["model"] for row in found)
     rows = [
-        _row(row, runs[row["file"]], tables) | {"label": labels[_identity(row)], "run": list(runs).index(row["file"])}
+        _row(row, runs[row["file"]], tables)
+        | {"label": run_label(names[row["model"]], row["revision"]), "run": list(runs).index(row["file"])}
         for row in found
     ]
     return _plain(
@@ -164,20 +166,13 @@ def _at_rank(row: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def _identity(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["model"], row["revision"]
+def _names(models: Iterable[str]) -> dict[str, str]:
+    """Names of the models to read: of a local folder only as much as tells it from the others."""
+    return {model: label if _is_local(model) else model for model, label in labels(models).items()}
 
 
-def _labels(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Short names of the models: of a local folder only its name, of a revision only what is not main."""
-    names = {identity: _short(*identity) for identity in map(_identity, rows)}
-    common = {name for name in names.values() if list(names.values()).count(name) > 1}
-    return {identity: "@".join(identity) if name in common else name for identity, name in names.items()}
-
-
-def _short(model: str, revision: str) -> str:
-    name = re.split(r"[\\/]", model.rstrip("\\/"))[-1] if re.match(r"[./~\\]|[A-Za-z]:[\\/]", model) else model
-    return name if revision == "main" else f"{name}@{revision}"
+def _is_local(model: str) -> bool:
+    return bool(re.match(r"[./~\\]|[A-Za-z]:[\\/]", model))
 
 
 def _plain(value: Any) -> Any:

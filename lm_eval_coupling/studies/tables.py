@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import short_name
+from lm_eval_coupling.facts import ends_with, labels, run_label
 from lm_eval_coupling.records import load_records, require
 from lm_eval_coupling.studies.measures import MEASURES, miscoupling
 
@@ -20,20 +20,37 @@ DOCUMENT = ["task", "doc_hash", "prompt_hash"]
 def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, weights: str | None = None) -> pd.DataFrame:
     """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
 
+    ``model`` is no more of a model's name than tells it from all others there (:func:`~lm_eval_coupling.facts.labels`),
+    whatever the tasks: the same in every table and picture.
+
     Raises:
-        CouplingError: if nothing was saved there, or nothing of these tasks or weights.
+        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records.
     """
     records = pd.concat([load_records(path, weights="all") for path in paths], ignore_index=True)
     records["revision"] = records["revision"].fillna("main")
+    records["model"] = records["model"].map(labels(records["model"].unique()))
     if tasks and not records["task"].isin(tasks).all():
         known = sorted(records["task"].unique())
         if unknown := [task for task in tasks if task not in known]:
             raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
         records = records[records["task"].isin(tasks)]
+    _require_one_model_a_name(records)
     prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
     if weights:
         records = require(records, [], weights=weights)
     return records.sort_values("date", kind="stable").drop_duplicates(prompt, keep="last").sort_index()
+
+
+def _require_one_model_a_name(records: pd.DataFrame) -> None:
+    """Documents that were not measured again would else count with those of the newer weights."""
+    known = records.dropna(subset="fingerprint").groupby(["model", "revision", "fingerprint"], sort=False)["date"].max()
+    for run, dates in known.groupby(level=["model", "revision"], sort=False):
+        if len(dates) > 1:
+            told = " and ".join(f"{fingerprint[:8]} of {date}" for (*_, fingerprint), date in dates.sort_values().items())
+            raise CouplingError(
+                f"got {label(*run)} with different weights or configuration under one name (fingerprints {told}), expected "
+                "one; give folders or --tasks that have one of them only"
+            )
 
 
 def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
@@ -133,7 +150,7 @@ def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
 
 
 def with_line(rows: pd.DataFrame) -> pd.DataFrame:
-    """``rows`` with a column ``line``: the short name of their run, and the task if there are several."""
+    """``rows`` with a column ``line``: the label of their run, and the task if there are several."""
     lines = [label(model, revision) for model, revision in zip(rows["model"], rows["revision"], strict=True)]
     if "task" in rows and rows["task"].nunique() > 1:
         lines = [f"{line}, {task}" for line, task in zip(lines, rows["task"], strict=True)]
@@ -141,22 +158,25 @@ def with_line(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
-    """Short name of a run: the last part of the model's name, its revision if that is not main, untrained if it is."""
-    name = short_name(model) + (f"@{revision}" if revision not in (None, "main") else "")
-    return f"{name}, untrained" if weights == "untrained" else name
+    """Of a run of :func:`read`: the model, its revision if that is not main, untrained if it is."""
+    return run_label(model, revision) + (", untrained" if weights == "untrained" else "")
 
 
 def of_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The records of the model with this short name: the tokens of another would be other words.
+    """The records of :func:`read` that are of the model with this name: the tokens of another would be other words.
 
     Raises:
-        CouplingError: if there is none.
+        CouplingError: if there is none, or it may be one of several.
     """
-    names = records["model"].map(short_name)
-    if not (names == name).any():
-        known = ", ".join(sorted(names.unique()))
-        raise CouplingError(f"got records of {known}, none of {name}; give the folder of a run that measured this model")
-    return records[names == name]
+    known = sorted(records["model"].unique())
+    meant = sorted((model for model in known if ends_with(name, model)), key=len)[-1:]
+    meant = meant or [model for model in known if ends_with(model, name)]
+    if not meant:
+        listed = ", ".join(known)
+        raise CouplingError(f"got records of {listed}, none of {name}; give the folder of a run that measured this model")
+    if len(meant) > 1:
+        raise CouplingError(f"got {name}, which may be {' or '.join(meant)}; give more of its path")
+    return records[records["model"] == meant[0]]
 
 
 def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
