@@ -16,13 +16,13 @@ from test_jacobians import oracle
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lm_eval_coupling import residual
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fingerprint import fingerprint
 from lm_eval_coupling.jacobians import block_jacobians
 from lm_eval_coupling.measure import measure_coupling
 from lm_eval_coupling.paper_api import run_coupling_hf
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual import model as model_module
 from lm_eval_coupling.weights import named_weights, upcast
 
 TOKENS = cases.tiny_tokens(9)
@@ -315,13 +315,13 @@ def test_a_block_on_several_devices_is_refused():
 def test_an_offloaded_model_that_is_bridged_wrongly_is_refused(monkeypatch, tmp_path):
     """The check that replaces that of the logits sees a block that computes something else."""
     model = offloaded(cases.tiny_model("llama", torch.float32), "host", tmp_path)
-    right = residual._split_again
+    right = model_module.split_joints_again
 
     def wrong(bridge):
         right(bridge)
         bridge.blocks[0].original_component.mlp.up_proj.register_forward_hook(lambda module, args, output: -output)
 
-    monkeypatch.setattr(residual, "_split_again", wrong)
+    monkeypatch.setattr(model_module, "split_joints_again", wrong)
     with pytest.raises(CouplingError, match="got a residual stream off by .* of LlamaForCausalLM"):
         ResidualModel.wrap(model)
 
@@ -342,6 +342,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("other")
 import cases
 from lm_eval_coupling import residual
+from lm_eval_coupling.residual import trace
 from lm_eval_coupling.jacobians import LEVELS
 
 def place(module, device):
@@ -356,16 +357,16 @@ def walk(case):
     with FakeTensorMode():
         place(wrapped.model, "cpu")
         place(wrapped.blocks[1], "other:0")
-        trace = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2)
-        for call, device in zip(trace.calls, ("cpu", "other:0")):
+        traced = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2)
+        for call, device in zip(traced.calls, ("cpu", "other:0")):
             assert str(call.resid_pre.device) == str(call.pulled_back(2, 2).device) == device
             with call.ready():
                 for level in ("token-local", "autodiff"):
                     assert str(LEVELS[level](call, 2, 2, 1 << 20).device) == device
-        assert str(trace.trajectory(1).device) == "other:0"
+        assert str(traced.trajectory(1).device) == "other:0"
 
 walk("llama")
-residual._brought_to = lambda device, arguments: arguments
+trace._brought_to = lambda device, arguments: arguments
 try:
     walk("llama")
 except RuntimeError as error:

@@ -99,8 +99,8 @@ class _Record(Watch):
 
     def _on_scores(self, func, args, kwargs):
         q, k_t = self.product
-        self.seq = q.shape[-2]
-        self.q = q[..., self.token : self.token + 1, :]
+        self.queries = q.shape[-2]
+        self.q = self._row(q)[..., None, :]
         self.raw = torch.matmul(self.q if self.alone else q, k_t).detach().requires_grad_(True)
         if func in _ADDED_PRODUCTS:
             return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self.raw
@@ -155,18 +155,25 @@ class AttentionRecord:
     def of(cls, call, output_token: int) -> AttentionRecord:
         """Run a :class:`~lm_eval_coupling.residual.BlockCall` up to its attention core, keeping row ``output_token``.
 
-        Costs the projections of every token to keys and values, and one pass over the keys.
+        Costs one pass over the keys, and where the call did not keep them the projections of every token to keys and values.
+        Kept ones are those up to the output token.
 
         Raises:
             NoAttentionCore: if the call holds no softmax attention core.
         """
+        whole = [call.seq] * 3
+        sizes = whole if call.keys is None else [1, output_token + 1, output_token + 1]
         try:
-            return cls._watched(_Record(output_token, alone=True), lambda: call.one_query(output_token), call)
+            watch = _Record(output_token, alone=True)
+            return cls._watched(watch, lambda: call.one_query(output_token), sizes, call.dtype)
         except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
-            return cls._watched(_Record(output_token, alone=False), lambda: call(call.resid_pre), call)
+            watch = _Record(output_token, alone=False)
+            return cls._watched(watch, lambda: call(call.resid_pre), whole, call.dtype)
 
     @classmethod
-    def _watched(cls, watch: _Record, run: Callable[[], object], call) -> AttentionRecord:
+    def _watched(
+        cls, watch: _Record, run: Callable[[], object], sizes: Sequence[int], dtype: torch.dtype
+    ) -> AttentionRecord:
         try:
             with torch.enable_grad(), watch:
                 run()
@@ -174,16 +181,16 @@ class AttentionRecord:
             pass
         else:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
-        k_t, seq = watch.product[1], call.seq
+        k_t = watch.product[1]
         batch = watch.q.shape[:-2]
-        sizes = {watch.seq, k_t.shape[-1], watch.values.shape[-2]}
-        if sizes != {seq} or watch.weights.shape[-1] < seq:
-            raise NoAttentionCore(f"got queries, keys and values of lengths {sorted(sizes)}, expected {seq}")
+        found, keys = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], sizes[-1]
+        if found != sizes or watch.weights.shape[-1] < keys:
+            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {sizes}")
 
         def heads(tensor):
-            return _heads(tensor, batch).detach().to(call.dtype)
+            return _heads(tensor, batch).detach().to(dtype)
 
-        weights, v = heads(watch.weights[..., None, :seq]), heads(watch.values)
+        weights, v = heads(watch.weights[..., None, :keys]), heads(watch.values)
         return cls(
             q=heads(watch.q)[:, 0],
             k=heads(k_t).transpose(1, 2),

@@ -1,0 +1,107 @@
+"""A block's arguments cut to one token or one prompt, joined for several calls, and freed of side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # "cache" since transformers 5.24
+
+
+def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
+    """Cut one argument of a block down to position ``t`` of ``n``, which sees the keys from ``first`` on.
+
+    The only table about block arguments.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(cut(name, item, t, n, first) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if name == "position_embeddings":
+        return value[..., t : t + 1, :]
+    if name in ("position_ids", "cache_position"):
+        return value[..., t : t + 1]
+    if name in ("alibi", "position_bias"):
+        return value[..., -1:]
+    if value.dim() >= 2 and value.shape[-2:] == (n, n):
+        return value[..., t : t + 1, first : t + 1]
+    return value
+
+
+def cut_row(value: Any, t: int, n: int) -> Any:
+    """Masks cut to the row of query ``t``."""
+    square = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2:] == (n, n)
+    return value[..., t : t + 1, :] if square else value
+
+
+def of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
+    """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(of_prompt(name, item, prompt, seq, padded) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() > 1 and value.shape[0] > 1:
+        value = value[prompt : prompt + 1]
+    if name == "position_embeddings":
+        return value[..., :seq, :]
+    if name in ("position_ids", "cache_position"):
+        return value[..., :seq]
+    if value.dim() >= 2 and value.shape[-2:] == (padded, padded):
+        return value[..., :seq, :seq]
+    return value
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """The same argument of several calls as one: stacked where it differs."""
+    first = values[0]
+    if len(values) == 1:
+        return first
+    if isinstance(first, (tuple, list)):
+        return type(first)(joined(items) for items in zip(*values, strict=True))
+    if not isinstance(first, Tensor):
+        if any(value != first for value in values):
+            raise ValueError("calls with different arguments cannot be joined")
+        return first
+    if first.dim() > 1 and first.shape[0] == 1:
+        return torch.cat(list(values))
+    if any(not torch.equal(value, first) for value in values):
+        raise ValueError("calls with different arguments cannot be joined")
+    return first
+
+
+def replayable(name: str, value: Any) -> Any:
+    """A block argument without side effects: replaying a call must not append to a key-value cache."""
+    if name in CACHES:
+        return None
+    if name == "use_cache":
+        return False
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, tuple, list)):
+        return value
+    return None
+
+
+class Keys:
+    """In place of a block's key-value cache: keeps the keys and values that it is given, or puts kept ones before them."""
+
+    def __init__(self, kept: tuple[Tensor, Tensor] | None = None) -> None:
+        self.kept, self.given = kept, None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a block calls: the keys and values that it is to attend to."""
+        if self.kept is not None:
+            return tuple(torch.cat([old, new], dim=-2) for old, new in zip(self.kept, (key, value), strict=True))
+        self.given = (key, value)
+        return key, value
+
+    def before(self, token: int) -> Keys:
+        """A cache that holds those of the tokens before ``token``."""
+        return Keys(tuple(tensor[..., :token, :] for tensor in self.given))
+
+    def of_prompt(self, prompt: int, seq: int) -> Keys:
+        """Those of one prompt of a batch, without the padding."""
+        one = Keys()
+        one.given = tuple(tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
+        return one

@@ -1,0 +1,151 @@
+"""One block together with the arguments it was called with, ready to be called again, whole or at one token."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lm_eval_coupling.residual.arguments import CACHES, Keys, cut, cut_row, joined, replayable
+from lm_eval_coupling.residual.arithmetic import arithmetic
+from lm_eval_coupling.weights import upcast
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCall:
+    """One block together with the arguments it was called with, ready to be called again.
+
+    ``resid_pre`` and ``resid_post`` are the block's input X^{l-1} and output X^l, shape [1, seq, d_model]. ``pullback`` is
+    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe`; in long prompts,
+    ``keys`` are the keys and values that the block handed to its cache instead. Calls must be made inside :meth:`ready`.
+    """
+
+    layer: int
+    module: nn.Module
+    weights: Sequence[Tensor]
+    resid_pre: Float[Tensor, "1 seq d_model"]
+    args: tuple
+    kwargs: dict[str, Any]
+    resid_post: Float[Tensor, "1 seq d_model"] | None = None
+    pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
+    keys: Keys | None = None
+
+    @property
+    def probe(self) -> Float[Tensor, " d_model"]:
+        """The fixed random direction u that this layer's Jacobian is checked along."""
+        generator = torch.Generator().manual_seed(self.layer)
+        u = torch.randn(self.resid_pre.shape[-1], generator=generator, dtype=torch.float64)
+        return u.to(self.resid_pre)
+
+    def pulled_back(self, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
+        """uᵀ ∂F_{output} / ∂x_{input}: reverse mode through the whole block."""
+        if self.pullback is not None and self.pullback[0] == output_token:
+            return self.pullback[1][input_token]
+        if self.keys is not None and output_token == input_token:
+            if (pulled := self.pulled_back_decoding(output_token)) is not None:
+                return pulled
+        return self.pulled_back_to_all(output_token)[input_token]
+
+    def pulled_back_to_all(self, output_token: int) -> Float[Tensor, "seq d_model"]:
+        """uᵀ ∂F_{output} / ∂X: :meth:`pulled_back` for every input token, in one pass through the whole sequence."""
+        resid_pre = self.resid_pre.detach().requires_grad_(True)
+        with torch.enable_grad():
+            return gradient(self, resid_pre, self(resid_pre), [output_token])[0]
+
+    def pulled_back_decoding(self, token: int) -> Float[Tensor, " d_model"] | None:
+        """uᵀ ∂F_t / ∂x_t by one step of decoding; None where that step gives another output than the whole sequence."""
+        x = self.resid_pre[:, token : token + 1].detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = self._decoded(x, token)
+            expected = self.resid_post[:, token : token + 1]
+            if not torch.allclose(output, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()):
+                return None
+            return gradient(self, x, output, [0])[0, 0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic of the call."""
+        return self.resid_pre.dtype
+
+    @property
+    def seq(self) -> int:
+        """Number of tokens."""
+        return self.resid_pre.shape[1]
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Upcast this block's weights, and only them, for as long as the context lasts."""
+        with upcast(self.weights, self.dtype), arithmetic(self.dtype):
+            yield
+
+    def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
+        """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
+        return self._run(resid_pre, self.args, self.kwargs)
+
+    def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
+        """Run the block on the single vector ``x`` as if it stood at position ``token`` and saw only itself."""
+        return self.one_token_each([self], x[None], [token])[0]
+
+    @staticmethod
+    def one_token_each(
+        calls: Sequence[BlockCall], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Run one block on one vector of each prompt, as if it stood at that prompt's token and saw only itself.
+
+        Raises:
+            ValueError: if the calls' arguments cannot be joined.
+        """
+        alone = [call._cut(token, token) for call, token in zip(calls, tokens, strict=True)]
+        args = [joined(values) for values in zip(*(args for args, _ in alone), strict=True)]
+        kwargs = {name: joined([kwargs[name] for _, kwargs in alone]) for name in alone[0][1]}
+        return calls[0]._run(x[:, None], tuple(args), kwargs)[:, 0]
+
+    def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
+        """Run the block for the sake of one token: a step of decoding where :attr:`keys` are kept.
+
+        Else on the whole sequence, with masks cut to one query row: only row ``token`` of the output may be used.
+        """
+        if self.keys is not None:
+            return self._decoded(self.resid_pre[:, token : token + 1], token)
+        args = tuple(cut_row(value, token, self.seq) for value in self.args)
+        kwargs = {name: cut_row(value, token, self.seq) for name, value in self.kwargs.items()}
+        return self._run(self.resid_pre, args, kwargs)
+
+    def _decoded(self, x: Float[Tensor, "1 1 d_model"], token: int) -> Float[Tensor, "1 1 d_model"]:
+        """The output at one token: the others enter it by their keys and values alone, as when the model generates."""
+        args, kwargs = self._cut(token, first=0)
+        return self._run(x, args, kwargs | {name: self.keys.before(token) for name in CACHES if name in kwargs})
+
+    def _cut(self, token: int, first: int) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of a run on ``token`` alone, which sees the keys from ``first`` on."""
+        args = tuple(cut("", value, token, self.seq, first) for value in self.args)
+        return args, {name: cut(name, value, token, self.seq, first) for name, value in self.kwargs.items()}
+
+    def _run(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return hidden(self.module(x, *args, **kwargs))
+
+
+def hidden(output: Any) -> Tensor:
+    """The stream among what a block returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
+    """uᵀ ∂F_t / ∂X of every prompt of a batch, each at its own token t."""
+    if not output.requires_grad:
+        return torch.zeros_like(resid_pre)
+    chosen = output[torch.arange(len(tokens)), torch.as_tensor(tokens)]
+    return torch.autograd.grad((chosen * call.probe).sum(), resid_pre)[0]
+
+
+def block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+    """The call with these arguments, free of side effects."""
+    kwargs = {name: replayable(name, value) for name, value in kwargs.items()}
+    resid_pre = args[0] if args else kwargs.pop("hidden_states")
+    rest = tuple(replayable("", value) for value in args[1:])
+    return BlockCall(layer, module, weights, resid_pre.detach(), rest, kwargs)

@@ -1,0 +1,101 @@
+"""What one forward pass leaves of every block, and how it is caught on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lm_eval_coupling.residual.arguments import CACHES, Keys, of_prompt
+from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden
+from lm_eval_coupling.weights import upcast
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualTrace:
+    """Every block call of one forward pass, and the stream after the last block."""
+
+    calls: tuple[BlockCall, ...]
+    resid_final: Float[Tensor, "1 seq d_model"]
+
+    def trajectory(self, token: int) -> Float[Tensor, "layer_plus_1 d_model"]:
+        """x_t^0 … x_t^L: the residual stream at one token, after every block."""
+        stream = [call.resid_pre[0, token].to(self.resid_final.device) for call in self.calls]
+        return torch.stack([*stream, self.resid_final[0, token]])
+
+    def trajectories(self, tokens: slice) -> Float[Tensor, "token layer_plus_1 d_model"]:
+        """:meth:`trajectory` of several tokens."""
+        stream = [call.resid_pre[0, tokens].to(self.resid_final.device) for call in self.calls]
+        return torch.stack([*stream, self.resid_final[0, tokens]], dim=1)
+
+
+class Visit:
+    """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
+
+    The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it. Its arguments are
+    brought to the device that the block's weights lie on. With ``keys`` it is not pulled back: they are kept for that.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        tokens: Sequence[int] | None,
+        keys: Keys | None = None,
+    ) -> None:
+        self.layer, self.weights, self.dtype, self.keys = layer, weights, dtype, keys
+        self.tokens = tokens if keys is None else None
+        self.gradient: Tensor | None = None
+        self.open = contextlib.ExitStack()
+        self.close = self.open.close
+
+    def enter(self, module, args, kwargs):
+        """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
+        args, kwargs = _brought_to(self.weights[0].device, (args, kwargs))
+        self.open.enter_context(upcast(self.weights, self.dtype))
+        self.call = block_call(self.layer, module, self.weights, args, kwargs)
+        if self.keys is not None:
+            kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
+        if self.tokens is None:
+            return args, kwargs
+        self.leaf = self.call.resid_pre.clone().requires_grad_(True)
+        self.open.enter_context(torch.enable_grad())
+        return ((self.leaf, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.leaf})
+
+    def leave(self, output):
+        """Forward hook: pull back, and hand on an output without history."""
+        if self.tokens is not None:
+            self.gradient = gradient(self.call, self.leaf, hidden(output), self.tokens)
+            del self.leaf
+        self.open.close()
+        self.resid_post = hidden(output).detach()
+        return (self.resid_post, *output[1:]) if isinstance(output, tuple) else self.resid_post
+
+    def of_prompt(self, prompt: int, seq: int) -> BlockCall:
+        """The call as it would have been of one prompt alone, ``seq`` tokens long."""
+        padded, prompts = self.call.seq, len(self.call.resid_pre)
+        one = dataclasses.replace(self.call, resid_post=self.resid_post[prompt : prompt + 1, :seq])
+        if prompts > 1:
+            one = dataclasses.replace(
+                one,
+                resid_pre=self.call.resid_pre[prompt : prompt + 1, :seq],
+                args=tuple(of_prompt("", value, prompt, seq, padded) for value in self.call.args),
+                kwargs={name: of_prompt(name, value, prompt, seq, padded) for name, value in self.call.kwargs.items()},
+            )
+        if self.keys is not None:
+            return dataclasses.replace(one, keys=self.keys.of_prompt(prompt, seq))
+        if self.tokens is None:
+            return one
+        return dataclasses.replace(one, pullback=(self.tokens[prompt], self.gradient[prompt, :seq]))
+
+
+def _brought_to(device: torch.device, arguments: Any) -> Any:
+    """Every tensor in nested arguments on ``device``; one that is there already stays as it is."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
