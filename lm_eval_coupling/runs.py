@@ -18,7 +18,8 @@ from lm_eval_coupling.facts import add_facts, facts_from_name
 _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
 # What the numbers of depth coupling depend on: runs that measured other things besides are not different in these.
-_DEPTH_SETTINGS = ("ranks", "dtype", "method", "measurement_version", "limit", "seed", "position")
+_DEPTH_SETTINGS = ("ranks", "dtype", "method", "measurement_version", "position")
+_SAMPLE_SETTINGS = ("limit", "seed")  # which documents of a task; other tasks may have had others
 
 
 def load_runs(
@@ -67,7 +68,7 @@ def load_runs(
                 rows[key] = row
     kept = [rows[key] for key in sorted(rows)]
     if mixed == "refuse":
-        _require_equal_settings({row["file"]: settings[row["file"]] for row in kept if settings[row["file"]]})
+        _require_equal_settings(kept, settings)
     frame = pd.DataFrame(kept)
     return frame if facts is None else add_facts(frame, facts)
 
@@ -226,13 +227,23 @@ def _precedence(row: Mapping[str, Any]) -> tuple[bool, str]:
     return row["measured"] > 0, row["date"]
 
 
-def _require_equal_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse runs whose coupling was not measured in the same way."""
-    first_file, first = next(iter(settings.items()), ("", {}))
-    for file, other in settings.items():
-        for key in _DEPTH_SETTINGS:
-            if first.get(key) != other.get(key):
+def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse runs whose coupling was not measured in the same way, or of one task not on the same documents."""
+    files: dict[str, list[str]] = {}
+    for row in rows:
+        if settings[row["file"]]:
+            files.setdefault(row["task"], []).append(row["file"])
+    _require_equal([file for of_task in files.values() for file in of_task], settings, _DEPTH_SETTINGS)
+    for of_task in files.values():
+        _require_equal(of_task, settings, _SAMPLE_SETTINGS)
+
+
+def _require_equal(files: Sequence[str], settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> None:
+    for file in files:
+        for key in keys:
+            first, other = settings[files[0]].get(key), settings[file].get(key)
+            if first != other:
                 raise CouplingError(
-                    f"got runs with different coupling settings: {key} is {first.get(key)!r} in {first_file} but "
-                    f"{other.get(key)!r} in {file}; measure them alike, give one of them, or pass mixed='keep'"
+                    f"got runs with different coupling settings: {key} is {first!r} in {files[0]} but {other!r} in {file}; "
+                    "measure them alike, give one of them, or pass mixed='keep'"
                 )

@@ -222,6 +222,18 @@ def test_settings_that_do_not_touch_depth_are_no_reason_to_refuse(tmp_path, key,
     assert list(load_runs(tmp_path)["model"]) == ["a", "b"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("limit", 7), ("seed", 1)])
+def test_which_documents_were_measured_must_agree_within_a_task_only(tmp_path, key, value):
+    """A model's long task measured on fewer documents than its short one was refused."""
+    settings = coupling_config({})["settings"]
+    save(tmp_path, {"arc": task_summary()}, model="a")
+    save(tmp_path, {"gsm": task_summary()}, model="a", date="2025-06-02T00-00-00", settings=settings | {key: value})
+    assert list(load_runs(tmp_path)["task"]) == ["arc", "gsm"]
+    save(tmp_path, {"gsm": task_summary()}, model="b", date="2025-06-03T00-00-00")
+    with pytest.raises(CouplingError, match=f"{key} is "):
+        load_runs(tmp_path)
+
+
 def test_all_runs_on_request(tmp_path):
     for day, mean in ((1, 0.1), (2, 0.2)):
         save(tmp_path, {"arc": task_summary(mean)}, date=f"2025-06-0{day}T00-00-00")
