@@ -126,6 +126,20 @@ def describe(options: argparse.Namespace, made: list[dict]) -> None:
         )
 
 
+def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="TASKS", help="evaluate every model on these, separated by commas")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents scored per task")
+    parser.add_argument("--coupling-limit", default="100", metavar="N", help="documents measured per task")
+    parser.add_argument("--batch-size", default=1, metavar="B")
+    parser.add_argument("--output-path", type=Path, default=Path("results"), metavar="RESULTS")
+
+
+def evaluate_all(members: list[str], options: argparse.Namespace) -> None:
+    """Run lm-eval on these models in the folder ``options.out``, if there are tasks."""
+    if options.run and (failed := [name for name in members if not evaluate(name, options)]):
+        sys.exit(f"no results of {', '.join(failed)}; the same command tries them again")
+
+
 def evaluate(member: str, options: argparse.Namespace) -> bool:
     """Run lm-eval on one member, unless its results are there; whether they are there then."""
     out = options.output_path / member
@@ -152,19 +166,14 @@ def main() -> None:
     parser.add_argument("--blend", type=float, nargs="*", default=[], metavar="S", help="strengths between 0 and 1")
     parser.add_argument("--bits", type=int, nargs="*", default=[], metavar="B", help="2 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--run", metavar="TASKS", help="evaluate every member on these, separated by commas")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents scored per task")
-    parser.add_argument("--coupling-limit", default="100", metavar="N", help="documents measured per task")
-    parser.add_argument("--batch-size", default=1, metavar="B")
-    parser.add_argument("--output-path", type=Path, default=Path("results"), metavar="RESULTS")
+    evaluation_arguments(parser)
     options = parser.parse_args()
     if not all(0 <= s <= 1 for s in options.blend) or not all(b >= 2 for b in options.bits):
         parser.error("expected strengths between 0 and 1, and 2 bits or more")
     if options.run and not options.out:
         parser.error("--run needs --out: lm-eval reads the members from there")
     made = [member["name"] for member in make(options)]
-    if options.run and (failed := [name for name in made if not evaluate(name, options)]):
-        sys.exit(f"no results of {', '.join(failed)}; the same command tries them again")
+    evaluate_all(made, options)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,10 @@ def _across(found: Observations, resamples: int) -> tuple[dict[str, pd.DataFrame
 
 def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], list[str]]:
     if read.empty or read["right"].isna().all():
-        return {}, ["Within models nothing was asked: there are no samples of measured documents (lm-eval's --log_samples)."]
+        return {}, [
+            "Within models nothing was asked: of no measured document is there an answer that is right or wrong (it needs "
+            "lm-eval's --log_samples, and a task that has such answers)."
+        ]
     predictors = documents.document_predictors(read, main)
     aurocs, logistics = documents.aurocs(read, predictors), documents.logistics(read, predictors)
     tables = {
