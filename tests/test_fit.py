@@ -361,7 +361,7 @@ class TestDocuments:
         write_samples(where, "arc", [sample(f"d{i}", acc=share[i]) for i in range(7)] + [sample("d7", acc=1.0)])
         found = self.documents(tmp_path)
         assert found["right"].isna().all() and found["margin"].isna().all() and found["score"].notna().all()
-        assert "there are no samples of measured documents" in fit_runs(tmp_path, resamples=QUICK).words[-1]
+        assert "it needs lm-eval's --log_samples" in fit_runs(tmp_path, resamples=QUICK).words[-1]
 
     def test_an_untrained_twin_answers_nothing(self, tmp_path):
         rows = [record("arc", i) | {"weights": "trained"} for i in range(2)]
