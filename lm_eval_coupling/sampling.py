@@ -23,8 +23,8 @@ def choose(keys: Iterable[DocumentKey], roots: Sequence[Any], limit: int | None,
         roots: what was requested, as nested lists: a task is its name, a group the list of its members. A group's documents
             are spread evenly over its members, so that MMLU's 100 come from all its subjects.
         limit: documents per root.
-        seed: of the sample. The order depends on the document, not on its prompt: every model and every few-shot setting
-            is measured on the same documents.
+        seed: of the sample. The order depends on the document alone, not on its task or prompt: every model, every few-shot
+            setting and every task that asks the same documents is measured on the same ones.
     """
     if limit is None:
         return set(keys)
@@ -53,4 +53,4 @@ def _spread(root: Any, by_task: dict[str, list[DocumentKey]]) -> Iterator[Docume
 
 
 def _shuffled(key: DocumentKey, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {key.task} {key.doc_hash}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed} {key.doc_hash}".encode()).hexdigest()

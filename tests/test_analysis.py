@@ -609,6 +609,8 @@ def test_difficulty(tmp_path):
         CouplingError, match="got column 'grade', which the documents do not have; choose among answer, level"
     ):
         main([str(tmp_path), "--column", "grade", *out])
+    with pytest.raises(CouplingError, match="got difficulty = 0 for every measured document"):
+        main([str(tmp_path), "--column", "answer", "--count", ">>", *out])
     with pytest.raises(CouplingError, match="got 'text' without numbers, such as 'none'"):
         main([str(tmp_path), "--column", "text", *out])
     samples.unlink()

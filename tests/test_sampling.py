@@ -84,3 +84,12 @@ def test_the_same_documents_whatever_the_prompt():
 def test_one_task_does_not_depend_on_what_else_is_evaluated():
     a, b = documents("a", 30), documents("b", 30)
     assert choose(a, ["a"], 6, 0) == {key for key in choose(a + b, ["b", "a"], 6, 0) if key.task == "a"}
+
+
+def test_tasks_that_ask_the_same_documents_are_measured_on_the_same_ones():
+    """Paired studies had few pairs: each task drew a sample of its own."""
+    plain = [DocumentKey("gsm8k", f"d{i}", f"p{i}") for i in range(40)]
+    thinking = [DocumentKey("gsm8k_cot", f"d{i}", f"q{i}") for i in range(40)]
+    chosen = choose(plain + thinking, ["gsm8k", "gsm8k_cot"], 10, seed=0)
+    by_task = [{key.doc_hash for key in chosen if key.task == task} for task in ("gsm8k", "gsm8k_cot")]
+    assert by_task[0] == by_task[1] and len(by_task[0]) == 10

@@ -157,10 +157,12 @@ def from_csv(file: Path | str, column: str) -> dict[str, float]:
 
 
 def against(rows: pd.DataFrame, numbers: dict[str, float], name: str) -> pd.DataFrame:
-    """``rows`` with a column ``name`` of each document's number, those without one left out.
+    """``rows`` with a column ``name`` of each document's number.
+
+    Left out are documents without one, and tasks whose documents all have the same.
 
     Raises:
-        CouplingError: if no measured document has one.
+        CouplingError: if no measured document has one, or all have the same.
     """
     rows = rows.assign(**{name: rows["doc_hash"].map(numbers)})
     if not rows[name].notna().any():
@@ -168,4 +170,8 @@ def against(rows: pd.DataFrame, numbers: dict[str, float], name: str) -> pd.Data
             f"got {len(numbers)} documents with {name!r}, none of the {rows['doc_hash'].nunique()} measured ones; "
             "expected the same doc_hash in both"
         )
-    return rows.dropna(subset=name)
+    rows = rows.dropna(subset=name)
+    differs = rows.groupby("task")[name].transform("nunique") > 1
+    if not differs.any():
+        raise CouplingError(f"got {name} = {rows[name].iloc[0]:g} for every measured document, expected different numbers")
+    return rows[differs]
