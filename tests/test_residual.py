@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration as T5
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import block_jacobians
-from lm_eval_coupling.jacobians.attention_core import AttentionRecord, NoAttentionCore
+from lm_eval_coupling.jacobians.attention_core import AttentionRecord
 from lm_eval_coupling.measure import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 from lm_eval_coupling.residual import model as model_module
@@ -224,16 +224,14 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
                 for pair in [(token, token), (16, 3)]:
                     found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
                     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
-                same_record(decoding, whole, token)
+                if case != "qwen3-next":  # linear attention has no such core
+                    same_record(decoding, whole, token)
 
 
 def same_record(decoding, whole, token):
     """The attention core is that of the whole sequence, its keys beyond the token left out, which have no weight."""
-    try:
-        expected = AttentionRecord.of(whole, token)
-    except NoAttentionCore:
-        return
-    found, keys = AttentionRecord.of(decoding, token), slice(None) if decoding.keys is None else slice(token + 1)
+    found, expected = AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token)
+    keys = slice(None) if decoding.keys is None else slice(token + 1)
     assert not expected.weights[:, token + 1 :].any()
     for name in ("q", "z"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
