@@ -69,16 +69,16 @@ def test_a_start_loads_the_hook_and_nothing_else(tmp_path):
     assert loaded == ["lm_eval_coupling", "lm_eval_coupling._startup"]
 
 
-def test_a_start_costs_less_than_a_millisecond(tmp_path):
-    """Everything that importing the hook imports, with byte-code as an installation has it; half of it is usual."""
+def test_a_start_costs_little_beside_that_of_python(tmp_path):
+    """All that importing the hook imports, over the `site` that every start imports, with byte-code; a third is usual."""
 
-    def microseconds():
+    def share():
         found = python(HOOKED, ROOT, options=["-X", "importtime"], PYTHONPYCACHEPREFIX=str(tmp_path))
-        (total,) = re.findall(r"\| +(\d+) \| +lm_eval_coupling\._startup$", found.stderr, re.MULTILINE)
-        return int(total)
+        times = {name: int(us) for us, name in re.findall(r"\| +(\d+) \| +(\S+)$", found.stderr, re.MULTILINE)}
+        return times["lm_eval_coupling._startup"] / times["site"]
 
-    microseconds()  # writes the byte-code
-    assert 0 < min(microseconds() for _ in range(10)) < 1000
+    share()  # writes the byte-code
+    assert 0 < min(share() for _ in range(10)) < 1
 
 
 def test_lm_eval_learns_of_the_model_once_its_own_are_there(lm_eval):
