@@ -24,6 +24,7 @@ from lm_eval_coupling.residual.twin import (
     require_close,
     runs_as_it_stands,
     split_joints_again,
+    state_of,
     take_caches_as_named_now,
     twin_of,
 )
@@ -53,7 +54,7 @@ class ResidualModel:
         self.n_layers = len(self.blocks)
         self.d_model = bridge.cfg.d_model
         self.n_heads = bridge.cfg.n_heads
-        self._block_weights = [_state(block) for block in self.blocks]
+        self._block_weights = [state_of(block) for block in self.blocks]
         self._outside_weights = self._outside_blocks()
         self.n_params = n_params
         self._change: Callable[[Tensor], Tensor] | None = None
@@ -251,7 +252,7 @@ class ResidualModel:
         head = self.model.get_output_embeddings()
         hidden = resid[None].to(head.weight.device)
         stand_in = (hidden, *[None] * (self._outputs - 1)) if self._outputs else hidden
-        weights = {id(t): t for t in [*self._outside_weights, *_state(head)]}
+        weights = {id(t): t for t in [*self._outside_weights, *state_of(head)]}
         with contextlib.ExitStack() as stack:
             stack.enter_context(upcast([*weights.values()], resid.dtype))
             stack.enter_context(arithmetic(resid.dtype))
@@ -268,8 +269,8 @@ class ResidualModel:
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         if head is not None and head.weight is not embedding.weight:
-            inside |= {id(t) for t in _state(head)}
-        return [t for t in _state(self.model) if id(t) not in inside]
+            inside |= {id(t) for t in state_of(head)}
+        return [t for t in state_of(self.model) if id(t) not in inside]
 
     def _check(self, original: nn.Module) -> Tensor:
         """Load-time checks: weights still shared, and a stream that is carried from block to block; returns its end."""
@@ -315,7 +316,3 @@ def _tensors_by_name(call: BlockCall) -> list[str]:
     """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
     unnamed = ["" if value.shape[-1] == value.shape[-2] else "?" for value in call.args if isinstance(value, Tensor)]
     return [*unnamed, *(name for name, value in call.kwargs.items() if isinstance(value, Tensor))]
-
-
-def _state(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -79,9 +79,14 @@ def refuse_unsupported(model: nn.Module) -> None:
         )
 
 
+def state_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
 def runs_as_it_stands(model: nn.Module) -> bool:
     """Whether the model runs as it stands: every weight present, and on one device."""
-    weights = [*model.parameters(), *model.buffers()]
+    weights = state_of(model)
     return not any(map(is_absent, weights)) and len({t.device for t in weights}) == 1
 
 
