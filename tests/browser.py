@@ -22,7 +22,7 @@ def reason_to_skip():
     try:
         import PyQt6.QtWebEngineCore  # noqa: F401
     except ImportError as error:
-        return f"no browser: {error} (pip install 'lm-eval-coupling[browser]')"
+        return f"no browser: {error} (pip install pyqt6-webengine)"
     try:
         ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:
