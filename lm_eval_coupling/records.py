@@ -148,7 +148,7 @@ def load_records(
 
     Returns:
         One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
-        measured), and ``model``, ``revision``, ``fingerprint``, ``date`` of the run.
+        measured), and ``model``, ``revision``, ``fingerprint``, ``date`` of the run, ``untrained_seed`` of a twin's weights.
 
     Raises:
         CouplingError: if there is no table, or one is not ours or of another schema version.
@@ -167,6 +167,8 @@ def load_records(
             frame = frame[frame["weights"] == weights].reset_index(drop=True)
         for name in ("model", "revision", "fingerprint", "date"):
             frame[name] = pd.Series([about.get(name)] * len(frame), dtype=object)
+        seed = about.get("untrained", {}).get("seed")
+        frame["untrained_seed"] = pd.Series(seed, frame.index, dtype=object).where(frame["weights"] == "untrained", None)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 

@@ -83,9 +83,9 @@ def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
     )
 
 
-def save(folder, rows, *, model="org/tiny", revision="main", date=saved_runs.DATE, fingerprint="f"):
-    """The tables of one run."""
-    about = {"model": model, "revision": revision, "fingerprint": fingerprint}
+def save(folder, rows, *, model="org/tiny", revision="main", date=saved_runs.DATE, fingerprint="f", seed=0):
+    """The tables of one run; ``seed`` is that of its untrained twin."""
+    about = {"model": model, "revision": revision, "fingerprint": fingerprint, "untrained": {"seed": seed, "tasks": {}}}
     write_tables(rows, folder / f"{model}-{revision}".replace("/", "__"), date, about)
     return folder
 
@@ -177,6 +177,14 @@ def test_one_name_with_two_weights_is_refused(tmp_path):
         tables.read([tmp_path])
     assert tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]
     assert tables.read([tmp_path], ["mmlu"])["fingerprint"].tolist() == ["before" * 5]
+
+
+def test_one_name_with_two_twins_is_refused(tmp_path):
+    for seed in (0, 1):
+        save(tmp_path / str(seed), [record(seed), record(seed, weights="untrained")], seed=seed)
+    with pytest.raises(CouplingError, match="got untrained twins of tiny of the seeds 0 and 1, expected one"):
+        tables.read([tmp_path])
+    assert tables.read([tmp_path / "1"])["untrained_seed"].tolist() == [None, 1]
 
 
 def test_revisions_and_old_tables_need_no_common_fingerprint(tmp_path):

@@ -386,9 +386,9 @@ class TestTraining:
         rows = checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10")
         assert rows["step"].tolist() == [1, 10, 100, 1000, 10_000, 100_000]
         found = along_training(rows, "coupling@10", resamples=QUICK)
-        levels = found["out/a", "arc acc", "coupling@10", "levels"]
+        levels = found["a", "arc acc", "coupling@10", "levels"]
         assert levels.coefficient == pytest.approx(stats.spearmanr(couplings, scores)[0]) and levels.n == 6
-        assert found["out/a", "arc acc", "coupling@10", "changes"].n == 5
+        assert found["a", "arc acc", "coupling@10", "changes"].n == 5
 
     def test_a_single_checkpoint_is_no_curve(self, tmp_path):
         save_model(tmp_path, "out/a/checkpoint-5", 0.1, {"arc": 0.3})
@@ -445,7 +445,7 @@ class TestOutput:
             save_model(tmp_path / str(i), f"out/a/checkpoint-{10**i}", 0.1 * (i + 1), {"arc": 0.2 * (i + 1)})
         found = fit_runs(tmp_path, resamples=QUICK)
         assert "training.png" in {file.name for file in output.save(found, tmp_path / "out")}
-        assert any(words.startswith("Along the training of out/a") for words in found.words)
+        assert any(words.startswith("Along the training of a: ") for words in found.words)
 
 
 def test_a_failed_measurement_is_no_number(tmp_path):

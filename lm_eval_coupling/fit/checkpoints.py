@@ -7,12 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from lm_eval_coupling.facts import labels
 from lm_eval_coupling.statistics import Correlation, correlation
 
 
 def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
-    """The rows of trainings that were saved at two steps or more: ``lineage, score_of, step, score, …``, in order."""
+    """The rows of trainings that were saved at two steps or more: ``lineage, score_of, step, score, …``, in order.
+
+    ``lineage`` is no more of a training's name than tells it from the others.
+    """
     steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
+    steps = steps.assign(lineage=steps["lineage"].map(labels(steps["lineage"].unique())))
     several = steps.groupby(["lineage", "score_of"])["step"].transform("nunique") > 1
     return steps[several].sort_values(["lineage", "score_of", "step"], ignore_index=True)
 

@@ -24,7 +24,8 @@ def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, wei
     whatever the tasks: the same in every table and picture.
 
     Raises:
-        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records.
+        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records
+            or two untrained twins'.
     """
     records = pd.concat([load_records(path, weights="all") for path in paths], ignore_index=True)
     records["revision"] = records["revision"].fillna("main")
@@ -35,6 +36,7 @@ def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, wei
             raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
         records = records[records["task"].isin(tasks)]
     _require_one_model_a_name(records)
+    _require_one_twin_a_name(records)
     prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
     if weights:
         records = require(records, [], weights=weights)
@@ -50,6 +52,16 @@ def _require_one_model_a_name(records: pd.DataFrame) -> None:
             raise CouplingError(
                 f"got {label(*run)} with different weights or configuration under one name (fingerprints {told}), expected "
                 "one; give folders or --tasks that have one of them only"
+            )
+
+
+def _require_one_twin_a_name(records: pd.DataFrame) -> None:
+    for run, seeds in records.dropna(subset="untrained_seed").groupby(["model", "revision"])["untrained_seed"]:
+        if seeds.nunique() > 1:
+            told = " and ".join(map(str, sorted(seeds.unique())))
+            raise CouplingError(
+                f"got untrained twins of {label(*run)} of the seeds {told}, expected one; give folders or --tasks "
+                "that have one of them only"
             )
 
 
