@@ -81,8 +81,7 @@ def principal_trajectories(
 
 def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
     """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1)
+    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
 
 
 def expodistance_is_ill_conditioned(expodistance: float, steps: int) -> bool:

@@ -17,6 +17,7 @@ from lm_eval_coupling.measure import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 from lm_eval_coupling.residual import model as model_module
 from lm_eval_coupling.residual.arguments import Keys
+from lm_eval_coupling.residual.block_call import BlockCall
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = cases.tiny_tokens(9)
@@ -219,24 +220,45 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
         assert torch.allclose(trace.resid_final, without.resid_final, rtol=1e-12, atol=1e-12)
         for decoding, whole in zip(trace.calls, without.calls, strict=True):
             assert (decoding.keys is None) != (decoding.pullback is None)
+            assert whole.keys is None and whole.pullback is None
             assert case in PERHAPS_BY_DECODING or (decoding.keys is None) == (case in NOT_BY_DECODING)
             with decoding.ready():
                 for pair in [(token, token), (16, 3)]:
                     found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
                     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
                 if case != "qwen3-next":  # linear attention has no such core
-                    same_record(decoding, whole, token)
+                    same_record(AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token), token)
 
 
-def same_record(decoding, whole, token):
-    """The attention core is that of the whole sequence, its keys beyond the token left out, which have no weight."""
-    found, expected = AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token)
-    keys = slice(None) if decoding.keys is None else slice(token + 1)
+def same_record(found, expected, token):
+    """The attention core is that of the whole sequence, where kept keys are used those beyond the token left out."""
+    keys = slice(found.k.shape[1])
+    assert found.k.shape[1] in (token + 1, expected.k.shape[1])
     assert not expected.weights[:, token + 1 :].any()
     for name in ("q", "z"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
     for name in ("k", "v", "weights", "slope"):
         assert torch.allclose(getattr(found, name), getattr(expected, name)[:, keys], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch):
+    """Of different lengths, each at a token of its own, against the whole sequence of each."""
+    monkeypatch.setattr(model_module, "_LONG", 12)
+    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 1]
+    traces = wrapped.traces(prompts, torch.float64, tokens)
+    for calls in zip(*(trace.calls for trace in traces), strict=True):
+        wholes = [dataclasses.replace(call, keys=None, pullback=None) for call in calls]
+        with calls[0].ready():
+            if case not in NOT_BY_DECODING | PERHAPS_BY_DECODING:
+                assert all(pulled is not None for pulled in BlockCall.pulled_back_decoding(calls, tokens))
+            pulled = BlockCall.pulled_back_each(calls, tokens)
+            for whole, found, token in zip(wholes, pulled, tokens, strict=True):
+                assert torch.allclose(found, whole.pulled_back(token, token), rtol=1e-10, atol=1e-12)
+            if case != "qwen3-next":
+                for whole, found, token in zip(wholes, AttentionRecord.of_each(calls, tokens), tokens, strict=True):
+                    same_record(found, AttentionRecord.of(whole, token), token)
 
 
 def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
@@ -245,8 +267,8 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(17)
     expected = block_jacobians(wrapped, tokens, dtype=torch.float64)
-    before = Keys.before
-    monkeypatch.setattr(Keys, "before", lambda self, token: Keys(tuple(0 * kept for kept in before(self, token).kept)))
+    before = Keys.before_each
+    monkeypatch.setattr(Keys, "before_each", lambda *batch: Keys(tuple(0 * kept for kept in before(*batch).kept)))
     call = wrapped.trace(tokens, torch.float64, 16).calls[1]
     whole = dataclasses.replace(call, keys=None)
     with call.ready():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
-from lm_eval_coupling.jacobians.certify import TOLERANCE, certify
+from lm_eval_coupling.jacobians.certify import TOLERANCE, certify, certify_each
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 from lm_eval_coupling.memory import jacobian_stack
@@ -146,13 +146,15 @@ def _closed_together(calls: Sequence, tokens: Sequence[int]) -> dict[int, tuple[
         except Exception:  # alone, each prompt finds the level that can, or says what is wrong
             return {}
         found.diagonal(dim1=1, dim2=2).sub_(1)
-        errors = [certify(call, J, token, token) for call, J, token in zip(calls, found, tokens, strict=True)]
+        errors = certify_each(calls, found, tokens)
     return {i: (found[i], error, "closed") for i, error in enumerate(errors) if error <= TOLERANCE[calls[0].dtype]}
 
 
 def certified_jacobian(call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:
     """J of one block with its certificate and the level it comes from; ``auto`` falls to the next level on failure."""
     levels = list(LEVELS) if method == "auto" else [method]
+    if input_token > output_token:
+        call = dataclasses.replace(call, keys=None)  # what an attention core is recorded from ends at the output token
     with call.ready():
         for level in levels:
             try:

@@ -161,19 +161,43 @@ class AttentionRecord:
         Raises:
             NoAttentionCore: if the call holds no softmax attention core.
         """
-        whole = [call.seq] * 3
-        sizes = whole if call.keys is None else [1, output_token + 1, output_token + 1]
+        return cls.of_each([call], [output_token])[0]
+
+    @classmethod
+    def of_each(cls, calls: Sequence, tokens: Sequence[int]) -> list[AttentionRecord]:
+        """:meth:`of` several prompts of one block, each at its own token: at once where they kept their keys."""
+        if all(call.keys is not None for call in calls):
+            try:
+                return cls._by_decoding(calls, tokens)
+            except (RuntimeError, ValueError):
+                if len(calls) > 1:
+                    return [cls.of(call, token) for call, token in zip(calls, tokens, strict=True)]
+        return [cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)]
+
+    @classmethod
+    def _by_decoding(cls, calls: Sequence, tokens: Sequence[int]) -> list[AttentionRecord]:
+        x = torch.stack([call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)])
+        columns = max(tokens) + 1
+        watch = _Record(0, alone=True)
+        return cls._watched(
+            watch, lambda: calls[0].decoded(calls, x, tokens), [1, columns, columns], [t + 1 for t in tokens], x.dtype
+        )
+
+    @classmethod
+    def _by_whole_sequence(cls, call, output_token: int) -> AttentionRecord:
+        sizes, keys = [call.seq] * 3, [call.seq]
         try:
             watch = _Record(output_token, alone=True)
-            return cls._watched(watch, lambda: call.one_query(output_token), sizes, call.dtype)
+            return cls._watched(watch, lambda: call.one_query(output_token), sizes, keys, call.dtype)[0]
         except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
             watch = _Record(output_token, alone=False)
-            return cls._watched(watch, lambda: call(call.resid_pre), whole, call.dtype)
+            return cls._watched(watch, lambda: call(call.resid_pre), sizes, keys, call.dtype)[0]
 
     @classmethod
     def _watched(
-        cls, watch: _Record, run: Callable[[], object], sizes: Sequence[int], dtype: torch.dtype
-    ) -> AttentionRecord:
+        cls, watch: _Record, run: Callable[[], object], sizes: Sequence[int], keys: Sequence[int], dtype: torch.dtype
+    ) -> list[AttentionRecord]:
+        """Records of a batch, the last ``keys`` of each of its prompts."""
         try:
             with torch.enable_grad(), watch:
                 run()
@@ -183,22 +207,18 @@ class AttentionRecord:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
         k_t = watch.product[1]
         batch = watch.q.shape[:-2]
-        found, keys = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], sizes[-1]
-        if found != sizes or watch.weights.shape[-1] < keys:
-            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {sizes}")
+        found, columns = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], sizes[-1]
+        if found != list(sizes) or watch.weights.shape[-1] < columns:
+            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {list(sizes)}")
 
         def heads(tensor):
             return _heads(tensor, batch).detach().to(dtype)
 
-        weights, v = heads(watch.weights[..., None, :keys]), heads(watch.values)
-        return cls(
-            q=heads(watch.q)[:, 0],
-            k=heads(k_t).transpose(1, 2),
-            v=v,
-            weights=weights[:, 0],
-            slope=heads(watch.slope[..., None, :])[:, 0],
-            z=torch.bmm(weights, v)[:, 0],
-        )
+        weights, v = heads(watch.weights[..., None, :columns]), heads(watch.values)  # an attention sink's column is left out
+        q, z = heads(watch.q)[:, 0], torch.bmm(weights, v)[:, 0]
+        k, slope = heads(k_t).transpose(1, 2), heads(watch.slope[..., None, :])[:, 0]
+        each = zip(keys, *(part.chunk(len(keys)) for part in (q, k, v, weights[:, 0], slope, z)), strict=True)
+        return [cls(q, k[:, -n:], v[:, -n:], weights[:, -n:], slope[:, -n:], z) for n, q, k, v, weights, slope, z in each]
 
 
 class _HeadProduct(torch.autograd.Function):

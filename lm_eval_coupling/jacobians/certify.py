@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,8 +26,17 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
     Returns:
         ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
-    u, truth = call.probe, call.pulled_back(output_token, input_token)
-    if output_token == input_token:
-        truth = truth - u
+    pulled = call.pulled_back(output_token, input_token)
+    return _relative_error(call, jacobian, pulled - call.probe if output_token == input_token else pulled)
+
+
+def certify_each(calls: Sequence, jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]) -> list[float]:
+    """:func:`certify` of one block's J_tt for several prompts, each at its own token t."""
+    pulled = calls[0].pulled_back_each(calls, tokens)
+    return [_relative_error(call, J, p - call.probe) for call, J, p in zip(calls, jacobians, pulled, strict=True)]
+
+
+def _relative_error(call, jacobian: Tensor, truth: Tensor) -> float:
+    u = call.probe
     rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]
     return ((u @ jacobian - truth).norm() / torch.maximum(truth.norm(), rounding)).item()

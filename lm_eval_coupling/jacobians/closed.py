@@ -57,7 +57,8 @@ def closed_jacobians(calls: Sequence, tokens: Sequence[int]) -> Float[Tensor, "p
     The steps are gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot
     be joined.
     """
-    cores = [LinearCore.at(AttentionRecord.of(call, t), t, t) for call, t in zip(calls, tokens, strict=True)]
+    records = AttentionRecord.of_each(calls, tokens)
+    cores = [LinearCore.at(record, t, t) for record, t in zip(records, tokens, strict=True)]
     x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])
     root = Origin(*x.shape)
     tape = Tape(partial(_through, LinearCore.joined(cores)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # "cache" since transformers 5.24
 
@@ -66,10 +67,21 @@ def joined(values: Sequence[Any]) -> Any:
             raise ValueError("calls with different arguments cannot be joined")
         return first
     if first.dim() > 1 and first.shape[0] == 1:
-        return torch.cat(list(values))
+        return torch.cat(_equally_long(values))
     if any(not torch.equal(value, first) for value in values):
         raise ValueError("calls with different arguments cannot be joined")
     return first
+
+
+def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of different numbers of keys with as many each: those put before a prompt's own are not to be seen."""
+    missing = [max(mask.shape[-1] for mask in masks) - mask.shape[-1] for mask in masks]
+    if not any(missing):
+        return list(masks)
+    if not (masks[0].is_floating_point() or masks[0].dtype == torch.bool):
+        raise ValueError(f"masks of {masks[0].dtype} cannot be joined")
+    unseen = torch.finfo(masks[0].dtype).min if masks[0].is_floating_point() else False
+    return [F.pad(mask, (before, 0), value=unseen) for mask, before in zip(masks, missing, strict=True)]
 
 
 def replayable(name: str, value: Any) -> Any:
@@ -93,12 +105,19 @@ class Keys:
         """What a block calls: the keys and values that it is to attend to."""
         if self.kept is not None:
             return tuple(torch.cat([old, new], dim=-2) for old, new in zip(self.kept, (key, value), strict=True))
-        self.given = (key, value)
+        self.given = (key.detach(), value.detach())
         return key, value
 
-    def before(self, token: int) -> Keys:
-        """A cache that holds those of the tokens before ``token``."""
-        return Keys(tuple(tensor[..., :token, :] for tensor in self.given))
+    @staticmethod
+    def before_each(keys: Sequence[Keys], tokens: Sequence[int]) -> Keys:
+        """A cache that holds those of the tokens before the given one of every prompt of a batch, after zeros."""
+        longest = max(tokens)
+
+        def joined(which: int) -> Tensor:
+            own = [of.given[which][..., :token, :] for of, token in zip(keys, tokens, strict=True)]
+            return torch.cat([F.pad(kept, (0, 0, longest - kept.shape[-2], 0)) for kept in own])
+
+        return Keys((joined(0), joined(1)))
 
     def of_prompt(self, prompt: int, seq: int) -> Keys:
         """Those of one prompt of a batch, without the padding."""

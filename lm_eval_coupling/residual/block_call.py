@@ -21,8 +21,8 @@ class BlockCall:
     """One block together with the arguments it was called with, ready to be called again.
 
     ``resid_pre`` and ``resid_post`` are the block's input X^{l-1} and output X^l, shape [1, seq, d_model]. ``pullback`` is
-    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe`; in long prompts,
-    ``keys`` are the keys and values that the block handed to its cache instead. Calls must be made inside :meth:`ready`.
+    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe` (not in long prompts);
+    ``keys`` are the keys and values that the block handed to its cache. Calls must be made inside :meth:`ready`.
     """
 
     layer: int
@@ -47,9 +47,22 @@ class BlockCall:
         if self.pullback is not None and self.pullback[0] == output_token:
             return self.pullback[1][input_token]
         if self.keys is not None and output_token == input_token:
-            if (pulled := self.pulled_back_decoding(output_token)) is not None:
+            (pulled,) = self.pulled_back_decoding([self], [output_token])
+            if pulled is not None:
                 return pulled
         return self.pulled_back_to_all(output_token)[input_token]
+
+    @staticmethod
+    def pulled_back_each(calls: Sequence[BlockCall], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"]]:
+        """:meth:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys."""
+        found: list[Tensor | None] = [None] * len(calls)
+        if len(calls) > 1 and all(call.pullback is None and call.keys is not None for call in calls):
+            with contextlib.suppress(ValueError, RuntimeError):
+                found = BlockCall.pulled_back_decoding(calls, tokens)
+        return [
+            call.pulled_back(token, token) if pulled is None else pulled
+            for call, token, pulled in zip(calls, tokens, found, strict=True)
+        ]
 
     def pulled_back_to_all(self, output_token: int) -> Float[Tensor, "seq d_model"]:
         """uᵀ ∂F_{output} / ∂X: :meth:`pulled_back` for every input token, in one pass through the whole sequence."""
@@ -57,15 +70,23 @@ class BlockCall:
         with torch.enable_grad():
             return gradient(self, resid_pre, self(resid_pre), [output_token])[0]
 
-    def pulled_back_decoding(self, token: int) -> Float[Tensor, " d_model"] | None:
-        """uᵀ ∂F_t / ∂x_t by one step of decoding; None where that step gives another output than the whole sequence."""
-        x = self.resid_pre[:, token : token + 1].detach().requires_grad_(True)
+    @staticmethod
+    def pulled_back_decoding(calls: Sequence[BlockCall], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"] | None]:
+        """uᵀ ∂F_t / ∂x_t of several prompts by one step of decoding; None where it gives another output than the trace.
+
+        Raises:
+            ValueError: if the calls' arguments cannot be joined.
+        """
+        at = list(zip(calls, tokens, strict=True))
+        x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(True)
         with torch.enable_grad():
-            output = self._decoded(x, token)
-            expected = self.resid_post[:, token : token + 1]
-            if not torch.allclose(output, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()):
-                return None
-            return gradient(self, x, output, [0])[0, 0]
+            output = BlockCall.decoded(calls, x, tokens)
+            pulled = gradient(calls[0], x, output, [0] * len(calls))
+        expected = [call.resid_post[:, token : token + 1] for call, token in at]
+        return [
+            one[0] if torch.allclose(found, own, rtol=1e-4, atol=1e-5 * own.abs().max().item()) else None
+            for one, found, own in zip(pulled, output.detach()[:, None], expected, strict=True)
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,26 +121,30 @@ class BlockCall:
         Raises:
             ValueError: if the calls' arguments cannot be joined.
         """
-        alone = [call._cut(token, token) for call, token in zip(calls, tokens, strict=True)]
-        args = [joined(values) for values in zip(*(args for args, _ in alone), strict=True)]
-        kwargs = {name: joined([kwargs[name] for _, kwargs in alone]) for name in alone[0][1]}
-        return calls[0]._run(x[:, None], tuple(args), kwargs)[:, 0]
+        args, kwargs = _joined([call._cut(token, token) for call, token in zip(calls, tokens, strict=True)])
+        return calls[0]._run(x[:, None], args, kwargs)[:, 0]
 
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
-        """Run the block for the sake of one token: a step of decoding where :attr:`keys` are kept.
-
-        Else on the whole sequence, with masks cut to one query row: only row ``token`` of the output may be used.
-        """
-        if self.keys is not None:
-            return self._decoded(self.resid_pre[:, token : token + 1], token)
+        """Run the block with masks cut to one query row: only row ``token`` of the output may be used."""
         args = tuple(cut_row(value, token, self.seq) for value in self.args)
         kwargs = {name: cut_row(value, token, self.seq) for name, value in self.kwargs.items()}
         return self._run(self.resid_pre, args, kwargs)
 
-    def _decoded(self, x: Float[Tensor, "1 1 d_model"], token: int) -> Float[Tensor, "1 1 d_model"]:
-        """The output at one token: the others enter it by their keys and values alone, as when the model generates."""
-        args, kwargs = self._cut(token, first=0)
-        return self._run(x, args, kwargs | {name: self.keys.before(token) for name in CACHES if name in kwargs})
+    @staticmethod
+    def decoded(
+        calls: Sequence[BlockCall], x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt 1 d_model"]:
+        """One block's output at one token of each prompt: the other tokens enter it by their kept keys and values alone.
+
+        As when the model generates. Shorter prompts have keys put before their own, which masks hide.
+
+        Raises:
+            ValueError: if the calls' arguments cannot be joined.
+        """
+        alone = [call._cut(token, first=0) for call, token in zip(calls, tokens, strict=True)]
+        args, kwargs = _joined(alone)
+        keys = Keys.before_each([call.keys for call in calls], tokens)
+        return calls[0]._run(x, args, kwargs | {name: keys for name in CACHES if name in kwargs})
 
     def _cut(self, token: int, first: int) -> tuple[tuple, dict[str, Any]]:
         """Arguments of a run on ``token`` alone, which sees the keys from ``first`` on."""
@@ -128,6 +153,12 @@ class BlockCall:
 
     def _run(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return hidden(self.module(x, *args, **kwargs))
+
+
+def _joined(alone: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of several calls as those of one."""
+    args = tuple(joined(values) for values in zip(*(args for args, _ in alone), strict=True))
+    return args, {name: joined([kwargs[name] for _, kwargs in alone]) for name in alone[0][1]}
 
 
 def hidden(output: Any) -> Tensor:

@@ -32,7 +32,7 @@ from lm_eval_coupling.weights import present, upcast
 
 # Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
 _BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}
-_LONG = 64  # tokens from which on a block is differentiated as one more step of decoding, not through the whole sequence
+_LONG = 64  # tokens from which on a block is pulled back by one more step of decoding, not on the way through the sequence
 
 
 class _LastBlockDone(Exception):
@@ -193,9 +193,10 @@ class ResidualModel:
     ) -> list[ResidualTrace]:
         rows = [torch.as_tensor(tokens, dtype=torch.long, device=self.device).flatten() for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        keep_keys = keep_keys or (output_tokens is not None and ids.shape[1] >= _LONG and self._is_decoding(dtype))
+        keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
+        on_the_way = None if keep_keys and ids.shape[1] >= _LONG else output_tokens
         visits = [
-            Visit(layer, self._block_weights[layer], dtype, output_tokens, Keys() if keep_keys else None)
+            Visit(layer, self._block_weights[layer], dtype, on_the_way, Keys() if keep_keys else None)
             for layer in range(self.n_layers)
         ]
         final: list[Tensor] = []
@@ -308,7 +309,7 @@ def _decodes_rightly(call: BlockCall) -> bool:
     without = dataclasses.replace(call, keys=None)
     token = call.seq // 2
     with call.ready():
-        found, expected = call.pulled_back_decoding(token), without.pulled_back(token, token)
+        (found,), expected = call.pulled_back_decoding([call], [token]), without.pulled_back(token, token)
     return found is not None and torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
 
 

@@ -39,7 +39,7 @@ class Visit:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
     The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it. Its arguments are
-    brought to the device that the block's weights lie on. With ``keys`` it is not pulled back: they are kept for that.
+    brought to the device that the block's weights lie on. In ``keys`` it leaves its keys and values.
     """
 
     def __init__(
@@ -50,8 +50,7 @@ class Visit:
         tokens: Sequence[int] | None,
         keys: Keys | None = None,
     ) -> None:
-        self.layer, self.weights, self.dtype, self.keys = layer, weights, dtype, keys
-        self.tokens = tokens if keys is None else None
+        self.layer, self.weights, self.dtype, self.tokens, self.keys = layer, weights, dtype, tokens, keys
         self.gradient: Tensor | None = None
         self.open = contextlib.ExitStack()
         self.close = self.open.close
@@ -80,20 +79,20 @@ class Visit:
 
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""
-        padded, prompts = self.call.seq, len(self.call.resid_pre)
-        one = dataclasses.replace(self.call, resid_post=self.resid_post[prompt : prompt + 1, :seq])
-        if prompts > 1:
-            one = dataclasses.replace(
-                one,
-                resid_pre=self.call.resid_pre[prompt : prompt + 1, :seq],
-                args=tuple(of_prompt("", value, prompt, seq, padded) for value in self.call.args),
-                kwargs={name: of_prompt(name, value, prompt, seq, padded) for name, value in self.call.kwargs.items()},
-            )
-        if self.keys is not None:
-            return dataclasses.replace(one, keys=self.keys.of_prompt(prompt, seq))
-        if self.tokens is None:
-            return one
-        return dataclasses.replace(one, pullback=(self.tokens[prompt], self.gradient[prompt, :seq]))
+        call, row = self.call, slice(prompt, prompt + 1)
+        args, kwargs = call.args, call.kwargs
+        if len(call.resid_pre) > 1:
+            args = tuple(of_prompt("", value, prompt, seq, call.seq) for value in args)
+            kwargs = {name: of_prompt(name, value, prompt, seq, call.seq) for name, value in kwargs.items()}
+        return dataclasses.replace(
+            call,
+            resid_pre=call.resid_pre[row, :seq],
+            args=args,
+            kwargs=kwargs,
+            resid_post=self.resid_post[row, :seq],
+            pullback=None if self.gradient is None else (self.tokens[prompt], self.gradient[prompt, :seq]),
+            keys=None if self.keys is None else self.keys.of_prompt(prompt, seq),
+        )
 
 
 def _brought_to(device: torch.device, arguments: Any) -> Any:
