@@ -47,12 +47,25 @@ def coupling_matrices(
     return A
 
 
-def miscoupling(A: Float[Tensor, "*batch rank rank"], normalized: bool = False) -> Float[Tensor, "*batch"]:
-    """Return m(A) = ‖A − Diag A‖_F, divided by ‖A‖_F where normalized (NaN where that is 0)."""
+def off_diagonal_norm(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
+    """Return ‖A − Diag A‖_F in float64, so that squares of small float32 entries do not vanish.
+
+    It is most of every miscoupling: whoever needs several of the same A hands it on.
+    """
     eye = torch.eye(A.shape[-1], dtype=torch.bool, device=A.device)
     # Zeroed, not ‖A‖² − ‖Diag A‖², which cancels for nearly diagonal A.
-    m = _frobenius(A.masked_fill(eye, 0))
-    return (m / _frobenius(A) if normalized else m).to(A.dtype)
+    return torch.linalg.vector_norm(A.masked_fill(eye, 0), dim=(-2, -1), dtype=torch.float64)
+
+
+def miscoupling(
+    A: Float[Tensor, "*batch rank rank"], normalized: bool = False, off: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Return m(A) = ‖A − Diag A‖_F, divided by ‖A‖_F where normalized (NaN where that is 0).
+
+    ``off`` is `off_diagonal_norm(A)` where that is known.
+    """
+    off = off_diagonal_norm(A) if off is None else off
+    return (off / torch.hypot(off, _norm(_diagonal(A))) if normalized else off).to(A.dtype)
 
 
 def miscoupling_to(
@@ -62,6 +75,7 @@ def miscoupling_to(
     p: float | int = 2,
     absolute: bool = False,
     norm: Literal["p", "trace"] = "p",
+    off: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*out"]:
     """Return m_K = ‖A − diag(S1)‖_F / ‖S1‖_p, NaN where the divisor is 0.
 
@@ -71,13 +85,16 @@ def miscoupling_to(
         p: order of the vector norm of S1, which is the Schatten norm of diag(S1).
         absolute: compare |A| entrywise, as the authors' released code does.
         norm: "trace" divides by the sum of S1 instead, whatever p.
+        off: `off_diagonal_norm(A)` where that is known.
 
     Raises:
         CouplingError: if norm is neither "p" nor "trace".
     """
     if norm not in ("p", "trace"):
         raise CouplingError(f'got norm = "{norm}", expected "p" or "trace", choose one of them')
-    distance = _frobenius((A.abs() if absolute else A) - torch.diag_embed(S1))
+    off = off_diagonal_norm(A) if off is None else off
+    diagonal = _diagonal(A).abs() if absolute else _diagonal(A)
+    distance = torch.hypot(off, _norm(diagonal - S1.double()))
     size = S1.double().sum(dim=-1) if norm == "trace" else torch.linalg.vector_norm(S1.double(), ord=p, dim=-1)
     return torch.where(size == 0, torch.nan, distance / size).to(A.dtype)
 
@@ -127,6 +144,9 @@ def mean_off_diagonal(M: Float[Tensor, "*batch layer layer"], diagonal: bool = F
     return M.double().nanmean(dim=(-2, -1)).to(M.dtype)
 
 
-def _frobenius(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
-    """In float64, so that squares of small float32 entries do not vanish."""
-    return torch.linalg.vector_norm(A.double(), dim=(-2, -1))
+def _diagonal(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:
+    return A.diagonal(dim1=-2, dim2=-1).double()
+
+
+def _norm(x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
+    return torch.linalg.vector_norm(x, dim=-1)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling import regularity
+from lm_eval_coupling.allocator import keep_freed_memory
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
 from lm_eval_coupling.memory import layers_at_once
@@ -275,6 +276,8 @@ def _in_words(error: Exception) -> str:
 @torch.no_grad()
 def _measure(model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
     depth = "depth" in settings.measures
+    if model.device.type == "cpu":
+        keep_freed_memory()
     traces = model.traces(prompts, DTYPES[settings.dtype], positions if depth else None)
     found = [_along_the_stream(model, trace, token, settings) for trace, token in zip(traces, positions, strict=True)]
     if depth:
@@ -392,15 +395,16 @@ def _at_rank(k: int, A, A_vju, S, d_model: int) -> dict[str, torch.Tensor]:
     """Every coupling quantity at rank ``k``, cut from the matrices of the largest rank."""
     A, A_vju = A[..., :k, :k], A_vju[..., :k, :k]
     S1 = S[:, None, :k]  # broadcast over the layers of the bases
+    off, off_vju = coupling_maths.off_diagonal_norm(A), coupling_maths.off_diagonal_norm(A_vju)
     to = coupling_maths.miscoupling_to
     found = {
-        "normalized_miscoupling": coupling_maths.miscoupling(A, normalized=True),
-        "miscoupling": coupling_maths.miscoupling(A),
-        "miscoupling_to": to(A, S1),
-        "miscoupling_to_absolute": to(A, S1, absolute=True),
-        "miscoupling_to_trace": to(A, S1, norm="trace"),
-        "miscoupling_to_vju": to(A_vju, S1),
-        "miscoupling_to_absolute_vju": to(A_vju, S1, absolute=True),
+        "normalized_miscoupling": coupling_maths.miscoupling(A, normalized=True, off=off),
+        "miscoupling": coupling_maths.miscoupling(A, off=off),
+        "miscoupling_to": to(A, S1, off=off),
+        "miscoupling_to_absolute": to(A, S1, absolute=True, off=off),
+        "miscoupling_to_trace": to(A, S1, norm="trace", off=off),
+        "miscoupling_to_vju": to(A_vju, S1, off=off_vju),
+        "miscoupling_to_absolute_vju": to(A_vju, S1, absolute=True, off=off_vju),
     }
     too_low = numerical_rank(S, d_model) < k  # singular vectors of a zero singular value are arbitrary
     return {name: values.masked_fill(too_low, math.nan) for name, values in found.items()}

@@ -48,8 +48,8 @@ def jacobian_stack(layers: int, like: Tensor) -> Float[Tensor, "layer d_model d_
 
 
 def layers_at_once(d_model: int, itemsize: int, device: torch.device) -> int:
-    """How many Jacobians to decompose at once: one for each thread, as far as memory allows."""
-    most = torch.get_num_threads() if device.type == "cpu" else 4
+    """How many Jacobians to decompose at once: a few for each thread, as far as memory allows."""
+    most = 4 * torch.get_num_threads() if device.type == "cpu" else 4
     return max(1, min(most, SPECTRA // (_DECOMPOSITION * d_model**2 * itemsize)))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.krylov import leading_right_vectors
-from lm_eval_coupling.lapack import leading_eigenvectors
+from lm_eval_coupling.lapack import leading_gram_eigenvectors
 
 # Largest accepted residual, and loss of orthogonality, of the Gram path; rounding costs it eps · σ_1/σ_k.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
@@ -129,7 +129,7 @@ def _by_gram(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor,
 def _leading_right_vectors(J: Float[Tensor, "batch d_model d_model"], k: int) -> Float[Tensor, "batch d_model rank"]:
     """A basis of the top k right singular vectors of each matrix, largest first."""
     if J.device.type == "cpu":
-        return leading_eigenvectors(J.mT @ J, k)
+        return leading_gram_eigenvectors(J, k)
     if J.shape[-1] < LARGE:
         return torch.linalg.eigh(J.mT @ J).eigenvectors[..., -k:].flip(-1)
     return torch.stack([_without_decomposition(matrix, k) for matrix in J])

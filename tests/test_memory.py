@@ -64,7 +64,7 @@ def test_wide_jacobians_are_decomposed_one_by_one():
     """However many threads there are: six matrices of 8192 times 8192 for each is 1.6 GB."""
     gpu = torch.device("cuda")
     assert [layers_at_once(d, 4, gpu) for d in (1024, 4096, 8192, 16384)] == [4, 4, 1, 1]
-    assert layers_at_once(576, 4, torch.device("cpu")) == torch.get_num_threads()
+    assert layers_at_once(576, 4, torch.device("cpu")) == 4 * torch.get_num_threads()
 
 
 def test_it_grows_with_what_is_measured_at_a_time():

@@ -99,7 +99,7 @@ def adapter(home, folder):
         ("float32", {}),
         ("bfloat16", {}),
         ("float32", {"batch_size": 3}),
-        ("bfloat16", {"batch_size": "auto"}),
+        ("bfloat16", {"batch_size": "auto", "max_batch_size": 4}),
         ("float32", {"limit": 3}),
         ("float32", {"samples": {"tiny_choice": [1, 5], "tiny_generate": [0, 2, 6]}}),
         ("float32", {"num_fewshot": 1, "kinds": ("choice",)}),

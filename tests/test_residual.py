@@ -206,7 +206,6 @@ def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
 
 
 NOT_BY_DECODING = {"falcon-alibi", "mpt", "bloom", "gpt2", "qwen3-next"}  # ALiBi, an unnamed cache, linear attention
-PERHAPS_BY_DECODING = {"gpt-j"}  # up to transformers 5.23
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -221,7 +220,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
         for decoding, whole in zip(trace.calls, without.calls, strict=True):
             assert (decoding.keys is None) != (decoding.pullback is None)
             assert whole.keys is None and whole.pullback is None
-            assert case in PERHAPS_BY_DECODING or (decoding.keys is None) == (case in NOT_BY_DECODING)
+            assert (decoding.keys is None) == (case in NOT_BY_DECODING)
             with decoding.ready():
                 for pair in [(token, token), (16, 3)]:
                     found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
@@ -251,7 +250,7 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch):
     for calls in zip(*(trace.calls for trace in traces), strict=True):
         wholes = [dataclasses.replace(call, keys=None, pullback=None) for call in calls]
         with calls[0].ready():
-            if case not in NOT_BY_DECODING | PERHAPS_BY_DECODING:
+            if case not in NOT_BY_DECODING:
                 assert all(pulled is not None for pulled in BlockCall.pulled_back_decoding(calls, tokens))
             pulled = BlockCall.pulled_back_each(calls, tokens)
             for whole, found, token in zip(wholes, pulled, tokens, strict=True):

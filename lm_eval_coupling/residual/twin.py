@@ -100,9 +100,14 @@ def split_joints_again(bridge: nn.Module) -> None:
 
 
 def take_caches_as_named_now(bridge: nn.Module) -> None:
-    """Since transformers 5.24 attention layers are handed a ``cache``; TransformerLens 4.3 looks for ``past_key_values``."""
+    """Since transformers 5.24 attention layers are handed a ``cache``; TransformerLens 4.3 looks for ``past_key_values``.
+
+    Not where it has transformers' own layer do the attention.
+    """
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
     for module in bridge.modules():
-        if hasattr(module, "_update_kv_cache"):
+        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
             module.register_forward_pre_hook(_with_cache_as_before, with_kwargs=True)
 
 

@@ -1,0 +1,44 @@
+"""Memory that was freed is used again without the system in between, unless the user has set the allocator up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from lm_eval_coupling.allocator import keep_freed_memory
+kept = keep_freed_memory()
+def use():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(24 << 18), torch.ones(8 << 18)  # 24 and 8 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+use()
+print("FAULTS", kept, use())
+"""
+
+
+def faults(**environment):
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={"PYTHONPATH": root} | environment, capture_output=True, text=True, check=True
+    )
+    kept, count = done.stdout.split("FAULTS")[1].split()
+    return kept == "True", int(count)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    kept, count = faults()
+    if not kept:
+        pytest.skip("another allocator than glibc's")
+    assert count < 1000, "two hundredths of the pages"
+
+
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
+)
+def test_what_the_user_has_set_up_stays(environment):
+    assert not faults(**environment)[0]
