@@ -20,7 +20,7 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 
 # Without the start-up hook, so that the package is first imported under jaxtyping's run-time checks.
 test: setup  ## run all tests
-	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -33,7 +33,7 @@ found = {}
 for name, arguments in {"hf": {}, "coupling-hf": {"coupling_limit": 2, "coupling_store": store}}.items():
     results = lm_eval.simple_evaluate(
         name, model_args={"pretrained": model, "device": "cpu"} | arguments, tasks=tasks, limit=2, bootstrap_iters=2,
-        gen_kwargs="max_gen_toks=48",
+        gen_kwargs="max_gen_toks=16",
     )
     kept = ("doc_id", "arguments", "resps", "filtered_resps")
     samples = {task: [{k: str(s[k]) for k in kept} for s in rows] for task, rows in results["samples"].items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,7 @@ class _Abort(Exception):
     """Raised inside a block once everything wanted of it is known."""
 
 
+@no_type_check
 def _operands(func, args, kwargs) -> tuple[Tensor, Tensor] | None:
     """The two factors of a batched matrix product, or None if ``func`` is none."""
     if func in _ADDED_PRODUCTS:
@@ -60,6 +62,7 @@ class Watch(TorchFunctionMode):
         self.stage = "scores"
         self.product: tuple[Tensor, Tensor] | None = None
 
+    @no_type_check  # runs for every operation
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.stage == "scores" and (factors := _operands(func, args, kwargs)) is not None:
