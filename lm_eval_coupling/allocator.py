@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what is freed for the next use.
 
 On Linux it hands large blocks back to the system at once, and every block taken again is filled with zeros page by page
-while the other threads wait: a sixth of the time of a Jacobian on a CPU. Kept are at most 2 GiB of what a measurement had
-in use anyway.
+while the other threads wait: a sixth of the time of a Jacobian on a CPU. Blocks of up to 32 MiB are kept, where they are
+free at the end of the heap up to 2 GiB of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT = (1 << 31) - 1  # bytes, the largest C int
+_KEPT = (1 << 31) - 1  # bytes at the end of the heap, the largest C int
 _LARGEST_IN_HEAP = 32 << 20  # bytes, the most that glibc accepts
 
 

@@ -13,7 +13,8 @@ kept = keep_freed_memory()
 def use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.ones(24 << 18), torch.ones(8 << 18)  # 24 and 8 MiB
+        held = [torch.ones(6 << 20) for _ in range(4)]  # 24 MiB each: together more than glibc keeps by itself
+        del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 use()
 print("FAULTS", kept, use())
@@ -34,7 +35,7 @@ def test_freed_memory_is_kept():
     kept, count = faults()
     if not kept:
         pytest.skip("another allocator than glibc's")
-    assert count < 1000, "two hundredths of the pages"
+    assert count < 2000, "a hundredth of the pages"
 
 
 @pytest.mark.parametrize(

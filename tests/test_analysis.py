@@ -185,6 +185,7 @@ def test_one_name_with_two_twins_is_refused(tmp_path):
     with pytest.raises(CouplingError, match="got untrained twins of tiny of the seeds 0 and 1, expected one"):
         tables.read([tmp_path])
     assert tables.read([tmp_path / "1"])["untrained_seed"].tolist() == [None, 1]
+    assert len(tables.read([tmp_path], weights="trained")) == 2
 
 
 def test_revisions_and_old_tables_need_no_common_fingerprint(tmp_path):

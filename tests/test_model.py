@@ -119,6 +119,45 @@ def test_scores_are_those_of_hf(evaluate, home, pretrained, options):
         assert 0 < row["coupling,none"] < 1
 
 
+def test_coupling_is_among_what_wandb_logs(evaluate, tmp_path):
+    """Offline, as with `--wandb_args mode=offline`."""
+    pytest.importorskip("wandb")
+    from lm_eval.loggers import WandbLogger
+
+    results = evaluate()
+    logger = WandbLogger({"mode": "offline", "dir": str(tmp_path), "project": "tiny"})
+    try:
+        logger.post_init(results)
+        logger.log_eval_result()
+        logger.log_eval_samples(results["samples"])
+        logged = dict(logger.run.summary)
+    finally:
+        logger.run.finish()
+    for task, row in results["results"].items():
+        assert logged[f"{task}/coupling"] == pytest.approx(row["coupling,none"])
+        assert logged[f"{task}/coupling_stderr"] == pytest.approx(row["coupling_stderr,none"])
+
+
+def test_coupling_is_among_what_trackio_logs(evaluate, tmp_path, monkeypatch):
+    """Which keeps everything on this machine unless told otherwise."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    from lm_eval.loggers import TrackioLogger
+
+    logged = {}
+    monkeypatch.setattr(trackio, "log", lambda metrics, *_, **__: logged.update(metrics))
+    results = evaluate()
+    logger = TrackioLogger({"project": "tiny"})
+    try:
+        logger.post_init(results)
+        logger.log_eval_result()
+        logger.log_eval_samples(results["samples"])
+    finally:
+        logger.finish()
+    for task, row in results["results"].items():
+        assert logged[f"{task}/coupling"] == pytest.approx(row["coupling,none"])
+
+
 def test_requests_answered_from_the_cache_are_measured_all_the_same(evaluate, tmp_path):
     first = evaluate(use_cache=str(tmp_path / "cache"))
     again = evaluate(use_cache=str(tmp_path / "cache"), arguments={"coupling_store": str(tmp_path / "other.sqlite")})

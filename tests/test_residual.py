@@ -226,13 +226,14 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
                     found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
                     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
                 if case != "qwen3-next":  # linear attention has no such core
-                    same_record(AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token), token)
+                    found, expected = AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token)
+                    same_record(found, expected, token, decoding.keys is not None)
 
 
-def same_record(found, expected, token):
-    """The attention core is that of the whole sequence, where kept keys are used those beyond the token left out."""
+def same_record(found, expected, token, kept):
+    """The attention core is that of the whole sequence; where keys were kept, without those beyond the token."""
     keys = slice(found.k.shape[1])
-    assert found.k.shape[1] in (token + 1, expected.k.shape[1])
+    assert found.k.shape[1] == (token + 1 if kept else expected.k.shape[1])
     assert not expected.weights[:, token + 1 :].any()
     for name in ("q", "z"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
@@ -245,19 +246,20 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch):
     """Of different lengths, each at a token of its own, against the whole sequence of each."""
     monkeypatch.setattr(model_module, "_LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model(case))
-    prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 1]
+    prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 0]
     traces = wrapped.traces(prompts, torch.float64, tokens)
     for calls in zip(*(trace.calls for trace in traces), strict=True):
         wholes = [dataclasses.replace(call, keys=None, pullback=None) for call in calls]
         with calls[0].ready():
-            if case not in NOT_BY_DECODING:
+            if case not in NOT_BY_DECODING:  # neither falls back to one prompt at a time
                 assert all(pulled is not None for pulled in BlockCall.pulled_back_decoding(calls, tokens))
+                assert len(AttentionRecord._by_decoding(calls, tokens)) == 3
             pulled = BlockCall.pulled_back_each(calls, tokens)
             for whole, found, token in zip(wholes, pulled, tokens, strict=True):
                 assert torch.allclose(found, whole.pulled_back(token, token), rtol=1e-10, atol=1e-12)
             if case != "qwen3-next":
                 for whole, found, token in zip(wholes, AttentionRecord.of_each(calls, tokens), tokens, strict=True):
-                    same_record(found, AttentionRecord.of(whole, token), token)
+                    same_record(found, AttentionRecord.of(whole, token), token, case not in NOT_BY_DECODING)
 
 
 def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):

@@ -17,9 +17,10 @@ def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
     ``lineage`` is no more of a training's name than tells it from the others.
     """
     steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
-    steps = steps.assign(lineage=steps["lineage"].map(labels(steps["lineage"].unique())))
     several = steps.groupby(["lineage", "score_of"])["step"].transform("nunique") > 1
-    return steps[several].sort_values(["lineage", "score_of", "step"], ignore_index=True)
+    steps = steps[several]
+    steps = steps.assign(lineage=steps["lineage"].map(labels(steps["lineage"].unique())))
+    return steps.sort_values(["lineage", "score_of", "step"], ignore_index=True)
 
 
 def along_training(

@@ -74,7 +74,7 @@ def joined(values: Sequence[Any]) -> Any:
 
 
 def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Masks of different numbers of keys with as many each: those put before a prompt's own are not to be seen."""
+    """Arguments as they are, masks of different numbers of keys with as many each: those put in front are not to be seen."""
     missing = [max(mask.shape[-1] for mask in masks) - mask.shape[-1] for mask in masks]
     if not any(missing):
         return list(masks)

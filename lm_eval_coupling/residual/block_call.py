@@ -21,8 +21,8 @@ class BlockCall:
     """One block together with the arguments it was called with, ready to be called again.
 
     ``resid_pre`` and ``resid_post`` are the block's input X^{l-1} and output X^l, shape [1, seq, d_model]. ``pullback`` is
-    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe` (not in long prompts);
-    ``keys`` are the keys and values that the block handed to its cache. Calls must be made inside :meth:`ready`.
+    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe`; ``keys`` are the keys
+    and values that the block handed to its cache, in long prompts instead. Calls must be made inside :meth:`ready`.
     """
 
     layer: int
@@ -139,10 +139,15 @@ class BlockCall:
         As when the model generates. Shorter prompts have keys put before their own, which masks hide.
 
         Raises:
-            ValueError: if the calls' arguments cannot be joined.
+            ValueError: if the calls' arguments cannot be joined, or nothing would hide those keys.
         """
         alone = [call._cut(token, first=0) for call, token in zip(calls, tokens, strict=True)]
         args, kwargs = _joined(alone)
+        columns = max(tokens) + 1
+        if len(set(tokens)) > 1 and not any(
+            isinstance(value, Tensor) and value.shape[-1:] == (columns,) for value in (*args, *kwargs.values())
+        ):
+            raise ValueError("prompts of different lengths cannot be decoded together without a mask")
         keys = Keys.before_each([call.keys for call in calls], tokens)
         return calls[0]._run(x, args, kwargs | {name: keys for name in CACHES if name in kwargs})
 

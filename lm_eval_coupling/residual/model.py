@@ -137,7 +137,8 @@ class ResidualModel:
         Args:
             tokens: token ids of one prompt, [seq] or [1, seq].
             dtype: ``torch.float32`` or ``torch.float64``.
-            output_token: token whose Jacobians will be certified; each block is then pulled back on the way.
+            output_token: token whose Jacobians will be certified; each block is then pulled back on the way, or in long
+                prompts keeps what that needs.
 
         Returns:
             Every block's call and the stream after the last block; the language-model head is not run.
@@ -180,11 +181,16 @@ class ResidualModel:
     def _is_decoding(self, dtype: torch.dtype) -> bool:
         """Whether every block's derivative by its own token is also that of a step of decoding, which is tried once."""
         if self._decodes is None:
+            change, self._change = self._change, None  # which may be meant for prompts of one length only
             try:
                 calls = self._traces([[*range(1, 8)]], dtype, None, keep_keys=True)[0].calls
                 self._decodes = all(map(_decodes_rightly, calls))
+            except torch.OutOfMemoryError:
+                raise
             except Exception:
                 self._decodes = False
+            finally:
+                self._change = change
         return self._decodes
 
     @torch.no_grad()

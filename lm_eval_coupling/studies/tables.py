@@ -36,10 +36,10 @@ def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, wei
             raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
         records = records[records["task"].isin(tasks)]
     _require_one_model_a_name(records)
-    _require_one_twin_a_name(records)
     prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
     if weights:
         records = require(records, [], weights=weights)
+    _require_one_twin_a_name(records)
     return records.sort_values("date", kind="stable").drop_duplicates(prompt, keep="last").sort_index()
 
 
