@@ -180,27 +180,24 @@ class AttentionRecord:
     @classmethod
     def _by_decoding(cls, calls: Sequence, tokens: Sequence[int]) -> list[AttentionRecord]:
         x = torch.stack([call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)])
-        columns = max(tokens) + 1
-        watch = _Record(0, alone=True)
-        return cls._watched(
-            watch, lambda: calls[0].decoded(calls, x, tokens), [1, columns, columns], [t + 1 for t in tokens], x.dtype
-        )
+        watch, keys = _Record(0, alone=True), [token + 1 for token in tokens]
+        return cls._watched(watch, lambda: calls[0].decoded(calls, x, tokens), 1, keys, x.dtype)
 
     @classmethod
     def _by_whole_sequence(cls, call, output_token: int) -> AttentionRecord:
-        sizes, keys = [call.seq] * 3, [call.seq]
+        queries, keys = call.seq, [call.seq]
         try:
             watch = _Record(output_token, alone=True)
-            return cls._watched(watch, lambda: call.one_query(output_token), sizes, keys, call.dtype)[0]
+            return cls._watched(watch, lambda: call.one_query(output_token), queries, keys, call.dtype)[0]
         except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
             watch = _Record(output_token, alone=False)
-            return cls._watched(watch, lambda: call(call.resid_pre), sizes, keys, call.dtype)[0]
+            return cls._watched(watch, lambda: call(call.resid_pre), queries, keys, call.dtype)[0]
 
     @classmethod
     def _watched(
-        cls, watch: _Record, run: Callable[[], object], sizes: Sequence[int], keys: Sequence[int], dtype: torch.dtype
+        cls, watch: _Record, run: Callable[[], object], queries: int, keys: Sequence[int], dtype: torch.dtype
     ) -> list[AttentionRecord]:
-        """Records of a batch, the last ``keys`` of each of its prompts."""
+        """Records of a batch that should have so many queries, and of each prompt so many keys, which come last."""
         try:
             with torch.enable_grad(), watch:
                 run()
@@ -210,9 +207,10 @@ class AttentionRecord:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
         k_t = watch.product[1]
         batch = watch.q.shape[:-2]
-        found, columns = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], sizes[-1]
-        if found != list(sizes) or watch.weights.shape[-1] < columns:
-            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {list(sizes)}")
+        columns = max(keys)
+        found, expected = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], [queries, columns, columns]
+        if found != expected or watch.weights.shape[-1] < columns:
+            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {expected}")
 
         def heads(tensor):
             return _heads(tensor, batch).detach().to(dtype)

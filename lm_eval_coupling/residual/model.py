@@ -163,35 +163,39 @@ class ResidualModel:
 
     def _pads_on_the_right(self, dtype: torch.dtype) -> bool:
         if self._padding_is_harmless is None:
-            self._padding_is_harmless = self._try_padding(dtype)
+            self._padding_is_harmless = self._succeeds(self._padding_agrees, dtype)
         return self._padding_is_harmless
 
-    def _try_padding(self, dtype: torch.dtype) -> bool:
-        prompts = [[1, 2, 3], [4] * 21]
+    def _is_decoding(self, dtype: torch.dtype) -> bool:
+        """Whether every block's derivative by its own token is also that of a step of decoding, which is tried once."""
+        if self._decodes is None:
+            self._decodes = self._succeeds(self._decoding_agrees, dtype)
+        return self._decodes
+
+    def _succeeds(self, trial: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
+        """What a trial on prompts of its own says, False where it fails, whatever the first block is given meanwhile."""
+        change, self._change = self._change, None  # which may be meant for prompts of one length only
         try:
-            padded = self._traces(prompts, dtype, None)
+            return trial(dtype)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             return False
+        finally:
+            self._change = change
+
+    def _padding_agrees(self, dtype: torch.dtype) -> bool:
+        prompts = [[1, 2, 3], [4] * 21]
+        padded = self._traces(prompts, dtype, None)
         if any(set(_tensors_by_name(call)) - _BATCHABLE for call in padded[0].calls):
             return False
         alone = [self.trace(prompt, dtype) for prompt in prompts]
         streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max()) for a, b in streams)
 
-    def _is_decoding(self, dtype: torch.dtype) -> bool:
-        """Whether every block's derivative by its own token is also that of a step of decoding, which is tried once."""
-        if self._decodes is None:
-            change, self._change = self._change, None  # which may be meant for prompts of one length only
-            try:
-                calls = self._traces([[*range(1, 8)]], dtype, None, keep_keys=True)[0].calls
-                self._decodes = all(map(_decodes_rightly, calls))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                self._decodes = False
-            finally:
-                self._change = change
-        return self._decodes
+    def _decoding_agrees(self, dtype: torch.dtype) -> bool:
+        calls = self._traces([[*range(1, 8)]], dtype, None, keep_keys=True)[0].calls
+        return all(map(_decodes_rightly, calls))
 
     @torch.no_grad()
     def _traces(
