@@ -6,8 +6,10 @@ python analysis/chain_of_thought.py OUT --first gsm8k --second gsm8k_cot_zerosho
 
 from __future__ import annotations
 
+import command
+
 from lm_eval_coupling.figures.studies import paired_differences
-from lm_eval_coupling.studies import command, documents, tables
+from lm_eval_coupling.studies import by_document, tables
 from lm_eval_coupling.studies.measures import MEASURES
 
 
@@ -20,8 +22,8 @@ def main(argv=None):
     records = tables.read(options.runs, names)
     rank = tables.choose_rank(records, options.rank)
     whole = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
-    pairs = documents.paired(tables.long(records, [*whole, "layer_coupling"], rank), *names)
-    means = tables.named(documents.mean_differences(pairs), rank)
+    pairs = by_document.paired(tables.long(records, [*whole, "layer_coupling"], rank), *names)
+    means = tables.named(by_document.mean_differences(pairs), rank)
     pairs = tables.named(pairs, rank)
     figure = paired_differences(
         pairs[pairs["measure"].isin(whole)],

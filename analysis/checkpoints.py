@@ -8,8 +8,10 @@ Steps are read from revisions such as step1000 and from folders such as checkpoi
 
 from __future__ import annotations
 
-from lm_eval_coupling.figures.curves import curves
-from lm_eval_coupling.studies import command, tables, training
+import command
+
+from lm_eval_coupling.figures.lines import curves
+from lm_eval_coupling.studies import tables, training
 
 
 def main(argv=None):

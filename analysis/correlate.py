@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm_eval_coupling.fit import fit_runs, output
+from lm_eval_coupling.fit import output
+from lm_eval_coupling.fit.findings import fit_runs
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

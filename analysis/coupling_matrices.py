@@ -9,9 +9,11 @@ column the singular vectors it is written in.
 
 from __future__ import annotations
 
-from lm_eval_coupling.facts import short_name
-from lm_eval_coupling.figures.matrices import coupling_matrices as draw
-from lm_eval_coupling.studies import command, matrices
+import command
+
+from lm_eval_coupling.figures.coupling_matrices import coupling_matrices as draw
+from lm_eval_coupling.measuring import matrices
+from lm_eval_coupling.saved.names import short_name
 
 PROMPT = "What is the capital of France? The capital is"
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import command
+
 from lm_eval_coupling.figures.studies import against_number
-from lm_eval_coupling.studies import command, documents, tables
+from lm_eval_coupling.studies import by_document, tables
 
 
 def main(argv=None):
@@ -25,13 +27,13 @@ def main(argv=None):
     records = tables.read(options.runs, options.tasks, weights="trained")
     rank = tables.choose_rank(records, options.rank)
     if options.csv:
-        numbers = documents.from_csv(options.csv, options.column)
+        numbers = by_document.from_csv(options.csv, options.column)
     else:
-        numbers = documents.fields(options.runs, options.column, options.count)
+        numbers = by_document.fields(options.runs, options.column, options.count)
     measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
-    rows = tables.named(documents.against(tables.long(records, measures, rank), numbers, "difficulty"), rank)
-    bins = tables.named(documents.bins(rows, "difficulty"), rank)
-    found = tables.named(documents.correlations(rows, "difficulty"), rank)
+    rows = tables.named(by_document.against(tables.long(records, measures, rank), numbers, "difficulty"), rank)
+    bins = tables.named(by_document.bins(rows, "difficulty"), rank)
+    found = tables.named(by_document.correlations(rows, "difficulty"), rank)
     name = f"{options.column}: times {options.count!r}" if options.count else options.column
     title = f"Documents by difficulty, K = {rank}; large: medians and quartiles of bins"
     figure = against_number(rows, bins, found, x="difficulty", x_label=name, title=title)

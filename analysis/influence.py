@@ -7,8 +7,10 @@ The runs must have measured spectra (coupling_measures=depth+regularity+spectra)
 
 from __future__ import annotations
 
-from lm_eval_coupling.figures.matrices import influence as draw
-from lm_eval_coupling.studies import command, spectra, tables
+import command
+
+from lm_eval_coupling.figures.coupling_matrices import influence as draw
+from lm_eval_coupling.studies import singular_values, tables
 
 
 def main(argv=None):
@@ -16,7 +18,7 @@ def main(argv=None):
     parser.add_argument("--last", type=int, default=16, metavar="N", help="tokens up to the measured one (%(default)s)")
     parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
     options = parser.parse_args(argv)
-    values = spectra.influence(tables.read(options.runs, options.tasks), options.last)
+    values = singular_values.influence(tables.read(options.runs, options.tasks), options.last)
     rows = tables.summary(values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"])
     names = list(dict.fromkeys(rows["token"]))
     panels = {

@@ -5,8 +5,10 @@ python analysis/layer_coupling.py OUT [OUT …] --tasks gsm8k --out figures
 
 from __future__ import annotations
 
-from lm_eval_coupling.figures.curves import curves
-from lm_eval_coupling.studies import command, tables
+import command
+
+from lm_eval_coupling.figures.lines import curves
+from lm_eval_coupling.studies import tables
 from lm_eval_coupling.studies.measures import MEASURES
 
 

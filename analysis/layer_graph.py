@@ -7,12 +7,13 @@ Several revisions of one model show the graph along training.
 
 from __future__ import annotations
 
+import command
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.figures import layer_heatmaps
 from lm_eval_coupling.figures.graph import edge_weights, layer_graph
-from lm_eval_coupling.studies import command, tables
+from lm_eval_coupling.figures.heatmaps import layer_heatmaps
+from lm_eval_coupling.studies import tables
 
 
 def main(argv=None):

@@ -14,11 +14,12 @@ import runpy
 import tempfile
 from pathlib import Path
 
+import command
 import pandas as pd
 from PIL import Image
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.studies import command, tables
+from lm_eval_coupling.studies import tables
 
 STUDIES = ["layer_coupling", "layer_graph", "regularity", "depth_profiles", "singular_values", "influence", "trajectories"]
 STUDIES += [f"tokenwise --kind {kind}" for kind in ("self", "context_input", "context_output")]

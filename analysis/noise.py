@@ -8,10 +8,13 @@ block.
 
 from __future__ import annotations
 
-from lm_eval_coupling.coupling import chance_level
+import command
+
 from lm_eval_coupling.figures.studies import noise
-from lm_eval_coupling.robustness import LEVELS, noise_robustness
-from lm_eval_coupling.studies import command, matrices, tables
+from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measuring import matrices
+from lm_eval_coupling.measuring.noise import LEVELS, noise_robustness
+from lm_eval_coupling.studies import tables
 
 PANELS = {
     "cosine_first": "cosine with the clean stream, block 1",

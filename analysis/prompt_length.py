@@ -5,8 +5,10 @@ python analysis/prompt_length.py OUT [OUT …] --tasks gsm8k --out figures
 
 from __future__ import annotations
 
+import command
+
 from lm_eval_coupling.figures.studies import against_number
-from lm_eval_coupling.studies import command, documents, tables
+from lm_eval_coupling.studies import by_document, tables
 
 
 def main(argv=None):
@@ -15,8 +17,8 @@ def main(argv=None):
     rank = tables.choose_rank(records, options.rank)
     measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
     rows = tables.named(tables.long(records, measures, rank), rank)
-    bins = tables.named(documents.bins(rows, "n_tokens"), rank)
-    found = tables.named(documents.correlations(rows, "n_tokens"), rank)
+    bins = tables.named(by_document.bins(rows, "n_tokens"), rank)
+    found = tables.named(by_document.correlations(rows, "n_tokens"), rank)
     title = f"Documents by the length of their prompt, K = {rank}; large: medians and quartiles of bins"
     figure = against_number(rows, bins, found, x="n_tokens", x_label="tokens of the prompt", title=title)
     command.save(options.out, "prompt_length", figure, rows)

@@ -7,8 +7,10 @@ The untrained bars are there if the runs measured the twin (coupling_untrained=0
 
 from __future__ import annotations
 
-from lm_eval_coupling.figures.curves import quartile_bars
-from lm_eval_coupling.studies import command, tables
+import command
+
+from lm_eval_coupling.figures.lines import quartile_bars
+from lm_eval_coupling.studies import tables
 
 
 def main(argv=None):

@@ -8,8 +8,10 @@ single prompts, too.
 
 from __future__ import annotations
 
-from lm_eval_coupling.figures.curves import singular_values as draw
-from lm_eval_coupling.studies import command, spectra, tables
+import command
+
+from lm_eval_coupling.figures.lines import singular_values as draw
+from lm_eval_coupling.studies import singular_values, tables
 
 
 def main(argv=None):
@@ -21,10 +23,10 @@ def main(argv=None):
     records = tables.read(options.runs, options.tasks)
     most = tables.common_ranks(records)[-1]
     indices = options.indices or [k for k in (1, 3, 10, 30) if k <= most]
-    rows = tables.summary(spectra.singular_values(records, indices), [*tables.RUN, "k", "depth"])
-    fits = spectra.inverse_fits(rows)
+    rows = tables.summary(singular_values.singular_values(records, indices), [*tables.RUN, "k", "depth"])
+    fits = singular_values.inverse_fits(rows)
     if "depth_slope" in records and records["depth_slope"].notna().any():
-        fits = fits.merge(spectra.document_fits(records, indices), how="left")  # not every run measured spectra
+        fits = fits.merge(singular_values.document_fits(records, indices), how="left")  # not every run measured spectra
     rows, fits = tables.with_line(rows), tables.with_line(fits)
     title = "Singular values of the blocks with depth: median and quartiles over documents"
     command.save(options.out, "singular_values", draw(rows, fits, title=title), rows.merge(fits))

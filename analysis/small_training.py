@@ -18,6 +18,7 @@ import json
 import math
 from pathlib import Path
 
+import command
 import pandas as pd
 import torch
 from controlled_family import evaluate_all, evaluation_arguments
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.studies import command
 
 SIZES = {"layers": 8, "width": 128, "heads": 4, "mlp": 384, "context": 128, "vocabulary": 1024, "windows": 8}
 RECIPE = ("column", "steps", *SIZES, "rate", "seed")

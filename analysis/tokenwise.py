@@ -9,12 +9,13 @@ matrices themselves draws coupling_matrices.py.
 
 from __future__ import annotations
 
+import command
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.figures.matrices import token_heatmaps
-from lm_eval_coupling.records import require
-from lm_eval_coupling.studies import command, tables, tokens
+from lm_eval_coupling.figures.coupling_matrices import token_heatmaps
+from lm_eval_coupling.saved.tables import require
+from lm_eval_coupling.studies import tables, tokens
 
 PANELS = 4  # layers, spread over those measured
 

@@ -8,12 +8,13 @@ first component: --skip 1 --components 2 3 shows the others.
 
 from __future__ import annotations
 
+import command
 import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.figures.trajectories import trajectories as draw
-from lm_eval_coupling.records import require
-from lm_eval_coupling.studies import command, tables
+from lm_eval_coupling.saved.tables import require
+from lm_eval_coupling.studies import tables
 
 
 def main(argv=None):

@@ -5,20 +5,20 @@ Public names are loaded when they are first used: importing the package imports 
 
 _PUBLIC = {
     "ResidualModel": "residual",
-    "BlockJacobians": "jacobians",
-    "block_jacobians": "jacobians",
-    "SingularTriplets": "spectra",
-    "top_singular": "spectra",
-    "chance_level": "coupling",
-    "coupling_matrix": "coupling",
-    "miscoupling": "coupling",
-    "miscoupling_to": "coupling",
+    "BlockJacobians": "jacobians.engine",
+    "block_jacobians": "jacobians.engine",
+    "SingularTriplets": "numerics.spectra",
+    "top_singular": "numerics.spectra",
+    "chance_level": "measures.coupling",
+    "coupling_matrix": "measures.coupling",
+    "miscoupling": "measures.coupling",
+    "miscoupling_to": "measures.coupling",
     "CouplingError": "errors",
-    "PromptCoupling": "measure",
-    "measure_coupling": "measure",
-    "run_coupling_hf": "paper_api",
-    "load_records": "records",
-    "load_runs": "runs",
+    "PromptCoupling": "measuring.prompt",
+    "measure_coupling": "measuring.prompt",
+    "run_coupling_hf": "paper",
+    "load_records": "saved.tables",
+    "load_runs": "saved.results",
 }
 
 __all__ = [*_PUBLIC]

@@ -48,7 +48,7 @@ def _run_after(loader):
     def exec_module(module):
         execute(module)
         try:
-            from lm_eval_coupling import plugin
+            from lm_eval_coupling.harness import plugin
         except ImportError:
             return  # the package is half removed
         plugin.after_import(module)

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(rest: list[str]) -> int:
-    from lm_eval_coupling import plugin
+    from lm_eval_coupling.harness import plugin
 
     plugin.install()
     from lm_eval.__main__ import cli_evaluate
@@ -89,13 +89,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from lm_eval_coupling.show import show
+    from lm_eval_coupling.report.terminal import show
 
     show(options.folder, options.task, options.doc)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    from lm_eval_coupling.fit import fit_runs, output
+    from lm_eval_coupling.fit import output
+    from lm_eval_coupling.fit.findings import fit_runs
 
     chosen = {name: getattr(options, name) for name in ("score", "x", "tasks", "facts", "mixed")}
     found = fit_runs(options.folders, **chosen)
@@ -105,7 +106,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lm_eval_coupling.report import DOCUMENTS, write_report
+    from lm_eval_coupling.report.page import DOCUMENTS, write_report
 
     documents = DOCUMENTS if options.documents is None else options.documents
     page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lm_eval_coupling.measure import PromptCoupling
+    from lm_eval_coupling.measuring.prompt import PromptCoupling
 
 TASKS = "coupling_demo"
 DOCUMENTS = 24
@@ -63,7 +63,7 @@ def main(out: Path | None = None) -> None:
     Raises:
         CouplingError: if the folder cannot be written, the model cannot be fetched, or nothing could be measured.
     """
-    from lm_eval_coupling import plugin
+    from lm_eval_coupling.harness import plugin
 
     out = Path(out or FOLDER)
     plugin.require_writable(out)
@@ -167,7 +167,7 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
     command = ["lm_eval", "--model", "coupling-hf", "--model_args", listed, "--tasks", TASKS, "--batch_size", str(BATCH)]
     by_hand = shlex.join([*command, "--output_path", str(out), "--log_samples"])
     _announce(2, f"Scoring, then measuring coupling on {DOCUMENTS} documents; the same by hand:\n      {by_hand}")
-    from lm_eval_coupling import plugin
+    from lm_eval_coupling.harness import plugin
 
     plugin.install()
     from lm_eval import simple_evaluate
@@ -206,8 +206,8 @@ def measured_prompts(out: Path, run_id: str | None) -> list[PromptCoupling]:
     Raises:
         CouplingError: if nothing could be measured.
     """
-    from lm_eval_coupling.measure import PromptCoupling
-    from lm_eval_coupling.records import find_tables, load_records
+    from lm_eval_coupling.measuring.prompt import PromptCoupling
+    from lm_eval_coupling.saved.tables import find_tables, load_records
 
     tables = [load_records(file) for file, about in find_tables(out) if about.get("run_id") == run_id]
     return _measured(PromptCoupling.from_columns(row) for table in tables for row in table.to_dict("records"))
@@ -243,7 +243,7 @@ def _measured(prompts: Iterable[PromptCoupling]) -> list[PromptCoupling]:
 
 def draw(trained: Sequence[PromptCoupling], untrained: Sequence[PromptCoupling], out: Path) -> None:
     """Both models layer by layer, mean over the prompts, as PNG and SVG."""
-    from lm_eval_coupling.figures import layer_heatmaps
+    from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
     panels = {MODEL.name: _mean_matrix(trained), "the same, untrained": _mean_matrix(untrained)}
     figure = layer_heatmaps(panels, rank=RANK, title=f"Block coupling, mean over {len(trained)} prompts")
@@ -259,8 +259,8 @@ def _mean_matrix(prompts: Sequence[PromptCoupling]) -> np.ndarray:
 
 def explanation(trained: Sequence[PromptCoupling], untrained: Sequence[PromptCoupling]) -> str:
     """Both models' coupling beside chance, and what that means, in a few plain lines."""
-    from lm_eval_coupling.coupling import chance_level
-    from lm_eval_coupling.summary import mean_and_error
+    from lm_eval_coupling.measures.coupling import chance_level
+    from lm_eval_coupling.measuring.summary import mean_and_error
 
     chance = 1 - chance_level(RANK)
     lines = [f"{'':<24}{'coupling':>17}{'chance':>9}{'excess':>10}"]

@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, jacobians_of_trace
-from lm_eval_coupling.measure import DTYPES, Settings, top_singular_by_parts
+from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
+from lm_eval_coupling.measures.coupling import coupling_matrices, miscoupling_to
+from lm_eval_coupling.measuring.prompt import DTYPES, Settings, top_singular_by_parts
+from lm_eval_coupling.numerics.spectra import numerical_rank
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
-from lm_eval_coupling.spectra import numerical_rank
-from lm_eval_coupling.weights import upcast
+from lm_eval_coupling.residual.weights import upcast
 
 RANKS = (10, 30, 50)
 

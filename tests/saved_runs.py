@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from lm_eval_coupling import records
+from lm_eval_coupling.saved import tables as records
 
 SETTINGS = {"ranks": [10, 30], "limit": 100, "seed": 0, "measures": ["depth", "regularity"], "position": -1}
 SETTINGS |= {"dtype": "float32", "method": "auto", "measurement_version": 1}

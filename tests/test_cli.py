@@ -51,7 +51,7 @@ def test_a_mistake_is_one_sentence(tmp_path):
 
 def test_run_hands_everything_to_lm_eval(monkeypatch):
     seen = []
-    plugin = stand_in(monkeypatch, "lm_eval_coupling.plugin", install=lambda: seen.append("installed"))
+    plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=lambda: seen.append("installed"))
     monkeypatch.setattr(lm_eval_coupling, "plugin", plugin, raising=False)
     stand_in(monkeypatch, "lm_eval")
     stand_in(monkeypatch, "lm_eval.__main__", cli_evaluate=lambda: seen.append(list(sys.argv)))
@@ -66,7 +66,7 @@ def test_run_reports_a_mistake(monkeypatch, capsys):
         raise CouplingError("got K = 0, expected 1 or more; choose another")
 
     monkeypatch.setattr(
-        lm_eval_coupling, "plugin", stand_in(monkeypatch, "lm_eval_coupling.plugin", install=refuse), raising=False
+        lm_eval_coupling, "plugin", stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=refuse), raising=False
     )
     assert cli.main(["run", "--model", "coupling-hf"]) == 2
     assert capsys.readouterr().err == "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n"

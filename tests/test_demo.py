@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 
 from lm_eval_coupling import demo, load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measure import PromptCoupling
+from lm_eval_coupling.measuring.prompt import PromptCoupling
 
 NAME = "tiny_llm-1.0-py3-none-any.whl"
 

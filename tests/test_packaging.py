@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lm_eval_coupling import plugin
+from lm_eval_coupling.harness import plugin
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "lm_eval_coupling"
@@ -130,7 +130,7 @@ def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
 REGISTERED = """
 import lm_eval.models, lm_eval_coupling, sys
 from lm_eval.api.registry import model_registry
-from lm_eval_coupling.plugin import tasks_folder
+from lm_eval_coupling.harness.plugin import tasks_folder
 print("coupling-hf" in model_registry, "torch" in sys.modules)
 print(lm_eval_coupling.__path__[0])
 print(tasks_folder())

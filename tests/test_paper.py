@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lm_eval_coupling
-from lm_eval_coupling import paper_api, run_coupling_hf
+from lm_eval_coupling import paper as paper_api
+from lm_eval_coupling import run_coupling_hf
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual import TrueDtype
 

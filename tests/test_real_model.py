@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.measures.coupling import chance_level
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("LM_EVAL_COUPLING_REAL", ROOT.parent / "shared"))
@@ -25,7 +25,7 @@ pytestmark = [
 
 EVALUATE = """
 import json, sys
-from lm_eval_coupling import plugin
+from lm_eval_coupling.harness import plugin
 plugin.install()
 import lm_eval
 model, store, *tasks = sys.argv[1:]

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.coupling import chance_level, miscoupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid, labelled
+from lm_eval_coupling.measures.coupling import chance_level, miscoupling
 
 
 def token_heatmaps(

@@ -13,9 +13,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid, labelled
+from lm_eval_coupling.measures.coupling import chance_level
 
 _EDGES = colormaps["viridis_r"]
 _WIDEST = 3.0  # points

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled
-from lm_eval_coupling.figures.curves import curves
+from lm_eval_coupling.figures.lines import curves
 
 
 def against_number(

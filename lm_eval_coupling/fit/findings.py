@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across, documents, words
-from lm_eval_coupling.fit.checkpoints import along_training, checkpoints
+from lm_eval_coupling.fit import across, within, words
 from lm_eval_coupling.fit.observations import Observations, Predictor, observe, scored_rows
-from lm_eval_coupling.runs import load_runs
+from lm_eval_coupling.fit.training import along_training, checkpoints
+from lm_eval_coupling.saved.results import load_runs
 from lm_eval_coupling.statistics import Fit
 
 __all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
@@ -73,7 +73,7 @@ def fit_runs(
     tables = {"observations": found.frame, "checkpoints": steps}
     tables["training"] = across.table(training, "lineage", "score", "predictor", "of")
     tables_across, fits, said = _across(found, resamples)
-    read = documents.load_documents(paths, _leaves(runs, found, tasks, score))
+    read = within.load_documents(paths, _leaves(runs, found, tasks, score))
     tables_within, said_within = _within(read, main)
     return Findings(
         Observations(found.frame, found.predictors, tuple(notes)),
@@ -113,14 +113,14 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
             "Within models nothing was asked: of no measured document is there an answer that is right or wrong (it needs "
             "lm-eval's --log_samples, and a task that has such answers)."
         ]
-    predictors = documents.document_predictors(read, main)
-    aurocs, logistics = documents.aurocs(read, predictors), documents.logistics(read, predictors)
+    predictors = within.document_predictors(read, main)
+    aurocs, logistics = within.aurocs(read, predictors), within.logistics(read, predictors)
     tables = {
         "documents": read,
-        "auroc": documents.auroc_table(aurocs),
+        "auroc": within.auroc_table(aurocs),
         "logistic": across.table(logistics, "model", "task", "predictor", "given"),
-        "graded": across.table(documents.graded(read, predictors), "model", "task", "predictor", "of"),
-        "calibration": documents.calibration(read, predictors[0]),
+        "graded": across.table(within.graded(read, predictors), "model", "task", "predictor", "of"),
+        "calibration": within.calibration(read, predictors[0]),
     }
     return tables, words.about_documents(aurocs, logistics, predictors[0])
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.fit import Findings
+from lm_eval_coupling.fit.findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def _save_figures(found: Findings, out: Path) -> Iterator[Path]:
 
 def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """The name of every picture there is something for, and what draws it."""
-    from lm_eval_coupling.figures import regression as draw  # here, because matplotlib is slow to load
+    from lm_eval_coupling.figures import scatter as draw  # here, because matplotlib is slow to load
 
     observed, tables, main = found.observations, found.tables, found.observations.main.name
     if found.fits:
@@ -103,7 +103,7 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
 
 
 def _scatter(found: Findings, score: str) -> Figure:
-    from lm_eval_coupling.figures import regression as draw
+    from lm_eval_coupling.figures import scatter as draw
 
     main = found.observations.main
     rows = dict(found.observations.by_score())[score]

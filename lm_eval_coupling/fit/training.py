@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.facts import labels
+from lm_eval_coupling.saved.names import labels
 from lm_eval_coupling.statistics import Correlation, correlation
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.fit.across import table
-from lm_eval_coupling.records import coupling_of, find_tables, load_records
+from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.tables import coupling_of, find_tables, load_records
 from lm_eval_coupling.statistics import (
     Auroc,
     Correlation,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_eval_coupling.fit.documents import POOLED
 from lm_eval_coupling.fit.observations import Observations
+from lm_eval_coupling.fit.within import POOLED
 from lm_eval_coupling.statistics import Auroc, Correlation, LogisticEffect, adjust_p_values, in_words
 from lm_eval_coupling.statistics.correlations import FEW
 from lm_eval_coupling.statistics.results import Result

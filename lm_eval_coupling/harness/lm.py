@@ -22,20 +22,21 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 from tqdm.auto import tqdm
 
-from lm_eval_coupling import plugin, records
-from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.fingerprint import fingerprint
-from lm_eval_coupling.jacobians import resolve_token
-from lm_eval_coupling.measure import DTYPES, PromptCoupling, Settings, groups, measure_prompts
-from lm_eval_coupling.memory import memory_of
-from lm_eval_coupling.prompts import Prompt, document_prompts
+from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness.prompts import Prompt, document_prompts
+from lm_eval_coupling.harness.sampling import DocumentKey, choose
+from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.tokens import cost
+from lm_eval_coupling.measuring.prompt import DTYPES, PromptCoupling, Settings, groups, measure_prompts
+from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
+from lm_eval_coupling.measuring.summary import document_value, headline_rank, mean_and_error, summarize
+from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.sampling import DocumentKey, choose
-from lm_eval_coupling.store import MeasurementStore, default_store_path
-from lm_eval_coupling.summary import document_value, headline_rank, mean_and_error, summarize
-from lm_eval_coupling.tokenwise import cost
-from lm_eval_coupling.untrained import untrained_twin
+from lm_eval_coupling.residual.fingerprint import fingerprint
+from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.saved import tables as records
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 

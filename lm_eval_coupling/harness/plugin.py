@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 
 MODEL = "coupling-hf"
-TARGET = "lm_eval_coupling.model:CouplingLM"
+TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
@@ -60,8 +60,8 @@ def require_writable(folder: Path) -> None:
 
 def tasks_folder() -> Path:
     """Our task definitions: inside an installed package, beside it in a checkout."""
-    installed = Path(__file__).parent / "_tasks"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "tasks"
+    installed = Path(__file__).parents[1] / "_tasks"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "tasks"
 
 
 def _register_model(models: Any) -> None:

@@ -25,7 +25,7 @@ from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import TOLERANCE, certify, certify_each
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
-from lm_eval_coupling.memory import jacobian_stack
+from lm_eval_coupling.numerics.memory import jacobian_stack
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.jacobians import TOLERANCE, certified_jacobian, certified_jacobians
 from lm_eval_coupling.jacobians.certify import certify
 from lm_eval_coupling.jacobians.closed import closed_row
+from lm_eval_coupling.jacobians.engine import TOLERANCE, certified_jacobian, certified_jacobians
 
 AT_ONCE = 16  # input tokens: working memory is that of so many Jacobians and their halves
 

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling import coupling as coupling_maths
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import TOLERANCE
+from lm_eval_coupling.jacobians.engine import TOLERANCE
 from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
-from lm_eval_coupling.krylov import leading_right_vectors
-from lm_eval_coupling.spectra import numerical_rank, top_singular
+from lm_eval_coupling.measures import coupling as coupling_maths
+from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
+from lm_eval_coupling.numerics.subspace import leading_right_vectors
 
 TOKENS = "all, lastN, firstN, randomN such as last8, or positions such as 0+3+-1"
 LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"

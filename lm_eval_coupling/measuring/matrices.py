@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lm_eval_coupling.coupling import coupling_matrices
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians, resolve_token
-from lm_eval_coupling.spectra import top_singular
+from lm_eval_coupling.jacobians.engine import block_jacobians, resolve_token
+from lm_eval_coupling.measures.coupling import coupling_matrices
+from lm_eval_coupling.numerics.spectra import top_singular
 
 ACROSS = {
     "layers": "J_tt of different layers",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.jacobians import resolve_token
-from lm_eval_coupling.measure import DTYPES, Settings, measure_prompt
+from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.measuring.prompt import DTYPES, Settings, measure_prompt
 
 LEVELS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lm_eval_coupling import coupling as coupling_maths
-from lm_eval_coupling import regularity
-from lm_eval_coupling.allocator import keep_freed_memory
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
-from lm_eval_coupling.memory import layers_at_once
-from lm_eval_coupling.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
-from lm_eval_coupling.tokenwise import chosen_layers, chosen_tokens, context_coupling, influence, self_coupling
+from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
+from lm_eval_coupling.measures import coupling as coupling_maths
+from lm_eval_coupling.measures import regularity
+from lm_eval_coupling.measures.tokens import chosen_layers, chosen_tokens, context_coupling, influence, self_coupling
+from lm_eval_coupling.numerics.allocator import keep_freed_memory
+from lm_eval_coupling.numerics.memory import layers_at_once
+from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
 
 TOKENWISE = {"spectra": influence, "self": self_coupling, "context": context_coupling}
 MEASURES = ("depth", "regularity", *TOKENWISE)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_coupling.measure import PromptCoupling
+from lm_eval_coupling.measuring.prompt import PromptCoupling
 
 PAIR_MEASURES = (
     "normalized_miscoupling",

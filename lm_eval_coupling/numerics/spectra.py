@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.krylov import leading_right_vectors
-from lm_eval_coupling.lapack import leading_gram_eigenvectors
+from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
+from lm_eval_coupling.numerics.subspace import leading_right_vectors
 
 # Largest accepted residual, and loss of orthogonality, of the Gram path; rounding costs it eps · σ_1/σ_k.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}

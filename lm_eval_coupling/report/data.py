@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import labels, run_label
-from lm_eval_coupling.records import find_tables, load_records
-from lm_eval_coupling.report.documents import describe_table
-from lm_eval_coupling.runs import is_score, leaf_tasks, load_runs
+from lm_eval_coupling.report.prompts import describe_table
+from lm_eval_coupling.saved.names import labels, run_label
+from lm_eval_coupling.saved.results import is_score, leaf_tasks, load_runs
+from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.tables import find_tables, load_records
 
 DOCUMENTS = 200
 _DOCUMENTS_IN_ALL = 4000
@@ -31,7 +31,7 @@ _REGULARITY = ("line_shape_score", "expodistance")
 def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMENTS, mixed: str = "refuse") -> dict[str, Any]:
     """Read saved runs; arguments and errors are those of :func:`~lm_eval_coupling.report.write_report`.
 
-    Numbers are those of :func:`~lm_eval_coupling.runs.load_runs`, with six digits; what is undefined is ``None``.
+    Numbers are those of :func:`~lm_eval_coupling.saved.results.load_runs`, with six digits; what is undefined is ``None``.
     """
     if documents < 0:
         raise CouplingError(f"got documents={documents}, expected a whole number that is not negative")

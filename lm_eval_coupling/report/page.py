@@ -78,7 +78,7 @@ def embeddable_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__name__).joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("lm_eval_coupling.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _script() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lm_eval_coupling.records import coupling_of
+from lm_eval_coupling.saved.tables import coupling_of
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
 _SCALE, _UNDEFINED = 10_000, 0xFFFF
@@ -23,7 +23,7 @@ def describe_table(
     """Everything the page shows of a table.
 
     Args:
-        records: the table, as :func:`~lm_eval_coupling.records.load_records` returns it.
+        records: the table, as :func:`~lm_eval_coupling.saved.tables.load_records` returns it.
         about: its provenance.
         answers: what the model answered, by ``doc_hash``.
         limit: how many of the measured prompts to include one by one; the mean is over all.

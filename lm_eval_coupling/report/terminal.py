@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import find_tables, load_records
+from lm_eval_coupling.saved.tables import find_tables, load_records
 
 # Viridis, dark where layers are coupled.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.residual.arguments import CACHES, Keys, cut, cut_row, joined, replayable
 from lm_eval_coupling.residual.arithmetic import arithmetic
-from lm_eval_coupling.weights import upcast
+from lm_eval_coupling.residual.weights import upcast
 
 
 @dataclasses.dataclass(frozen=True)

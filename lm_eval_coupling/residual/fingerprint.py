@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.weights import named_weights
+from lm_eval_coupling.residual.weights import named_weights
 
 _CHUNK = 1 << 22
 # Facts about where a model came from or how it is run, not about the function it computes.

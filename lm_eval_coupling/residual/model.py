@@ -28,7 +28,7 @@ from lm_eval_coupling.residual.twin import (
     take_caches_as_named_now,
     twin_of,
 )
-from lm_eval_coupling.weights import present, upcast
+from lm_eval_coupling.residual.weights import present, upcast
 
 # Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
 _BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lm_eval_coupling.residual.arguments import CACHES, Keys, of_prompt
 from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden
-from lm_eval_coupling.weights import upcast
+from lm_eval_coupling.residual.weights import upcast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.block_call import hidden
-from lm_eval_coupling.weights import is_absent, sharing, split_again, unreadable, without_hooks
+from lm_eval_coupling.residual.weights import is_absent, sharing, split_again, unreadable, without_hooks
 
 PROBE = [1, 2]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import add_facts, facts_from_name
+from lm_eval_coupling.saved.names import add_facts, facts_from_name
 
 _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
@@ -51,7 +51,7 @@ def load_runs(
         paths: result files, or folders that are searched recursively.
         newest: of several runs of a (model name, revision, task) only the newest; otherwise all of them.
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
-        facts: CSV file with what is known of the models; see :func:`~lm_eval_coupling.facts.add_facts`.
+        facts: CSV file with what is known of the models; see :func:`~lm_eval_coupling.saved.names.add_facts`.
 
     Raises:
         CouplingError: if there is no result file, one is unreadable, or coupling settings differ.

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.runs import load_runs
+from lm_eval_coupling.saved.results import load_runs
 
 __all__ = [
     "COLUMNS",

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import find_tables
+from lm_eval_coupling.saved.tables import find_tables
 from lm_eval_coupling.statistics import Estimate, as_frame, correlation
 from lm_eval_coupling.studies.tables import RUN
 

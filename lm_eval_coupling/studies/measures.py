@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_coupling.coupling import chance_level
+from lm_eval_coupling.measures.coupling import chance_level
 
 Record = dict[str, Any]
 

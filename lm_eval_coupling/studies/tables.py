@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import ends_with, labels, run_label
-from lm_eval_coupling.records import load_records, require
+from lm_eval_coupling.saved.names import ends_with, labels, run_label
+from lm_eval_coupling.saved.tables import load_records, require
 from lm_eval_coupling.studies.measures import MEASURES, miscoupling
 
 RUN = ["model", "revision", "weights"]
@@ -20,8 +20,8 @@ DOCUMENT = ["task", "doc_hash", "prompt_hash"]
 def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, weights: str | None = None) -> pd.DataFrame:
     """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
 
-    ``model`` is no more of a model's name than tells it from all others there (:func:`~lm_eval_coupling.facts.labels`),
-    whatever the tasks: the same in every table and picture.
+    ``model`` is no more of a model's name than tells it from all others there, whatever the tasks
+    (:func:`~lm_eval_coupling.saved.names.labels`): the same in every table and picture.
 
     Raises:
         CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import require
+from lm_eval_coupling.saved.tables import require
 from lm_eval_coupling.studies.tables import nanmean
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import facts_from_name
+from lm_eval_coupling.saved.names import facts_from_name
 
 
 def with_steps(rows: pd.DataFrame) -> pd.DataFrame:

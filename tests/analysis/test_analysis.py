@@ -10,6 +10,7 @@ import re
 import runpy
 from pathlib import Path
 
+import command
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,14 +20,14 @@ import torch
 from matplotlib.collections import LineCollection
 
 from lm_eval_coupling import measure_coupling
-from lm_eval_coupling.coupling import chance_level
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures import canvas, curves, graph, matrices, trajectories
-from lm_eval_coupling.records import load_records, require, write_tables
-from lm_eval_coupling.studies import command, documents, spectra, tables, tokens, training
-from lm_eval_coupling.studies import matrices as measured
+from lm_eval_coupling.figures import canvas, coupling_matrices, graph, lines, trajectories
+from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measuring import matrices as measured
+from lm_eval_coupling.saved.tables import load_records, require, write_tables
+from lm_eval_coupling.studies import by_document, singular_values, tables, tokens, training
 
-ANALYSIS = Path(__file__).parents[1] / "analysis"
+ANALYSIS = Path(__file__).parents[2] / "analysis"
 CHANCE = 1 - math.sqrt(0.9)  # coupling of unrelated layers, K = 10
 PAIRS = np.array([[0, 0.2, 0.4], [0.6, 0, 0.8], [1, 0.5, 0]], dtype=np.float32)
 NOT_OURS = ("correlate", "controlled_family")
@@ -274,34 +275,36 @@ def pair_rows(**tasks):
 
 def test_paired_differences_by_hand():
     rows = pair_rows(plain={"a": 0.1, "b": 0.2, "c": 0.9}, cot={"b": 0.5, "a": 0.2, "d": 0.0})
-    pairs = documents.paired(rows, "plain", "cot").set_index("doc_hash")
+    pairs = by_document.paired(rows, "plain", "cot").set_index("doc_hash")
     assert pairs["difference"].to_dict() == pytest.approx({"a": 0.1, "b": 0.3})
-    (mean,) = documents.mean_differences(pairs.reset_index()).to_dict("records")
+    (mean,) = by_document.mean_differences(pairs.reset_index()).to_dict("records")
     assert mean["difference"] == pytest.approx(0.2) and mean["stderr"] == pytest.approx(0.1)
     assert mean["low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-5)  # Student's t with one degree of freedom
     assert (mean["n"], mean["positive"]) == (2, 1.0)
     with pytest.raises(CouplingError, match=r"got no document in both of plain \(3\) and other \(1\)"):
-        documents.paired(pd.concat([rows, pair_rows(other={"z": 0.0})]), "plain", "other")
+        by_document.paired(pd.concat([rows, pair_rows(other={"z": 0.0})]), "plain", "other")
 
 
 def test_bins_hold_equal_shares_and_correlations_know_their_sign():
     x = np.arange(12.0)
     about = {"model": "m", "revision": "main", "weights": "trained", "task": "t", "measure": "coupling"}
     rows = pd.DataFrame(about | {"doc_hash": f"{i}", "value": -v, "n_tokens": v} for i, v in enumerate(x))
-    bins = documents.bins(rows, "n_tokens", 3)
+    bins = by_document.bins(rows, "n_tokens", 3)
     assert bins["n"].tolist() == [4, 4, 4] and bins["n_tokens"].tolist() == [1.5, 5.5, 9.5]
     assert bins["median"].tolist() == [-1.5, -5.5, -9.5]
-    assert len(documents.bins(rows.assign(n_tokens=x // 6), "n_tokens", 3)) == 2, "a level is a bin"
-    (found,) = documents.correlations(rows, "n_tokens").to_dict("records")
+    assert len(by_document.bins(rows.assign(n_tokens=x // 6), "n_tokens", 3)) == 2, "a level is a bin"
+    (found,) = by_document.correlations(rows, "n_tokens").to_dict("records")
     assert found["coefficient"] == pytest.approx(-1) and found["n"] == 12
 
 
 def test_the_line_through_inverse_singular_values():
     depth = np.arange(1.0, 6.0)
     about = {"model": "m", "revision": "main", "weights": "trained", "k": 2}
-    (fit,) = spectra.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 1 / (3 + 0.5 * depth)})).to_dict("records")
+    (fit,) = singular_values.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 1 / (3 + 0.5 * depth)})).to_dict(
+        "records"
+    )
     assert (fit["slope"], fit["intercept"], fit["r2"]) == pytest.approx((0.5, 3, 1))
-    (fit,) = spectra.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 0.0})).to_dict("records")
+    (fit,) = singular_values.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 0.0})).to_dict("records")
     assert math.isnan(fit["slope"])
 
 
@@ -324,7 +327,7 @@ def test_coupling_matrices_are_those_of_the_measurement(tmp_path):
     ids = model.encode("The sky is blue.")
     (expected,) = measure_coupling(model, [ids], ranks=[4], progress=False)
     found = measured.of_layers(model, ids, [1, 3], -1, 4)
-    m = matrices.miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
+    m = coupling_matrices.miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
     assert m == pytest.approx(expected.normalized_miscoupling[0][np.ix_([0, 2], [0, 2])], abs=1e-4)
     assert np.diagonal(found.A[1, 1]) == pytest.approx(expected.singular_values[2], rel=1e-5)
     outputs = measured.of_tokens(model, ids, 2, [-3, -1], 4, "context_output")
@@ -348,7 +351,7 @@ def quartile_rows(**changes):
 
 def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
     rows = pd.concat([quartile_rows(), quartile_rows(weights="untrained", median=0.05, undefined=2)])
-    (ax,) = curves.curves(rows).axes
+    (ax,) = lines.curves(rows).axes
     trained, untrained, chance = ax.lines
     assert trained.get_ydata().tolist() == [0.1, 0.2, 0.3, 0.4] and trained.get_linestyle() == "-"
     assert untrained.get_linestyle() == "--" and untrained.get_color() == trained.get_color()
@@ -359,7 +362,7 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
 
 def test_a_zero_has_a_place_on_a_logarithmic_axis():
     rows = quartile_rows(level=[0, 0.01, 0.1, 1])
-    (ax,) = curves.curves(rows, x="level", log_x=True).axes
+    (ax,) = lines.curves(rows, x="level", log_x=True).axes
     places = ax.transData.transform([(level, 0) for level in rows["level"]])[:, 0]
     assert (np.diff(places) > 0.15 * np.ptp(places)).all()
     assert ax.get_xlim()[0] > -0.01
@@ -382,17 +385,17 @@ def test_edges_are_coupling_above_chance():
 
 def test_token_heat_maps_leave_out_what_is_undefined():
     matrix = np.array([[0, 0.3], [np.nan, 0]])
-    ax = matrices.token_heatmaps({"m": matrix}, tokens={"m": [-2, -1]}, rank=10).axes[0]
+    ax = coupling_matrices.token_heatmaps({"m": matrix}, tokens={"m": [-2, -1]}, rank=10).axes[0]
     assert "1 undefined" in ax.get_title()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "-1"]
     with pytest.raises(CouplingError, match="got no pair of tokens"):
-        matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10)
+        coupling_matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10)
 
 
 def test_coupling_matrices_each_fill_the_scale():
     A = np.zeros((2, 2, 2, 2))
     A[0, 1] = [[-4, 1], [0, 2]]
-    axes = matrices.coupling_matrices(A, rows=["a", "b"], columns=["c", "d"]).axes
+    axes = coupling_matrices.coupling_matrices(A, rows=["a", "b"], columns=["c", "d"]).axes
     assert axes[1].images[0].get_array().tolist() == [[1, 0.25], [0, 0.5]]
     assert axes[1].get_title() == f"m̃ = {1 / math.sqrt(21):.3f}"
     assert np.isnan(axes[0].images[0].get_array().filled(np.nan)).all(), "zeros have no scale"
@@ -421,7 +424,7 @@ def test_trajectories_are_split_at_half_depth():
 
 @pytest.fixture
 def two_models(tmp_path):
-    """One document in the tokens of two models; the second run has no spectra."""
+    """One document in the tokens of two models; the second run has no singular_values."""
     save(tmp_path, [record(0)], model="org/first")
     longer = {"n_tokens": 9, "tokens": tuple(range(9)), "position": 8, "self_tokens": (7, 8)}
     longer |= {"trajectories": np.arange(9 * 4 * 3, dtype=np.float32).reshape(9, 4, 3)}
@@ -708,7 +711,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_every_script_is_listed_with_its_command():
     readme = (ANALYSIS / "README.md").read_text(encoding="utf-8")
-    names = {file.stem for file in ANALYSIS.glob("*.py")}
+    names = {file.stem for file in ANALYSIS.glob("*.py")} - {"command"}  # what they have in common
     assert names >= {"layer_coupling", *NOT_OURS}
     for name in names:
         assert f"python analysis/{name}.py " in readme and f"[`{name}.py`]({name}.py)" in readme

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-SCRIPT = Path(__file__).parent.parent / "analysis" / "controlled_family.py"
+SCRIPT = Path(__file__).parents[2] / "analysis" / "controlled_family.py"
 
 
 @pytest.fixture(scope="module")

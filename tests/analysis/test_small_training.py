@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling.errors import CouplingError
 
-ANALYSIS = Path(__file__).parent.parent / "analysis"
+ANALYSIS = Path(__file__).parents[2] / "analysis"
 TINY = (
     "--layers 2 --width 32 --heads 2 --mlp 48 --context 16 --vocabulary 300 --windows 4 --rate 0.02 --steps 0 5 25".split()
 )

@@ -20,7 +20,7 @@ import stages
 import torch
 
 from lm_eval_coupling import block_jacobians
-from lm_eval_coupling.measure import Settings
+from lm_eval_coupling.measuring.prompt import Settings
 from lm_eval_coupling.residual import ResidualModel
 
 STAGES = ("trace", "jacobians", "spectra", "pairs")

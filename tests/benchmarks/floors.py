@@ -21,7 +21,7 @@ import stages
 import torch
 from timing import in_turn, seconds
 
-from lm_eval_coupling.measure import DTYPES, Settings
+from lm_eval_coupling.measuring.prompt import DTYPES, Settings
 from lm_eval_coupling.residual import ResidualModel
 
 SQUARE = 2048

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from timing import synchronize
 
-from lm_eval_coupling import jacobians, measure
+from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.residual import ResidualModel
 
 # Where each stage is entered. What runs inside another stage counts for the inner one only, so the pairs are what is left

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures import layer_heatmaps
+from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
 
 def matrix(layers=5, low=0.6, seed=0):
@@ -116,5 +116,5 @@ def test_nothing_to_draw_is_an_error(panels, message):
 
 @pytest.mark.slow
 def test_pyplot_stays_out():
-    code = "import sys, lm_eval_coupling.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, lm_eval_coupling.figures.heatmaps; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from lm_eval_coupling.figures import regression
+from lm_eval_coupling.figures import scatter
 from lm_eval_coupling.statistics import exponential_fit, line_fit
 
 
@@ -39,7 +39,7 @@ def points():
 
 def test_scatter(points):
     fits = [line_fit(points["x"], points["y"]), exponential_fit(points["x"], points["y"], resamples=99)]
-    figure = regression.score_scatter(points, fits, x_label="coupling", y_label="score", title="t")
+    figure = scatter.score_scatter(points, fits, x_label="coupling", y_label="score", title="t")
     (ax,) = figure.axes
     series = drawn(ax)
     assert set(series) == {"m", "n"} and (ax.get_xlabel(), ax.get_ylabel()) == ("coupling", "score")
@@ -57,13 +57,13 @@ def test_scatter(points):
 
 def test_a_fit_without_a_solution_is_left_out(points):
     constant = line_fit(points["x"], [0.5] * 6)
-    (ax,) = regression.score_scatter(points, [constant], x_label="x", y_label="y").axes
+    (ax,) = scatter.score_scatter(points, [constant], x_label="x", y_label="y").axes
     assert constant.reason and not [line for line in ax.lines if line.get_label().startswith("line")]
 
 
 def test_many_names_are_not_written(points):
     many = pd.concat([points.assign(label=f"{i}") for i in range(10)])
-    (ax,) = regression.score_scatter(many, [], x_label="x", y_label="y").axes
+    (ax,) = scatter.score_scatter(many, [], x_label="x", y_label="y").axes
     assert not ax.texts
 
 
@@ -77,7 +77,7 @@ def test_intervals_from_top_to_bottom():
             "kind": ["a", "b", "a", "a"],
         }
     )
-    (ax,) = regression.intervals(rows, x_label="AUROC", chance=0.5).axes
+    (ax,) = scatter.intervals(rows, x_label="AUROC", chance=0.5).axes
     assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second", "third"] and ax.yaxis_inverted()
     series = drawn(ax)
     np.testing.assert_allclose(series["a"][0], [[0.6, 0], [0.9, 2]])
@@ -87,7 +87,7 @@ def test_intervals_from_top_to_bottom():
 
 def test_ranks():
     rows = pd.DataFrame({"score": ["s"] * 3, "rank": [30, 10, 50], "coefficient": [0.2, 0.1, 0.3]})
-    (ax,) = regression.rank_sweep(rows.assign(low=rows["coefficient"] - 0.1, high=rows["coefficient"] + 0.2)).axes
+    (ax,) = scatter.rank_sweep(rows.assign(low=rows["coefficient"] - 0.1, high=rows["coefficient"] + 0.2)).axes
     at, (bars,) = drawn(ax)["s"]
     np.testing.assert_allclose(at, [[0, 0.1], [1, 0.2], [2, 0.3]])
     np.testing.assert_allclose(bars[:, :, 1], [[0, 0.3], [0.1, 0.4], [0.2, 0.5]], atol=1e-12)
@@ -96,7 +96,7 @@ def test_ranks():
 
 def test_a_panel_per_task_and_a_line_per_model():
     rows = pd.DataFrame({"model": ["a", "a", "b"], "task": ["s", "t", "t"], "mean": [0.1, 0.2, 0.3], "accuracy": 0.5})
-    figure = regression.accuracy_curves(rows.assign(low=0.4, high=0.8), x_label="coupling")
+    figure = scatter.accuracy_curves(rows.assign(low=0.4, high=0.8), x_label="coupling")
     assert [ax.get_title() for ax in figure.axes] == ["s", "t"]
     assert set(drawn(figure.axes[0])) == {"a"} and set(drawn(figure.axes[1])) == {"a", "b"}
     np.testing.assert_allclose(drawn(figure.axes[1])["b"][1][0][0][:, 1], [0.4, 0.8])
@@ -105,7 +105,7 @@ def test_a_panel_per_task_and_a_line_per_model():
 
 def test_training_curves():
     rows = pd.DataFrame({"lineage": "l", "score_of": "arc acc", "step": [1.0, 1000.0], "x": [0.1, 0.2], "score": [0.3, 0.4]})
-    above, below = regression.training_curves(rows, x_label="coupling").axes
+    above, below = scatter.training_curves(rows, x_label="coupling").axes
     np.testing.assert_allclose(drawn(above)["l: arc acc"][0], [[1, 0.1], [1000, 0.2]])
     np.testing.assert_allclose(drawn(below)["l: arc acc"][0], [[1, 0.3], [1000, 0.4]])
     assert below.get_xscale() == "log"
@@ -113,5 +113,5 @@ def test_training_curves():
 
 def test_of_many_families_none_is_told_apart(points):
     many = pd.concat([points.assign(family=f"{i}") for i in range(20)])
-    (ax,) = regression.score_scatter(many, [], x_label="x", y_label="y").axes
+    (ax,) = scatter.score_scatter(many, [], x_label="x", y_label="y").axes
     assert set(drawn(ax)) == {"models"} and len(drawn(ax)["models"][0]) == 100

@@ -17,16 +17,18 @@ import reference
 import tiny
 import torch
 
-from lm_eval_coupling import jacobians, load_records, measure
+from lm_eval_coupling import load_records
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians
-from lm_eval_coupling.measure import PromptCoupling
-from lm_eval_coupling.model import CouplingLM
+from lm_eval_coupling.harness.lm import CouplingLM
+from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.jacobians.engine import block_jacobians
+from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.measuring.prompt import PromptCoupling
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.untrained import untrained_twin
+from lm_eval_coupling.residual.untrained import untrained_twin
 
 lm_eval = pytest.importorskip("lm_eval")
-HOOK = Path(__file__).parents[1] / "hook"
+HOOK = Path(__file__).parents[2] / "hook"
 KINDS = ("choice", "generate", "winogrande", "blimp", "rolling")
 
 
@@ -52,7 +54,7 @@ def evaluate(home, manager, tmp_path):
     """Run lm-eval in this process."""
 
     def run(model="coupling-hf", kinds=("choice", "generate"), pretrained=None, arguments=None, **options):
-        from lm_eval_coupling import plugin
+        from lm_eval_coupling.harness import plugin
 
         plugin.install()
         given = {"pretrained": str(pretrained or home / "float32"), "device": "cpu"} | (arguments or {})
@@ -191,7 +193,7 @@ def test_an_adapters_jacobians_are_those_of_the_merged_weights(home, tmp_path):
 
 def test_a_document_has_the_value_of_the_naive_oracle(evaluate, home):
     """From the document's text to its number: tokenised, differentiated row by row, decomposed and averaged in float64."""
-    from test_jacobians import oracle
+    from oracles import oracle
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found = evaluate(kinds=("choice",), limit=1, arguments={"coupling_dtype": "float64"})
@@ -316,7 +318,7 @@ def test_what_is_not_there_is_said_in_one_sentence(evaluate, hub, pretrained, ar
 
 def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
     """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked for."""
-    from lm_eval_coupling import plugin
+    from lm_eval_coupling.harness import plugin
 
     found = evaluate(kinds=("choice",), arguments={"coupling_out": str(tmp_path / "tables")})
     frame = load_records(tmp_path / "tables")
@@ -382,7 +384,7 @@ def test_weights_that_are_not_finite_keep_their_scores(evaluate, home, tmp_path)
 
 
 def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
-    from lm_eval_coupling.store import MeasurementStore
+    from lm_eval_coupling.measuring.store import MeasurementStore
 
     def full(self, key, columns):
         raise sqlite3.OperationalError("database or disk is full")
@@ -401,7 +403,7 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr("lm_eval_coupling.model.measure_prompts", interrupted)
+    monkeypatch.setattr("lm_eval_coupling.harness.lm.measure_prompts", interrupted)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))
@@ -455,7 +457,7 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
 # Without upstream's tasks, whose index takes ten seconds to build.
 EVALUATE = """
 import sys
-from lm_eval_coupling import plugin
+from lm_eval_coupling.harness import plugin
 plugin.install(); import lm_eval; from lm_eval.loggers import EvaluationTracker; from lm_eval.tasks import TaskManager
 folder, kind, dtype, out, store = sys.argv[1:]
 arguments = dict(pretrained=folder + "/float32", device="cpu", coupling_ranks="2+4", coupling_limit="all")

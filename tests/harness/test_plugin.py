@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lm_eval_coupling import load_records, plugin
+from lm_eval_coupling import load_records
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness import plugin
 
 lm_eval = pytest.importorskip("lm_eval")
-HOOK = Path(__file__).parents[1] / "hook"
+HOOK = Path(__file__).parents[2] / "hook"
 OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
 
 
@@ -86,7 +87,7 @@ def test_other_models_are_evaluated_as_without_us(tmp_path):
     words = tiny.save_model(tmp_path / "model", num_hidden_layers=2), tmp_path / "tasks"
     with_hook, without = (python(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook) for hook in (True, False))
     (*tables, models, ours), (*tables_without, models_without, none) = with_hook.splitlines(), without.splitlines()
-    assert "lm_eval_coupling.plugin" in ours and none == "ours:"
+    assert "lm_eval_coupling.harness.plugin" in ours and none == "ours:"
     assert {*models.split()} - {*models_without.split()} == {"coupling-hf"}
     assert {*models_without.split()} > {"hf", "dummy", "vllm"} and {*models_without.split()} < {*models.split()}
     assert tables == tables_without and sum("|tiny_" in line for line in tables) == 4
@@ -114,7 +115,7 @@ def look():
     return ["coupling-hf" in model_registry, *(function.__code__.co_filename for function in wrapped)], wrapped
 
 before = look()
-from lm_eval_coupling import plugin
+from lm_eval_coupling.harness import plugin
 plugin.install()
 once = look()
 plugin.install()

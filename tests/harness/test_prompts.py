@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lm_eval_coupling.prompts import Prompt, document_prompts
+from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 
 
 class Fed(HFLM):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from lm_eval_coupling.sampling import DocumentKey, choose
+from lm_eval_coupling.harness.sampling import DocumentKey, choose
 
 
 def documents(task, number, prompt="p"):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_coupling import _startup, plugin
+from lm_eval_coupling import _startup
+from lm_eval_coupling.harness import plugin
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOOK = ROOT / "hook"
 OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
 HOOKED = f"import site; site.addsitedir({str(HOOK)!r})\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_coupling import plugin
+from lm_eval_coupling.harness import plugin
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -19,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.config.task import TaskConfig  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT.parent / "shared" / "hf"
 LEAVES = {"coupling_demo_choice", "coupling_demo_generate"}
 NAMES = LEAVES | {"arc", "coupling_demo", "open_llm_leaderboard_v1"}

@@ -7,11 +7,12 @@ import copy
 import cases
 import pytest
 import torch
+from oracles import decoder_layers, oracle, oracle_by_input, worst
 from torch.nn import functional as F
 
-from lm_eval_coupling import jacobians as engine
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians, rules
+from lm_eval_coupling.jacobians import engine, rules
+from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 PAIRS = {1: {0: [0]}, 2: {1: [1, 0], 0: [1]}, 17: {0: [0], 8: [8], 16: [16, 0, 13], 3: [8]}}  # inputs by output token
@@ -19,46 +20,6 @@ PAIRS = {1: {0: [0]}, 2: {1: [1, 0], 0: [1]}, 17: {0: [0], 8: [8], 16: [16, 0, 1
 # attention altogether
 SHARED_CASTS = 1e-6
 LINEAR_ATTENTION_CASTS = 1e-4
-
-
-def decoder_layers(model):
-    """The blocks of an unmodified transformers model: its longest ModuleList."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-
-
-def oracle(model, tokens, layer, t_out, t_in):
-    """∂(block − identity)/∂x of one pair of tokens."""
-    return oracle_by_input(model, tokens, layer, t_out)[:, t_in]
-
-
-def oracle_by_input(model, tokens, layer, t_out):
-    """[d_out, t_in, d_in] by one plain backward pass per output coordinate, through the unmodified model's own block."""
-    seen = {}
-
-    def before(module, args, kwargs):
-        name = "hidden_states" if "hidden_states" in kwargs else None
-        x = (kwargs[name] if name else args[0]).detach().requires_grad_(True)
-        seen["x"] = x
-        return (args, kwargs | {name: x}) if name else ((x, *args[1:]), kwargs)
-
-    def after(module, args, output):
-        seen["y"] = output[0] if isinstance(output, tuple) else output
-
-    block = decoder_layers(model)[layer]
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    with torch.enable_grad():
-        model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    contribution = (seen["y"] - seen["x"])[0, t_out]
-    rows = [torch.autograd.grad(value, seen["x"], retain_graph=True)[0][0] for value in contribution]
-    return torch.stack(rows)
-
-
-def worst(found, expected):
-    """Relative error; next to nothing (a linear attention that has forgotten a token) is compared with 1e-3."""
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-3)).item()
 
 
 @pytest.mark.parametrize("seq", PAIRS)

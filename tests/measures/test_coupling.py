@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from lm_eval_coupling.coupling import (
+from lm_eval_coupling.measures.coupling import (
     chance_level,
     coupling_matrices,
     coupling_matrix,
@@ -17,7 +17,7 @@ from lm_eval_coupling.coupling import (
     subspace_overlap,
     subspace_overlaps,
 )
-from lm_eval_coupling.spectra import top_singular
+from lm_eval_coupling.numerics.spectra import top_singular
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 LAYERS, D, K = 5, 20, 6

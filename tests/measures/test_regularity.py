@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 
-from lm_eval_coupling import regularity
-from lm_eval_coupling.regularity import (
+from lm_eval_coupling.measures import regularity
+from lm_eval_coupling.measures.regularity import (
     entropy,
     equidistance,
     expodistance,

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_jacobians import oracle, worst
+from oracles import oracle, worst
 
-from lm_eval_coupling import measure
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
-from lm_eval_coupling.measure import Settings, measure_coupling, measure_prompt
-from lm_eval_coupling.residual import ResidualModel, TrueDtype
-from lm_eval_coupling.tokenwise import (
+from lm_eval_coupling.measures.tokens import (
     chosen_layers,
     chosen_tokens,
     cost,
@@ -23,6 +20,9 @@ from lm_eval_coupling.tokenwise import (
     largest_singular_value,
     participation_ratio,
 )
+from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.measuring.prompt import Settings, measure_coupling, measure_prompt
+from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 SEQ, RANKS = 6, (2, 4)
 PAIRS = [(5, 5), (5, 0), (2, 2), (5, 3), (2, 4), (4, 1)]
@@ -157,7 +157,7 @@ def test_the_largest_singular_value(size):
 
 
 def test_principal_trajectories_by_hand(wrapped):
-    from lm_eval_coupling.regularity import principal_trajectories
+    from lm_eval_coupling.measures.regularity import principal_trajectories
 
     x = torch.tensor([[[0.0, 0.0, 7.0], [4.0, 1.0, 7.0]], [[1.0, 1.0, 7.0], [-4.0, -1.0, 7.0]], [[2.0, 0, 7], [4, -1, 7]]])
     x = torch.cat([x, torch.tensor([[[0.0, 0.0, 0.0], [-4.0, 1.0, 7.0]]])])
@@ -217,7 +217,7 @@ def test_a_token_outside_the_prompt_costs_that_measure_only(wrapped):
 
 
 def test_records_of_these_measures_round_trip(wrapped, tmp_path):
-    from lm_eval_coupling.records import load_records, write_tables
+    from lm_eval_coupling.saved.tables import load_records, write_tables
 
     found = measured(wrapped, *measure.MEASURES, tokens="last2", trajectories=True)
     about = {"task": "t", "doc_id": 0, "doc_hash": "d", "prompt_hash": "p", "prompt_index": 0, "weights": "trained"}

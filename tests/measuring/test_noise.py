@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.measuring.noise import noise_robustness
+from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.robustness import noise_robustness
 
 PROMPTS = [cases.tiny_tokens(5).flatten().tolist(), cases.tiny_tokens(7).flatten().tolist()]
 
@@ -41,7 +41,7 @@ def test_the_stream_starts_from_what_is_given(model):
 
 
 def test_noise_has_the_size_asked_for(model):
-    from lm_eval_coupling.robustness import _noise
+    from lm_eval_coupling.measuring.noise import _noise
 
     resid = torch.rand(1, 50, 400) + 1
     ratio = _noise(resid, 0, 1).norm(dim=-1) / resid.norm(dim=-1)
@@ -56,12 +56,12 @@ def test_the_script(model, tmp_path, monkeypatch):
     import pandas as pd
     import saved_runs
 
-    from lm_eval_coupling.studies import matrices
+    from lm_eval_coupling.measuring import matrices
 
     rows = [saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)]
     run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
     monkeypatch.setattr(matrices, "load", lambda name: model)
-    spec = importlib.util.spec_from_file_location("noise", Path(__file__).parents[1] / "analysis" / "noise.py")
+    spec = importlib.util.spec_from_file_location("noise", Path(__file__).parents[2] / "analysis" / "noise.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     out = tmp_path / "figures"

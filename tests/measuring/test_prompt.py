@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_jacobians import decoder_layers, oracle
+from oracles import decoder_layers, oracle
 
-from lm_eval_coupling import jacobians, measure
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import closed
-from lm_eval_coupling.measure import PromptCoupling, Settings, measure_coupling, measure_prompt
+from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.measuring.prompt import PromptCoupling, Settings, measure_coupling, measure_prompt
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)

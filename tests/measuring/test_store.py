@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.store import MeasurementStore, default_store_path
+from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
 
 WRITER = """
 import sys
 import numpy as np
-from lm_eval_coupling.store import MeasurementStore
+from lm_eval_coupling.measuring.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:
     for i in range(count):
@@ -190,5 +190,5 @@ def test_the_default_is_a_file_of_the_user():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.measuring.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

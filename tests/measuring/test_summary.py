@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lm_eval_coupling.measure import PromptCoupling
-from lm_eval_coupling.summary import PAIR_MEASURES, document_value, headline_rank, mean_and_error, summarize
+from lm_eval_coupling.measuring.prompt import PromptCoupling
+from lm_eval_coupling.measuring.summary import PAIR_MEASURES, document_value, headline_rank, mean_and_error, summarize
 
 NAN = math.nan
 

@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource
-from lm_eval_coupling.allocator import keep_freed_memory
+from lm_eval_coupling.numerics.allocator import keep_freed_memory
 kept = keep_freed_memory()
 libc, size = ctypes.CDLL(None), 24 << 20
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -27,7 +27,7 @@ print("FAULTS", kept, use())
 
 
 def faults(**environment):
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], env={"PYTHONPATH": root} | environment, capture_output=True, text=True, check=True
     )

@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lm_eval_coupling import memory as module
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians
-from lm_eval_coupling.measure import measure_coupling
-from lm_eval_coupling.memory import jacobian_stack, layers_at_once, memory, memory_of
+from lm_eval_coupling.jacobians.engine import block_jacobians
+from lm_eval_coupling.measuring.prompt import measure_coupling
+from lm_eval_coupling.numerics import memory as module
+from lm_eval_coupling.numerics.memory import jacobian_stack, layers_at_once, memory, memory_of
 from lm_eval_coupling.residual import ResidualModel
 
 GB = 10**9
@@ -114,8 +114,8 @@ MEASURE = """
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaConfig
-from lm_eval_coupling.measure import measure_coupling
-from lm_eval_coupling.memory import memory_of
+from lm_eval_coupling.measuring.prompt import measure_coupling
+from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 torch.set_num_threads(1)
 size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, vocab_size=99)
@@ -135,7 +135,7 @@ print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure a peak")
 def test_no_more_is_taken_than_announced():
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {"PYTHONPATH": root, "PATH": "", "MALLOC_TRIM_THRESHOLD_": "131072"}  # nothing kept from the short prompt
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=False)
     assert "ADDED" in done.stdout, done.stderr[-3000:]

@@ -7,9 +7,10 @@ import reference
 import scipy.linalg
 import torch
 
-from lm_eval_coupling import krylov, spectra
-from lm_eval_coupling.lapack import leading_gram_eigenvectors
-from lm_eval_coupling.spectra import numerical_rank, relative_gap, top_singular
+from lm_eval_coupling.numerics import spectra
+from lm_eval_coupling.numerics import subspace as krylov
+from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
+from lm_eval_coupling.numerics.spectra import numerical_rank, relative_gap, top_singular
 
 # Half a digit above what float32 rounding leaves; float64 keeps its own.
 RESIDUAL = {torch.float32: 1.01e-5, torch.float64: 1.01e-11}

@@ -17,14 +17,14 @@ import pytest
 from saved_runs import CHANCE, record, sample, save, task_summary, write_samples
 
 from lm_eval_coupling import cli
-from lm_eval_coupling.answers import read_answers
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import load_records
-from lm_eval_coupling.report import embeddable_json, gather, page, write_report
 from lm_eval_coupling.report.data import _limit
-from lm_eval_coupling.report.documents import pack
-from lm_eval_coupling.runs import load_runs
-from lm_eval_coupling.show import coupling_of_documents
+from lm_eval_coupling.report.page import embeddable_json, gather, page, write_report
+from lm_eval_coupling.report.prompts import pack
+from lm_eval_coupling.report.terminal import coupling_of_documents
+from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.tables import load_records
 
 NASTY = (
     "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=2'> \"quoted\" {{script}} & &amp; \\u003c "
@@ -360,7 +360,7 @@ class TestErrors:
         assert capsys.readouterr().err.startswith("lm-eval-coupling: got ")
 
     def test_no_torch_is_loaded(self):
-        code = "import sys, lm_eval_coupling.report; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+        code = "import sys, lm_eval_coupling.report.page; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

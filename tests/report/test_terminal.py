@@ -12,8 +12,8 @@ from rich.console import Console
 from saved_runs import record, save, task_summary
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import load_records
-from lm_eval_coupling.show import coupling_of_documents, show
+from lm_eval_coupling.report.terminal import coupling_of_documents, show
+from lm_eval_coupling.saved.tables import load_records
 
 
 def printed(folder, task=None, doc=None, width=120, colour=False):
@@ -114,7 +114,7 @@ def test_unknown_tasks_and_documents_name_what_there_is(run):
 
 
 def test_coupling_is_that_of_the_measurement(run):
-    measure = pytest.importorskip("lm_eval_coupling.measure")
+    measure = pytest.importorskip("lm_eval_coupling.measuring.prompt")
     one = load_records(run).query("task == 'gsm'").iloc[[0]]
     mean, error, n = coupling_of_documents(one, 30)
     assert n == 1 and np.isnan(error)
@@ -122,7 +122,7 @@ def test_coupling_is_that_of_the_measurement(run):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.show; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.report.terminal; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lm_eval_coupling import fingerprint as module
-from lm_eval_coupling.fingerprint import fingerprint
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual import fingerprint as module
+from lm_eval_coupling.residual.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module")

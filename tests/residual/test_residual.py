@@ -6,14 +6,14 @@ import dataclasses
 import cases
 import pytest
 import torch
-from test_jacobians import decoder_layers
+from oracles import decoder_layers
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import block_jacobians
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord
-from lm_eval_coupling.measure import measure_coupling
+from lm_eval_coupling.jacobians.engine import block_jacobians
+from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 from lm_eval_coupling.residual import model as model_module
 from lm_eval_coupling.residual.arguments import Keys

@@ -12,18 +12,18 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from test_jacobians import oracle
+from oracles import oracle
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.fingerprint import fingerprint
-from lm_eval_coupling.jacobians import block_jacobians
-from lm_eval_coupling.measure import measure_coupling
-from lm_eval_coupling.paper_api import run_coupling_hf
+from lm_eval_coupling.jacobians.engine import block_jacobians
+from lm_eval_coupling.measuring.prompt import measure_coupling
+from lm_eval_coupling.paper import run_coupling_hf
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual import model as model_module
-from lm_eval_coupling.weights import named_weights, upcast
+from lm_eval_coupling.residual.fingerprint import fingerprint
+from lm_eval_coupling.residual.weights import named_weights, upcast
 
 TOKENS = cases.tiny_tokens(9)
 WIDE = {  # bitsandbytes packs 64 numbers at a time, and some processors' 4-bit kernel takes 32 rows at a time
@@ -343,7 +343,7 @@ _setup_privateuseone_for_python_backend("other")
 import cases
 from lm_eval_coupling import residual
 from lm_eval_coupling.residual import trace
-from lm_eval_coupling.jacobians import LEVELS
+from lm_eval_coupling.jacobians.engine import LEVELS
 
 def place(module, device):
     for part in module.modules():
@@ -378,7 +378,7 @@ except RuntimeError as error:
 @pytest.mark.slow
 def test_blocks_on_several_devices_are_measured_where_they_lie():
     """And without bringing the stream to a block's device, there would be an error: the test can fail."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
     done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=environment, capture_output=True, text=True, check=False)
     assert "WALKED" in done.stdout, done.stderr[-3000:]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.facts import add_facts, facts_from_name, labels, short_name
+from lm_eval_coupling.saved.names import add_facts, facts_from_name, labels, short_name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from saved_runs import CHANCE, DATE, coupling_config, record, results, save, task_summary
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.records import (
+from lm_eval_coupling.saved.results import pool
+from lm_eval_coupling.saved.tables import (
     COLUMNS,
     coupling_of,
     find_tables,
@@ -22,7 +23,6 @@ from lm_eval_coupling.records import (
     read_provenance,
     write_tables,
 )
-from lm_eval_coupling.runs import pool
 
 
 def same(a, b):
@@ -51,7 +51,7 @@ def test_every_column_round_trips(tmp_path):
 
 
 def test_columns_are_those_of_a_measurement():
-    measure = pytest.importorskip("lm_eval_coupling.measure")
+    measure = pytest.importorskip("lm_eval_coupling.measuring.prompt")
     fields = list(measure.PromptCoupling.__dataclass_fields__)
     assert list(COLUMNS)[-len(fields) :] == fields
 
@@ -321,7 +321,7 @@ def test_many_runs_are_one_table(tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.records; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.saved.tables; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

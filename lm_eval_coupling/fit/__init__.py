@@ -1,0 +1,1 @@
+"""Does coupling go with the score? From saved runs to a finding in words."""

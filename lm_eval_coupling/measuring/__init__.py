@@ -1,0 +1,1 @@
+"""From token ids to stored records; knows no lm-eval."""

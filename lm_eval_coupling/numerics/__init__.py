@@ -1,0 +1,1 @@
+"""Arithmetic that knows neither models nor prompts: decompositions, precision, memory."""

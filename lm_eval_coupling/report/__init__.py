@@ -1,0 +1,1 @@
+"""Saved runs as pages to look at: one HTML file (:mod:`.page`) or the terminal (:mod:`.terminal`)."""
