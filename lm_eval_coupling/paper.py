@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.measuring.prompt import DTYPES, Settings, top_singular_by_parts
@@ -105,7 +106,7 @@ def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) ->
     if not tokens:
         raise CouplingError("got a prompt without any token, expected at least one, leave it out")
     last = len(tokens) - 1
-    trace = model.trace(tokens, dtype, last)
+    trace = model.trace(tokens, dtype, last, probe)
     found = jacobians_of_trace(trace, last, last, range(model.n_layers), "auto")
     for layer, error in enumerate(found.certificate.tolist()):
         if not error <= TOLERANCE[dtype]:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lm_eval_coupling.jacobians.protocol import Call
+
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _ADDED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
 _SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
@@ -155,8 +157,8 @@ class AttentionRecord:
     z: Float[Tensor, "head d_value"]
 
     @classmethod
-    def of(cls, call, output_token: int) -> AttentionRecord:
-        """Run a :class:`~lm_eval_coupling.residual.BlockCall` up to its attention core, keeping row ``output_token``.
+    def of(cls, call: Call, output_token: int) -> AttentionRecord:
+        """Run a block up to its attention core, keeping row ``output_token``.
 
         Costs one pass over the keys, and where the call did not keep them the projections of every token to keys and values.
         Kept ones are those up to the output token.
@@ -167,7 +169,7 @@ class AttentionRecord:
         return cls.of_each([call], [output_token])[0]
 
     @classmethod
-    def of_each(cls, calls: Sequence, tokens: Sequence[int]) -> list[AttentionRecord]:
+    def of_each(cls, calls: Sequence[Call], tokens: Sequence[int]) -> list[AttentionRecord]:
         """:meth:`of` several prompts of one block, each at its own token: at once where they kept their keys."""
         if all(call.keys is not None for call in calls):
             try:
@@ -178,13 +180,13 @@ class AttentionRecord:
         return [cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)]
 
     @classmethod
-    def _by_decoding(cls, calls: Sequence, tokens: Sequence[int]) -> list[AttentionRecord]:
+    def _by_decoding(cls, calls: Sequence[Call], tokens: Sequence[int]) -> list[AttentionRecord]:
         x = torch.stack([call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)])
         watch, keys = _Record(0, alone=True), [token + 1 for token in tokens]
         return cls._watched(watch, lambda: calls[0].decoded(calls, x, tokens), 1, keys, x.dtype)
 
     @classmethod
-    def _by_whole_sequence(cls, call, output_token: int) -> AttentionRecord:
+    def _by_whole_sequence(cls, call: Call, output_token: int) -> AttentionRecord:
         queries, keys = call.seq, [call.seq]
         try:
             watch = _Record(output_token, alone=True)

@@ -6,15 +6,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.jacobians.differentiate import jacobian_rows
+from lm_eval_coupling.jacobians.protocol import Call
 
 
-def autodiff_jacobian(call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
     """∂F_{output}/∂x_{input} of one block (skip connection included), by one backward pass per output coordinate.
 
     Arguments and result as in ``token_local_jacobian``; memory and time grow with the sequence although the result does not.
     """
 
-    def function(x):
+    def function(x: Tensor) -> Tensor:
         resid_pre = call.resid_pre.clone()
         resid_pre[0, input_token] = x
         return call(resid_pre)[0, output_token]

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_eval_coupling.jacobians.protocol import Call
+
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
+def probe(layer: int, like: Float[Tensor, "*shape d_model"]) -> Float[Tensor, " d_model"]:
+    """The fixed random direction u that a layer's Jacobian is checked along, in the dtype and on the device of ``like``."""
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randn(like.shape[-1], generator=generator, dtype=torch.float64).to(like)
+
+
+def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
     """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u.
 
     J is what remains of ∂F when the identity is taken off. Where it is tiny beside that identity, its rounding is what it
     is compared with: a certificate below ``TOLERANCE`` then means an absolute error of at most four roundings of 1.
 
     Args:
-        call: a :class:`~lm_eval_coupling.residual.BlockCall`, inside its ``ready()`` context.
+        call: the block's call, inside its ``ready()`` context.
         jacobian: J of the block *without* its skip connection.
         output_token: absolute index.
         input_token: absolute index.
@@ -26,17 +35,50 @@ def certify(call, jacobian: Float[Tensor, "d_model d_model"], output_token: int,
     Returns:
         ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
-    pulled = call.pulled_back(output_token, input_token)
-    return _relative_error(call, jacobian, pulled - call.probe if output_token == input_token else pulled)
+    u = probe(call.layer, call.resid_pre)
+    pulled = pulled_back(call, output_token, input_token)
+    return _relative_error(call, u, jacobian, pulled - u if output_token == input_token else pulled)
 
 
-def certify_each(calls: Sequence, jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]) -> list[float]:
+def certify_each(
+    calls: Sequence[Call], jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]
+) -> list[float]:
     """:func:`certify` of one block's J_tt for several prompts, each at its own token t."""
-    pulled = calls[0].pulled_back_each(calls, tokens)
-    return [_relative_error(call, J, p - call.probe) for call, J, p in zip(calls, jacobians, pulled, strict=True)]
+    u = probe(calls[0].layer, calls[0].resid_pre)
+    pulled = pulled_back_each(calls, tokens)
+    return [_relative_error(call, u, J, p - u) for call, J, p in zip(calls, jacobians, pulled, strict=True)]
 
 
-def _relative_error(call, jacobian: Tensor, truth: Tensor) -> float:
-    u = call.probe
+def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
+    """uᵀ ∂F_{output} / ∂x_{input} of the call's probe u: taken on the way, by a step of decoding, or of the whole block."""
+    if call.pullback is not None and call.pullback[0] == output_token:
+        return call.pullback[1][input_token]
+    u = probe(call.layer, call.resid_pre)
+    if call.keys is not None and output_token == input_token:
+        (pulled,) = call.pulled_back_decoding([call], [u], [output_token])
+        if pulled is not None:
+            return pulled
+    return call.pulled_back(u, output_token)[input_token]
+
+
+def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"]]:
+    """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys."""
+    found: list[Tensor | None] = [None] * len(calls)
+    if len(calls) > 1 and all(call.pullback is None and call.keys is not None for call in calls):
+        directions = [probe(call.layer, call.resid_pre) for call in calls]
+        with contextlib.suppress(ValueError, RuntimeError):
+            found = calls[0].pulled_back_decoding(calls, directions, tokens)
+    return [
+        pulled_back(call, token, token) if pulled is None else pulled
+        for call, token, pulled in zip(calls, tokens, found, strict=True)
+    ]
+
+
+def with_probe_pulled_back(call: Call, output_token: int) -> Call:
+    """The call, which then certifies every Jacobian to ``output_token`` at no further cost. One pass through the block."""
+    return call.with_pullback(output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token))
+
+
+def _relative_error(call: Call, u: Tensor, jacobian: Tensor, truth: Tensor) -> float:
     rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]
     return ((u @ jacobian - truth).norm() / torch.maximum(truth.norm(), rounding)).item()

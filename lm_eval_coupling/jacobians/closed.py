@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore
+from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.jacobians.rules import NoRule
 from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, common_origin, lifted
 from lm_eval_coupling.jacobians.tape import Tape
@@ -27,7 +29,7 @@ class _Reached(Exception):
     """The attention core was reached; nothing after it is needed."""
 
 
-def closed_jacobian(call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def closed_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
     """∂F_{output}/∂x_{input} of one block (skip connection included).
 
     Arguments and result as in ``token_local_jacobian``; ``budget`` is not needed: working memory is a few d_ff·d_model.
@@ -42,7 +44,7 @@ def closed_jacobian(call, output_token: int, input_token: int, budget: int) -> F
     return closed_row(call, output_token, [input_token])[0]
 
 
-def closed_row(call, output_token: int, input_tokens: Sequence[int]) -> Float[Tensor, "token d_model d_model"]:
+def closed_row(call: Call, output_token: int, input_tokens: Sequence[int]) -> Float[Tensor, "token d_model d_model"]:
     """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
 
     They share the half of the block that comes after the attention core: J = M C with M = ∂F/∂z at the output token.
@@ -51,7 +53,7 @@ def closed_row(call, output_token: int, input_tokens: Sequence[int]) -> Float[Te
     return output_factor(call, record, output_token) @ input_factors(call, record, output_token, input_tokens)
 
 
-def closed_jacobians(calls: Sequence, tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
+def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
     """∂F_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
 
     The steps are gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot
@@ -66,11 +68,11 @@ def closed_jacobians(calls: Sequence, tokens: Sequence[int]) -> Float[Tensor, "p
     return _derivative(tape, _run(tape, calls, x, tokens), root)
 
 
-def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
+def output_factor(call: Call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
     """M = ∂F_{output}/∂z, z being what the attention core hands on at the output token: shared by all input tokens."""
     root = Origin(1, record.z.numel())
 
-    def start(tape, q, k_t, v):
+    def start(tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:
         z = record.z.reshape(*q.shape[:-1], record.z.shape[-1])
         return tape.watch(z, NearIdentity.identity(root, z))
 
@@ -79,7 +81,7 @@ def output_factor(call, record: AttentionRecord, output_token: int) -> Float[Ten
 
 
 def input_factors(
-    call, record: AttentionRecord, output_token: int, input_tokens: Sequence[int]
+    call: Call, record: AttentionRecord, output_token: int, input_tokens: Sequence[int]
 ) -> Float[Tensor, "token head_value d_model"]:
     """C = ∂z_{output}/∂x_{input} for each input token other than the output token."""
     core = LinearCore.joined([LinearCore.at(record, output_token, token) for token in input_tokens])
@@ -87,7 +89,7 @@ def input_factors(
     root = Origin(*x.shape)
     reached = []
 
-    def stop(*parts):
+    def stop(*parts: Any) -> None:
         reached.append(_through(core, *parts))
         raise _Reached
 
@@ -99,7 +101,7 @@ def input_factors(
 
 
 def _run(
-    tape: Tape, calls: Sequence, x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
+    tape: Tape, calls: Sequence[Call], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
 ) -> Float[Tensor, "prompt d_model"]:
     """The block's output for one token of each prompt, kept on ``tape``."""
     with tape:

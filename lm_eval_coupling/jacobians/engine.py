@@ -22,8 +22,9 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
-from lm_eval_coupling.jacobians.certify import TOLERANCE, certify, certify_each
+from lm_eval_coupling.jacobians.certify import TOLERANCE, certify, certify_each, probe
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
+from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 from lm_eval_coupling.numerics.memory import jacobian_stack
 
@@ -47,7 +48,7 @@ class BlockJacobians:
 
 
 def block_jacobians(
-    model,
+    model: Model,
     tokens: Int[Tensor, "1 seq"],
     *,
     output_token: int = -1,
@@ -78,15 +79,17 @@ def block_jacobians(
     t2 = resolve_token(output_token, seq)
     t1 = t2 if input_token is None else resolve_token(input_token, seq)
     check_method(method)
-    trace = model.trace(tokens, dtype, t2)
+    (trace,) = model.traces([tokens], dtype, [t2], probe)
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     if bad := [layer for layer in layers if not -model.n_layers <= layer < model.n_layers]:
         raise CouplingError(f"got layer {bad[0]}, expected 0 to {model.n_layers - 1}")
     return jacobians_of_trace(trace, t2, t1, [layer % model.n_layers for layer in layers], method)
 
 
-def jacobians_of_trace(trace, output_token: int, input_token: int, layers: Sequence[int], method: str) -> BlockJacobians:
-    """As :func:`block_jacobians`, from a :class:`~lm_eval_coupling.residual.ResidualTrace` and absolute indices."""
+def jacobians_of_trace(
+    trace: Trace, output_token: int, input_token: int, layers: Sequence[int], method: str
+) -> BlockJacobians:
+    """As :func:`block_jacobians`, from a trace and absolute indices."""
     check_method(method)
     stack = _Stack(trace.resid_final, layers)
     for layer in layers:
@@ -94,7 +97,7 @@ def jacobians_of_trace(trace, output_token: int, input_token: int, layers: Seque
     return stack.filled()
 
 
-def jacobians_of_traces(traces: Sequence, tokens: Sequence[int], method: str) -> list[BlockJacobians]:
+def jacobians_of_traces(traces: Sequence[Trace], tokens: Sequence[int], method: str) -> list[BlockJacobians]:
     """J_tt of every block for several prompts of one model, each at its own token t, as absolute index.
 
     Where the closed level has rules, its steps are gone through once for all prompts. Memory: that of one prompt times
@@ -129,7 +132,7 @@ class _Stack:
         return BlockJacobians(self.jacobians, certificate, self.levels, self.layers, self.device)
 
 
-def certified_jacobians(calls: Sequence, tokens: Sequence[int], method: str) -> list[tuple[Tensor, float, str]]:
+def certified_jacobians(calls: Sequence[Call], tokens: Sequence[int], method: str) -> list[tuple[Tensor, float, str]]:
     """:func:`certified_jacobian` of one block's J_tt for several prompts: together where that is certified, else alone."""
     together = _closed_together(calls, tokens) if len(calls) > 1 and method in ("auto", "closed") else {}
     return [
@@ -138,7 +141,7 @@ def certified_jacobians(calls: Sequence, tokens: Sequence[int], method: str) -> 
     ]
 
 
-def _closed_together(calls: Sequence, tokens: Sequence[int]) -> dict[int, tuple[Tensor, float, str]]:
+def _closed_together(calls: Sequence[Call], tokens: Sequence[int]) -> dict[int, tuple[Tensor, float, str]]:
     """Those prompts of a batch for which the closed level gives what the model's own derivative says."""
     with calls[0].ready():
         try:
@@ -150,11 +153,11 @@ def _closed_together(calls: Sequence, tokens: Sequence[int]) -> dict[int, tuple[
     return {i: (found[i], error, "closed") for i, error in enumerate(errors) if error <= TOLERANCE[calls[0].dtype]}
 
 
-def certified_jacobian(call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:
+def certified_jacobian(call: Call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:
     """J of one block with its certificate and the level it comes from; ``auto`` falls to the next level on failure."""
     levels = list(LEVELS) if method == "auto" else [method]
     if input_token > output_token:
-        call = dataclasses.replace(call, keys=None)  # what an attention core is recorded from ends at the output token
+        call = call.without_keys()  # what an attention core is recorded from ends at the output token
     with call.ready():
         for level in levels:
             try:

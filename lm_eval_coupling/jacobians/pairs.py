@@ -6,7 +6,6 @@ the block after its attention core, and one backward pass certifies them all.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -14,22 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.jacobians.certify import certify
+from lm_eval_coupling.jacobians.certify import certify, with_probe_pulled_back
 from lm_eval_coupling.jacobians.closed import closed_row
 from lm_eval_coupling.jacobians.engine import TOLERANCE, certified_jacobian, certified_jacobians
+from lm_eval_coupling.jacobians.protocol import Call
 
 AT_ONCE = 16  # input tokens: working memory is that of so many Jacobians and their halves
 
 
 def jacobians_of_pairs(
-    call, pairs: Sequence[tuple[int, int]], method: str = "auto"
+    call: Call, pairs: Sequence[tuple[int, int]], method: str = "auto"
 ) -> tuple[Float[Tensor, "pair d_model d_model"], Float[Tensor, " pair"]]:
     """J of one block for pairs (output token, input token), skip connection excluded, with their certificates.
 
     Exactly zero, and not computed, where the input token comes after the output token.
 
     Args:
-        call: a :class:`~lm_eval_coupling.residual.BlockCall` of one prompt.
+        call: one block's call.
         pairs: absolute indices.
         method: as for :func:`~lm_eval_coupling.jacobians.block_jacobians`.
     """
@@ -41,7 +41,7 @@ def jacobians_of_pairs(
         if input_token <= output_token:
             rows[output_token].append(i)
     with call.ready():
-        pulled = {token: dataclasses.replace(call, pullback=(token, call.pulled_back_to_all(token))) for token in rows}
+        pulled = {token: with_probe_pulled_back(call, token) for token in rows}
         same = [i for members in rows.values() for i in members if pairs[i][0] == pairs[i][1]]
         for part in _parts(same):
             tokens = [pairs[i][0] for i in part]
@@ -60,7 +60,7 @@ def _parts(items: list[int]) -> list[list[int]]:
     return [items[i : i + AT_ONCE] for i in range(0, len(items), AT_ONCE)]
 
 
-def _row(call, output_token: int, input_tokens: list[int], method: str) -> list[tuple[Tensor, float]]:
+def _row(call: Call, output_token: int, input_tokens: list[int], method: str) -> list[tuple[Tensor, float]]:
     together: list[Tensor | None] = [None] * len(input_tokens)
     if method in ("auto", "closed"):
         try:

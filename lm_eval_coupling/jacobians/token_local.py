@@ -15,17 +15,18 @@ from torch import Tensor
 
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore, Substitute
 from lm_eval_coupling.jacobians.differentiate import jacobian_columns
+from lm_eval_coupling.jacobians.protocol import Call
 
 
 class _Reached(Exception):
     """The attention core was reached; nothing after it is needed."""
 
 
-def token_local_jacobian(call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def token_local_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
     """∂F_{output}/∂x_{input} of one block (skip connection included).
 
     Args:
-        call: a :class:`~lm_eval_coupling.residual.BlockCall`, inside its ``ready()`` context.
+        call: the block's call, inside its ``ready()`` context.
         output_token: absolute index of the token whose output is differentiated.
         input_token: absolute index of the token it is differentiated by.
         budget: bytes that the directions differentiated at once may take.
@@ -45,22 +46,22 @@ def token_local_jacobian(call, output_token: int, input_token: int, budget: int)
     return jacobian_columns(function, call.resid_pre[0, input_token], budget)
 
 
-def _same_token(call, core: LinearCore, token: int) -> Callable[[Tensor], Tensor]:
-    def function(x):
+def _same_token(call: Call, core: LinearCore, token: int) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
         with Substitute(core):
             return call.one_token(x, token)
 
     return function
 
 
-def _other_token(call, core: LinearCore, output_token: int, input_token: int) -> Callable[[Tensor], Tensor]:
+def _other_token(call: Call, core: LinearCore, output_token: int, input_token: int) -> Callable[[Tensor], Tensor]:
     """x_{t1} moves the output at t2 > t1 only through its key and value."""
     at_output = call.resid_pre[0, output_token]
 
-    def function(x):
+    def function(x: Tensor) -> Tensor:
         reached = []
 
-        def stop(q, k, v):
+        def stop(q: Tensor, k: Tensor, v: Tensor) -> None:
             reached.append(core(q, k, v))
             raise _Reached
 

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, check_method, jacobians_of_traces, resolve_token
 from lm_eval_coupling.measures import coupling as coupling_maths
 from lm_eval_coupling.measures import regularity
@@ -278,7 +279,7 @@ def _measure(model, prompts: Sequence[Sequence[int]], positions: Sequence[int], 
     depth = "depth" in settings.measures
     if model.device.type == "cpu":
         keep_freed_memory()
-    traces = model.traces(prompts, DTYPES[settings.dtype], positions if depth else None)
+    traces = model.traces(prompts, DTYPES[settings.dtype], positions if depth else None, probe)
     found = [_along_the_stream(model, trace, token, settings) for trace, token in zip(traces, positions, strict=True)]
     if depth:
         blocks = jacobians_of_traces(traces, positions, settings.method)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.arguments import CACHES, Keys, cut, cut_row, joined, replayable
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.weights import upcast
@@ -21,7 +22,7 @@ class BlockCall:
     """One block together with the arguments it was called with, ready to be called again.
 
     ``resid_pre`` and ``resid_post`` are the block's input X^{l-1} and output X^l, shape [1, seq, d_model]. ``pullback`` is
-    uᵀ ∂F_t / ∂X, taken on the way for the token t that the trace was told of, u being :attr:`probe`; ``keys`` are the keys
+    uᵀ ∂F_t / ∂X, taken on the way for the token t and the direction u that the trace was told of; ``keys`` are the keys
     and values that the block handed to its cache, in long prompts instead. Calls must be made inside :meth:`ready`.
     """
 
@@ -35,43 +36,24 @@ class BlockCall:
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
     keys: Keys | None = None
 
-    @property
-    def probe(self) -> Float[Tensor, " d_model"]:
-        """The fixed random direction u that this layer's Jacobian is checked along."""
-        generator = torch.Generator().manual_seed(self.layer)
-        u = torch.randn(self.resid_pre.shape[-1], generator=generator, dtype=torch.float64)
-        return u.to(self.resid_pre)
+    def without_keys(self) -> BlockCall:
+        """The same call, whose derivatives are all taken of the whole sequence."""
+        return dataclasses.replace(self, keys=None)
 
-    def pulled_back(self, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
-        """uᵀ ∂F_{output} / ∂x_{input}: reverse mode through the whole block."""
-        if self.pullback is not None and self.pullback[0] == output_token:
-            return self.pullback[1][input_token]
-        if self.keys is not None and output_token == input_token:
-            (pulled,) = self.pulled_back_decoding([self], [output_token])
-            if pulled is not None:
-                return pulled
-        return self.pulled_back_to_all(output_token)[input_token]
+    def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> BlockCall:
+        """The same call, which knows uᵀ ∂F_t / ∂X of one output token t already."""
+        return dataclasses.replace(self, pullback=(output_token, pulled))
 
-    @staticmethod
-    def pulled_back_each(calls: Sequence[BlockCall], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"]]:
-        """:meth:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys."""
-        found: list[Tensor | None] = [None] * len(calls)
-        if len(calls) > 1 and all(call.pullback is None and call.keys is not None for call in calls):
-            with contextlib.suppress(ValueError, RuntimeError):
-                found = BlockCall.pulled_back_decoding(calls, tokens)
-        return [
-            call.pulled_back(token, token) if pulled is None else pulled
-            for call, token, pulled in zip(calls, tokens, found, strict=True)
-        ]
-
-    def pulled_back_to_all(self, output_token: int) -> Float[Tensor, "seq d_model"]:
-        """uᵀ ∂F_{output} / ∂X: :meth:`pulled_back` for every input token, in one pass through the whole sequence."""
+    def pulled_back(self, direction: Float[Tensor, " d_model"], output_token: int) -> Float[Tensor, "seq d_model"]:
+        """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block."""
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
-            return gradient(self, resid_pre, self(resid_pre), [output_token])[0]
+            return gradient([direction], resid_pre, self(resid_pre), [output_token])[0]
 
     @staticmethod
-    def pulled_back_decoding(calls: Sequence[BlockCall], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"] | None]:
+    def pulled_back_decoding(
+        calls: Sequence[BlockCall], directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
+    ) -> list[Float[Tensor, " d_model"] | None]:
         """uᵀ ∂F_t / ∂x_t of several prompts by one step of decoding; None where it gives another output than the trace.
 
         Raises:
@@ -81,7 +63,7 @@ class BlockCall:
         x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(True)
         with torch.enable_grad():
             output = BlockCall.decoded(calls, x, tokens)
-            pulled = gradient(calls[0], x, output, [0] * len(calls))
+            pulled = gradient(directions, x, output, [0] * len(calls))
         expected = [call.resid_post[:, token : token + 1] for call, token in at]
         return [
             one[0] if torch.allclose(found, own, rtol=1e-4, atol=1e-5 * own.abs().max().item()) else None
@@ -171,12 +153,19 @@ def hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def gradient(call: BlockCall, resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
-    """uᵀ ∂F_t / ∂X of every prompt of a batch, each at its own token t."""
+def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
+    """uᵀ ∂F_t / ∂X of every prompt of a batch, each along its own direction u at its own token t.
+
+    Raises:
+        CouplingError: if no gradient reaches the output: F = X + f(X) always has one.
+    """
     if not output.requires_grad:
-        return torch.zeros_like(resid_pre)
+        raise CouplingError(
+            "got a block whose output has no gradient, expected one that autograd follows; "
+            "take torch.no_grad or torch.inference_mode out of the model's own code"
+        )
     chosen = output[torch.arange(len(tokens)), torch.as_tensor(tokens)]
-    return torch.autograd.grad((chosen * call.probe).sum(), resid_pre)[0]
+    return torch.autograd.grad((chosen * torch.stack(list(directions))).sum(), resid_pre)[0]
 
 
 def block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.arguments import Keys
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
-from lm_eval_coupling.residual.trace import ResidualTrace, Visit
+from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit
 from lm_eval_coupling.residual.twin import (
     PROBE,
     logits_of,
@@ -130,26 +129,31 @@ class ResidualModel:
         return list(self.tokenizer.encode(text))
 
     def trace(
-        self, tokens: Sequence[int] | Tensor, dtype: torch.dtype = torch.float32, output_token: int | None = None
+        self,
+        tokens: Sequence[int] | Tensor,
+        dtype: torch.dtype = torch.float32,
+        output_token: int | None = None,
+        direction: Direction | None = None,
     ) -> ResidualTrace:
         """One forward pass in ``dtype``, upcasting bf16 or fp16 weights one block at a time.
 
         Args:
             tokens: token ids of one prompt, [seq] or [1, seq].
             dtype: ``torch.float32`` or ``torch.float64``.
-            output_token: token whose Jacobians will be certified; each block is then pulled back on the way, or in long
-                prompts keeps what that needs.
+            output_token: token t whose Jacobians will be wanted; blocks then keep what a step of decoding needs of them.
+            direction: (layer, like) → u; blocks are then pulled back, uᵀ ∂F_t/∂X, on the way through a short prompt.
 
         Returns:
             Every block's call and the stream after the last block; the language-model head is not run.
         """
-        return self._traces([tokens], dtype, None if output_token is None else [output_token])[0]
+        return self._traces([tokens], dtype, None if output_token is None else [output_token], direction)[0]
 
     def traces(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | Tensor],
         dtype: torch.dtype = torch.float32,
         output_tokens: Sequence[int] | None = None,
+        direction: Direction | None = None,
     ) -> list[ResidualTrace]:
         """:meth:`trace` of several prompts in one pass, padded on the right, where no token of a causal model sees it.
 
@@ -157,9 +161,9 @@ class ResidualModel:
         padded pass, tried once, gives another stream than a plain one.
         """
         if len(prompts) > 1 and self._pads_on_the_right(dtype):
-            return self._traces(prompts, dtype, output_tokens)
+            return self._traces(prompts, dtype, output_tokens, direction)
         tokens = [None] * len(prompts) if output_tokens is None else output_tokens
-        return [self.trace(prompt, dtype, token) for prompt, token in zip(prompts, tokens, strict=True)]
+        return [self.trace(prompt, dtype, token, direction) for prompt, token in zip(prompts, tokens, strict=True)]
 
     def _pads_on_the_right(self, dtype: torch.dtype) -> bool:
         if self._padding_is_harmless is None:
@@ -186,7 +190,7 @@ class ResidualModel:
 
     def _padding_agrees(self, dtype: torch.dtype) -> bool:
         prompts = [[1, 2, 3], [4] * 21]
-        padded = self._traces(prompts, dtype, None)
+        padded = self._traces(prompts, dtype)
         if any(set(_tensors_by_name(call)) - _BATCHABLE for call in padded[0].calls):
             return False
         alone = [self.trace(prompt, dtype) for prompt in prompts]
@@ -194,19 +198,25 @@ class ResidualModel:
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max()) for a, b in streams)
 
     def _decoding_agrees(self, dtype: torch.dtype) -> bool:
-        calls = self._traces([[*range(1, 8)]], dtype, None, keep_keys=True)[0].calls
+        calls = self._traces([[*range(1, 8)]], dtype, keep_keys=True)[0].calls
         return all(map(_decodes_rightly, calls))
 
     @torch.no_grad()
     def _traces(
-        self, prompts, dtype: torch.dtype, output_tokens: Sequence[int] | None, keep_keys: bool = False
+        self,
+        prompts: Sequence[Sequence[int] | Tensor],
+        dtype: torch.dtype,
+        output_tokens: Sequence[int] | None = None,
+        direction: Direction | None = None,
+        keep_keys: bool = False,
     ) -> list[ResidualTrace]:
         rows = [torch.as_tensor(tokens, dtype=torch.long, device=self.device).flatten() for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
-        on_the_way = None if keep_keys and ids.shape[1] >= _LONG else output_tokens
+        if keep_keys and ids.shape[1] >= _LONG:
+            direction = None
         visits = [
-            Visit(layer, self._block_weights[layer], dtype, on_the_way, Keys() if keep_keys else None)
+            Visit(layer, self._block_weights[layer], dtype, output_tokens, direction, Keys() if keep_keys else None)
             for layer in range(self.n_layers)
         ]
         final: list[Tensor] = []
@@ -316,10 +326,10 @@ class ResidualModel:
 
 
 def _decodes_rightly(call: BlockCall) -> bool:
-    without = dataclasses.replace(call, keys=None)
-    token = call.seq // 2
+    token, u = call.seq // 2, torch.randn(call.resid_pre.shape[-1], generator=torch.Generator().manual_seed(0))
+    u = u.to(call.resid_pre)
     with call.ready():
-        (found,), expected = call.pulled_back_decoding([call], [token]), without.pulled_back(token, token)
+        (found,), expected = call.pulled_back_decoding([call], [u], [token]), call.pulled_back(u, token)[token]
     return found is not None and torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from lm_eval_coupling.residual.arguments import CACHES, Keys, of_prompt
 from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden
 from lm_eval_coupling.residual.weights import upcast
+
+Direction = Callable[[int, Tensor], Tensor]  # (layer, vectors like those of the stream) → u [d_model]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class ResidualTrace:
 class Visit:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
-    The call and its pullback are those of the whole batch, ``tokens`` one index for each prompt of it. Its arguments are
-    brought to the device that the block's weights lie on. In ``keys`` it leaves its keys and values.
+    It is pulled back along ``direction`` from ``tokens``, one index for each prompt of the batch, if both are given. Its
+    arguments are brought to the device that the block's weights lie on. In ``keys`` it leaves its keys and values.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Visit:
         weights: Sequence[Tensor],
         dtype: torch.dtype,
         tokens: Sequence[int] | None,
-        keys: Keys | None = None,
+        direction: Direction | None,
+        keys: Keys | None,
     ) -> None:
-        self.layer, self.weights, self.dtype, self.tokens, self.keys = layer, weights, dtype, tokens, keys
+        self.layer, self.weights, self.dtype, self.keys = layer, weights, dtype, keys
+        self.tokens, self.direction = tokens, direction
         self.gradient: Tensor | None = None
         self.open = contextlib.ExitStack()
         self.close = self.open.close
@@ -62,7 +66,7 @@ class Visit:
         self.call = block_call(self.layer, module, self.weights, args, kwargs)
         if self.keys is not None:
             kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
-        if self.tokens is None:
+        if self.direction is None or self.tokens is None:
             return args, kwargs
         self.leaf = self.call.resid_pre.clone().requires_grad_(True)
         self.open.enter_context(torch.enable_grad())
@@ -70,8 +74,9 @@ class Visit:
 
     def leave(self, output):
         """Forward hook: pull back, and hand on an output without history."""
-        if self.tokens is not None:
-            self.gradient = gradient(self.call, self.leaf, hidden(output), self.tokens)
+        if self.direction is not None and self.tokens is not None:
+            u = self.direction(self.layer, self.leaf)
+            self.gradient = gradient([u] * len(self.tokens), self.leaf, hidden(output), self.tokens)
             del self.leaf
         self.open.close()
         self.resid_post = hidden(output).detach()

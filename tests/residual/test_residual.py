@@ -12,6 +12,7 @@ from transformers import T5ForConditionalGeneration as T5
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord
+from lm_eval_coupling.jacobians.certify import probe, pulled_back, pulled_back_each
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
@@ -151,7 +152,7 @@ def test_an_exception_inside_a_block_leaves_nothing_behind(error, derivatives):
     inner = [m for m in wrapped.blocks[1].modules() if not list(m.children())][-1]
     handle = inner.register_forward_hook(fail)
     with pytest.raises(error, match="in the middle"):
-        wrapped.trace(TOKENS, torch.float32, 4 if derivatives else None)
+        wrapped.trace(TOKENS, torch.float32, 4 if derivatives else None, probe)
     handle.remove()
     assert plain(model) == before and plain(wrapped.model) == twin
     assert all(torch.equal(now, weights[name]) for name, now in bits(model).items())
@@ -195,13 +196,13 @@ def test_blocks_can_be_called_again():
 
 def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
-    with_token, without = wrapped.trace(TOKENS, torch.float64, 6), wrapped.trace(TOKENS, torch.float64)
+    with_token, without = wrapped.trace(TOKENS, torch.float64, 6, probe), wrapped.trace(TOKENS, torch.float64)
     assert torch.equal(with_token.resid_final, without.resid_final)
     for on_the_way, afterwards in zip(with_token.calls, without.calls, strict=True):
         assert on_the_way.pullback is not None and afterwards.pullback is None
         with afterwards.ready():
             for pair in ((6, 6), (6, 2), (6, 8), (3, 3)):
-                found, expected = on_the_way.pulled_back(*pair), afterwards.pulled_back(*pair)
+                found, expected = pulled_back(on_the_way, *pair), pulled_back(afterwards, *pair)
                 assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -215,7 +216,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
     wrapped = ResidualModel.wrap(cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)
     for token in (0, 8, 16):
-        trace, without = wrapped.trace(tokens, torch.float64, token), wrapped.trace(tokens, torch.float64)
+        trace, without = wrapped.trace(tokens, torch.float64, token, probe), wrapped.trace(tokens, torch.float64)
         assert torch.allclose(trace.resid_final, without.resid_final, rtol=1e-12, atol=1e-12)
         for decoding, whole in zip(trace.calls, without.calls, strict=True):
             assert (decoding.keys is None) != (decoding.pullback is None)
@@ -223,7 +224,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
             assert (decoding.keys is None) == (case in NOT_BY_DECODING)
             with decoding.ready():
                 for pair in [(token, token), (16, 3)]:
-                    found, expected = decoding.pulled_back(*pair), whole.pulled_back(*pair)
+                    found, expected = pulled_back(decoding, *pair), pulled_back(whole, *pair)
                     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
                 if case != "qwen3-next":  # linear attention has no such core
                     found, expected = AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token)
@@ -247,16 +248,17 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch):
     monkeypatch.setattr(model_module, "_LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model(case))
     prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 0]
-    traces = wrapped.traces(prompts, torch.float64, tokens)
+    traces = wrapped.traces(prompts, torch.float64, tokens, probe)
     for calls in zip(*(trace.calls for trace in traces), strict=True):
         wholes = [dataclasses.replace(call, keys=None, pullback=None) for call in calls]
         with calls[0].ready():
             if case not in NOT_BY_DECODING:  # neither falls back to one prompt at a time
-                assert all(pulled is not None for pulled in BlockCall.pulled_back_decoding(calls, tokens))
+                directions = [probe(call.layer, call.resid_pre) for call in calls]
+                assert all(p is not None for p in BlockCall.pulled_back_decoding(calls, directions, tokens))
                 assert len(AttentionRecord._by_decoding(calls, tokens)) == 3
-            pulled = BlockCall.pulled_back_each(calls, tokens)
+            pulled = pulled_back_each(calls, tokens)
             for whole, found, token in zip(wholes, pulled, tokens, strict=True):
-                assert torch.allclose(found, whole.pulled_back(token, token), rtol=1e-10, atol=1e-12)
+                assert torch.allclose(found, pulled_back(whole, token, token), rtol=1e-10, atol=1e-12)
             if case != "qwen3-next":
                 for whole, found, token in zip(wholes, AttentionRecord.of_each(calls, tokens), tokens, strict=True):
                     same_record(found, AttentionRecord.of(whole, token), token, case not in NOT_BY_DECODING)
@@ -273,7 +275,7 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     call = wrapped.trace(tokens, torch.float64, 16).calls[1]
     whole = dataclasses.replace(call, keys=None)
     with call.ready():
-        assert torch.equal(call.pulled_back(16, 16), whole.pulled_back(16, 16))
+        assert torch.equal(pulled_back(call, 16, 16), pulled_back(whole, 16, 16))
     found = block_jacobians(wrapped, tokens, dtype=torch.float64)
     assert expected.method == ["closed"] * len(expected.method) and found.method == ["autodiff"] * len(found.method)
     assert torch.allclose(found.jacobians, expected.jacobians, rtol=1e-9, atol=1e-12)

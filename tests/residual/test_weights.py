@@ -343,6 +343,7 @@ _setup_privateuseone_for_python_backend("other")
 import cases
 from lm_eval_coupling import residual
 from lm_eval_coupling.residual import trace
+from lm_eval_coupling.jacobians.certify import probe, pulled_back
 from lm_eval_coupling.jacobians.engine import LEVELS
 
 def place(module, device):
@@ -357,9 +358,9 @@ def walk(case):
     with FakeTensorMode():
         place(wrapped.model, "cpu")
         place(wrapped.blocks[1], "other:0")
-        traced = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2)
+        traced = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2, probe)
         for call, device in zip(traced.calls, ("cpu", "other:0")):
-            assert str(call.resid_pre.device) == str(call.pulled_back(2, 2).device) == device
+            assert str(call.resid_pre.device) == str(pulled_back(call, 2, 2).device) == device
             with call.ready():
                 for level in ("token-local", "autodiff"):
                     assert str(LEVELS[level](call, 2, 2, 1 << 20).device) == device
