@@ -21,9 +21,6 @@ TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
-pending_tables: dict[str, Callable[[Path | None, str], Any]] = {}
-"""run_id -> function (folder or None, date) that writes the tables of a run whose results are not saved yet."""
-
 
 def install() -> None:
     """Take effect on the modules of lm-eval that are loaded, and through the hook on those that will be."""
@@ -97,6 +94,7 @@ def _record_after_scoring(evaluator: Any) -> None:
                 record(task_dict, results)
             except Exception:
                 logger.exception("coupling was not recorded; the scores are complete")
+            _write_tables(results, None, _now())  # into coupling_out; whoever saves the results writes them with its date
         return results
 
     @functools.wraps(simple_evaluate)
@@ -105,10 +103,7 @@ def _record_after_scoring(evaluator: Any) -> None:
         if model == MODEL and tracker is not None and tracker.output_path:
             path = Path(tracker.output_path)
             require_writable(path.parent if path.suffix == ".json" else path)
-        results = simple_evaluate(model, *args, **kwargs)
-        if tracker is None:  # nobody else will: called from Python, for its results alone
-            _write_tables(results, None, _now())
-        return results
+        return simple_evaluate(model, *args, **kwargs)
 
     evaluator.evaluate, evaluator.simple_evaluate = evaluate_and_record, simple_evaluate_checked
 
@@ -131,8 +126,8 @@ def _write_tables_with_results(tracking: Any) -> None:
 
 
 def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
-    """Write the tables of a run into ``coupling_out``, else into ``folder``, once; nowhere if there is neither."""
-    write = pending_tables.pop((results or {}).get("config", {}).get("coupling", {}).get("run_id"), None)
+    """Write the tables of a run of ours, which its results carry (see results.py, not imported for runs of others)."""
+    write = getattr(((results or {}).get("config") or {}).get("coupling"), "write_tables", None)
     try:
         if write is not None:
             write(folder, date)

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class DocumentKey(NamedTuple):
-    """What identifies an evaluated document; ``doc_id`` alone does not (``--samples`` renumbers)."""
-
-    task: str
-    doc_hash: str
-    prompt_hash: str
+from lm_eval_coupling.measuring.rows import DocumentKey
 
 
 def choose(keys: Iterable[DocumentKey], roots: Sequence[Any], limit: int | None, seed: int) -> set[DocumentKey]:

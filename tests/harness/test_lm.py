@@ -318,13 +318,9 @@ def test_what_is_not_there_is_said_in_one_sentence(evaluate, hub, pretrained, ar
 
 def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
     """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked for."""
-    from lm_eval_coupling.harness import plugin
-
     found = evaluate(kinds=("choice",), arguments={"coupling_out": str(tmp_path / "tables")})
     frame = load_records(tmp_path / "tables")
     assert sorted(frame.doc_hash) == sorted(s["doc_hash"] for s in found["samples"]["tiny_choice"] if s["coupling"])
-    evaluate(kinds=("choice",))
-    assert not plugin.pending_tables
 
 
 def test_an_encoder_is_refused(home, tmp_path):
@@ -403,7 +399,7 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr("lm_eval_coupling.harness.lm.measure_prompts", interrupted)
+    monkeypatch.setattr("lm_eval_coupling.measuring.session.measure_prompts", interrupted)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))

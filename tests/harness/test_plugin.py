@@ -274,21 +274,26 @@ def tracker(installed):
     return make
 
 
-def pending(monkeypatch, write):
-    monkeypatch.setattr(plugin, "pending_tables", {"this": write, "other": None})
-    return {"results": {}, "config": {"coupling": {"run_id": "this"}}}
+class Info(dict):
+    """Stands for what results of ours carry."""
+
+    def __init__(self, write):
+        self.write_tables = write
+
+
+def carrying(write):
+    return {"results": {}, "config": {"coupling": Info(write)}}
 
 
 @pytest.mark.parametrize(("output", "folder"), [("out", "out/some__model"), ("out/all.json", "out"), (None, None)])
-def test_tables_are_written_where_the_results_are(tracker, tmp_path, monkeypatch, output, folder):
+def test_tables_are_written_where_the_results_are(tracker, tmp_path, output, folder):
     seen = []
-    results = pending(monkeypatch, lambda *given: seen.append(given))
+    results = carrying(lambda *given: seen.append(given))
     tracker(output and tmp_path / output).save_results_aggregated(results)
     ((where, date),) = seen
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d+", date)
     assert where == (folder and tmp_path / folder)
     assert [p.parent for p in tmp_path.rglob(f"*_{date}.json")] == ([where] if where else [])
-    assert [*plugin.pending_tables] == ["other"]
 
 
 def test_a_real_run_leaves_a_table_beside_its_results(installed, tmp_path):
@@ -324,21 +329,19 @@ def test_a_real_run_leaves_a_table_beside_its_results(installed, tmp_path):
     assert about["results"][name]["coupling,none"] == pytest.approx(sum(measured.values()) / 3)
 
 
-def test_tables_that_cannot_be_written_are_told_and_results_kept(tracker, tmp_path, monkeypatch, caplog):
+def test_tables_that_cannot_be_written_are_told_and_results_kept(tracker, tmp_path, caplog):
     def fail(*_):
         raise OSError("disk full")
 
-    tracker(tmp_path).save_results_aggregated(pending(monkeypatch, fail))
+    tracker(tmp_path).save_results_aggregated(carrying(fail))
     assert "coupling tables were not written" in caplog.text and "disk full" in caplog.text
     assert len([*tmp_path.rglob("results_*.json")]) == 1
 
 
-@pytest.mark.parametrize("results", [None, {}, {"config": {}}, {"config": {"coupling": {"run_id": "unknown"}}}])
-def test_results_of_others_write_no_tables(tracker, tmp_path, monkeypatch, results):
-    seen = []
-    pending(monkeypatch, lambda *given: seen.append(given))
+@pytest.mark.parametrize("results", [None, {}, {"config": None}, {"config": {"coupling": {"run_id": "from a file"}}}])
+def test_results_of_others_write_no_tables(tracker, tmp_path, results):
     tracker(tmp_path).save_results_aggregated(results)
-    assert not seen and [*plugin.pending_tables] == ["this", "other"]
+    assert not [*tmp_path.rglob("*.parquet")]
 
 
 def test_an_lm_eval_that_does_not_fit_is_a_warning(caplog):

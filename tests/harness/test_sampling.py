@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from lm_eval_coupling.harness.sampling import DocumentKey, choose
+from lm_eval_coupling.harness.sampling import choose
+from lm_eval_coupling.measuring.rows import DocumentKey
 
 
 def documents(task, number, prompt="p"):

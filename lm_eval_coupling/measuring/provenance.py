@@ -1,0 +1,65 @@
+"""What a run's results and tables say of how they came about."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, Row, task_summaries, worst_certificate
+from lm_eval_coupling.measuring.session import Session
+from lm_eval_coupling.measuring.summary import headline_rank
+from lm_eval_coupling.saved.tables import SCHEMA_VERSION
+
+PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
+
+
+def about_model(session: Session, config: Any) -> dict[str, Any]:
+    """Size and weights of the model that is measured; ``config`` is its transformers configuration."""
+    model, architecture = session.trained.model, config.get_text_config()
+    return {
+        "fingerprint": session.trained.fingerprint,
+        "model_dtype": str(model.dtype),
+        "device": str(model.device),
+        "d_model": model.d_model,
+        "n_layers": model.n_layers,
+        "n_params": model.n_params,
+        "n_heads": getattr(architecture, "num_attention_heads", None),
+        "vocab_size": getattr(architecture, "vocab_size", None),
+    }
+
+
+def about_measurement(rows: Sequence[Row], tasks: Iterable[str], ranks: Sequence[int]) -> dict[str, Any]:
+    """What was measured, with the summary of every task; of an untrained twin, where there is one, apart."""
+    tasks = list(tasks)
+    summaries = {
+        weights: task_summaries([row for row in rows if row.weights == weights], tasks, ranks)
+        for weights in (TRAINED, UNTRAINED)
+    }
+    trained = summaries[TRAINED]
+    return {
+        "headline_rank": headline_rank(ranks),
+        "chance": {k: chance_level(k) for k in ranks},
+        "measured": sum(summary["measured"] for summary in trained.values()),
+        "failed": sum(summary["failed"] for summary in trained.values()),
+        "worst_certificate": worst_certificate(rows),
+        "tasks": trained,
+    } | ({UNTRAINED: {"tasks": summaries[UNTRAINED]}} if summaries[UNTRAINED] else {})
+
+
+def about_software() -> dict[str, Any]:
+    """A name for this run, and the versions of what computes."""
+    return {
+        "run_id": uuid.uuid4().hex,
+        "schema_version": SCHEMA_VERSION,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
