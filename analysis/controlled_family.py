@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lm_eval_coupling.numerics.randomness import seeded
+
 TEXT = (
     "When water is heated in a pan, small bubbles of steam form at the bottom and rise to the surface. The boiling point "
     "of water depends on the pressure of the air: on a high mountain it boils at a lower temperature, so that an egg needs "
@@ -49,8 +51,7 @@ def round_to_bits(weight: Tensor, bits: int, channel: int = 0) -> Tensor:
 
 @torch.no_grad()
 def blended(model: nn.Module, strength: float, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
     member = copy.deepcopy(model)
     random = dict(fresh.named_parameters())

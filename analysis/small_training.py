@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.randomness import seeded
 
 SIZES = {"layers": 8, "width": 128, "heads": 4, "mlp": 384, "context": 128, "vocabulary": 1024, "windows": 8}
 RECIPE = ("column", "steps", *SIZES, "rate", "seed")
@@ -68,8 +69,7 @@ def fresh_model(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace)
     shape |= {"num_attention_heads": options.heads, "max_position_embeddings": options.context}
     special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
     config = LlamaConfig(vocab_size=len(tokenizer), **shape, **special)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+    with seeded(options.seed):
         return LlamaForCausalLM(config)
 
 

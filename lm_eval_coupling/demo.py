@@ -223,10 +223,10 @@ def measure_untrained(gguf: Path, prompts: list[list[int]], device: str) -> list
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lm_eval_coupling import ResidualModel, measure_coupling
+    from lm_eval_coupling.numerics.randomness import seeded
 
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = ResidualModel.wrap(model.to(device))
     return _measured(measure_coupling(model, prompts, ranks=[RANK], measures=["depth"]))

@@ -13,6 +13,7 @@ import torch
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians, resolve_token
 from lm_eval_coupling.measures.coupling import coupling_matrices
+from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.numerics.spectra import top_singular
 
 ACROSS = {
@@ -60,8 +61,7 @@ def load(name: str, untrained: int | None = None) -> Any:
         raise CouplingError(
             f"got {name}, which transformers cannot load ({reason}); give a folder with its tokenizer"
         ) from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(untrained)
+    with seeded(untrained):
         return ResidualModel.wrap(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
 
 

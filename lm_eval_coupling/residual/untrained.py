@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from lm_eval_coupling.numerics.randomness import seeded
+
 
 def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     """A model of the class, configuration, dtype and device of ``model`` with freshly initialised weights.
@@ -19,7 +21,6 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         twin = type(base)._from_config(config, dtype=dtype)
     return twin.to(base.get_input_embeddings().weight.device).eval()
