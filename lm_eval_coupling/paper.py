@@ -23,6 +23,7 @@ from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.measuring.prompt import DTYPES, Settings, top_singular_by_parts
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import numerical_rank
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 from lm_eval_coupling.residual.weights import upcast
@@ -30,6 +31,7 @@ from lm_eval_coupling.residual.weights import upcast
 RANKS = (10, 30, 50)
 
 
+@exact_arithmetic()
 def run_coupling_hf(
     model,
     tokenizer,

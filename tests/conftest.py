@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
@@ -11,3 +12,14 @@ ORDER = {f"test_{name}.py": place for place, name in enumerate(LONG)}
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ORDER.get(item.path.name, len(ORDER)))
+
+
+DEVICES = [
+    name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there
+]
+
+
+@pytest.fixture(params=["cpu", *DEVICES])
+def device(request) -> torch.device:
+    """Each kind of device that this machine has: tests of models go over them all."""
+    return torch.device(request.param)

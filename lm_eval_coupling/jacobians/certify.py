@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.protocol import Call
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -77,6 +78,56 @@ def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> list[Float
 def with_probe_pulled_back(call: Call, output_token: int) -> Call:
     """The call, which then certifies every Jacobian to ``output_token`` at no further cost. One pass through the block."""
     return call.with_pullback(output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token))
+
+
+STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, in units of the vector that is moved
+
+
+def require_true_gradients(
+    call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int
+) -> None:
+    """Move the input a little each way and see whether the output follows as J says.
+
+    Autograd cannot tell of itself that a part of a block runs without gradients; the closed level can, whose rules do not
+    ask it. For what the other levels give this costs two to six passes through the block.
+
+    Raises:
+        CouplingError: if the output moves in another way: by a twentieth or more, however small the step.
+    """
+    x = call.resid_pre[0, input_token]
+    v = probe(call.layer, x)
+    predicted = jacobian @ v
+    for step in STEPS:
+        h = step * x.norm() / v.norm()
+        ends = []
+        for sign in (1, -1):
+            moved = call.resid_pre.clone()
+            moved[0, input_token] += sign * h * v
+            ends.append(call(moved)[0, output_token])
+        difference = (ends[0] - ends[1]) / (2 * h)
+        if output_token == input_token:
+            difference = difference - v
+        rounding = 8 * torch.finfo(call.dtype).eps * (ends[0].norm() / h + v.norm())
+        allowed = 0.05 * torch.maximum(difference.norm(), predicted.norm()) + rounding
+        if (difference - predicted).norm() <= allowed:
+            return
+    raise CouplingError(
+        f"got a block {call.layer} whose output does not move as its gradients say, expected true ones; "
+        "take torch.no_grad and detach out of the model's own code"
+    )
+
+
+def require_not_constant(call: Call, jacobian: Float[Tensor, "d_model d_model"], error: float, token: int) -> None:
+    """Refuse a J_tt of exactly zero, with a perfect certificate, of a block that changes its token.
+
+    Raises:
+        CouplingError: naming the block.
+    """
+    if error == 0 and not jacobian.any() and not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token]):
+        raise CouplingError(
+            f"got a Jacobian of block {call.layer} that is exactly zero though the block changes its token, expected "
+            "derivatives of it; take torch.no_grad and detach out of the model's own code"
+        )
 
 
 def _relative_error(call: Call, u: Tensor, jacobian: Tensor, truth: Tensor) -> float:

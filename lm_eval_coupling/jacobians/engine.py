@@ -22,11 +22,19 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
-from lm_eval_coupling.jacobians.certify import TOLERANCE, certify, certify_each, probe
+from lm_eval_coupling.jacobians.certify import (
+    TOLERANCE,
+    certify,
+    certify_each,
+    probe,
+    require_not_constant,
+    require_true_gradients,
+)
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 from lm_eval_coupling.numerics.memory import jacobian_stack
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
@@ -47,6 +55,8 @@ class BlockJacobians:
     device: torch.device
 
 
+@exact_arithmetic()
+@torch.no_grad()
 def block_jacobians(
     model: Model,
     tokens: Int[Tensor, "1 seq"],
@@ -86,6 +96,8 @@ def block_jacobians(
     return jacobians_of_trace(trace, t2, t1, [layer % model.n_layers for layer in layers], method)
 
 
+@exact_arithmetic()
+@torch.no_grad()
 def jacobians_of_trace(
     trace: Trace, output_token: int, input_token: int, layers: Sequence[int], method: str
 ) -> BlockJacobians:
@@ -97,6 +109,8 @@ def jacobians_of_trace(
     return stack.filled()
 
 
+@exact_arithmetic()
+@torch.no_grad()
 def jacobians_of_traces(traces: Sequence[Trace], tokens: Sequence[int], method: str) -> list[BlockJacobians]:
     """J_tt of every block for several prompts of one model, each at its own token t, as absolute index.
 
@@ -171,9 +185,20 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
                 if level == levels[-1]:
                     raise
                 continue
+            if error <= TOLERANCE[call.dtype]:
+                _require_derivative(call, jacobian, error, (output_token, input_token), level)
             if error <= TOLERANCE[call.dtype] or level == levels[-1]:
                 return jacobian, error, level
     raise AssertionError("unreachable: the last level returns or raises")
+
+
+def _require_derivative(call: Call, jacobian: Tensor, error: float, tokens: tuple[int, int], level: str) -> None:
+    """What agrees with autograd must also be how the block really moves: a part of it may run without gradients."""
+    output_token, input_token = tokens
+    if output_token == input_token:
+        require_not_constant(call, jacobian, error, output_token)
+    if level != "closed" and input_token <= output_token:
+        require_true_gradients(call, jacobian, output_token, input_token)
 
 
 def resolve_token(token: int, seq: int) -> int:

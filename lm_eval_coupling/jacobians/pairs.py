@@ -17,10 +17,13 @@ from lm_eval_coupling.jacobians.certify import certify, with_probe_pulled_back
 from lm_eval_coupling.jacobians.closed import closed_row
 from lm_eval_coupling.jacobians.engine import TOLERANCE, certified_jacobian, certified_jacobians
 from lm_eval_coupling.jacobians.protocol import Call
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 
 AT_ONCE = 16  # input tokens: working memory is that of so many Jacobians and their halves
 
 
+@exact_arithmetic()
+@torch.no_grad()
 def jacobians_of_pairs(
     call: Call, pairs: Sequence[tuple[int, int]], method: str = "auto"
 ) -> tuple[Float[Tensor, "pair d_model d_model"], Float[Tensor, " pair"]]:

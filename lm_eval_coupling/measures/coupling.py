@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.precision import true_float32
 
 
+@true_float32()
 def coupling_matrix(
     J1: Float[Tensor, "*#batch d_model d_model"],
     U2: Float[Tensor, "*#batch d_model rank"],
@@ -27,6 +29,7 @@ def coupling_matrix(
     return U2.mT @ (J1 @ V2)
 
 
+@true_float32()
 def coupling_matrices(
     J: Float[Tensor, "layer d_model d_model"],
     U: Float[Tensor, "basis d_model rank"],
@@ -99,6 +102,7 @@ def miscoupling_to(
     return torch.where(size == 0, torch.nan, distance / size).to(A.dtype)
 
 
+@true_float32()
 def subspace_overlap(
     U1: Float[Tensor, "*#batch d_model rank"], U2: Float[Tensor, "*#batch d_model rank"]
 ) -> Float[Tensor, "*out"]:
@@ -106,6 +110,7 @@ def subspace_overlap(
     return reduce((U2.mT @ U1).square(), "... i j -> ...", "sum") / U1.shape[-1]
 
 
+@true_float32()
 def subspace_overlaps(
     U: Float[Tensor, "layer d_model max_rank"], ranks: Sequence[int]
 ) -> Float[Tensor, "ranks layer layer"]:

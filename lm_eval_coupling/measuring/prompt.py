@@ -20,6 +20,7 @@ from lm_eval_coupling.measures import regularity
 from lm_eval_coupling.measures.tokens import chosen_layers, chosen_tokens, context_coupling, influence, self_coupling
 from lm_eval_coupling.numerics.allocator import keep_freed_memory
 from lm_eval_coupling.numerics.memory import layers_at_once
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank, relative_gap, top_singular
 
 TOKENWISE = {"spectra": influence, "self": self_coupling, "context": context_coupling}
@@ -170,6 +171,7 @@ class _Unmeasurable(RuntimeError):
     pass
 
 
+@exact_arithmetic()
 def measure_coupling(
     model,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -243,6 +245,7 @@ def measure_prompt(model, tokens: Sequence[int], position: int, settings: Settin
     return measure_prompts(model, [tokens], position, settings)[0]
 
 
+@exact_arithmetic()
 def measure_prompts(model, prompts: Sequence[Sequence[int]], position: int, settings: Settings) -> list[PromptCoupling]:
     """The records of several prompts, measured together; what fails together is measured alone."""
     start = time.perf_counter()

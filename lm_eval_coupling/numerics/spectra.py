@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.subspace import leading_right_vectors
 
 # Largest accepted residual, and loss of orthogonality, of the Gram path; rounding costs it eps · σ_1/σ_k.
@@ -43,6 +44,8 @@ class SingularTriplets:
     residual: Float[Tensor, "*batch"]
 
 
+@exact_arithmetic()
+@torch.no_grad()
 def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> SingularTriplets:
     """Return the k largest singular triplets of every matrix in J.
 

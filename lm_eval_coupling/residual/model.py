@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.residual.arguments import Keys
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
@@ -62,6 +63,7 @@ class ResidualModel:
         self._decodes: bool | None = None
 
     @classmethod
+    @exact_arithmetic()
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
         """Boot a TransformerBridge on a copy of ``hf_model``'s module tree over the same weights.
 
@@ -128,6 +130,7 @@ class ResidualModel:
             )
         return list(self.tokenizer.encode(text))
 
+    @exact_arithmetic()
     def trace(
         self,
         tokens: Sequence[int] | Tensor,
@@ -148,6 +151,7 @@ class ResidualModel:
         """
         return self._traces([tokens], dtype, None if output_token is None else [output_token], direction)[0]
 
+    @exact_arithmetic()
     def traces(
         self,
         prompts: Sequence[Sequence[int] | Tensor],
@@ -263,6 +267,7 @@ class ResidualModel:
             return (self._change(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._change(kwargs["hidden_states"])}
 
+    @exact_arithmetic()
     @torch.no_grad()
     def logits(self, resid: Float[Tensor, "points d_model"]) -> Float[Tensor, "points vocabulary"]:
         """What the model would predict from these vectors after its last block (logit lens): its own final norm and head.

@@ -147,8 +147,17 @@ def _stand_in(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     hook = _offload_hook(module)
     if tensor.device.type == "meta" and hook is not None:
         return absent(tensor, lambda: hook.weights_map[name].to(tensor.dtype), hook.execution_device)
-    shared = tensor.detach()
+    shared = _without_inference(tensor.detach())
     return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
+
+
+def _without_inference(tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor that derivatives can pass, where they were made inside ``torch.inference_mode``."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

@@ -53,17 +53,17 @@ def test_jacobian_is_the_unmodified_models(case):
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bloom", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype):
+def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype, device):
     """Derivatives of bf16 weights are those of the same weights in float32, and the weights are left in bf16."""
-    model = cases.tiny_model(case, dtype)
+    model = cases.tiny_model(case, dtype).to(device)
     before = {name: p.clone() for name, p in model.named_parameters()}
     tokens = cases.tiny_tokens(9)
     found = block_jacobians(ResidualModel.wrap(model), tokens, dtype=torch.float32)
-    assert found.jacobians.dtype == torch.float32
+    assert found.jacobians.dtype == torch.float32 and found.device.type == device.type
     assert all(p.dtype == dtype and torch.equal(p, before[name]) for name, p in model.named_parameters())
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).cpu().double()
     for layer, jacobian in enumerate(found.jacobians):
-        assert worst(jacobian.double(), oracle(twin, tokens, layer, 8, 8)) < 2e-5
+        assert worst(jacobian.cpu().double(), oracle(twin, tokens, layer, 8, 8)) < 2e-5
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "falcon-alibi", "gemma2"])
