@@ -17,7 +17,7 @@ _PUBLIC = {
     "PromptCoupling": "measuring.prompt",
     "measure_coupling": "measuring.prompt",
     "run_coupling_hf": "paper",
-    "load_records": "saved.tables",
+    "load_records": "saved.records",
     "load_runs": "saved.results",
 }
 

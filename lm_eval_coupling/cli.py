@@ -49,10 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="folder for results, tables and pictures")
     demo.set_defaults(command=_demo)
     show = commands.add_parser("show", help="coupling of a saved run, per task; one document's layer-by-layer matrix")
-    show.add_argument("folder", type=Path, metavar="OUT", help="folder that lm-eval wrote, searched recursively")
+    show.add_argument(
+        "folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote, searched recursively"
+    )
     show.add_argument("--task", metavar="T", help="this task only, with its profile over layers")
     show.add_argument("--doc", type=int, metavar="N", help="the matrix of the document with this doc_id (needs --task)")
-    show.set_defaults(command=_show)
+    show.add_argument("--compare", action="store_true", help="every run against the first, document by document")
+    show.add_argument("--csv", dest="form", action="store_const", const="csv", help="the numbers as CSV")
+    show.add_argument("--json", dest="form", action="store_const", const="json", help="the numbers as JSON")
+    show.set_defaults(command=_show, form="table")
     fit = commands.add_parser("fit", help="does coupling predict the score? Regressions over the saved runs of many models")
     fit.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
     fit.add_argument("--score", metavar="METRIC", help="such as acc_norm; default: the first that lm-eval lists")
@@ -91,7 +96,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from lm_eval_coupling.report.terminal import show
 
-    show(options.folder, options.task, options.doc)
+    show(options.folders, options.task, options.doc, compare=options.compare, form=options.form)
 
 
 def _fit(options: argparse.Namespace) -> None:

@@ -207,9 +207,9 @@ def measured_prompts(out: Path, run_id: str | None) -> list[PromptCoupling]:
         CouplingError: if nothing could be measured.
     """
     from lm_eval_coupling.measuring.prompt import PromptCoupling
-    from lm_eval_coupling.saved.tables import find_tables, load_records
+    from lm_eval_coupling.saved.records import find_tables
 
-    tables = [load_records(file) for file, about in find_tables(out) if about.get("run_id") == run_id]
+    tables = [table.read() for _, table in find_tables(out) if table.about.get("run_id") == run_id]
     return _measured(PromptCoupling.from_columns(row) for table in tables for row in table.to_dict("records"))
 
 

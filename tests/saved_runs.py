@@ -8,7 +8,7 @@ from lm_eval_coupling.saved import tables as records
 
 SETTINGS = {"ranks": [10, 30], "limit": 100, "seed": 0, "measures": ["depth", "regularity"], "position": -1}
 SETTINGS |= {"dtype": "float32", "method": "auto", "measurement_version": 1}
-CHANCE = {10: 0.9487, 30: 0.9832}
+CHANCE = {k: (1 - 1 / k) ** 0.5 for k in (10, 30)}
 DATE = "2025-06-01T12-00-00.123456"
 PAIRS = ("normalized_miscoupling", "miscoupling", "miscoupling_to", "miscoupling_to_absolute", "miscoupling_to_trace")
 PAIRS += ("miscoupling_to_vju", "miscoupling_to_absolute_vju")

@@ -14,7 +14,8 @@ import pandas as pd
 from lm_eval_coupling.fit import across, within, words
 from lm_eval_coupling.fit.observations import Observations, Predictor, observe, scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
-from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.results import require_results, rows_of_runs
+from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.statistics import Fit
 
 __all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
@@ -63,8 +64,10 @@ def fit_runs(
         CouplingError: if there is nothing to compare, a name is unknown, or the runs do not compare.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    runs = load_runs(paths, mixed=mixed, facts=facts)
-    notes: list[str] = []
+    found_runs = find_runs(paths)
+    require_results(found_runs, paths)
+    runs = rows_of_runs(found_runs.runs, mixed=mixed, facts=facts)
+    notes = [f"passed over: {problem}" for problem in found_runs.passed_over]
     rows = scored_rows(runs, notes, score=score, tasks=tasks, mixed=mixed)
     found = observe(rows, notes, x=x)
     main = found.main.name
@@ -73,7 +76,7 @@ def fit_runs(
     tables = {"observations": found.frame, "checkpoints": steps}
     tables["training"] = across.table(training, "lineage", "score", "predictor", "of")
     tables_across, fits, said = _across(found, resamples)
-    read = within.load_documents(paths, _leaves(runs, found, tasks, score))
+    read = within.load_documents(found_runs.runs, _leaves(runs, found, tasks, score))
     tables_within, said_within = _within(read, main)
     return Findings(
         Observations(found.frame, found.predictors, tuple(notes)),

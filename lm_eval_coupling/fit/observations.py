@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.names import labels, run_label
-from lm_eval_coupling.saved.results import is_score
+from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import proportion_error
 
 _LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lm_eval_coupling.fit.across import table
+from lm_eval_coupling.saved.run import SavedRun
 from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.tables import coupling_of, find_tables, load_records
+from lm_eval_coupling.saved.values import prompt_values, ranks_of
 from lm_eval_coupling.statistics import (
     Auroc,
     Correlation,
@@ -31,43 +31,30 @@ from lm_eval_coupling.statistics import (
 POOLED = "all tasks"
 BINS = 5
 _REGULARITY = ["line_shape_score", "expodistance"]
-_READ = ["task", "doc_hash", "n_tokens", "ranks", "normalized_miscoupling", *_REGULARITY, "weights"]
 
 
-def load_documents(paths: Iterable[Path | str], rows: pd.DataFrame) -> pd.DataFrame:
+def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame:
     """The measured documents of the runs in ``rows`` (of ``load_runs``, with ``label``); empty if no table is found.
 
     Args:
-        paths: where the coupling tables are, searched recursively.
+        runs: with their tables and samples.
         rows: one per model and task; ``metric`` tells right from wrong.
     """
-    wanted = {(row["run_id"], row["task"]): row for row in rows.to_dict("records") if row["run_id"]}
+    wanted = {(row["file"], row["task"]): row for row in rows.to_dict("records")}
     frames = []
-    for file, about in _tables(paths):
-        if row := wanted.pop((about.get("run_id"), about["task"]), None):
-            samples = Path(row["file"]).parent / f"samples_{row['task']}_{row['date']}.jsonl"
-            answers = read_answers(samples, row["metric"])
-            records = load_records(file, columns=_READ)
-            if "weights" in records:  # an untrained twin answers nothing
-                records = records[records["weights"] == "trained"]
-            frames.append(_documents(records, answers, row["metric"]).assign(model=row["label"]))
+    for run in runs:
+        for saved in run.tables:
+            if row := wanted.pop((str(run.file), saved.task), None):
+                answers = read_answers(run.samples(saved.task), row["metric"])
+                documents = _documents(prompt_values(saved), answers, row["metric"])
+                frames.append(documents.assign(model=row["label"]))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _tables(paths: Iterable[Path | str]) -> Iterable[tuple[Path, dict[str, Any]]]:
-    for root in map(Path, paths):
-        folder = root if root.is_dir() else root.parent
-        if next(folder.rglob("coupling_*.parquet"), None):
-            yield from find_tables(folder, newest=False)
-
-
-def _documents(records: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str) -> pd.DataFrame:
-    values = records[_REGULARITY].copy()
-    for index, rank in enumerate(records["ranks"].iloc[0]):
-        matrices = records["normalized_miscoupling"]
-        values[f"coupling@{rank}"] = [math.nan if m is None else coupling_of(m[index]) for m in matrices]
-    values["prompt_tokens"] = records["n_tokens"]
-    documents = values.groupby([records["task"], records["doc_hash"]]).mean().reset_index()
+def _documents(prompts: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str) -> pd.DataFrame:
+    values = prompts[[*_REGULARITY, *(f"coupling@{rank}" for rank in ranks_of(prompts))]].copy()
+    values["prompt_tokens"] = prompts["n_tokens"]
+    documents = values.groupby([prompts["task"], prompts["doc_hash"]]).mean().reset_index()
     found = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
     score = [answer.get("scores", {}).get(metric, math.nan) for answer in found]
     score = pd.Series([answer.get("scores", {}).get(metric, math.nan) for answer in found], dtype=float)

@@ -1,4 +1,4 @@
-"""What a model is besides its weights: family, tuned or not, training step. From its name, or from a CSV file."""
+"""How runs are called, and what is known of their models: family, tuned or not, training step, from name or CSV file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.saved.prompting import differing
 
 FACTS = ("family", "tuned", "training_tokens", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(?:\d+x)?\d+(?:[._]\d+)?[kmb]|nano|tiny|mini|small|base|medium|large|x+l)(?![a-z0-9])")
 _TUNED = re.compile(r"(?<![a-z])(?:instruct|chat|it|sft|dpo|ppo|rlhf|orpo|tuned|aligned|assistant)(?![a-z])")
+_LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 _STEP = re.compile(r"(?:global_?step|step|iter|checkpoint|ckpt)[-_]?(\d+)")
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([mbt])")
 
@@ -37,6 +39,11 @@ def labels(models: Iterable[str]) -> dict[str, str]:
     return {model: names[of] if of == model else f"{names[of]}/{short_name(model)}" for model, of in lineages.items()}
 
 
+def full_names(models: Iterable[str]) -> dict[str, str]:
+    """By model, its whole name on the hub; of a local folder only as much as tells it from the others."""
+    return {model: label if _LOCAL.match(model) else model for model, label in labels(models).items()}
+
+
 def ends_with(model: str, end: str) -> bool:
     """Whether the last parts of a model's name are these, as they are of a model and its label."""
     parts = _parts(end)
@@ -46,6 +53,38 @@ def ends_with(model: str, end: str) -> bool:
 def run_label(name: str, revision: str | None) -> str:
     """The label of a model with its revision, if that is not main."""
     return name if revision in (None, "main") else f"{name}@{revision}"
+
+
+def label_rows(rows: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.Series:
+    """What tells each row from the others of its task: model, revision, and no more than is needed of the rest.
+
+    Args:
+        rows: ``model, revision, variant, fingerprint, prompting, task``; unknown is None.
+        names: of the models; by default :func:`labels`.
+
+    Returns:
+        Labels such as ``pythia-410m@step1000``, ``base (5-shot)``, ``base #3f9a01bc``: the same for all rows of the same
+        weights, but for what the prompts of one task are told apart by.
+    """
+    weights = pd.Series(map(run_label, label_weights(rows, names), rows["revision"]), rows.index, dtype=object)
+    prints = rows["fingerprint"].map(lambda digest: f"#{digest[:8]}" if isinstance(digest, str) else "")
+    weights = _told_apart(weights, prints, [weights], " {}")
+    prompting = rows["prompting"].fillna("")
+    for _, of in prompting.groupby([weights, rows["task"]]):
+        prompting[of.index] = of.map(differing(of.unique()))
+    return _told_apart(weights, prompting, [weights, rows["task"]], " ({})")
+
+
+def label_weights(rows: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.Series:
+    """The part of :func:`label_rows` that names the model: of ``model`` and ``variant``, no more than is needed."""
+    short = rows["model"].map(names or labels(rows["model"].unique()))
+    return _told_apart(short, rows["variant"].fillna(""), [short], " [{}]")
+
+
+def _told_apart(names: pd.Series, more: pd.Series, within: list[pd.Series], form: str) -> pd.Series:
+    """``names`` with ``more`` where rows of one name (and task) differ in it."""
+    several = more.where(more != "").groupby(within).transform("nunique") + (more == "").groupby(within).transform("any") > 1
+    return names.where(~several | (more == ""), names + more.map(form.format))
 
 
 def _parts(model: str) -> tuple[str, ...]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lm_eval_coupling.saved.jsonlines import read_json_lines
 
 _TEXT = 1000  # characters of an answer
 
 
-def read_answers(file: Path, main_score: str | None) -> dict[str, dict[str, Any]]:
-    """Answers by ``doc_hash``; none if there is no such file.
+def read_answers(file: Path | None, main_score: str | None) -> dict[str, dict[str, Any]]:
+    """Answers by ``doc_hash``; none if there is no file.
 
     Args:
         file: lm-eval's samples of one task.
@@ -25,7 +26,7 @@ def read_answers(file: Path, main_score: str | None) -> dict[str, dict[str, Any]
     """
     answers: dict[str, dict[str, Any]] = {}
     main_filter = (main_score or ",").split(",", 1)[1]
-    for sample in _lines(file):
+    for sample in read_json_lines(file) if file else ():
         answer = answers.setdefault(str(sample.get("doc_hash")), {"scores": {}})
         answer["scores"] |= _scores(sample)
         if "given" not in answer or sample.get("filter") == main_filter:  # one line per filter of the task
@@ -33,20 +34,6 @@ def read_answers(file: Path, main_score: str | None) -> dict[str, dict[str, Any]
     for answer in answers.values():
         answer["right"] = {0: False, 1: True}.get(answer["scores"].get(main_score))
     return answers
-
-
-def _lines(file: Path) -> Iterable[Mapping[str, Any]]:
-    """The samples; a line that a killed run left unfinished is passed over."""
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                sample = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(sample, dict):
-                yield sample
 
 
 def _scores(sample: Mapping[str, Any]) -> dict[str, float]:

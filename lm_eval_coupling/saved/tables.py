@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.results import load_runs
-
-__all__ = [
-    "COLUMNS",
-    "SCHEMA_VERSION",
-    "find_tables",
-    "load_records",
-    "load_runs",
-    "read_provenance",
-    "require",
-    "write_tables",
-]
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
+_GROUP = 64  # rows: whoever wants one document reads the matrices of so many
 
 
 def _nested(depth: int) -> pa.DataType:
@@ -52,6 +41,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "kind": pa.string(),
     "weights": pa.string(),
     "text": pa.string(),
+    "coupling": pa.list_(pa.float64()),
     "n_tokens": pa.int64(),
     "tokens": pa.list_(pa.int64()),
     "position": pa.int64(),
@@ -135,49 +125,16 @@ def write_tables(
     return written
 
 
-def load_records(
-    path: Path | str, *, newest: bool = True, columns: Sequence[str] | None = None, weights: str = "trained"
-) -> pd.DataFrame:
-    """Read saved tables.
-
-    Args:
-        path: one table, or a folder that is searched recursively.
-        newest: keep only the newest table of each model and task in each folder.
-        columns: only those columns of the record that are named here, which saves most of the time.
-        weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``, told apart in a column.
-
-    Returns:
-        One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
-        measured), and ``model``, ``revision``, ``fingerprint``, ``date`` of the run, ``untrained_seed`` of a twin's weights.
-
-    Raises:
-        CouplingError: if there is no table, or one is not ours or of another schema version.
-    """
-    if weights not in ("trained", "untrained", "all"):
-        raise CouplingError(f"got weights={weights!r}, expected trained, untrained or all")
-    tables = find_tables(path, newest=newest)
-    frames = []
-    for file, about in tables:
-        names = pq.read_schema(file).names
-        wanted = None if columns is None else [name for name in names if name in (*columns, "weights")]
-        frame = _frame(pq.read_table(file, columns=wanted))
-        # Tables from before there were twins do not say.
-        frame["weights"] = frame["weights"].fillna("trained") if "weights" in frame else "trained"
-        if weights != "all":
-            frame = frame[frame["weights"] == weights].reset_index(drop=True)
-        for name in ("model", "revision", "fingerprint", "date"):
-            frame[name] = pd.Series([about.get(name)] * len(frame), dtype=object)
-        seed = about.get("untrained", {}).get("seed")
-        frame["untrained_seed"] = pd.Series(seed, frame.index, dtype=object).where(frame["weights"] == "untrained", None)
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
-
-
 def coupling_of(normalized_miscoupling: np.ndarray) -> float:
     """1 − the mean of m̃[layer, layer'] over different layers; NaN if nothing is defined."""
     different = ~np.eye(len(normalized_miscoupling), dtype=bool)
     known = normalized_miscoupling[different & ~np.isnan(normalized_miscoupling)].astype(np.float64)
     return 1 - float(known.mean()) if known.size else math.nan
+
+
+def couplings_of(normalized_miscoupling: np.ndarray | None) -> list[float] | None:
+    """:func:`coupling_of` at every rank, kept in the table so that nobody reads matrices for a mean."""
+    return None if normalized_miscoupling is None else [coupling_of(matrix) for matrix in normalized_miscoupling]
 
 
 _DEFAULT, _TOKENS = "coupling_measures=depth+regularity", ",coupling_tokens=last8"
@@ -224,23 +181,16 @@ def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFram
     )
 
 
-def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[Path, dict[str, Any]]]:
-    """The tables at ``path`` with their provenance, as :func:`load_records` reads them."""
-    path = Path(path)
-    if not path.exists():
-        raise CouplingError(f"got {path}, which does not exist; give a folder that lm-eval wrote or a coupling table")
-    files = [path] if path.is_file() else sorted(path.rglob("coupling_*.parquet"))
-    if not files:
-        raise CouplingError(
-            f"got {path}, which has no coupling_*.parquet; give the output folder of a run with --model coupling-hf"
-        )
-    tables = [(file, read_provenance(file)) for file in files]
-    if not newest:
-        return tables
-    latest: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
-    for file, about in sorted(tables, key=lambda table: table[1]["date"]):
-        latest[file.parent, about.get("model"), about.get("revision"), about["task"]] = (file, about)
-    return sorted(latest.values(), key=lambda table: table[0])
+def open_table(file: Path) -> pq.ParquetFile:
+    """A table for reading by columns and some rows at a time; close it, or use it in a ``with``.
+
+    Raises:
+        CouplingError: if it is not readable.
+    """
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise CouplingError(f"got {file}, which cannot be read ({error}); copy it again or measure again") from None
 
 
 def read_provenance(file: Path | str) -> dict[str, Any]:
@@ -277,7 +227,7 @@ def _write_atomically(table: pa.Table, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace must not cross file systems
     try:
         with open(unfinished, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", row_group_size=_GROUP)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -286,14 +236,17 @@ def _write_atomically(table: pa.Table, path: Path) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    rows = [dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows]
     names = list(COLUMNS) + [name for name in rows[0] if name not in COLUMNS]
     return pa.table({name: _column([row.get(name) for row in rows], COLUMNS.get(name)) for name in names})
 
 
-def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:
     arrays = [v for v in values if isinstance(v, np.ndarray)]
     if arrays and (kind is None or _innermost(kind) == pa.float32()):
-        return _array_column(values, arrays[0].ndim)
+        # In parts, each with offsets of its own: those of a whole table may be more than 32 bits hold.
+        parts = [values[first : first + _GROUP] for first in range(0, len(values), _GROUP)]
+        return pa.chunked_array([_array_column(part, arrays[0].ndim) for part in parts])
     plain = [v.tolist() if isinstance(v, np.ndarray | np.generic) else v for v in values]
     # from_pandas=False: NaN is a value, not a missing one
     return pa.array([_encodable(v) for v in plain], type=kind, from_pandas=False)
@@ -314,7 +267,7 @@ def _array_column(values: list[np.ndarray | None], depth: int) -> pa.Array:
     """Nested float32 lists, built from one flat buffer; ``None`` becomes null."""
     shapes = [(0,) * depth if v is None else v.shape for v in values]
     flat = [np.asarray(v, np.float32).ravel() for v in values if v is not None]
-    nested: pa.Array = pa.array(np.concatenate(flat), from_pandas=False)
+    nested: pa.Array = pa.array(np.concatenate([np.empty(0, np.float32), *flat]), from_pandas=False)
     for level in reversed(range(1, depth)):
         sizes = [np.full(math.prod(shape[:level]), shape[level]) for shape in shapes]
         nested = pa.ListArray.from_arrays(_offsets(np.concatenate(sizes)), nested)
@@ -326,26 +279,30 @@ def _offsets(sizes: Any) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = column.type
-        if pa.types.is_list(kind) and _innermost(kind) == pa.float32():
-            columns[name] = pd.Series([_to_numpy(value) for value in column], dtype=object)
-        elif pa.types.is_floating(kind) or (pa.types.is_integer(kind) and not column.null_count):
-            columns[name] = column.to_pandas()
-        else:
-            lists = column.to_pylist()
-            columns[name] = pd.Series([tuple(v) if isinstance(v, list) else v for v in lists], dtype=object)
-    return pd.DataFrame(columns)
+def frame_of(table: pa.Table | pa.RecordBatch) -> pd.DataFrame:
+    """Rows in pandas: nested float32 lists as arrays, other lists as tuples; what is missing is None."""
+    return pd.DataFrame({name: _series(table.column(name)) for name in table.schema.names})
 
 
-def _to_numpy(value: pa.Scalar) -> np.ndarray | None:
-    if not value.is_valid:
-        return None
-    inner, shape, count = value.values, [len(value.values)], len(value.values)
+def _series(column: pa.Array | pa.ChunkedArray) -> pd.Series:
+    kind = column.type
+    if pa.types.is_list(kind) and _innermost(kind) == pa.float32():
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        return pd.Series([value for chunk in chunks for value in _arrays(chunk)], dtype=object)
+    if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and not column.null_count):
+        return column.to_pandas()
+    return pd.Series([tuple(value) if isinstance(value, list) else value for value in column.to_pylist()], dtype=object)
+
+
+def _arrays(column: pa.ListArray) -> Iterator[np.ndarray | None]:
+    """Each row's array, cut out of the one buffer that holds them all; its shape from where every level's lists end."""
+    ends, inner = [np.asarray(column.offsets)], column.values
     while pa.types.is_list(inner.type):
-        inner = inner.flatten()
-        shape.append(len(inner) // count if count else 0)
-        count = len(inner)
-    return np.array(inner.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(shape)
+        ends.append(np.asarray(inner.offsets)[ends[-1]])
+        inner = inner.values
+    flat = inner.to_numpy(zero_copy_only=False)
+    sizes = np.diff(ends)
+    for row, valid in enumerate(column.is_valid().to_pylist()):
+        counts = sizes[:, row]
+        shape = [counts[0], *(size // count if count else 0 for count, size in zip(counts, counts[1:], strict=False))]
+        yield np.array(flat[ends[-1][row] : ends[-1][row + 1]], dtype=np.float32).reshape(shape) if valid else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -13,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.tables import find_tables
+from lm_eval_coupling.saved.jsonlines import read_json_lines
+from lm_eval_coupling.saved.records import find_tables
+from lm_eval_coupling.saved.run import SavedTable
 from lm_eval_coupling.statistics import Estimate, as_frame, correlation
 from lm_eval_coupling.studies.tables import RUN
 
@@ -119,17 +120,13 @@ def fields(paths: Iterable[Path | str], column: str, count: str | None = None) -
 
 
 def _samples(path: Path | str) -> Iterable[dict[str, Any]]:
-    found = {(file.parent, about["date"]) for file, about in find_tables(path)}
-    for folder, date in sorted(found):
-        for file in sorted(folder.glob(f"samples_*_{date}.jsonl")):
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        sample = json.loads(line)
-                    except ValueError:  # the last line of a run that was killed
-                        continue
-                    if isinstance(sample.get("doc"), dict):
-                        yield sample
+    for file in sorted({run.samples(table.task) or _beside(table) for run, table in find_tables(path)}):
+        yield from (sample for sample in read_json_lines(file) if isinstance(sample.get("doc"), dict))
+
+
+def _beside(table: SavedTable) -> Path:
+    """Samples of a table whose results are not there."""
+    return table.file.parent / f"samples_{table.task}_{table.about['date']}.jsonl"
 
 
 def _number(value: Any, count: str | None) -> float:

@@ -9,33 +9,55 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.names import ends_with, labels, run_label
-from lm_eval_coupling.saved.tables import load_records, require
+from lm_eval_coupling.saved.names import ends_with, label_weights, run_label
+from lm_eval_coupling.saved.prompting import differing
+from lm_eval_coupling.saved.records import read_table, require_tables
+from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.tables import require
 from lm_eval_coupling.studies.measures import MEASURES, miscoupling
 
 RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
+_KEYS = [*DOCUMENT, "doc_id", "prompt_index", "weights", "n_tokens", "position", "ranks", "measures"]
 
 
-def read(paths: Iterable[Path | str], tasks: Sequence[str] | None = None, *, weights: str | None = None) -> pd.DataFrame:
+def read(
+    paths: Iterable[Path | str],
+    tasks: Sequence[str] | None = None,
+    *,
+    weights: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
     """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
+
+    ``columns``: those that are needed besides what tells prompts apart; all by default, which takes long.
 
     ``model`` is no more of a model's name than tells it from all others there, whatever the tasks
     (:func:`~lm_eval_coupling.saved.names.labels`): the same in every table and picture.
 
     Raises:
-        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records
-            or two untrained twins'.
+        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records,
+            two untrained twins' or two ways of making the prompts.
     """
-    records = pd.concat([load_records(path, weights="all") for path in paths], ignore_index=True)
-    records["revision"] = records["revision"].fillna("main")
-    records["model"] = records["model"].map(labels(records["model"].unique()))
-    if tasks and not records["task"].isin(tasks).all():
-        known = sorted(records["task"].unique())
-        if unknown := [task for task in tasks if task not in known]:
-            raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
-        records = records[records["task"].isin(tasks)]
+    paths = list(paths)
+    runs = find_runs(paths)
+    tables = runs.newest_tables()
+    require_tables(tables, runs, ", ".join(map(str, paths)))
+    names = label_weights(pd.DataFrame([dict(model=r.model, variant=r.variant) for r, _ in tables])).tolist()
+    known = sorted({table.task for _, table in tables})
+    if unknown := [task for task in tasks or () if task not in known]:
+        raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
+    wanted = None if columns is None else [*_KEYS, *columns]
+    records = pd.concat(
+        [
+            read_table(run, table, wanted, "all").assign(model=name)
+            for name, (run, table) in zip(names, tables, strict=True)
+            if not tasks or table.task in tasks
+        ],
+        ignore_index=True,
+    )
     _require_one_model_a_name(records)
+    _require_one_prompt_a_document(records)
     prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
     if weights:
         records = require(records, [], weights=weights)
@@ -53,6 +75,27 @@ def _require_one_model_a_name(records: pd.DataFrame) -> None:
                 f"got {label(*run)} with different weights or configuration under one name (fingerprints {told}), expected "
                 "one; give folders or --tasks that have one of them only"
             )
+
+
+def _require_one_prompt_a_document(records: pd.DataFrame) -> None:
+    """Prompts with 0 and 5 examples of the same documents are no sample of one thing."""
+    for (model, revision, task), of in records.groupby(["model", "revision", "task"], sort=False):
+        if of["prompting"].nunique() > 1:
+            told = "; ".join(differing(of["prompting"].unique()).values())
+        elif of["date"].nunique() > 1 and not _same_prompts(of):
+            told = "of " + " and of ".join(sorted(of["date"].unique()))
+        else:
+            continue
+        raise CouplingError(
+            f"got {task} of {label(model, revision)} with different prompts ({told}), expected one way of making them; give "
+            "folders of one of them"
+        )
+
+
+def _same_prompts(of: pd.DataFrame) -> bool:
+    """Whether a document that several runs measured had the same prompts in all of them."""
+    prompts = of.groupby(["doc_hash", "date"])["prompt_hash"].agg(lambda hashes: tuple(sorted(set(hashes))))
+    return not (prompts.groupby(level="doc_hash").nunique() > 1).any()
 
 
 def _require_one_twin_a_name(records: pd.DataFrame) -> None:

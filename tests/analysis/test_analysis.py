@@ -24,7 +24,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas, coupling_matrices, graph, lines, trajectories
 from lm_eval_coupling.measures.coupling import chance_level
 from lm_eval_coupling.measuring import matrices as measured
-from lm_eval_coupling.saved.tables import load_records, require, write_tables
+from lm_eval_coupling.saved.records import load_records
+from lm_eval_coupling.saved.tables import require, write_tables
 from lm_eval_coupling.studies import by_document, singular_values, tables, tokens, training
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"

@@ -21,6 +21,7 @@ from lm_eval_coupling.fit.observations import observe, scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
 from lm_eval_coupling.fit.within import POOLED, load_documents
 from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.statistics import correlation
 
 QUICK = 199  # resamples
@@ -313,7 +314,7 @@ class TestDocuments:
 
     def documents(self, folder):
         runs = load_runs(folder)
-        return load_documents([folder], runs.assign(label=runs["model"]))
+        return load_documents(find_runs(folder).runs, runs.assign(label=runs["model"]))
 
     def test_records_meet_their_answers(self, tmp_path):
         save_documents(tmp_path, "a", self.VALUES, self.RIGHT, likelihoods={1: (-0.5, -4.0), 2: (-9.0, -1.0)})
@@ -454,5 +455,5 @@ def test_a_failed_measurement_is_no_number(tmp_path):
     where = save_model(tmp_path, "a", 0.2, {"arc": 0.5}, rows=rows)
     write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
     runs = load_runs(tmp_path)
-    found = load_documents([tmp_path], runs.assign(label="a")).set_index("doc_hash")
+    found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a")).set_index("doc_hash")
     assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(found.loc["d0", "coupling@10"])

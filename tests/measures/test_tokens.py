@@ -217,7 +217,8 @@ def test_a_token_outside_the_prompt_costs_that_measure_only(wrapped):
 
 
 def test_records_of_these_measures_round_trip(wrapped, tmp_path):
-    from lm_eval_coupling.saved.tables import load_records, write_tables
+    from lm_eval_coupling.saved.records import load_records
+    from lm_eval_coupling.saved.tables import write_tables
 
     found = measured(wrapped, *measure.MEASURES, tokens="last2", trajectories=True)
     about = {"task": "t", "doc_id": 0, "doc_hash": "d", "prompt_hash": "p", "prompt_index": 0, "weights": "trained"}

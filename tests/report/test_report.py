@@ -21,10 +21,10 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.page import embeddable_json, gather, page, write_report
 from lm_eval_coupling.report.prompts import pack
-from lm_eval_coupling.report.terminal import coupling_of_documents
 from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.tables import load_records
+from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
 
 NASTY = (
     "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=2'> \"quoted\" {{script}} & &amp; \\u003c "
@@ -120,8 +120,8 @@ class TestNumbers:
         ]
         documents.append(record("arc", 5)["normalized_miscoupling"][at])
         np.testing.assert_allclose(found, np.mean(documents, axis=0), atol=6e-5)
-        records = load_records(saved / "org__tiny").query("task == 'arc'")
-        mean, _, n = coupling_of_documents(records, rank)
+        (own,) = [t for _, t in find_runs(saved / "org__tiny").newest_tables() if t.task == "arc"]
+        mean, _, n = mean_and_error(document_values(prompt_values(own), f"coupling@{rank}"))
         assert table["measured"] == n == 4
         assert 1 - found[~np.eye(4, dtype=bool)].mean() == pytest.approx(mean, abs=1e-4)
 

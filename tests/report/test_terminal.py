@@ -1,19 +1,24 @@
 """What `show` prints: every number right, every table within the terminal's width."""
 
 import io
+import json
 import re
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from saved_runs import record, save, task_summary
+from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.report.terminal import coupling_of_documents, show
-from lm_eval_coupling.saved.tables import load_records
+from lm_eval_coupling.report.terminal import show
+from lm_eval_coupling.saved.records import load_records
+from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
 
 
 def printed(folder, task=None, doc=None, width=120, colour=False):
@@ -53,7 +58,7 @@ def test_overview(run):
 def test_one_table_per_model(run):
     save(run, {"arc": task_summary()}, model="org/other", rows=[record()])
     text = printed(run)
-    assert text.index("org/other") < text.index("org/tiny") and text.count("missing") == 2
+    assert text.index("org/other") < text.index("org/tiny") and text.count("Missing of") == 1
 
 
 def test_layer_profile(run):
@@ -65,7 +70,7 @@ def test_layer_profile(run):
 
 def test_matrix_of_a_document(run):
     text = printed(run, "gsm", 1)
-    assert "Question 1: why is the sky blue?" in text and "token 4 of 5" in text
+    assert "Question 1: why is the sky blue?" in text and "token 5 of 5" in text
     cells = [line for line in text.splitlines() if re.fullmatch(r" *\d+( +\d+){30} *", line)]
     found = np.array([[int(cell) for cell in line.split()] for line in cells])
     expected = np.floor(record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float) * 100)
@@ -116,7 +121,8 @@ def test_unknown_tasks_and_documents_name_what_there_is(run):
 def test_coupling_is_that_of_the_measurement(run):
     measure = pytest.importorskip("lm_eval_coupling.measuring.prompt")
     one = load_records(run).query("task == 'gsm'").iloc[[0]]
-    mean, error, n = coupling_of_documents(one, 30)
+    (table,) = [table for _, table in find_runs(run).newest_tables() if table.task == "gsm"]
+    mean, error, n = mean_and_error(document_values(prompt_values(table).iloc[[0]], "coupling@30"))
     assert n == 1 and np.isnan(error)
     assert mean == pytest.approx(measure.PromptCoupling.from_columns(one.iloc[0].to_dict()).coupling(30), abs=1e-6)
 
@@ -128,4 +134,91 @@ def test_nothing_heavy_is_imported():
 
 def test_overview_is_legible_in_80_columns(run):
     lines = printed(run, width=80).splitlines()
-    assert any(all(name in line for name in ("docs", "coupling", "chance", "excess", "worst error")) for line in lines)
+    assert any(all(name in line for name in ("docs", "coupling", "chance", "excess", "error")) for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 66, 72, 80, 100])
+def test_no_word_and_no_number_is_broken(tmp_path, width):
+    """At 80 columns and below, `arc_easy` was printed as `arc_e` and `asy`, `missing` as `missi` and `ng`."""
+    long = ["mmlu_", "high_", "school_", "european_", "history"]
+    names = ["arc_easy", "".join(long), "gsm8k"]
+    rows = [record(name, doc_id=i) | {"weights": w} for name in names for i in range(3) for w in ("trained", "untrained")]
+    save(tmp_path, {name: task_summary() for name in names}, rows=rows, untrained={"seed": 0})
+    pieces = {"".join(long[i:j]) for i in range(5) for j in range(i + 1, 6)}
+    lines = [line for line in printed(tmp_path, width=width).splitlines() if not line.startswith("Chance:")]
+    words = set(re.findall(r"\S+", printed(tmp_path, width=200)))
+    assert set(" ".join(lines).split()) <= words | pieces
+
+
+def test_untrained_weights_stand_beside_with_the_paired_difference(tmp_path):
+    """The untrained twin took half of the time and was shown nowhere."""
+    trained = [record(doc_id=i) for i in range(5)]
+    twins = [record(doc_id=i, seed=3) | {"weights": "untrained"} for i in range(4)]  # one was not measured
+    save(tmp_path, {"arc": task_summary()}, rows=[*trained, *twins], untrained={"seed": 7})
+    off = ~np.eye(4, dtype=bool)
+    own, other = ([1 - r["normalized_miscoupling"][0][off].mean(dtype=float) for r in rows] for rows in (trained, twins))
+    difference = np.subtract(own[:4], other)
+    text = printed(tmp_path)
+    assert "untrained weights (seed 7)" in text
+    expected = f"{difference.mean():+.4f} ± {difference.std(ddof=1) / 2:.4f}".replace("-", "−")
+    assert expected in text and f"{np.mean(other):.4f} ± {np.std(other, ddof=1) / 2:.4f}" in text
+
+
+def test_prompts_made_in_two_ways_stand_apart(tmp_path):
+    """The same model and task with 2 and with 5 examples were printed as two tables under one caption."""
+    for shots, date in ((2, "2025-06-01T00-00-00"), (5, "2025-06-02T00-00-00")):
+        where = save(tmp_path, {"arc": task_summary()}, rows=[record(seed=shots)], date=date, run_id=f"run{shots}")
+        file = where / f"results_{date}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": {"arc": shots}}))
+    text = printed(tmp_path)
+    assert "org/tiny (2-shot), 4 layers" in text and "org/tiny (5-shot), 4 layers" in text
+
+
+def test_runs_are_compared_document_by_document(tmp_path):
+    for model, seed, documents in (("base", 1, range(6)), ("tuned", 2, range(2, 8))):
+        save(
+            tmp_path,
+            {"arc": task_summary()},
+            model=model,
+            rows=[record(doc_id=i, seed=seed) for i in documents],
+            run_id=model,
+        )
+    off = ~np.eye(4, dtype=bool)
+    base, tuned = (
+        np.array([1 - record(doc_id=i, seed=s)["normalized_miscoupling"][1][off].mean(dtype=float) for i in range(2, 6)])
+        for s in (1, 2)
+    )
+    interval = stats.ttest_rel(tuned, base).confidence_interval()
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out, width=80), compare=True)
+    (line,) = [line for line in out.getvalue().splitlines() if re.search(r" 30 ", line)]
+    assert line.replace("−", "-").split()[-3:] == [f"{v:+.4f}" for v in ((tuned - base).mean(), *interval)]
+    assert "Compared with base" in out.getvalue() and " 4  30" in line
+
+
+def test_numbers_for_other_programs(run):
+    out = io.StringIO()
+    show(run, console=Console(file=out, width=60), form="csv")
+    table = pd.read_csv(io.StringIO(out.getvalue()))
+    assert table["task"].tolist() == ["arc", "arc", "gsm", "gsm"] and table["documents"].tolist() == [3, 3, 2, 2]
+    out = io.StringIO()
+    show(run, "gsm", console=Console(file=out, width=60), form="json")
+    rows = json.loads(out.getvalue(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [row["rank"] for row in rows] == [10, 30]
+
+
+def test_bars_show_how_layers_differ(tmp_path):
+    """Bars from 0 of numbers such as 0.93 and 0.95 were all of one length."""
+    row = record()
+    row["normalized_miscoupling"] = 0.93 + 0.02 * row["normalized_miscoupling"]
+    save(tmp_path, {"arc": task_summary()}, rows=[row])
+    bars = [line.count("█") for line in printed(tmp_path, "arc").splitlines() if "█" in line]
+    assert len(bars) == 4 and max(bars) > 10 * min(bars)
+
+
+def test_one_bad_file_is_named_and_passed_over(run, caplog):
+    """One half-written table ended the command for all the others."""
+    (run / "coupling_broken.parquet").write_bytes(b"PAR1 half a table")
+    (run / "results_broken.json").write_text("{")
+    text = printed(run)
+    assert "org/tiny" in text and "coupling_broken.parquet" in caplog.text and "results_broken.json" in caplog.text

@@ -1,0 +1,111 @@
+"""What a terminal shows of saved runs, as rows of numbers: one per run, task and rank."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_coupling.saved.names import full_names, label_rows
+from lm_eval_coupling.saved.run import SavedRun, SavedTable
+from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
+from lm_eval_coupling.statistics.results import Estimate
+
+_REGULARITY = ("line_shape_score", "expodistance")
+
+
+def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
+    """One row per table and rank: means over documents with their standard errors, trained beside untrained weights.
+
+    Columns: ``label`` (of the run), ``folder, model, revision, variant, prompting, task, documents, rank, coupling,
+    coupling_stderr, chance, excess``; ``untrained, untrained_stderr, paired`` (documents that both weights have),
+    ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); ``line_shape_score,
+    expodistance`` with errors; ``worst_certificate, missing`` (in words), ``seed`` of the untrained weights.
+    """
+    rows = pd.DataFrame([row for run, table in tables for row in _rows(run, table)])
+    return rows.assign(label=label_rows(rows, full_names(rows["model"].unique())))
+
+
+def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
+    trained = prompt_values(table)
+    untrained = prompt_values(table, "untrained")
+    about = {"folder": str(table.file.parent), "model": run.model, "revision": run.revision, "variant": run.variant}
+    about |= {"fingerprint": run.fingerprint, "prompting": run.prompting(table.task), "task": table.task}
+    regularity: dict[str, float] = {}
+    for name in _REGULARITY:
+        regularity[name], regularity[f"{name}_stderr"], _ = mean_and_error(document_values(trained, name))
+    rest = {
+        "worst_certificate": trained["worst_certificate"].max(),
+        "missing": _missing(trained),
+        "seed": (table.about.get("untrained") or {}).get("seed"),
+    }
+    for rank in ranks_of(trained) or [None]:
+        yield about | _coupling(trained, untrained, rank) | regularity | rest
+
+
+def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) -> dict[str, Any]:
+    name = f"coupling@{rank}"
+    own, twin = (document_values(v, name) if name in v else pd.Series(dtype=float) for v in (trained, untrained))
+    mean, error, n = mean_and_error(own)
+    chance = math.nan if rank is None else 1 - math.sqrt(1 - 1 / rank)
+    found = {"rank": rank, "documents": n, "coupling": mean, "coupling_stderr": error, "chance": chance}
+    found |= {"excess": mean - chance}
+    found["untrained"], found["untrained_stderr"], _ = mean_and_error(twin)
+    return found | paired(own, twin)
+
+
+def paired(first: pd.Series, second: pd.Series) -> dict[str, float | int]:
+    """``difference``, first less second over the documents that both have, with Student's 95 % interval."""
+    differences = (first - second).dropna() if len(first) and len(second) else pd.Series(dtype=float)
+    mean, error, n = mean_and_error(differences)
+    estimate = Estimate.from_t(mean, error, max(n - 1, 1), 0.95)
+    return {
+        "paired": n,
+        "difference": mean,
+        "difference_stderr": error,
+        "difference_low": estimate.low,
+        "difference_high": estimate.high,
+    }
+
+
+def _missing(values: pd.DataFrame) -> str:
+    """How many prompts were not measured, and why."""
+    names = [f"coupling@{rank}" for rank in ranks_of(values)]
+    missing = values[values[names].isna().all(axis=1)] if names else values
+    reasons = Counter(reason or "not asked for" for reason in missing["reason"])
+    return "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+
+
+def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
+    """Every later run against the first, over the documents that both have: base and instruct, 0 and 5 shots.
+
+    Documents are paired by ``doc_hash``: their prompts may differ. Columns: ``label, base, task, rank, coupling`` and
+    ``base_coupling`` (means of the documents that are paired), and those of :func:`paired`.
+    """
+    about = overview(tables).drop_duplicates(["folder", "label", "task"])
+    labels = about["label"].tolist()
+    couplings = [_by_document(prompt_values(table)) for _, table in tables]
+    runs = list(dict.fromkeys(labels))
+    found = []
+    for label, task, own in zip(labels, about["task"], couplings, strict=True):
+        for base, base_task, other in zip(labels, about["task"], couplings, strict=True):
+            if base != runs[0] or label == base or task != base_task:
+                continue
+            for name in [name for name in own if name in other]:
+                both = pd.concat([own[name], other[name]], axis=1, join="inner").dropna()
+                means = {"coupling": both.iloc[:, 0].mean(), "base_coupling": both.iloc[:, 1].mean()}
+                rank = int(name.removeprefix("coupling@"))
+                found.append(
+                    {"label": label, "base": base, "task": task, "rank": rank}
+                    | means
+                    | paired(both.iloc[:, 0], both.iloc[:, 1])
+                )
+    return pd.DataFrame(found)
+
+
+def _by_document(values: pd.DataFrame) -> pd.DataFrame:
+    names = [f"coupling@{rank}" for rank in ranks_of(values)]
+    return values.groupby("doc_hash")[names].mean()
