@@ -25,8 +25,7 @@ from lm_eval_coupling.measures.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.measuring.prompt import DTYPES, Settings, top_singular_by_parts
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import numerical_rank
-from lm_eval_coupling.residual import ResidualModel, TrueDtype
-from lm_eval_coupling.residual.weights import upcast
+from lm_eval_coupling.residual import ResidualModel
 
 RANKS = (10, 30, 50)
 
@@ -126,14 +125,10 @@ def _through_final_norm(
     model, J: Float[Tensor, "d_model d_model"], resid_final: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "d_model d_model"]:
     """∂(norm(F(x)) − x)/∂x, the derivative of the difference of transformers' last two hidden states."""
-    norm = getattr(getattr(model.bridge, "ln_final", None), "original_component", None)
-    if norm is None:
-        raise CouplingError("got last_layer_norm=True for a model without a final norm, leave it out")
     eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
-    weights = [*norm.parameters(), *norm.buffers()]
-    with upcast(weights, J.dtype), TrueDtype(J.dtype):
-        at = resid_final.to(weights[0].device) if weights else resid_final
-        J_norm = torch.func.jacrev(norm)(at).to(J.device)
+    J_norm = model.norm_jacobian(resid_final).to(J.device)
+    if torch.equal(J_norm, eye):
+        raise CouplingError("got last_layer_norm=True for a model without a final norm, leave it out")
     return J_norm @ (J + eye) - eye
 
 

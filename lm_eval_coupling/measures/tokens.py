@@ -23,7 +23,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import TOLERANCE
 from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
 from lm_eval_coupling.measures import coupling as coupling_maths
-from lm_eval_coupling.numerics.spectra import largest_singular_values, numerical_rank, top_singular
+from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
+from lm_eval_coupling.numerics.subspace import leading_right_vectors
 
 TOKENS = "all, lastN, firstN, randomN such as last8, or positions such as 0+3+-1"
 LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
@@ -154,7 +155,7 @@ def influence(trace, position: int, settings) -> dict[str, Any]:
         J = jacobians_over(trace, [layer], pairs, settings.method).jacobians[0]
         S = torch.linalg.svdvals(J[-1]).double()
         columns["frobenius"].append(J.double().norm(dim=(1, 2)).numpy())
-        columns["spectral"].append(largest_singular_values(J).numpy())
+        columns["spectral"].append([largest_singular_value(one) for one in J])
         columns["effective_rank"].append(effective_rank(S))
         columns["participation"].append(participation_ratio(S))
         columns["S"].append(S[: settings.ranks[-1]].numpy())
@@ -168,6 +169,15 @@ def influence(trace, position: int, settings) -> dict[str, Any]:
         "depth_r2": r2.astype(np.float32),
         "reason": None,
     }
+
+
+def largest_singular_value(J: Float[Tensor, "d_model d_model"]) -> float:
+    """σ_1 to 1e-6 relative: its error is that of the residual squared."""
+    scale = J.abs().max()
+    if scale == 0:
+        return 0.0
+    v = leading_right_vectors(J / scale, 1, 1e-3)
+    return (top_singular(J, 1).S[0] if v is None else scale * torch.linalg.vector_norm(J / scale @ v)).item()
 
 
 def effective_rank(S: Float[Tensor, " values"]) -> float:

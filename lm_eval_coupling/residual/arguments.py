@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections import UserDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # "cache" since transformers 5.24
 
@@ -19,6 +22,8 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     """
     if isinstance(value, (tuple, list)):
         return type(value)(cut(name, item, t, n, first) for item in value)
+    if isinstance(value, _MAPPINGS):
+        return _mapped(value, lambda item: cut("keys", item, t, n, first))
     if not isinstance(value, Tensor):
         return value
     if name == "position_embeddings":
@@ -27,8 +32,12 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
         return value[..., t : t + 1]
     if name in ("alibi", "position_bias"):
         return value[..., -1:]
+    if name == "keys":
+        return value[..., first : t + 1, :] if value.dim() > 2 and value.shape[-2] == n else value
     if value.dim() >= 2 and value.shape[-2:] == (n, n):
         return value[..., t : t + 1, first : t + 1]
+    if value.dim() == 3 and value.shape[1] == n:
+        return value[:, t : t + 1]  # something of every token, such as Gemma's embeddings of each layer
     return value
 
 
@@ -42,6 +51,8 @@ def of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
     """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
     if isinstance(value, (tuple, list)):
         return type(value)(of_prompt(name, item, prompt, seq, padded) for item in value)
+    if isinstance(value, _MAPPINGS):
+        return _mapped(value, lambda item: of_prompt("", item, prompt, seq, padded))
     if not isinstance(value, Tensor):
         return value
     if value.dim() > 1 and value.shape[0] > 1:
@@ -62,6 +73,8 @@ def joined(values: Sequence[Any]) -> Any:
         return first
     if isinstance(first, (tuple, list)):
         return type(first)(joined(items) for items in zip(*values, strict=True))
+    if isinstance(first, _MAPPINGS):
+        raise ValueError("calls that are handed objects of other blocks cannot be joined")
     if not isinstance(first, Tensor):
         if any(value != first for value in values):
             raise ValueError("calls with different arguments cannot be joined")
@@ -85,14 +98,45 @@ def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def replayable(name: str, value: Any) -> Any:
-    """A block argument without side effects: replaying a call must not append to a key-value cache."""
+    """A block argument as it was when the block was called: replaying must neither fill a cache nor see what came later.
+
+    Objects that blocks hand on to each other (Gemma 4's shared keys and values) are copied down to their tensors, which are
+    held fixed; what is no number, text, tensor or container of such things is handed over as it is.
+    """
     if name in CACHES:
         return None
     if name == "use_cache":
         return False
-    if value is None or isinstance(value, (Tensor, bool, int, float, str, tuple, list)):
-        return value
-    return None
+    return carried(value)
+
+
+def carried(value: Any) -> Any:
+    """A copy of what one block hands to another, without copying tensors."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        items = [carried(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, _MAPPINGS):
+        return _mapped(value, carried)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(value, UserDict):
+        value = value.data
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+_MAPPINGS = (dict, UserDict)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    new = copy.copy(value)
+    for key, item in value.items():
+        new[key] = function(item)
+    return new
 
 
 class Keys:

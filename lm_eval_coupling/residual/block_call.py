@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.arguments import CACHES, Keys, cut, cut_row, joined, replayable
-from lm_eval_coupling.residual.arithmetic import arithmetic
-from lm_eval_coupling.residual.weights import upcast
+from lm_eval_coupling.residual.arguments import CACHES, Keys, carried, cut, cut_row, joined, replayable
+from lm_eval_coupling.residual.block import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +25,7 @@ class BlockCall:
     and values that the block handed to its cache, in long prompts instead. Calls must be made inside :meth:`ready`.
     """
 
-    layer: int
-    module: nn.Module
-    weights: Sequence[Tensor]
+    block: Block
     resid_pre: Float[Tensor, "1 seq d_model"]
     args: tuple
     kwargs: dict[str, Any]
@@ -71,6 +68,16 @@ class BlockCall:
         ]
 
     @property
+    def layer(self) -> int:
+        """Index of the block, from 0."""
+        return self.block.layer
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        return self.block.module
+
+    @property
     def dtype(self) -> torch.dtype:
         """Arithmetic of the call."""
         return self.resid_pre.dtype
@@ -83,7 +90,7 @@ class BlockCall:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Upcast this block's weights, and only them, for as long as the context lasts."""
-        with upcast(self.weights, self.dtype), arithmetic(self.dtype):
+        with self.block.ready(self.dtype):
             yield
 
     def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
@@ -139,7 +146,7 @@ class BlockCall:
         return args, {name: cut(name, value, token, self.seq, first) for name, value in self.kwargs.items()}
 
     def _run(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return hidden(self.module(x, *args, **kwargs))
+        return hidden(self.module(x, *args, **{name: carried(value) for name, value in kwargs.items()}))
 
 
 def _joined(alone: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[tuple, dict[str, Any]]:
@@ -168,9 +175,8 @@ def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, to
     return torch.autograd.grad((chosen * torch.stack(list(directions))).sum(), resid_pre)[0]
 
 
-def block_call(layer: int, module: nn.Module, weights: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+def block_call(block: Block, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
     """The call with these arguments, free of side effects."""
+    resid_pre, args, kwargs = block.by_name(args, kwargs)
     kwargs = {name: replayable(name, value) for name, value in kwargs.items()}
-    resid_pre = args[0] if args else kwargs.pop("hidden_states")
-    rest = tuple(replayable("", value) for value in args[1:])
-    return BlockCall(layer, module, weights, resid_pre.detach(), rest, kwargs)
+    return BlockCall(block, resid_pre.detach(), tuple(replayable("", value) for value in args), kwargs)

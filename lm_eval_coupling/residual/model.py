@@ -12,26 +12,18 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.precision import exact_arithmetic
-from lm_eval_coupling.residual.arguments import Keys
+from lm_eval_coupling.residual.arguments import Keys, tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
+from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
+from lm_eval_coupling.residual.inputs import Inputs
+from lm_eval_coupling.residual.lens import Lens
+from lm_eval_coupling.residual.tables import looked_up, rows_only
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit
-from lm_eval_coupling.residual.twin import (
-    PROBE,
-    logits_of,
-    output_of,
-    refuse_unsupported,
-    require_close,
-    runs_as_it_stands,
-    split_joints_again,
-    state_of,
-    take_caches_as_named_now,
-    twin_of,
-)
-from lm_eval_coupling.residual.weights import present, upcast
+from lm_eval_coupling.residual.weights import state_of, upcast
 
-# Tensors that a block takes, "" for those without a name, of which it is known what they are in a padded batch.
-_BATCHABLE = {"", "attention_mask", "position_ids", "cache_position", "position_embeddings"}
+# Tensors that a block takes, of which it is known what they are in a padded batch.
+_BATCHABLE = {"attention_mask", "position_ids", "cache_position", "position_embeddings"}
 _LONG = 64  # tokens from which on a block is pulled back by one more step of decoding, not on the way through the sequence
 
 
@@ -40,23 +32,42 @@ class _LastBlockDone(Exception):
 
 
 class ResidualModel:
-    """A language model as a stack of residual blocks (build one with :meth:`wrap`).
+    """A model as a stack of residual blocks (build one with :meth:`wrap`).
 
-    Attributes: ``bridge`` (the TransformerBridge), ``blocks`` (the bridged transformers blocks), ``n_layers``, ``d_model``,
-    ``n_heads``, ``n_params``, ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
+    Attributes: ``model`` (the measuring module tree), ``blocks`` (modules of it; ``block_list`` with their weights),
+    ``way`` (``bridge`` or ``blocks``) and ``way_reason`` (why, in words), ``n_layers``, ``d_model``, ``n_heads``,
+    ``n_params``, ``inputs`` (what it is run on), ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
     """
 
-    def __init__(self, bridge: nn.Module, n_params: int, tokenizer: Any = None) -> None:
-        self.bridge = bridge
-        self.tokenizer = tokenizer
-        self.model = bridge.original_model
-        self.blocks = [block.original_component for block in bridge.blocks]
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        inputs: Inputs,
+        n_params: int,
+        way: str,
+        way_reason: str,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.blocks = model, list(blocks)
+        self.inputs, self.tokenizer, self.n_params = inputs, tokenizer, n_params
+        self.way, self.way_reason = way, way_reason
         self.n_layers = len(self.blocks)
-        self.d_model = bridge.cfg.d_model
-        self.n_heads = bridge.cfg.n_heads
-        self._block_weights = [state_of(block) for block in self.blocks]
+        self.n_heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 1
+        self.d_model = 0  # the first trace tells
+        self.block_list = [Block(layer, module) for layer, module in enumerate(self.blocks)]
+        self._left_behind = LeftBehind(model)
+        self._tables = looked_up(model)
         self._outside_weights = self._outside_blocks()
-        self.n_params = n_params
+        self._lens = Lens(
+            model,
+            self.blocks,
+            inputs=inputs,
+            tables=self._tables,
+            outside=self._outside_weights,
+            device=self.device,
+        )
         self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
@@ -65,52 +76,27 @@ class ResidualModel:
     @classmethod
     @exact_arithmetic()
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
-        """Boot a TransformerBridge on a copy of ``hf_model``'s module tree over the same weights.
+        """A second module tree over the weights of ``hf_model``, which stays untouched, as a stack of residual blocks.
 
         Args:
-            hf_model: a causal transformers model (a PEFT wrapper is looked through); it stays untouched.
+            hf_model: a causal transformers model, compiled, adapted by PEFT, pruned or packed as it may be.
             tokenizer: needed only where prompts are given as strings.
 
         Returns:
-            The wrapped model, in evaluation mode. Costs under a second and some megabytes.
+            The wrapped model, in evaluation mode: bridged by TransformerLens where its bridge computes what the model does,
+            with the model's own blocks where not. Costs three passes over a few tokens and some megabytes.
 
         Raises:
-            CouplingError: if TransformerLens has no adapter for the architecture, or its blocks are no residual stream.
+            CouplingError: if its blocks are no residual stream, or if what is scored is not what would be measured.
         """
-        base = hf_model.get_base_model() if hasattr(hf_model, "peft_config") else hf_model
-        refuse_unsupported(base)
-        twin = twin_of(base)
-        name, runs = type(twin).__name__, runs_as_it_stands(twin)
-        n_params = sum(p.numel() for p in twin.parameters())  # the bridge adds the parts of joint projections
-        names = {id(module): name for name, module in twin.named_modules()}
-        eager = logits_of(twin) if runs else None
-        if runs and not base.training:  # dropout; other attention kernels round differently, Falcon's ALiBi by 3e-3
-            require_close("logits", name, eager, logits_of(base), tolerance=5e-2)
-        from transformer_lens.model_bridge.sources import build_bridge_from_module
+        from lm_eval_coupling.residual.ways import wrapped
 
-        try:
-            bridge = build_bridge_from_module(twin, name, hf_config=twin.config, tokenizer=None)
-        except Exception as error:
-            raise CouplingError(
-                f"got a {name}, which TransformerLens cannot bridge ({type(error).__name__}: {error}); "
-                "score it with --model hf, or with coupling_limit=0"
-            ) from error
-        split_joints_again(bridge)
-        take_caches_as_named_now(bridge)
-        model = cls(bridge, n_params, tokenizer)
-        if runs:
-            low_precision = model.dtype not in (torch.float32, torch.float64)
-            require_close("logits", name, logits_of(model.model), eager, tolerance=5e-2 if low_precision else 1e-3)
-        stream = model._check(base)
-        if not runs and not base.training:  # packed layers may also round what they are given
-            last = base.get_submodule(names[id(model.blocks[-1])])
-            require_close("a residual stream", name, stream, output_of(base, last, model.device), tolerance=0.25)
-        return model
+        return wrapped(cls, hf_model, tokenizer)
 
     @property
     def device(self) -> torch.device:
-        """Device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        """Where the stream begins: the device of the first weight, that of the embeddings."""
+        return next(t.device for t in state_of(self.model))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,26 +200,25 @@ class ResidualModel:
         direction: Direction | None = None,
         keep_keys: bool = False,
     ) -> list[ResidualTrace]:
-        rows = [torch.as_tensor(tokens, dtype=torch.long, device=self.device).flatten() for tokens in prompts]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        batch = self.inputs.batch(prompts, self.device)
+        longest = max(batch.lengths or [0])
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
-        if keep_keys and ids.shape[1] >= _LONG:
+        if keep_keys and longest >= _LONG:
             direction = None
-        visits = [
-            Visit(layer, self._block_weights[layer], dtype, output_tokens, direction, Keys() if keep_keys else None)
-            for layer in range(self.n_layers)
-        ]
+        visits = [Visit(block, dtype, output_tokens, direction, Keys() if keep_keys else None) for block in self.block_list]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
+            stack.callback(self._left_behind.clear)
             stack.enter_context(upcast(self._outside_weights, dtype))
+            stack.enter_context(rows_only(self._tables, dtype))
             stack.enter_context(arithmetic(dtype))
             stack.callback(self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove)
             for block, visit in zip(self.blocks, visits, strict=True):
 
                 def after(module, args, kwargs, output, visit=visit):
-                    output = visit.leave(output)
+                    output = visit.leave(kwargs, output)
                     self._outputs = len(output) if isinstance(output, tuple) else 0
-                    if visit.layer == self.n_layers - 1:
+                    if visit.block.layer == self.n_layers - 1:
                         final.append(hidden(output))
                         raise _LastBlockDone
                     return output
@@ -242,12 +227,14 @@ class ResidualModel:
                 stack.callback(block.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
             with contextlib.suppress(_LastBlockDone):
-                self.model(ids, use_cache=False)
+                self.model(**batch.arguments)
+        if missed := [visit.block.layer for visit in visits if visit.call is None]:
+            raise CouplingError(f"got a model that leaves out block {missed[0]}, expected a stream through every block")
+        self.d_model = final[0].shape[-1]
+        lengths = batch.lengths or [final[0].shape[1]] * len(final[0])
         return [
-            ResidualTrace(
-                tuple(visit.of_prompt(prompt, len(row)) for visit in visits), final[0][prompt : prompt + 1, : len(row)]
-            )
-            for prompt, row in enumerate(rows)
+            ResidualTrace(tuple(visit.of_prompt(prompt, length) for visit in visits), final[0][prompt : prompt + 1, :length])
+            for prompt, length in enumerate(lengths)
         ]
 
     @contextlib.contextmanager
@@ -265,7 +252,8 @@ class ResidualModel:
             return None
         if args:
             return (self._change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._change(kwargs["hidden_states"])}
+        name = self.block_list[0].stream_name
+        return args, kwargs | {name: self._change(kwargs[name])}
 
     @exact_arithmetic()
     @torch.no_grad()
@@ -273,61 +261,28 @@ class ResidualModel:
         """What the model would predict from these vectors after its last block (logit lens): its own final norm and head.
 
         The model runs with its blocks left out, so that scales and soft-caps are whatever it does with them. In the dtype
-        of ``resid``; a head of another dtype is upcast for the time of the call.
+        of ``resid``; a head of another dtype is cast a part at a time.
         """
-        head = self.model.get_output_embeddings()
-        hidden = resid[None].to(head.weight.device)
-        stand_in = (hidden, *[None] * (self._outputs - 1)) if self._outputs else hidden
-        weights = {id(t): t for t in [*self._outside_weights, *state_of(head)]}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(upcast([*weights.values()], resid.dtype))
-            stack.enter_context(arithmetic(resid.dtype))
-            for block in self.blocks:
-                stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
-                stack.callback(vars(block).pop, "forward")
-                block.forward = lambda *args, **kwargs: stand_in
-            ids = torch.zeros(1, len(resid), dtype=torch.long, device=self.device)
-            return self.model(ids, use_cache=False).logits[0]
+        return self._lens.logits(resid, self._outputs)
+
+    @exact_arithmetic()
+    def norm_jacobian(self, resid: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
+        """∂norm(x)/∂x, norm being all that the model does between its last block and its head; I where that is nothing."""
+        return self._lens.norm_jacobian(resid, self._outputs)
+
+    def see_what_is_left_behind(self) -> None:
+        """After a first pass: whatever it has put on modules is taken off again, now and after every later one."""
+        for part in (self._left_behind, *(block.left_behind for block in self.block_list)):
+            part.see()
 
     def _outside_blocks(self) -> list[Tensor]:
-        """Embeddings and position tables, but not an untied head: it is never run."""
-        inside = {id(t) for weights in self._block_weights for t in weights}
+        """What is used whole before the first block: position tables, but no table of words, and not the head."""
+        inside = {id(t) for block in self.block_list for t in block.weights}
+        tables = {id(table.weight) for table in self._tables.values()}
+        words = {id(t) for t in state_of(self.model.get_input_embeddings())} - tables
         head = self.model.get_output_embeddings()
-        embedding = self.model.get_input_embeddings()
-        if head is not None and head.weight is not embedding.weight:
-            inside |= {id(t) for t in state_of(head)}
+        inside |= tables | ({id(t) for t in state_of(head)} - words if head is not None else set())
         return [t for t in state_of(self.model) if id(t) not in inside]
-
-    def _check(self, original: nn.Module) -> Tensor:
-        """Load-time checks: weights still shared, and a stream that is carried from block to block; returns its end."""
-        shared = {p.data_ptr() for p in self.model.parameters()}
-        processed = [name for name, p in present(original) if p.data_ptr() not in shared]
-        if processed:
-            raise CouplingError(
-                f"got {len(processed)} weights that the bridge replaced (first: {processed[0]}), expected shared storage; "
-                "do not fold norms or use compatibility mode"
-            )
-        for layer, block in enumerate(self.blocks):
-            if len(devices := {p.device for p in block.parameters()}) > 1:
-                raise CouplingError(
-                    f"got block {layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
-                    "keep blocks whole in the device_map"
-                )
-        trace = self.trace(PROBE, torch.float32)
-        streams = [call.resid_pre for call in trace.calls] + [trace.resid_final]
-        for call, following in zip(trace.calls, streams[1:], strict=True):
-            with torch.no_grad(), call.ready():
-                output = call(call.resid_pre)
-            if not torch.isfinite(output).all():
-                break  # weights that are not finite are reported prompt by prompt, the score is kept
-            if output.shape != call.resid_pre.shape or not torch.allclose(
-                output, following.to(output), rtol=1e-3, atol=1e-4
-            ):
-                raise CouplingError(
-                    f"got a {type(original).__name__} whose block {call.layer} does not hand its output on as the next "
-                    "block's input, expected a residual stream; score it with --model hf"
-                )
-        return trace.resid_final
 
 
 def _decodes_rightly(call: BlockCall) -> bool:
@@ -340,5 +295,6 @@ def _decodes_rightly(call: BlockCall) -> bool:
 
 def _tensors_by_name(call: BlockCall) -> list[str]:
     """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
-    unnamed = ["" if value.shape[-1] == value.shape[-2] else "?" for value in call.args if isinstance(value, Tensor)]
-    return [*unnamed, *(name for name, value in call.kwargs.items() if isinstance(value, Tensor))]
+    unnamed = ["" if t.dim() > 1 and t.shape[-1] == t.shape[-2] else "?" for t in tensors_in(call.args)]
+    by_name = [name for name, value in call.kwargs.items() if tensors_in(value)]
+    return [*(name for name in unnamed if name), *by_name]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lm_eval_coupling.residual.arguments import CACHES, Keys, of_prompt
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.arguments import CACHES, Keys, carried, of_prompt, tensors_in
+from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden
-from lm_eval_coupling.residual.weights import upcast
 
 Direction = Callable[[int, Tensor], Tensor]  # (layer, vectors like those of the stream) → u [d_model]
 
@@ -46,41 +48,45 @@ class Visit:
 
     def __init__(
         self,
-        layer: int,
-        weights: Sequence[Tensor],
+        block: Block,
         dtype: torch.dtype,
         tokens: Sequence[int] | None,
         direction: Direction | None,
         keys: Keys | None,
     ) -> None:
-        self.layer, self.weights, self.dtype, self.keys = layer, weights, dtype, keys
+        self.block, self.dtype, self.keys = block, dtype, keys
         self.tokens, self.direction = tokens, direction
         self.gradient: Tensor | None = None
+        self.call: BlockCall | None = None
         self.open = contextlib.ExitStack()
         self.close = self.open.close
 
-    def enter(self, module, args, kwargs):
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
-        args, kwargs = _brought_to(self.weights[0].device, (args, kwargs))
-        self.open.enter_context(upcast(self.weights, self.dtype))
-        self.call = block_call(self.layer, module, self.weights, args, kwargs)
+        if self.call is not None:
+            raise CouplingError(f"got a model that runs block {self.block.layer} more than once, expected a residual stream")
+        args = tuple(_brought_to(self.block.device, value) for value in args)
+        kwargs = {name: _brought_to(self.block.device, value) for name, value in kwargs.items()}
+        self.open.enter_context(self.block.upcast(self.dtype))
+        self.call = block_call(self.block, args, kwargs)
+        stream = self.call.resid_pre
         if self.keys is not None:
             kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
-        if self.direction is None or self.tokens is None:
-            return args, kwargs
-        self.leaf = self.call.resid_pre.clone().requires_grad_(True)
-        self.open.enter_context(torch.enable_grad())
-        return ((self.leaf, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": self.leaf})
+        if self.direction is not None and self.tokens is not None:
+            stream = self.leaf = stream.clone().requires_grad_(True)
+            self.open.enter_context(torch.enable_grad())
+        return ((stream, *args[1:]), kwargs) if args else ((), kwargs | {self.block.stream_name: stream})
 
-    def leave(self, output):
+    def leave(self, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pull back, and hand on an output without history."""
         if self.direction is not None and self.tokens is not None:
-            u = self.direction(self.layer, self.leaf)
+            u = self.direction(self.block.layer, self.leaf)
             self.gradient = gradient([u] * len(self.tokens), self.leaf, hidden(output), self.tokens)
             del self.leaf
         self.open.close()
+        _without_history(kwargs)
         self.resid_post = hidden(output).detach()
-        return (self.resid_post, *output[1:]) if isinstance(output, tuple) else self.resid_post
+        return (self.resid_post, *carried(output[1:])) if isinstance(output, tuple) else self.resid_post
 
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""
@@ -100,6 +106,21 @@ class Visit:
         )
 
 
-def _brought_to(device: torch.device, arguments: Any) -> Any:
-    """Every tensor in nested arguments on ``device``; one that is there already stays as it is."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+def _brought_to(device: torch.device, value: Any) -> Any:
+    """Every tensor in nested arguments on ``device``; what blocks write to for each other stays the same object."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (dict, UserDict)):
+        for key, item in value.items():
+            value[key] = _brought_to(device, item)
+    elif isinstance(value, (tuple, list)) and any(tensor.device != device for tensor in tensors_in(value)):
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+    return value
+
+
+def _without_history(kwargs: dict[str, Any]) -> None:
+    """What a block has written for later ones is held fixed in their derivatives."""
+    for value in kwargs.values():
+        if isinstance(value, (dict, UserDict)):
+            for key, item in value.items():
+                value[key] = carried(item)

@@ -1,87 +1,36 @@
-"""The second module tree that TransformerLens may change, and what is asked of a model before it gets one."""
+"""The second module tree over the weights of a model: what is measured, and what may be changed for that."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.block_call import hidden
-from lm_eval_coupling.residual.weights import is_absent, sharing, split_again, unreadable, without_hooks
-
-PROBE = [1, 2]
-
-
-def require_close(what: str, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The bridge splits joint projections into copies of its own: what counts is that it computes the same function."""
-    if not torch.isfinite(expected).all():
-        return  # weights that are not finite are reported prompt by prompt, the score is kept
-    error = ((found - expected.to(found)).norm() / expected.norm()).item()
-    if not error <= tolerance:
-        raise CouplingError(
-            f"got {what} off by {error:.1e} from TransformerLens' bridge of {name}, expected the model's own; "
-            "score it with --model hf, or with coupling_limit=0"
-        )
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, device: torch.device | None = None) -> Tensor:
-    """What the model says of two tokens, in float32."""
-    device = device or model.get_input_embeddings().weight.device
-    return model(torch.tensor([PROBE], device=device), use_cache=False).logits.float()
-
-
-def output_of(model: nn.Module, module: nn.Module, device: torch.device) -> Tensor:
-    """What ``module`` hands on in a pass of ``model``."""
-    seen = []
-    handle = module.register_forward_hook(lambda module, args, output: seen.append(hidden(output)))
-    try:
-        logits_of(model, device)
-    finally:
-        handle.remove()
-    return seen[0]
+from lm_eval_coupling.residual.weights import is_absent, sharing, state_of, without_hooks
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A second module tree over the same storage: bridging changes modules in place, scores must not move."""
+    """A second module tree over the same storage, in evaluation mode and without gradients; ``model`` stays untouched.
+
+    Forward hooks, adapters, parametrisations and pruning of the model are part of it. Attention is as in the model.
+    """
     twin = without_hooks(copy.deepcopy(model, sharing(model)).eval())
-    twin.config.architectures = [type(model).__name__]
+    for module in twin.modules():
+        if "_original_forward" in vars(module):  # accelerate's mixed precision: autocast around the forward method
+            vars(module).pop("forward", None)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin
+
+
+def computes_eagerly(twin: nn.Module) -> None:
+    """Attention, and experts, in steps that can be watched and differentiated in every mode."""
     twin.set_attn_implementation("eager")
     if hasattr(twin, "set_experts_implementation"):
         with contextlib.suppress(Exception):
             twin.set_experts_implementation("eager")
-    return twin
-
-
-def refuse_unsupported(model: nn.Module) -> None:
-    """Say of a model that is no causal language model, or whose weights cannot be read, what it is.
-
-    Raises:
-        CouplingError: if it is one.
-    """
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
-        raise CouplingError(f"got a {name}, expected a decoder-only transformers language model; score it with --model hf")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise CouplingError(f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf")
-    if model.get_output_embeddings() is None:
-        raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
-    if reason := unreadable(model):
-        raise CouplingError(
-            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
-            "such as accelerate offloads; use --model hf, or coupling_limit=0, to only score"
-        )
-
-
-def state_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [*module.parameters(), *module.buffers()]
 
 
 def runs_as_it_stands(model: nn.Module) -> bool:
@@ -90,28 +39,18 @@ def runs_as_it_stands(model: nn.Module) -> bool:
     return not any(map(is_absent, weights)) and len({t.device for t in weights}) == 1
 
 
-def split_joints_again(bridge: nn.Module) -> None:
-    """TransformerLens splits joint projections once; those of absent weights must be split whenever they are fetched."""
-    joints = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
-    for module in bridge.modules():
-        for split, names in joints.items():
-            if (cut := getattr(module, split, None)) is not None:
-                split_again(module.original_component, cut, [getattr(module, name).original_component for name in names])
+def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Lists of modules that may be the blocks: those that lie in no other list, of as many as the configuration says first.
 
-
-def take_caches_as_named_now(bridge: nn.Module) -> None:
-    """Since transformers 5.24 attention layers are handed a ``cache``; TransformerLens 4.3 looks for ``past_key_values``.
-
-    Not where it has transformers' own layer do the attention.
+    Which one it is, is for a pass to say.
     """
-    from transformer_lens.model_bridge.generalized_components import AttentionBridge
-
-    for module in bridge.modules():
-        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
-            module.register_forward_pre_hook(_with_cache_as_before, with_kwargs=True)
-
-
-def _with_cache_as_before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if kwargs.get("cache") is None:
-        return None
-    return args, {("past_key_values" if name == "cache" else name): value for name, value in kwargs.items()}
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    outer: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other, _ in outer)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and not inside:
+            outer.append((name, module))
+    size = {id(module): sum(p.numel() for p in module.parameters()) for _, module in outer}
+    for _, module in sorted(outer, key=lambda one: (len(one[1]) != expected, -size[id(one[1])])):
+        if size[id(module)]:
+            yield list(module)

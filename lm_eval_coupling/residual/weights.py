@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, nn
 
 
+def state_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
 @contextlib.contextmanager
 def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Hold the floating-point ``tensors`` in ``dtype`` for the time of the context, then put back what was there."""
@@ -60,6 +65,11 @@ def sharing(model: nn.Module) -> dict[int, Any]:
         for name, tensor in _own(module):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _stand_in(module, name, tensor)
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # which pruning and the older weight norm make anew at every call
+                memo[id(value)] = value.detach()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            memo.update({id(hook): hook for hook in hooks.values()})  # the user's own, and what they write to
     for module in model.modules():
         for one, other in getattr(module, "all_tied_weights_keys", {}).items():
             if (tied := module.get_parameter(one)).device.type == "meta":  # offloading unties them
@@ -77,21 +87,20 @@ def without_hooks(twin: nn.Module) -> nn.Module:
 
 
 def split_again(part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module]], pieces: Sequence[nn.Module]) -> None:
-    """Make ``pieces``, cut by ``split`` from stand-ins in ``part``, absent too: fetched with ``part`` and then cut.
+    """Make ``pieces``, cut by ``split`` out of ``part``, absent: cut anew whenever they are fetched, never kept.
 
-    ``split`` is TransformerLens' own, run once more each time; the pieces' order is that of its result.
+    ``split`` is TransformerLens' own; the pieces' order is that of its result.
     """
-    whole = [*part.parameters(), *part.buffers()]
-    if not any(map(is_absent, whole)):
-        return
-
+    away = [t for t in state_of(part) if is_absent(t)]
     cut: dict[tuple[int, str], Tensor] = {}
 
     def fetch(index: int, name: str, dtype: torch.dtype) -> Tensor:
         if (index, name) not in cut:
-            with upcast(whole, dtype):
-                parts = split(part)
-                cut.update({(i, n): p.data.clone() for i, one in enumerate(parts) for n, p in one.named_parameters()})
+            with upcast(away, dtype):
+                parts = [dict(one.named_parameters()) for one in split(part)]
+                cut.update(
+                    {(i, n): p.data.clone() if away else p.data for i, one in enumerate(parts) for n, p in one.items()}
+                )
         return cut.pop((index, name))
 
     for index, piece in enumerate(pieces):

@@ -27,7 +27,7 @@ MEASURING = ("jacobians", "spectra", "pairs", "regularity")
 
 def cost(model: ResidualModel, settings: Settings, tokens: int, prompts: int, repeats: int) -> dict[str, float]:
     """Seconds by stage for so many prompts, together; ``measuring`` is all but forward and certificate."""
-    texts = [models.prompt(tokens, model.bridge.cfg.d_vocab, number=i) for i in range(prompts)]
+    texts = [models.prompt(tokens, model.model.config.get_text_config().vocab_size, number=i) for i in range(prompts)]
     runs = []
 
     def measure():

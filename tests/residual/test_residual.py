@@ -6,7 +6,7 @@ import dataclasses
 import cases
 import pytest
 import torch
-from oracles import decoder_layers
+from oracles import decoder_layers, oracle, worst
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -313,10 +313,14 @@ def test_training_mode_after_wrapping_does_not_reach_the_measurement():
     assert torch.equal(wrapped.trace(TOKENS).resid_final, expected)
 
 
-def test_attention_that_transformers_computes_otherwise_when_eager_is_refused():
-    """Its eager Falcon adds the ALiBi bias twice: the twin would be another function than the model that is scored."""
-    with pytest.raises(CouplingError, match="got logits off by .* of FalconForCausalLM"):
-        ResidualModel.wrap(cases.tiny_model("falcon-alibi", torch.float32, attn_implementation="sdpa"))
+def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blocks():
+    """TransformerLens' Falcon adds the ALiBi bias as transformers' eager one does: another function than the fused one."""
+    model = cases.tiny_model("falcon-alibi", torch.float64, attn_implementation="sdpa")
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.way == "blocks" and "bridge of FalconForCausalLM is off by" in wrapped.way_reason
+    found = block_jacobians(wrapped, TOKENS, dtype=torch.float64)
+    for layer, jacobian in enumerate(found.jacobians):
+        assert worst(jacobian, oracle(model, TOKENS, layer, 8, 8)) < 1e-6
 
 
 def adapted(base):

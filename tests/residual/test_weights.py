@@ -20,8 +20,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.paper import run_coupling_hf
-from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual import model as model_module
+from lm_eval_coupling.residual import ResidualModel, checks, ways
 from lm_eval_coupling.residual.fingerprint import fingerprint
 from lm_eval_coupling.residual.weights import named_weights, upcast
 
@@ -309,21 +308,24 @@ def test_a_block_on_several_devices_is_refused():
     projection = wrapped.blocks[1].mlp.up_proj.original_component
     projection.weight = nn.Parameter(projection.weight.to("meta"))
     with pytest.raises(CouplingError, match=r"got block 1 spread over \['cpu', 'meta'\], expected each block on one device"):
-        wrapped._check(cases.tiny_model("llama", torch.float32).to("meta"))
+        checks.require_whole_blocks(wrapped.block_list)
 
 
-def test_an_offloaded_model_that_is_bridged_wrongly_is_refused(monkeypatch, tmp_path):
-    """The check that replaces that of the logits sees a block that computes something else."""
+def test_an_offloaded_model_that_is_bridged_wrongly_goes_by_its_own_blocks(monkeypatch, tmp_path):
+    """The bridge of a model that does not run as it stands is held to the model's own blocks all the same."""
     model = offloaded(cases.tiny_model("llama", torch.float32), "host", tmp_path)
-    right = model_module.split_joints_again
+    expected = block_jacobians(ResidualModel.wrap(model), TOKENS).jacobians
+    right = ways.put_bridge_into
 
-    def wrong(bridge):
-        right(bridge)
+    def wrong(twin):
+        bridge = right(twin)
         bridge.blocks[0].original_component.mlp.up_proj.register_forward_hook(lambda module, args, output: -output)
+        return bridge
 
-    monkeypatch.setattr(model_module, "split_joints_again", wrong)
-    with pytest.raises(CouplingError, match="got a residual stream off by .* of LlamaForCausalLM"):
-        ResidualModel.wrap(model)
+    monkeypatch.setattr(ways, "put_bridge_into", wrong)
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.way == "blocks" and "TransformerLens' bridge of LlamaForCausalLM is off by" in wrapped.way_reason
+    assert torch.allclose(block_jacobians(wrapped, TOKENS).jacobians, expected, atol=1e-5)
 
 
 def test_upcast_puts_everything_back():
@@ -358,7 +360,9 @@ def walk(case):
     with FakeTensorMode():
         place(wrapped.model, "cpu")
         place(wrapped.blocks[1], "other:0")
-        traced = residual.ResidualModel(wrapped.bridge, 1).trace(torch.ones(5, dtype=torch.long), torch.float32, 2, probe)
+        facts = {"inputs": wrapped.inputs, "n_params": 1, "way": "", "way_reason": ""}
+        again = residual.ResidualModel(wrapped.model, wrapped.blocks, **facts)
+        traced = again.trace(torch.ones(5, dtype=torch.long), torch.float32, 2, probe)
         for call, device in zip(traced.calls, ("cpu", "other:0")):
             assert str(call.resid_pre.device) == str(pulled_back(call, 2, 2).device) == device
             with call.ready():

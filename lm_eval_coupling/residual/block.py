@@ -1,0 +1,111 @@
+"""One block of the measuring module tree, ready for use as long as a context lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_coupling.residual.arithmetic import arithmetic
+from lm_eval_coupling.residual.weights import state_of, upcast
+
+
+class Block:
+    """A block, its weights, and what a pass leaves behind in it."""
+
+    def __init__(self, layer: int, module: nn.Module) -> None:
+        self.layer, self.module = layer, module
+        self.weights = state_of(module)
+        self.names = _names(module)
+        self.left_behind = LeftBehind(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self.weights[0].device
+
+    @contextlib.contextmanager
+    def upcast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Hold the block's weights, and only them, in ``dtype``; afterwards nothing of what was computed is left in it."""
+        try:
+            with upcast(self.weights, dtype):
+                yield
+        finally:
+            self.left_behind.clear()
+
+    @contextlib.contextmanager
+    def ready(self, dtype: torch.dtype) -> Iterator[None]:
+        """:meth:`upcast`, with everything computed inside in ``dtype`` too."""
+        with self.upcast(dtype), arithmetic(dtype):
+            yield
+
+    def by_name(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+        """The stream among a call's arguments, those that have no name, and the others by their names."""
+        if not args:
+            kwargs = dict(kwargs)
+            return kwargs.pop(self.stream_name), (), kwargs
+        if len(args) > len(self.names):
+            return args[0], args[1:], kwargs
+        return args[0], (), dict(zip(self.names[1:], args[1:], strict=False)) | kwargs
+
+    @property
+    def stream_name(self) -> str:
+        """The name of the argument that the stream is."""
+        return self.names[0] if self.names else "hidden_states"
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Those of the arguments that a block takes by position, none where it takes any."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return []
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+class LeftBehind:
+    """Attributes that a pass puts on modules: attention patterns, pruned weights, rotary tables with a graph.
+
+    Which they are is seen once, by comparing before with after a first pass. From then on :meth:`clear` puts back what was
+    there.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.before = {id(module): dict(_plain(module)) for module in root.modules()}
+        self.found: list[tuple[nn.Module, str]] | None = None
+
+    def see(self) -> None:
+        """Find what the first pass has left behind."""
+        self.found = [
+            (module, name)
+            for module in self.root.modules()
+            for name, value in _plain(module).items()
+            if value is not self.before.get(id(module), {}).get(name) and _holds_tensors(value)
+        ]
+        self.before = {id(m): {n: self.before.get(id(m), {}).get(n) for n in _plain(m)} for m, _ in self.found}
+        self.clear()
+
+    def clear(self) -> None:
+        """Put back what was there before any pass."""
+        for module, name in self.found or ():
+            vars(module)[name] = self.before[id(module)].get(name)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are neither weights nor modules."""
+    return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+_OWN = {*vars(nn.Module())}
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_tensors, value))
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor)

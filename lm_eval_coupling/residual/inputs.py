@@ -1,0 +1,64 @@
+"""What a model is run on: prompts become the arguments of one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Keyword arguments of one pass, and how many vectors of the stream each prompt has; None: all of them, the same."""
+
+    arguments: dict[str, Any]
+    lengths: list[int] | None
+
+
+@runtime_checkable
+class Inputs(Protocol):
+    """One kind of input."""
+
+    @property
+    def probe(self) -> Any:
+        """A prompt that any model of the kind can be run on."""
+
+    def batch(self, prompts: Sequence[Any], device: torch.device) -> Batch:
+        """Several prompts as one pass."""
+
+    def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of a pass with its blocks left out, and what they would hand on, for vectors [point, d_model]."""
+
+    def read(self, output: Any) -> Tensor:
+        """What such a pass, or any other, says of each point or prompt."""
+
+
+class TokenIds:
+    """Prompts of a causal language model: token ids, padded on the right, where no token sees the padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+        table = model.get_input_embeddings()
+        words = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
+        self.probe = [word % words for word in (5, 3, 7, 2, 11, 13, 6)]
+
+    def batch(self, prompts: Sequence[Any], device: torch.device) -> Batch:
+        """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq]."""
+        rows = [torch.as_tensor(tokens, dtype=torch.long, device=device).flatten() for tokens in prompts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return Batch({"input_ids": ids, **self.options}, [len(row) for row in rows])
+
+    def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """The vectors as one prompt."""
+        ids = torch.zeros(1, len(resid), dtype=torch.long, device=device)
+        return {"input_ids": ids, **self.options}, resid[None]
+
+    def read(self, output: Any) -> Tensor:
+        """Logits [seq, vocabulary] of the first prompt."""
+        return output.logits[0]

@@ -1,0 +1,82 @@
+"""What a model makes of vectors after its last block: the model itself with its blocks left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lm_eval_coupling.residual.arithmetic import arithmetic
+from lm_eval_coupling.residual.inputs import Inputs
+from lm_eval_coupling.residual.tables import head_in_parts, innermost, rows_only
+from lm_eval_coupling.residual.weights import upcast
+
+
+class _HeadReached(Exception):
+    """The head was reached; nothing after it is needed."""
+
+
+class Lens:
+    """Final norm, scales, soft-caps and head of a model, whatever they are, applied to any vectors of its stream."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        inputs: Inputs,
+        tables: dict[nn.Module, nn.Embedding],
+        outside: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        self.model, self.blocks, self.inputs = model, blocks, inputs
+        self.tables, self.outside, self.device = tables, outside, device
+
+    def logits(self, resid: Float[Tensor, "points d_model"], outputs: int) -> Float[Tensor, "points vocabulary"]:
+        """What the model would predict, in the dtype of ``resid``; ``outputs``: things that a block returns as a tuple."""
+        arguments, stream = self.inputs.standing_for(resid, self.device)
+        with self._without_blocks(stream, outputs):
+            return self.inputs.read(self.model(**arguments))
+
+    def norm_jacobian(self, resid: Float[Tensor, " d_model"], outputs: int) -> Float[Tensor, "d_model d_model"]:
+        """Derivative of what the head is given, the final norm of ``resid``; the identity where there is none."""
+        arguments, stream = self.inputs.standing_for(resid[None], self.device)
+        seen: list[Tensor] = []
+
+        def reached(module: nn.Module, args: tuple) -> None:
+            seen.append(args[0])
+            raise _HeadReached
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(reached)
+        try:
+            with torch.enable_grad(), self._without_blocks(stream.detach().requires_grad_(True), outputs) as start:
+                with contextlib.suppress(_HeadReached):
+                    self.model(**arguments)
+                eye = torch.eye(resid.numel(), dtype=resid.dtype, device=seen[0].device)
+                rows = torch.autograd.grad(seen[0].reshape(-1), start, eye, is_grads_batched=True)[0]
+        finally:
+            handle.remove()
+        return rows.reshape(len(eye), len(eye)).to(resid.device)
+
+    @contextlib.contextmanager
+    def _without_blocks(self, stream: Tensor, outputs: int) -> Iterator[Tensor]:
+        """Inside, blocks hand on ``stream``, which is yielded as it is on their device."""
+        head = innermost(self.model.get_output_embeddings())
+        stream = stream.to(head.weight.device)
+        stand_in: Any = (stream, *[None] * (outputs - 1)) if outputs else stream
+        with contextlib.ExitStack() as stack:
+            rest = stack.enter_context(head_in_parts(head, stream.dtype))
+            weights = {id(t): t for t in [*self.outside, *rest]}
+            stack.enter_context(upcast([*weights.values()], stream.dtype))
+            tables = {module: table for module, table in self.tables.items() if id(table.weight) not in weights}
+            stack.enter_context(rows_only(tables, stream.dtype))
+            stack.enter_context(arithmetic(stream.dtype))
+            for block in self.blocks:
+                stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
+                stack.callback(vars(block).pop, "forward")
+                block.forward = lambda *args, **kwargs: stand_in
+            yield stream

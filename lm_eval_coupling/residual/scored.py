@@ -1,0 +1,78 @@
+"""The transformers model in what is scored: wrappers are looked through, what could not be measured as scored is refused."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.weights import unreadable
+
+_ONLY_SCORE = "use --model hf, or coupling_limit=0, to only score"
+_SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DTensor")
+
+
+def without_compilation(model: nn.Module) -> nn.Module:
+    """What torch.compile has wrapped: the same function, without compiling it for a few tokens."""
+    while type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    return model
+
+
+def looked_through(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile, data parallelism and PEFT.
+
+    Raises:
+        CouplingError: for an adapter that is no part of it (virtual tokens), and for weights spread over processes.
+    """
+    while True:
+        name = type(model).__name__
+        if name in _SHARDED:
+            raise CouplingError(f"got a {name}, whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
+        if name == "OptimizedModule":
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            _refuse_virtual_tokens(model)
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Prompt tuning, prefix tuning and p-tuning put tokens before the prompt that are in no block's weights."""
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None) or [*configs]
+    for name in [active] if isinstance(active, str) else active:
+        config = configs.get(name)
+        if config is not None and getattr(config, "is_prompt_learning", False):
+            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
+            raise CouplingError(
+                f"got an adapter of virtual tokens ({kind}), expected one that changes weights, such as LoRA; "
+                f"measure the model without it, or {_ONLY_SCORE}"
+            )
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Say of a model that is no causal language model, or whose weights cannot be read, what it is.
+
+    Raises:
+        CouplingError: if it is one.
+    """
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+        raise CouplingError(f"got a {name}, expected a decoder-only transformers language model; score it with --model hf")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise CouplingError(f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf")
+    if model.get_output_embeddings() is None:
+        raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise CouplingError(f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
+    if reason := unreadable(model):
+        raise CouplingError(
+            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
+            f"such as accelerate offloads; {_ONLY_SCORE}"
+        )

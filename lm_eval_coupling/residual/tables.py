@@ -1,0 +1,93 @@
+"""The two large tables outside the blocks, embeddings and head, used in another dtype without a copy of them in it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lm_eval_coupling.residual.weights import fetched, is_absent
+
+AT_ONCE = 1 << 24  # numbers of a head that are cast at a time
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The transformers module inside TransformerLens' component."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
+
+
+def looked_up(model: nn.Module) -> dict[nn.Module, nn.Embedding]:
+    """The embeddings whose forward method takes token ids and looks them up, by the module that is called for them."""
+    found: dict[nn.Module, nn.Embedding] = {}
+    for module in model.modules():  # the outer ones come first
+        table = innermost(module)
+        if isinstance(table, nn.Embedding) and table not in found.values() and [*table.parameters()] == [table.weight]:
+            if next(iter(inspect.signature(table.forward).parameters), "") in ("input", "input_ids"):
+                found[module] = table
+    return found
+
+
+@contextlib.contextmanager
+def rows_only(tables: dict[nn.Module, nn.Embedding], dtype: torch.dtype) -> Iterator[None]:
+    """From when an embedding is called on, its weight is the rows that it looks up, in ``dtype``: the function is the same.
+
+    It is put back at the end: TransformerLens asks the weight for its dtype before and after.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, table in tables.items():
+            if table.weight.dtype != dtype or is_absent(table.weight):
+                rows = _Rows(table, dtype)
+                stack.callback(rows.put_back)
+                stack.callback(module.register_forward_pre_hook(rows.take).remove)
+        yield
+
+
+class _Rows:
+    def __init__(self, table: nn.Embedding, dtype: torch.dtype) -> None:
+        self.table, self.dtype, self.kept = table, dtype, None
+
+    def take(self, module: nn.Module, args: tuple) -> tuple:
+        self.put_back()
+        weight = self.table.weight
+        ids, places = torch.unique(args[0], return_inverse=True)
+        source = weight.fetch() if is_absent(weight) else weight.data
+        self.kept = (weight.data, self.table.padding_idx)
+        weight.data = source[ids.to(source.device)].to(weight.device, self.dtype)
+        self.table.padding_idx = None  # of no effect but on gradients, and beyond these rows
+        return (places, *args[1:])
+
+    def put_back(self) -> None:
+        if self.kept is not None:
+            self.table.weight.data, self.table.padding_idx = self.kept
+            self.kept = None
+
+
+@contextlib.contextmanager
+def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """A linear head multiplies some rows at a time; yields the weights that must be upcast all the same."""
+    if type(head) is not nn.Linear or head.weight.dtype == dtype and not is_absent(head.weight):
+        yield [*head.parameters(), *head.buffers()]
+        return
+    weight = head.weight.data  # now: a tied table holds but a few rows later
+    before = {name: value for name, value in vars(head).items() if name == "forward"}
+
+    def forward(hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocabulary"]:
+        rows = max(1, AT_ONCE // head.in_features)
+        source = head.weight.fetch() if is_absent(head.weight) else weight
+        parts = [F.linear(hidden, part.to(hidden.device, dtype)) for part in source.split(rows)]
+        logits = torch.cat(parts, dim=-1)
+        return logits if head.bias is None else logits + fetched(head.bias).to(dtype)
+
+    head.forward = forward
+    try:
+        yield []
+    finally:
+        del head.forward
+        vars(head).update(before)
