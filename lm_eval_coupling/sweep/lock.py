@@ -1,0 +1,54 @@
+"""One worker a unit and one sweep a folder: locks that the system lets go when their holder dies, however it dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+
+class Held(Exception):
+    """Somebody else holds the lock."""
+
+
+@contextmanager
+def lock(file: Path) -> Iterator[int]:
+    """Hold ``file``; the file descriptor can be handed to a child, which then holds it as well until it ends.
+
+    A file system without locks keeps nobody out.
+
+    Raises:
+        Held: if another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Held(str(file)) from None
+            except OSError:
+                pass
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def held(file: Path) -> bool:
+    """Whether some process holds ``file`` now."""
+    if not file.exists():
+        return False
+    try:
+        with lock(file):
+            return False
+    except Held:
+        return True
+    except OSError:
+        return False
