@@ -18,14 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `lm-eval-coupling`; by default those it was called with.
 
     Returns:
-        The exit code: 0, 2 after a mistake of the user, which is told in one sentence on stderr, or 130 after Ctrl-C.
+        The exit code: 0; 1 if a sweep is not complete; 2 after a mistake of the user, told in one sentence on stderr;
+        130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["run"]:  # argparse would take lm-eval's own options, such as --help, for ours
             return _run(words[1:])
         options = _parser().parse_args(words)
-        options.command(options)
+        return options.command(options) or 0
     except CouplingError as error:
         print(f"lm-eval-coupling: {error}", file=sys.stderr)
         return 2
@@ -73,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--documents", type=int, metavar="N", help="prompts to include per model and task (default: 200)")
     report.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different coupling settings")
     report.set_defaults(command=_report)
+    sweep = commands.add_parser(
+        "sweep", help="models × revisions × tasks from a plan, on this machine or on a SLURM cluster"
+    )
+    sweep.add_argument("plan", type=Path, metavar="PLAN.yaml", help="the same command again goes on where it was")
+    looks = sweep.add_mutually_exclusive_group()
+    looks.add_argument("--dry-run", action="store_true", help="check the plan; show what is there and what is to be done")
+    looks.add_argument(
+        "--download", action="store_true", help="check the plan; fetch models and data for nodes without network"
+    )
+    looks.add_argument("--check", action="store_true", help="what is missing or failed, why, and where its log is")
+    sweep.set_defaults(command=_sweep)
     return parser
 
 
@@ -116,6 +128,12 @@ def _report(options: argparse.Namespace) -> None:
     documents = DOCUMENTS if options.documents is None else options.documents
     page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.sweep.command import sweep
+
+    return sweep(options.plan, dry_run=options.dry_run, download=options.download, check=options.check)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def done(plan: Plan, unit: Unit) -> Done:
 
 
 def results(folder: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """The results in a unit's folder, oldest first, with what they say was asked for; broken and foreign files are left out."""
+    """The results in a unit's folder, oldest first, with what they say was asked for; broken and foreign files left out."""
     for file in sorted(folder.glob("*/results_*.json"), key=lambda file: file.name):
         run = _read(file)
         told = _told(run) if run is not None else None

@@ -137,7 +137,9 @@ def _tasks(fields: Fields) -> list[Task]:
         shots = task.whole("num_fewshot", least=0)
         found += [Task(name, shots)] if name else []
     names = [task.name for task in found]
-    fields.problems += [f"got the task {name} twice; lm-eval runs it once" for name in sorted(set(names)) if names.count(name) > 1]
+    fields.problems += [
+        f"got the task {name} twice; lm-eval runs it once" for name in sorted(set(names)) if names.count(name) > 1
+    ]
     return found
 
 
@@ -157,7 +159,9 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
         if name in _NOT_FOR_LM_EVAL:
             fields.problems.append(f"got lm_eval.{name}, which is not for lm_eval here; use {_NOT_FOR_LM_EVAL[name]}")
     if given.get("num_fewshot") is not None and any(task.num_fewshot is not None for task in tasks):
-        fields.problems.append("got lm_eval.num_fewshot beside that of a task, which it would override; give it to each task")
+        fields.problems.append(
+            "got lm_eval.num_fewshot beside that of a task, which it would override; give it to each task"
+        )
     return {"log_samples": True} | given
 
 

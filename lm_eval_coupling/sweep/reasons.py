@@ -9,7 +9,7 @@ from pathlib import Path
 _OURS = re.compile(r"^lm-eval-coupling: (.+)$")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*$")
 _MEMORY = re.compile(
-    r"out of memory|OutOfMemory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|Cannot allocate memory|oom[-_ ]kill",
+    r"out of memory|OutOfMemory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED|can(?:'t|not) allocate memory|oom[-_ ]kill",
     re.IGNORECASE,
 )
 _LENGTH = 300

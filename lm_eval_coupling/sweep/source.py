@@ -17,8 +17,8 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "*.json", "*.model", "*.
 def source(unit: Unit, environment: Mapping[str, str]) -> str | None:
     """What tells one state of the weights from another, or None where nothing is known of them here.
 
-    A folder is known by the names, sizes and times of its files (and of its adapter's), a model of the hub by the commit that
-    its revision stands for in this machine's cache.
+    A folder is known by the names, sizes and times of its files (and of its adapter's), a model of the hub by the commit
+    that its revision stands for in this machine's cache.
     """
     folders = [Path(unit.model), *(Path(str(unit.arguments[key])) for key in ("peft", "delta") if key in unit.arguments)]
     if folders[0].is_dir():

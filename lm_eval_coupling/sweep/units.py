@@ -18,7 +18,20 @@ from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole, nearest
 # The facts that `fit` knows; any other name is a column of its own.
 FACTS = ("family", "tuned", "training_tokens", "released", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
 _MEANT = {"tokens": "training_tokens", "release": "released", "release_date": "released", "params": "n_params"}
-_COLUMNS = ("model", "revision", "task", "alias", "group", "metric", "date", "file", "dtype", "fingerprint", "step", "lineage")
+_COLUMNS = (
+    "model",
+    "revision",
+    "task",
+    "alias",
+    "group",
+    "metric",
+    "date",
+    "file",
+    "dtype",
+    "fingerprint",
+    "step",
+    "lineage",
+)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,7 @@ class Outcome:
 class Worker:
     """Runs units, one at a time; :meth:`stop` and :meth:`kill` may be called from anywhere."""
 
-    def __init__(
-        self, plan: Plan, environment: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND
-    ) -> None:
+    def __init__(self, plan: Plan, environment: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND) -> None:
         """Prepare.
 
         Args:
@@ -119,8 +117,8 @@ class Worker:
         with (folder / record.LOG).open("ab") as log:
             log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             log.flush()
-            # A group of its own: Ctrl-C reaches it through us, and what it starts ends with it. It holds the unit's lock too,
-            # so that a sweep that comes after a killed one leaves it in peace.
+            # A group of its own: Ctrl-C reaches it through us, and what it starts ends with it. It holds the unit's lock
+            # too, so that a sweep that comes after a killed one leaves it in peace.
             posix: dict[str, Any] = {"start_new_session": True, "pass_fds": (descriptor,)} if os.name == "posix" else {}
             with subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment, **posix
@@ -142,7 +140,7 @@ class Worker:
 
 
 def half(batch_size: Any) -> int | None:
-    """Half of a batch; one document where a size that lm-eval found itself was too large; None if nothing is left to halve."""
+    """Half of a batch; 1 where a size that lm-eval found itself was too large; None if nothing is left to halve."""
     try:
         size = int(batch_size)
     except (TypeError, ValueError):

@@ -35,7 +35,9 @@ class _Loader(yaml.SafeLoader):
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), [*_first.replace("\0", ""), *([""] * ("\0" in _first))])
+    _Loader.add_implicit_resolver(
+        _tag, re.compile(f"^(?:{_pattern})$"), [*_first.replace("\0", ""), *([""] * ("\0" in _first))]
+    )
 
 
 def load(text: str) -> Any:

@@ -1,0 +1,156 @@
+"""What lm-eval would refuse of a plan, found before any work: tasks, options, arguments, models. A process of its own.
+
+    python -m lm_eval_coupling.harness.preflight QUESTION.json ANSWER.json
+
+The question is what :mod:`lm_eval_coupling.sweep.checks` writes; the answer has ``problems`` (sentences) and ``models``
+(facts by model). The folder ``overrides`` gets a file for each task whose number of examples is set. With ``download``,
+models and data sets are fetched into the caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.sweep.fields import nearest
+
+
+def main(question: Path, answer: Path) -> None:
+    """Answer one question."""
+    plugin.install()
+    asked = json.loads(question.read_text(encoding="utf-8"))
+    from lm_eval.tasks import TaskManager
+
+    from lm_eval_coupling.harness import preflight_models
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    problems: list[str] = []
+    given = asked["lm_eval"].get("include_path") or []
+    include = given if isinstance(given, list) else [given]
+    problems += [f"got lm_eval.include_path: {path!r}, which is no folder" for path in include if not Path(path).is_dir()]
+    manager = TaskManager(include_path=[*include])
+    problems += _tasks(manager, [name for name, _ in asked["tasks"]])
+    problems += [*_lm_eval(asked["lm_eval"]), *_coupling(asked["coupling"])]
+    models, of_models = preflight_models.check(asked["models"], asked["coupling"], offline=asked["offline"])
+    problems += of_models
+    if not problems:
+        _override(manager, {name: shots for name, shots in asked["tasks"] if shots is not None}, Path(asked["overrides"]))
+        if asked["download"]:
+            problems += _download(TaskManager(include_path=[*include, asked["overrides"]]), asked)
+    answer.write_text(json.dumps({"problems": problems, "models": models}), encoding="utf-8")
+
+
+def _tasks(manager: Any, names: list[str]) -> Iterator[str]:
+    known: dict[str, str] = {}
+    for name in names:
+        if name.endswith(".yaml"):
+            if not Path(name).is_file():
+                yield f"got the task {name}, which is no file"
+            continue
+        matches = manager.match_tasks([name])
+        if not matches:
+            yield f"got the task {name}, which lm-eval does not know; did you mean {nearest(name, manager.all_tasks)}?"
+        for leaf in [leaf for match in matches for leaf in _leaves(manager.task_index, match)]:
+            if known.setdefault(leaf, name) != name:
+                yield f"got the task {leaf} twice, in {known[leaf]} and in {name}; lm-eval refuses that"
+                break
+
+
+def _leaves(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) -> set[str]:
+    """The tasks that a task, group or tag stands for, as far as its file tells."""
+    entry = index.get(name)
+    if entry is None or name in above:
+        return {name}
+    if entry.kind.name == "TAG":
+        return set(entry.tags)
+    if entry.kind.name != "GROUP":
+        return {name}
+    children = (entry.cfg or {}).get("task") or []
+    named = [c if isinstance(c, str) else c.get("task") or c.get("group") for c in children if isinstance(c, str | dict)]
+    return {leaf for child in named if isinstance(child, str) for leaf in _leaves(index, child, (*above, name))}
+
+
+def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    known = [field.name for field in fields(EvaluatorConfig)]
+    unknown = [name for name in given if name not in known]
+    for name in unknown:
+        yield f"got lm_eval.{name}, which lm-eval does not know; did you mean {nearest(name, known)}?"
+    for name, expected in (("limit", "a number"), ("num_fewshot", "a whole number"), ("max_batch_size", "a whole number")):
+        value = given.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float if name == "limit" else int)):
+            yield f"got lm_eval.{name}: {value!r}, expected {expected}"
+    size = given.get("batch_size", 1)
+    if not (isinstance(size, int) and size > 0) and not (isinstance(size, str) and size.removeprefix("auto") != size):
+        yield f"got lm_eval.batch_size: {size!r}, expected a whole number of 1 or more, or auto"
+    if not unknown:
+        try:
+            EvaluatorConfig(**{**given, "tasks": ["-"], "output_path": "-", "model_args": {}})._configure()
+        except (ValueError, TypeError) as error:
+            yield f"got lm_eval as lm-eval refuses it: {' '.join(str(error).split())}"
+
+
+def _coupling(given: Mapping[str, Any]) -> Iterator[str]:
+    """Each argument alone, so that all that are wrong are told; together only if each is right."""
+    known = [*inspect.signature(Options.parse).parameters]
+    unknown = [name for name in given if name not in known]
+    for name in unknown:
+        yield f"got coupling.{name}, did you mean {nearest(name, known)}? There are {', '.join(known)}"
+    arguments = {name: value for name, value in given.items() if name not in unknown}
+    alone = [problem for name, value in arguments.items() for problem in _refused({name: value})]
+    yield from alone or _refused(arguments)
+
+
+def _refused(arguments: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        Options.parse(**arguments)
+    except (CouplingError, TypeError) as error:
+        yield str(error)
+
+
+def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:
+    """Tasks of the same name with another number of examples, which lm-eval has no option for where tasks differ in it."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.yaml"):
+        old.unlink()
+    for name, number in shots.items():
+        for entry in _entries(manager, name):
+            kind = "group" if entry.kind.name == "GROUP" else "task"
+            # Without its tags: the index would else know the tag for this task alone.
+            made = {"include": str(Path(entry.yaml_path).resolve()), kind: entry.name, "tag": None, "num_fewshot": number}
+            file = folder / f"{entry.name.replace('/', '-')}.yaml"
+            file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+
+
+def _entries(manager: Any, name: str) -> Iterable[Any]:
+    for match in manager.match_tasks([name]):
+        entry = manager.task_index[match]
+        yield from (manager.task_index[tagged] for tagged in sorted(entry.tags)) if entry.kind.name == "TAG" else [entry]
+
+
+def _download(manager: Any, asked: Mapping[str, Any]) -> Iterator[str]:
+    from lm_eval_coupling.harness import preflight_models
+
+    for name in [match for task, _ in asked["tasks"] for match in manager.match_tasks([task]) or [task]]:
+        print(f"data of {name} …", file=sys.stderr, flush=True)
+        try:
+            manager.load([name])
+        except Exception as error:  # each data set fails in its own way; the others are fetched
+            yield f"got the task {name}, whose data cannot be fetched: {' '.join(str(error).split())[:300]}"
+    yield from preflight_models.download(asked["models"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,187 @@
+"""Models of a plan before any is loaded: are they there, would they be measured, how large are they; and fetching them."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.sweep.fields import nearest
+
+# What `from_pretrained` takes besides what the model class of lm-eval names itself.
+_FROM_PRETRAINED = [
+    *("attn_implementation", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage"),
+    *("device_map", "max_memory", "offload_folder", "variant", "use_safetensors", "token", "experts_implementation"),
+]
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "training_args.bin")
+
+
+def check(
+    models: Sequence[Mapping[str, Any]], coupling: Mapping[str, Any], *, offline: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Facts by model, and what is wrong; ``models`` have ``model, revisions, arguments``."""
+    problems: list[str] = []
+    facts: dict[str, Any] = {}
+    with ThreadPoolExecutor(8) as pool:
+        looks = pool.map(lambda asked: _look(asked, coupling, offline), models)
+        for asked, (found, wrong) in zip(models, looks, strict=True):
+            problems += wrong
+            if found:
+                facts[asked["model"]] = found
+    return facts, problems
+
+
+def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) -> tuple[dict[str, Any], list[str]]:
+    model, arguments = asked["model"], asked["arguments"]
+    wrong = [*_arguments(model, arguments), *_place(model, arguments)]
+    if not wrong and not Path(model).is_dir():
+        wrong += _revisions(model, asked["revisions"], offline)
+    if wrong:
+        return {}, wrong
+    try:
+        config = _config(model, asked["revisions"][0], arguments)
+    except Exception as error:  # transformers, the hub and the model's own code raise what they like
+        return {}, [f"got the model {model}, which transformers cannot load: {str(error).strip().splitlines()[0]}"]
+    text = config.get_text_config()
+    width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    wrong = [*_shape(model, config, width, depth, coupling)]
+    return {
+        "d_model": width,
+        "n_layers": depth,
+        "n_params": _parameters(config),
+        "dtype": str(_dtype(config, arguments)),
+    }, wrong
+
+
+def _arguments(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    from lm_eval.models.huggingface import HFLM
+
+    known = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
+    known = [name for name in known if name != "kwargs"]
+    for name in arguments:
+        if (
+            name not in known
+            and not name.startswith("coupling_")
+            and SequenceMatcher(None, name, nearest(name, known)).ratio() >= 0.75
+        ):
+            yield f"got the argument {name} of {model}, did you mean {nearest(name, known)}?"
+    if arguments.get("tp_plan"):
+        yield f"got the argument tp_plan of {model}, which splits weights over processes; leave it out to measure coupling"
+    try:
+        Options.take_from(dict(arguments))
+    except CouplingError as error:
+        yield f"{model}: {error}"
+
+
+def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """A folder must be one of a model; a name that looks like a folder is none of the hub's."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        inner = folder / str(arguments.get("subfolder") or "")
+        if not (inner / "config.json").is_file() and "gguf_file" not in arguments:
+            yield f"got the model {model}, a folder without config.json"
+        elif not any(any(inner.glob(pattern)) for pattern in _WEIGHTS):
+            yield f"got the model {model}, a folder without weights ({', '.join(_WEIGHTS)})"
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        yield f"got the model {model}, which is no folder here and no name on the hub"
+
+
+def _revisions(model: str, revisions: Sequence[str], offline: bool) -> Iterator[str]:
+    from lm_eval_coupling.sweep.source import snapshot
+
+    unseen = [revision for revision in revisions if snapshot(model, revision, {}) is None]
+    if not unseen:
+        return
+    if offline:
+        missing = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        yield f"got the model {model}, of which {missing} is not in the cache, with the hub switched off; --download first"
+        return
+    if unseen == ["main"]:
+        return  # its configuration is asked for next
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(model)
+    except Exception as error:
+        yield f"got the model {model}, whose revisions cannot be looked up: {str(error).strip().splitlines()[0]}"
+        return
+    names = [ref.name for ref in [*refs.branches, *refs.tags]]
+    for revision in unseen:
+        if revision not in names and not (len(revision) == 40 and set(revision) <= set("0123456789abcdef")):
+            yield f"got revision {revision} of {model}, which it does not have; did you mean {nearest(revision, names)}?"
+
+
+def _config(model: str, revision: str, arguments: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    further = {
+        name: arguments[name] for name in ("trust_remote_code", "subfolder", "gguf_file", "token") if name in arguments
+    }
+    return AutoConfig.from_pretrained(model, revision=revision, **further)
+
+
+def _shape(model: str, config: Any, width: Any, depth: Any, coupling: Mapping[str, Any]) -> Iterator[str]:
+    if getattr(config, "is_encoder_decoder", False):
+        yield f"got the model {model}, an encoder-decoder, expected a decoder-only one"
+        return
+    try:
+        options = Options.parse(**coupling)
+    except (CouplingError, TypeError):
+        return  # told already
+    if options.measures_anything and width and depth:
+        try:
+            options.settings.check_shape(width, depth)
+        except CouplingError as error:
+            yield f"{model}: {error}"
+
+
+def _parameters(config: Any) -> int | None:
+    """Counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters())
+    except Exception:  # an estimate is not worth a failure
+        return None
+
+
+def _dtype(config: Any, arguments: Mapping[str, Any]) -> Any:
+    given = arguments.get("dtype", "auto")
+    found = getattr(config, "dtype", None) if given == "auto" else given
+    return str(found or "float32").removeprefix("torch.")
+
+
+def download(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Fetch every revision of every model of the hub into the cache; what fails is told at the end."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    for asked in models:
+        if Path(asked["model"]).is_dir():
+            continue
+        for revision in asked["revisions"]:
+            print(f"{asked['model']} {revision} …", file=sys.stderr, flush=True)
+            try:
+                names = HfApi().list_repo_files(asked["model"], revision=revision)
+                snapshot_download(asked["model"], revision=revision, allow_patterns=needed(names))
+            except Exception as error:
+                first = str(error).strip().splitlines()[0]
+                yield f"got the model {asked['model']} at {revision}, which cannot be fetched: {first}"
+
+
+def needed(names: Sequence[str]) -> list[str]:
+    """Of the files of a repository those that transformers loads: safetensors where there are any, else other weights."""
+    kept = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OUT)]
+    if any(name.endswith(".safetensors") for name in kept):
+        kept = [name for name in kept if not name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    return kept

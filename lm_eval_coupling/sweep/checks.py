@@ -1,0 +1,89 @@
+"""A plan against the world, before any work: is the output writable, do models and tasks exist, would lm-eval refuse it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep.plan import Plan, PlanError, Slurm
+from lm_eval_coupling.sweep.reasons import reason
+from lm_eval_coupling.sweep.request import overrides_folder
+from lm_eval_coupling.sweep.shared_store import locks_work
+
+
+def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
+    """Facts about the models (``d_model, n_layers, n_params, dtype`` by name), if nothing is wrong.
+
+    Args:
+        plan: the plan.
+        download: fetch models and data sets as well.
+
+    Raises:
+        PlanError: with everything that is wrong.
+    """
+    problems = [*_output(plan), *_store(plan)]
+    answer = _ask(plan, download)
+    if problems := [*problems, *answer["problems"]]:
+        raise PlanError(plan.file, problems)
+    return answer["models"]
+
+
+def _output(plan: Plan) -> list[str]:
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=plan.output):
+            return []
+    except OSError as error:
+        return [f"got output: {plan.output}, which cannot be written ({error.strerror}); choose another"]
+
+
+def _store(plan: Plan) -> list[str]:
+    """A store that several workers write to needs locks that hold."""
+    if "store" not in plan.coupling:
+        return []
+    store = Path(str(plan.coupling["store"])).expanduser()
+    if isinstance(plan.run, Slurm):
+        return ["got coupling.store with run.on: slurm, whose nodes may not see each other's locks; leave it out"]
+    if not locks_work(store.parent):
+        return [f"got coupling.store: {store}, on a file system whose locks do not hold; leave it out: units have their own"]
+    return []
+
+
+def _ask(plan: Plan, download: bool) -> dict[str, Any]:
+    """In a process of its own: it loads lm-eval, which the sweep itself does without."""
+    models: dict[str, dict[str, Any]] = {}
+    for unit in plan.units:
+        key = json.dumps([unit.model, unit.arguments], sort_keys=True, default=str)
+        entry = models.setdefault(key, {"model": unit.model, "arguments": unit.arguments, "revisions": []})
+        entry["revisions"].append(unit.revision)
+    environment = {**os.environ, **plan.run.environment}
+    question = {
+        "tasks": [[task.name, task.num_fewshot] for task in plan.tasks],
+        "coupling": plan.coupling,
+        "lm_eval": plan.lm_eval,
+        "models": [*models.values()],
+        "overrides": str(overrides_folder(plan)),
+        "download": download,
+        "offline": environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(question, default=str), encoding="utf-8")
+        command = [sys.executable, "-m", "lm_eval_coupling.harness.preflight", str(asked), str(answer)]
+        ended = subprocess.run(
+            command,
+            stderr=None if download else subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+            check=False,
+        )
+        if ended.returncode or not answer.exists():
+            raise CouplingError(f"the plan could not be checked: {reason(ended.stderr or '', ended.returncode)}")
+        return json.loads(answer.read_text(encoding="utf-8"))
