@@ -106,7 +106,7 @@ def parameters(run: Slurm, count: int) -> dict[str, Any]:
         "constraint": run.constraint,
         "gpus_per_node": run.gpus or None,
         "cpus_per_task": run.cpus,
-        "mem_gb": run.memory_gb,
+        "mem": f"{math.ceil(run.memory_gb * 1024)}MB" if run.memory_gb else None,
         "array_parallelism": run.at_once or count,
         "setup": [*run.setup] or None,
         "signal_delay_s": min(_SIGNAL_SECONDS, minutes * 15),
