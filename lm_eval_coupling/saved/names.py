@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -117,6 +118,20 @@ def facts_from_name(model: str, revision: str) -> dict[str, Any]:
         "step": float(checkpoint[1]) if checkpoint else math.nan,
         "training_tokens": float(tokens[1]) * {"m": 1e6, "b": 1e9, "t": 1e12}[tokens[2]] if tokens else math.nan,
     }
+
+
+def facts_beside(results: Path) -> dict[str, Any]:
+    """What ``facts.json`` in the folder of results, or in the one above it, says of their model; empty without one.
+
+    A sweep writes what its plan tells of a model there: ``family, tuned, training_tokens``, sizes, and columns of its own.
+    """
+    for folder in (results.parent, results.parent.parent):
+        try:
+            found = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:

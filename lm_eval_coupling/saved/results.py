@@ -39,8 +39,8 @@ def load_runs(
       file``;
     * every metric and standard error under lm-eval's own key, such as ``acc,none`` and ``acc_stderr,none``; ``metric``
       names the one that lm-eval lists first, ``directions`` which are better when higher, as pairs;
-    * ``dtype, n_params, n_layers, d_model, n_heads, vocab_size``, and from names or ``facts`` ``family, tuned,
-      training_tokens, lineage`` and ``step`` (of a checkpoint);
+    * ``dtype, n_params, n_layers, d_model, n_heads, vocab_size``, and from names, a sweep's plan or ``facts`` ``family,
+      tuned, training_tokens, lineage`` and ``step`` (of a checkpoint), and what else these tell;
     * ``run_id, interrupted, coupling_rank`` (of lm-eval's metric ``coupling,none``), ``worst_certificate``, ``measured`` and
       ``failed`` (documents of the task);
     * for every measure m of ``config.coupling`` and every rank K: ``m@K``, ``m_stderr@K``, ``m_n@K``, for instance

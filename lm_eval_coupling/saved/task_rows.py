@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_eval_coupling.saved.names import facts_from_name
+from lm_eval_coupling.saved.names import FACTS, facts_beside, facts_from_name
 from lm_eval_coupling.saved.run import SavedRun
 
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
@@ -30,13 +30,15 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
     }
     facts |= {name: _number(coupling.get(name)) for name in ("n_layers", "d_model", "n_heads", "vocab_size")}
     facts |= facts_from_name(run.model, run.revision)
+    told = facts_beside(run.file) if run.file else {}
     children = results.get("group_subtasks") or {}
     above = {child: group for group, members in children.items() for child in members or ()}
     for task, found in results["results"].items():
         metrics = {key if "," in key else f"{key},none": _number(found[key]) for key in found if key not in _NO_METRICS}
         metric = next(filter(is_score, metrics), None)
         yield (
-            {"model": run.model, "revision": run.revision, "variant": run.variant, "fingerprint": run.fingerprint}
+            told
+            | {"model": run.model, "revision": run.revision, "variant": run.variant, "fingerprint": run.fingerprint}
             | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "prompting": run.prompting(task)}
             | {"is_group": bool(run.leaves.get(task)), "group": above.get(task, "")}
             | {"n_fewshot": _shots(run, task), **_samples(results, task, found)}
@@ -45,6 +47,7 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
             | {"metric": metric, "directions": tuple(_directions((results.get("higher_is_better") or {}).get(task) or {}))}
             | metrics
             | facts
+            | {name: told[name] for name in FACTS if name in told}
             | _coupling_columns(coupling, run.leaves.get(task) or [task])
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,12 +115,11 @@ def matrix(plan: Plan, found: Sequence[Status], estimates: dict[str, dict[str, A
     return made
 
 
-def trouble(found: Sequence[Status]) -> Table:
-    """The units that are not done: their state, the reason and the log."""
-    made = Table("unit", "state", "reason", "log", title_justify="left")
+def trouble(found: Sequence[Status]) -> Iterator[str]:
+    """Of each unit that is not done its state, the reason, and on a line of its own, to be copied, the log."""
     for status in found:
         if status.state != "done":
-            colour = _COLOURS[status.state]
-            log = str(status.log) if status.log.exists() else ""
-            made.add_row(escape(status.unit.label), f"[{colour}]{status.state}[/]", escape(status.detail), escape(log))
-    return made
+            colour, reason = _COLOURS[status.state], escape(f": {status.detail}" if status.detail else "")
+            yield f"{escape(status.unit.label)} is [{colour}]{status.state}[/]{reason}"
+            if status.log.exists():
+                yield f"    {escape(str(status.log))}"

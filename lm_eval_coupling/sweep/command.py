@@ -79,8 +79,8 @@ def survey(plan: Plan) -> list[Status]:
 
 def _report(console: Console, plan: Plan, found: Sequence[Status]) -> int:
     remaining = [status for status in found if status.state != "done"]
-    if remaining:
-        console.print(board.trouble(found))
+    for line in board.trouble(found):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{len(found) - len(remaining)} of {len(found)} units are done in {plan.output}", highlight=False, soft_wrap=True
     )

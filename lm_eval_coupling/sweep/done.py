@@ -67,11 +67,18 @@ def results(folder: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]
             yield file, run, told
 
 
-def set_aside_broken(folder: Path) -> None:
-    """Rename results whose writing was cut short, over which readers would stumble."""
-    for file in folder.glob("*/results_*.json"):
-        if _read(file) is None:
-            file.rename(file.with_suffix(".broken"))
+def set_aside(plan: Plan, unit: Unit) -> None:
+    """Rename what no longer counts, with its tables and samples, so that readers of the folder do not count it either.
+
+    These are results of other settings or weights, interrupted ones, and files whose writing was cut short. Nothing is
+    deleted: without the ending ``.superseded`` they are what they were.
+    """
+    expected, now = asked(plan, unit), source(unit, plan.run.environment)
+    whole = {file: _reason(plan, file, run, told, expected, now) for file, run, told in results(plan.folder(unit))}
+    for file in plan.folder(unit).glob("*/results_*.json"):
+        if whole.get(file) is not None or _read(file) is None:
+            for belonging in file.parent.glob(f"*_{file.stem.removeprefix('results_')}.*"):
+                belonging.rename(belonging.with_name(f"{belonging.name}.superseded"))
 
 
 def _reason(

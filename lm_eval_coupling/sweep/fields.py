@@ -69,7 +69,8 @@ class Fields:
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A number above zero."""
-        return self.take(key, lambda v: is_number(v) and v > 0, "a number above 0", default)
+        found = self.take(key, lambda v: is_number(v) and v > 0, "a number above 0", default)
+        return None if found is None else float(found)
 
     def mapping(self, key: str) -> dict[str, Any]:
         """Any mapping whose keys are words."""

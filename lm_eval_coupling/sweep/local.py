@@ -7,6 +7,7 @@ import queue
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 
 from lm_eval_coupling.sweep.board import Board
@@ -15,7 +16,7 @@ from lm_eval_coupling.sweep.units import Unit
 from lm_eval_coupling.sweep.work import COMMAND, Worker
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_AGAIN_SECONDS = 1.0
+_AGAIN_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 
 
 def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] = COMMAND) -> None:
@@ -38,14 +39,13 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
         todo.put(unit)
     stop = threading.Event()
     workers = [Worker(plan, environment, command) for environment in slots(plan.run)[: len(units)]]
-    threads = [threading.Thread(target=_work, args=(worker, todo, board, stop), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
+    ended = [threading.Event() for _ in workers]  # `join` takes a thread for ended that Ctrl-C met it waiting for
+    for worker, end in zip(workers, ended, strict=True):
+        threading.Thread(target=_work, args=(worker, todo, board, stop, end), daemon=True).start()
     interrupts = 0
-    while any(thread.is_alive() for thread in threads):
+    while not all(end.is_set() for end in ended):
         try:
-            for thread in threads:
-                thread.join(0.2)
+            time.sleep(_LOOK_SECONDS)
         except KeyboardInterrupt:
             interrupts += 1
             stop.set()
@@ -57,7 +57,14 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
         raise KeyboardInterrupt
 
 
-def _work(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event) -> None:
+def _work(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event, end: threading.Event) -> None:
+    try:
+        _work_on_all(worker, todo, board, stop)
+    finally:
+        end.set()
+
+
+def _work_on_all(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             unit = todo.get_nowait()

@@ -105,12 +105,13 @@ def _revisions(fields: Fields) -> dict[str, dict[str, Any]]:
     given = fields.values.get("revisions")
     if given is None:
         return {"main": {}}
-    named = given if isinstance(given, Mapping) else {r: None for r in _listed(given) if is_text(r) or is_whole(r)}
-    if not named or (not isinstance(given, Mapping) and len(named) != len(_listed(given))):
+    pairs = given.items() if isinstance(given, Mapping) else [(revision, None) for revision in _listed(given)]
+    named = {str(revision): facts for revision, facts in pairs if is_text(revision) or is_whole(revision)}
+    if not named or len(named) != len(pairs):
         fields.refuse("revisions", "a list of different texts, such as [step1000, step143000]; put numbers in quotes")
         return {"main": {}}
     own = Fields(named, fields.at("revisions"), [*named], fields.problems)
-    return {str(revision): _facts(own, revision) for revision in named}
+    return {revision: _facts(own, revision) for revision in named}
 
 
 def _listed(value: Any) -> list[Any]:

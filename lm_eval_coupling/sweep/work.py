@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lm_eval_coupling.sweep import record, scores
-from lm_eval_coupling.sweep.done import done, set_aside_broken
+from lm_eval_coupling.sweep.done import done, set_aside
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.reasons import ending, out_of_memory, reason, stopped, tail
@@ -65,7 +65,6 @@ class Worker:
         folder = self.plan.folder(unit)
         try:
             with lock(folder / record.LOCK) as descriptor:
-                set_aside_broken(folder)
                 outcome = self._run(unit, folder, descriptor, batch_size)
                 record.write(folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds)
         except Held:
@@ -90,6 +89,7 @@ class Worker:
             outcome = self._attempt(unit, folder, descriptor, smaller)
         if outcome.state == "done":
             scores.forget(folder)
+            set_aside(self.plan, unit)
         return outcome
 
     def _attempt(self, unit: Unit, folder: Path, descriptor: int, batch_size: Any) -> Outcome:

@@ -1,0 +1,186 @@
+"""Workers side by side on this machine, and the command around them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from stand_in import STAND_IN, calls, wait_for
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep import checks, local, record
+from lm_eval_coupling.sweep.board import Board
+from lm_eval_coupling.sweep.command import survey, sweep
+from lm_eval_coupling.sweep.lock import lock
+from lm_eval_coupling.sweep.plan import Local
+from lm_eval_coupling.sweep.status import look
+
+SWEEP = """
+import sys
+from lm_eval_coupling.sweep import checks, command
+checks.check = lambda plan, **options: {}
+sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Tasks and models of the stand-in are none that lm-eval knows."""
+    monkeypatch.setattr(checks, "check", lambda plan, **options: {})
+
+
+def run(plan):
+    board = Board(plan, survey(plan), Console(file=open(os.devnull, "w")))
+    local.run(plan, plan.units, board, STAND_IN)
+    return {unit.label.split("/")[-1]: look(plan, unit) for unit in plan.units}
+
+
+def command(plan):
+    return subprocess.Popen([sys.executable, "-c", SWEEP, str(plan.file), *STAND_IN], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_unit_that_fails_does_not_stop_the_others(folder_of, make_plan):
+    plan = make_plan([folder_of("bad", fail="ValueError: no"), folder_of("good"), folder_of("fine")])
+    found = run(plan)
+    assert {name: status.state for name, status in found.items()} == {"bad": "failed", "good": "done", "fine": "done"}
+    assert found["bad"].detail == "ValueError: no" and found["bad"].log.exists()
+
+
+def test_workers_share_the_threads_and_work_side_by_side(folder_of, make_plan):
+    models = [folder_of(name, seconds=1) for name in "abcd"]
+    start = time.monotonic()
+    run(make_plan(models, run={"workers": 4, "threads": 3}))
+    assert time.monotonic() - start < 3.5
+    assert {calls(model)[0]["threads"] for model in models} == {"3"}
+
+
+def test_one_worker_a_device(folder_of, make_plan):
+    models = [folder_of(name, seconds=0.5) for name in "abcd"]
+    run(make_plan(models, run={"devices": [1, 3]}))
+    assert sorted(calls(model)[0]["device"] for model in models) == ["1", "1", "3", "3"]
+
+
+def test_slots(monkeypatch):
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    monkeypatch.setattr(local, "visible_devices", lambda: [])
+    assert local.slots(Local()) == [{"CUDA_VISIBLE_DEVICES": ""}]
+    two = local.slots(Local(workers=2))
+    assert [slot["OMP_NUM_THREADS"] for slot in two] == ["4", "4"] and len(two) == 2
+    monkeypatch.setattr(local, "visible_devices", lambda: ["0", "1"])
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local())] == ["0", "1"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(workers=3))] == ["0", "1", "0"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(devices=("0,1", "2,3")))] == ["0,1", "2,3"]
+    assert "OMP_NUM_THREADS" not in local.slots(Local(workers=2, environment={"OMP_NUM_THREADS": "1"}))[0]
+
+
+def test_devices_that_are_hidden_are_not_used(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert local.visible_devices() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.visible_devices() == []
+
+
+def test_exit_codes_and_what_is_said(folder_of, make_plan, unchecked, capsys):
+    good, bad = folder_of("good"), folder_of("bad", fail="ValueError: no")
+    plan = make_plan([good, bad])
+    assert sweep(plan.file, check=True) == 1
+    assert sweep(plan.file, command=STAND_IN) == 1
+    said = capsys.readouterr().out
+    assert "models/bad is failed: ValueError: no\n" in said and "1 of 2 units are done" in said
+    assert f"    {plan.folder(plan.units[1]) / 'log.txt'}\n" in said
+    Path(bad, "behaviour.json").write_text("{}")
+    assert sweep(plan.file, command=STAND_IN) == 0 and sweep(plan.file, check=True) == 0
+    assert [len(calls(model)) for model in (good, bad)] == [1, 2]
+
+
+def test_when_all_is_there_nothing_is_loaded_or_checked(folder_of, make_plan, unchecked, monkeypatch):
+    plan = make_plan([folder_of("a")])
+    assert sweep(plan.file, command=STAND_IN) == 0
+    monkeypatch.setattr(checks, "check", lambda plan: pytest.fail("there was nothing to be done"))
+    assert sweep(plan.file, command=["false"]) == 0
+
+
+def test_facts_lie_beside_the_results_and_follow_the_plan(folder_of, make_plan, unchecked):
+    model = folder_of("a")
+    for facts in ({"family": "x", "training_tokens": 1e9}, {"family": "y"}):
+        plan = make_plan([{"model": model, "facts": facts}])
+        assert sweep(plan.file, command=STAND_IN) == 0
+        assert record.read_json(plan.folder(plan.units[0]) / "facts.json") == facts
+    assert len(calls(model)) == 1
+
+
+def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):
+    plan = make_plan([folder_of("a")])
+    with lock(plan.output / ".lock"), pytest.raises(CouplingError, match="another sweep is at work"):
+        sweep(plan.file, command=STAND_IN)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_the_runs_and_loses_nothing(folder_of, make_plan, number):
+    model, done = folder_of("a", seconds=60), folder_of("b")
+    plan = make_plan([done, model])
+    head = command(plan)
+    wait_for(lambda: calls(model))
+    head.send_signal(number)
+    head.communicate(timeout=30)
+    assert head.returncode != 0
+    assert [status.state for status in survey(plan)] == ["done", "stopped"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(calls(model)[0]["pid"], 0)
+    Path(model, "behaviour.json").write_text("{}")
+    assert command(plan).wait(30) == 0 and len(calls(done)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are of POSIX systems")
+def test_after_kill_9_the_next_sweep_waits_for_what_still_runs(folder_of, make_plan):
+    model = folder_of("a", seconds=4)
+    plan = make_plan([model])
+    head = command(plan)
+    wait_for(lambda: calls(model))
+    head.kill()
+    head.wait()
+    assert look(plan, plan.units[0]).state == "running"
+    assert command(plan).wait(30) == 0 and len(calls(model)) == 1
+
+
+def test_states_in_words(folder_of, make_plan):
+    plan = make_plan([folder_of("a", seconds=60)])
+    (unit,) = plan.units
+    folder = plan.folder(unit)
+    assert look(plan, unit).state == "missing"
+    with lock(folder / record.LOCK):
+        (folder / record.LOG).write_text("x\rMeasuring coupling:  40%|####      | 4/10 [00:01<00:01]\r")
+        assert (look(plan, unit).state, look(plan, unit).detail) == ("running", "measuring coupling 40 %")
+    record.write(folder, state="running")
+    assert "ended before it was done" in look(plan, unit).detail
+    record.write(folder, state="waiting", job="7_0")
+    assert look(plan, unit, {"7_0": "PENDING"}).state == "waiting"
+    assert look(plan, unit, {"7_0": "RUNNING"}).state == "running"
+    assert look(plan, unit, {}).state == "stopped"
+
+
+def test_the_table_shows_those_in_trouble_first_where_there_is_no_room(folder_of, make_plan):
+    plan = make_plan([folder_of(f"m{n}") for n in range(30)])
+    board = Board(plan, survey(plan), Console(width=100, height=12, file=open(os.devnull, "w")))
+    board.set(plan.units[20], "failed", "ValueError: [red] no")
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))
+    console.print(board.table())
+    shown = console.export_text()
+    assert "m20" in shown and "ValueError: [red] no" in shown and "and 24 more" in shown and "1 failed, 29 missing" in shown
+
+
+def test_no_results_of_the_stand_in_are_mistaken(folder_of, make_plan):
+    """The stand-in writes what lm-eval writes, as far as it is read."""
+    plan = make_plan([folder_of("a")])
+    run(plan)
+    (file,) = plan.folder(plan.units[0]).glob("*/results_*.json")
+    assert json.loads(file.read_text())["configs"]["one"]["metadata"]["coupling_sweep"]["tasks"] == {
+        "one": None,
+        "two": None,
+    }

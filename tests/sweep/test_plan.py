@@ -1,0 +1,161 @@
+"""Plans: everything wrong is told at once, and what is right is read as its writer meant it."""
+
+import pytest
+import yaml
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep import plan as plans
+from lm_eval_coupling.sweep import yaml12
+from lm_eval_coupling.sweep.units import Unit
+
+PLAN = """
+models:
+  - model: EleutherAI/pythia-410m
+    revisions: [step1000, step143000]
+    args: "dtype=bfloat16,max_memory={0: 10,1: 20},parallelize=True"
+    facts: {family: pythia, training_tokens: 300e9, released: 2023-07-02}
+  - some/other
+tasks: [arc_easy, {task: gsm8k, num_fewshot: 5}]
+coupling: {ranks: 10+30+50, limit: 100}
+lm_eval: {batch_size: 8, limit: 20}
+output: OUT
+run: {on: local, workers: 2}
+"""
+
+
+def read(tmp_path, text):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    return plans.read(file)
+
+
+def problems(tmp_path, text):
+    with pytest.raises(plans.PlanError) as error:
+        read(tmp_path, text)
+    return error.value.problems
+
+
+def test_a_plan_is_read(tmp_path):
+    plan = read(tmp_path, PLAN)
+    assert [(unit.model, unit.revision) for unit in plan.units] == [
+        ("EleutherAI/pythia-410m", "step1000"),
+        ("EleutherAI/pythia-410m", "step143000"),
+        ("some/other", "main"),
+    ]
+    assert plan.units[0].arguments == {"dtype": "bfloat16", "max_memory": {0: 10, 1: 20}, "parallelize": True}
+    assert plan.units[0].facts == {"family": "pythia", "training_tokens": 3e11, "released": 2023.499}
+    assert [(task.name, task.num_fewshot) for task in plan.tasks] == [("arc_easy", None), ("gsm8k", 5)]
+    assert plan.run == plans.Local(workers=2)
+
+
+def test_everything_wrong_is_told_at_once(tmp_path):
+    text = """
+models:
+  - {model: a, revision: x, facts: {tokens: 1, famly: b, model: c}}
+  - {model: b, args: foo}
+  - {model: c, args: {pretrained: d}}
+  - c/d
+  - c/d
+taks: [arc_easy]
+coupling: {coupling_ranks: 3}
+lm_eval: {use_cache: x, tasks: y}
+run: {on: slurm, parttition: x}
+"""
+    found = "\n".join(problems(tmp_path, text))
+    for part in (
+        "unknown key models[0].revision, did you mean revisions?",
+        "models[0].facts.tokens, did you mean training_tokens?",
+        "models[0].facts.famly, did you mean family?",
+        "models[0].facts.model, which results have themselves",
+        "models[1].args: 'foo'",
+        "pretrained among models[2].args; use model",
+        "c/d at revision main twice",
+        "unknown key taks, did you mean tasks?",
+        "got no tasks",
+        "expected it without its prefix: ranks",
+        "use run.keep_scores, because lm-eval's cache does not know",
+        "lm_eval.tasks, which is not for lm_eval here",
+        "got no output",
+        "unknown key run.parttition, did you mean partition?",
+        "got no run.hours",
+    ):
+        assert part in found, part
+    assert found.count("\n") == 14
+
+
+@pytest.mark.parametrize(
+    ("run", "part"),
+    [
+        ("{on: cloud}", "run.on: 'cloud', expected local or slurm"),
+        ("{workers: 0}", "run.workers: 0, expected a whole number of 1 or more"),
+        ("{workers: true}", "run.workers: True"),
+        ("{partition: debug}", "unknown key run.partition"),
+        ("{on: slurm, hours: -1}", "run.hours: -1, expected a number above 0"),
+        ("{keep_scores: 3}", "run.keep_scores: 3, expected true or false"),
+        ("[1]", "got [1] for run"),
+    ],
+)
+def test_run_is_checked(tmp_path, run, part):
+    assert part in "\n".join(problems(tmp_path, f"models: a\ntasks: b\noutput: c\nrun: {run}"))
+
+
+def test_yaml_means_what_people_mean(tmp_path):
+    """PyYAML reads YAML 1.1: `on` is true there, 300e9 a text, 0001 the number one, and the second of two keys wins."""
+    assert yaml12.load("{on: local, a: 300e9, b: 0001, c: no, d: 1e-3, e: -2, f: true, g: ~, h: 12:30}") == {
+        "on": "local",
+        "a": 3e11,
+        "b": "0001",
+        "c": "no",
+        "d": 1e-3,
+        "e": -2,
+        "f": True,
+        "g": None,
+        "h": "12:30",
+    }
+    with pytest.raises(yaml.YAMLError, match="stands twice"):
+        yaml12.load("{a: 1, a: 2}")
+    with pytest.raises(CouplingError, match="no YAML"):
+        read(tmp_path, "models: [")
+    with pytest.raises(CouplingError, match="cannot be read"):
+        plans.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_revision_that_became_a_number_is_refused(tmp_path):
+    """A commit such as 12e45678 is a number in YAML, and infinite: it would name another revision."""
+    assert "put numbers in quotes" in "\n".join(
+        problems(tmp_path, "models: [{model: a, revisions: [12e45678]}]\ntasks: b\noutput: c")
+    )
+    plan = read(tmp_path, "models: [{model: a, revisions: ['12e45678', 20]}]\ntasks: b\noutput: c")
+    assert [unit.revision for unit in plan.units] == ["12e45678", "20"]
+
+
+def test_revisions_may_have_facts_of_their_own(tmp_path):
+    text = "models: [{model: a, facts: {family: x}, revisions: {s1: {training_tokens: 2e6}, s2: }}]\ntasks: b\noutput: c"
+    assert [unit.facts for unit in read(tmp_path, text).units] == [{"family": "x", "training_tokens": 2e6}, {"family": "x"}]
+
+
+def test_folders_of_a_pattern_are_models_in_order_of_their_numbers(tmp_path):
+    for step in (0, 10, 9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    plan = read(tmp_path, f"models: '{tmp_path}/checkpoint-*'\ntasks: b\noutput: c")
+    assert [unit.model.split("-")[-1] for unit in plan.units] == ["0", "9", "10", "100"]
+    assert "there is none" in problems(tmp_path, f"models: '{tmp_path}/nothing-*'\ntasks: b\noutput: c")[0]
+
+
+def test_a_unit_keeps_its_name(tmp_path):
+    """Results lie under it: it must not depend on the other models of a plan, nor on their order."""
+    first = Unit(model="a/b", revision="main", arguments={"x": 1, "y": 2}, facts={})
+    again = Unit(model="a/b", revision="main", arguments={"y": 2, "x": 1}, facts={"family": "z"})
+    others = [
+        Unit(model=m, revision=r, arguments=a, facts={})
+        for m, r, a in (("a-b", "main", {}), ("a/b", "s", {}), ("a/b", "main", {}))
+    ]
+    assert first.name == again.name == "a--b-e91a70ad"
+    assert len({unit.name for unit in [first, *others]}) == 4
+    assert all("/" not in unit.name for unit in [first, *others])
+
+
+def test_fewshot_for_all_and_for_one_are_refused_together(tmp_path):
+    text = "models: a\ntasks: [{task: b, num_fewshot: 5}]\nlm_eval: {num_fewshot: 3}\noutput: c"
+    assert "which it would override" in problems(tmp_path, text)[0]
