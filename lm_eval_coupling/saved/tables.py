@@ -112,7 +112,7 @@ def write_tables(
         by_task.setdefault(row["task"], []).append(row)
     written = []
     for task, members in by_task.items():
-        about = dict(provenance) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
+        about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
         path = Path(folder) / f"coupling_{_safe(task)}_{date}.parquet"
         table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
         try:
@@ -123,6 +123,15 @@ def write_tables(
             ) from None
         written.append(path)
     return written
+
+
+def _of_one_task(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The provenance with the summary of this task alone: that of all of a group's tasks, in each one's file, is large."""
+    about = dict(provenance)
+    if "tasks" in about:
+        about["tasks"] = {name: summary for name, summary in about["tasks"].items() if name == task}
+    twins = {name: part for name, part in about.items() if isinstance(part, Mapping) and "tasks" in part}
+    return about | {name: _of_one_task(part, task) for name, part in twins.items()}
 
 
 def coupling_of(normalized_miscoupling: np.ndarray) -> float:

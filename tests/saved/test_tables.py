@@ -110,6 +110,16 @@ def test_compressed_with_provenance(tmp_path):
     assert about["task"] == "arc" and about["date"] == DATE and about["schema_version"] == 1 and about["d_model"] == 64
 
 
+def test_a_table_has_the_summary_of_its_own_task_only(tmp_path):
+    """Every file of a group of 67 tasks held the summaries of all 67, and a run of tiny models left 20 MB."""
+    summaries = {"arc": {"measured": 1}, "gsm": {"measured": 2}}
+    provenance = {"model": "a", "tasks": summaries, "untrained": {"seed": 0, "tasks": summaries}}
+    arc, gsm = write_tables([record("arc"), record("gsm")], tmp_path, DATE, provenance)
+    assert read_provenance(arc)["tasks"] == {"arc": {"measured": 1}}
+    assert read_provenance(gsm)["untrained"] == {"seed": 0, "tasks": {"gsm": {"measured": 2}}}
+    assert provenance["tasks"] is summaries and len(summaries) == 2
+
+
 def test_newest_table_per_folder_and_task(tmp_path):
     for date, seed in (("2025-06-02T00-00-00", 2), ("2025-06-01T00-00-00.5", 1)):
         for model in ("a", "b"):

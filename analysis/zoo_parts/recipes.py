@@ -1,0 +1,78 @@
+"""The members of the zoo: what each is made of, most telling ones first, so that a training cut short leaves a zoo."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+HEAD = 32  # components of an attention head
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One member. ``family`` is what was changed about the standard recipe: families are left out whole in cross-checks.
+
+    ``text`` is the share of the corpus that is read, ``length`` the share of the steps that are made, ``shuffled`` the
+    share of windows whose words are in random order, ``noise`` the share of tokens drawn at random.
+    """
+
+    name: str
+    family: str
+    layers: int = 6
+    width: int = 128
+    text: float = 1.0
+    length: float = 1.0
+    rate: float = 2e-3
+    decay: float = 0.1
+    shuffled: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+    along: bool = False  # saved at logarithmic steps, not only at the last
+
+    def steps(self, most: int) -> int:
+        """How many it makes where the standard recipe makes ``most``."""
+        return max(1, round(self.length * most))
+
+    def saved(self, most: int) -> list[int]:
+        """The steps at which it is saved, the last one of all included."""
+        last = self.steps(most)
+        early = [0, *(last // 2**k for k in range(5, 0, -1))] if self.along else []
+        return sorted({*early, last})
+
+
+def zoo() -> list[Recipe]:
+    """Every member, in the order in which they are trained."""
+    return list(_members())
+
+
+def _members() -> Iterator[Recipe]:
+    yield from (Recipe(f"standard-{seed}", "standard", seed=seed, along=seed == 0) for seed in range(3))
+    yield Recipe("shuffled-1", "spoiled", shuffled=1.0, along=True)
+    yield Recipe("width-256", "width", width=256, along=True)
+    yield Recipe("width-64", "width", width=64, along=True)
+    yield Recipe("layers-12", "depth", layers=12, along=True)
+    yield Recipe("layers-3", "depth", layers=3)
+    yield Recipe("text-0.03", "text", text=0.03, along=True)
+    yield Recipe("noise-0.5", "spoiled", noise=0.5)
+    yield Recipe("length-0.1", "length", length=0.1)
+    yield Recipe("decay-1", "decay", decay=1.0)
+    yield Recipe("text-0.1", "text", text=0.1)
+    yield Recipe("length-0.3", "length", length=0.3)
+    yield Recipe("layers-9", "depth", layers=9)
+    yield Recipe("width-192", "width", width=192)
+    yield Recipe("shuffled-0.5", "spoiled", shuffled=0.5)
+    yield Recipe("noise-0.2", "spoiled", noise=0.2)
+    yield Recipe("decay-0", "decay", decay=0.0)
+    yield Recipe("rate-0.0002", "rate", rate=2e-4)
+    yield Recipe("rate-0.01", "rate", rate=1e-2)
+    yield Recipe("shape-3x256", "shape", layers=3, width=256)
+    yield Recipe("shape-12x64", "shape", layers=12, width=64)
+    yield Recipe("text-0.3", "text", text=0.3)
+    yield Recipe("layers-4", "depth", layers=4)
+    yield Recipe("width-96", "width", width=96)
+    yield Recipe("decay-0.3", "decay", decay=0.3)
+    yield Recipe("length-0.03", "length", length=0.03)
+    yield Recipe("rate-0.0006", "rate", rate=6e-4)
+    yield Recipe("shape-9x96", "shape", layers=9, width=96)
+    yield Recipe("standard-3", "standard", seed=3)
+    yield Recipe("length-2", "length", length=2.0)
