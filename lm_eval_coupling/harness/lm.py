@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -15,13 +14,15 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.documents import Document, Requested
 from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.harness.prompt_identity import prompt_identity
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
-from lm_eval_coupling.harness.results import CouplingInfo, add_to_results
+from lm_eval_coupling.harness.ranks import Part, Ranks
+from lm_eval_coupling.harness.results import CouplingInfo, add_to_results, with_logged_ids
 from lm_eval_coupling.harness.sampling import choose
 from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
-from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, Row, reasons
+from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, DocumentKey, Row, reasons
 from lm_eval_coupling.measuring.session import Session, Subject
-from lm_eval_coupling.measuring.store import MeasurementStore
+from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.fingerprint import fingerprint
 from lm_eval_coupling.residual.untrained import untrained_twin
@@ -33,7 +34,7 @@ logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that i
 class CouplingLM(HFLM):
     """Scores exactly as `hf` does, and measures block coupling of a sample of the evaluated documents afterwards."""
 
-    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+    def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         """Load the model as HFLM does and boot the measuring twin on its weights.
 
         Args:
@@ -44,11 +45,10 @@ class CouplingLM(HFLM):
             CouplingError: for a wrong ``coupling_`` argument, before any work, or a model that cannot be measured.
         """
         plugin.install()
-        self.coupling_options = Options.take_from(kwargs)
-        if kwargs.get("tp_plan"):
-            raise CouplingError("got tp_plan, which splits every weight over processes; use --model hf to only score")
-        store = MeasurementStore(self.coupling_options.store) if self.coupling_options.measures_anything else None
-        super().__init__(pretrained, **kwargs)
+        arguments = {"pretrained": pretrained, **kwargs}
+        options = self.coupling_options = Options.take_from(arguments)
+        store = MeasurementStore(options.store or default_store_path()) if options.measures_anything else None
+        super().__init__(**arguments)
         self._split_data_without_gpus()
         self.coupling_info = CouplingInfo({})
         self.session = self._open_session(store) if store is not None else None
@@ -59,7 +59,7 @@ class CouplingLM(HFLM):
             super()._get_config(*args, **kwargs)
         except (OSError, ValueError) as error:
             what = f"model {args[0] if args else kwargs.get('pretrained')!r}, revision {kwargs.get('revision', 'main')!r}"
-            raise CouplingError(f"got {what}, which transformers cannot load: {str(error).splitlines()[0]}") from error
+            raise CouplingError(f"got {what}, which transformers cannot load: {' '.join(str(error).split())}") from error
         shape = [getattr(self._config.get_text_config(), name, None) for name in ("hidden_size", "num_hidden_layers")]
         if self.coupling_options.measures_anything and all(shape):
             self.coupling_options.settings.check_shape(*shape)
@@ -92,38 +92,43 @@ class CouplingLM(HFLM):
         """Facts about the model for ``config`` in the results, with ``coupling`` beside HFLM's own."""
         return super().get_model_info() | ({"coupling": self.coupling_info} if self.session else {})
 
-    def record_coupling(self, task_dict: Mapping[str, Any], results: dict[str, Any] | None) -> None:
+    def record_coupling(
+        self, task_dict: Mapping[str, Any], results: dict[str, Any] | None, how: Mapping[str, Any] | None = None
+    ) -> None:
         """Measure the chosen documents of an evaluation that has just been scored, and add the values to its results.
 
         Every process must call this; process 0 gathers and gets ``results``.
+
+        Args:
+            task_dict: the tasks, as `lm_eval.evaluate` took them.
+            results: what it returned.
+            how: all arguments that it was called with.
+
+        Raises:
+            CouplingError: in every process, if one of them cannot list its documents.
         """
         if self.session is None:
             return
-        requested = Requested.of(task_dict)
-        documents = requested.documents()
-        by_rank = self._gather_everywhere([document.key for document in documents])
+        ranks, requested = Ranks(self.rank, self.world_size), Requested.of(task_dict)
+        documents: list[Document] = []
+
+        def keys() -> list[DocumentKey]:
+            documents.extend(requested.documents())
+            return [document.key for document in documents]
+
+        by_rank = ranks.everywhere(keys)
         chosen = choose(chain(*by_rank), requested.roots, self.coupling_options.limit, self.coupling_options.seed)
         elsewhere = set(chain(*by_rank[: self.rank]))
-        rows, counts = self._measure([d for d in documents if d.key in chosen and d.key not in elsewhere])
-        gathered = self.gather_object((rows, counts), dst=0)
-        if results is None:
+        mine = [document for document in documents if document.key in chosen and document.key not in elsewhere]
+        parts = ranks.at_first(lambda: self._measure(mine))
+        if parts is None or results is None:
             return
-        rows = [row for part, _ in gathered for row in part]
-        facts = self._describe(rows, requested.tasks)
-        facts |= {"reused": sum(c["reused"] for _, c in gathered), "interrupted": any(c["interrupted"] for _, c in gathered)}
-        self.coupling_info = CouplingInfo(facts, rows, self.coupling_options.out)
-        add_to_results(results, self.coupling_info, requested.members)
-        if chosen and not facts["measured"]:
-            logger.error("coupling: none of %d documents could be measured: %s", len(chosen), reasons(rows))
-        elif facts["failed"]:
-            logger.warning("coupling: %d documents were not measured: %s", facts["failed"], reasons(rows))
-
-    def _gather_everywhere(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        parts: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, value)
-        return parts
+        info = self.coupling_info = self._info(parts, requested, results, how or {})
+        add_to_results(results, info, requested.members)
+        if chosen and not info["measured"]:
+            logger.error("coupling: none of %d documents could be measured: %s", len(chosen), reasons(info.rows))
+        elif info["failed"]:
+            logger.warning("coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows))
 
     def _measure(self, documents: list[Document]) -> tuple[list[Row], dict[str, Any]]:
         """Rows of this process's documents, those of the trained weights first."""
@@ -140,7 +145,7 @@ class CouplingLM(HFLM):
 
     def _prompts(self, document: Document) -> list[Prompt]:
         try:
-            return document_prompts(self, document.requests, document.target)
+            return document_prompts(self, document.requests, document.target, self.coupling_options.prompt)
         except Exception as error:
             logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
             return []
@@ -156,14 +161,29 @@ class CouplingLM(HFLM):
             measured=measured,
         )
 
-    def _describe(self, rows: list[Row], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    def _info(
+        self, parts: list[Part], requested: Requested, results: Mapping[str, Any], how: Mapping[str, Any]
+    ) -> CouplingInfo:
+        """What all processes found, with how it came about."""
+        for rank, part in enumerate(parts):
+            if part.error:
+                logger.error("coupling: process %d failed, its documents are not measured: %s", rank, part.error)
+        found = [part.found for part in parts if part.error is None]
+        samples = how.get("samples") or {}
+        rows = with_logged_ids([row for rows, _ in found for row in rows], results, samples)
         options = self.coupling_options
         facts = about_software() | {
             "settings": options.as_dict(),
             "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
             "revision": self.revision,
         }
-        facts |= about_model(self.session, self.model.config) | about_measurement(rows, tasks, options.settings.ranks)
+        facts |= about_model(self.session, self.model.config)
+        facts |= about_measurement(rows, requested.tasks, options.settings.ranks)
         if UNTRAINED in facts:
             facts[UNTRAINED]["seed"] = options.untrained
-        return facts
+        facts |= {
+            "reused": sum(counts["reused"] for _, counts in found),
+            "interrupted": any(counts["interrupted"] for _, counts in found),
+            "prompts": {name: prompt_identity(self, task, samples.get(name), how) for name, task in requested.tasks.items()},
+        }
+        return CouplingInfo(facts, rows, options.out)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness.prompts import READINGS
 from lm_eval_coupling.measuring.prompt import Settings
-from lm_eval_coupling.measuring.store import default_store_path
 
 PREFIX = "coupling_"
 
@@ -25,8 +25,9 @@ class Options:
     limit: int | None
     seed: int
     position: int
+    prompt: str
     untrained: int | None
-    store: Path
+    store: Path | None
     out: Path | None
 
     @classmethod
@@ -38,6 +39,7 @@ class Options:
         seed: Any = 0,
         measures: Any = "depth+regularity",
         position: Any = -1,
+        prompt: str = "scored",
         dtype: str = "float32",
         method: str = "auto",
         window: Any = None,
@@ -62,16 +64,15 @@ class Options:
                 window=None if window is None else _whole("window", window),
                 tokens=str(tokens),
                 layers=str(layers),
-                trajectories=bool(
-                    _whole("trajectories", int(trajectories) if isinstance(trajectories, bool) else trajectories)
-                ),
+                trajectories=_yes("trajectories", trajectories),
             ),
             limit=None if limit == "all" else _whole("limit", limit),
             seed=_whole("seed", seed),
             position=_whole("position", position),
+            prompt=_one_of("prompt", prompt, READINGS),
             untrained=None if untrained is None else _whole("untrained", untrained),
-            store=Path(store).expanduser() if store else default_store_path(),
-            out=Path(out).expanduser() if out else None,
+            store=_path("store", store),
+            out=_path("out", out),
         )
         if options.limit is not None and options.limit < 0:
             raise CouplingError(f"got coupling_limit={limit}, expected a number of documents, 0 (only score) or all")
@@ -81,14 +82,19 @@ class Options:
 
     @classmethod
     def take_from(cls, arguments: dict[str, Any]) -> Options:
-        """Remove the ``coupling_`` arguments from those of a model and check them.
+        """Remove the ``coupling_`` arguments from those of a model and check them, and what rules out measuring at all.
 
         Raises:
             CouplingError: naming the argument that is wrong, and for one that is not known the nearest that is.
         """
         taken = {name: arguments.pop(name) for name in list(arguments) if name.startswith("coupling")}
         _refuse_unknown(taken)
-        return cls.parse(**{name.removeprefix(PREFIX): value for name, value in taken.items()})
+        options = cls.parse(**{name.removeprefix(PREFIX): value for name, value in taken.items()})
+        if arguments.get("pretrained") is None:
+            raise CouplingError("got no pretrained, expected a transformers folder, a name on the hub or a model object")
+        if arguments.get("tp_plan"):
+            raise CouplingError("got tp_plan, which splits every weight over processes; use --model hf to only score")
+        return options
 
     @property
     def measures_anything(self) -> bool:
@@ -101,6 +107,7 @@ class Options:
             "limit": "all" if self.limit is None else self.limit,
             "seed": self.seed,
             "position": self.position,
+            "prompt": self.prompt,
         }
 
 
@@ -119,7 +126,36 @@ def _several(value: Any) -> list[Any]:
 
 
 def _whole(name: str, value: Any) -> int:
+    """A whole number, also as lm-eval's command line hands over a negative one: as -2.0."""
     try:
-        return int(str(value))
-    except ValueError:
-        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected a whole number") from None
+        number = float(value) if isinstance(value, str) else value
+        if not isinstance(value, bool) and int(number) == number:
+            return int(value) if isinstance(value, int) else int(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise CouplingError(f"got {PREFIX}{name}={value!r}, expected a whole number")
+
+
+def _yes(name: str, value: Any) -> bool:
+    if str(value).lower() in ("true", "1", "1.0"):
+        return True
+    if str(value).lower() in ("false", "0", "0.0", "none"):
+        return False
+    raise CouplingError(f"got {PREFIX}{name}={value!r}, expected 1 or 0")
+
+
+def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    if value not in known:
+        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected one of {', '.join(known)}")
+    return value
+
+
+def _path(name: str, value: Any) -> Path | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool | float) or not isinstance(value, str | int | Path):
+        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected a path; write one that looks like a number as ./PATH")
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError:
+        raise CouplingError(f"got {PREFIX}{name}={value}, but there is no home folder; write the whole path") from None

@@ -6,6 +6,7 @@ Each step wraps one public function so that it acts only for ``coupling-hf``; sc
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -33,14 +34,22 @@ def install() -> None:
 
 
 def after_import(module: Any) -> None:
-    """Apply the step for one module of lm-eval, once; a change upstream is reported, never raised."""
-    if getattr(module, "_coupling_applied", False):
-        return
+    """Apply the step for one module of lm-eval, again if it was reloaded; a change upstream is reported, never raised."""
     try:
         _STEPS[module.__name__](module)
-        module._coupling_applied = True
     except Exception as error:
         logger.warning("lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error)
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function of a module or class by ``around(it)``, once; what is reloaded has lost it and gets it again."""
+    original = inspect.getattr_static(owner, name)
+    plain = original.__func__ if isinstance(original, classmethod) else original
+    if getattr(plain, "_of_coupling", False):
+        return
+    wrapped = functools.wraps(plain)(around(plain))
+    wrapped._of_coupling = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
 
 
 def require_writable(folder: Path) -> None:
@@ -70,59 +79,91 @@ def _register_model(models: Any) -> None:
 
 def _add_tasks(manager: Any) -> None:
     """Ours come right after the defaults: later folders override earlier ones, so a user's own tasks win."""
-    original = manager.TaskManager.__init__
 
-    @functools.wraps(original)
-    def init(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
-        ours = [tasks_folder()] if include_defaults else []
-        theirs = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
-        original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
-        self.include_path = include_path
+    def with_ours(original):
+        def init(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
+            ours = [tasks_folder()] if include_defaults else []
+            theirs = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
+            original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
+            self.include_path = include_path
 
-    manager.TaskManager.__init__ = init
+        return init
+
+    _wrap(manager.TaskManager, "__init__", with_ours)
+
+
+def _refuse_early(config: Any) -> None:
+    """A wrong argument on the command line, before tasks are indexed and anything heavy is loaded."""
+
+    def checked(from_cli):
+        def from_cli_checked(cls, *args, **kwargs):
+            found = from_cli(cls, *args, **kwargs)
+            if found.model == MODEL:
+                from lm_eval_coupling.harness.options import Options
+
+                Options.take_from(dict(found.model_args or {}))
+                _require_output(found.output_path)
+            return found
+
+        return from_cli_checked
+
+    _wrap(config.EvaluatorConfig, "from_cli", checked)
 
 
 def _record_after_scoring(evaluator: Any) -> None:
-    evaluate, simple_evaluate = evaluator.evaluate, evaluator.simple_evaluate
+    def recording(evaluate):
+        signature = inspect.signature(evaluate)
 
-    @functools.wraps(evaluate)
-    def evaluate_and_record(lm, task_dict, *args, **kwargs):
-        results = evaluate(lm, task_dict, *args, **kwargs)
-        record = getattr(getattr(lm, "lm", lm), "record_coupling", None)  # a CachingLM holds the model in .lm
-        if record is not None:
-            try:
-                record(task_dict, results)
-            except Exception:
-                logger.exception("coupling was not recorded; the scores are complete")
-            _write_tables(results, None, _now())  # into coupling_out; whoever saves the results writes them with its date
-        return results
+        def evaluate_and_record(lm, task_dict, *args, **kwargs):
+            results = evaluate(lm, task_dict, *args, **kwargs)
+            record = getattr(getattr(lm, "lm", lm), "record_coupling", None)  # a CachingLM holds the model in .lm
+            if record is not None:
+                try:
+                    how = signature.bind(lm, task_dict, *args, **kwargs)
+                    how.apply_defaults()
+                    record(task_dict, results, how.arguments)
+                except Exception:
+                    logger.exception("coupling was not recorded; the scores are complete")
+                _write_tables(results, None, _now())  # into coupling_out; who saves the results writes them with its date
+            return results
 
-    @functools.wraps(simple_evaluate)
-    def simple_evaluate_checked(model, *args, **kwargs):
-        tracker = kwargs.get("evaluation_tracker")
-        if model == MODEL and tracker is not None and tracker.output_path:
-            path = Path(tracker.output_path)
-            require_writable(path.parent if path.suffix == ".json" else path)
-        return simple_evaluate(model, *args, **kwargs)
+        return evaluate_and_record
 
-    evaluator.evaluate, evaluator.simple_evaluate = evaluate_and_record, simple_evaluate_checked
+    def checking(simple_evaluate):
+        def simple_evaluate_checked(model, *args, **kwargs):
+            if model == MODEL:
+                _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
+            return simple_evaluate(model, *args, **kwargs)
+
+        return simple_evaluate_checked
+
+    _wrap(evaluator, "evaluate", recording)
+    _wrap(evaluator, "simple_evaluate", checking)
 
 
 def _write_tables_with_results(tracking: Any) -> None:
-    tracker_class = tracking.EvaluationTracker
-    save = tracker_class.save_results_aggregated
+    def with_tables(save):
+        def save_results_aggregated(self, results, samples=None):
+            save(self, results, samples)
+            _write_tables(results, _results_folder(self), getattr(self, "date_id", _now()))  # no date where nothing is saved
 
-    @functools.wraps(save)
-    def save_results_aggregated(self, results, samples=None):
-        save(self, results, samples)
-        date = getattr(self, "date_id", _now())  # absent where nothing was saved
-        if self.output_path:
-            path, model = Path(self.output_path), str(self.general_config_tracker.model_name_sanitized)
-            _write_tables(results, path.parent if path.suffix == ".json" else path / model, date)
-        else:
-            _write_tables(results, None, date)
+        return save_results_aggregated
 
-    tracker_class.save_results_aggregated = save_results_aggregated
+    _wrap(tracking.EvaluationTracker, "save_results_aggregated", with_tables)
+
+
+def _results_folder(tracker: Any) -> Path | None:
+    """Where a tracker writes results; it takes the name of a JSON file for one in its folder."""
+    if not tracker.output_path:
+        return None
+    path, model = Path(tracker.output_path), str(tracker.general_config_tracker.model_name_sanitized)
+    return path.parent if path.suffix == ".json" else path / model
+
+
+def _require_output(output_path: Any) -> None:
+    if output_path:
+        path = Path(output_path)
+        require_writable(path.parent if path.suffix == ".json" else path)
 
 
 def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
@@ -140,22 +181,23 @@ def _now() -> str:
 
 
 def _errors_as_sentences(harness: Any) -> None:
-    execute = harness.HarnessCLI.execute
+    def plainly(execute):
+        def execute_plainly(self, args):
+            try:
+                return execute(self, args)
+            except CouplingError as error:
+                print(f"lm-eval-coupling: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
 
-    @functools.wraps(execute)
-    def execute_plainly(self, args):
-        try:
-            return execute(self, args)
-        except CouplingError as error:
-            print(f"lm-eval-coupling: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        return execute_plainly
 
-    harness.HarnessCLI.execute = execute_plainly
+    _wrap(harness.HarnessCLI, "execute", plainly)
 
 
 _STEPS: dict[str, Callable[[Any], None]] = {
     "lm_eval.models": _register_model,
     "lm_eval.tasks.manager": _add_tasks,
+    "lm_eval.config.evaluate_config": _refuse_early,
     "lm_eval.evaluator": _record_after_scoring,
     "lm_eval.loggers.evaluation_tracker": _write_tables_with_results,
     "lm_eval._cli.harness": _errors_as_sentences,

@@ -1,7 +1,13 @@
 """Which tokens each document is measured on.
 
-The rule: what is measured is the *context*, as exactly the token ids that the model class feeds to the model: few-shot
-examples, chat template, moved trailing spaces, BOS token and left truncation included; at its last token by default.
+The rule: what is measured is the *context*, few-shot examples, chat template, BOS token and left truncation included; at its
+last token by default. Where a context ends in white space there are two readings of it (``coupling_prompt``):
+
+* ``scored``, the default: exactly the token ids that the model class feeds to the model as context. To score a continuation
+  lm-eval moves the white space at the end of the context to the front of the continuation. The prompt of a multiple-choice
+  task with a chat template so ends with ``<|im_start|>assistant``, that of a task that generates with the newline after it:
+  tasks of the two kinds are measured at different tokens.
+* ``rendered``: the whole prompt, its last white space included, whatever the kind of task.
 
 * Every distinct context of a document is measured (Winogrande has one per choice); equal ones once. Requests with an empty
   context beside others that have one (unconditional likelihoods) are passed over.
@@ -15,6 +21,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+READINGS = ("scored", "rendered")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -24,22 +32,24 @@ class Prompt:
     kind: str
 
 
-def document_prompts(lm: Any, requests: Sequence[Any], target: Any) -> list[Prompt]:
+def document_prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str = "scored") -> list[Prompt]:
     """The distinct prompts of one document, in the order of its requests.
 
     Args:
         lm: an `HFLM`, for its tokenizer, window and encoding rules.
         requests: the document's `Instance`s.
         target: what the task's ``doc_to_target`` says of the document: names the continuation where there is no context.
+        reading: one of `READINGS`.
     """
-    return list(dict.fromkeys(_prompts(lm, requests, target)))
+    return list(dict.fromkeys(_prompts(lm, requests, target, reading)))
 
 
-def _prompts(lm: Any, requests: Sequence[Any], target: Any) -> Iterable[Prompt]:
+def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Iterable[Prompt]:
     scored = [r for r in requests if r.request_type == "loglikelihood"]
     with_context = [r for r in scored if r.args[0]]
     for request in with_context:
-        yield Prompt(_scored_context(lm, *request.args), "context")
+        context = _scored_context(lm, *request.args) if reading == "scored" else _whole_context(lm, request.args[0])
+        yield Prompt(context, "context")
     if scored and not with_context:
         yield Prompt(_bare_continuation(lm, _of_target(scored, target).args[1]), "continuation")
     for request in requests:
@@ -54,6 +64,11 @@ def _scored_context(lm: Any, context: str, continuation: str) -> tuple[int, ...]
     context_ids, continuation_ids = lm._encode_pair(context, continuation)
     kept = (context_ids + continuation_ids)[-(lm.max_length + 1) :]
     return tuple(kept[: len(kept) - len(continuation_ids)])
+
+
+def _whole_context(lm: Any, context: str) -> tuple[int, ...]:
+    """As HFLM encodes a context, but with the white space at its end."""
+    return tuple(lm.tok_encode(context)[-lm.max_length :])
 
 
 def _bare_continuation(lm: Any, continuation: str) -> tuple[int, ...]:

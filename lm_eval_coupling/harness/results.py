@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class CouplingInfo(dict):
 
     def __init__(self, facts: Mapping[str, Any], rows: Sequence[Row] = (), out: Path | None = None) -> None:
         """Keep ``rows`` for the tables, which go to ``out`` where that is given."""
-        super().__init__(facts)
+        super().__init__(_strict(facts))
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
@@ -33,7 +34,10 @@ class CouplingInfo(dict):
         folder = self.out or folder
         if folder is None or not self.rows:
             return []
-        written = write_tables([row.to_columns() for row in self.rows], folder, date, self)
+        written = []
+        for task in dict.fromkeys(row.document.task for row in self.rows):
+            own = [row.to_columns() for row in self.rows if row.document.task == task]
+            written += write_tables(own, folder, date, self | {"prompts": self.get("prompts", {}).get(task)})
         for older in self.tables:
             if older not in written:
                 older.unlink(missing_ok=True)
@@ -60,6 +64,39 @@ def add_to_results(results: dict[str, Any], info: CouplingInfo, members: Mapping
             value = values.get(DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]), math.nan)
             sample["coupling"] = None if math.isnan(value) else value
     results.setdefault("config", {})["coupling"] = info
+
+
+def with_logged_ids(rows: Sequence[Row], results: Mapping[str, Any], chosen: Mapping[str, Sequence[int]]) -> list[Row]:
+    """The rows with the ``doc_id`` under which lm-eval logs their documents.
+
+    Where ``--samples`` chose documents their requests are numbered anew, from 0, in the order of the data set.
+
+    Args:
+        rows: with the numbers of the requests.
+        results: what `lm_eval.evaluate` returned, with or without samples.
+        chosen: ``--samples``, numbers of documents for each task.
+    """
+    logged = {
+        DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]): sample["doc_id"]
+        for task, samples in (results.get("samples") or {}).items()
+        for sample in reversed(samples)  # of equal documents the first
+    }
+    renumbered = {task: sorted(set(numbers)) for task, numbers in chosen.items() if numbers}
+    found = []
+    for row in rows:
+        numbers = renumbered.get(row.document.task)
+        own = numbers[row.doc_id] if numbers and row.doc_id < len(numbers) else row.doc_id
+        found.append(replace(row, doc_id=logged.get(row.document, own)))
+    return found
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: what is not known is ``null``, so that every parser reads the results."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _add_metric(results: dict[str, Any], name: str, found: Mapping[str, float]) -> None:

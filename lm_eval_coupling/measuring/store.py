@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_coupling.cache import cache_folder
 from lm_eval_coupling.errors import CouplingError
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,7 @@ _PLAIN = "_plain"
 
 def default_store_path() -> Path:
     """The store of this user: a file in the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("lm-eval-coupling") / "measurements.sqlite"
+    return cache_folder() / "measurements.sqlite"
 
 
 class MeasurementStore:

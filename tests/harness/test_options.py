@@ -1,11 +1,19 @@
 """The arguments of `coupling-hf`: what is wrong is refused in one sentence."""
 
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 import tiny
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
+from lm_eval_coupling.harness.options import Options
 from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.measuring.store import default_store_path
 from lm_eval_coupling.residual import ResidualModel
 
 
@@ -15,6 +23,12 @@ from lm_eval_coupling.residual import ResidualModel
         ({"coupling_rank": "4"}, "unknown argument coupling_rank, did you mean coupling_ranks"),
         ({"coupling_ranks": "4+64"}, "rank 64 for a model with d_model = 32"),
         ({"coupling_ranks": "some"}, "coupling_ranks='some', expected a whole number"),
+        ({"coupling_position": -1.5}, "coupling_position=-1.5, expected a whole number"),
+        ({"coupling_position": True}, "coupling_position=True, expected a whole number"),
+        ({"coupling_seed": float("inf")}, "coupling_seed=inf, expected a whole number"),
+        ({"coupling_prompt": "last"}, "coupling_prompt='last', expected one of scored, rendered"),
+        ({"coupling_trajectories": "perhaps"}, "coupling_trajectories='perhaps', expected 1 or 0"),
+        ({"coupling_out": 1e5}, "coupling_out=100000.0, expected a path; write one that looks like a number as ./PATH"),
         ({"coupling_measures": "depht"}, "unknown measure 'depht', expected any of depth"),
         ({"coupling_dtype": "float16"}, "expected one of float32, float64"),
         ({"coupling_limit": -1}, "coupling_limit=-1"),
@@ -26,6 +40,52 @@ def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, 
     with pytest.raises(CouplingError, match=message):
         given = {"coupling_ranks": "2+4", "coupling_store": str(tmp_path / "s.sqlite")} | arguments
         CouplingLM(str(home / "float32"), device="cpu", **given)
+
+
+def test_no_model_is_said_in_one_sentence():
+    with pytest.raises(CouplingError, match="got no pretrained, expected"):
+        CouplingLM(coupling_ranks="2")
+
+
+COMMAND_LINE = """
+position=-2 seed=7.0 ranks=[10,30] limit=1e2 trajectories=true out=2024 untrained=None prompt=rendered
+""".split()
+
+
+def test_numbers_and_lists_as_the_command_line_hands_them_over(tmp_path, monkeypatch):
+    """A negative position came as -2.0 and was refused, and so was the documented default of -1 written out."""
+    from lm_eval._cli.utils import key_val_to_dict
+
+    monkeypatch.chdir(tmp_path)
+    given = {"pretrained": "x"} | key_val_to_dict(",".join(f"coupling_{word}" for word in COMMAND_LINE))
+    found = Options.take_from(given)
+    assert given == {"pretrained": "x"}
+    assert (found.position, found.seed, found.limit, found.untrained, found.prompt) == (-2, 7, 100, None, "rendered")
+    assert found.settings.ranks == (10, 30) and found.settings.trajectories
+    assert found.out == Path("2024") and {type(found.position), type(found.limit)} == {int}
+    assert Options.parse(position=-1.0) == Options.parse()
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user id that the system does not know, and no HOME: as in many containers."""
+
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(Path, "expanduser", unknown)
+
+
+def test_without_a_home_there_is_still_a_store(homeless, tmp_path, monkeypatch):
+    """It was a traceback, even where only scores were asked for."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert Options.parse(limit=0).store is None
+    assert tmp_path in default_store_path().parents
+    with pytest.raises(CouplingError, match="coupling_store=~/s, but there is no home folder; write the whole path"):
+        Options.parse(store="~/s")
 
 
 @pytest.fixture
@@ -62,6 +122,18 @@ def test_a_revision_is_recorded(evaluate, hub):
 def test_what_is_not_there_is_said_in_one_sentence(evaluate, hub, pretrained, arguments, message):
     with pytest.raises(CouplingError, match=message) as caught:
         evaluate(pretrained=pretrained, arguments=arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_whole_error_is_shown(home, tmp_path):
+    """The remedy stands in the last lines of what transformers says, and was cut off."""
+    folder = tmp_path / "remote"
+    shutil.copytree(home / "float32", folder)
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"model_type": "not_in_transformers", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CouplingError, match="trust_remote_code=True") as caught:
+        CouplingLM(str(folder), device="cpu", coupling_store=str(tmp_path / "s"))
     assert "\n" not in str(caught.value)
 
 

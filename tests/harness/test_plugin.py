@@ -1,6 +1,7 @@
 """What lm-eval is told: nothing that its own models notice; for coupling-hf values, tables, tasks and plain errors."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -102,7 +103,7 @@ import os
 from lm_eval import evaluator
 from lm_eval.api.registry import model_registry
 import lm_eval.loggers.evaluation_tracker, lm_eval.models, lm_eval.tasks.manager, lm_eval._cli.harness
-modules = evaluator, lm_eval.loggers.evaluation_tracker, lm_eval.tasks.manager, lm_eval._cli.harness
+import lm_eval.config.evaluate_config
 
 def look():
     wrapped = (
@@ -110,6 +111,7 @@ def look():
         evaluator.simple_evaluate,
         lm_eval.loggers.evaluation_tracker.EvaluationTracker.save_results_aggregated,
         lm_eval.tasks.manager.TaskManager.__init__,
+        lm_eval.config.evaluate_config.EvaluatorConfig.from_cli.__func__,
         lm_eval._cli.harness.HarnessCLI.execute,
     )
     return ["coupling-hf" in model_registry, *(function.__code__.co_filename for function in wrapped)], wrapped
@@ -128,7 +130,7 @@ print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
 
 @pytest.mark.slow
 def test_install_takes_effect_on_what_is_loaded_and_only_once():
-    assert python(INSTALL, hook=False).splitlines() == ["False 0", "True 5", "True 1"]
+    assert python(INSTALL, hook=False).splitlines() == ["False 0", "True 6", "True 1"]
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +216,21 @@ def test_a_mistake_is_one_sentence(installed, capsys):
     assert capsys.readouterr() == ("", "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n")
 
 
-def test_a_wrong_argument_on_lm_evals_command_line(no_defaults, tmp_path, monkeypatch, capfd):
-    name = tiny.save_task(tmp_path / "tasks", "choice")
-    words = ["--model", "coupling-hf", "--model_args", "pretrained=/nowhere,coupling_rank=4", "--tasks", name]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--include_path", str(tmp_path / "tasks")])
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypatch, capfd, by_file):
+    """Before lm-eval indexes its tasks, which takes ten seconds, and whether it stands on the line or in a file."""
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks import manager
+
+    def never(*_, **__):
+        raise AssertionError("tasks were indexed")
+
+    monkeypatch.setattr(manager.TaskManager, "__init__", never)
+    words = ["--model", "coupling-hf", "--model_args", "pretrained=/nowhere,coupling_rank=4", "--tasks", "arc"]
+    if by_file:
+        (tmp_path / "run.yaml").write_text("model: coupling-hf\nmodel_args: {coupling_rank: 4}\ntasks: [arc]\n")
+        words = ["--config", str(tmp_path / "run.yaml")]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
 
     with pytest.raises(SystemExit) as ended:
         cli_evaluate()
@@ -250,9 +262,36 @@ def test_coupling_is_recorded_after_scoring(cached):
     lm = types.SimpleNamespace(lm=lm) if cached else lm
     results, tasks = {"results": {}}, {"tasks": {}}
     assert evaluator(results).evaluate(lm=lm, task_dict=tasks, limit=1) is results
-    assert seen == [(tasks, results)]
+    assert [given[:2] for given in seen] == [(tasks, results)]
     assert evaluator(None).evaluate(lm, tasks) is None and len(seen) == 2  # any process but the first
     assert evaluator(results).evaluate(object(), tasks) is results and len(seen) == 2
+
+
+def test_how_it_was_asked_is_known(installed):
+    """What makes the prompts, defaults included, whether it was given by place or by name."""
+    seen = []
+
+    def evaluate(lm, task_dict, limit=None, samples=None, system_instruction=None):
+        return {}
+
+    module = types.SimpleNamespace(evaluate=evaluate, simple_evaluate=evaluate)
+    plugin._record_after_scoring(module)
+    module.evaluate(types.SimpleNamespace(record_coupling=lambda *given: seen.append(given[2])), {}, 3, samples={"a": [1]})
+    assert {name: seen[0][name] for name in ("limit", "samples", "system_instruction")} == {
+        "limit": 3,
+        "samples": {"a": [1]},
+        "system_instruction": None,
+    }
+
+
+def test_a_reloaded_module_records_again(installed):
+    """A notebook's autoreload lost the recording without a word, because the module was still marked as done."""
+    before = installed.evaluator.evaluate
+    importlib.reload(installed.evaluator)
+    once = installed.evaluator.evaluate
+    assert once is not before and once._of_coupling and installed.evaluator.simple_evaluate._of_coupling
+    plugin.install()
+    assert installed.evaluator.evaluate is once
 
 
 def test_a_failure_to_record_keeps_the_scores(caplog):

@@ -123,6 +123,24 @@ def test_spaces_at_the_end_belong_to_the_continuation(lm):
     assert prompt == Prompt(ids(lm, "The sky is"), "context")
 
 
+@TOKENIZERS
+def test_the_other_reading_keeps_the_spaces_at_the_end(lm, tokenizer):
+    """A task of choices and one that generates are then measured at the same token of the same prompt."""
+    lm, chat = lm(tokenizer), "<user>Why?\n<assistant>\n"
+    choice, generation = scored((chat, " Because")), [request("generate_until", chat, {"max_gen_toks": 2})]
+    (whole,) = document_prompts(lm, choice, 0, "rendered")
+    (fed,), _ = lm.fed(generation[0])
+    assert whole.tokens == fed and whole == document_prompts(lm, generation, 0, "rendered")[0]
+    assert document_prompts(lm, choice, 0)[0].tokens == whole.tokens[:-1]
+    assert document_prompts(lm, generation, 0)[0] == whole
+
+
+def test_the_other_reading_is_cut_from_the_left_too(lm):
+    lm = lm(max_length=16)
+    (prompt,) = document_prompts(lm, scored((LONG + " ", "eleven"), (LONG + " ", "ten")), 0, "rendered")
+    assert prompt.tokens == ids(lm, LONG + " ")[-16:]
+
+
 def test_bos_is_added_once(lm):
     """By the tokenizer or on demand, but never before a text (a chat template's) that begins with it."""
     for made in (lm("bos"), lm("plain", add_bos_token=True, max_length=None)):

@@ -11,6 +11,8 @@ import torch
 from evaluations import HOOK, run, written
 
 from lm_eval_coupling import load_records
+from lm_eval_coupling.harness.lm import CouplingLM
+from lm_eval_coupling.saved.tables import read_provenance
 
 
 def test_coupling_is_among_what_wandb_logs(evaluate, tmp_path):
@@ -105,3 +107,85 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     by_hash = {s["doc_hash"]: s["coupling"] for s in map(json.loads, samples.read_text().splitlines())}
     assert np.mean(list(by_hash.values())) == pytest.approx(value)
     assert set(load_records(tmp_path / "out").doc_hash) == set(by_hash)
+
+
+def test_results_are_strict_json(evaluate, tmp_path):
+    """With one document there is no standard error; NaN in the file was refused by every strict parser."""
+    from lm_eval.loggers import EvaluationTracker
+
+    results = evaluate(kinds=("choice",), limit=1)
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    tracker.save_results_aggregated(results, results.pop("samples"))
+    (file,) = tmp_path.rglob("results_*.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(file.read_text(), parse_constant=refuse)
+    measures = found["config"]["coupling"]["tasks"]["tiny_choice"]["measures"]
+    assert measures["coupling"]["2"]["stderr"] is None and measures["coupling"]["2"]["mean"] > 0
+
+
+def test_evaluate_itself_leaves_tables(home, manager, tmp_path):
+    """Without simple_evaluate: coupling_out stayed empty, and a tracker made later found nothing to write."""
+    from lm_eval import evaluator
+    from lm_eval.loggers import EvaluationTracker
+
+    arguments = {"coupling_ranks": "2", "coupling_limit": 2, "coupling_store": str(tmp_path / "s.sqlite")}
+    lm = CouplingLM(str(home / "float32"), device="cpu", coupling_out=str(tmp_path / "out"), **arguments)
+    results = evaluator.evaluate(lm, manager.load(["tiny_choice"]), bootstrap_iters=0)
+    (early,) = (tmp_path / "out").glob("coupling_tiny_choice_*.parquet")
+    assert len(load_records(tmp_path / "out")) == 2
+    tracker = EvaluationTracker(output_path=str(tmp_path / "results"))
+    tracker.general_config_tracker.model_name_sanitized = "tiny"
+    tracker.save_results_aggregated(results, results["samples"])
+    (file,) = (tmp_path / "results").rglob("results_*.json")
+    (table,) = (tmp_path / "out").glob("coupling_tiny_choice_*.parquet")
+    assert table != early and table.stem.endswith(file.stem.removeprefix("results_"))
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("chosen", [[5, 7], [7, 1, 5]])
+def test_documents_have_the_numbers_that_lm_eval_logs(evaluate, tmp_path, logged, chosen):
+    """--samples numbers requests anew: `show --doc 5` said that there is no such document, `--doc 0` showed it."""
+    arguments = {"coupling_out": str(tmp_path / "out"), "coupling_limit": "all"}
+    samples = {"tiny_choice": chosen}
+    found = evaluate(kinds=("choice",), samples=samples, log_samples=logged, arguments=arguments)
+    records = load_records(tmp_path / "out")
+    assert set(records.doc_id) == set(chosen)
+    if logged:
+        ids = {sample["doc_hash"]: sample["doc_id"] for sample in found["samples"]["tiny_choice"]}
+    else:
+        everything = evaluate(kinds=("choice",), arguments={"coupling_limit": 0})["samples"]["tiny_choice"]
+        ids = {sample["doc_hash"]: sample["doc_id"] for sample in everything}
+    assert dict(zip(records.doc_hash, records.doc_id, strict=True)) == {hash: ids[hash] for hash in records.doc_hash}
+
+
+PROMPTS = {
+    "more shots": {"num_fewshot": 2},
+    "chat template": {"apply_chat_template": True},
+    "one turn": {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": False},
+    "several turns": {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": True},
+    "system instruction": {"apply_chat_template": True, "system_instruction": "Be brief."},
+    "other documents": {"samples": {"tiny_choice": [3, 4]}},
+}
+
+
+def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
+    """Runs of other prompts went under one name; each way to make them is told apart, in results and in tables."""
+    digests = {}
+    for name, options in {"plain": {}, **PROMPTS}.items():
+        out = tmp_path / name
+        found = evaluate(kinds=("choice",), arguments={"coupling_out": str(out)}, **options)["config"]["coupling"]
+        (table,) = out.glob("*.parquet")
+        assert read_provenance(table)["prompts"] == found["prompts"]["tiny_choice"]
+        digests[name] = found["prompts"]["tiny_choice"]["digest"]
+    assert len(set(digests.values())) == len(digests)
+    fewer = evaluate(kinds=("choice",), limit=3, arguments={"coupling_limit": 1, "coupling_seed": 5})["config"]["coupling"]
+    assert fewer["prompts"]["tiny_choice"]["digest"] == digests["plain"]
+
+
+def test_the_reading_of_the_last_token_is_recorded(evaluate):
+    chat = {"kinds": ("choice",), "apply_chat_template": True}
+    one, other = (evaluate(arguments={"coupling_prompt": reading}, **chat) for reading in ("scored", "rendered"))
+    assert [found["config"]["coupling"]["settings"]["prompt"] for found in (one, other)] == ["scored", "rendered"]

@@ -1,0 +1,56 @@
+"""What makes a task's prompts: two runs that differ in it measured other prompts, whatever their model and task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Of a task's configuration: what its prompts are rendered from. Functions count by their name.
+_TEXTS = (
+    "doc_to_text",
+    "doc_to_choice",
+    "description",
+    "gen_prefix",
+    "fewshot_delimiter",
+    "target_delimiter",
+    "fewshot_split",
+)
+
+
+def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-able facts; equal ones mean that the same document had the same prompt.
+
+    How many documents were evaluated or measured changes no prompt and is not among them.
+
+    Args:
+        lm: an `HFLM`, for its chat template.
+        task: as lm-eval loaded it.
+        samples: numbers of the documents that ``--samples`` chose of this task, or nothing.
+        how: arguments that `lm_eval.evaluate` was called with.
+    """
+    config = task.config
+    shots = config.num_fewshot or 0
+    chat = how.get("apply_chat_template")
+    found: dict[str, Any] = {
+        "num_fewshot": shots,
+        "chat_template": _digest(lm.chat_template(chat)) if chat else None,
+        "chat_template_name": chat if isinstance(chat, str) else None,
+        "fewshot_as_multiturn": bool(how.get("fewshot_as_multiturn")) if chat and shots else None,
+        "system_instruction": how.get("system_instruction") or None,
+        "description": config.description or None,
+        "task_version": str(task.VERSION),
+        "task_texts": _digest({name: _plain(getattr(config, name, None)) for name in _TEXTS}),
+        "samples": sorted(set(samples)) if samples else None,
+    }
+    return found | {"digest": _digest(found)}
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "__qualname__", str(type(value))) if callable(value) else value
+
+
+def _digest(value: Any) -> str:
+    plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=_plain)
+    return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:16]
