@@ -25,7 +25,8 @@ def scores(results):
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOK.parent)}
+    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOK.parent)}
+    return kept | {"ACCELERATE_USE_CPU": "1"}  # without it accelerate takes several processes without GPUs for single ones
 
 
 def run(words):
@@ -57,10 +58,10 @@ if found:
 """
 
 
-def evaluation(home, kind, out, store, dtype="float32", launcher=()):
-    """A fresh process, or several."""
-    script = home / "evaluate.py"
-    script.write_text(EVALUATE)
+def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):
+    """A fresh process, or several; each runs ``before`` first."""
+    script = home / f"evaluate_{hash(before)}.py"
+    script.write_text(before + EVALUATE)
     return [str(word) for word in (sys.executable, *launcher, script, home, kind, dtype, out, store)]
 
 
