@@ -9,8 +9,8 @@ from __future__ import annotations
 import command
 
 from lm_eval_coupling.figures.studies import paired_differences
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import by_document, tables
-from lm_eval_coupling.studies.measures import MEASURES
 
 
 def main(argv=None):
@@ -29,7 +29,7 @@ def main(argv=None):
         pairs[pairs["measure"].isin(whole)],
         means[means["measure"] == "layer_coupling"],
         names=names,
-        chance={MEASURES["coupling"].label: MEASURES["coupling"].chance(rank)},
+        chance={readings()["coupling"].label: readings()["coupling"].chance_at(rank)},
         title=f"The same documents in {names[0]} and {names[1]}, K = {rank}",
     )
     command.save(options.out, "chain_of_thought", figure, means)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import command
 
 from lm_eval_coupling.figures.lines import curves
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import tables
-from lm_eval_coupling.studies.measures import MEASURES
 
 PROFILES = ["norms", "step_lengths", "windowed_line_shape", "windowed_expodistance", "entropy"]
 SPECTRA = ["effective_rank", "participation_ratio"]  # where these were measured, too
@@ -25,7 +25,7 @@ def main(argv=None):
     rank = tables.choose_rank(records, options.rank)
     measures = options.measures or PROFILES + tables.recorded(records, SPECTRA)
     rows = tables.named(tables.quartiles(tables.long(records, measures, rank), tables.RUN), rank)
-    log = [MEASURES[name].label for name in measures if MEASURES[name].log]
+    log = [readings()[name].label for name in measures if readings()[name].log]
     title = "Trajectories with depth: median and quartiles over documents"
     command.save(options.out, "depth_profiles", curves(rows, log=log, title=title), rows)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import command
 
 from lm_eval_coupling.figures.lines import curves
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import tables
-from lm_eval_coupling.studies.measures import MEASURES
 
 
 def main(argv=None):
@@ -23,7 +23,7 @@ def main(argv=None):
     known = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
     for line, of in known.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]
-        chance = MEASURES["layer_coupling"].chance(rank)
+        chance = readings()["layer_coupling"].chance_at(rank)
         print(f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})")
 
 

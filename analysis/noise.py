@@ -11,7 +11,7 @@ from __future__ import annotations
 import command
 
 from lm_eval_coupling.figures.studies import noise
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measuring import matrices
 from lm_eval_coupling.measuring.noise import LEVELS, noise_robustness
 from lm_eval_coupling.studies import tables
@@ -40,7 +40,7 @@ def main(argv=None):
     long = rows.melt(["prompt", "level"], list(PANELS), "measure")
     found = tables.summary(long, ["measure", "level"])
     found = found.assign(panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained")
-    found["chance"] = found["measure"].eq("coupling").map({True: 1 - chance_level(options.rank), False: float("nan")})
+    found["chance"] = found["measure"].eq("coupling").map({True: chance_coupling(options.rank), False: float("nan")})
     figure = noise(found, title=f"{name}: noise on the input embeddings of {len(prompts)} prompts")
     command.save(options.out, "noise", figure, rows)
     print(found[["measure", "level", "median", "q25", "q75", "n"]].to_string(index=False))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lm_eval_coupling.measuring.prompt import PromptCoupling
+    from lm_eval_coupling.measures.registry import Record
 
 TASKS = "coupling_demo"
 DOCUMENTS = 24
@@ -74,7 +74,7 @@ def main(out: Path | None = None) -> None:
     coupling = results["config"]["coupling"]
     trained = measured_prompts(out, coupling.get("run_id"))
     _announce(3, f"Measuring the same architecture with random weights on the same {len(trained)} prompts")
-    untrained = measure_untrained(gguf, [list(prompt.tokens) for prompt in trained], coupling["device"])
+    untrained = measure_untrained(gguf, [list(prompt["tokens"]) for prompt in trained], coupling["device"])
     _announce(4, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
     draw(trained, untrained, out)
     print(f"\n{explanation(trained, untrained)}\n")
@@ -199,20 +199,19 @@ def _quieten(setup_logging) -> None:
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
 
 
-def measured_prompts(out: Path, run_id: str | None) -> list[PromptCoupling]:
+def measured_prompts(out: Path, run_id: str | None) -> list[Record]:
     """What the run that was just saved in ``out`` has measured.
 
     Raises:
         CouplingError: if nothing could be measured.
     """
-    from lm_eval_coupling.measuring.prompt import PromptCoupling
     from lm_eval_coupling.saved.records import find_tables
 
     tables = [table.read() for _, table in find_tables(out) if table.about.get("run_id") == run_id]
-    return _measured(PromptCoupling.from_columns(row) for table in tables for row in table.to_dict("records"))
+    return _measured(row for table in tables for row in table.to_dict("records"))
 
 
-def measure_untrained(gguf: Path, prompts: list[list[int]], device: str) -> list[PromptCoupling]:
+def measure_untrained(gguf: Path, prompts: list[list[int]], device: str) -> list[Record]:
     """Measure ``prompts`` on the architecture with weights as before any training, the same at every call.
 
     Raises:
@@ -231,16 +230,16 @@ def measure_untrained(gguf: Path, prompts: list[list[int]], device: str) -> list
     return _measured(measure_coupling(model, prompts, ranks=[RANK], measures=["depth"]))
 
 
-def _measured(prompts: Iterable[PromptCoupling]) -> list[PromptCoupling]:
+def _measured(prompts: Iterable[Record]) -> list[Record]:
     prompts = list(prompts)
-    measured = [prompt for prompt in prompts if prompt.normalized_miscoupling is not None]
+    measured = [prompt for prompt in prompts if prompt["normalized_miscoupling"] is not None]
     if not measured:
-        reasons = "; ".join({str(prompt.reason) for prompt in prompts}) or "no prompt"
+        reasons = "; ".join({str(prompt["reason"]) for prompt in prompts}) or "no prompt"
         raise CouplingError(f"got no measurement of {len(prompts)} prompts ({reasons}), expected all of them; report this")
     return measured
 
 
-def draw(trained: Sequence[PromptCoupling], untrained: Sequence[PromptCoupling], out: Path) -> None:
+def draw(trained: Sequence[Record], untrained: Sequence[Record], out: Path) -> None:
     """Both models layer by layer, mean over the prompts, as PNG and SVG."""
     from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
@@ -250,21 +249,24 @@ def draw(trained: Sequence[PromptCoupling], untrained: Sequence[PromptCoupling],
         figure.savefig(out / f"{FIGURE}.{suffix}")
 
 
-def _mean_matrix(prompts: Sequence[PromptCoupling]) -> np.ndarray:
+def _mean_matrix(prompts: Sequence[Record]) -> np.ndarray:
     import numpy as np
 
-    return np.mean([prompt.normalized_miscoupling[prompt.ranks.index(RANK)] for prompt in prompts], axis=0)
+    from lm_eval_coupling.measures.depth import miscoupling_at
+
+    return np.mean([miscoupling_at(prompt, RANK) for prompt in prompts], axis=0)
 
 
-def explanation(trained: Sequence[PromptCoupling], untrained: Sequence[PromptCoupling]) -> str:
+def explanation(trained: Sequence[Record], untrained: Sequence[Record]) -> str:
     """Both models' coupling beside chance, and what that means, in a few plain lines."""
-    from lm_eval_coupling.measures.coupling import chance_level
+    from lm_eval_coupling.measures.formulas.headline import chance_coupling
+    from lm_eval_coupling.measures.registry import readings
     from lm_eval_coupling.measuring.summary import mean_and_error
 
-    chance = 1 - chance_level(RANK)
+    chance = chance_coupling(RANK)
     lines = [f"{'':<24}{'coupling':>17}{'chance':>9}{'excess':>10}"]
     for name, prompts in {MODEL.name: trained, "the same, untrained": untrained}.items():
-        found = mean_and_error(prompt.coupling(RANK) for prompt in prompts)
+        found = mean_and_error(readings()["coupling"].read(prompt, RANK) for prompt in prompts)
         value = f"{found['mean']:.4f} ± {found['stderr']:.4f}"
         lines.append(f"{name:<24}{value:>17}{chance:>9.4f}{found['mean'] - chance:>+10.4f}")
     return "\n".join(lines) + _MEANING.format(rank=RANK, chance=chance, n=len(trained))

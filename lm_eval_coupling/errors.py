@@ -1,5 +1,45 @@
-"""The one exception that is shown to users as a sentence."""
+"""What goes wrong: with a request (:class:`CouplingError`), or with one prompt among others (:class:`Reason`)."""
+
+from __future__ import annotations
+
+import dataclasses
 
 
 class CouplingError(ValueError):
     """A request that cannot be served as asked; the message says what was got, what was expected and what to do."""
+
+
+# What the codes mean, and whether measuring the same prompt again would end the same way: only then is it worth keeping.
+CODES = {
+    "out_of_memory": ("device or host had no memory left", False),
+    "error": ("an unexpected exception, named in the reason", False),
+    "refused": ("the settings do not fit this prompt", False),
+    "no_such_token": ("the prompt has no token at the measured position", False),
+    "not_finite": ("the stream holds NaN or infinity", False),
+    "certificate": ("a Jacobian disagrees with the model's own derivative", False),
+    "zero_or_low_rank": ("a Jacobian is zero or has fewer than K singular values", True),
+    "undefined": ("a formula divides by zero here", True),
+    "one_layer": ("a model of one block has no pair of different layers", True),
+    "too_short": ("the prompt has too few tokens", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why something of a prompt is missing or undefined: a ``code`` of ``CODES`` to count by, and words to read."""
+
+    code: str
+    words: str
+
+    @property
+    def settled(self) -> bool:
+        """Whether measuring again would end the same way."""
+        return CODES[self.code][1]
+
+
+class Unmeasurable(Exception):
+    """Raised where one prompt cannot be measured; the others are not touched by it."""
+
+    def __init__(self, code: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = Reason(code, words)

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
-from lm_eval_coupling.measures.coupling import coupling_matrices, miscoupling_to
-from lm_eval_coupling.measuring.prompt import DTYPES, Settings, top_singular_by_parts
+from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
+from lm_eval_coupling.measuring.batch import DTYPES, top_singular_by_parts
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import numerical_rank
 from lm_eval_coupling.residual import ResidualModel

@@ -7,8 +7,9 @@ import numpy as np
 from lm_eval_coupling.saved import tables as records
 
 SETTINGS = {"ranks": [10, 30], "limit": 100, "seed": 0, "measures": ["depth", "regularity"], "position": -1}
-SETTINGS |= {"dtype": "float32", "method": "auto", "measurement_version": 1}
+SETTINGS |= {"dtype": "float32", "method": "auto", "depth_version": 1}
 CHANCE = {k: (1 - 1 / k) ** 0.5 for k in (10, 30)}
+CODES = {"out of memory": "out_of_memory", "too short": "too_short"}
 DATE = "2025-06-01T12-00-00.123456"
 PAIRS = ("normalized_miscoupling", "miscoupling", "miscoupling_to", "miscoupling_to_absolute", "miscoupling_to_trace")
 PAIRS += ("miscoupling_to_vju", "miscoupling_to_absolute_vju")
@@ -75,7 +76,7 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
     if reason:
         measured = dict.fromkeys(measured) | dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), np.nan)
         measured |= {"seconds": 0.0}
-    return about | measured | {"reason": reason}
+    return about | measured | {"reason": reason, "reason_codes": (CODES[reason],) if reason else ()}
 
 
 def value(mean, stderr=0.01, n=10):

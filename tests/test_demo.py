@@ -15,8 +15,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lm_eval_coupling import demo, load_records, load_runs
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring.prompt import PromptCoupling
+from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measuring.record import PromptCoupling
 
 NAME = "tiny_llm-1.0-py3-none-any.whl"
 
@@ -181,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, index):
 def prompt(off_diagonal, layers=3):
     matrix = np.full((1, layers, layers), off_diagonal, np.float32)
     matrix[:, range(layers), range(layers)] = 0
-    return PromptCoupling((1, 2), 1, (demo.RANK,), ("depth",), normalized_miscoupling=matrix)
+    return PromptCoupling((1, 2), 1, (demo.RANK,), {"depth": Found({"normalized_miscoupling": matrix})})
 
 
 def test_explanation_sets_both_models_beside_chance():
@@ -193,7 +194,7 @@ def test_explanation_sets_both_models_beside_chance():
 
 
 def test_nothing_measured_is_an_error_that_says_why():
-    failed = PromptCoupling((1, 2), 1, (demo.RANK,), ("depth",), reason="out of memory")
+    failed = PromptCoupling((1, 2), 1, (demo.RANK,), {"depth": Found({}, (Reason("out_of_memory", "out of memory"),))})
     with pytest.raises(CouplingError, match=r"got no measurement of 2 prompts \(out of memory\)"):
         demo._measured([failed, failed])
     assert len(demo._measured([failed, prompt(0.5)])) == 1

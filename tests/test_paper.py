@@ -208,7 +208,7 @@ def test_mistakes_are_said(model, tokenizer, tmp_path):
         run(ranks=[])
     with pytest.raises(CouplingError, match="got device='meta' for a model on cpu"):
         run(device="meta")
-    with pytest.raises(CouplingError, match="coupling dtype 'bfloat16'"):
+    with pytest.raises(CouplingError, match="coupling_dtype='bfloat16'"):
         run(dtype="bfloat16")
     with pytest.raises(CouplingError, match="prompt 8: got a prompt without any token"):
         run(["Snow", ""], start=7, end=9, ranks=[4])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_level
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("LM_EVAL_COUPLING_REAL", ROOT.parent / "shared"))

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid, labelled
-from lm_eval_coupling.measures.coupling import chance_level, miscoupling
+from lm_eval_coupling.measures.formulas.coupling import miscoupling
+from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
 def token_heatmaps(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid, labelled
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 
 _EDGES = colormaps["viridis_r"]
 _WIDEST = 3.0  # points
@@ -51,7 +51,7 @@ def layer_graph(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank:
         pairs = w[np.triu_indices(len(w), 1)]
         undefined = f", {np.isnan(pairs).sum()} undefined" if np.isnan(pairs).any() else ""
         ax.set_title(f"{name}\n{(pairs > 0).sum()} of {len(pairs)} pairs above chance{undefined}", fontsize="small")
-    chance = 1 - chance_level(rank)
+    chance = chance_coupling(rank)
     bar = figure.colorbar(ScalarMappable(scale, _EDGES), ax=axes, shrink=0.8)
     bar.set_label(f"coupling above chance ({chance:.3f}), K = {rank}", fontsize="small")
     return figure

@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.canvas import COLOURS, colour_bar, labelled
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
 def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None) -> Figure:

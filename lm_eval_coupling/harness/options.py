@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.prompts import READINGS
-from lm_eval_coupling.measuring.prompt import Settings
+from lm_eval_coupling.measuring.settings import Settings
 
 PREFIX = "coupling_"
 

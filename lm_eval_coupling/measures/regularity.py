@@ -1,110 +1,125 @@
-"""How regular a residual trajectory x^0 … x^L is: straightness, exponential growth, equal steps.
+"""How regular the trajectory of the stream is: straightness, exponential growth, equal steps, entropy as it is decoded."""
 
-Trajectories are [..., points, d_model] with x^0, the input of block 1, first. Everything is computed and returned in
-float64; variances are population variances; undefined values are NaN. A `window` of w takes w consecutive steps
-(blocks) at a time and returns one value per window, in order of depth: [..., steps − w + 1]. Without one, all steps are
-taken and there is one value per trajectory.
-"""
+from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.registry import Column, Found, Measure, of_column
 
+if TYPE_CHECKING:
+    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
 
-def norms(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch points"]:
-    """Return ‖x^l‖ for l = 0 … L."""
-    return torch.linalg.vector_norm(x.double(), dim=-1)
+WINDOW = 11  # blocks, as in the paper; all of them where a model has fewer
 
 
-def step_lengths(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch steps"]:
-    """Return ‖x^l − x^{l−1}‖ for l = 1 … L."""
-    return torch.linalg.vector_norm(_steps(x), dim=-1)
+def run(batch: Batch) -> list[Found]:
+    """Regularity of every prompt's trajectory."""
+    return batch.each(_of_prompt, "regularity")
 
 
-def equidistance(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
-    """Return the coefficient of variation of the step lengths: 0 for equal steps, NaN where all are zero.
+def _of_prompt(one: TracedPrompt) -> Found:
+    from lm_eval_coupling.measures.formulas import trajectory as maths
 
-    Raises:
-        CouplingError: if there is no step, or the window is outside 1 … steps.
-    """
-    lengths = _windows(step_lengths(x), window)
-    return _drop(lengths.std(dim=-1, correction=0) / lengths.mean(dim=-1), window)
-
-
-def line_shape_score(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
-    """Return L / ‖Σ_l (x^l − x^{l−1}) / ‖x^l − x^{l−1}‖‖: 1 for a straight line, larger otherwise.
-
-    NaN where a step is zero, or where the unit steps return exactly to their start.
-
-    Raises:
-        CouplingError: if there is no step, or the window is outside 1 … steps.
-    """
-    steps = _steps(x)
-    # A zero step divides to NaN.
-    units = _windows((steps / torch.linalg.vector_norm(steps, dim=-1, keepdim=True)).mT, window)
-    distance = torch.linalg.vector_norm(units.sum(dim=-1), dim=-2)
-    score = torch.where(distance == 0, torch.nan, units.shape[-1] / distance)
-    return _drop(score, window)
+    x, asked = one.trajectory, one.settings.window
+    window = min(WINDOW, len(x) - 1) if asked is None else asked
+    scores = {"line_shape_score": maths.line_shape_score(x).item(), "expodistance": maths.expodistance(x).item()}
+    entropy, reasons = _entropy(one)
+    columns = (
+        scores
+        | entropy
+        | {
+            "norms": maths.norms(x),
+            "line_shape_scores": _line_shape_scores(one),
+            "window": window,
+            "windowed_line_shape": maths.line_shape_score(x, window),
+            "windowed_expodistance": maths.expodistance(x, window),
+            "step_lengths": maths.step_lengths(x),
+            "equidistance": maths.equidistance(x).item(),
+        }
+    )
+    return Found(columns | _trajectories(one), (*_undefined(scores), *reasons))
 
 
-def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
-    """Return Var_l α^l / (Mean_l α^l)² with α^l = ln(‖x^l‖ / ‖x^{l−1}‖): 0 for exactly exponential growth of the norm.
-
-    NaN where a norm or the mean growth is 0. Large values are ill-conditioned: see `expodistance_is_ill_conditioned`.
-
-    Raises:
-        CouplingError: if there is no step, or the window is outside 1 … steps.
-    """
-    size = norms(x)
-    alpha = _windows(torch.where(size == 0, torch.nan, size).log().diff(dim=-1), window)
-    mean = alpha.mean(dim=-1)
-    return _drop(torch.where(mean == 0, torch.nan, alpha.var(dim=-1, correction=0) / mean.square()), window)
+def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
+    names = " and ".join(name.replace("_", "-") for name, score in scores.items() if math.isnan(score))
+    return (Reason("undefined", f"undefined {names}: a step, a norm or their sum is zero"),) if names else ()
 
 
-def principal_trajectories(
-    x: Float[Tensor, "token points d_model"], components: int = 3
-) -> tuple[Float[Tensor, "token points component"], Float[Tensor, " component"]]:
-    """Trajectories along the principal components of their last points, and each one's share of the variance there.
+def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
+    """Of the logits at every depth; a head that fails costs nothing else."""
+    from lm_eval_coupling.measures.formulas.trajectory import entropy
+    from lm_eval_coupling.measuring.batch import off_mps, reason_of
 
-    Each component's largest loading is positive. At most token − 1 components, and none for a single token.
-    """
-    last = x[:, -1].double()
-    centre = last.mean(dim=0)
-    _, S, Vt = torch.linalg.svd(last - centre, full_matrices=False)
-    count = min(components, len(last) - 1)
-    axes = Vt[:count]
-    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
-    return (x.double() - centre) @ axes.T, S[:count].square() / S.square().sum()
+    try:
+        return {"entropy": entropy(off_mps(one.model.logits(one.trace.trajectory(one.position))))}, ()
+    except Exception as error:
+        reason = reason_of(error)
+        return {}, (Reason(reason.code, f"no entropy: {reason.words}"),)
 
 
-def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
-    """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
-    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+def _line_shape_scores(one: TracedPrompt, at_once: int = 64) -> Any:
+    """Of every token, so many at once: a double-precision trajectory of all of a long prompt would be large."""
+    import torch
+
+    from lm_eval_coupling.measures.formulas.trajectory import line_shape_score
+    from lm_eval_coupling.measuring.batch import off_mps
+
+    starts = range(0, one.trace.resid_final.shape[1], at_once)
+    parts = [line_shape_score(off_mps(one.trace.trajectories(slice(i, i + at_once)))) for i in starts]
+    return torch.cat([part.cpu() for part in parts])
 
 
-def expodistance_is_ill_conditioned(expodistance: float, steps: int) -> bool:
-    """Return whether the mean growth lies within one standard error of zero, which is ED > number of steps."""
-    return expodistance > steps
+def _trajectories(one: TracedPrompt) -> dict[str, Any]:
+    from lm_eval_coupling.measures.formulas.trajectory import principal_trajectories
+    from lm_eval_coupling.measuring.batch import off_mps
+
+    if not one.settings.trajectories:
+        return {}
+    points, share = principal_trajectories(off_mps(one.trace.trajectories(slice(None))))
+    return {"trajectories": points, "trajectory_variance": share}
 
 
-def _steps(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch steps d_model"]:
-    return x.double().diff(dim=-2)
-
-
-def _windows(values: Float[Tensor, "*batch steps"], window: int | None) -> Float[Tensor, "*batch windows window"]:
-    steps = values.shape[-1]
-    if steps == 0:
-        raise CouplingError("got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block")
-    if window is None:
-        window = steps
-    if not 1 <= window <= steps:
-        raise CouplingError(
-            f"got a window of {window} steps on a trajectory of {steps}, expected 1 to {steps}, choose another"
-        )
-    return values.unfold(-1, window, 1)
-
-
-def _drop(values: Float[Tensor, "*batch windows"], window: int | None) -> Float[Tensor, "*out"]:
-    return values[..., 0] if window is None else values
+_KEPT = "coupling_trajectories=1"
+MEASURES = (
+    Measure(
+        name="regularity",
+        doc="Regularity of the residual stream x^0 … x^L at the measured token, x^0 being the input of the first block.",
+        columns=(
+            Column("line_shape_score", "", "L / ‖Σ_l Δx^l / ‖Δx^l‖‖: 1 for a straight line, larger otherwise (paper)"),
+            Column(
+                "expodistance", "", "variance over squared mean of ln(‖x^l‖/‖x^{l−1}‖): 0 for exponential growth (paper)"
+            ),
+            Column("norms", "layer+1", "‖x^l‖"),
+            Column("line_shape_scores", "seq", "line-shape score of every token of the prompt"),
+            Column("window", "", "blocks of the windowed numbers", "whole"),
+            Column("windowed_line_shape", "window", "line-shape score of every window of blocks, in order of depth"),
+            Column("windowed_expodistance", "window", "expodistance of every window of blocks"),
+            Column("step_lengths", "layer", "‖x^l − x^{l−1}‖"),
+            Column("equidistance", "", "coefficient of variation of the step lengths: 0 for equal steps"),
+            Column("entropy", "layer+1", "of the logits that the model's own head decodes from x^l, in nats"),
+            Column(
+                "trajectories",
+                "seq layer+1 component",
+                "every token's trajectory along the at most 3 principal components of the last points",
+                option=_KEPT,
+            ),
+            Column("trajectory_variance", "component", "each component's share of the variance there", option=_KEPT),
+        ),
+        run=run,
+        version=2,
+        settings=("window", "trajectories"),
+        default=True,
+        readings=(
+            of_column("line_shape_score", "line-shape score", sign=-1),
+            of_column("expodistance", "expodistance", sign=-1),
+            of_column("equidistance", "variation of step lengths"),
+            of_column("norms", "norm ‖x‖", over="point", log=True),
+            of_column("step_lengths", "step length ‖Δx‖", over="block", log=True),
+            of_column("windowed_line_shape", "line-shape score, windowed", over="window"),
+            of_column("windowed_expodistance", "expodistance, windowed", over="window"),
+            of_column("entropy", "entropy of the decoded logits (nats)", over="point"),
+        ),
+    ),
+)

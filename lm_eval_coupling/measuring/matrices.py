@@ -12,7 +12,7 @@ import torch
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians, resolve_token
-from lm_eval_coupling.measures.coupling import coupling_matrices
+from lm_eval_coupling.measures.formulas.coupling import coupling_matrices
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.numerics.spectra import top_singular
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.jacobians.engine import resolve_token
-from lm_eval_coupling.measuring.prompt import DTYPES, Settings, measure_prompt
+from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.measuring.prompt import measure_prompt
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 
 LEVELS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, headline_rank
 from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, Row, task_summaries, worst_certificate
 from lm_eval_coupling.measuring.session import Session
-from lm_eval_coupling.measuring.summary import headline_rank
 from lm_eval_coupling.saved.tables import SCHEMA_VERSION
 
 PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
@@ -41,7 +40,7 @@ def about_measurement(rows: Sequence[Row], tasks: Iterable[str], ranks: Sequence
     trained = summaries[TRAINED]
     return {
         "headline_rank": headline_rank(ranks),
-        "chance": {k: chance_level(k) for k in ranks},
+        "chance": {k: chance_coupling(k) for k in ranks},
         "measured": sum(summary["measured"] for summary in trained.values()),
         "failed": sum(summary["failed"] for summary in trained.values()),
         "worst_certificate": worst_certificate(rows),

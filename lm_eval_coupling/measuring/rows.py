@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lm_eval_coupling.measuring.prompt import PromptCoupling
+from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.summary import document_value, summarize
 
 TRAINED, UNTRAINED = "trained", "untrained"

@@ -9,20 +9,21 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lm_eval_coupling.cache import cache_folder
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.measures.registry import Found
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 60
-_PLAIN = "_plain"
+_PLAIN, _REASONS, _SECONDS = "_plain", "_reasons", "_seconds"
 
 
 def default_store_path() -> Path:
@@ -31,7 +32,7 @@ def default_store_path() -> Path:
 
 
 class MeasurementStore:
-    """Measurements by key; what :meth:`put` has returned from survives a kill of the process or of the machine.
+    """What each measure found for a prompt, by key. What :meth:`put` has returned from survives a kill, even of the machine.
 
     Usable as a context manager. Several processes may have the same file open and write to it.
 
@@ -46,7 +47,7 @@ class MeasurementStore:
         self.path = Path(path)
         self._require_writable()
         try:
-            # Autocommit: each statement is its own durable transaction.
+            # Autocommit: what is to be one transaction says so.
             self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         except sqlite3.Error as error:
             raise CouplingError(f"got {self.path} as the store, which cannot be opened ({error}); {_ANOTHER}") from None
@@ -62,17 +63,24 @@ class MeasurementStore:
             raise
 
     @staticmethod
-    def key(fingerprint: str, settings: dict[str, Any], tokens: Sequence[int], position: int) -> str:
-        """Identify a measurement by the model's weights, the settings, the prompt's token ids and the position.
+    def key(identity: str, measure: str, settings: dict[str, Any], tokens: Sequence[int], position: int) -> str:
+        """Identify what one measure finds.
+
+        Args:
+            identity: of the weights and of what computes with them.
+            measure: its name.
+            settings: what its numbers depend on, its version included.
+            tokens: token ids of the prompt.
+            position: the measured token, from 0.
 
         Returns:
             The SHA-256 of their canonical JSON, in hexadecimal.
         """
-        what = [fingerprint, settings, [int(t) for t in tokens], int(position)]
+        what = [identity, measure, settings, [int(t) for t in tokens], int(position)]
         return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Columns stored under ``key``, arrays as NumPy and tuples as lists; ``None`` if missing or unreadable."""
+    def get(self, key: str) -> Found | None:
+        """What is stored under ``key``, arrays as NumPy and tuples as lists; ``None`` if missing or unreadable."""
         try:
             found = self._connection.execute("SELECT columns FROM measurements WHERE key = ?", (key,)).fetchone()
             return None if found is None else _decode(found[0])
@@ -80,10 +88,20 @@ class MeasurementStore:
             logger.warning("coupling: entry %s of %s is unreadable (%s) and is measured again", key[:8], self.path, error)
             return None
 
-    def put(self, key: str, columns: dict[str, Any]) -> None:
-        """Keep ``columns`` (JSON-able values, NumPy arrays, ``None``) under ``key``, durably; the last one wins."""
+    def put(self, entries: Mapping[str, Found]) -> None:
+        """Keep what was found (columns of JSON-able values, NumPy arrays, ``None``) by key, durably: all or nothing.
+
+        The last one under a key wins.
+        """
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._connection.execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", (key, _encode(columns), now))
+        rows = [(key, _encode(found), now) for key, found in entries.items()]
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Release the file; nothing is lost without it."""
@@ -147,7 +165,8 @@ class MeasurementStore:
 _ANOTHER = "choose another file with coupling_store=PATH"
 
 
-def _encode(columns: dict[str, Any]) -> bytes:
+def _encode(found: Found) -> bytes:
+    columns = dict(found.columns) | {_REASONS: [[r.code, r.words] for r in found.reasons], _SECONDS: found.seconds}
     arrays = {name: value for name, value in columns.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in columns.items() if name not in arrays}
     order = list(columns)
@@ -157,7 +176,9 @@ def _encode(columns: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(blob: bytes) -> dict[str, Any]:
+def _decode(blob: bytes) -> Found:
     with np.load(io.BytesIO(blob), allow_pickle=False) as saved:
         order, plain = json.loads(saved[_PLAIN].tobytes())
-        return {name: plain[name] if name in plain else saved[name] for name in order}
+        columns = {name: plain[name] if name in plain else saved[name] for name in order}
+    reasons = tuple(Reason(*reason) for reason in columns.pop(_REASONS))
+    return Found(columns, reasons, columns.pop(_SECONDS))

@@ -1,30 +1,16 @@
-"""From measured prompts to the numbers a task is reported with."""
+"""From measured prompts to the numbers a task is reported with. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lm_eval_coupling.measuring.prompt import PromptCoupling
-
-PAIR_MEASURES = (
-    "normalized_miscoupling",
-    "miscoupling",
-    "miscoupling_to",
-    "miscoupling_to_absolute",
-    "miscoupling_to_trace",
-    "miscoupling_to_vju",
-    "miscoupling_to_absolute_vju",
-)
-
-
-def headline_rank(ranks: Sequence[int]) -> int:
-    """The K of the metric ``coupling``: 10 whenever it was measured, else the smallest. Never mixed with another K."""
-    return 10 if 10 in ranks else min(ranks)
+from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, summarised
+from lm_eval_coupling.measuring.record import PromptCoupling
 
 
 def mean_and_error(values: Iterable[float]) -> dict[str, float | int]:
@@ -41,45 +27,56 @@ def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:
 
 
 def summarize(documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]) -> dict[str, Any]:
-    """Every measure of one task over its documents, for every rank, with what could not be measured and why.
+    """Every reading of one task over its documents, for every rank, with what could not be measured and why.
 
     Args:
         documents: the measured prompts of each document.
         ranks: numbers K of singular vectors.
+
+    Returns:
+        ``measured`` and ``failed`` documents, ``reasons`` and ``reason_codes`` with the number of prompts of each, and
+        ``measures``: ``mean, stderr, n`` of every reading that some prompt has, by rank where it depends on K.
     """
     prompts = [prompt for group in documents.values() for prompt in group]
-    reasons = Counter(prompt.reason for prompt in prompts if prompt.reason)
-    measured = sum(any(_was_measured(p) for p in group) for group in documents.values())
+    measured = sum(any(map(was_measured, group)) for group in documents.values())
     return {
         "measured": measured,
         "failed": len(documents) - measured,
-        "reasons": dict(reasons),
+        "reasons": dict(Counter(prompt.reason for prompt in prompts if prompt.reason)),
+        "reason_codes": dict(Counter(code for prompt in prompts for code in prompt.reason_codes)),
         "measures": _measures(documents, ranks),
     }
 
 
-def _was_measured(prompt: PromptCoupling) -> bool:
-    return prompt.normalized_miscoupling is not None or not math.isnan(prompt.line_shape_score)
+def was_measured(prompt: PromptCoupling) -> bool:
+    """Whether any number is known of it, beside the proof of its Jacobians."""
+    proof = {column.name for column in JACOBIAN}
+    return any(not proof.issuperset(found.columns) for found in prompt.found.values())
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _measures(documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]) -> dict[str, Any]:
-    def over_documents(value) -> dict[str, float | int]:
-        return mean_and_error(mean_and_error(map(value, group))["mean"] for group in documents.values())
-
-    measures: dict[str, Any] = {"coupling": {}, "coupling_with_diagonal": {}} | {name: {} for name in PAIR_MEASURES}
-    for i, k in enumerate(ranks):
-        measures["coupling"][k] = over_documents(lambda p, k=k: p.coupling(k))
-        measures["coupling_with_diagonal"][k] = over_documents(lambda p, k=k: p.coupling(k, diagonal=True))
-        for name in PAIR_MEASURES:
-            measures[name][k] = over_documents(lambda p, name=name, i=i: _mean_off_diagonal(getattr(p, name), i))
-    measures["line_shape_score"] = over_documents(lambda p: p.line_shape_score)
-    measures["expodistance"] = over_documents(lambda p: p.expodistance)
-    return measures
+    asked = {name for group in documents.values() for prompt in group for name in prompt.measures}
+    found: dict[str, Any] = {}
+    for reading in summarised(asked or default_measures()):
+        by_rank = {
+            rank: _over_documents(documents, _of_prompt(reading, rank)) for rank in (ranks if reading.of_rank else ranks[:1])
+        }
+        found[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
+    return found
 
 
-def _mean_off_diagonal(pairs: np.ndarray | None, index: int) -> float:
-    if pairs is None:
-        return math.nan
-    matrix = pairs[index]
-    known = matrix[~np.eye(len(matrix), dtype=bool) & ~np.isnan(matrix)]
-    return float(known.mean()) if known.size else math.nan
+def _of_prompt(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
+    def value(prompt: PromptCoupling) -> float:
+        return float(reading.read(prompt, rank)) if _is_known(prompt[reading.column]) else math.nan
+
+    return value
+
+
+def _over_documents(
+    documents: Mapping[Any, Sequence[PromptCoupling]], value: Callable[[PromptCoupling], float]
+) -> dict[str, float | int]:
+    return mean_and_error(mean_and_error(map(value, group))["mean"] for group in documents.values())

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 from lm_eval_coupling.report.prompts import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
@@ -48,7 +49,13 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
         for label, row in zip(label_rows(found, full_names(found["model"].unique())), found.to_dict("records"), strict=True)
     ]
     about = {"provenance": [_provenance(run) for run in used.values()], "passed_over": runs.passed_over}
-    return _plain({"rows": rows} | about | tables.describe(documents))
+    return _plain({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents))
+
+
+def _chance(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Of coupling and of miscoupling, at every rank of the rows."""
+    ranks = sorted({rank for row in rows for rank in row["coupling"]})
+    return {rank: {"coupling": chance_coupling(rank), "miscoupling": chance_level(rank)} for rank in ranks}
 
 
 def _provenance(run: SavedRun) -> dict[str, Any]:

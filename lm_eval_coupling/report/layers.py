@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
 from lm_eval_coupling.saved.run import SavedTable
-from lm_eval_coupling.saved.tables import coupling_of
 
 # Viridis, dark where layers are coupled.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -26,7 +26,7 @@ def print_profile(console: Console, table: SavedTable, name: str) -> None:
     rank, total, count = None, 0.0, 0
     for rows in table.batches(["ranks", "normalized_miscoupling"]):
         for ranks, matrices in zip(rows["ranks"], rows["normalized_miscoupling"], strict=True):
-            rank = rank or headline(table, ranks)
+            rank = rank or headline_rank(ranks)
             if matrices is not None and rank in ranks:
                 pairs = np.where(np.eye(matrices.shape[-1], dtype=bool), np.nan, matrices[list(ranks).index(rank)])
                 total, count = total + np.nan_to_num(pairs.astype(np.float64)), count + np.isfinite(pairs)
@@ -51,12 +51,6 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def headline(table: SavedTable, ranks: tuple[int, ...]) -> int:
-    """The K of the metric ``coupling`` of this run."""
-    rank = table.about.get("headline_rank")
-    return rank if rank in ranks else min(ranks)
-
-
 def print_document(console: Console, table: SavedTable, doc: int) -> None:
     """Every measured prompt of a document: its end, what was measured of it, and its matrix."""
     wanted = ["doc_id", "kind", "prompt_index", "position", "n_tokens", "text", "reason", "ranks", "normalized_miscoupling"]
@@ -71,7 +65,7 @@ def token_in_words(position: int, n_tokens: int) -> str:
 
 
 def _print_prompt(console: Console, row: pd.Series, table: SavedTable) -> None:
-    rank = headline(table, row["ranks"])
+    rank = headline_rank(row["ranks"])
     text = row["text"] if len(row["text"]) <= _PROMPT_TAIL else "…" + row["text"][-_PROMPT_TAIL:]
     where = token_in_words(row["position"], row["n_tokens"])
     console.print(f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}")
@@ -84,7 +78,7 @@ def _print_prompt(console: Console, row: pd.Series, table: SavedTable) -> None:
     matrix = row["normalized_miscoupling"][list(row["ranks"]).index(rank)]
     console.print(
         f"\nMiscoupling in hundredths (cut off), K = {rank}; row = layer of the Jacobian, column = layer of the bases"
-        f"; coupling {coupling_of(matrix):.4f}, chance {1 - math.sqrt(1 - 1 / rank):.4f}"
+        f"; coupling {coupling_of(matrix):.4f}, chance {chance_coupling(rank):.4f}"
     )
     for first in range(0, len(matrix), columns := _columns_that_fit(console.width)):
         for line in _heat_map(matrix, range(first, min(first + columns, len(matrix)))):

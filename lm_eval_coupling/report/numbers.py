@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.run import SavedRun, SavedTable
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
@@ -50,7 +51,7 @@ def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) 
     name = f"coupling@{rank}"
     own, twin = (document_values(v, name) if name in v else pd.Series(dtype=float) for v in (trained, untrained))
     mean, error, n = mean_and_error(own)
-    chance = math.nan if rank is None else 1 - math.sqrt(1 - 1 / rank)
+    chance = math.nan if rank is None else chance_coupling(rank)
     found = {"rank": rank, "documents": n, "coupling": mean, "coupling_stderr": error, "chance": chance}
     found |= {"excess": mean - chance}
     found["untrained"], found["untrained_stderr"], _ = mean_and_error(twin)

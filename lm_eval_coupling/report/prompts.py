@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.saved.run import SavedTable
-from lm_eval_coupling.saved.tables import couplings_of
 from lm_eval_coupling.saved.values import prompt_values, ranks_of
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
@@ -29,12 +28,12 @@ def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], 
         limit: how many of the measured prompts to include one by one; the mean is over all.
 
     Returns:
-        ``ranks``, ``headline``, ``chance`` (m̃, by rank), ``measured`` (documents), ``mean`` (packed m̃ by rank), ``norms``,
+        ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean`` (packed m̃ by rank), ``norms``,
         ``worst_certificate``, ``total`` (prompts) and ``documents``.
     """
     values = prompt_values(table)
     ranks = ranks_of(values)
-    headline = table.about.get("headline_rank") if table.about.get("headline_rank") in ranks else min(ranks, default=None)
+    headline = headline_rank(ranks) if ranks else None
     weights = 1 / values.groupby(["doc_hash", "prompt_hash"])["doc_hash"].transform("size").to_numpy()
     matrices, norms, documents, first = {rank: _Mean() for rank in ranks}, _Mean(), [], 0
     for rows in table.batches(_SHOWN):
@@ -47,7 +46,7 @@ def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], 
     return {
         "ranks": ranks,
         "headline": headline,
-        "chance": {k: math.sqrt(1 - 1 / k) for k in ranks},
+        "chance": {k: chance_coupling(k) for k in ranks},
         "measured": values[values["worst_certificate"].notna()].drop_duplicates(["doc_hash", "prompt_hash"]).shape[0],
         "mean": {k: pack(found.mean()) for k, found in matrices.items() if found.known},
         "norms": norms.mean().tolist() if norms.known else None,

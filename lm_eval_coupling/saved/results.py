@@ -17,7 +17,7 @@ from lm_eval_coupling.saved.task_rows import rows_of_run
 logger = logging.getLogger(__name__)
 
 # What the numbers of depth coupling depend on: runs that measured other things besides are not different in these.
-_DEPTH_SETTINGS = ("ranks", "dtype", "method", "measurement_version", "position")
+_DEPTH_SETTINGS = ("ranks", "dtype", "method", "depth_version", "position")
 _SAMPLE_SETTINGS = ("limit", "seed")  # which documents of a task; other tasks may have had others
 
 

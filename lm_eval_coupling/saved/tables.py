@@ -22,72 +22,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.formulas.headline import couplings_of
+from lm_eval_coupling.measures.registry import Column, argument, option_of, record_columns
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
 _GROUP = 64  # rows: whoever wants one document reads the matrices of so many
 
 
-def _nested(depth: int) -> pa.DataType:
-    return pa.float32() if depth == 0 else pa.list_(_nested(depth - 1))
+# What is known of a row beside what was measured.
+DOCUMENT = (
+    Column("task", "", "lm-eval's task", "text"),
+    Column("doc_id", "", "lm-eval's number of the document", "whole"),
+    Column("doc_hash", "", "lm-eval's hash of the document: join samples on it", "text"),
+    Column("prompt_hash", "", "lm-eval's hash of the document's first prompt", "text"),
+    Column("prompt_index", "", "number of the prompt among those of the document, from 0", "whole"),
+    Column("kind", "", "what the prompt is to the task: its context, or a whole text", "text"),
+    Column("weights", "", "trained, or untrained for the twin of coupling_untrained", "text"),
+    Column("text", "", "the prompt, decoded from its tokens", "text"),
+    Column("coupling", "rank", "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it", "double"),
+    Column("n_tokens", "", "number of tokens of the prompt", "whole"),
+)
+_KINDS = {"number": pa.float32(), "double": pa.float64(), "whole": pa.int64(), "text": pa.string()}
 
 
-COLUMNS: dict[str, pa.DataType] = {
-    "task": pa.string(),
-    "doc_id": pa.int64(),
-    "doc_hash": pa.string(),
-    "prompt_hash": pa.string(),
-    "prompt_index": pa.int64(),
-    "kind": pa.string(),
-    "weights": pa.string(),
-    "text": pa.string(),
-    "coupling": pa.list_(pa.float64()),
-    "n_tokens": pa.int64(),
-    "tokens": pa.list_(pa.int64()),
-    "position": pa.int64(),
-    "ranks": pa.list_(pa.int64()),
-    "measures": pa.list_(pa.string()),
-    "normalized_miscoupling": _nested(3),
-    "miscoupling": _nested(3),
-    "miscoupling_to": _nested(3),
-    "miscoupling_to_absolute": _nested(3),
-    "miscoupling_to_trace": _nested(3),
-    "miscoupling_to_vju": _nested(3),
-    "miscoupling_to_absolute_vju": _nested(3),
-    "subspace_overlap": _nested(4),
-    "singular_values": _nested(2),
-    "gap": _nested(2),
-    "svd_residual": _nested(1),
-    "certificate": _nested(1),
-    "method": pa.list_(pa.string()),
-    "line_shape_score": pa.float64(),
-    "expodistance": pa.float64(),
-    "norms": _nested(1),
-    "line_shape_scores": _nested(1),
-    "window": pa.int64(),
-    "windowed_line_shape": _nested(1),
-    "windowed_expodistance": _nested(1),
-    "step_lengths": _nested(1),
-    "equidistance": pa.float64(),
-    "entropy": _nested(1),
-    "trajectories": _nested(3),
-    "trajectory_variance": _nested(1),
-    "effective_rank": _nested(1),
-    "participation_ratio": _nested(1),
-    "frobenius_norms": _nested(2),
-    "spectral_norms": _nested(2),
-    "depth_slope": _nested(1),
-    "depth_r2": _nested(1),
-    "self_tokens": pa.list_(pa.int64()),
-    "self_layers": pa.list_(pa.int64()),
-    "self_miscoupling": _nested(5),
-    "context_tokens": pa.list_(pa.int64()),
-    "context_layers": pa.list_(pa.int64()),
-    "context_input_miscoupling": _nested(5),
-    "context_output_miscoupling": _nested(5),
-    "seconds": pa.float64(),
-    "reason": pa.string(),
-}
+def table_columns() -> dict[str, Column]:
+    """Every column of a table, in order: which document it belongs to and what was measured of it."""
+    return {column.name: column for column in DOCUMENT} | record_columns()
+
+
+def arrow_type(column: Column) -> pa.DataType:
+    """Numbers are float64 alone and float32 in arrays, which are nested lists."""
+    kind = _KINDS["double" if column.kind == "number" and not column.shape else column.kind]
+    for _ in column.dimensions:
+        kind = pa.list_(kind)
+    return kind
 
 
 def write_tables(
@@ -134,31 +103,6 @@ def _of_one_task(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     return about | {name: _of_one_task(part, task) for name, part in twins.items()}
 
 
-def coupling_of(normalized_miscoupling: np.ndarray) -> float:
-    """1 − the mean of m̃[layer, layer'] over different layers; NaN if nothing is defined."""
-    different = ~np.eye(len(normalized_miscoupling), dtype=bool)
-    known = normalized_miscoupling[different & ~np.isnan(normalized_miscoupling)].astype(np.float64)
-    return 1 - float(known.mean()) if known.size else math.nan
-
-
-def couplings_of(normalized_miscoupling: np.ndarray | None) -> list[float] | None:
-    """:func:`coupling_of` at every rank, kept in the table so that nobody reads matrices for a mean."""
-    return None if normalized_miscoupling is None else [coupling_of(matrix) for matrix in normalized_miscoupling]
-
-
-_DEFAULT, _TOKENS = "coupling_measures=depth+regularity", ",coupling_tokens=last8"
-_RECORDED_BY = {  # arguments of the model
-    _DEFAULT: ("normalized_miscoupling", "singular_values", "line_shape_score", "expodistance", "norms")
-    + ("windowed_line_shape", "windowed_expodistance", "step_lengths", "equidistance", "entropy"),
-    f"{_DEFAULT}+spectra": ("effective_rank", "participation_ratio", "frobenius_norms", "spectral_norms")
-    + ("depth_slope", "depth_r2"),
-    f"{_DEFAULT}+self{_TOKENS}": ("self_miscoupling",),
-    f"{_DEFAULT}+context{_TOKENS}": ("context_input_miscoupling", "context_output_miscoupling"),
-    "coupling_trajectories=1": ("trajectories", "trajectory_variance"),
-    "coupling_untrained=0": ("untrained weights",),
-}
-
-
 def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | None = None) -> pd.DataFrame:
     """The records that have all of ``columns``, and these ``weights`` (``trained`` or ``untrained``) where given.
 
@@ -182,8 +126,8 @@ def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFram
         return kept
     tasks = ", ".join(map(str, records["task"].unique()[:5]))
     measures = list(dict.fromkeys(measure for measured in records["measures"] for measure in measured))
-    option = next((option for option, columns in _RECORDED_BY.items() if needed in columns), _DEFAULT)
-    older = "" if option != _DEFAULT or "regularity" not in measures else "an older release made them or they failed: "
+    option = "coupling_untrained=0" if needed == "untrained weights" else option_of(needed) or argument([])
+    older = "" if option != argument([]) or "regularity" not in measures else "an older release made them or they failed: "
     raise CouplingError(
         f"got {len(records)} records of {tasks} with the measures {'+'.join(measures) or 'nothing'}, none with {needed}; "
         f"{older}measure again with {option}"
@@ -246,8 +190,9 @@ def _write_atomically(table: pa.Table, path: Path) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     rows = [dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows]
-    names = list(COLUMNS) + [name for name in rows[0] if name not in COLUMNS]
-    return pa.table({name: _column([row.get(name) for row in rows], COLUMNS.get(name)) for name in names})
+    known = {name: arrow_type(column) for name, column in table_columns().items()}
+    names = list(known) + [name for name in rows[0] if name not in known]
+    return pa.table({name: _column([row.get(name) for row in rows], known.get(name)) for name in names})
 
 
 def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:

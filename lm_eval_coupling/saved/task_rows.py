@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import FACTS, facts_beside, facts_from_name
 from lm_eval_coupling.saved.run import SavedRun
 
@@ -105,7 +106,7 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
             pooled = parts[0] if len(parts) == 1 else pool([part for part in parts if part])
             columns |= zip(_columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True)
     for rank in members[0]["measures"].get("coupling", {}):
-        columns[f"chance@{rank}"] = chance = 1 - math.sqrt(1 - 1 / int(rank))
+        columns[f"chance@{rank}"] = chance = chance_coupling(int(rank))
         columns[f"coupling_excess@{rank}"] = columns[f"coupling@{rank}"] - chance
     return columns
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.saved.run import SavedTable
-from lm_eval_coupling.saved.tables import couplings_of
 
 WHOLE_PROMPT = ("line_shape_score", "expodistance", "equidistance")  # numbers that have no rank and no depth
 _ABOUT = ("task", "doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "n_tokens", "position", "reason", "ranks")

@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.depth import different_layers
+from lm_eval_coupling.measures.formulas.headline import headline_rank
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.saved.names import ends_with, label_weights, run_label
 from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.records import read_table, require_tables
 from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.saved.tables import require
-from lm_eval_coupling.studies.measures import MEASURES, miscoupling
 
 RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
@@ -116,7 +118,7 @@ def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
     """
     common = common_ranks(records)
     if rank is None and common:
-        return 10 if 10 in common else common[0]
+        return headline_rank(common)
     if rank not in common:
         raise CouplingError(
             f"got rank {rank}, expected one that all records have ({', '.join(map(str, common)) or 'there is none'}); "
@@ -139,9 +141,9 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
     """
     rows = []
     for name in measures:
-        measure = MEASURES[name]
-        for record in require(records, [measure.column]).to_dict("records"):
-            depth, value = measure.read(record, rank)
+        reading = readings()[name]
+        for record in require(records, [reading.column]).to_dict("records"):
+            depth, value = reading.in_depth(record, rank)
             about = {key: record[key] for key in (*RUN, *DOCUMENT, "n_tokens")}
             rows.append(pd.DataFrame(about | {"measure": name, "depth": depth, "value": value}))
     keys = [*RUN, *DOCUMENT, "measure", "depth"]
@@ -175,7 +177,7 @@ def mean_matrices(records: pd.DataFrame, rank: int, by: Sequence[str] = RUN) -> 
     found = {}
     for key, group in require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False):
         documents = [
-            nanmean(np.stack([miscoupling(record, rank) for record in prompts.to_dict("records")]))
+            nanmean(np.stack([different_layers(record, rank) for record in prompts.to_dict("records")]))
             for _, prompts in group.groupby(DOCUMENT, sort=False)
         ]
         found[key] = nanmean(np.stack(documents)), len(documents)
@@ -190,17 +192,17 @@ def nanmean(values: np.ndarray) -> np.ndarray:
 
 def recorded(records: pd.DataFrame, measures: Sequence[str], needed: int = 0) -> list[str]:
     """Those of ``measures`` that were recorded, the first ``needed`` of them whether or not."""
-    return [
-        name
-        for i, name in enumerate(measures)
-        if i < needed or (MEASURES[name].column in records and records[MEASURES[name].column].notna().any())
-    ]
+    return [name for i, name in enumerate(measures) if i < needed or _is_recorded(records, readings()[name].column)]
+
+
+def _is_recorded(records: pd.DataFrame, column: str) -> bool:
+    return column in records and bool(records[column].notna().any())
 
 
 def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
     """``rows`` with what a picture needs: ``panel`` (the measure's label), ``line`` (the run) and ``chance``."""
-    panels = rows["measure"].map(lambda name: MEASURES[name].label)
-    chances = rows["measure"].map(lambda name: MEASURES[name].chance(rank))
+    panels = rows["measure"].map(lambda name: readings()[name].label)
+    chances = rows["measure"].map(lambda name: readings()[name].chance_at(rank))
     return with_line(rows).assign(panel=panels, chance=chances)
 
 

@@ -22,7 +22,7 @@ from matplotlib.collections import LineCollection
 from lm_eval_coupling import measure_coupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas, coupling_matrices, graph, lines, trajectories
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_level
 from lm_eval_coupling.measuring import matrices as measured
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.tables import require, write_tables

@@ -20,7 +20,8 @@ import stages
 import torch
 
 from lm_eval_coupling import block_jacobians
-from lm_eval_coupling.measuring.prompt import Settings
+from lm_eval_coupling.measures.registry import default_measures
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 
 STAGES = ("trace", "jacobians", "spectra", "pairs")
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
     baseline = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     ours = ResidualModel.wrap(model)
-    settings = Settings(tuple(options.ranks))
+    settings = Settings(tuple(options.ranks), (*default_measures(), "swapped"))
     results = []
     for tokens in options.tokens:
         vocabulary = model.config.get_text_config().vocab_size

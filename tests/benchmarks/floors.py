@@ -21,7 +21,9 @@ import stages
 import torch
 from timing import in_turn, seconds
 
-from lm_eval_coupling.measuring.prompt import DTYPES, Settings
+from lm_eval_coupling.measures.registry import default_measures
+from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 
 SQUARE = 2048
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine.describe(options.device, options.dtype)
     model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
     shape = products.Shape.of(model.config)
-    ours, settings = ResidualModel.wrap(model), Settings(tuple(options.ranks))
+    ours, settings = ResidualModel.wrap(model), Settings(tuple(options.ranks), (*default_measures(), "swapped"))
     rows = []
     for tokens in options.tokens:
         prompts = [models.prompt(tokens, model.config.vocab_size, tokenizer, number=i) for i in range(options.prompts)]

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lm_eval_coupling
-from lm_eval_coupling.measures.coupling import chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_level
 from lm_eval_coupling.residual import ResidualModel
 
 RANK = 10

@@ -21,7 +21,8 @@ import models
 import release
 import torch
 
-from lm_eval_coupling.measuring.prompt import Settings, measure_prompt
+from lm_eval_coupling.measuring.prompt import measure_prompt
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 
 PROCEDURES = ("forward", "ours", "release")

@@ -12,7 +12,10 @@ from collections.abc import Iterator, Sequence
 from timing import synchronize
 
 from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.measures import depth, regularity, swapped
+from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.residual import ResidualModel
 
 # Where each stage is entered. What runs inside another stage counts for the inner one only, so the pairs are what is left
@@ -21,10 +24,11 @@ ENTRANCES = {
     "trace": (ResidualModel, "traces"),
     "certify": (jacobians, "certify"),
     "certify together": (jacobians, "certify_each"),
-    "jacobians": (measure, "jacobians_of_traces"),
-    "spectra": (measure, "top_singular"),
-    "pairs": (measure, "_depth"),
-    "regularity": (measure, "_regularity"),
+    "jacobians": (batch, "jacobians_of_traces"),
+    "spectra": (batch, "top_singular"),
+    "pairs": (depth, "_of_prompt"),
+    "swapped pairs": (swapped, "_of_prompt"),
+    "regularity": (regularity, "_of_prompt"),
 }
 
 
@@ -60,7 +64,7 @@ def stopwatch() -> Iterator[Counter]:
 
 def measured(
     model: ResidualModel, prompts: Sequence[Sequence[int]], settings
-) -> tuple[list[measure.PromptCoupling], dict[str, float]]:
+) -> tuple[list[PromptCoupling], dict[str, float]]:
     """The prompts' records, measured together as a run does, with the mean seconds of a prompt by stage and in ``total``.
 
     ``trace`` is the forward pass with the certificate.
@@ -82,6 +86,7 @@ def measured(
     seconds = {stage: spent[stage] for stage in ENTRANCES} | {"total": total}
     # Short prompts are pulled back during the trace, long ones when certified.
     seconds["trace"] += seconds.pop("certify") + seconds.pop("certify together")
+    seconds["pairs"] += seconds.pop("swapped pairs")
     return [records[i] for i in sorted(records)], {stage: spent / len(prompts) for stage, spent in seconds.items()}
 
 

@@ -47,7 +47,7 @@ def test_weights_that_are_not_finite_keep_their_scores(evaluate, home, tmp_path)
 def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
     from lm_eval_coupling.measuring.store import MeasurementStore
 
-    def full(self, key, columns):
+    def full(self, entries):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(MeasurementStore, "put", full)

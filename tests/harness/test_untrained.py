@@ -6,7 +6,7 @@ import torch
 from evaluations import scores
 
 from lm_eval_coupling import load_records
-from lm_eval_coupling.measuring.prompt import PromptCoupling
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.residual.untrained import untrained_twin
 
 
@@ -23,7 +23,7 @@ def test_the_untrained_twin_is_measured_on_the_same_prompts(evaluate, tmp_path):
     trained, untrained = both.loc["trained"], both.loc["untrained"]
     assert set(trained.index) == set(untrained.index) and len(trained) == len(untrained) == 8
     mean = info["untrained"]["tasks"]["tiny_choice"]["measures"]["coupling"][2]["mean"]
-    values = [PromptCoupling.from_columns(row).coupling(2) for row in untrained.to_dict("records")]
+    values = [readings()["coupling"].read(row, 2) for row in untrained.to_dict("records")]
     assert mean == pytest.approx(np.mean(values), rel=1e-6)
     assert not np.allclose(trained.singular_values.iloc[0], untrained.singular_values.loc[trained.index[0]], rtol=0.1)
     again = evaluate(kinds=("choice",), arguments=arguments)["config"]["coupling"]

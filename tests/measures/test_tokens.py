@@ -11,17 +11,16 @@ from oracles import oracle, worst
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
-from lm_eval_coupling.measures.tokens import (
-    chosen_layers,
-    chosen_tokens,
-    cost,
+from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
+from lm_eval_coupling.measures.formulas.spectrum import (
     effective_rank,
     inverse_against_depth,
     largest_singular_value,
     participation_ratio,
 )
-from lm_eval_coupling.measuring import prompt as measure
-from lm_eval_coupling.measuring.prompt import Settings, measure_coupling, measure_prompt
+from lm_eval_coupling.measures.registry import measures
+from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 SEQ, RANKS = 6, (2, 4)
@@ -157,7 +156,7 @@ def test_the_largest_singular_value(size):
 
 
 def test_principal_trajectories_by_hand(wrapped):
-    from lm_eval_coupling.measures.regularity import principal_trajectories
+    from lm_eval_coupling.measures.formulas.trajectory import principal_trajectories
 
     x = torch.tensor([[[0.0, 0.0, 7.0], [4.0, 1.0, 7.0]], [[1.0, 1.0, 7.0], [-4.0, -1.0, 7.0]], [[2.0, 0, 7], [4, -1, 7]]])
     x = torch.cat([x, torch.tensor([[[0.0, 0.0, 0.0], [-4.0, 1.0, 7.0]]])])
@@ -220,19 +219,19 @@ def test_records_of_these_measures_round_trip(wrapped, tmp_path):
     from lm_eval_coupling.saved.records import load_records
     from lm_eval_coupling.saved.tables import write_tables
 
-    found = measured(wrapped, *measure.MEASURES, tokens="last2", trajectories=True)
+    found = measured(wrapped, *measures(), tokens="last2", trajectories=True)
     about = {"task": "t", "doc_id": 0, "doc_hash": "d", "prompt_hash": "p", "prompt_index": 0, "weights": "trained"}
     (path,) = write_tables([about | found.to_columns()], tmp_path, "2026-01-01", {})
-    again = measure.PromptCoupling.from_columns(load_records(path).to_dict("records")[0])
+    again = load_records(path).to_dict("records")[0]
     for name, value in found.to_columns().items():
         if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(getattr(again, name), value)
+            np.testing.assert_array_equal(again[name], value)
         else:
-            assert getattr(again, name) == value, name
+            assert again[name] == value, name
 
 
 def test_cost_is_counted():
     settings = Settings((2,), ("self", "context", "spectra"), tokens="last8", layers="spaced4")
-    assert cost(30, 1000, 39, settings) == (4 * 8 + 2 * 4 * 8 + 30 * 40, 40 * 4.0)
-    assert cost(30, 1000, 39, Settings()) == (0, 0.0)
+    assert settings.extra(30, 1000, 39) == (4 * 8 + 2 * 4 * 8 + 30 * 40, 40 * 4.0)
+    assert Settings().extra(30, 1000, 39) == (0, 0.0)
     assert Settings((2,), ("self",)).as_dict()["tokens"] == "last8" and "tokens" not in Settings().as_dict()

@@ -1,7 +1,6 @@
 """One prompt from token ids to its record, against naive float64 oracles from end to end; and what it says on failure."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -15,15 +14,18 @@ from oracles import decoder_layers, oracle
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import closed
 from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.measures.registry import measured_columns, record_columns
+from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
-from lm_eval_coupling.measuring.prompt import PromptCoupling, Settings, measure_coupling, measure_prompt
+from lm_eval_coupling.measuring import settings as settings_module
+from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)
 OVER_TOKENS = ("self_", "context_")
-PAIRS = [
-    f.name for f in dataclasses.fields(PromptCoupling) if "miscoupling" in f.name and not f.name.startswith(OVER_TOKENS)
-]
+MEASURES = ("depth", "regularity", "swapped")
+PAIRS = [name for name in measured_columns() if "miscoupling" in name and not name.startswith(OVER_TOKENS)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def tokens(seq=7):
 
 
 def measured(model, prompt=None, **options):
-    given = {"ranks": RANKS, "dtype": "float64", "progress": False} | options
+    given = {"ranks": RANKS, "measures": MEASURES, "dtype": "float64", "progress": False} | options
     (found,) = measure_coupling(model, [tokens() if prompt is None else prompt], **given)
     return found
 
@@ -165,7 +167,7 @@ def test_float32_is_float64_but_for_rounding(model):
 
 def test_a_record_does_not_depend_on_its_neighbours(model):
     prompts = [tokens(5), tokens(), tokens(12)]
-    (_, among, _) = measure_coupling(model, prompts, ranks=RANKS, dtype="float64", progress=False)
+    (_, among, _) = measure_coupling(model, prompts, ranks=RANKS, measures=MEASURES, dtype="float64", progress=False)
     alone = measured(model)
     same(alone, measured(model))
     for name in [*PAIRS, "norms", "singular_values", "subspace_overlap"]:  # beyond rounding: a batch has its own products
@@ -226,11 +228,12 @@ def test_methods_agree(model, method):
     ("options", "message"),
     [
         ({"ranks": ()}, "expected positive whole numbers"),
-        ({"ranks": (0, 3)}, "expected positive whole numbers"),
-        ({"ranks": (2, 25)}, "rank 25 for a model with d_model = 24; choose ranks of at most 24"),
-        ({"measures": ("depth", "width")}, "unknown measure 'width', expected any of depth, regularity"),
-        ({"dtype": "bfloat16"}, "dtype 'bfloat16', expected one of float32, float64"),
-        ({"method": "fast"}, "'fast', expected one of auto, closed"),
+        ({"ranks": (0, 3)}, "coupling_ranks=0.3, expected positive whole numbers"),
+        ({"ranks": (2, 25)}, "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24"),
+        ({"measures": ("depth", "width")}, "coupling_measures=depth.width .*'width', expected any of depth, regularity"),
+        ({"measures": ()}, "no coupling_measures, expected any of depth, regularity"),
+        ({"dtype": "bfloat16"}, "coupling_dtype='bfloat16', expected one of float32, float64"),
+        ({"method": "fast"}, "coupling_method='fast', expected one of auto, closed"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(model, options, message):
@@ -256,14 +259,12 @@ def test_settings_are_json_and_tell_measurements_apart():
     assert len({json.dumps(s.as_dict()) for s in [base, *others]}) == 5
 
 
-def test_columns_there_and_back(model):
+def test_a_record_gives_every_column_by_name(model):
     for record in (measured(model), measured(model, position=99), measured(model, measures=("regularity",))):
         columns = record.to_columns()
-        assert list(columns) == [f.name for f in dataclasses.fields(PromptCoupling)]
-        stored = {name: list(value) if isinstance(value, tuple) else value for name, value in columns.items()}
-        back = PromptCoupling.from_columns(stored | {"unknown": 1})
-        same(record, back)
-        assert (back.tokens, back.ranks, back.method) == (record.tokens, record.ranks, record.method)
+        assert list(columns) == list(record_columns())
+        for name, value in columns.items():
+            np.testing.assert_array_equal(value, record[name], err_msg=name)
 
 
 def silenced(layer):
@@ -306,7 +307,7 @@ def test_what_goes_wrong_in_one_prompt_is_its_reason(model, monkeypatch, error, 
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "jacobians_of_traces", failing)
+        patch.setattr(batch, "jacobians_of_traces", failing)
         found = measured(model)
     assert found.reason.startswith(reason) and "\n" not in found.reason and len(found.reason) < 350
     assert found.tokens == tuple(tokens()) and found.normalized_miscoupling is None
@@ -317,7 +318,7 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "jacobians_of_traces", interrupted)
+    monkeypatch.setattr(batch, "jacobians_of_traces", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure_prompt(model, tokens(), -1, Settings(RANKS))
 
@@ -424,16 +425,22 @@ def test_a_window_longer_than_the_model_is_named(model):
         measured(model, window=0)
 
 
-def test_settings_at_their_default_leave_keys_as_they_were():
-    """Depth numbers are found again whatever is added to the measures of the trajectory."""
-    assert Settings(measures=("depth",)).as_dict() == {
-        "ranks": [10, 30, 50],
-        "measures": ["depth"],
+def test_what_a_measure_depends_on_is_its_own():
+    """Depth numbers are found again whatever is asked for beside them, in whatever order."""
+    assert Settings(measures=("depth",)).of("depth") == {
         "dtype": "float32",
+        "ranks": [10, 30, 50],
         "method": "auto",
-        "measurement_version": 1,
+        "version": 1,
     }
-    assert Settings(window=5).as_dict()["window"] == 5 and Settings().as_dict()["regularity_version"] == 2
+    one, other = Settings(measures=("depth", "regularity")), Settings(measures=("regularity", "depth"), window=5)
+    assert one.measures == other.measures and one.of("depth") == other.of("depth")
+    assert one.of("regularity") != other.of("regularity")
+    assert other.as_dict()["window"] == 5 and other.as_dict()["regularity_version"] == 2
+
+
+def test_levels_are_those_of_the_jacobians():
+    assert settings_module.METHODS == ("auto", *jacobians.LEVELS)
 
 
 def test_a_head_that_fails_costs_the_entropy_only(model, monkeypatch):

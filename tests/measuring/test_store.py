@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
@@ -18,11 +19,12 @@ SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
 WRITER = """
 import sys
 import numpy as np
+from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:
     for i in range(count):
-        store.put(f"{name}-{i}", {"values": np.full((40, 40), i, np.float32), "tokens": [i]})
+        store.put({f"{name}-{i}": Found({"values": np.full((40, 40), i, np.float32), "tokens": [i]})})
         print(f"{name}-{i}", flush=True)
 """
 
@@ -53,14 +55,15 @@ def columns():
 
 
 def test_round_trip(tmp_path):
-    kept = columns()
+    kept, reasons = columns(), (Reason("undefined", "undefined expodistance"),)
     with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
         assert len(store) == 0 and store.get("a") is None and store
-        store.put("a", kept)
+        store.put({"a": Found(kept, reasons, 1.5)})
     with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
-        found = store.get("a")
+        got = store.get("a")
         assert len(store) == 1
-    assert list(found) == list(kept)
+    found = got.columns
+    assert list(found) == list(kept) and got.reasons == reasons and got.seconds == 1.5
     for name, value in kept.items():
         if isinstance(value, np.ndarray):
             assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes()
@@ -73,28 +76,29 @@ def test_round_trip(tmp_path):
 
 def test_last_one_wins(tmp_path):
     with MeasurementStore(tmp_path / "s.sqlite") as store:
-        store.put("a", {"x": 1})
-        store.put("a", {"x": 2})
-        assert store.get("a") == {"x": 2} and len(store) == 1
+        store.put({"a": Found({"x": 1})})
+        store.put({"a": Found({"x": 2})})
+        assert store.get("a") == Found({"x": 2}) and len(store) == 1
 
 
 def test_objects_are_never_pickled(tmp_path):
     with MeasurementStore(tmp_path / "s.sqlite") as store, pytest.raises(ValueError, match="allow_pickle"):
-        store.put("a", {"x": np.array([{}], dtype=object)})
+        store.put({"a": Found({"x": np.array([{}], dtype=object)})})
 
 
 def test_key_depends_on_everything_and_on_nothing_else():
-    base = MeasurementStore.key("f", SETTINGS, [1, 2], -1)
+    base = MeasurementStore.key("f", "depth", SETTINGS, [1, 2], 1)
     others = [
-        MeasurementStore.key("g", SETTINGS, [1, 2], -1),
-        MeasurementStore.key("f", SETTINGS | {"dtype": "float64"}, [1, 2], -1),
-        MeasurementStore.key("f", SETTINGS, [1, 3], -1),
-        MeasurementStore.key("f", SETTINGS, [12], -1),
-        MeasurementStore.key("f", SETTINGS, [1, 2], 0),
+        MeasurementStore.key("g", "depth", SETTINGS, [1, 2], 1),
+        MeasurementStore.key("f", "swapped", SETTINGS, [1, 2], 1),
+        MeasurementStore.key("f", "depth", SETTINGS | {"dtype": "float64"}, [1, 2], 1),
+        MeasurementStore.key("f", "depth", SETTINGS, [1, 3], 1),
+        MeasurementStore.key("f", "depth", SETTINGS, [12], 1),
+        MeasurementStore.key("f", "depth", SETTINGS, [1, 2], 0),
     ]
-    assert len({base, *others}) == 6
+    assert len({base, *others}) == 7
     reordered = dict(reversed(SETTINGS.items()))
-    assert MeasurementStore.key("f", reordered, (1, 2), -1) == base
+    assert MeasurementStore.key("f", "depth", reordered, (1, 2), 1) == base
 
 
 def test_kill_loses_nothing_that_was_put(tmp_path):
@@ -110,7 +114,7 @@ def test_kill_loses_nothing_that_was_put(tmp_path):
         with MeasurementStore(path) as store:
             for key in written:
                 i = int(key.split("-")[1])
-                found = store.get(key)
+                found = store.get(key).columns
                 assert found["tokens"] == [i] and (found["values"] == i).all() and found["values"].shape == (40, 40)
             assert len(store) - len(written) <= round_ + 1  # a put may be durable before its return was reported
     assert len(written) >= 36
@@ -124,7 +128,7 @@ def test_several_processes_write_at_once(tmp_path):
         assert process.returncode == 0, errors
     with MeasurementStore(path) as store:
         assert len(store) == 75
-        assert all(store.get(f"{name}-{i}")["tokens"] == [i] for name in "abc" for i in range(25))
+        assert all(store.get(f"{name}-{i}").columns["tokens"] == [i] for name in "abc" for i in range(25))
 
 
 def test_another_schema_version_is_refused(tmp_path):
@@ -133,7 +137,7 @@ def test_another_schema_version_is_refused(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE meta SET schema_version = 7")
     connection.close()
-    message = rf"{path}.* schema version 7, expected version 1; delete it or choose another file with coupling_store"
+    message = rf"{path}.* schema version 7, expected version 2; delete it or choose another file with coupling_store"
     with pytest.raises(CouplingError, match=message):
         MeasurementStore(path)
 
@@ -170,8 +174,8 @@ def test_unusable_places_are_refused(tmp_path, monkeypatch):
 def test_a_damaged_entry_counts_as_missing(tmp_path, damage):
     path = tmp_path / "s.sqlite"
     with MeasurementStore(path) as store:
-        store.put("a", columns())
-        store.put("b", {"x": 1})
+        store.put({"a": Found(columns())})
+        store.put({"b": Found({"x": 1})})
     with sqlite3.connect(path) as connection:
         blob = connection.execute("SELECT columns FROM measurements WHERE key = 'a'").fetchone()[0]
         damaged = blob[: len(blob) // 2] if damage is None else damage
@@ -179,9 +183,9 @@ def test_a_damaged_entry_counts_as_missing(tmp_path, damage):
     connection.close()
     with MeasurementStore(path) as store:
         assert store.get("a") is None
-        assert store.get("b") == {"x": 1}
-        store.put("a", {"x": 3})
-        assert store.get("a") == {"x": 3}
+        assert store.get("b") == Found({"x": 1})
+        store.put({"a": Found({"x": 3})})
+        assert store.get("a") == Found({"x": 3})
 
 
 def test_the_default_is_a_file_of_the_user():

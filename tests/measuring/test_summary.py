@@ -6,28 +6,34 @@ import math
 import numpy as np
 import pytest
 
-from lm_eval_coupling.measuring.prompt import PromptCoupling
-from lm_eval_coupling.measuring.summary import PAIR_MEASURES, document_value, headline_rank, mean_and_error, summarize
+from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.formulas.headline import headline_rank
+from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measuring.record import PromptCoupling
+from lm_eval_coupling.measuring.summary import document_value, mean_and_error, summarize
 
 NAN = math.nan
+PAIR_MEASURES = (
+    "normalized_miscoupling",
+    "miscoupling",
+    "miscoupling_to",
+    "miscoupling_to_absolute",
+    "miscoupling_to_trace",
+)
+CODES = {"out of memory": "out_of_memory", "the Jacobian is off": "certificate", "?": "error"}
 
 
 def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, reason=None):
-    """Two layers; at each rank all seven measures have the same values: [[diagonal, first], [second, diagonal]]."""
+    """Two layers; at each rank all five kinds have the same values: [[diagonal, first], [second, diagonal]]."""
     arrays = {}
     if off_diagonal is not None:
         pairs = np.array([[[diagonal, first], [second, diagonal]] for first, second in off_diagonal], dtype=np.float32)
         arrays = {name: pairs * (i + 1) for i, name in enumerate(PAIR_MEASURES)}
-    return PromptCoupling(
-        tokens=(1, 2),
-        position=1,
-        ranks=(4, 8),
-        measures=("depth", "regularity"),
-        **arrays,
-        line_shape_score=line_shape_score,
-        expodistance=expodistance,
-        reason=reason,
-    )
+    scores = {"line_shape_score": line_shape_score, "expodistance": expodistance}
+    regular = {name: value for name, value in scores.items() if not math.isnan(value)}
+    reasons = () if reason is None else (Reason(CODES[reason], reason),)
+    found = {"depth": Found(arrays, reasons), "regularity": Found(regular)}
+    return PromptCoupling(tokens=(1, 2), position=1, ranks=(4, 8), found=found)
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [((10, 30, 50), 10), ((4, 10), 10), ((30, 50), 30), ((8, 4), 4)])
@@ -73,7 +79,8 @@ def test_every_measure_at_every_rank():
     assert found["coupling_with_diagonal"][4]["mean"] == pytest.approx(1 - (0.2 + 0.4 + 0.1 + 0.1) / 4)
     assert found["coupling_with_diagonal"][8]["mean"] == pytest.approx(1 - (0.5 + 0.7 + 0.1 + 0.1) / 4)
     assert found["expodistance"] == pytest.approx({"mean": 2.5, "stderr": NAN, "n": 1}, nan_ok=True)
-    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, "line_shape_score", "expodistance"}
+    of_the_trajectory = {"line_shape_score", "expodistance", "equidistance"}
+    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, *of_the_trajectory}
 
 
 def test_undefined_pairs_are_left_out():
@@ -95,6 +102,7 @@ def test_failures_are_counted_by_document_and_their_reasons_by_prompt():
     found = summarize(documents, (4, 8))
     assert (found["measured"], found["failed"]) == (3, 2)
     assert found["reasons"] == {"out of memory": 3, "the Jacobian is off": 1}
+    assert found["reason_codes"] == {"out_of_memory": 3, "certificate": 1}
     assert found["measures"]["coupling"][4] == pytest.approx({"mean": 0.7, "stderr": 0.1, "n": 2})
     assert found["measures"]["line_shape_score"]["n"] == 1
 

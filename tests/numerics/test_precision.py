@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_eval_coupling.measures.coupling import coupling_matrix
+from lm_eval_coupling.measures.formulas.coupling import coupling_matrix
 from lm_eval_coupling.numerics.precision import exact_arithmetic, true_float32
 
 NEWER = [

@@ -15,6 +15,7 @@ from saved_runs import record, save, task_summary
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.report.terminal import show
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.run import find_runs
@@ -119,12 +120,11 @@ def test_unknown_tasks_and_documents_name_what_there_is(run):
 
 
 def test_coupling_is_that_of_the_measurement(run):
-    measure = pytest.importorskip("lm_eval_coupling.measuring.prompt")
     one = load_records(run).query("task == 'gsm'").iloc[[0]]
     (table,) = [table for _, table in find_runs(run).newest_tables() if table.task == "gsm"]
     mean, error, n = mean_and_error(document_values(prompt_values(table).iloc[[0]], "coupling@30"))
     assert n == 1 and np.isnan(error)
-    assert mean == pytest.approx(measure.PromptCoupling.from_columns(one.iloc[0].to_dict()).coupling(30), abs=1e-6)
+    assert mean == pytest.approx(readings()["coupling"].read(one.iloc[0], 30), abs=1e-6)
 
 
 def test_nothing_heavy_is_imported():

@@ -9,9 +9,9 @@ from saved_runs import DATE, SETTINGS, record, save, task_summary
 
 from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.saved.names import label_rows
 from lm_eval_coupling.saved.run import find_runs
-from lm_eval_coupling.saved.tables import couplings_of
 from lm_eval_coupling.saved.values import prompt_values
 
 DAYS = [f"2025-06-0{day}T00-00-00" for day in range(1, 5)]

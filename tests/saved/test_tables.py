@@ -13,10 +13,14 @@ import pytest
 from saved_runs import CHANCE, DATE, coupling_config, record, results, save, task_summary
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.formulas.headline import coupling_of
+from lm_eval_coupling.saved import tables
 from lm_eval_coupling.saved.records import find_tables, load_records
 from lm_eval_coupling.saved.results import load_runs
-from lm_eval_coupling.saved.tables import COLUMNS, coupling_of, read_provenance, write_tables
+from lm_eval_coupling.saved.tables import arrow_type, read_provenance, table_columns, write_tables
 from lm_eval_coupling.saved.task_rows import pool
+
+TYPES = {name: arrow_type(column) for name, column in table_columns().items()}
 
 
 def same(a, b):
@@ -36,19 +40,13 @@ def test_every_column_round_trips(tmp_path):
     rows[2] = record(doc_id=2, layers=7, ranks=(3,), over_tokens=True)
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
     frame = load_records(path)
-    assert len(frame) == 4 and list(frame.columns)[: len(COLUMNS)] == list(COLUMNS)
-    assert [name for name in COLUMNS if name != "coupling"] == list(rows[0])
+    assert len(frame) == 4 and list(frame.columns)[: len(TYPES)] == list(TYPES)
+    assert {name for name in TYPES if name != "coupling"} == set(rows[0])
     for i, row in enumerate(rows):
         for name, expected in row.items():
             assert same(frame[name].iloc[i], expected), (name, i, frame[name].iloc[i], expected)
     assert set(frame["model"]) == {"org/tiny"} and set(frame["date"]) == {DATE} and set(frame["fingerprint"]) == {"f" * 64}
     assert frame["doc_id"].dtype == np.int64 and frame["seconds"].dtype == np.float64
-
-
-def test_columns_are_those_of_a_measurement():
-    measure = pytest.importorskip("lm_eval_coupling.measuring.prompt")
-    fields = list(measure.PromptCoupling.__dataclass_fields__)
-    assert list(COLUMNS)[-len(fields) :] == fields
 
 
 def test_missing_is_null_and_undefined_is_nan(tmp_path):
@@ -57,12 +55,12 @@ def test_missing_is_null_and_undefined_is_nan(tmp_path):
     table = pq.read_table(write_tables(rows, tmp_path, DATE, {})[0])
     assert table["reason"].to_pylist() == [None, "too short"]
     assert table["norms"].null_count == 1 and table["line_shape_score"].null_count == 0
-    assert table.schema.field("subspace_overlap").type == COLUMNS["subspace_overlap"]
+    assert table.schema.field("subspace_overlap").type == TYPES["subspace_overlap"]
 
 
 def test_nothing_measured_keeps_the_types(tmp_path):
     (path,) = write_tables([record(reason="out of memory")], tmp_path, DATE, {})
-    assert {f.name: f.type for f in pq.read_schema(path)} == COLUMNS
+    assert {f.name: f.type for f in pq.read_schema(path)} == TYPES
 
 
 def test_further_columns_are_kept(tmp_path):
@@ -341,6 +339,7 @@ def test_the_untrained_twin_is_read_only_where_it_is_wanted(tmp_path):
 
 def test_tables_that_do_not_say_are_of_trained_weights(tmp_path, monkeypatch):
     row = {name: value for name, value in record().items() if name != "weights"}
-    monkeypatch.delitem(COLUMNS, "weights")
+    older = {name: column for name, column in table_columns().items() if name != "weights"}
+    monkeypatch.setattr(tables, "table_columns", lambda: older)
     write_tables([row], tmp_path, DATE, {"model": "a"})
     assert list(load_records(tmp_path)["weights"]) == ["trained"]

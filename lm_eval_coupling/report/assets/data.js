@@ -62,4 +62,4 @@ function contents(row, rank) {
   const prompts = tables.reduce((sum, table) => sum + table.total, 0);
   return { matrix: matrix && offDiagonal(matrix), norms, documents, prompts, documentsMeasured };
 }
-const chanceOf = (rank) => Math.sqrt(1 - 1 / rank);
+const chanceOf = (rank) => DATA.chance[rank] || { coupling: null, miscoupling: null };

@@ -75,7 +75,7 @@ function renderDocument(one) {
   const facts = [`prompt ${one.prompt + 1} (${one.kind}), measured at token ${one.position + 1} of ${one.tokens}`];
   facts.push(
     ...Object.entries(one.coupling).map(
-      ([rank, value]) => `coupling ${fixed(value)} at K = ${rank} (chance ${(1 - table.chance[rank]).toFixed(4)})`,
+      ([rank, value]) => `coupling ${fixed(value)} at K = ${rank} (chance ${table.chance[rank].toFixed(4)})`,
     ),
   );
   if (known(one.line_shape_score))

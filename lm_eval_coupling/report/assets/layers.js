@@ -38,7 +38,7 @@ function renderProfile(row, rivals) {
       );
   }
   if (!traces.length) return clear(at("profile"), "No layer was measured.");
-  const chance = chanceOf(state.rank);
+  const chance = chanceOf(state.rank).miscoupling;
   draw(
     at("profile"),
     traces,

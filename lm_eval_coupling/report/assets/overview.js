@@ -117,7 +117,7 @@ function renderScatter(shown) {
       marker: { size: 10, color: COLOURS[i % COLOURS.length], symbol: SYMBOLS[i % SYMBOLS.length] },
     };
   });
-  const chance = { coupling: 1 - chanceOf(state.rank), excess: 0 }[state.axis];
+  const chance = { coupling: chanceOf(state.rank).coupling, excess: 0 }[state.axis];
   const names = new Set(points.map(scoreName));
   if (known(chance)) {
     // plots are not scaled to the lines drawn over them

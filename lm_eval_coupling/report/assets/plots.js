@@ -34,7 +34,7 @@ function clear(holder, why) {
 }
 
 function heatMap(holder, matrix, rank) {
-  const chance = chanceOf(rank);
+  const chance = chanceOf(rank).miscoupling;
   const values = matrix.flat().filter((value) => Number.isFinite(value));
   if (!values.length) return clear(holder, "No pair of layers has a value.");
   const low = Math.min(chance, ...values),

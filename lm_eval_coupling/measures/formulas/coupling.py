@@ -6,7 +6,6 @@ from the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functi
 values are NaN.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -127,26 +126,6 @@ def subspace_overlaps(
     all_U = rearrange(U, "layer d k -> d (layer k)")
     squares = rearrange((all_U.mT @ all_U).square(), "(l1 i) (l2 j) -> l1 l2 i j", l1=layers, l2=layers)
     return torch.stack([reduce(squares[..., :k, :k], "l1 l2 i j -> l1 l2", "sum") / k for k in ranks])
-
-
-def chance_level(rank: int) -> float:
-    """Return √(1 − 1/K), the normalised miscoupling of any A under random pairing of its left with its right indices.
-
-    Exactly: the mean of m̃² over all K! pairings is 1 − 1/K.
-    """
-    return math.sqrt(1 - 1 / rank)
-
-
-def excess_over_chance(normalized_miscoupling: float, rank: int) -> float:
-    """Return `chance_level` − m̃: positive where coupling is stronger than chance."""
-    return chance_level(rank) - normalized_miscoupling
-
-
-def mean_off_diagonal(M: Float[Tensor, "*batch layer layer"], diagonal: bool = False) -> Float[Tensor, "*batch"]:
-    """Return the mean over l ≠ l' (all pairs where diagonal), skipping NaN; NaN where nothing is left."""
-    if not diagonal:
-        M = M.masked_fill(torch.eye(M.shape[-1], dtype=torch.bool, device=M.device), torch.nan)
-    return M.double().nanmean(dim=(-2, -1)).to(M.dtype)
 
 
 def _diagonal(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:

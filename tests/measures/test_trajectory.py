@@ -6,8 +6,7 @@ import pytest
 import reference
 import torch
 
-from lm_eval_coupling.measures import regularity
-from lm_eval_coupling.measures.regularity import (
+from lm_eval_coupling.measures.formulas.trajectory import (
     entropy,
     equidistance,
     expodistance,
@@ -138,9 +137,9 @@ def test_ill_conditioned_growth_is_named():
 def test_windows_that_do_not_fit_are_refused(name):
     for window in (0, 13):
         with pytest.raises(ValueError, match=f"got a window of {window} steps"):
-            getattr(regularity, name)(trajectory(), window=window)
+            WINDOWED[name](trajectory(), window=window)
     with pytest.raises(ValueError, match="fewer than 2 points"):
-        getattr(regularity, name)(trajectory(1))
+        WINDOWED[name](trajectory(1))
 
 
 def test_entropy_by_hand():

@@ -1,0 +1,154 @@
+"""Coupling of the blocks at one token: every J^l in the singular bases of every other block (paper, eqs. 8, 13, 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, mean_off_diagonal
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure, Reading, Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+
+PAIRS = "rank layer layer"
+
+
+def run(batch: Batch) -> list[Found]:
+    """Miscoupling of all pairs of blocks of every prompt, with the singular values it rests on."""
+    return batch.each(_of_prompt, "depth")
+
+
+def _of_prompt(one: TracedPrompt) -> Found:
+    import torch
+
+    from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, subspace_overlaps
+    from lm_eval_coupling.numerics.spectra import relative_gap
+
+    J, triplets, ranks = one.jacobians, one.triplets, one.settings.ranks
+    largest = ranks[-1]
+    U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
+    A = coupling_matrices(J, U, V)
+    by_rank = [_at_rank(A[..., :k, :k], S, J.shape[-1]) for k in ranks]
+    pairs = {name: torch.stack([at[name] for at in by_rank]) for name in by_rank[0]}
+    columns = pairs | {
+        "subspace_overlap": torch.stack([subspace_overlaps(basis, ranks) for basis in (U, V)], dim=1),
+        "singular_values": S,
+        "gap": torch.stack([relative_gap(triplets.S, k) for k in ranks]),
+        "svd_residual": triplets.residual,
+    }
+    return Found(columns | one.proof, _undefined(pairs["normalized_miscoupling"][-1]))
+
+
+def _at_rank(A: Tensor, S: Tensor, d_model: int) -> dict[str, Tensor]:
+    """Every coupling quantity at the rank that the matrices were cut to."""
+    import torch
+
+    from lm_eval_coupling.measures.formulas.coupling import miscoupling, miscoupling_to, off_diagonal_norm
+    from lm_eval_coupling.numerics.spectra import numerical_rank
+
+    k = A.shape[-1]
+    S1, off = S[:, None, :k], off_diagonal_norm(A)  # S1: broadcast over the layers of the bases
+    found = {
+        "normalized_miscoupling": miscoupling(A, normalized=True, off=off),
+        "miscoupling": miscoupling(A, off=off),
+        "miscoupling_to": miscoupling_to(A, S1, off=off),
+        "miscoupling_to_absolute": miscoupling_to(A, S1, absolute=True, off=off),
+        "miscoupling_to_trace": miscoupling_to(A, S1, norm="trace", off=off),
+    }
+    too_low = numerical_rank(S, d_model) < k  # singular vectors of a zero singular value are arbitrary
+    return {name: values.masked_fill(too_low, torch.nan) for name, values in found.items()}
+
+
+def _undefined(normalized: Tensor) -> tuple[Reason, ...]:
+    """How many layer pairs have no value at the largest rank."""
+    undefined = int(normalized.isnan().sum())
+    if not undefined:
+        return ()
+    words = f"{undefined} of {normalized.numel()} layer pairs are undefined: a Jacobian is zero or of rank below K"
+    return (Reason("zero_or_low_rank", words),)
+
+
+def miscoupling_at(record: Record, rank: int, column: str = "normalized_miscoupling") -> np.ndarray | None:
+    """A record's matrix [layer, layer'] of one kind of miscoupling at ``rank``; ``None`` where it was not measured."""
+    pairs = record[column]
+    return None if pairs is None else pairs[list(record["ranks"]).index(rank)]
+
+
+def different_layers(record: Record, rank: int) -> np.ndarray:
+    """m̃[layer, layer'] in float64 with NaN on the diagonal, which is 0 by definition."""
+    matrix = miscoupling_at(record, rank).astype(np.float64)
+    np.fill_diagonal(matrix, np.nan)
+    return matrix
+
+
+def _mean_of_layer(record: Record, rank: int, axis: int) -> np.ndarray:
+    """1 − mean over the other layers of what is defined; NaN where nothing is."""
+    matrix = different_layers(record, rank)
+    n = np.isfinite(matrix).sum(axis=axis)
+    return 1 - np.where(n, np.nansum(matrix, axis=axis) / np.maximum(n, 1), np.nan)
+
+
+def _coupling(record: Record, rank: int, diagonal: bool = False) -> float:
+    matrix = miscoupling_at(record, rank)
+    return np.nan if matrix is None else coupling_of(matrix, diagonal)
+
+
+def mean_of_pairs(column: str, label: str) -> Reading:
+    """The mean of one kind of miscoupling over different layers."""
+
+    def read(record: Record, rank: int) -> float:
+        matrix = miscoupling_at(record, rank, column)
+        return np.nan if matrix is None else mean_off_diagonal(matrix)
+
+    return Reading(column, label, column, read, of_rank=True, sign=-1)
+
+
+def _readings() -> Sequence[Reading]:
+    m = "normalized_miscoupling"
+    of_rank: dict[str, Any] = {"of_rank": True, "chance": chance_coupling, "sign": 1}
+    jacobian, basis = "coupling, its Jacobian in the others' bases", "coupling, the others' Jacobians in its basis"
+    return (
+        Reading("coupling", "coupling", m, _coupling, **of_rank),
+        Reading(
+            "coupling_with_diagonal", "coupling, with l = l'", m, lambda r, k: _coupling(r, k, True), of_rank=True, sign=1
+        ),
+        Reading("layer_coupling", jacobian, m, lambda r, k: _mean_of_layer(r, k, 1), over="block", **of_rank),
+        Reading("layer_coupling_as_basis", basis, m, lambda r, k: _mean_of_layer(r, k, 0), over="block", **of_rank),
+        mean_of_pairs(m, "miscoupling m̃"),
+        mean_of_pairs("miscoupling", "miscoupling m"),
+        mean_of_pairs("miscoupling_to", "miscoupling m_K"),
+        mean_of_pairs("miscoupling_to_absolute", "miscoupling m_K of |A|"),
+        mean_of_pairs("miscoupling_to_trace", "miscoupling m_K by the trace"),
+    )
+
+
+MEASURES = (
+    Measure(
+        name="depth",
+        doc="Coupling of all pairs of blocks at the measured token. A = U_{l'}ᵀ J^l V_{l'}; the first layer index of an "
+        "array is the Jacobian's, the second that of the singular vectors.",
+        columns=(
+            Column("normalized_miscoupling", PAIRS, "m̃ = ‖A − Diag A‖_F / ‖A‖_F (paper, eq. 14)"),
+            Column("miscoupling", PAIRS, "m = ‖A − Diag A‖_F (paper, eq. 13)"),
+            Column("miscoupling_to", PAIRS, "m_K = ‖A − S‖_F / ‖S‖_2, S the top K singular values of J^l (project page)"),
+            Column("miscoupling_to_absolute", PAIRS, "m_K with |A| entrywise (the authors' release)"),
+            Column("miscoupling_to_trace", PAIRS, "m_K divided by the sum of S instead (the authors' release)"),
+            Column("subspace_overlap", "rank 2 layer layer", "‖U_{l'}ᵀ U_l‖_F² / K, then the same of V: free of rotations"),
+            Column("singular_values", "layer max_rank", "the largest of J^l, descending"),
+            Column("gap", "rank layer", "(σ_K − σ_{K+1}) / σ_K: where it is small, m may jump"),
+            Column("svd_residual", "layer", "max over the triplets of ‖Jv − σu‖ and ‖Jᵀu − σv‖, over σ_1"),
+            *JACOBIAN,
+        ),
+        run=run,
+        settings=("ranks", "method"),
+        default=True,
+        jacobians=True,
+        readings=tuple(_readings()),
+    ),
+)

@@ -1,0 +1,66 @@
+"""Miscoupling between Jacobians of several tokens and blocks of one prompt. All of it is exact; what is zero because a later
+token cannot move an earlier one has no coupling and is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_eval_coupling.errors import Unmeasurable
+from lm_eval_coupling.jacobians.engine import TOLERANCE
+from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
+from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling
+from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Jacobians of one prompt over chosen layers and pairs of tokens, [layer, pair, d_model, d_model], on the host."""
+
+    jacobians: Float[Tensor, "layer pair d_model d_model"]
+    device: torch.device
+
+
+def jacobians_over(trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str) -> Blocks:
+    """As :func:`~lm_eval_coupling.jacobians.pairs.jacobians_of_pairs` for several layers.
+
+    Raises:
+        Unmeasurable: if one of them fails its certificate at every level.
+    """
+    found = []
+    for layer in layers:
+        J, errors = jacobians_of_pairs(trace.calls[layer], pairs, method)
+        worst = int(errors.nan_to_num(math.inf).argmax())
+        if not errors[worst] <= TOLERANCE[J.dtype]:
+            output, given = pairs[worst]
+            raise Unmeasurable(
+                "certificate",
+                f"the Jacobian of block {layer} for tokens {given} and {output} is off by {errors[worst]:.1e} against the "
+                f"model's own derivative, expected at most {TOLERANCE[J.dtype]:.0e}",
+            )
+        found.append(J.cpu())
+    return Blocks(torch.stack(found), trace.resid_final.device)
+
+
+def miscoupling_of_all(blocks: Blocks, ranks: Sequence[int]) -> Float[np.ndarray, "rank layer layer pair pair"]:
+    """m̃ of every Jacobian in the basis of every other: first index of each kind the Jacobian's, second the basis's."""
+    layers, pairs, d_model, _ = blocks.jacobians.shape
+    J = blocks.jacobians.reshape(-1, d_model, d_model)
+    device = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
+    triplets = [top_singular(matrix.to(device), ranks[-1]) for matrix in J]
+    U, S, V = (torch.stack([getattr(one, name) for one in triplets]) for name in ("U", "S", "V"))
+    rank = numerical_rank(S, d_model)
+    found = torch.empty(len(ranks), len(J), len(J), dtype=torch.float64)
+    for i in range(len(J)):  # one Jacobian's products at a time: all of them would be large
+        A = coupling_matrices(J[i : i + 1], U, V)[0]
+        for r, k in enumerate(ranks):
+            found[r, i] = miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan).cpu()
+    split = found.reshape(len(ranks), layers, pairs, layers, pairs)
+    return split.permute(0, 1, 3, 2, 4).numpy().astype(np.float32)

@@ -1,0 +1,73 @@
+"""How strongly every token moves the measured one, block by block, and the shape of the spectrum of its own Jacobian."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_coupling.measures.registry import Column, Found, Measure, of_column
+
+if TYPE_CHECKING:
+    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+    from lm_eval_coupling.measuring.settings import Settings
+
+
+def run(batch: Batch) -> list[Found]:
+    """Norms of the Jacobians from every token to the measured one, and the full spectrum of J_tt, of every prompt."""
+    return batch.each(_of_prompt, "spectra")
+
+
+def _of_prompt(one: TracedPrompt) -> Found:
+    import numpy as np
+    import torch
+
+    from lm_eval_coupling.measures.formulas import spectrum
+    from lm_eval_coupling.measures.formulas.pairs import jacobians_over
+
+    pairs = [(one.position, t) for t in range(one.position + 1)]
+    rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}
+    for layer in range(len(one.trace.calls)):
+        J = jacobians_over(one.trace, [layer], pairs, one.settings.method).jacobians[0]
+        S = torch.linalg.svdvals(J[-1]).double()
+        rows["frobenius"].append(J.double().norm(dim=(1, 2)).numpy())
+        rows["spectral"].append([spectrum.largest_singular_value(matrix) for matrix in J])
+        rows["effective_rank"].append(spectrum.effective_rank(S))
+        rows["participation"].append(spectrum.participation_ratio(S))
+        rows["S"].append(S[: one.settings.ranks[-1]].numpy())
+    slope, r2 = spectrum.inverse_against_depth(np.stack(rows["S"]))
+    return Found(
+        {
+            "effective_rank": rows["effective_rank"],
+            "participation_ratio": rows["participation"],
+            "frobenius_norms": np.stack(rows["frobenius"]),
+            "spectral_norms": rows["spectral"],
+            "depth_slope": slope,
+            "depth_r2": r2,
+        }
+    )
+
+
+def _extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
+    return n_layers * (position + 1), position + 1
+
+
+MEASURES = (
+    Measure(
+        name="spectra",
+        doc="Influence of every token on the measured one, and the full spectrum of the measured token's own Jacobian.",
+        columns=(
+            Column("effective_rank", "layer", "exp of the entropy of σ/Σσ of J_tt (Roy and Vetterli, 2007)"),
+            Column("participation_ratio", "layer", "(Σσ²)² / Σσ⁴ of J_tt"),
+            Column("frobenius_norms", "layer seq", "‖J‖_F from every token up to the measured one to it"),
+            Column("spectral_norms", "layer seq", "‖J‖_2 of the same"),
+            Column("depth_slope", "max_rank", "slope of the least-squares line of 1/σ_k over depth l = 1 … L"),
+            Column("depth_r2", "max_rank", "R² of that line; NaN with fewer than 3 blocks"),
+        ),
+        run=run,
+        settings=("ranks", "method"),
+        readings=(
+            of_column("effective_rank", "effective rank of the Jacobian", over="block"),
+            of_column("participation_ratio", "participation ratio", over="block"),
+        ),
+        extra=_extra,
+    ),
+)

@@ -1,0 +1,54 @@
+"""The swapped order ("vju") of the authors' release: m_K of V_{l'}ᵀ J^l U_{l'}, beside U_{l'}ᵀ J^l V_{l'} of the depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lm_eval_coupling.measures.depth import PAIRS, mean_of_pairs
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure
+
+if TYPE_CHECKING:
+    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+
+
+def run(batch: Batch) -> list[Found]:
+    """m_K of all pairs of blocks of every prompt with U and V exchanged."""
+    return batch.each(_of_prompt, "swapped")
+
+
+def _of_prompt(one: TracedPrompt) -> Found:
+    import torch
+
+    from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
+    from lm_eval_coupling.numerics.spectra import numerical_rank
+
+    J, ranks = one.jacobians, one.settings.ranks
+    U, S, V = (values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V))
+    A = coupling_matrices(J, V, U)
+    rank = numerical_rank(S, J.shape[-1])
+
+    def stacked(absolute: bool) -> torch.Tensor:
+        found = [miscoupling_to(A[..., :k, :k], S[:, None, :k], absolute=absolute) for k in ranks]
+        return torch.stack([values.masked_fill(rank < k, torch.nan) for k, values in zip(ranks, found, strict=True)])
+
+    return Found({"miscoupling_to_vju": stacked(False), "miscoupling_to_absolute_vju": stacked(True)} | one.proof)
+
+
+MEASURES = (
+    Measure(
+        name="swapped",
+        doc="m_K with left and right singular vectors exchanged, A = V_{l'}ᵀ J^l U_{l'} (\"vju\" in the authors' release).",
+        columns=(
+            Column("miscoupling_to_vju", PAIRS, "m_K of V_{l'}ᵀ J^l U_{l'}"),
+            Column("miscoupling_to_absolute_vju", PAIRS, "the same with |A| entrywise"),
+            *JACOBIAN,
+        ),
+        run=run,
+        settings=("ranks", "method"),
+        jacobians=True,
+        readings=(
+            mean_of_pairs("miscoupling_to_vju", "miscoupling m_K, U and V swapped"),
+            mean_of_pairs("miscoupling_to_absolute_vju", "miscoupling m_K of |A|, U and V swapped"),
+        ),
+    ),
+)

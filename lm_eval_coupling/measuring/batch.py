@@ -1,0 +1,200 @@
+"""Prompts measured together, and what measures share of them: traces, Jacobians and singular triplets, each made once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_eval_coupling.errors import CouplingError, Reason, Unmeasurable
+from lm_eval_coupling.jacobians.certify import probe
+from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_traces
+from lm_eval_coupling.jacobians.protocol import Model
+from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.memory import layers_at_once
+from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+class DoubtfulJacobian(Unmeasurable):
+    """A Jacobian that fails its certificate; ``proof`` is what is recorded of it."""
+
+    def __init__(self, words: str, proof: dict[str, Any]) -> None:
+        super().__init__("certificate", words)
+        self.proof = proof
+
+
+class TracedPrompt:
+    """One prompt of a batch at its measured token: what a measure computes from.
+
+    Attributes:
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
+        tokens: token ids.
+        position: the measured token, from 0.
+        settings: what is measured.
+        trace: every block's call of one forward pass, and the stream after the last.
+    """
+
+    def __init__(self, batch: Batch, index: int) -> None:
+        self._batch, self._index = batch, index
+        self.model, self.settings = batch.model, batch.settings
+        self.tokens, self.position, self.trace = batch.tokens[index], batch.positions[index], batch.traces[index]
+
+    @functools.cached_property
+    def trajectory(self) -> Float[Tensor, "layer_plus_1 d_model"]:
+        """x^0 … x^L at the measured token, where float64 is to be had."""
+        return off_mps(self.trace.trajectory(self.position))
+
+    @property
+    def blocks(self) -> BlockJacobians:
+        """J_tt of every block as it came, with certificates; :attr:`jacobians` are those that can be relied on."""
+        return self._batch.blocks[self._index]
+
+    @property
+    def proof(self) -> dict[str, Any]:
+        """The columns that come with every Jacobian."""
+        return {"certificate": self.blocks.certificate, "method": tuple(self.blocks.method)}
+
+    @property
+    def jacobians(self) -> Float[Tensor, "layer d_model d_model"]:
+        """J_tt of every block.
+
+        Raises:
+            DoubtfulJacobian: if one of them disagrees with the model's own derivative.
+        """
+        found, tolerance = self.blocks, TOLERANCE[DTYPES[self.settings.dtype]]
+        worst = int(found.certificate.nan_to_num(math.inf).argmax())
+        if not found.certificate[worst] <= tolerance:
+            error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
+            raise DoubtfulJacobian(f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}", self.proof)
+        return found.jacobians
+
+    @property
+    def triplets(self) -> SingularTriplets:
+        """One more than the largest rank asked for, so that the gap behind it is known; all where there are no more."""
+        return self._batch.triplets(self._index)
+
+
+class Batch:
+    """Prompts measured together at one token each. Iterating gives each as a :class:`TracedPrompt`.
+
+    Attributes:
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
+        tokens: token ids of every prompt.
+        positions: the measured token of each, from 0.
+        settings: what is measured.
+        traces: of one padded forward pass.
+    """
+
+    def __init__(
+        self, model: Model, tokens: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings, derivative: bool
+    ) -> None:
+        """Trace the prompts; ``derivative``: with the pullbacks that certify the Jacobians J_tt.
+
+        Raises:
+            Unmeasurable: if the stream of a prompt is not finite.
+        """
+        self.model, self.tokens, self.positions, self.settings = model, tokens, positions, settings
+        self.traces = model.traces(tokens, DTYPES[settings.dtype], positions if derivative else None, probe)
+        self._triplets: dict[int, SingularTriplets] = {}
+        for one in self:
+            _require_finite(one.trajectory)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[TracedPrompt]:
+        # Made anew each time: kept, they and the batch would hold each other, and its memory until the next collection.
+        return (TracedPrompt(self, i) for i in range(len(self)))
+
+    @functools.cached_property
+    def blocks(self) -> list[BlockJacobians]:
+        """The Jacobians J_tt of every prompt, all made together."""
+        return jacobians_of_traces(self.traces, self.positions, self.settings.method)
+
+    def triplets(self, index: int) -> SingularTriplets:
+        """Of the Jacobians of one prompt."""
+        if index not in self._triplets:
+            J = TracedPrompt(self, index).jacobians
+            count = min(self.settings.ranks[-1] + 1, J.shape[-1])
+            self._triplets[index] = top_singular_by_parts(J, count, self.blocks[index].device)
+        return self._triplets[index]
+
+    def forget_jacobians(self) -> None:
+        """Give their memory back."""
+        self._triplets.clear()
+        with contextlib.suppress(AttributeError):
+            del self.blocks
+
+    def each(self, measure: Callable[[TracedPrompt], Found], name: str) -> list[Found]:
+        """What ``measure`` finds for each prompt; a prompt that it fails for has a reason, the others are not touched.
+
+        Raises:
+            Exception: if memory runs out while several prompts hold it.
+        """
+        found = []
+        for one in self:
+            start = time.perf_counter()
+            try:
+                part = measure(one)
+            except DoubtfulJacobian as error:  # it says the same for every measure that needs it
+                part = Found(error.proof, (error.reason,))
+            except Exception as error:
+                reason = reason_of(error)
+                if reason.code == "out_of_memory" and len(self) > 1:
+                    raise
+                part = Found({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
+            columns = {column: on_host(value) for column, value in part.columns.items()}
+            found.append(Found(columns, part.reasons, time.perf_counter() - start))
+        return found
+
+
+def top_singular_by_parts(J: Float[Tensor, "layer d_model d_model"], k: int, device: torch.device) -> SingularTriplets:
+    """On the device where the model computes (MPS has no symmetric eigendecomposition), a few layers at a time."""
+    device = torch.device("cpu") if device.type == "mps" else device
+    parts = J.split(layers_at_once(J.shape[-1], J.element_size(), device))
+    found = [top_singular(part.to(device), k) for part in parts]
+    return SingularTriplets(*(torch.cat([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
+
+
+def reason_of(error: Exception) -> Reason:
+    """``error`` as a reason: one line, of bounded length."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, Unmeasurable):
+        return error.reason
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(text):
+        return Reason("out_of_memory", "out of memory")
+    if isinstance(error, CouplingError):
+        return Reason("refused", text)
+    return Reason("error", f"{type(error).__name__}: {text}")
+
+
+def off_mps(tensor: Tensor) -> Tensor:
+    """MPS has neither float64 nor a symmetric eigendecomposition."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def on_host(value: Any) -> Any:
+    """A tensor as a NumPy array; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return np.asarray(value.detach().cpu())
+
+
+def _require_finite(trajectory: Float[Tensor, "layer_plus_1 d_model"]) -> None:
+    for layer, x in enumerate(trajectory):
+        if not torch.isfinite(x).all():
+            where = "the embeddings are" if layer == 0 else f"the output of block {layer - 1} is"
+            raise Unmeasurable("not_finite", f"{where} not finite")

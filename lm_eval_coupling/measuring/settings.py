@@ -1,0 +1,91 @@
+"""What is measured of a prompt, checked. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
+from lm_eval_coupling.measures.registry import default_measures, measures
+
+BYTES = {"float32": 4, "float64": 8}  # of a number
+METHODS = ("auto", "closed", "token-local", "autodiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured of a prompt; together with weights, tokens and position it identifies a measurement."""
+
+    ranks: tuple[int, ...] = (10, 30, 50)
+    measures: tuple[str, ...] = dataclasses.field(default_factory=default_measures)
+    dtype: str = "float32"
+    method: str = "auto"
+    window: int | None = None  # blocks; None: eleven as in the paper, or all of a shallower model
+    tokens: str = "last8"  # of self- and context coupling
+    layers: str = "spaced4"
+    trajectories: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ranks or any(not isinstance(k, int) or k < 1 for k in self.ranks):
+            raise CouplingError(f"got coupling_ranks={_plus(self.ranks)}, expected positive whole numbers such as 10+30+50")
+        object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+        known = measures()
+        if unknown := [name for name in self.measures if name not in known]:
+            raise CouplingError(
+                f"got coupling_measures={_plus(self.measures)} with unknown measure {unknown[0]!r}, "
+                f"expected any of {', '.join(known)}"
+            )
+        if not self.measures:
+            raise CouplingError(f"got no coupling_measures, expected any of {', '.join(known)}")
+        object.__setattr__(self, "measures", tuple(name for name in known if name in self.measures))
+        if self.dtype not in BYTES:
+            raise CouplingError(f"got coupling_dtype={self.dtype!r}, expected one of {', '.join(BYTES)}")
+        if self.method not in METHODS:
+            raise CouplingError(f"got coupling_method={self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.window is not None and self.window < 1:
+            raise CouplingError(f"got coupling_window={self.window} blocks, expected at least 1")
+        if self.tokens != "all":
+            chosen_tokens(self.tokens, 10**6)  # is it a choice of tokens at all? How long prompts are is seen later
+
+    def check_shape(self, d_model: int, n_layers: int | None = None) -> None:
+        """Refuse ranks that the model is too narrow for, and a window or blocks that it is too shallow for."""
+        if self.ranks[-1] > d_model:
+            raise CouplingError(
+                f"got coupling_ranks={_plus(self.ranks)}, rank {self.ranks[-1]} for a model with d_model = {d_model}; "
+                f"choose ranks of at most {d_model}"
+            )
+        if n_layers is not None:
+            chosen_layers(self.layers, n_layers)
+        if None not in (self.window, n_layers) and self.window > n_layers:
+            raise CouplingError(
+                f"got a window of {self.window} blocks for a model of {n_layers}, give a coupling_window of at most that"
+            )
+
+    def of(self, measure: str) -> dict[str, Any]:
+        """What the numbers of one measure depend on, JSON-able, its version included: part of their key."""
+        about = measures()[measure]
+        plain = {name: getattr(self, name) for name in ("dtype", *about.settings)}
+        return {name: _plain(value) for name, value in plain.items()} | {"version": about.version}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting that touches what is measured, JSON-able, with the version of each measure."""
+        names = {name for measure in self.measures for name in ("dtype", "ranks", "method", *measures()[measure].settings)}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names or f.name == "measures"}
+        versions = {f"{name}_version": measures()[name].version for name in self.measures}
+        return {name: _plain(value) for name, value in plain.items() if value not in (None, False)} | versions
+
+    def extra(self, n_layers: int, d_model: int, position: int) -> tuple[int, float]:
+        """Jacobians that a prompt takes beside those of the depth, and MB of them held at a time."""
+        found = [measures()[name].extra for name in self.measures]
+        counts = [extra(n_layers, position, self) for extra in found if extra is not None]
+        held = max((held for _, held in counts), default=0)
+        return sum(number for number, _ in counts), held * d_model**2 * BYTES[self.dtype] / 1e6
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _plus(values: tuple[Any, ...]) -> str:
+    return "+".join(map(str, values))
