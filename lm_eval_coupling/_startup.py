@@ -10,6 +10,7 @@ from _thread import get_ident  # `threading` would be most of the start-up cost
 
 MODULES = frozenset(
     {
+        "lm_eval.utils",
         "lm_eval.models",
         "lm_eval.tasks.manager",
         "lm_eval.config.evaluate_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if a sweep is not complete; 2 after a mistake of the user, told in one sentence on stderr;
         130 after Ctrl-C.
     """
+    _print_anywhere()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["run"]:  # argparse would take lm-eval's own options, such as --help, for ours
@@ -36,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _print_anywhere() -> None:
+    """A character that the output has no code for, such as × on an old Windows console, must not end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _parser() -> argparse.ArgumentParser:

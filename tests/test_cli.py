@@ -1,5 +1,6 @@
 """The command: quick help, one sentence for a mistake, and lm-eval's own arguments handed on untouched."""
 
+import os
 import subprocess
 import sys
 import types
@@ -19,9 +20,13 @@ def stand_in(monkeypatch, name, **attributes):
     return module
 
 
-def command(*words):
+def command(*words, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "lm_eval_coupling.cli", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lm_eval_coupling", *words],
+        capture_output=True,
+        env=os.environ | environment,
+        encoding=environment.get("PYTHONIOENCODING", "utf-8"),
+        check=False,
     )
 
 
@@ -31,6 +36,15 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
     code = "import sys, lm_eval_coupling.cli as c; c._parser(); sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
     heavy = ("torch", "lm_eval", "pandas", "numpy", "rich", "pyarrow")
     assert subprocess.run([sys.executable, "-c", code, *heavy], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
+def test_any_encoding_of_the_output_will_do(encoding):
+    """An ellipsis in the help ended the command where the output was redirected on Windows."""
+    for words in (["fit", "--help"], ["sweep", "--help"], ["show", "/nowhere/×→…"]):
+        found = command(*words, PYTHONIOENCODING=encoding)
+        assert "Traceback" not in found.stderr and found.returncode == (2 if "show" in words else 0)
+        assert found.stdout + found.stderr
 
 
 def test_no_command_is_an_error():

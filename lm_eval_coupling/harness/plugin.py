@@ -166,9 +166,35 @@ def _require_output(output_path: Any) -> None:
         require_writable(path.parent if path.suffix == ".json" else path)
 
 
+def _close_under_the_table(utils: Any) -> None:
+    """lm-eval prints one table, and one of groups where there are some: ours come under the last."""
+
+    def with_closing(make_table):
+        def make_table_and_close(result_dict, column="results", *args, **kwargs):
+            table = make_table(result_dict, column, *args, **kwargs)
+            last = "groups" if "groups" in result_dict else "results"
+            closing = getattr(_carried(result_dict), "closing", None)
+            if closing is None or column != last:
+                return table
+            try:
+                return f"{table}\n{closing(result_dict)}"
+            except Exception:
+                logger.exception("coupling: no summary under the table")
+                return table
+
+        return make_table_and_close
+
+    _wrap(utils, "make_table", with_closing)
+
+
+def _carried(results: dict[str, Any] | None) -> Any:
+    """What results of ours carry, a `CouplingInfo`; results.py is not imported for runs of others."""
+    return ((results or {}).get("config") or {}).get("coupling")
+
+
 def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
-    """Write the tables of a run of ours, which its results carry (see results.py, not imported for runs of others)."""
-    write = getattr(((results or {}).get("config") or {}).get("coupling"), "write_tables", None)
+    """Write the tables of a run of ours, whose rows its results carry."""
+    write = getattr(_carried(results), "write_tables", None)
     try:
         if write is not None:
             write(folder, date)
@@ -195,6 +221,7 @@ def _errors_as_sentences(harness: Any) -> None:
 
 
 _STEPS: dict[str, Callable[[Any], None]] = {
+    "lm_eval.utils": _close_under_the_table,
     "lm_eval.models": _register_model,
     "lm_eval.tasks.manager": _add_tasks,
     "lm_eval.config.evaluate_config": _refuse_early,

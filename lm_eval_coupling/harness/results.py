@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.harness.closing import closing_lines
 from lm_eval_coupling.measuring.rows import TRAINED, DocumentKey, Row, document_couplings
 from lm_eval_coupling.measuring.summary import mean_and_error
 from lm_eval_coupling.saved.tables import write_tables
@@ -25,6 +26,10 @@ class CouplingInfo(dict):
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
+
+    def closing(self, results: Mapping[str, Any]) -> str:
+        """What is printed under lm-eval's table; nothing where nothing was measured or the rows are gone."""
+        return closing_lines(self, results) if self.get("tasks") and self.rows else ""
 
     def write_tables(self, folder: Path | None, date: str) -> list[Path]:
         """Write the tables into ``coupling_out``, else into ``folder``; nowhere if there is neither.

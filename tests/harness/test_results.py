@@ -185,6 +185,31 @@ def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
     assert fewer["prompts"]["tiny_choice"]["digest"] == digests["plain"]
 
 
+def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
+    """Twins took half of the time and appeared nowhere; the table said "coupling 0.0613" and nothing else."""
+    from lm_eval import utils
+
+    out = tmp_path / "tables"
+    arguments = {"coupling_out": str(out), "coupling_limit": 3, "coupling_untrained": 1}
+    found = evaluate(kinds=("choice", "winogrande"), limit=5, arguments=arguments)
+    lines = utils.make_table(found).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Coupling at K = 2, where chance is "))
+    heads, choice, winogrande = (re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 : start + 4])
+    assert heads == ["task", "coupling", "untrained", "documents", "prompts", "worst certificate"]
+    values = found["results"]["tiny_choice"]
+    assert choice[1] == f"{values['coupling,none']:.4f} ± {values['coupling_stderr,none']:.4f}"
+    untrained = found["config"]["coupling"]["untrained"]["tasks"]["tiny_choice"]["measures"]["coupling"][2]
+    assert choice[2] == f"{untrained['mean']:.4f} ± {untrained['stderr']:.4f}"
+    assert (choice[3:5], winogrande[3:5]) == (["3 of 5", "3"], ["3 of 5", "6"])
+    assert float(choice[5]) < 1e-3 and max(map(len, lines[start:-2])) <= 100
+    assert lines[-2] == f"Tables: 2 files coupling_*.parquet in {out}"
+    assert lines[-1] == f"Next: lm-eval-coupling show {out}"
+    plain = utils.make_table(evaluate("hf", kinds=("choice",), limit=5))
+    assert "Coupling" not in plain
+    again = utils.make_table(evaluate(kinds=("choice",), limit=5, arguments=arguments | {"coupling_out": ""}))
+    assert "3 prompts had been measured before" in again and "No tables were written: give --output_path" in again
+
+
 def test_the_reading_of_the_last_token_is_recorded(evaluate):
     chat = {"kinds": ("choice",), "apply_chat_template": True}
     one, other = (evaluate(arguments={"coupling_prompt": reading}, **chat) for reading in ("scored", "rendered"))
