@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Block:
         self.layer, self.module = layer, module
         self.weights = state_of(module)
         self.names = _names(module)
-        self.left_behind = LeftBehind(module)
+        self.left_behind = LeftBehind(module.modules())
 
     @property
     def device(self) -> torch.device:
@@ -67,37 +67,26 @@ def _names(module: nn.Module) -> list[str]:
 
 
 class LeftBehind:
-    """Attributes that a pass puts on modules: attention patterns, pruned weights, rotary tables with a graph.
+    """What passes put on modules beside their weights: attention patterns, pruned weights, tables with a graph.
 
-    Which they are is seen once, by comparing before with after a first pass. From then on :meth:`clear` puts back what was
-    there.
+    :meth:`clear` takes off every tensor that was not there before any pass, also after a pass that was broken off.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.before = {id(module): dict(_plain(module)) for module in root.modules()}
-        self.found: list[tuple[nn.Module, str]] | None = None
-
-    def see(self) -> None:
-        """Find what the first pass has left behind."""
-        self.found = [
-            (module, name)
-            for module in self.root.modules()
-            for name, value in _plain(module).items()
-            if value is not self.before.get(id(module), {}).get(name) and _holds_tensors(value)
-        ]
-        self.before = {id(m): {n: self.before.get(id(m), {}).get(n) for n in _plain(m)} for m, _ in self.found}
-        self.clear()
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        plain = ((vars(m), {n: v for n, v in vars(m).items() if n not in _OWN}) for m in modules)
+        self.before = [(now, len(now), before) for now, before in plain]
 
     def clear(self) -> None:
-        """Put back what was there before any pass."""
-        for module, name in self.found or ():
-            vars(module)[name] = self.before[id(module)].get(name)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are neither weights nor modules."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN}
+        """Put back what was there."""
+        for now, size, before in self.before:
+            if len(now) == size and all(now.get(name) is value for name, value in before.items()):
+                continue
+            changed = [n for n, v in now.items() if n not in _OWN and v is not before.get(n) and _holds_tensors(v)]
+            for name in changed:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
 
 
 _OWN = {*vars(nn.Module())}

@@ -7,11 +7,13 @@ import json
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.residual.weights import named_weights
 
 _CHUNK = 1 << 22
+_PROJECTIONS = 8
 # Facts about where a model came from or how it is run, not about the function it computes.
 _IRRELEVANT = {
     "_name_or_path",
@@ -34,6 +36,21 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in named_weights(model):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_checksum(weight)}".encode())
     return digest.hexdigest()[:32]
+
+
+def identity(model: nn.Module, output: Float[Tensor, "1 seq d_model"]) -> str:
+    """What makes a stored measurement one of this model, computed as it is computed now.
+
+    The :func:`fingerprint` of the weights, and a digest of ``output``, the stream after the last block for a fixed prompt:
+    a version of transformers, TransformerLens or torch, or an option, that computes something else has another identity. A
+    digest is of projections rounded to 1/500 of their size, so that another order of additions keeps it, but for one model
+    in a hundred that is then measured anew.
+    """
+    x = output.detach().flatten().double().cpu()
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(_PROJECTIONS, x.numel(), generator=generator, dtype=torch.float64)
+    rounded = (directions @ x / (x.norm() + 1e-300) * 500).round().nan_to_num().to(torch.int64)
+    return f"{fingerprint(model)}-{hashlib.sha256(repr(rounded.tolist()).encode()).hexdigest()[:12]}"
 
 
 def _configuration(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from lm_eval_coupling.residual.arguments import Keys, tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
+from lm_eval_coupling.residual.fingerprint import identity
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
+from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.tables import looked_up, rows_only
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit
 from lm_eval_coupling.residual.weights import state_of, upcast
@@ -57,7 +60,8 @@ class ResidualModel:
         self.n_heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 1
         self.d_model = 0  # the first trace tells
         self.block_list = [Block(layer, module) for layer, module in enumerate(self.blocks)]
-        self._left_behind = LeftBehind(model)
+        inside = {id(part) for module in self.blocks for part in module.modules()}
+        self._left_behind = LeftBehind(part for part in model.modules() if id(part) not in inside)
         self._tables = looked_up(model)
         self._outside_weights = self._outside_blocks()
         self._lens = Lens(
@@ -72,6 +76,7 @@ class ResidualModel:
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
         self._decodes: bool | None = None
+        self._scored: tuple[nn.Module, Stamp, Tensor] | None = None
 
     @classmethod
     @exact_arithmetic()
@@ -92,6 +97,29 @@ class ResidualModel:
         from lm_eval_coupling.residual.ways import wrapped
 
         return wrapped(cls, hf_model, tokenizer)
+
+    def measures(self, scored: nn.Module, probed: Float[Tensor, "1 seq d_model"]) -> None:
+        """Remember which model this one was made of, as it stands now, and the stream after the last block for the probe."""
+        self._scored = (scored, Stamp.of(scored), probed)
+
+    def change(self) -> str | None:
+        """In words, the first thing in which the wrapped model is no longer what it was when it was wrapped, None if it is.
+
+        To be asked before every evaluation: a changed model needs another fingerprint, one of new storage another twin, so
+        wrap it anew. Costs a look at every module and some entries of every weight.
+        """
+        if self._scored is None:
+            return None
+        scored, stamp, _ = self._scored
+        return stamp.change_in(scored)
+
+    @cached_property
+    def identity(self) -> str:
+        """What measurements of this model are kept under, see :func:`~lm_eval_coupling.residual.fingerprint.identity`."""
+        if self._scored is None:
+            raise CouplingError("got a model that was not made by ResidualModel.wrap, expected one with known weights")
+        scored, _, probed = self._scored
+        return identity(scored, probed)
 
     @property
     def device(self) -> torch.device:
@@ -269,11 +297,6 @@ class ResidualModel:
     def norm_jacobian(self, resid: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
         """∂norm(x)/∂x, norm being all that the model does between its last block and its head; I where that is nothing."""
         return self._lens.norm_jacobian(resid, self._outputs)
-
-    def see_what_is_left_behind(self) -> None:
-        """After a first pass: whatever it has put on modules is taken off again, now and after every later one."""
-        for part in (self._left_behind, *(block.left_behind for block in self.block_list)):
-            part.see()
 
     def _outside_blocks(self) -> list[Tensor]:
         """What is used whole before the first block: position tables, but no table of words, and not the head."""

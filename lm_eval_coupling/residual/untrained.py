@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lm_eval_coupling.numerics.randomness import seeded
+from lm_eval_coupling.residual.scored import looked_through
 
 
 def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
@@ -16,7 +17,7 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     The same for the same seed, whatever has drawn random numbers before. Takes the memory of the model once more, unpacked
     where its weights are packed in 4 or 8 bits; an adapter is left out.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = looked_through(model)
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

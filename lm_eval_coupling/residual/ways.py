@@ -65,10 +65,10 @@ class _Entrance:
         trace = self._checked(self.plain)
         self._hold_end_to_scored(trace.resid_final)
         bridged, reason = self._bridged(trace)
-        if bridged is not None:
-            return bridged
-        self.plain.way_reason = reason
-        return self.plain
+        model = self.plain if bridged is None else bridged
+        model.way_reason = reason
+        model.measures(self.scored if hasattr(self.scored, "config") else self.base, trace.resid_final)
+        return model
 
     def _model(self, twin: nn.Module, blocks: list[nn.Module], way: str, reason: str) -> Any:
         options = {"inputs": self.inputs, "n_params": self.n_params, "way": way, "way_reason": reason}
@@ -115,7 +115,6 @@ class _Entrance:
         checks.require_whole_blocks(model.block_list)
         trace = model.trace(self.inputs.probe)
         checks.require_residual_stream(self.name, trace.calls, trace.resid_final)
-        model.see_what_is_left_behind()
         return trace
 
     def _hold_end_to_scored(self, stream: Tensor) -> None:
@@ -133,7 +132,7 @@ class _Entrance:
         checks.require_close("a residual stream", self.name, stream, expected, checks.PACKED)
 
     def _bridged(self, expected: Any) -> tuple[Any, str]:
-        """The model by TransformerLens' bridge, or None and the reason in words."""
+        """The model by TransformerLens' bridge, or None, and the reason in words."""
         twin = twin_of(self.base)
         computes_eagerly(twin)
         try:
@@ -154,5 +153,4 @@ class _Entrance:
             return None, f"TransformerLens does not bridge {self.name} ({type(problem).__name__}: {words})"
         if not error <= checks.SAME:
             return None, f"TransformerLens' bridge of {self.name} is off by {error:.1e} from the model"
-        model.way_reason = "TransformerLens' bridge computes what the model does"
-        return model, ""
+        return model, "TransformerLens' bridge computes what the model does"

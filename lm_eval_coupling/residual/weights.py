@@ -110,6 +110,13 @@ def split_again(part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module
             setattr(piece.get_submodule(owner), last, stand_in)
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers as they lie there, packed or not, by name."""
+    for prefix, module in _modules(model):
+        for name, tensor in _own(module):
+            yield prefix + name, tensor
+
+
 def present(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that are numbers on a device, each once, by name."""
     seen = set()
