@@ -22,6 +22,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
 
     from lm_eval_coupling.measures.formulas import spectrum
     from lm_eval_coupling.measures.formulas.pairs import jacobians_over
+    from lm_eval_coupling.numerics.spectra import largest_singular_values
 
     pairs = [(one.position, t) for t in range(one.position + 1)]
     rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}
@@ -29,7 +30,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         J = jacobians_over(one.trace, [layer], pairs, one.settings.method).jacobians[0]
         S = torch.linalg.svdvals(J[-1]).double()
         rows["frobenius"].append(J.double().norm(dim=(1, 2)).numpy())
-        rows["spectral"].append([spectrum.largest_singular_value(matrix) for matrix in J])
+        rows["spectral"].append(largest_singular_values(J).numpy())
         rows["effective_rank"].append(spectrum.effective_rank(S))
         rows["participation"].append(spectrum.participation_ratio(S))
         rows["S"].append(S[: one.settings.ranks[-1]].numpy())

@@ -1,42 +1,71 @@
-"""Leading eigenvectors of Gram matrices on the CPU, several matrices at a time.
+"""Symmetric eigendecompositions on the host, several matrices at a time.
 
-torch decomposes whole matrices only, which takes half as long again as the few eigenvectors wanted here, and multiplies out
-both halves of a Gram matrix; scipy's own wrappers of LAPACK's `?syevr` and BLAS' `?syrk` hold the interpreter lock, so that
-matrices wait for each other. scipy publishes the routines themselves as part of its C interface (`scipy.linalg.cython_blas`
-and `cython_lapack`); called from there, every core works on a matrix of its own.
+torch decomposes whole matrices only, one after the other, and multiplies out both halves of a Gram matrix; scipy's own
+wrappers of LAPACK's `?syevr` and `?syevd` and BLAS' `?syrk` hold the interpreter lock, so that matrices wait for each other.
+scipy publishes the routines themselves as part of its C interface (`scipy.linalg.cython_blas` and `cython_lapack`); called
+from there, every core works on a matrix of its own. Where scipy was built with integers of 64 bits, torch does it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import threadpoolctl
 import torch
 from jaxtyping import Float
-from scipy.linalg import LinAlgError, cython_blas, cython_lapack
+from scipy.linalg import cython_blas, cython_lapack
 from torch import Tensor
 
 _NUMBERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+_ROUTINES = {"syrk": (cython_blas, 10), "syevr": (cython_lapack, 21), "syevd": (cython_lapack, 11)}
 
 
 def leading_gram_eigenvectors(J: Float[Tensor, "batch d_model d_model"], k: int) -> Float[Tensor, "batch d_model rank"]:
-    """Eigenvectors of the k largest eigenvalues of each JᵀJ, largest first.
-
-    Raises:
-        LinAlgError: where LAPACK does not converge.
-    """
+    """Eigenvectors of the k largest eigenvalues of each JᵀJ on the CPU, largest first; NaN where LAPACK finds none."""
+    if not _usable():
+        return _each_by_torch(J.mT @ J)[1][..., :k]
     rows = J.new_empty(len(J), k, J.shape[-1])
-    workers = torch.get_num_threads()
-    # One thread for each matrix: BLAS threads inside would spin against torch's.
-    with _thread_pools().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        list(pool.map(_decompose, J.contiguous(), rows))
+    _on_every_core(_leading, list(zip(J.contiguous(), rows, strict=True)), torch.get_num_threads())
     return rows.flip(-2).mT.contiguous()
 
 
-def _decompose(J: Float[Tensor, "d_model d_model"], rows: Float[Tensor, "rank d_model"]) -> None:
+def small_eigh(H: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Eigenvalues and eigenvectors of small symmetric matrices, largest first, on the device of H, decomposed on the host.
+
+    A GPU takes as long for one of 128 columns as a core of the host, and does one after the other. NaN as above.
+    """
+    host = H.cpu()
+    if not _usable():
+        values, vectors = _each_by_torch(host)
+        return values.to(H.device), vectors.to(H.device)
+    rows, values = host.clone(memory_format=torch.contiguous_format), host.new_empty(host.shape[:-1])
+    # Beside a GPU the host's cores are idle, whatever number of threads torch was given.
+    workers = torch.get_num_threads() if H.device.type == "cpu" else _cores()
+    _on_every_core(_whole, list(zip(rows, values, strict=True)), workers)
+    return values.flip(-1).to(H.device), rows.flip(-2).mT.to(H.device)
+
+
+def _on_every_core(work: Callable[..., None], items: list[tuple[Tensor, Tensor]], workers: int) -> None:
+    def several(part: list[tuple[Tensor, Tensor]]) -> None:
+        for one in part:
+            work(*one)
+
+    if len(items) <= 1 or workers <= 1:
+        with _thread_pools().limit(limits=1, user_api="blas"):
+            return several(items)
+    # One thread for each matrix: BLAS threads inside would spin against torch's.
+    with _thread_pools().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        parts = min(len(items), 4 * workers)
+        list(pool.map(several, [items[i::parts] for i in range(parts)]))
+    return None
+
+
+def _leading(J: Float[Tensor, "d_model d_model"], rows: Float[Tensor, "rank d_model"]) -> None:
     k, n = rows.shape
     number = _NUMBERS[J.dtype]
     buffers = {name: np.empty(size, np.dtype(number)) for name, size in (("gram", n * n), ("w", n), ("work", 64 * n))}
@@ -53,7 +82,36 @@ def _decompose(J: Float[Tensor, "d_model d_model"], rows: Float[Tensor, "rank d_
         *(_address(buffers["work"]), _int(64 * n), _address(iwork), _int(10 * n), ctypes.byref(info)),
     )
     if info.value or found.value != k:
-        raise LinAlgError(f"syevr gave {found.value} of {k} eigenvectors and info = {info.value}")
+        rows.fill_(torch.nan)
+
+
+def _whole(rows: Float[Tensor, "n n"], values: Float[Tensor, " n"]) -> None:
+    """In place: the symmetric matrix gives way to its eigenvectors, one a row."""
+    n = len(values)
+    size, isize, info = 1 + 6 * n + 2 * n * n, 3 + 5 * n, ctypes.c_int()
+    work, iwork = np.empty(size, np.dtype(_NUMBERS[rows.dtype])), np.empty(isize, np.int32)
+    _routine("syevd", rows.dtype)(
+        *(b"V", b"U", _int(n), ctypes.c_void_p(rows.data_ptr()), _int(n), ctypes.c_void_p(values.data_ptr())),
+        *(_address(work), _int(size), _address(iwork), _int(isize), ctypes.byref(info)),
+    )
+    if info.value:
+        rows.fill_(torch.nan)
+        values.fill_(torch.nan)
+
+
+def _each_by_torch(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Largest first; torch gives up on a whole batch at once, so that each matrix is a call of its own."""
+    values, vectors = gram.new_full(gram.shape[:-1], torch.nan), torch.full_like(gram, torch.nan)
+    for i, matrix in enumerate(gram):
+        try:
+            values[i], vectors[i] = torch.linalg.eigh(matrix)
+        except torch.linalg.LinAlgError:
+            continue
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _int(value: int):
@@ -69,14 +127,39 @@ def _address(array: np.ndarray) -> ctypes.c_void_p:
 
 
 @functools.cache
+def _usable() -> bool:
+    """Whether every routine takes integers of 32 bits, as those handed over here are: other builds write beyond them."""
+    return all(
+        _takes_plain_integers(_signature(_capsule(name, dtype)))
+        for name in _ROUTINES
+        for dtype in (torch.float32, torch.float64)
+    )
+
+
+def _takes_plain_integers(signature: bytes) -> bool:
+    """Of a C signature such as ``void (char *, int *, …)``: its integers are ``int``, not ``long`` or ``int64_t``."""
+    kinds = {part.strip() for part in signature.decode().removeprefix("void (").rstrip(")").split(",")}
+    return "int *" in kinds and all(kind in ("char *", "int *") or kind.startswith("__pyx_t_") for kind in kinds)
+
+
+def _capsule(name: str, dtype: torch.dtype):
+    module, _ = _ROUTINES[name]
+    return module.__pyx_capi__[("s" if dtype == torch.float32 else "d") + name]
+
+
+def _signature(capsule) -> bytes:
+    name_of = ctypes.pythonapi.PyCapsule_GetName
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    return name_of(capsule)
+
+
+@functools.cache
 def _routine(name: str, dtype: torch.dtype):
     """A routine as a function that releases the interpreter lock; every argument is a pointer."""
-    module, arguments = {"syrk": (cython_blas, 10), "syevr": (cython_lapack, 21)}[name]
-    capsule = module.__pyx_capi__[("s" if dtype == torch.float32 else "d") + name]
-    name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    capsule, (_, arguments) = _capsule(name, dtype), _ROUTINES[name]
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer_of(capsule, name_of(capsule)))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer_of(capsule, _signature(capsule)))
 
 
 @functools.cache

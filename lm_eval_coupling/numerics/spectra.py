@@ -1,30 +1,28 @@
 """Top singular triplets of square matrices, with a measured error bound.
 
-A basis of the top right singular vectors comes from a symmetric eigendecomposition of the Gram matrix JᵀJ, on a GPU from
-products alone where matrices are large (krylov.py); a Rayleigh-Ritz step on J itself then gives U, S and V. What comes out
-is checked against J, and a matrix that fails is done again by a full SVD in float64.
+A basis of the top right singular vectors comes from the Gram matrix JᵀJ: on a CPU from LAPACK, one matrix a core (gram.py),
+elsewhere from products alone, all matrices at once (subspace.py). U and S follow from J itself. What comes out is checked
+against J, and a matrix that fails is done again in float64, and in the end by a full SVD.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
+from lm_eval_coupling.numerics.memory import layers_at_once
 from lm_eval_coupling.numerics.precision import exact_arithmetic
-from lm_eval_coupling.numerics.subspace import leading_right_vectors
+from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
 
-# Largest accepted residual, and loss of orthogonality, of the Gram path; rounding costs it eps · σ_1/σ_k.
+# Largest accepted residual, and loss of orthogonality; rounding costs eps · σ_1/σ_k.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
-
-# From this width on a GPU would spend its time in full decompositions. A CPU's partial one stays faster than products alone:
-# at d_model = 2048 it takes 0.5 s, they 0.6 to 1.6 s.
-LARGE = 1024
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,18 @@ class SingularTriplets:
 
 @exact_arithmetic()
 @torch.no_grad()
-def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> SingularTriplets:
+def top_singular(
+    J: Float[Tensor, "*batch d_model d_model"], k: int, *, device: torch.device | None = None
+) -> SingularTriplets:
     """Return the k largest singular triplets of every matrix in J.
+
+    As many matrices are decomposed together as the device has room for.
 
     Args:
         J: square matrices, float32 or float64.
         k: number of triplets, at most d_model. Ask for one more than needed where `relative_gap` is wanted.
+        device: where to decompose, and where the triplets are left; by default where J lies. An MPS device leaves the work
+            to the CPU, for want of float64.
 
     Raises:
         CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1 … d_model.
@@ -64,23 +68,13 @@ def top_singular(J: Float[Tensor, "*batch d_model d_model"], k: int) -> Singular
         )
     if J.dtype not in TOLERANCE:
         raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
-    peak = torch.linalg.vector_norm(J.detach().flatten(-2), ord=math.inf, dim=-1)
-    if not torch.isfinite(peak).all():
-        raise CouplingError(
-            "got non-finite values (NaN or infinity) in a matrix, expected finite ones, "
-            "check the dtype the Jacobian was taken in"
-        )
+    device = J.device if device is None else torch.device(device)
+    work = torch.device("cpu") if device.type == "mps" else device
+    matrices = J.detach().reshape(-1, d_model, d_model)
+    parts = matrices.split(layers_at_once(d_model, J.element_size(), work)) if len(matrices) else [matrices]
+    found = [_of_part(part.to(work), k) for part in parts]
+    U, S, V, residual = (torch.cat(some).to(device) for some in zip(*found, strict=True))
     batch = J.shape[:-2]
-    J = J.detach().reshape(-1, d_model, d_model)
-    exponent = _exponents(peak.reshape(-1))
-    scaled = torch.ldexp(J, -exponent[:, None, None]) if exponent.any() else J
-    U, S, V = _by_gram(scaled, k)
-    residual = _residual(scaled, U, S, V)
-    failed = ~(torch.maximum(residual, _orthogonality_loss(U, V)) <= TOLERANCE[J.dtype])
-    for i in failed.nonzero().flatten().tolist():
-        U[i], S[i], V[i] = _by_svd(scaled[i], k)
-        residual[i] = _residual(scaled[i], U[i], S[i], V[i])
-    S = torch.ldexp(S, exponent[:, None])
     return SingularTriplets(
         U.reshape(*batch, d_model, k), S.reshape(*batch, k), V.reshape(*batch, d_model, k), residual.reshape(batch)
     )
@@ -100,9 +94,128 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
 
 
-def numerical_rank(S: Float[Tensor, "*batch values"], d_model: int) -> Int[Tensor, "*batch"]:
-    """Return how many of the given singular values exceed rounding: d_model · eps · σ_1."""
-    return (S > d_model * torch.finfo(S.dtype).eps * S[..., :1]).sum(dim=-1)
+def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int) -> Float[Tensor, "*batch"]:
+    """Largest sine of an angle between the first k singular vectors found and those of the matrix (Wedin, 1972).
+
+    √2 · residual · σ_1 / (σ_k − σ_{k+1}), at most 1: a small residual says little about vectors that are hard to tell from
+    the next. NaN where σ_{k+1} is not among the given values.
+    """
+    if k >= S.shape[-1]:
+        return torch.full_like(S[..., 0], torch.nan)
+    error = math.sqrt(2) * residual * S[..., 0]
+    return torch.where(error == 0, error, error / (S[..., k - 1] - S[..., k])).clamp(max=1)
+
+
+def numerical_rank(S: Float[Tensor, "*batch values"], d_model: int | None = None) -> Int[Tensor, "*batch"]:
+    """Return how many of the given singular values are told from zero: above `TOLERANCE` · σ_1, the error they may have.
+
+    Whatever the width: the residual bounds the error of a singular value (Weyl, 1912).
+    """
+    del d_model
+    return (S > TOLERANCE[S.dtype] * S[..., :1]).sum(dim=-1)
+
+
+@exact_arithmetic()
+@torch.no_grad()
+def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
+    """σ_1 of every matrix, to 1e-6 relative, by products alone: its error is that of the residual squared.
+
+    Raises:
+        CouplingError: as `top_singular` does.
+    """
+    d_model = J.shape[-1]
+    matrices = J.detach().reshape(-1, d_model, d_model)
+    if J.device.type == "mps" or not len(matrices) or 2 * block_of(1, d_model) > d_model:
+        return top_singular(J, 1).S[..., 0]
+    found = []
+    for part in matrices.split(layers_at_once(d_model, J.element_size(), J.device)):
+        scale = torch.linalg.vector_norm(part.flatten(1), ord=math.inf, dim=-1)
+        scaled = part / torch.where(scale == 0, 1, scale)[:, None, None]
+        v, settled = leading_right_vectors(scaled, 1, 3e-4)
+        sigma = scale * torch.linalg.vector_norm(scaled @ v, dim=(-2, -1))
+        for i in (~settled | ~torch.isfinite(sigma)).nonzero().flatten().tolist():
+            sigma[i] = top_singular(part[i], 1).S[0]
+        found.append(sigma)
+    return torch.cat(found).reshape(J.shape[:-2])
+
+
+def _of_part(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, S, V and residual, by the first method that passes the check for each matrix."""
+    peak = torch.linalg.vector_norm(J.flatten(-2), ord=math.inf, dim=-1)
+    exponent = _exponents(peak)
+    finite, scaled = torch.stack([torch.isfinite(peak).all(), (exponent != 0).any()]).tolist()
+    if not finite:
+        raise CouplingError(
+            "got non-finite values (NaN or infinity) in a matrix, expected finite ones, "
+            "check the dtype the Jacobian was taken in"
+        )
+    if scaled:
+        J = torch.ldexp(J, -exponent[:, None, None])
+    U, S, V = _zeros(J, k)
+    residual = J.new_zeros(len(J))
+    left = peak.nonzero().flatten()
+    for method in _methods(J, k):
+        if not len(left):
+            break
+        some = J if len(left) == len(J) else J[left]
+        found = method(some)
+        errors = _residual(some, *found)
+        for whole, part in zip((U, S, V, residual), (*found, errors), strict=True):
+            whole[left] = part
+        left = left[~(torch.maximum(errors, _orthogonality_loss(found[0], found[2])) <= TOLERANCE[J.dtype])]
+    return U, torch.ldexp(S, exponent[:, None]), V, residual
+
+
+def _zeros(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets of zero matrices, for which any vectors are right."""
+    some = torch.eye(J.shape[-1], k, dtype=J.dtype, device=J.device).repeat(len(J), 1, 1)
+    return some, J.new_zeros(len(J), k), some.clone()
+
+
+def _methods(J: Tensor, k: int) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Ways to the triplets, the fastest first, the surest last."""
+    basis = _right_vectors_on_cpu if J.device.type == "cpu" else _right_vectors_on_device
+    yield lambda some: _triplets(some, basis(some, k, TOLERANCE[J.dtype] / 2))
+    if J.dtype == torch.float32:  # whose Gram matrix holds a σ_k down to σ_1/1000 at best
+
+        def in_float64(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            wide = some.double()
+            return tuple(part.to(J.dtype) for part in _triplets(wide, basis(wide, k, TOLERANCE[J.dtype] / 20)))
+
+        yield in_float64
+    yield lambda some: _by_svd(some, k)
+
+
+def _right_vectors_on_cpu(J: Tensor, k: int, tolerance: float) -> Float[Tensor, "batch d_model rank"]:
+    del tolerance
+    return leading_gram_eigenvectors(J, k)
+
+
+def _right_vectors_on_device(J: Tensor, k: int, tolerance: float) -> Float[Tensor, "batch d_model rank"]:
+    if 2 * block_of(k, J.shape[-1]) > J.shape[-1]:  # too narrow for a block of columns to save anything
+        return leading_gram_eigenvectors(J.cpu(), k).to(J.device)
+    return leading_right_vectors(J, k, tolerance)[0]
+
+
+def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor, Tensor, Tensor]:
+    """U and S for right singular vectors V, and V in the order of S. Where σ is rounding, u completes the basis.
+
+    The Cholesky factor R of JV = U R has the singular values on its diagonal, and beside it what V is off.
+    """
+    JV = J @ V
+    S = torch.linalg.vector_norm(JV, dim=-2)
+    S, order = S.sort(dim=-1, descending=True)
+    order = order[:, None].expand_as(V)
+    JV, V = JV.gather(-1, order), V.gather(-1, order)
+    zero = S <= 4 * torch.finfo(S.dtype).eps * S[:, :1]
+    noise = torch.randn(V.shape[1:], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(V)
+    return orthonormal(torch.where(zero[:, None], noise, JV)), S, V
+
+
+def _by_svd(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [torch.linalg.svd(matrix.double()) for matrix in J]
+    U, S, Vt = (torch.stack(some) for some in zip(*parts, strict=True))
+    return U[..., :k].to(J.dtype), S[..., :k].to(J.dtype), Vt[..., :k, :].mT.to(J.dtype)
 
 
 def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
@@ -116,38 +229,6 @@ def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     return torch.where(exponent.abs() <= limit // 6, 0, exponent.clamp(-limit, limit))
 
 
-def _by_gram(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        basis = _leading_right_vectors(J, k)
-    except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):
-        # eigh gives up on the whole batch at once; NaN sends every matrix to the SVD.
-        nan = J.new_full((J.shape[0], J.shape[-1], k), torch.nan)
-        return nan, nan[:, 0].clone(), nan.clone()
-    # Rayleigh-Ritz: J V = Q R with R = P S Wᵀ makes U = Q P orthonormal even where singular values vanish.
-    Q, R = torch.linalg.qr(J @ basis)
-    P, S, Wt = torch.linalg.svd(R)
-    return Q @ P, S, basis @ Wt.mT
-
-
-def _leading_right_vectors(J: Float[Tensor, "batch d_model d_model"], k: int) -> Float[Tensor, "batch d_model rank"]:
-    """A basis of the top k right singular vectors of each matrix, largest first."""
-    if J.device.type == "cpu":
-        return leading_gram_eigenvectors(J, k)
-    if J.shape[-1] < LARGE:
-        return torch.linalg.eigh(J.mT @ J).eigenvectors[..., -k:].flip(-1)
-    return torch.stack([_without_decomposition(matrix, k) for matrix in J])
-
-
-def _without_decomposition(J: Float[Tensor, "d_model d_model"], k: int) -> Float[Tensor, "d_model rank"]:
-    settled = leading_right_vectors(J, k, TOLERANCE[J.dtype] / 2)
-    return torch.linalg.eigh(J.mT @ J).eigenvectors[:, -k:].flip(-1) if settled is None else settled
-
-
-def _by_svd(J: Float[Tensor, "d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    U, S, Vt = torch.linalg.svd(J.double())
-    return U[:, :k].to(J.dtype), S[:k].to(J.dtype), Vt[:k].mT.to(J.dtype)
-
-
 def _residual(J: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Float[Tensor, "*batch"]:
     right = torch.linalg.vector_norm(J @ V - U * S[..., None, :], dim=-2)
     left = torch.linalg.vector_norm(J.mT @ U - V * S[..., None, :], dim=-2)
@@ -157,5 +238,5 @@ def _residual(J: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Float[Tensor, "*bat
 
 def _orthogonality_loss(U: Tensor, V: Tensor) -> Float[Tensor, " batch"]:
     eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
-    losses = [(einsum(X, X, "b d i, b d j -> b i j") - eye).abs().amax(dim=(-2, -1)) for X in (U, V)]
+    losses = [(X.mT @ X - eye).abs().amax(dim=(-2, -1)) for X in (U, V)]
     return torch.maximum(*losses)

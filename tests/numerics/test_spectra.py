@@ -4,13 +4,16 @@ import math
 
 import pytest
 import reference
-import scipy.linalg
 import torch
 
 from lm_eval_coupling.numerics import spectra
-from lm_eval_coupling.numerics import subspace as krylov
-from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
-from lm_eval_coupling.numerics.spectra import numerical_rank, relative_gap, top_singular
+from lm_eval_coupling.numerics.spectra import (
+    angle_bound,
+    largest_singular_values,
+    numerical_rank,
+    relative_gap,
+    top_singular,
+)
 
 # Half a digit above what float32 rounding leaves; float64 keeps its own.
 RESIDUAL = {torch.float32: 1.01e-5, torch.float64: 1.01e-11}
@@ -90,22 +93,51 @@ def test_batches_have_any_number_of_dimensions_and_mix_kinds(dtype):
     torch.testing.assert_close(single.S, found.S[1, 2])
 
 
+@pytest.fixture(params=["cpu", "products"])
+def way(request, monkeypatch):
+    """By LAPACK, as on a CPU, or by products alone, as on every other device."""
+    if request.param == "products":
+        monkeypatch.setattr(spectra, "_right_vectors_on_cpu", spectra._right_vectors_on_device)
+    return request.param
+
+
+WIDE = {
+    "random": None,
+    "flat": [1 - 0.9 * i / 200 for i in range(200)],
+    "power": [(1 + i) ** -0.5 for i in range(200)],
+    "steep": [10.0 ** (-i / 8) for i in range(200)],
+    "clustered": [1.0 if i < 20 else 0.3 - 1e-6 * i for i in range(200)],
+    "cliff": [1e3 if i == 0 else 1 - 0.3 * i / 200 for i in range(200)],
+    "rank below k": [1.0 / (1 + i) if i < 5 else 0.0 for i in range(200)],
+    "identity": [1.0] * 200,
+    "zero": [0.0] * 200,
+}
+
+
 @dtypes
-def test_the_svd_takes_over_where_the_gram_path_fails(dtype, monkeypatch):
-    def broken(J, k):
-        nan = J.new_full((len(J), J.shape[-1], k), torch.nan)
-        return nan, nan[:, 0].clone(), nan.clone()
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_wide_matrices_of_every_kind_together(way, dtype, scale):
+    """Whatever the spectrum and the scale, every matrix of a batch gets the triplets of a full float64 SVD."""
+    kinds = [with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng()) for S in WIDE.values()]
+    found = check((torch.stack(kinds) * scale).to(dtype), 12)
+    again = top_singular((torch.stack(kinds) * scale).to(dtype), 12)
+    assert all(torch.equal(getattr(found, name), getattr(again, name)) for name in ("U", "S", "V"))
 
-    monkeypatch.setattr(spectra, "_by_gram", broken)
-    check(torch.randn(3, 12, 12, dtype=dtype, generator=rng()), 5)
 
+def test_one_matrix_that_fails_is_done_again_alone(way, monkeypatch):
+    """A matrix without a decomposition sent its whole batch to the SVD."""
+    name = "leading_right_vectors" if way == "products" else "leading_gram_eigenvectors"
+    right, seen = getattr(spectra, name), []
 
-def test_an_eigensolver_that_does_not_converge_is_survived(monkeypatch):
-    def fails(_):
-        raise torch.linalg.LinAlgError("failed to converge")
+    def broken(J, *rest):
+        seen.append(len(J))
+        found = right(J, *rest)
+        (found[0] if isinstance(found, tuple) else found)[1 if len(J) > 1 else 0] = torch.nan
+        return found
 
-    monkeypatch.setattr(torch.linalg, "eigh", fails)
-    check(torch.randn(3, 12, 12, dtype=torch.float64, generator=rng()), 5)
+    monkeypatch.setattr(spectra, name, broken)
+    check(torch.randn(3, 150, 150, generator=rng()), 5)
+    assert seen == [3, 1]  # the second in float64, and then by the SVD
 
 
 @dtypes
@@ -189,49 +221,39 @@ def test_relative_gap(dtype):
 @dtypes
 def test_numerical_rank(dtype):
     J = torch.stack([with_spectrum(SPECTRA[name]) for name in ("zero", "rank one", "rank below k", "flat")]).to(dtype)
-    assert numerical_rank(top_singular(J, 10).S, 24).tolist() == [0, 1, 3, 10]
+    assert numerical_rank(top_singular(J, 10).S).tolist() == [0, 1, 3, 10]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("size", "k"), [(1, 1), (2, 1), (7, 7), (40, 11)])
-def test_leading_eigenvectors_are_scipys(dtype, size, k):
-    A = torch.randn(3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
-    A = A.to(dtype)
-    found = leading_gram_eigenvectors(A.mT.contiguous().mT, k).double()
-    for vectors, g in zip(found, A.mT.double() @ A.double(), strict=True):
-        values = scipy.linalg.eigh(g.numpy(), eigvals_only=True)[::-1][:k].copy()
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        assert torch.allclose(g @ vectors, vectors * torch.from_numpy(values), atol=tolerance * values[0])
-        assert torch.allclose(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=tolerance)
+@dtypes
+def test_the_rank_does_not_depend_on_the_width(dtype):
+    """σ below d_model · eps · σ_1 counted as zero: at 4096 that is 5e-4 of the largest."""
+    S = torch.tensor([1.0, 1e-2, 3e-4, 1e-5, 0.0], dtype=dtype)
+    assert numerical_rank(S) == (3 if dtype == torch.float32 else 4)
+    assert numerical_rank(torch.zeros(3, dtype=dtype)) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("decay", ["flat", "power", "clustered", "rank-deficient"])
-def test_products_alone_find_the_same_vectors(monkeypatch, dtype, decay):
-    """As on a GPU for large matrices; whatever the spectrum, the triplets are those of a full float64 SVD."""
-    d_model, k = 150, 12
-    i = torch.arange(d_model, dtype=torch.float64)
-    S = {
-        "flat": 1 - 0.9 * i / d_model,
-        "power": (1 + i) ** -0.5,
-        "clustered": torch.where(i < 20, 1.0, 0.3) - 1e-6 * i,
-        "rank-deficient": torch.where(i < 5, 1.0 / (1 + i), 0.0),
-    }[decay]
-    U, V = (torch.linalg.qr(torch.randn(d_model, d_model, dtype=torch.float64, generator=rng(seed)))[0] for seed in (1, 2))
-    J = ((U * S) @ V.mT).to(dtype)
-    basis = krylov.leading_right_vectors(J, k, spectra.TOLERANCE[dtype] / 2)
-    if decay != "rank-deficient":  # vectors of zeros never settle
-        assert basis is not None
-        size = (J.double() @ basis.double()).norm() / S[:k].norm()
-        assert abs(size - 1) < 1e-5
-    monkeypatch.setattr(
-        spectra, "_leading_right_vectors", lambda J, k: torch.stack([spectra._without_decomposition(j, k) for j in J])
-    )
-    found = top_singular(J, k)
-    assert torch.allclose(found.S.double(), S[:k], rtol=0, atol=2 * SIGMA[dtype])
-    assert found.residual < RESIDUAL[dtype]
+@dtypes
+@pytest.mark.parametrize("gap", [0.3, 1e-2, 1e-4])
+def test_angles_stay_within_their_bound(dtype, gap):
+    """Against vectors known in float64, of a matrix whose 4th and 5th singular values nearly meet."""
+    values = [3.0, 2.5, 2.0, 1.0 + gap, 1.0] + [0.5] * 35
+    J, k = with_spectrum(values), 4
+    found = top_singular(J.to(dtype), k + 1)
+    bound = angle_bound(found.S, torch.maximum(found.residual, torch.tensor(torch.finfo(dtype).eps * 8)), k)
+    true = orthogonal(40, 1)[:, :k]
+    outside = found.V[:, :k].double() - true @ (true.T @ found.V[:, :k].double())
+    assert torch.linalg.matrix_norm(outside, 2) <= bound <= 1
+    assert angle_bound(found.S, found.residual, k + 1).isnan()
+    assert angle_bound(torch.ones(3), torch.tensor(1e-6), 1) == 1
 
 
-def test_products_alone_say_when_they_have_not_settled():
-    assert krylov.leading_right_vectors(torch.randn(60, 60, generator=rng()), 40, 1e-6) is None  # no room for two blocks
-    assert krylov.leading_right_vectors(torch.randn(200, 200, generator=rng()), 3, 0.0) is None
+@dtypes
+def test_largest_singular_values(dtype):
+    kinds = [with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng()) for S in WIDE.values()]
+    J = torch.stack(kinds).reshape(3, 3, 200, 200).to(dtype)
+    expected = torch.linalg.svdvals(J.double())[..., 0]
+    assert torch.allclose(largest_singular_values(J).double(), expected, rtol=1e-6, atol=0)
+    assert largest_singular_values(J[:0]).shape == (0, 3)
+    tiny = torch.finfo(dtype).tiny * 1e6
+    assert torch.allclose(largest_singular_values(J[0] * tiny).double() / tiny, expected[0], rtol=1e-6)
+    assert largest_singular_values(J[0, 0, :5, :5]).item() == pytest.approx(torch.linalg.svdvals(J[0, 0, :5, :5])[0].item())

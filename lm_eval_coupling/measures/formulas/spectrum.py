@@ -7,18 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.numerics.spectra import top_singular
-from lm_eval_coupling.numerics.subspace import leading_right_vectors
-
-
-def largest_singular_value(J: Float[Tensor, "d_model d_model"]) -> float:
-    """σ_1 to 1e-6 relative: its error is that of the residual squared."""
-    scale = J.abs().max()
-    if scale == 0:
-        return 0.0
-    v = leading_right_vectors(J / scale, 1, 1e-3)
-    return (top_singular(J, 1).S[0] if v is None else scale * torch.linalg.vector_norm(J / scale @ v)).item()
-
 
 def effective_rank(S: Float[Tensor, " values"]) -> float:
     """Number of equal singular values that would be spread alike: exp of the entropy of σ / Σσ (Roy and Vetterli, 2007)."""
