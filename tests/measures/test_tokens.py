@@ -15,7 +15,6 @@ from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tok
 from lm_eval_coupling.measures.formulas.spectrum import (
     effective_rank,
     inverse_against_depth,
-    largest_singular_value,
     participation_ratio,
 )
 from lm_eval_coupling.measures.registry import measures
@@ -145,14 +144,6 @@ def test_shapes_of_spectra_by_hand():
     depth, inverse = np.arange(1, 5), np.array([1, 2, 3, 5])
     assert slope[0] == pytest.approx(np.polyfit(depth, inverse, 1)[0]) and slope[1] == 0 and math.isnan(slope[2])
     assert r2[0] == pytest.approx(np.corrcoef(depth, inverse)[0, 1] ** 2) and math.isnan(r2[1]) and math.isnan(r2[2])
-
-
-@pytest.mark.parametrize("size", [3, 40])
-def test_the_largest_singular_value(size):
-    J = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for scale in (1.0, 1e-30, 0.0):
-        expected = torch.linalg.matrix_norm(J * scale, 2).item()
-        assert largest_singular_value(J * scale) == pytest.approx(expected, rel=1e-6)
 
 
 def test_principal_trajectories_by_hand(wrapped):
