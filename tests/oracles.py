@@ -30,7 +30,7 @@ def oracle_by_input(model, tokens, layer, t_out):
     block = decoder_layers(model)[layer]
     handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
     with torch.enable_grad():
-        model(tokens, use_cache=False)
+        model(pixel_values=tokens) if tokens.is_floating_point() else model(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
     contribution = (seen["y"] - seen["x"])[0, t_out]

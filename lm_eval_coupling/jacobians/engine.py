@@ -59,7 +59,7 @@ class BlockJacobians:
 @torch.no_grad()
 def block_jacobians(
     model: Model,
-    tokens: Int[Tensor, "1 seq"],
+    tokens: Int[Tensor, "1 seq"] | Float[Tensor, "1 channel height width"],
     *,
     output_token: int = -1,
     input_token: int | None = None,
@@ -71,7 +71,7 @@ def block_jacobians(
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
-        tokens: token ids of one prompt.
+        tokens: token ids of one prompt, or pixel values of one image.
         output_token: t2; negative counts from the end.
         input_token: t1; ``None`` means t1 = t2. For t1 > t2 a causal model's Jacobian is exactly zero.
         layers: block indices from 0; ``None`` means all.
@@ -85,11 +85,12 @@ def block_jacobians(
     Raises:
         CouplingError: for a token or layer that does not exist, or an unknown method or dtype.
     """
-    seq = torch.as_tensor(tokens).numel()
+    prompt = model.encode(tokens) if torch.is_floating_point(torch.as_tensor(tokens)) else tokens
+    seq = torch.as_tensor(prompt).numel()
     t2 = resolve_token(output_token, seq)
     t1 = t2 if input_token is None else resolve_token(input_token, seq)
     check_method(method)
-    (trace,) = model.traces([tokens], dtype, [t2], probe)
+    (trace,) = model.traces([prompt], dtype, [t2], probe)
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     if bad := [layer for layer in layers if not -model.n_layers <= layer < model.n_layers]:
         raise CouplingError(f"got layer {bad[0]}, expected 0 to {model.n_layers - 1}")

@@ -29,7 +29,7 @@ def jacobians_of_pairs(
 ) -> tuple[Float[Tensor, "pair d_model d_model"], Float[Tensor, " pair"]]:
     """J of one block for pairs (output token, input token), skip connection excluded, with their certificates.
 
-    Exactly zero, and not computed, where the input token comes after the output token.
+    Of a causal model exactly zero, and not computed, where the input token comes after the output token.
 
     Args:
         call: one block's call.
@@ -41,7 +41,7 @@ def jacobians_of_pairs(
     errors = torch.zeros(len(pairs), dtype=torch.float64)
     rows: dict[int, list[int]] = defaultdict(list)
     for i, (output_token, input_token) in enumerate(pairs):
-        if input_token <= output_token:
+        if input_token <= output_token or not call.causal:
             rows[output_token].append(i)
     with call.ready():
         pulled = {token: with_probe_pulled_back(call, token) for token in rows}

@@ -38,6 +38,10 @@ class Call(Protocol):
         """Number of tokens."""
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and those before it: J is zero then where the input token is the later one."""
+
+    @property
     def resid_pre(self) -> Float[Tensor, "1 seq d_model"]:
         """The block's input X^{l-1}."""
 
@@ -120,6 +124,9 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the stream begins."""
+
+    def encode(self, prompt: Any) -> Sequence[int]:
+        """Token ids of a text, or the numbers that name the tokens of an image: what :meth:`traces` takes."""
 
     def traces(
         self,

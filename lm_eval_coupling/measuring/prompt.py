@@ -23,7 +23,7 @@ from lm_eval_coupling.numerics.precision import exact_arithmetic
 @exact_arithmetic()
 def measure_coupling(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[torch.Tensor],
     *,
     ranks: Sequence[int] = (10, 30, 50),
     measures: Sequence[str] = ("depth", "regularity"),
@@ -40,7 +40,8 @@ def measure_coupling(
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
-        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are.
+        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are; of an image
+            classifier pixel values [channel, height, width], to be measured at its class token with ``position=0``.
         ranks: numbers K of top singular vectors.
         measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``.
         position: token whose trajectory is measured; negative counts from the end.
@@ -69,7 +70,7 @@ def measure_coupling(
         trajectories=trajectories,
     )
     settings.check_shape(model.d_model, model.n_layers)
-    encoded = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    encoded = [model.encode(p) if isinstance(p, (str, torch.Tensor)) else list(p) for p in prompts]
     records: dict[int, PromptCoupling] = {}
     with tqdm(total=len(encoded), desc="Measuring coupling", disable=not progress) as bar:
         for together in groups(model, encoded, settings):

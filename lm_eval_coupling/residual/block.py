@@ -17,8 +17,8 @@ from lm_eval_coupling.residual.weights import state_of, upcast
 class Block:
     """A block, its weights, and what a pass leaves behind in it."""
 
-    def __init__(self, layer: int, module: nn.Module) -> None:
-        self.layer, self.module = layer, module
+    def __init__(self, layer: int, module: nn.Module, causal: bool = True) -> None:
+        self.layer, self.module, self.causal = layer, module, causal
         self.weights = state_of(module)
         self.names = _names(module)
         self.left_behind = LeftBehind(module.modules())

@@ -73,6 +73,11 @@ class BlockCall:
         return self.block.layer
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+        return self.block.causal
+
+    @property
     def module(self) -> nn.Module:
         """The block itself."""
         return self.block.module
@@ -175,8 +180,22 @@ def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, to
     return torch.autograd.grad((chosen * torch.stack(list(directions))).sum(), resid_pre)[0]
 
 
+def require_stream(layer: int, entering: Tensor, leaving: Tensor) -> None:
+    """Refuse feature maps, and blocks that change the number of tokens or their width.
+
+    Raises:
+        CouplingError: for both.
+    """
+    if entering.dim() != 3 or leaving.shape != entering.shape:
+        raise CouplingError(
+            f"got block {layer} that hands on a tensor of shape {[*leaving.shape]} for one of shape {[*entering.shape]}, "
+            "expected one vector for each token"
+        )
+
+
 def block_call(block: Block, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
     """The call with these arguments, free of side effects."""
     resid_pre, args, kwargs = block.by_name(args, kwargs)
+    require_stream(block.layer, resid_pre, resid_pre)
     kwargs = {name: replayable(name, value) for name, value in kwargs.items()}
     return BlockCall(block, resid_pre.detach(), tuple(replayable("", value) for value in args), kwargs)

@@ -45,7 +45,8 @@ def require_close(what: str, name: str, found: Tensor, expected: Tensor, toleran
 @torch.no_grad()
 def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
     """What a model says of the probe, in float32."""
-    return inputs.read(model(**inputs.batch([inputs.probe], device).arguments)).float()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)
+    return inputs.read(model(**inputs.batch([inputs.probe], device, dtype).arguments)).float()
 
 
 def output_of(model: nn.Module, module: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:

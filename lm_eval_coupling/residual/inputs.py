@@ -24,14 +24,25 @@ class Inputs(Protocol):
     """One kind of input."""
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+
+    @property
     def probe(self) -> Any:
         """A prompt that any model of the kind can be run on."""
 
-    def batch(self, prompts: Sequence[Any], device: torch.device) -> Batch:
-        """Several prompts as one pass."""
+    @property
+    def several(self) -> list[Any]:
+        """Prompts that a pass of several is tried with."""
+
+    def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
+        """Several prompts as one pass of a model with weights in ``dtype``."""
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """Arguments of a pass with its blocks left out, and what they would hand on, for vectors [point, d_model]."""
+
+    def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """The same for the stream [1, seq, d_model] that the probe ended with: such a pass says what the probe's says."""
 
     def read(self, output: Any) -> Tensor:
         """What such a pass, or any other, says of each point or prompt."""
@@ -40,6 +51,8 @@ class Inputs(Protocol):
 class TokenIds:
     """Prompts of a causal language model: token ids, padded on the right, where no token sees the padding."""
 
+    causal = True
+
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -47,8 +60,9 @@ class TokenIds:
         table = model.get_input_embeddings()
         words = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
         self.probe = [word % words for word in (5, 3, 7, 2, 11, 13, 6)]
+        self.several = [[1, 2, 3], [4] * 21]
 
-    def batch(self, prompts: Sequence[Any], device: torch.device) -> Batch:
+    def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
         """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq]."""
         rows = [torch.as_tensor(tokens, dtype=torch.long, device=device).flatten() for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -58,6 +72,10 @@ class TokenIds:
         """The vectors as one prompt."""
         ids = torch.zeros(1, len(resid), dtype=torch.long, device=device)
         return {"input_ids": ids, **self.options}, resid[None]
+
+    def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """Its vectors, as one prompt."""
+        return self.standing_for(stream[0], device)
 
     def read(self, output: Any) -> Tensor:
         """Logits [seq, vocabulary] of the first prompt."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.tables import head_in_parts, innermost, rows_only
@@ -38,7 +39,13 @@ class Lens:
 
     def logits(self, resid: Float[Tensor, "points d_model"], outputs: int) -> Float[Tensor, "points vocabulary"]:
         """What the model would predict, in the dtype of ``resid``; ``outputs``: things that a block returns as a tuple."""
-        arguments, stream = self.inputs.standing_for(resid, self.device)
+        return self._said(*self.inputs.standing_for(resid, self.device), outputs)
+
+    def answer(self, stream: Float[Tensor, "1 seq d_model"], outputs: int) -> Tensor:
+        """What the model says of a probe that ended as ``stream``."""
+        return self._said(*self.inputs.ending_as(stream, self.device), outputs)
+
+    def _said(self, arguments: dict[str, Any], stream: Tensor, outputs: int) -> Tensor:
         with self._without_blocks(stream, outputs):
             return self.inputs.read(self.model(**arguments))
 
@@ -51,7 +58,9 @@ class Lens:
             seen.append(args[0])
             raise _HeadReached
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(reached)
+        if self.head is None:
+            raise CouplingError(f"got a {type(self.model).__name__}, expected a language model's head")
+        handle = self.head.register_forward_pre_hook(reached)
         try:
             with torch.enable_grad(), self._without_blocks(stream.detach().requires_grad_(True), outputs) as start:
                 with contextlib.suppress(_HeadReached):
@@ -62,14 +71,19 @@ class Lens:
             handle.remove()
         return rows.reshape(len(eye), len(eye)).to(resid.device)
 
+    @property
+    def head(self) -> nn.Module | None:
+        """A language model's head; a classifier's is one of the small things outside the blocks."""
+        return self.model.get_output_embeddings() if self.inputs.causal else None
+
     @contextlib.contextmanager
     def _without_blocks(self, stream: Tensor, outputs: int) -> Iterator[Tensor]:
         """Inside, blocks hand on ``stream``, which is yielded as it is on their device."""
-        head = innermost(self.model.get_output_embeddings())
-        stream = stream.to(head.weight.device)
+        head = None if self.head is None else innermost(self.head)
+        stream = stream.to(self.device if head is None else head.weight.device)
         stand_in: Any = (stream, *[None] * (outputs - 1)) if outputs else stream
         with contextlib.ExitStack() as stack:
-            rest = stack.enter_context(head_in_parts(head, stream.dtype))
+            rest = [] if head is None else stack.enter_context(head_in_parts(head, stream.dtype))
             weights = {id(t): t for t in [*self.outside, *rest]}
             stack.enter_context(upcast([*weights.values()], stream.dtype))
             tables = {module: table for module, table in self.tables.items() if id(table.weight) not in weights}

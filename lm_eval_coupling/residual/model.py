@@ -18,6 +18,7 @@ from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.fingerprint import identity
+from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
 from lm_eval_coupling.residual.stamp import Stamp
@@ -59,7 +60,7 @@ class ResidualModel:
         self.n_layers = len(self.blocks)
         self.n_heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 1
         self.d_model = 0  # the first trace tells
-        self.block_list = [Block(layer, module) for layer, module in enumerate(self.blocks)]
+        self.block_list = [Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)]
         inside = {id(part) for module in self.blocks for part in module.modules()}
         self._left_behind = LeftBehind(part for part in model.modules() if id(part) not in inside)
         self._tables = looked_up(model)
@@ -77,6 +78,7 @@ class ResidualModel:
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
         self._decodes: bool | None = None
         self._scored: tuple[nn.Module, Stamp, Tensor] | None = None
+        self._seq_of: dict[torch.Size, int] = {}  # tokens of an image by its shape
 
     @classmethod
     @exact_arithmetic()
@@ -84,7 +86,8 @@ class ResidualModel:
         """A second module tree over the weights of ``hf_model``, which stays untouched, as a stack of residual blocks.
 
         Args:
-            hf_model: a causal transformers model, compiled, adapted by PEFT, pruned or packed as it may be.
+            hf_model: a causal language model or an image classifier of transformers, compiled, adapted by PEFT, pruned or
+                packed as it may be.
             tokenizer: needed only where prompts are given as strings.
 
         Returns:
@@ -131,18 +134,35 @@ class ResidualModel:
         """Dtype of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` with the tokenizer's own special tokens.
+    def encode(self, prompt: str | Tensor) -> Sequence[int]:
+        """Token ids of a text with the tokenizer's own special tokens; the numbers that name the tokens of an image.
+
+        Args:
+            prompt: text, or of an image classifier pixel values, [channel, height, width] or with a 1 before.
 
         Raises:
             CouplingError: if the model was wrapped without a tokenizer.
         """
+        if isinstance(prompt, Tensor):
+            return self.image(prompt)
         if self.tokenizer is None:
             raise CouplingError(
                 "got a prompt given as text and a model wrapped without a tokenizer; "
                 "pass tokenizer=… to ResidualModel.wrap, or give the prompt as token ids"
             )
-        return list(self.tokenizer.encode(text))
+        return list(self.tokenizer.encode(prompt))
+
+    def image(self, pixels: Tensor, load: Callable[[], Tensor] | None = None) -> ImageTokens:
+        """An image as a prompt; one forward pass tells how many tokens images of its size have.
+
+        Args:
+            pixels: pixel values [channel, height, width], floating point.
+            load: called for them when they are needed; without it they are kept.
+        """
+        pixels = pixels_of(pixels)
+        if (shape := pixels.shape) not in self._seq_of:
+            self._seq_of[shape] = self.trace(pixels).resid_final.shape[1]
+        return ImageTokens(pixel_digest(pixels), self._seq_of[shape], load or (lambda: pixels))
 
     @exact_arithmetic()
     def trace(
@@ -191,7 +211,7 @@ class ResidualModel:
     def _is_decoding(self, dtype: torch.dtype) -> bool:
         """Whether every block's derivative by its own token is also that of a step of decoding, which is tried once."""
         if self._decodes is None:
-            self._decodes = self._succeeds(self._decoding_agrees, dtype)
+            self._decodes = self.inputs.causal and self._succeeds(self._decoding_agrees, dtype)
         return self._decodes
 
     def _succeeds(self, trial: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
@@ -207,7 +227,7 @@ class ResidualModel:
             self._change = change
 
     def _padding_agrees(self, dtype: torch.dtype) -> bool:
-        prompts = [[1, 2, 3], [4] * 21]
+        prompts = self.inputs.several
         padded = self._traces(prompts, dtype)
         if any(set(_tensors_by_name(call)) - _BATCHABLE for call in padded[0].calls):
             return False
@@ -228,7 +248,7 @@ class ResidualModel:
         direction: Direction | None = None,
         keep_keys: bool = False,
     ) -> list[ResidualTrace]:
-        batch = self.inputs.batch(prompts, self.device)
+        batch = self.inputs.batch(prompts, self.device, dtype)
         longest = max(batch.lengths or [0])
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
         if keep_keys and longest >= _LONG:
@@ -298,12 +318,16 @@ class ResidualModel:
         """∂norm(x)/∂x, norm being all that the model does between its last block and its head; I where that is nothing."""
         return self._lens.norm_jacobian(resid, self._outputs)
 
+    def answer(self, stream: Float[Tensor, "1 seq d_model"]) -> Tensor:
+        """What the model says of ``inputs.probe`` once it has ended as ``stream``; it can be differentiated."""
+        return self._lens.answer(stream, self._outputs)
+
     def _outside_blocks(self) -> list[Tensor]:
         """What is used whole before the first block: position tables, but no table of words, and not the head."""
         inside = {id(t) for block in self.block_list for t in block.weights}
         tables = {id(table.weight) for table in self._tables.values()}
-        words = {id(t) for t in state_of(self.model.get_input_embeddings())} - tables
-        head = self.model.get_output_embeddings()
+        words = {id(t) for t in state_of(self.model.get_input_embeddings())} - tables if self.inputs.causal else set()
+        head = self.model.get_output_embeddings() if self.inputs.causal else None
         inside |= tables | ({id(t) for t in state_of(head)} - words if head is not None else set())
         return [t for t in state_of(self.model) if id(t) not in inside]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.images import takes_images
 from lm_eval_coupling.residual.weights import unreadable
 
 _ONLY_SCORE = "use --model hf, or coupling_limit=0, to only score"
@@ -54,13 +57,25 @@ def _refuse_virtual_tokens(model: nn.Module) -> None:
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Say of a model that is no causal language model, or whose weights cannot be read, what it is.
+    """Say of what is no causal language model and no image classifier, or has weights that cannot be read, what it is.
 
     Raises:
         CouplingError: if it is one.
     """
     config = getattr(model, "config", None)
     name = type(model).__name__
+    if not takes_images(model):
+        _refuse_other_text_models(model, config, name)
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise CouplingError(f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
+    if reason := unreadable(model):
+        raise CouplingError(
+            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
+            f"such as accelerate offloads; {_ONLY_SCORE}"
+        )
+
+
+def _refuse_other_text_models(model: nn.Module, config: Any, name: str) -> None:
     if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
         raise CouplingError(f"got a {name}, expected a decoder-only transformers language model; score it with --model hf")
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -69,10 +84,3 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise CouplingError(f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf")
     if model.get_output_embeddings() is None:
         raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
-    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        raise CouplingError(f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
-    if reason := unreadable(model):
-        raise CouplingError(
-            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
-            f"such as accelerate offloads; {_ONLY_SCORE}"
-        )

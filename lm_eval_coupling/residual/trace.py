@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.arguments import CACHES, Keys, carried, of_prompt, tensors_in
 from lm_eval_coupling.residual.block import Block
-from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden
+from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden, require_stream
 
 Direction = Callable[[int, Tensor], Tensor]  # (layer, vectors like those of the stream) → u [d_model]
 
@@ -86,6 +86,7 @@ class Visit:
         self.open.close()
         _without_history(kwargs)
         self.resid_post = hidden(output).detach()
+        require_stream(self.block.layer, self.call.resid_pre, self.resid_post)
         return (self.resid_post, *carried(output[1:])) if isinstance(output, tuple) else self.resid_post
 
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:

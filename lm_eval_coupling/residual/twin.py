@@ -28,6 +28,9 @@ def twin_of(model: nn.Module) -> nn.Module:
 def computes_eagerly(twin: nn.Module) -> None:
     """Attention, and experts, in steps that can be watched and differentiated in every mode."""
     twin.set_attn_implementation("eager")
+    for module in twin.modules():
+        if getattr(module, "fused_attn", None) is True:  # timm's
+            module.fused_attn = False
     if hasattr(twin, "set_experts_implementation"):
         with contextlib.suppress(Exception):
             twin.set_experts_implementation("eager")

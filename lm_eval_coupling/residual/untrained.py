@@ -24,4 +24,5 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)
     with seeded(seed):
         twin = type(base)._from_config(config, dtype=dtype)
-    return twin.to(base.get_input_embeddings().weight.device).eval()
+    embeddings = base.get_input_embeddings() if "input_ids" in getattr(base, "main_input_name", "input_ids") else base
+    return twin.to(next(embeddings.parameters()).device).eval()

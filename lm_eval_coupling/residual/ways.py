@@ -16,7 +16,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual import checks
 from lm_eval_coupling.residual.block_call import hidden
 from lm_eval_coupling.residual.bridge import put_bridge_into
-from lm_eval_coupling.residual.inputs import TokenIds
+from lm_eval_coupling.residual.images import PixelValues, takes_images
+from lm_eval_coupling.residual.inputs import Inputs, TokenIds
 from lm_eval_coupling.residual.scored import looked_through, refuse_unsupported, without_compilation
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
 from lm_eval_coupling.residual.weights import present
@@ -51,7 +52,7 @@ class _Entrance:
         half = next((p.dtype for _, p in present(base) if p.is_floating_point()), None) in (torch.bfloat16, torch.float16)
         self.rounds = half or "_original_forward" in vars(base)
         self.twin = twin_of(base)
-        self.inputs = TokenIds(self.twin)
+        self.inputs: Inputs = PixelValues(self.twin) if takes_images(base) else TokenIds(self.twin)
         self.n_params = sum(p.numel() for p in self.twin.parameters())
         self.runs = runs_as_it_stands(self.twin)
         self.plain: Any = None
@@ -122,7 +123,7 @@ class _Entrance:
         if self.base.training:
             return
         if self.runs:
-            found = self.plain.logits(stream[0])
+            found = self.plain.answer(stream)
             tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
             checks.require_close("logits after the last block", self.name, found, self.answer, tolerance)
             return
