@@ -45,12 +45,10 @@ def table(found: DirectionWords, tokenizer) -> pd.DataFrame:
 
 
 def by_distance(found: DirectionWords) -> pd.DataFrame:
-    """One row per direction and later layer: ``distance`` between the layers, and the share of words that is kept."""
+    """One row per layer and later layer: ``distance`` between them, and the share of words kept, mean over directions."""
     layers = len(found.kept)
-    parts = [
-        pd.DataFrame({"distance": d, "value": found.kept[np.arange(layers - d), np.arange(d, layers)].ravel()})
-        for d in range(1, layers)
-    ]
+    share = found.kept.mean(axis=(2, 3))
+    parts = [pd.DataFrame({"distance": d, "value": np.diagonal(share, offset=d)}) for d in range(1, layers)]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     names = labels(kept["model"].unique())
     kept["line"] = kept["model"].map(names)
     kept["panel"] = kept["line"] + f": share of {options.words} words kept"
-    title = f"Words of the top {options.rank} directions some layers on: median and quartiles over directions"
+    title = f"Words of the top {options.rank} directions: median, quartiles over layers"
     figure = curves(kept, x="distance", x_label="layers later", columns=2, title=title)
     command.save_table(options.out, "words", words)
     command.save(options.out, "words_kept", figure, kept.drop(columns=["line", "panel"]))

@@ -114,5 +114,6 @@ def test_the_script_leaves_tables_and_a_picture(tmp_path, monkeypatch, capsys):
     rows, kept = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("words", "words_kept"))
     assert len(rows) == 2 * 4 * 3 * 2 and set(rows["layer"]) == {1, 2, 3, 4} and rows["life"].max() <= 3
     assert rows["kept_next"].isna().equals(rows["layer"] == 4)
-    assert kept["distance"].tolist() == [1, 2, 3] and kept["n"].tolist() == [36, 24, 12] and kept["chance"].nunique() == 1
+    assert kept["distance"].tolist() == [1, 2, 3] and kept["n"].tolist() == [6, 4, 2] and kept["chance"].nunique() == 1
+    assert kept["mean"][0] == pytest.approx(rows["kept_next"].mean())
     assert (tmp_path / "out" / "words_kept.png").exists() and "tiny: The sky is" in capsys.readouterr().out
