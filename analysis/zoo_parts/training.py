@@ -170,6 +170,8 @@ def _graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Under its name once it is complete: a stopped training leaves no half of a checkpoint."""
+    if model.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()  # whatever stream the weights are copied on
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
