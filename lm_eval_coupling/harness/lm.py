@@ -24,7 +24,6 @@ from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, DocumentKey, Row
 from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual.fingerprint import fingerprint
 from lm_eval_coupling.residual.untrained import untrained_twin
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
@@ -80,13 +79,19 @@ class CouplingLM(HFLM):
             raise CouplingError("got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu")
         trained = ResidualModel.wrap(self._model, self.tokenizer)
         options.settings.check_shape(trained.d_model, trained.n_layers)
-        subjects = [Subject(TRAINED, trained, fingerprint(self._model))]
+        subjects = [Subject(TRAINED, trained)]
         if options.untrained is not None:
             twin = untrained_twin(self._model, options.untrained)
-            subjects.append(Subject(UNTRAINED, ResidualModel.wrap(twin, self.tokenizer), fingerprint(twin)))
+            subjects.append(Subject(UNTRAINED, ResidualModel.wrap(twin, self.tokenizer)))
         return Session(
             subjects=subjects, settings=options.settings, position=options.position, store=store, quiet=self.rank != 0
         )
+
+    def _follow_the_weights(self) -> None:
+        """A model that is trained, adapted or reloaded between two evaluations is another one, and measured as such."""
+        if (change := self.session.trained.model.change()) is not None:
+            logger.info("coupling: %s has changed since the model was last looked at; it is taken as another model", change)
+            self.session = self._open_session(self.session.store)
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts about the model for ``config`` in the results, with ``coupling`` beside HFLM's own."""
@@ -109,6 +114,7 @@ class CouplingLM(HFLM):
         """
         if self.session is None:
             return
+        self._follow_the_weights()
         ranks, requested = Ranks(self.rank, self.world_size), Requested.of(task_dict)
         documents: list[Document] = []
 

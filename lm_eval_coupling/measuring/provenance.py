@@ -19,7 +19,8 @@ def about_model(session: Session, config: Any) -> dict[str, Any]:
     """Size and weights of the model that is measured; ``config`` is its transformers configuration."""
     model, architecture = session.trained.model, config.get_text_config()
     return {
-        "fingerprint": session.trained.fingerprint,
+        "fingerprint": model.fingerprint,
+        "way": f"{model.way}: {model.way_reason}",
         "model_dtype": str(model.dtype),
         "device": str(model.device),
         "d_model": model.d_model,

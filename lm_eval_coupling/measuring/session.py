@@ -35,7 +35,6 @@ class Subject:
 
     weights: str
     model: ResidualModel
-    fingerprint: str
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Session:
 
     def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
         position = resolve_token(self.position, len(tokens))
-        return self.store.key(subject.fingerprint, measure, self.settings.of(measure), tokens, position)
+        return self.store.key(subject.model.identity, measure, self.settings.of(measure), tokens, position)
 
     def _recalled(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
         """What earlier runs have measured of these prompts, measure by measure."""

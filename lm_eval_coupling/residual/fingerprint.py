@@ -38,19 +38,18 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def identity(model: nn.Module, output: Float[Tensor, "1 seq d_model"]) -> str:
-    """What makes a stored measurement one of this model, computed as it is computed now.
+def digest(output: Float[Tensor, "1 seq d_model"]) -> str:
+    """12 hex digits of what a model gives for a fixed prompt: the stream after its last block.
 
-    The :func:`fingerprint` of the weights, and a digest of ``output``, the stream after the last block for a fixed prompt:
-    a version of transformers, TransformerLens or torch, or an option, that computes something else has another identity. A
-    digest is of projections rounded to 1/500 of their size, so that another order of additions keeps it, but for one model
-    in a hundred that is then measured anew.
+    A version of transformers, TransformerLens or torch, or an option, that computes something else gives another digest. It
+    is of projections rounded to 1/500 of their size, so that another order of additions keeps it, but for one model in a
+    hundred, which is then measured anew.
     """
     x = output.detach().flatten().double().cpu()
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(_PROJECTIONS, x.numel(), generator=generator, dtype=torch.float64)
     rounded = (directions @ x / (x.norm() + 1e-300) * 500).round().nan_to_num().to(torch.int64)
-    return f"{fingerprint(model)}-{hashlib.sha256(repr(rounded.tolist()).encode()).hexdigest()[:12]}"
+    return hashlib.sha256(repr(rounded.tolist()).encode()).hexdigest()[:12]
 
 
 def _configuration(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from lm_eval_coupling.residual.arguments import Keys, tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
-from lm_eval_coupling.residual.fingerprint import identity
+from lm_eval_coupling.residual.fingerprint import digest, fingerprint
 from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
@@ -117,12 +117,19 @@ class ResidualModel:
         return stamp.change_in(scored)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, see :func:`~lm_eval_coupling.residual.fingerprint.fingerprint`."""
+        return fingerprint(self._wrapped()[0])
+
+    @cached_property
     def identity(self) -> str:
-        """What measurements of this model are kept under, see :func:`~lm_eval_coupling.residual.fingerprint.identity`."""
+        """What measurements of this model are kept under: :attr:`fingerprint`, and what the model gives for the probe."""
+        return f"{self.fingerprint}-{digest(self._wrapped()[2])}"
+
+    def _wrapped(self) -> tuple[nn.Module, Stamp, Tensor]:
         if self._scored is None:
             raise CouplingError("got a model that was not made by ResidualModel.wrap, expected one with known weights")
-        scored, _, probed = self._scored
-        return identity(scored, probed)
+        return self._scored
 
     @property
     def device(self) -> torch.device:
