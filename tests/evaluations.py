@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 HOOK = Path(__file__).parents[1] / "hook"
+ENVIRONMENT: dict[str, str] = {}  # of fresh processes, for tests that change it
 KINDS = ("choice", "generate", "winogrande", "blimp", "rolling")
 
 
@@ -26,6 +27,7 @@ def scores(results):
 def environment():
     kept = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
     kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOK.parent)}
+    kept |= ENVIRONMENT
     return kept | {"ACCELERATE_USE_CPU": "1"}  # without it accelerate takes several processes without GPUs for single ones
 
 

@@ -1,0 +1,102 @@
+"""lm-eval's releases, this one and the next, with the start-up hook and without."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from evaluations import HOOK, environment, evaluation, run, written
+
+from lm_eval_coupling import load_records
+
+pytestmark = pytest.mark.slow
+NEXT = "lm-eval==0.5.0.dev1"
+
+
+@pytest.fixture(scope="module")
+def next_release(tmp_path_factory):
+    """A folder with the pre-release; everything it needs is there with the present one."""
+    folder = tmp_path_factory.mktemp("next")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--pre", "--no-deps", "--target", str(folder), NEXT]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"no {NEXT} from the package index: {found.stderr.strip().splitlines()[-1]}")
+    return str(folder)
+
+
+@pytest.fixture(params=["present", "next"])
+def release(request, monkeypatch):
+    """Fresh interpreters find this lm-eval."""
+    path = [str(HOOK.parent)]
+    if request.param == "next":
+        path.insert(0, request.getfixturevalue("next_release"))
+    monkeypatch.setattr("evaluations.ENVIRONMENT", {"PYTHONPATH": os.pathsep.join(path)})
+    return request.param
+
+
+# As its entry point loads it: once lm-eval is there, from inside simple_evaluate, without anything of ours before.
+AS_AN_ENTRY_POINT = """
+import sys
+from lm_eval import simple_evaluate
+from lm_eval.api.registry import model_registry
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+
+assert not [name for name in sys.modules if name.startswith("lm_eval_coupling")]
+find = type(model_registry).get
+def get(self, name, *rest):
+    if name == "coupling-hf":
+        import lm_eval_coupling.harness.lm
+    return find(self, name, *rest)
+type(model_registry).get = get
+
+home, out = sys.argv[1:]
+tracker = EvaluationTracker(output_path=out)
+results = simple_evaluate(
+    "coupling-hf",
+    model_args=dict(pretrained=home + "/float32", coupling_ranks="2", coupling_limit=2, coupling_store=out + "/s"),
+    tasks=["tiny_choice"],
+    device="cpu",
+    bootstrap_iters=0,
+    evaluation_tracker=tracker,
+    task_manager=TaskManager(include_path=home + "/tasks", include_defaults=False),
+)
+tracker.save_results_aggregated(results, results.pop("samples"))
+"""
+
+
+def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
+    """Found through its entry point alone it scored, ended well and recorded nothing."""
+    monkeypatch.setenv("LM_EVAL_COUPLING_NO_HOOK", "1")
+    script = tmp_path / "run.py"
+    script.write_text(AS_AN_ENTRY_POINT)
+    found = subprocess.run(
+        [sys.executable, str(script), str(home), str(tmp_path / "out")],
+        env=environment() | {"LM_EVAL_COUPLING_NO_HOOK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert 0 < written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"] < 1
+    assert len(load_records(tmp_path / "out")) == 2
+
+
+def test_the_command_with_the_hook(release, home, tmp_path):
+    start = f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
+    (tmp_path / "run.py").write_text(start)
+    arguments = f"pretrained={home / 'float32'},coupling_ranks=2,coupling_limit=2,coupling_store={tmp_path / 's'}"
+    words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
+    printed = run([sys.executable, tmp_path / "run.py", "--model", "coupling-hf", "--model_args", arguments, *words])
+    assert "Coupling at K = 2" in printed and "2 of 8" in printed
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    values = [json.loads(line)["coupling"] for line in samples.read_text().splitlines()]
+    assert sum(value is not None for value in values) == 2 == len(load_records(tmp_path / "out"))
+
+
+def test_several_processes(release, home, tmp_path):
+    """The next release gathers in another way; `CouplingLM` had relied on this one's."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29594")
+    run(evaluation(home, "choice", tmp_path / "out", tmp_path / "s", launcher=launcher))
+    assert written(tmp_path / "out")["config"]["coupling"]["measured"] == len(load_records(tmp_path / "out")) == 8
