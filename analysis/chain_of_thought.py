@@ -19,9 +19,10 @@ def main(argv=None):
     parser.add_argument("--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)")
     options = parser.parse_args(argv)
     names = options.first, options.second
-    records = tables.read(options.runs, names)
+    regularity = ["line_shape_score", "expodistance"]
+    records = tables.read(options.runs, names, measures=["coupling", *regularity])
     rank = tables.choose_rank(records, options.rank)
-    whole = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    whole = ["coupling", *tables.recorded(records, regularity)]
     pairs = by_document.paired(tables.long(records, [*whole, "layer_coupling"], rank), *names)
     means = tables.named(by_document.mean_differences(pairs), rank)
     pairs = tables.named(pairs, rank)

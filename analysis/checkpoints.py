@@ -16,9 +16,11 @@ from lm_eval_coupling.studies import tables, training
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = training.with_steps(tables.read(options.runs, options.tasks))
+    regularity = ["line_shape_score", "expodistance", "equidistance"]
+    records = tables.read(options.runs, options.tasks, measures=["coupling", *regularity])
+    records = training.with_steps(records)
     rank = tables.choose_rank(records, options.rank)
-    measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance", "equidistance"])]
+    measures = ["coupling", *tables.recorded(records, regularity)]
     values = tables.quartiles(tables.long(records, measures, rank), tables.RUN)
     rows = training.with_steps(tables.named(values, rank)).sort_values("step")
     rows["line"] = rows["lineage"]

@@ -21,7 +21,7 @@ def main(argv=None):
         "--measures", nargs="+", choices=[*PROFILES, *SPECTRA], metavar="M", help=", ".join(PROFILES + SPECTRA)
     )
     options = parser.parse_args(argv)
-    records = tables.read(options.runs, options.tasks)
+    records = tables.read(options.runs, options.tasks, measures=options.measures or PROFILES + SPECTRA)
     rank = tables.choose_rank(records, options.rank)
     measures = options.measures or PROFILES + tables.recorded(records, SPECTRA)
     rows = tables.named(tables.quartiles(tables.long(records, measures, rank), tables.RUN), rank)

@@ -24,13 +24,14 @@ def main(argv=None):
     parser.add_argument("--count", metavar="TEXT", help="how often TEXT occurs in the field")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with the columns doc_hash and NAME")
     options = parser.parse_args(argv)
-    records = tables.read(options.runs, options.tasks, weights="trained")
+    regularity = ["line_shape_score", "expodistance"]
+    records = tables.read(options.runs, options.tasks, weights="trained", measures=["coupling", *regularity])
     rank = tables.choose_rank(records, options.rank)
     if options.csv:
         numbers = by_document.from_csv(options.csv, options.column)
     else:
         numbers = by_document.fields(options.runs, options.column, options.count)
-    measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    measures = ["coupling", *tables.recorded(records, regularity)]
     rows = tables.named(by_document.against(tables.long(records, measures, rank), numbers, "difficulty"), rank)
     bins = tables.named(by_document.bins(rows, "difficulty"), rank)
     found = tables.named(by_document.correlations(rows, "difficulty"), rank)

@@ -18,7 +18,8 @@ def main(argv=None):
     parser.add_argument("--last", type=int, default=16, metavar="N", help="tokens up to the measured one (%(default)s)")
     parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
     options = parser.parse_args(argv)
-    values = singular_values.influence(tables.read(options.runs, options.tasks), options.last)
+    records = tables.read(options.runs, options.tasks, columns=["frobenius_norms", "spectral_norms"])
+    values = singular_values.influence(records, options.last)
     rows = tables.summary(values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"])
     names = list(dict.fromkeys(rows["token"]))
     panels = {

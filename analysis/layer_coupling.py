@@ -14,7 +14,7 @@ from lm_eval_coupling.studies import tables
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks)
+    records = tables.read(options.runs, options.tasks, measures=["layer_coupling"])
     rank = tables.choose_rank(records, options.rank)
     values = tables.long(records, ["layer_coupling", "layer_coupling_as_basis"], rank)
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)

@@ -18,7 +18,7 @@ from lm_eval_coupling.studies import tables
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks)
+    records = tables.read(options.runs, options.tasks, measures=["coupling"])
     rank = tables.choose_rank(records, options.rank)
     found = tables.mean_matrices(records, rank)
     panels = {f"{tables.label(*run)} (n = {n})": matrix for run, (matrix, n) in found.items()}

@@ -32,7 +32,7 @@ def main(argv=None):
     parser.add_argument("--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args(argv)
-    records = tables.of_model(tables.read(options.runs), options.model)
+    records = tables.of_model(tables.read(options.runs, columns=["tokens"]), options.model)
     name = records["model"].iloc[0]
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
     model = matrices.load(options.model)

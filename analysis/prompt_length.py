@@ -13,9 +13,10 @@ from lm_eval_coupling.studies import by_document, tables
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks, weights="trained")
+    regularity = ["line_shape_score", "expodistance"]
+    records = tables.read(options.runs, options.tasks, weights="trained", measures=["coupling", *regularity])
     rank = tables.choose_rank(records, options.rank)
-    measures = ["coupling", *tables.recorded(records, ["line_shape_score", "expodistance"])]
+    measures = ["coupling", *tables.recorded(records, regularity)]
     rows = tables.named(tables.long(records, measures, rank), rank)
     bins = tables.named(by_document.bins(rows, "n_tokens"), rank)
     found = tables.named(by_document.correlations(rows, "n_tokens"), rank)

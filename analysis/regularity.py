@@ -15,9 +15,10 @@ from lm_eval_coupling.studies import tables
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks)
+    regularity = ["line_shape_score", "expodistance", "equidistance"]
+    records = tables.read(options.runs, options.tasks, measures=regularity)
     rank = tables.choose_rank(records, options.rank)
-    measures = tables.recorded(records, ["line_shape_score", "expodistance", "equidistance"], needed=2)
+    measures = tables.recorded(records, regularity, needed=2)
     values = tables.long(records, measures, rank)
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)
     title = "Regularity of trajectories: median and quartiles over documents"

@@ -20,7 +20,7 @@ def main(argv=None):
         "--indices", type=int, nargs="+", metavar="k", help="which ones, from 1 (default: 1 3 10 … measured)"
     )
     options = parser.parse_args(argv)
-    records = tables.read(options.runs, options.tasks)
+    records = tables.read(options.runs, options.tasks, columns=["singular_values", "depth_slope", "depth_r2"])
     most = tables.common_ranks(records)[-1]
     indices = options.indices or [k for k in (1, 3, 10, 30) if k <= most]
     rows = tables.summary(singular_values.singular_values(records, indices), [*tables.RUN, "k", "depth"])

@@ -29,7 +29,8 @@ def main(argv=None):
     )
     options = parser.parse_args(argv)
     kind = tokens.KINDS[options.kind]
-    records = require(tables.read(options.runs, options.tasks), [kind.column])
+    records = tables.read(options.runs, options.tasks, columns=[kind.column, kind.tokens, kind.layers])
+    records = require(records, [kind.column])
     rank = tables.choose_rank(records, options.rank)
     records = tables.of_document(records, options.doc)
     panels, places, rows = {}, {}, []

@@ -23,7 +23,8 @@ def main(argv=None):
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N tokens (an attention sink)")
     parser.add_argument("--components", type=int, nargs=2, default=(1, 2), metavar="i", help="of the PCA (default: 1 2)")
     options = parser.parse_args(argv)
-    records = require(tables.read(options.runs, options.tasks), ["trajectories", "trajectory_variance"])
+    columns = ["trajectories", "trajectory_variance"]
+    records = require(tables.read(options.runs, options.tasks, columns=columns), columns)
     doc = int(records["doc_id"].iloc[0]) if options.doc is None else options.doc
     chosen = tables.of_document(records, doc)
     chosen = chosen[chosen["task"] == chosen["task"].iloc[0]].drop_duplicates(tables.RUN)

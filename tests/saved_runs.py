@@ -140,6 +140,7 @@ def results(tasks, model="org/tiny", coupling=True, groups=None, **changes):
     return {
         "results": scores,
         "group_subtasks": groups or {},
+        "higher_is_better": {task: {"acc": True, "f1": True, "coupling": True} for task in scores},
         "n-shot": {task: 5 for task in tasks},
         "n-samples": {task: {"original": 100, "effective": 50} for task in tasks},
         "config": config,

@@ -1,19 +1,15 @@
-"""What the pictures have in common: colours told apart without colour vision, panels in a grid, the line of chance."""
+"""What the pictures have in common: panels in a grid, the line of chance, one legend, the bar of colours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-COLOURS = "viridis"  # dark where layers are coupled, as `show` has it; legible without colour vision and in grey
-UNDEFINED = "0.85"  # grey, which the colours above do not have
-_OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _TICKS = 8
 DPI = 200  # of the pictures
 
@@ -31,14 +27,6 @@ def grid(
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure, axes[:panels]
-
-
-def colours(names: Iterable[Any]) -> Mapping[Any, Any]:
-    """A colour for every name: one of a few told apart by everybody; of more than these, places on a scale."""
-    names = list(dict.fromkeys(names))
-    if len(names) <= len(_OKABE_ITO):
-        return dict(zip(names, _OKABE_ITO, strict=False))
-    return {name: colormaps["viridis"](0.92 * i / (len(names) - 1)) for i, name in enumerate(names)}
 
 
 def chance_line(ax: Axes, chance: float) -> None:

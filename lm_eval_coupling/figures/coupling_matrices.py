@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
-from lm_eval_coupling.figures.canvas import COLOURS, UNDEFINED, colour_bar, grid, labelled
-from lm_eval_coupling.measures.formulas.coupling import miscoupling
+from lm_eval_coupling.figures.canvas import colour_bar, grid, labelled
+from lm_eval_coupling.figures.palette import SCALE, UNDEFINED
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
@@ -46,7 +45,7 @@ def token_heatmaps(
     values = np.concatenate([*finite, [chance]])
     figure, axes = grid(len(panels), width=3.1, height=3.3, columns=4, title=title)
     for ax, (name, matrix) in zip(axes, panels.items(), strict=True):
-        image = ax.imshow(matrix, cmap=COLOURS, vmin=values.min(), vmax=values.max(), interpolation="none")
+        image = ax.imshow(matrix, cmap=SCALE, vmin=values.min(), vmax=values.max(), interpolation="none")
         ax.set_facecolor(UNDEFINED)
         undefined = np.isnan(matrix).sum()
         ax.set_title(name + (f"\n({undefined} undefined, grey)" if undefined else ""), fontsize="small")
@@ -79,9 +78,9 @@ def coupling_matrices(
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     largest = np.abs(A).max(axis=(-2, -1), keepdims=True)
     shown = np.abs(A) / np.where(largest > 0, largest, np.nan)
-    m = miscoupling(torch.as_tensor(A), normalized=True)
+    m = normalized_miscoupling(A)
     for (row, column), ax in np.ndenumerate(axes):
-        image = ax.imshow(shown[row, column], cmap=COLOURS, vmin=0, vmax=1, interpolation="none")
+        image = ax.imshow(shown[row, column], cmap=SCALE, vmin=0, vmax=1, interpolation="none")
         ax.set_facecolor(UNDEFINED)
         ax.set_xticks([])
         ax.set_yticks([])
@@ -97,6 +96,14 @@ def coupling_matrices(
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def normalized_miscoupling(A: Float[np.ndarray, "*batch rank rank"]) -> Float[np.ndarray, "*batch"]:
+    """m̃ = ‖A − Diag A‖_F / ‖A‖_F of every matrix, NaN where that is 0."""
+    A = A.astype(np.float64)
+    off = np.linalg.norm(np.where(np.eye(A.shape[-1], dtype=bool), 0, A), axis=(-2, -1))
+    size = np.linalg.norm(A, axis=(-2, -1))
+    return np.divide(off, size, out=np.full(size.shape, np.nan), where=size > 0)
 
 
 def influence(
@@ -121,7 +128,7 @@ def influence(
         extent = (-0.5, len(tokens) - 0.5, len(matrix) + 0.5, 0.5)
         shown = np.ma.masked_less_equal(np.nan_to_num(matrix), 0)
         image = ax.imshow(
-            shown, cmap=COLOURS, norm=LogNorm(known.min(), known.max()), interpolation="none", extent=extent, aspect="auto"
+            shown, cmap=SCALE, norm=LogNorm(known.min(), known.max()), interpolation="none", extent=extent, aspect="auto"
         )
         ax.set_facecolor(UNDEFINED)
         ax.set_title(name, fontsize="small")

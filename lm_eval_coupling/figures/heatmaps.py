@@ -15,7 +15,8 @@ from matplotlib.image import AxesImage
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
-from lm_eval_coupling.figures.canvas import COLOURS, colour_bar, labelled
+from lm_eval_coupling.figures.canvas import colour_bar, labelled
+from lm_eval_coupling.figures.palette import SCALE
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
@@ -63,7 +64,7 @@ def _off_diagonal(name: str, matrix: Float[np.ndarray, "layer layer"]) -> np.ma.
 
 def _layer_image(ax: Axes, matrix: np.ma.MaskedArray, low: float, high: float) -> AxesImage:
     edges = 0.5, len(matrix) + 0.5  # cell l is centred on l
-    image = ax.imshow(matrix, cmap=COLOURS, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1]))
+    image = ax.imshow(matrix, cmap=SCALE, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1]))
     ticks = labelled(len(matrix))
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)

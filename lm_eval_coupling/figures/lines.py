@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled, legend_outside
+from lm_eval_coupling.figures.canvas import chance_line, grid, labelled, legend_outside
+from lm_eval_coupling.figures.palette import colours
 
 
 def curves(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lm_eval_coupling.figures.palette import CATEGORIES, colours
 from lm_eval_coupling.statistics import Fit
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
 _JOINED = {"fmt": "o-", "markersize": 3, "linewidth": 1}
 _CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
 _FAMILIES = 12  # more than that are not told apart by colour
@@ -195,6 +193,6 @@ def _figure(panels: int, *, width: float, height: float, title: str | None) -> t
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _colour(index: int, of: int = 0) -> Any:
+def _colour(index: int, of: int = 0) -> str:
     """One of a few that are told apart without colour vision; of more than these, a place on a scale."""
-    return _COLOURS[index % len(_COLOURS)] if of <= len(_COLOURS) else colormaps["viridis"](0.92 * index / (of - 1))
+    return list(colours(range(of)).values())[index] if of > len(CATEGORIES) else CATEGORIES[index % len(CATEGORIES)]

@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import chance_line, colours, grid, labelled
+from lm_eval_coupling.figures.canvas import chance_line, grid, labelled
 from lm_eval_coupling.figures.lines import curves
+from lm_eval_coupling.figures.palette import colours
 
 
 def against_number(

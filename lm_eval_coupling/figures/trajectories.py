@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid
-
-_DEPTH = "viridis"
+from lm_eval_coupling.figures.palette import SCALE
 
 
 def trajectories(
@@ -62,7 +61,7 @@ def trajectories(
                 f"component {components[0]} ({variance[xy[0]]:.0%} of the last layer's variance)", fontsize="x-small"
             )
             ax.set_ylabel(f"component {components[1]} ({variance[xy[1]]:.0%})", fontsize="x-small")
-        figure.colorbar(ScalarMappable(depth, _DEPTH), ax=axes[3 * row + 2], label="after layer")
+        figure.colorbar(ScalarMappable(depth, SCALE), ax=axes[3 * row + 2], label="after layer")
     return figure
 
 
@@ -73,7 +72,7 @@ def _draw(
         thick = index == token
         steps = LineCollection(
             np.stack([way[:-1], way[1:]], axis=1),
-            cmap=_DEPTH,
+            cmap=SCALE,
             norm=depth,
             linewidths=2.2 if thick else 0.7,
             zorder=1 + thick,

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.names import labels, run_label
+from lm_eval_coupling.saved.names import label_rows
+from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import proportion_error
 
@@ -115,9 +116,8 @@ def scored_rows(
     _require_comparable(rows, mixed)
     notes += _differences(rows)
     rows = _with_scores(rows, score, notes)
-    for name, column in _LOGARITHMS.items():
-        rows[name] = np.log10(rows[column].where(rows[column] > 0))
-    return rows
+    logarithms = {name: np.log10(rows[column].where(rows[column] > 0)) for name, column in _LOGARITHMS.items()}
+    return pd.concat([rows, pd.DataFrame(logarithms, rows.index)], axis=1)
 
 
 def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None) -> Observations:
@@ -163,9 +163,7 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
 
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    names = labels(rows["model"].unique())
-    runs = zip(rows["model"], rows["revision"], strict=True)
-    return rows.assign(label=[run_label(names[model], revision) for model, revision in runs])
+    return rows.assign(label=label_rows(rows))
 
 
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
@@ -183,7 +181,7 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Checkpoints of one training are no models of their own: the last one counts, or the finished model."""
     order = rows["step"].fillna(np.inf)
-    last = order == order.groupby([rows["lineage"], rows["task"]]).transform("max")
+    last = order == order.groupby([rows["lineage"], rows["task"], rows["prompting"]]).transform("max")
     if not last.all():
         notes.append(f"of {rows['lineage'][~last].nunique()} models the last checkpoint counts, {(~last).sum()} rows do not")
     return rows[last]
@@ -192,7 +190,7 @@ def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The same weights under two names are one model, not two."""
     known = rows["fingerprint"].notna()
-    newest = rows.sort_values("date").drop_duplicates(["fingerprint", "task"], keep="last").index
+    newest = rows.sort_values("date").drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
     kept = ~known | rows.index.isin(newest)
     if not kept.all():
         notes.append(f"the same weights under another name, counted once: {_some(rows['label'][~kept])}")
@@ -200,6 +198,7 @@ def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
+    _require_one_way_of_prompting(rows, mixed)
     for column, what in (("n_fewshot", "few-shot examples"), ("task_version", "as version of the task")):
         for task, group in rows.groupby("task", sort=False):
             values = group.dropna(subset=column).drop_duplicates(column)
@@ -211,6 +210,18 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
                 )
 
 
+def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
+    """A model with and without a chat template is one model, not two: with ``keep`` each counts under a label of its own."""
+    weights = [rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")]
+    for (model, *_, task), group in rows.groupby(weights, sort=False):
+        if len(told := differing(group["prompting"].unique())) > 1 and mixed == "refuse":
+            ways = " and ".join(words or "without" for words in told.values())
+            raise CouplingError(
+                f"got {task} of {model} with different prompts ({ways}); give runs made alike, or pass mixed='keep' "
+                "(--mixed keep) to have each counted"
+            )
+
+
 def _differences(rows: pd.DataFrame) -> list[str]:
     """What may make scores differ, but need not."""
     columns = {"n_samples": "numbers of documents", "n_fewshot": "numbers of few-shot examples"}
@@ -220,9 +231,6 @@ def _differences(rows: pd.DataFrame) -> list[str]:
         differ = rows.groupby("task")[column].nunique() > 1
         if differ.any():
             notes.append(f"models differ in the {what} of {_some(differ.index[differ])}")
-    states = rows.groupby("label")["fingerprint"].nunique() > 1
-    if states.any():
-        notes.append(f"not the same weights in all tasks, though under one name: {_some(states.index[states])}")
     versions = sorted(set(rows["lm_eval_version"].dropna()))
     return [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
 
@@ -236,7 +244,7 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
             notes.append(f"{task} has no {wanted or 'metric'} and was left out")
             continue
         error = group.get(metric.replace(",", "_stderr,", 1), pd.Series(np.nan, index=group.index))
-        lower = bool(_LOWER_IS_BETTER.search(metric))
+        lower = _is_lower_better(group, metric, notes)
         name = metric.removesuffix(",none")
         scored.append(
             group.assign(
@@ -250,6 +258,25 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
         metrics = sorted({name for name in rows.columns if is_score(name) and rows[name].notna().any()})
         raise CouplingError(f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}")
     return pd.concat(scored)
+
+
+def _is_lower_better(group: pd.DataFrame, metric: str, notes: list[str]) -> bool:
+    """As lm-eval says in the runs; guessed from the metric's name where it does not say.
+
+    Raises:
+        CouplingError: if runs disagree, as versions of a task may.
+    """
+    name = metric.split(",")[0]
+    known = [dict(told).get(name) for told in group["directions"]]
+    found = {direction for direction in known if direction is not None}
+    if len(found) > 1:
+        first, other = (group["file"].iloc[known.index(direction)] for direction in (True, False))
+        raise CouplingError(f"got {name}, better when higher in {first} and when lower in {other}; choose another score")
+    if found:
+        return not found.pop()
+    lower = bool(_LOWER_IS_BETTER.search(metric))
+    notes.append(f"lm-eval does not say whether {name} is better when higher; taken as {'lower' if lower else 'higher'}")
+    return lower
 
 
 def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
@@ -321,12 +348,16 @@ def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list
     if not complete.any():
         return
     groups = rows[complete].groupby("label", sort=False)
-    means = groups.first()
+    averaged: dict[str, pd.Series] = {}
     for value, error in [("score", "score_error"), *((p.name, p.error) for p in predictors)]:
-        means[value] = groups[value].mean()
+        averaged[value] = groups[value].mean()
         if error in rows:
-            means[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
-    yield means.reset_index().assign(score_of=f"mean of {len(names)} scores", task="mean", metric="mean")
+            averaged[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
+    rest = groups.first().drop(columns=[*averaged, "score_of", "task", "metric"])
+    about = {"score_of": f"mean of {len(names)} scores", "task": "mean", "metric": "mean"}
+    yield pd.concat(
+        [rest, pd.DataFrame(averaged | {k: pd.Series(v, rest.index) for k, v in about.items()})], axis=1
+    ).reset_index()
 
 
 def _some(names) -> str:

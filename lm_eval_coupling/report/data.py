@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 from lm_eval_coupling.report.prompts import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
@@ -48,7 +49,8 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
         _row(row, used[row["file"]], tables) | {"label": label, "run": list(used).index(row["file"])}
         for label, row in zip(label_rows(found, full_names(found["model"].unique())), found.to_dict("records"), strict=True)
     ]
-    about = {"provenance": [_provenance(run) for run in used.values()], "passed_over": runs.passed_over}
+    about = {"provenance": [_provenance(run) for run in used.values()]}
+    about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
     return _plain({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents))
 
 

@@ -12,11 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lm_eval_coupling.figures.palette import on_scale
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
 from lm_eval_coupling.saved.run import SavedTable
 
-# Viridis, dark where layers are coupled.
-_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _PROMPT_TAIL = 400
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # prompts are other people's text: keep the terminal safe
 
@@ -117,10 +116,4 @@ def _cell_style(value: float) -> str:
 
 
 def _colour(value: float) -> str:
-    if math.isnan(value):
-        return "default"
-    place = min(max(value, 0.0), 1.0) * (len(_COLOURS) - 1)
-    low = min(int(place), len(_COLOURS) - 2)
-    share = place - low
-    mixed = [round(a + (b - a) * share) for a, b in zip(_COLOURS[low], _COLOURS[low + 1], strict=True)]
-    return f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
+    return "default" if math.isnan(value) else "rgb({},{},{})".format(*on_scale(value))

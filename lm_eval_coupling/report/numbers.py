@@ -31,25 +31,26 @@ def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
 
 
 def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
-    trained = prompt_values(table)
-    untrained = prompt_values(table, "untrained")
+    values = prompt_values(table, "all")
+    trained, untrained = (values[values["weights"] == weights] for weights in ("trained", "untrained"))
     about = {"folder": str(table.file.parent), "model": run.model, "revision": run.revision, "variant": run.variant}
     about |= {"fingerprint": run.fingerprint, "prompting": run.prompting(table.task), "task": table.task}
+    own, twin = document_values(trained), document_values(untrained)
     regularity: dict[str, float] = {}
     for name in _REGULARITY:
-        regularity[name], regularity[f"{name}_stderr"], _ = mean_and_error(document_values(trained, name))
+        regularity[name], regularity[f"{name}_stderr"], _ = mean_and_error(own[name])
     rest = {
         "worst_certificate": trained["worst_certificate"].max(),
         "missing": _missing(trained),
         "seed": (table.about.get("untrained") or {}).get("seed"),
     }
     for rank in ranks_of(trained) or [None]:
-        yield about | _coupling(trained, untrained, rank) | regularity | rest
+        yield about | _coupling(own, twin, rank) | regularity | rest
 
 
 def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) -> dict[str, Any]:
     name = f"coupling@{rank}"
-    own, twin = (document_values(v, name) if name in v else pd.Series(dtype=float) for v in (trained, untrained))
+    own, twin = (v[name].dropna() if name in v else pd.Series(dtype=float) for v in (trained, untrained))
     mean, error, n = mean_and_error(own)
     chance = math.nan if rank is None else chance_coupling(rank)
     found = {"rank": rank, "documents": n, "coupling": mean, "coupling_stderr": error, "chance": chance}

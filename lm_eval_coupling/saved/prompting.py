@@ -4,47 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-UNKNOWN = "unknown prompts"  # of a table whose results are not there
-_TEXTS = ("description", "doc_to_text", "gen_prefix", "fewshot_delimiter")  # of the task's configuration
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # a function has another one in every process
+UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
+_SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
+# Of a task's configuration: what its prompts are rendered from.
+_TEXTS = ("doc_to_text", "doc_to_choice", "description", "gen_prefix", "fewshot_delimiter", "target_delimiter")
+_TEXTS += ("fewshot_split",)
 
 
-def prompting(results: Mapping[str, Any], tasks: Sequence[str], settings: Mapping[str, Any]) -> str:
+def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]) -> str:
     """How the prompts of a task, or of the tasks of a group, were made and where they were measured.
 
     Args:
-        results: what lm-eval wrote.
+        results: what lm-eval wrote; empty where only a table is there.
         tasks: single tasks.
-        settings: of the coupling that was measured, or nothing.
+        coupling: what the run or the table says of its coupling; may be empty.
 
     Returns:
         Parts such as ``5-shot, chat template 1f0c22ab, one turn, system instruction 77aa01de, task text 9b3d8c11,
         chosen samples 02fe54b7, token 0``. Digests stand for texts: equal ones for equal texts. Equal words mean that the
         same document had the same prompt; the numbers of documents evaluated and measured do not count.
     """
-    if not results.get("results"):
-        return ", ".join([UNKNOWN, *_token(settings)])
-    shots = sorted({_shots(results, task) for task in tasks})
-    parts = ["/".join(shots) + "-shot"]
-    if template := results.get("chat_template"):
-        parts.append(f"chat template {results.get('chat_template_sha') or _digest(template)}"[:22])
-        if shots != ["0"] and results.get("fewshot_as_multiturn") is False:
-            parts.append("one turn")
-    if system := results.get("system_instruction"):
-        parts.append(f"system instruction {_digest(system)}")
-    if texts := _texts(results, tasks):
-        parts.append(f"task text {_digest(texts)}")
-    seed = (results.get("config") or {}).get("fewshot_seed")
-    if shots != ["0"] and seed is not None:
-        parts.append(f"few-shot seed {seed}")
-    if chosen := [task for task in tasks if _were_chosen(results, task)]:
-        hashes = {task: (results.get("task_hashes") or {}).get(task) for task in chosen}
-        parts.append(f"chosen samples {_digest(hashes)}")
-    return ", ".join(parts + _token(settings))
+    found = {task: _of_task(results, task, coupling) for task in tasks}
+    if not any(found.values()):
+        return ", ".join([UNKNOWN, *_token(coupling)])
+    parts = ["/".join(sorted({of["num_fewshot"] for of in found.values()})) + "-shot"]
+    for name in ("chat_template", "turns", "system_instruction", "seed"):
+        parts += sorted({of[name] for of in found.values() if of.get(name)})
+    for name, words in (("task_texts", "task text"), ("samples", "chosen samples")):
+        told = {task: of[name] for task, of in found.items() if of.get(name)}
+        if told:
+            parts.append(f"{words} {told[tasks[0]] if len(tasks) == 1 else _digest(told)}")
+    return ", ".join(parts + _token(coupling))
+
+
+def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]) -> dict[str, str | None]:
+    """What is known of one task, digests cut to eight digits. What the run recorded itself goes before lm-eval's results."""
+    recorded = coupling.get("prompts") or {}
+    recorded = recorded if "num_fewshot" in recorded else recorded.get(task) or {}
+    if not recorded and task not in results.get("results", {}):
+        return {}
+    config = (results.get("configs") or {}).get(task) or {}
+    shots = _shots(recorded.get("num_fewshot", (results.get("n-shot") or {}).get(task, config.get("num_fewshot"))))
+    template = recorded.get("chat_template") or results.get("chat_template_sha") or _digest(results.get("chat_template"))
+    turns = recorded.get("fewshot_as_multiturn", results.get("fewshot_as_multiturn"))
+    system = _digest(recorded.get("system_instruction") or results.get("system_instruction"))
+    texts = recorded.get("task_texts") or (config and _digest({name: config.get(name) for name in _TEXTS}))
+    seed = (results.get("config") or {}).get("fewshot_seed", _SEED)
+    return {
+        "num_fewshot": shots,
+        "chat_template": template and f"chat template {template[:8]}",
+        "turns": "one turn" if template and shots != "0" and turns is False else None,
+        "system_instruction": system and f"system instruction {system}",
+        "seed": f"few-shot seed {seed}" if shots != "0" and seed != _SEED else None,
+        "task_texts": (texts or "")[:8],
+        "samples": _digest(recorded.get("samples")) if recorded else _chosen(results, task),
+    }
 
 
 def differing(of_runs: Iterable[str]) -> dict[str, str]:
@@ -54,35 +71,30 @@ def differing(of_runs: Iterable[str]) -> dict[str, str]:
     return {words: ", ".join(part for part in own if part not in common) for words, own in parts.items()}
 
 
-def _token(settings: Mapping[str, Any]) -> list[str]:
+def _token(coupling: Mapping[str, Any]) -> list[str]:
     """Which token was measured, unless it is the last one that the model is given."""
-    position = settings.get("position", -1)
-    return [] if str(position) == "-1" else [f"token {position}"]
+    settings = coupling.get("settings") or {}
+    position, prompt = settings.get("position", -1), settings.get("prompt", "scored")
+    rendered = [] if prompt == "scored" else [f"{prompt} prompt"]
+    return rendered if str(position) in ("-1", "[-1]") else [*rendered, f"token {position}"]
 
 
-def _shots(results: Mapping[str, Any], task: str) -> str:
-    count = (results.get("n-shot") or {}).get(task)
-    if count is None:
-        count = ((results.get("configs") or {}).get(task) or {}).get("num_fewshot")
+def _shots(count: Any) -> str:
     return "?" if count is None else f"{count:g}" if isinstance(count, int | float) else str(count)
 
 
-def _texts(results: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, str]]:
-    configs = {task: (results.get("configs") or {}).get(task) or {} for task in tasks}
-    texts = {task: {name: config[name] for name in _TEXTS if config.get(name)} for task, config in configs.items()}
-    return {task: {name: _ADDRESS.sub("", str(text)) for name, text in own.items()} for task, own in texts.items() if own}
-
-
-def _were_chosen(results: Mapping[str, Any], task: str) -> bool:
-    """lm-eval's ``--samples`` leaves fewer documents than there are, without a limit."""
-    count = (results.get("n-samples") or {}).get(task)
-    config = results.get("config") or {}
+def _chosen(results: Mapping[str, Any], task: str) -> str | None:
+    """A digest of the documents that lm-eval's ``--samples`` left: fewer than there are, without a limit."""
+    count, config = (results.get("n-samples") or {}).get(task), results.get("config") or {}
     if not isinstance(count, Mapping) or "limit" not in config or config["limit"] is not None:
-        return False
+        return None
     effective, original = count.get("effective"), count.get("original")
-    return isinstance(effective, int) and isinstance(original, int) and effective < original
+    fewer = isinstance(effective, int) and isinstance(original, int) and effective < original
+    return _digest([(results.get("task_hashes") or {}).get(task), effective]) if fewer else None
 
 
-def _digest(value: Any) -> str:
+def _digest(value: Any) -> str | None:
+    if not value:
+        return None
     plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:8]

@@ -17,7 +17,8 @@ from lm_eval_coupling.saved.task_rows import rows_of_run
 logger = logging.getLogger(__name__)
 
 # What the numbers of depth coupling depend on: runs that measured other things besides are not different in these.
-_DEPTH_SETTINGS = ("ranks", "dtype", "method", "depth_version", "position")
+_DEPTH_SETTINGS = ("ranks", "dtype", "method", "depth_version", "position", "prompt")
+_DEFAULTS = {"prompt": "scored"}  # of settings that older runs do not have
 _SAMPLE_SETTINGS = ("limit", "seed")  # which documents of a task; other tasks may have had others
 
 
@@ -130,7 +131,7 @@ def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping
 def _require_equal(files: Sequence[str], settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> None:
     for file in files:
         for key in keys:
-            first, other = settings[files[0]].get(key), settings[file].get(key)
+            first, other = (settings[name].get(key, _DEFAULTS.get(key)) for name in (files[0], file))
             if first != other:
                 raise CouplingError(
                     f"got runs with different coupling settings: {key} is {first!r} in {files[0]} but {other!r} in {file}; "

@@ -18,7 +18,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.prompting import prompting
-from lm_eval_coupling.saved.tables import frame_of, open_table, read_provenance
+from lm_eval_coupling.saved.tables import frame_of, open_table, read_header
 
 _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.(?:json|parquet)$")
 # Arguments of the model, besides its name and revision, that make other weights of it.
@@ -29,25 +29,21 @@ _AT_ONCE = 64  # rows whose matrices are held together
 
 @dataclasses.dataclass(frozen=True)
 class SavedTable:
-    """The coupling table of one task of a run. ``about``: its provenance, as the run wrote it."""
+    """The coupling table of one task of a run. ``about``: its provenance, as the run wrote it; ``columns`` that it has."""
 
     file: Path
     about: Mapping[str, Any]
+    columns: tuple[str, ...]
 
     @property
     def task(self) -> str:
         """The task whose documents it holds."""
         return self.about["task"]
 
-    @functools.cached_property
-    def columns(self) -> list[str]:
-        """The columns that it has."""
-        with open_table(self.file) as table:
-            return list(table.schema_arrow.names)
-
     def read(self, columns: Sequence[str] | None = None, *, weights: str = "trained") -> pd.DataFrame:
-        """Rows in memory; see :meth:`batches`."""
-        return pd.concat(list(self.batches(columns, weights=weights, rows=1 << 20)), ignore_index=True)
+        """All rows of some columns at once; see :meth:`batches`."""
+        with open_table(self.file) as table:
+            return self._of(frame_of(table.read(self._wanted(columns))), weights)
 
     def batches(
         self, columns: Sequence[str] | None = None, *, weights: str = "trained", rows: int = _AT_ONCE
@@ -59,13 +55,16 @@ class SavedTable:
             weights: ``trained``, ``untrained`` or ``all``.
             rows: at most so many at a time.
         """
-        wanted = None if columns is None else [name for name in self.columns if name in (*columns, "weights")]
+        wanted = self._wanted(columns)
         with open_table(self.file) as table:
             empty = table.schema_arrow.empty_table()
             yield self._of(frame_of(empty if wanted is None else empty.select(wanted)), weights)
             for batch in table.iter_batches(batch_size=rows, columns=wanted):
                 if len(part := self._of(frame_of(batch), weights)):
                     yield part
+
+    def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
+        return None if columns is None else [name for name in self.columns if name in (*columns, "weights")]
 
     def _of(self, rows: pd.DataFrame, weights: str) -> pd.DataFrame:
         # Tables from before there were twins do not say.
@@ -141,7 +140,12 @@ class SavedRun:
 
     def prompting(self, task: str) -> str:
         """How the prompts of a task or group were made, in words that are equal where the prompts are."""
-        return prompting(self.results, self.leaves.get(task) or [task], self.settings)
+        return prompting(self.results, self.leaves.get(task) or [task], self._about(task))
+
+    def _about(self, task: str) -> Mapping[str, Any]:
+        """What a table says of its own task where there are no results."""
+        table = self.table(task)
+        return self.coupling if self.file or table is None else table.about
 
     def table(self, task: str) -> SavedTable | None:
         """The coupling table of a single task."""
@@ -199,7 +203,7 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
             seen.add(there)
             try:
                 if file.suffix == ".parquet":
-                    tables.append(SavedTable(file, read_provenance(file)))
+                    tables.append(SavedTable(file, *read_header(file)))
                 elif (found := _results(file, named=file == root)) is not None:
                     results.append((file, found))
             except CouplingError as error:

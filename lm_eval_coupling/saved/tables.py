@@ -147,14 +147,19 @@ def open_table(file: Path) -> pq.ParquetFile:
 
 
 def read_provenance(file: Path | str) -> dict[str, Any]:
-    """What a table's metadata says about the run that made it.
+    """What a table's metadata says about the run that made it; see :func:`read_header`."""
+    return read_header(file)[0]
+
+
+def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a table's metadata says about the run that made it, and the names of its columns.
 
     Raises:
         CouplingError: if it is not one of our tables, or of another schema version.
     """
     try:
-        metadata = pq.read_schema(file).metadata or {}
-        about = json.loads(metadata[METADATA_KEY])
+        schema = pq.read_schema(file)
+        about = json.loads((schema.metadata or {})[METADATA_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError):
         raise CouplingError(
             f"got {file}, which is not a coupling table; expected a file that a coupling-hf run wrote"
@@ -164,7 +169,7 @@ def read_provenance(file: Path | str) -> dict[str, Any]:
             f"got {file} of schema version {about['schema_version']}, expected version {SCHEMA_VERSION}; "
             "read it with the release that wrote it or measure again"
         )
-    return about
+    return about, tuple(schema.names)
 
 
 def _safe(task: str) -> str:

@@ -26,25 +26,29 @@ def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
         and ``worst_certificate``, the largest of its blocks; NaN where there is none. Matrices are read, some rows at a
         time, only of a table that was written before its couplings were kept beside them.
     """
-    columns = [*_ABOUT, *WHOLE_PROMPT, "certificate"]
-    matrices = [] if "coupling" in table.columns else ["normalized_miscoupling"]
+    columns = [*_ABOUT, *WHOLE_PROMPT, "certificate", "coupling"]
+    if "coupling" in table.columns:
+        return _by_rank(_with_worst(table.read(columns, weights=weights)))
     parts = []
-    for rows in table.batches([*columns, "coupling", *matrices], weights=weights, rows=64 if matrices else 1 << 14):
-        if matrices:
-            rows["coupling"] = list(map(couplings_of, rows.pop("normalized_miscoupling")))
-        worst = [_worst(certificate) for certificate in rows.pop("certificate")]
-        parts.append(rows.assign(worst_certificate=pd.Series(worst, rows.index, dtype=float)))
+    for rows in table.batches([*columns, "normalized_miscoupling"], weights=weights):
+        couplings = [couplings_of(matrices) for matrices in rows.pop("normalized_miscoupling")]
+        parts.append(_with_worst(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object))))
     return _by_rank(pd.concat(parts, ignore_index=True))
 
 
-def document_values(values: pd.DataFrame, column: str) -> pd.Series:
-    """A number of each document: the mean over its prompts, what is undefined left out; by task, document and prompt.
+def _with_worst(rows: pd.DataFrame) -> pd.DataFrame:
+    worst = [_worst(certificate) for certificate in rows.pop("certificate")]
+    return rows.assign(worst_certificate=pd.Series(worst, rows.index, dtype=float))
+
+
+def document_values(values: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of each document: means over its prompts of what is defined; by task, document and prompt.
 
     Args:
         values: of :func:`prompt_values`.
-        column: such as ``coupling@10``.
     """
-    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[column].mean().dropna()
+    names = [*WHOLE_PROMPT, *(f"coupling@{rank}" for rank in ranks_of(values))]
+    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[names].mean()
 
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
@@ -72,5 +76,4 @@ def _by_rank(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _worst(certificate: np.ndarray | None) -> float:
-    known = () if certificate is None else certificate[~np.isnan(certificate)]
-    return float(max(known, default=math.nan)) if len(known) else math.nan
+    return math.nan if certificate is None or np.isnan(certificate).all() else float(np.nanmax(certificate))

@@ -184,7 +184,12 @@ def family_effect(
             fit = sm.OLS(y / unit, X).fit(cov_type="cluster", cov_kwds={"groups": groups})
             settled = True
         else:
-            fit = sm.MixedLM(y / unit, X, groups=groups).fit(reml=True, method="powell")  # gradients fail at a share of 0
+            try:
+                fit = sm.MixedLM(y / unit, X, groups=groups).fit(
+                    reml=True, method="powell"
+                )  # gradients fail at a share of 0
+            except np.linalg.LinAlgError:  # residuals that are rounding leave no variance to share
+                return dataclasses.replace(found, reason="the fit did not settle")
             between = float(np.asarray(fit.cov_re)[0, 0])
             share, settled = between / (between + float(fit.scale)), bool(fit.converged)
     value, stderr = (float(v[X.shape[1] - 1] * unit / scale[-1]) for v in (np.asarray(fit.params), np.asarray(fit.bse)))

@@ -28,11 +28,12 @@ def read(
     tasks: Sequence[str] | None = None,
     *,
     weights: str | None = None,
+    measures: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
 
-    ``columns``: those that are needed besides what tells prompts apart; all by default, which takes long.
+    Read is what tells prompts apart, what these ``measures`` are read from, and these ``columns``; else all.
 
     ``model`` is no more of a model's name than tells it from all others there, whatever the tasks
     (:func:`~lm_eval_coupling.saved.names.labels`): the same in every table and picture.
@@ -49,7 +50,8 @@ def read(
     known = sorted({table.task for _, table in tables})
     if unknown := [task for task in tasks or () if task not in known]:
         raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
-    wanted = None if columns is None else [*_KEYS, *columns]
+    wanted = [*_KEYS, "window", *(columns or ()), *(readings()[name].column for name in measures or ())]
+    wanted = None if measures is columns is None else wanted
     records = pd.concat(
         [
             read_table(run, table, wanted, "all").assign(model=name)

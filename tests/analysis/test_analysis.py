@@ -22,6 +22,7 @@ from matplotlib.collections import LineCollection
 from lm_eval_coupling import measure_coupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas, coupling_matrices, graph, lines, trajectories
+from lm_eval_coupling.measures.formulas.coupling import miscoupling
 from lm_eval_coupling.measures.formulas.headline import chance_level
 from lm_eval_coupling.measuring import matrices as measured
 from lm_eval_coupling.saved.records import load_records
@@ -328,7 +329,8 @@ def test_coupling_matrices_are_those_of_the_measurement(tmp_path):
     ids = model.encode("The sky is blue.")
     (expected,) = measure_coupling(model, [ids], ranks=[4], progress=False)
     found = measured.of_layers(model, ids, [1, 3], -1, 4)
-    m = coupling_matrices.miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
+    m = miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
+    np.testing.assert_allclose(coupling_matrices.normalized_miscoupling(found.A), m, atol=1e-6)
     assert m == pytest.approx(expected.normalized_miscoupling[0][np.ix_([0, 2], [0, 2])], abs=1e-4)
     assert np.diagonal(found.A[1, 1]) == pytest.approx(expected.singular_values[2], rel=1e-5)
     outputs = measured.of_tokens(model, ids, 2, [-3, -1], 4, "context_output")

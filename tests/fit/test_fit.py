@@ -6,6 +6,7 @@ The statistics themselves are tested in test_statistics.py; here is their assemb
 import json
 import math
 import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -128,12 +129,14 @@ class TestObservations:
         assert list(found.frame["label"]) == ["a/base", "b/base", "other"]
         assert "without coupling and left out: c/base" in found.notes
 
-    def test_tasks_measured_with_other_weights_are_noted(self, tmp_path):
+    def test_tasks_measured_with_other_weights_are_of_another_model(self, tmp_path):
         """Regression: a mean over tasks took them for one model's."""
         save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="before")
         save_model(tmp_path, "org/a", 0.1, {"gsm": 0.3}, fingerprint="after", date="2025-07-01T00-00-00")
         save_model(tmp_path, "org/b", 0.1, {"arc": 0.3, "gsm": 0.4})
-        assert "not the same weights in all tasks, though under one name: a" in observations(tmp_path).notes
+        found = observations(tmp_path)
+        assert set(found.frame["label"]) == {"a #before", "a #after", "b"}
+        assert "not in the mean, as a score is missing: a #after, a #before" in found.notes
 
     @pytest.mark.parametrize(
         ("key", "what"), [("n-shot", "0 and 5 few-shot examples"), ("versions", "0 and 5 as version of the task")]
@@ -457,3 +460,53 @@ def test_a_failed_measurement_is_no_number(tmp_path):
     runs = load_runs(tmp_path)
     found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a")).set_index("doc_hash")
     assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(found.loc["d0", "coupling@10"])
+
+
+class TestFaultsOfReading:
+    def save(self, folder, model, score, number, **changes):
+        where = save_model(folder, model, 0.1 + 0.01 * number, {"arc": score})
+        (file,) = where.glob("results_*.json")
+        run = json.loads(file.read_text())
+        for column in ("acc", "acc_stderr"):
+            run["results"]["arc"][column.replace("acc", "likelihood_diff") + ",none"] = run["results"]["arc"].pop(
+                f"{column},none"
+            )
+        file.write_text(json.dumps(run | changes))
+
+    def test_the_direction_of_a_metric_is_that_of_lm_eval(self, tmp_path):
+        """A bias that is better when lower was taken as better when higher, as its name is not that of a loss."""
+        for i in range(10):
+            told = {"arc": {"likelihood_diff": False}}
+            self.save(tmp_path, f"m{i}", 0.9 - 0.05 * i, i, higher_is_better=told)
+        found = fit_runs(tmp_path, score="likelihood_diff", resamples=QUICK)
+        assert found.observations.scores == ["arc −likelihood_diff"]
+        pearson = found.tables["correlations"].query("predictor == 'coupling@10' and method == 'pearson'")
+        assert pearson["coefficient"].item() == pytest.approx(1)
+
+    def test_directions_that_disagree_are_refused(self, tmp_path):
+        for i in range(3):
+            self.save(tmp_path, f"m{i}", 0.5, i, higher_is_better={"arc": {"likelihood_diff": bool(i)}})
+        with pytest.raises(CouplingError, match="likelihood_diff, better when higher in .*m1.* and when lower in .*m0"):
+            fit_runs(tmp_path, score="likelihood_diff", resamples=QUICK)
+
+    def test_one_model_with_two_ways_of_prompting_is_refused_or_kept_apart(self, tmp_path):
+        """The newer of a run with and one without a chat template counted, without a word."""
+        for i in range(4):
+            save_model(tmp_path / "plain", f"m{i}", 0.1 + 0.1 * i, {"arc": 0.3 + 0.1 * i})
+            where = save_model(tmp_path / "chat", f"m{i}", 0.2 + 0.1 * i, {"arc": 0.35 + 0.1 * i})
+            (file,) = where.glob("results_*.json")
+            run = json.loads(file.read_text())
+            run["config"]["coupling"]["run_id"] += "chat"
+            file.write_text(json.dumps(run | {"chat_template": "{{x}}", "chat_template_sha": "1f2e3d4c"}))
+        with pytest.raises(CouplingError, match="got arc of .*m0 with different prompts .*chat template 1f2e3d4c"):
+            fit_runs(tmp_path, resamples=QUICK)
+        kept = fit_runs(tmp_path, mixed="keep", resamples=QUICK)
+        assert kept.observations.models == 8
+
+    def test_no_warning_of_pandas(self, tmp_path):
+        """`fit` printed pandas' PerformanceWarning when it had many predictors."""
+        for i in range(4):
+            save_model(tmp_path, f"m{i}", 0.1 + 0.1 * i, {"arc": 0.3 + 0.1 * i, "gsm": 0.3})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.PerformanceWarning)
+            output.save(fit_runs(tmp_path, resamples=QUICK), tmp_path / "out")

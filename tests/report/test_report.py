@@ -121,7 +121,7 @@ class TestNumbers:
         documents.append(record("arc", 5)["normalized_miscoupling"][at])
         np.testing.assert_allclose(found, np.mean(documents, axis=0), atol=6e-5)
         (own,) = [t for _, t in find_runs(saved / "org__tiny").newest_tables() if t.task == "arc"]
-        mean, _, n = mean_and_error(document_values(prompt_values(own), f"coupling@{rank}"))
+        mean, _, n = mean_and_error(document_values(prompt_values(own))[f"coupling@{rank}"])
         assert table["measured"] == n == 4
         assert 1 - found[~np.eye(4, dtype=bool)].mean() == pytest.approx(mean, abs=1e-4)
 

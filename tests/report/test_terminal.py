@@ -122,7 +122,7 @@ def test_unknown_tasks_and_documents_name_what_there_is(run):
 def test_coupling_is_that_of_the_measurement(run):
     one = load_records(run).query("task == 'gsm'").iloc[[0]]
     (table,) = [table for _, table in find_runs(run).newest_tables() if table.task == "gsm"]
-    mean, error, n = mean_and_error(document_values(prompt_values(table).iloc[[0]], "coupling@30"))
+    mean, error, n = mean_and_error(document_values(prompt_values(table).iloc[[0]])["coupling@30"])
     assert n == 1 and np.isnan(error)
     assert mean == pytest.approx(readings()["coupling"].read(one.iloc[0], 30), abs=1e-6)
 

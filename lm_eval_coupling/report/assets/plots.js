@@ -1,6 +1,6 @@
 // Plots in the reader's colours, legible without colour vision: every line has its own symbol too.
 
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]; // Okabe and Ito
+const COLOURS = DATA.palette;
 const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 

@@ -1,0 +1,85 @@
+"""Seconds and memory of the commands that read, on many runs of a deep model: each in a process of its own.
+
+    python tests/benchmarks/reading.py [--runs 100] [--documents 1000] [--layers 80]
+
+The records are random numbers of the shapes of a real run with three ranks. One table is written and stands, as another
+name of the same file, in the folder of every run, so that the disk holds it once; each command reads all of them. Wall
+time includes the start of Python; ``peak`` is the largest resident memory, in MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import machine
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from saved_runs import DATE, record, results, save, task_summary
+
+RANKS = (10, 30, 50)
+_MEASURED = """
+import pathlib, resource, runpy, sys
+sys.argv = ["lm-eval-coupling", *sys.argv[1:]]
+try:
+    runpy.run_module("lm_eval_coupling.cli", run_name="__main__")
+finally:
+    status = pathlib.Path("/proc/self/status")  # not getrusage, which starts from the size of the process that forked it
+    lines = status.read_text().splitlines() if status.exists() else []
+    peak = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    print((peak or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024, file=sys.stderr)
+"""
+
+
+def write(folder: Path, runs: int, documents: int, layers: int) -> int:
+    """Save the runs; the size of one table in bytes."""
+    rows = [record(doc_id=i, ranks=RANKS, layers=layers) for i in range(documents)]
+    first = save(folder, {"arc": task_summary()}, model="model-0", rows=rows, run_id="run-0")
+    (table,) = first.glob("*.parquet")
+    for number in range(1, runs):
+        where = folder / f"model-{number}"
+        where.mkdir()
+        run = results(
+            {"arc": task_summary(0.2 + number / 1000)}, f"model-{number}", run_id=None, fingerprint=f"{number:064x}"
+        )
+        (where / f"results_{DATE}.json").write_text(json.dumps(run))
+        os.link(table, where / table.name)
+    return table.stat().st_size
+
+
+def command(*words: str) -> dict[str, float]:
+    """Wall seconds and peak memory of one command."""
+    started = time.perf_counter()
+    ran = subprocess.run([sys.executable, "-c", _MEASURED, *words], capture_output=True, text=True, check=True)
+    return {"seconds": time.perf_counter() - started, "peak": float(ran.stderr.strip().splitlines()[-1])}
+
+
+def main() -> None:
+    """Write the runs, read them with every command, save and print what it took."""
+    parser = machine.parser(__doc__, "reading")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--documents", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=80)
+    options = parser.parse_args()
+    about = machine.describe()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "runs"
+        size = write(folder, options.runs, options.documents, options.layers)
+        commands = {
+            "show": ("show", str(folder)),
+            "show --json": ("show", str(folder), "--json"),
+            "show --doc": ("show", str(folder / "model-0"), "--task", "arc", "--doc", str(options.documents - 1)),
+            "report": ("report", str(folder / "model-0"), "-o", str(Path(scratch) / "report.html")),
+        }
+        found = [{"command": name} | command(*words) | {"table_mib": size / 2**20} for name, words in commands.items()]
+    machine.save("reading", about, options, found)
+    machine.show(f"{options.runs} runs of {options.documents} documents, {options.layers} layers", found)
+
+
+if __name__ == "__main__":
+    main()
