@@ -3,6 +3,7 @@ r"""A zoo of small language models trained from scratch: what goes with their sc
     python analysis/zoo.py --corpus ../shared/corpus --blimp ../shared/hf/nyu-mll/blimp --data DATA --out ZOO
     lm-eval-coupling fit ZOO/results --facts ZOO/facts.csv
     python analysis/checkpoints.py ZOO/results
+    python analysis/zoo.py --data DATA --out ZOO --records analysis/results/zoo
 
 Llamas of 3 to 12 blocks of 64 to 256 components learn from the same corpus. They differ in depth, width, shape, the share of
 the text, the number of steps, weight decay, learning rate and seed, and some read text that was spoiled (see
@@ -162,6 +163,19 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
     return there
 
 
+def copy_records(out: Path, to: Path) -> None:
+    """Results without documents, facts and losses of a zoo: what ``fit`` reads of the models."""
+    from zoo_parts.records import write_small
+
+    count = write_small(out / "results", to / "runs")
+    (to / "facts.csv").write_text((out / "facts.csv").read_text())
+    losses = {file.parent.name: pd.read_csv(file) for file in sorted(out.glob(f"{FOLDER}/*/training.csv"))}
+    if losses:
+        rows = pd.concat(losses, names=["member"]).reset_index(level="member")
+        rows.to_csv(to / "training.csv", index=False)
+    print(f"{to}: {count} results")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prepare, train, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,11 +195,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=48, metavar="N", help="documents of each task (%(default)s)")
     parser.add_argument("--measures", default="depth+regularity", help="as coupling_measures (%(default)s)")
     parser.add_argument("--ranks", default="10+30", help="as coupling_ranks (%(default)s)")
+    parser.add_argument("--records", type=Path, metavar="DIR", help="copy results and facts, small, to be committed")
     options = parser.parse_args(argv)
     on_gpu = options.device != "cpu"
     options.trainers = options.trainers or (4 if on_gpu else cores)
     options.turns = options.turns or (2 if on_gpu else 1)
     options.evaluators = options.evaluators or max(1, cores - 4 if on_gpu else cores // 2)
+    if options.records:
+        return copy_records(options.out, options.records)
     recipes = {recipe.name: recipe for recipe in zoo()}
     if unknown := [name for name in options.members or () if name not in recipes]:
         raise CouplingError(f"got no member {unknown[0]!r}, expected some of {', '.join(recipes)}")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from saved_runs import save, task_summary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import load_records, load_runs
@@ -165,6 +166,33 @@ def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained, monkey
     assert (run["model"], run["step"], run["family"]) == (name, 16, "standard") and run["lineage"] == "zoo/small"
     assert run["training_tokens"] == 16 * 4 * 128 and run["measured"] == 2
     assert len(load_records(out / "results")) == 2
+
+
+def test_small_copies_say_the_same(parts, tmp_path):
+    groups, tasks = (
+        {"blimp": ["one", "two"]},
+        {"one": task_summary(0.2, n=3), "two": task_summary(0.4, n=5), "alone": task_summary()},
+    )
+    where = save(tmp_path / "full", tasks, groups=groups)
+    (file,) = where.glob("results_*.json")
+    run = json.loads(file.read_text())
+    run["config"]["model_args"] = {"pretrained": "org/tiny", "dtype": "float32", "coupling_store": "/somewhere"}
+    run["n-samples"] = {name: {"original": 9, "effective": 5} for name in tasks}
+    file.write_text(json.dumps(run))
+    from zoo_parts.records import write_small
+
+    assert write_small(tmp_path / "full", tmp_path / "small") == 1
+    full, small = (load_runs(tmp_path / name).set_index("task") for name in ("full", "small"))
+    assert (
+        list(small.index) == ["alone", "blimp"] and "somewhere" not in next((tmp_path / "small").rglob("*.json")).read_text()
+    )
+    numbers = [name for name in full.select_dtypes("number") if not name.startswith("n_")] + [
+        "model",
+        "variant",
+        "fingerprint",
+    ]
+    assert full.loc[small.index, numbers].equals(small[numbers]) and small.loc["blimp", "n_samples"] == 10
+    assert small.loc["blimp", "coupling@10"] == pytest.approx((3 * 0.19 + 5 * 0.39) / 8)
 
 
 def test_what_cannot_be_is_refused(parts, tmp_path):
