@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -94,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     looks.add_argument("--check", action="store_true", help="what is missing or failed, why, and where its log is")
     sweep.set_defaults(command=_sweep)
+    vision = commands.add_parser("vision", help="accuracy and coupling of an image classifier, left as an evaluation's")
+    vision.add_argument("--model", required=True, metavar="M", help="what transformers loads as an image classifier")
+    vision.add_argument(
+        "--data", required=True, metavar="D", help="a folder of images by label, Parquet, or a data set's name"
+    )
+    vision.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of results, samples and tables")
+    vision.add_argument("--split", metavar="S", help="of the data (default: test, or the only one)")
+    vision.add_argument("--limit", type=int, metavar="N", help="images scored (default: all)")
+    vision.add_argument("--batch_size", type=int, default=32, metavar="B", help="images in one pass (default: %(default)s)")
+    vision.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
+    vision.add_argument("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=50")
+    vision.set_defaults(command=_vision)
     return parser
 
 
@@ -143,6 +156,15 @@ def _sweep(options: argparse.Namespace) -> int:
     from lm_eval_coupling.sweep.command import sweep
 
     return sweep(options.plan, dry_run=options.dry_run, download=options.download, check=options.check)
+
+
+def _vision(options: argparse.Namespace) -> None:
+    from lm_eval_coupling.vision.run import run_vision
+
+    logging.basicConfig(format="%(message)s")
+    chosen = {name: getattr(options, name) for name in ("split", "limit", "batch_size", "device", "coupling")}
+    file, words = run_vision(options.model, options.data, options.out, **chosen)
+    print(words, file, sep="\n")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ def tiny_classifier(case: str, dtype: torch.dtype = torch.float64, **changes) ->
     import transformers
 
     model_type, config = CASES[case][:2] if case in CASES else (case, NO_STREAM[case])
+    config = copy.deepcopy(config | changes)
+    if "id2label" in config:
+        config.pop("num_labels", None)  # which would number them
     torch.manual_seed(0)
-    model = getattr(transformers, class_name(model_type))(
-        AutoConfig.for_model(model_type, **copy.deepcopy(config | changes))
-    )
+    model = getattr(transformers, class_name(model_type))(AutoConfig.for_model(model_type, **config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and parameter.dim() > 1:

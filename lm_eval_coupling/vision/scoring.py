@@ -1,0 +1,129 @@
+"""Every image of a data set through the classifier: answers, accuracy, and the images that could not be decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.images import pixel_digest
+from lm_eval_coupling.vision.classifier import Classifier
+from lm_eval_coupling.vision.data import LabelledImage, LabelledImages
+
+logger = logging.getLogger("lm_eval.coupling")
+
+KEPT = 5  # most likely labels kept of an answer
+_NAMED = 3  # undecodable images named in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said of one image: its ``KEPT`` most likely labels and the right one, with their log-probabilities.
+
+    ``target`` and the keys of ``likely`` are numbers of the model's labels, the most likely first. ``doc_hash`` identifies
+    image and label, ``prompt_hash`` the pixel values.
+    """
+
+    number: int
+    name: str
+    target: int
+    likely: dict[int, float]
+    doc_hash: str
+    prompt_hash: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the most likely label is the right one."""
+        return next(iter(self.likely)) == self.target
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The answers, and what could not be decoded: (name, reason)."""
+
+    answers: list[Answer]
+    undecodable: list[tuple[str, str]]
+
+    def accuracy(self) -> tuple[float, float]:
+        """Top-1 accuracy with its standard error, NaN below two images."""
+        n, right = len(self.answers), sum(answer.right for answer in self.answers)
+        mean = right / n
+        return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan
+
+
+def score(
+    classifier: Classifier, images: LabelledImages, labels: Sequence[int], limit: int | None, batch_size: int
+) -> Scored:
+    """Ask for every image, the first ``limit`` of them if given.
+
+    Args:
+        classifier: the model.
+        images: the data.
+        labels: the model's label of each label of the data.
+        limit: how many; ``None`` for all.
+        batch_size: images in one pass.
+
+    Raises:
+        CouplingError: if no image can be decoded.
+    """
+    total = len(images) if limit is None else min(limit, len(images))
+    scored = Scored([], [])
+    source = images.first(limit)
+    with tqdm(total=total, desc="Classifying images") as bar, ThreadPoolExecutor() as threads:
+        while batch := list(islice(source, batch_size)):
+            made = list(threads.map(lambda image: _pixels(classifier, image), batch))
+            scored.undecodable.extend((i.name, m) for i, m in zip(batch, made, strict=True) if isinstance(m, str))
+            decoded = [(image, m) for image, m in zip(batch, made, strict=True) if isinstance(m, Tensor)]
+            scored.answers.extend(_answers(classifier, decoded, labels))
+            bar.update(len(batch))
+    if scored.undecodable:
+        logger.warning("%d of %d images could not be decoded and are left out: %s", *_undecodable(scored, total))
+    if not scored.answers:
+        raise CouplingError(f"got {images.name}, of which no image can be decoded: {_undecodable(scored, total)[-1]}")
+    return scored
+
+
+def _pixels(classifier: Classifier, image: LabelledImage) -> Tensor | str:
+    """Pixel values, or why there are none."""
+    try:
+        return classifier.pixels(image.decoded())
+    except Exception as error:  # Pillow's decoders raise anything
+        return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _answers(
+    classifier: Classifier, decoded: Sequence[tuple[LabelledImage, Tensor]], labels: Sequence[int]
+) -> Iterator[Answer]:
+    if not decoded:
+        return
+    try:
+        log_probabilities = classifier.log_probabilities([pixels for _, pixels in decoded])
+    except torch.OutOfMemoryError:
+        raise CouplingError(
+            f"got out of memory with {len(decoded)} images in one pass, expected fewer; choose a smaller --batch_size"
+        ) from None
+    for (image, pixels), row in zip(decoded, log_probabilities, strict=True):
+        target = labels[image.label]
+        order = torch.argsort(row, descending=True, stable=True).tolist()
+        kept = order[:KEPT] if target in order[:KEPT] else [*order[:KEPT], target]
+        yield Answer(
+            number=image.number,
+            name=image.name,
+            target=target,
+            likely={i: row[i].item() for i in kept},
+            doc_hash=image.digest(),
+            prompt_hash=pixel_digest(pixels),
+        )
+
+
+def _undecodable(scored: Scored, total: int) -> tuple[int, int, str]:
+    named = [f"{name} ({reason})" for name, reason in scored.undecodable]
+    return len(named), total, "; ".join(named[:_NAMED]) + ("; …" if len(named) > _NAMED else "")
