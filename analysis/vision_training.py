@@ -1,7 +1,7 @@
 r"""Vision transformers of one recipe that differ in stochastic depth and weight decay: does coupling go with accuracy?
 
     python analysis/vision_training.py DATA --out FAMILY --output-path RESULTS
-    lm-eval-coupling fit RESULTS --facts FAMILY/facts.csv
+    python analysis/vision_study.py RESULTS --facts FAMILY/facts.csv
 
 DATA is a folder with train*.parquet and test*.parquet, each with a column of encoded images and one of whole-number labels
 (CIFAR-10 as on the Hub). Members are ordinary transformers folders in FAMILY (ViTForImageClassification, with the image
@@ -127,7 +127,7 @@ def train(
     return family, [
         {
             "model": member.name,
-            "family": "vit",
+            "family": f"stochastic depth {member.stochastic_depth:g}",
             **dataclasses.asdict(member),
             "epochs": round(step / batches, 2),
             "loss": round(loss, 4),
@@ -174,7 +174,7 @@ def save(family: Members, facts: list[dict], options: argparse.Namespace) -> Non
     for index, about in enumerate(facts):
         unfinished = options.out / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        family.model_of(index).to(torch.float16 if options.half else torch.float32).save_pretrained(unfinished)
+        family.model_of(index).save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         (unfinished / "facts.json").write_text(json.dumps(about, indent=1) + "\n")
         unfinished.rename(options.out / about["model"])
@@ -249,7 +249,6 @@ def main(argv=None) -> None:
     parser.add_argument("--together", type=int, metavar="M", help="members trained side by side; one on a CPU, else all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; bfloat16 on a GPU")
-    parser.add_argument("--half", action="store_true", help="save the weights in 16 bits")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights, the order and the changes of images")
     parser.add_argument("--coupling", default="limit=100", metavar="SETTINGS", help="of the measurement (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="test images to score when measuring; all by default")
