@@ -65,11 +65,16 @@ def _entries(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...
     for name, tensor in tensors.items():
         if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
             flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-            places = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), device=tensor.device).long()
-            by_device.setdefault(tensor.device, {})[name] = flat[places].float()
+            by_device.setdefault(tensor.device, {})[name] = flat[_spread(flat.numel()).to(tensor.device)].float()
     for found in by_device.values():
         numbers = torch.cat([*found.values()]).cpu().split([len(entries) for entries in found.values()])
         yield from ((name, tuple(part.tolist())) for name, part in zip(found, numbers, strict=True))
+
+
+def _spread(size: int) -> Tensor:
+    """At most SAMPLE places from 0 to size − 1, both included, evenly spread; in whole numbers, as float32 ends at 2^24."""
+    count = min(SAMPLE, size)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:
