@@ -67,7 +67,7 @@ def sweep(
                 if isinstance(plan.run, Local):
                     local.run(plan, missing, shown, command)
                 else:
-                    slurm.run(plan, missing, shown)
+                    slurm.run(plan, missing, shown, command)
     return _report(console, plan, survey(plan))
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
@@ -21,7 +21,7 @@ from lm_eval_coupling.sweep.done import done
 from lm_eval_coupling.sweep.plan import Plan, Slurm
 from lm_eval_coupling.sweep.status import look
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import Worker, half
+from lm_eval_coupling.sweep.work import COMMAND, Worker, half
 
 _ARRAY = 1000  # clusters allow 1001 elements unless they say otherwise
 _POLL_SECONDS = 2.0
@@ -31,16 +31,16 @@ _SIGNAL_SECONDS = 90
 class UnitJob:
     """What submitit calls on the node; it comes back to it when the job is asked to leave."""
 
-    def __init__(self, plan: Plan, unit: Unit, batch_size: Any = None) -> None:
-        """A unit, with a batch size instead of the plan's."""
-        self.plan, self.unit, self.batch_size = plan, unit, batch_size
+    def __init__(self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] = COMMAND) -> None:
+        """A unit, with a batch size instead of the plan's, and what runs lm-eval."""
+        self.plan, self.unit, self.batch_size, self.command = plan, unit, batch_size, command
         self._worker: Worker | None = None
 
     def __call__(self) -> dict[str, Any]:
         """Work on the unit."""
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         threads = {"OMP_NUM_THREADS": cpus} if cpus and "OMP_NUM_THREADS" not in self.plan.run.environment else {}
-        self._worker = Worker(self.plan, threads)
+        self._worker = Worker(self.plan, threads, self.command)
         outcome = self._worker.run(self.unit, self.batch_size)
         if outcome.state == "stopped":
             time.sleep(5)  # the signal that stopped lm-eval is on its way to us, too: then the job is queued again
@@ -52,11 +52,17 @@ class UnitJob:
 
         if self._worker is not None:
             self._worker.kill()
-        return DelayedSubmission(UnitJob(self.plan, self.unit, self.batch_size))
+        return DelayedSubmission(UnitJob(self.plan, self.unit, self.batch_size, self.command))
 
 
-def run(plan: Plan, units: Sequence[Unit], board: Board) -> None:
+def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] = COMMAND) -> None:
     """Submit what is not in the queue, and watch until nothing is left there.
+
+    Args:
+        plan: the plan.
+        units: those to be done.
+        board: is told how it goes.
+        command: see :class:`~lm_eval_coupling.sweep.work.Worker`.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; the jobs go on.
@@ -68,7 +74,7 @@ def run(plan: Plan, units: Sequence[Unit], board: Board) -> None:
             now, waiting = waiting[:_ARRAY], waiting[_ARRAY:]
             queue = jobs() or {}
             fresh = [unit for unit in now if str(record.read(plan.folder(unit)).get("job")) not in queue]
-            _submit(plan, fresh, sizes, board)
+            _submit(plan, [UnitJob(plan, unit, sizes.get(unit.name), command) for unit in fresh], board)
             for unit in _watch(plan, now, board):  # memory ran out, and the system killed the job
                 size = plan.lm_eval.get("batch_size", 1)
                 if unit.name not in sizes and (smaller := half(size)) is not None:
@@ -79,19 +85,19 @@ def run(plan: Plan, units: Sequence[Unit], board: Board) -> None:
         raise
 
 
-def _submit(plan: Plan, units: Sequence[Unit], sizes: Mapping[str, Any], board: Board) -> None:
-    if not units:
+def _submit(plan: Plan, works: Sequence[UnitJob], board: Board) -> None:
+    if not works:
         return
     import submitit
 
     assert isinstance(plan.run, Slurm)
     executor = submitit.SlurmExecutor(plan.output.absolute() / "slurm", max_num_timeout=plan.run.requeues)
-    executor.update_parameters(**parameters(plan.run, len(units)))
+    executor.update_parameters(**parameters(plan.run, len(works)))
     with executor.batch():
-        submitted = [executor.submit(UnitJob(plan, unit, sizes.get(unit.name))) for unit in units]
-    for unit, job in zip(units, submitted, strict=True):
-        record.write(plan.folder(unit), state="waiting", job=job.job_id)
-        board.set(unit, "waiting", f"job {job.job_id}")
+        submitted = [executor.submit(work) for work in works]
+    for work, job in zip(works, submitted, strict=True):
+        record.write(plan.folder(work.unit), state="waiting", job=job.job_id)
+        board.set(work.unit, "waiting", f"job {job.job_id}")
 
 
 def parameters(run: Slurm, count: int) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""Sweeps of real tiny models by lm-eval itself, in processes as a user's are."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+import yaml
+
+from lm_eval_coupling import load_runs
+from lm_eval_coupling.sweep import plan as plans
+
+QUICK = (sys.executable, str(Path(__file__).with_name("quick_lm_eval.py")))
+# Without the check, which loads lm-eval and its index of tasks: it has tests of its own.
+SWEEP = """
+import sys
+from lm_eval_coupling.sweep import checks, command
+checks.check = lambda plan, **options: {}
+sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:]))
+"""
+LONG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 20}  # long enough to be met while it measures
+
+
+def models_and_tasks(folder):
+    """Three models that are quickly measured and one that is not, and two tasks."""
+    for layers in (2, 3, 4):
+        tiny.save_model(folder / f"tiny-{layers}", num_hidden_layers=layers)
+    tiny.save_model(folder / "tiny-long", **LONG)
+    return [tiny.save_task(folder / "tasks", kind) for kind in ("choice", "winogrande")]
+
+
+def write_plan(folder, out, names, run, coupling=None):
+    content = {
+        "models": [{"model": str(folder / name), "facts": {"family": "tiny", "released": 2024.5}} for name in names],
+        "tasks": ["tiny_choice", "tiny_winogrande"],
+        "coupling": {"ranks": "2+4", "limit": "all"} | (coupling or {}),
+        "lm_eval": {"batch_size": 4, "include_path": str(folder / "tasks"), "device": "cpu"},
+        "output": str(out),
+        "run": run | {"environment": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}},
+    }
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(content))
+    return plans.read(file)
+
+
+def start(plan):
+    """The command, in a process of its own."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(plan.file), *QUICK],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(head, seconds=300):
+    """Its exit code; what it said is shown if a test fails."""
+    said, _ = head.communicate(timeout=seconds)
+    print(said)
+    return head.returncode
+
+
+def measured(plan, unit):
+    """How many measurements of a unit are stored."""
+    file = plan.folder(unit) / "measurements.sqlite"
+    if not file.exists():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as store:
+            return store.execute("SELECT COUNT(*) FROM measurements").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def table(out):
+    """What `fit` reads of a sweep: numbers that do not say when and how it ran."""
+    runs = load_runs(out).sort_values(["model", "task"], ignore_index=True)
+    return runs.drop(columns=["date", "file", "run_id"])

@@ -1,0 +1,101 @@
+"""The real thing: a SLURM of one node, its arrays, jobs that are cancelled and queued again, against a local sweep."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import real
+from stand_in import wait_for
+
+from lm_eval_coupling.sweep import record, slurm
+from lm_eval_coupling.sweep.command import survey
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("submitit", reason="jobs go through submitit, of the extra `slurm`")
+START = Path(__file__).parents[3] / "shared" / "slurm" / "start.sh"
+NAMES = ("tiny-2", "tiny-3", "tiny-4", "tiny-long")
+ON_SLURM = {"on": "slurm", "hours": 0.2, "cpus": 1, "setup": ["export FROM_SETUP=yes"]}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A SLURM that answers: the machine's own, or one of one node that is installed and started here."""
+    if not _answers():
+        if not START.exists():
+            pytest.skip(f"there is no SLURM here and no script to start one ({START.name} of the folder shared)")
+        if os.geteuid() != 0:
+            pytest.skip("there is no SLURM here, and only root can install one")
+        started = subprocess.run(["bash", str(START)], capture_output=True, text=True, timeout=600, check=False)
+        if started.returncode or not _answers():
+            pytest.skip(f"SLURM cannot be installed or started here: {(started.stderr or started.stdout)[-200:]}")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    real.models_and_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def locally(home):
+    """The same four models without a cluster."""
+    plan = real.write_plan(home, home / "local", NAMES, {"on": "local", "workers": 2})
+    assert real.finish(real.start(plan)) == 0
+    return real.table(home / "local")
+
+
+def _answers():
+    if shutil.which("sinfo") is None:
+        return False
+    return "idle" in subprocess.run(["sinfo", "-h"], capture_output=True, text=True, check=False).stdout
+
+
+def _at_work(plan, unit):
+    """Wait until a unit's job has stored a measurement, and return the job."""
+    wait_for(lambda: real.measured(plan, unit) > 0, seconds=200)
+    return record.read(plan.folder(unit))["job"]
+
+
+def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(cluster, home, locally):
+    plan = real.write_plan(home, home / "cluster", NAMES, ON_SLURM)
+    head = real.start(plan)
+    long = plan.units[-1]
+    subprocess.run(["scancel", _at_work(plan, long)], check=True)
+    assert real.finish(head) == 1
+    found = survey(plan)
+    assert [status.state for status in found] == ["done", "done", "done", "stopped"]
+    assert "CANCELLED" in found[-1].detail
+    kept = real.measured(plan, long)
+
+    assert real.finish(real.start(plan)) == 0
+    assert kept > 0 and load_coupling(plan, long)["reused"] >= kept
+    pd.testing.assert_frame_equal(real.table(home / "cluster"), locally, rtol=1e-4, atol=1e-6)
+
+
+def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(cluster, home, locally):
+    """SLURM's signal before a time-out or a preemption; the sweep itself dies meanwhile, and another one takes over."""
+    plan = real.write_plan(home, home / "requeued", ["tiny-long"], ON_SLURM)
+    (unit,) = plan.units
+    head = real.start(plan)
+    job = _at_work(plan, unit)
+    head.kill()
+    head.wait()
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_for(lambda: (slurm.jobs() or {}).get(job) in ("PENDING", "REQUEUED", "SPECIAL_EXIT"), seconds=60)
+    kept = real.measured(plan, unit)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)  # SLURM waits two minutes
+    assert real.finish(real.start(plan)) == 0
+    assert record.read(plan.folder(unit))["job"] == job and load_coupling(plan, unit)["reused"] >= kept > 0
+    log = (plan.folder(unit) / "log.txt").read_text()
+    assert log.count("quick_lm_eval.py --config") == 2
+    expected = locally[locally["model"].str.endswith("tiny-long")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(real.table(home / "requeued"), expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def load_coupling(plan, unit):
+    (file,) = plan.folder(unit).glob("*/results_*.json")
+    return record.read_json(file)["config"]["coupling"]
