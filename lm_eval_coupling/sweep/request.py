@@ -54,7 +54,7 @@ def configuration(plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any
     """
     folder, tasks = plan.folder(unit).absolute(), list(tasks)
     coupling = {f"coupling_{name}": value for name, value in plan.coupling.items()}
-    store = {"coupling_store": str(folder / "measurements.sqlite")} if plan.measures else {}
+    store = {"coupling_store": str(store_file(folder))} if plan.measures else {}
     made = dict(plan.lm_eval) | {
         "model": "coupling-hf",
         "model_args": {"pretrained": unit.model, "revision": unit.revision} | store | coupling | dict(unit.arguments),
@@ -69,6 +69,16 @@ def configuration(plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any
     if batch_size is not None:
         made["batch_size"] = batch_size
     return _plain(made)
+
+
+def store_file(folder: Path) -> Path:
+    """Where the measurements of a unit are kept: one writer, so that no file system's locks are needed.
+
+    Stores of another schema are another file, or a unit that was begun before an update could not go on after it.
+    """
+    from lm_eval_coupling.measuring.store import SCHEMA_VERSION
+
+    return folder / f"measurements-{SCHEMA_VERSION}.sqlite"
 
 
 def overrides_folder(plan: Plan) -> Path:

@@ -11,6 +11,7 @@ import yaml
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.sweep import plan as plans
+from lm_eval_coupling.sweep.request import store_file
 
 QUICK = (sys.executable, str(Path(__file__).with_name("quick_lm_eval.py")))
 # Without the check, which loads lm-eval and its index of tasks: it has tests of its own.
@@ -67,7 +68,7 @@ def finish(head, seconds=300):
 
 def measured(plan, unit):
     """How many measurements of a unit are stored."""
-    file = plan.folder(unit) / "measurements.sqlite"
+    file = store_file(plan.folder(unit))
     if not file.exists():
         return 0
     try:

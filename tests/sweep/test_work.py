@@ -15,7 +15,7 @@ from stand_in import STAND_IN, calls, wait_for
 from lm_eval_coupling.sweep import record
 from lm_eval_coupling.sweep.lock import held, lock
 from lm_eval_coupling.sweep.reasons import out_of_memory, reason
-from lm_eval_coupling.sweep.request import configuration
+from lm_eval_coupling.sweep.request import configuration, store_file
 from lm_eval_coupling.sweep.shared_store import locks_work
 from lm_eval_coupling.sweep.work import Worker, half
 
@@ -28,7 +28,7 @@ def test_lm_eval_gets_one_of_its_own_files(folder_of, make_plan):
     model = folder_of("a")
     plan = make_plan([{"model": model, "args": {"dtype": "bfloat16"}}], coupling={"ranks": [2, 4], "position": -2})
     made = configuration(plan, plan.units[0], plan.tasks, 3)
-    store = str(plan.folder(plan.units[0]) / "measurements.sqlite")
+    store = str(store_file(plan.folder(plan.units[0])))
     arguments = {"pretrained": model, "revision": "main", "dtype": "bfloat16", "coupling_store": store}
     assert made["model"] == "coupling-hf" and made["batch_size"] == 3 and made["log_samples"] is True
     assert made["model_args"] == arguments | {"coupling_ranks": [2, 4], "coupling_position": -2}
