@@ -73,10 +73,8 @@ def _arguments(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
             and SequenceMatcher(None, name, nearest(name, known)).ratio() >= 0.75
         ):
             yield f"got the argument {name} of {model}, did you mean {nearest(name, known)}?"
-    if arguments.get("tp_plan"):
-        yield f"got the argument tp_plan of {model}, which splits weights over processes; leave it out to measure coupling"
     try:
-        Options.take_from(dict(arguments))
+        Options.take_from({"pretrained": model, **arguments})
     except CouplingError as error:
         yield f"{model}: {error}"
 
