@@ -1,9 +1,11 @@
 """What names and a CSV file say of a model."""
 
+import json
 import math
 
 import pandas as pd
 import pytest
+import saved_runs
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.names import add_facts, facts_from_name, labels, short_name
@@ -132,3 +134,20 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CouplingError, match="nowhere.csv, which is no readable CSV"):
         add_facts(runs("a"), tmp_path / "nowhere.csv")
+
+
+def test_facts_that_lie_beside_results(tmp_path):
+    """A sweep tells what its plan knows of a model without a further file; results' own columns are not its to tell."""
+    from lm_eval_coupling import load_runs
+
+    told = {"family": "f", "training_tokens": 1e9, "colour": "red", "task": "x", "acc,none": 7, "n_layers": 3}
+    for folder, facts in (("a", told), ("b", None), ("c", "no JSON")):
+        saved_runs.save(
+            tmp_path / folder, {"arc": saved_runs.task_summary()}, rows=[saved_runs.record()], model=f"m/{folder}"
+        )
+        if facts is not None:
+            (tmp_path / folder / "facts.json").write_text(json.dumps(facts) if isinstance(facts, dict) else facts)
+    runs = load_runs(tmp_path).set_index("model")
+    assert runs.loc["m/a", ["family", "training_tokens", "colour", "n_layers"]].tolist() == ["f", 1e9, "red", 3]
+    assert runs.loc["m/a", "task"] == "arc" and runs.loc["m/a", "acc,none"] != 7
+    assert runs.loc["m/b", "family"] == "b" and runs.loc["m/c", "colour"] != "red"
