@@ -36,7 +36,7 @@ def write_plan(folder, out, names, run, coupling=None):
     content = {
         "models": [{"model": str(folder / name), "facts": {"family": "tiny", "released": 2024.5}} for name in names],
         "tasks": ["tiny_choice", "tiny_winogrande"],
-        "coupling": {"ranks": "2+4", "limit": "all"} | (coupling or {}),
+        "coupling": {"ranks": "2+4", "limit": "all", "measures": "depth"} | (coupling or {}),
         "lm_eval": {"batch_size": 4, "include_path": str(folder / "tasks"), "device": "cpu"},
         "output": str(out),
         "run": run | {"environment": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}},
@@ -67,7 +67,7 @@ def finish(head, seconds=300):
 
 
 def measured(plan, unit):
-    """How many measurements of a unit are stored."""
+    """How many prompts of a unit are stored, one measurement each."""
     file = store_file(plan.folder(unit))
     if not file.exists():
         return 0

@@ -25,7 +25,7 @@ def home(tmp_path_factory):
 def test_killed_while_it_measures_and_gone_on_with(home):
     """kill -9 of the sweep and of lm-eval: what was measured is reused, and the tables are those of a run in one go."""
     plan = real.write_plan(home, home / "killed", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2})
-    head, (short, long) = real.start(plan), plan.units
+    head, long = real.start(plan), plan.units[1]
     wait_for(lambda: real.measured(plan, long) > 0, seconds=200)
     head.kill()
     os.killpg(record.read(plan.folder(long))["child"], signal.SIGKILL)
