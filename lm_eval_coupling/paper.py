@@ -137,7 +137,7 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
     J = blocks.jacobians
     triplets = top_singular_by_parts(J, max(ranks), blocks.device)
     U, S, V = triplets.U, triplets.S, triplets.V
-    rank_of_basis = numerical_rank(S, J.shape[-1])
+    rank_of_basis = numerical_rank(S)
 
     def both_norms(A: Tensor, K: int) -> dict[str, Tensor]:
         values = {

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from lm_eval_coupling.measures.registry import record_columns
 from lm_eval_coupling.saved import tables as records
 
 SETTINGS = {"ranks": [10, 30], "limit": 100, "seed": 0, "measures": ["depth", "regularity"], "position": -1}
@@ -76,7 +77,8 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
     if reason:
         measured = dict.fromkeys(measured) | dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), np.nan)
         measured |= {"seconds": 0.0}
-    return about | measured | {"reason": reason, "reason_codes": (CODES[reason],) if reason else ()}
+    others = {name: column.missing for name, column in record_columns().items()}
+    return others | about | measured | {"reason": reason, "reason_codes": (CODES[reason],) if reason else ()}
 
 
 def value(mean, stderr=0.01, n=10):

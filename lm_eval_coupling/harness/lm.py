@@ -20,11 +20,12 @@ from lm_eval_coupling.harness.ranks import Part, Ranks
 from lm_eval_coupling.harness.results import CouplingInfo, add_to_results, with_logged_ids
 from lm_eval_coupling.harness.sampling import choose
 from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
-from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, DocumentKey, Row, reasons
+from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
 from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 

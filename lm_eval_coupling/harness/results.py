@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.harness.closing import closing_lines
-from lm_eval_coupling.measuring.rows import TRAINED, DocumentKey, Row, document_couplings
+from lm_eval_coupling.measuring.rows import DocumentKey, Row, document_couplings
 from lm_eval_coupling.measuring.summary import mean_and_error
-from lm_eval_coupling.saved.tables import write_tables
+from lm_eval_coupling.saved.tables import TRAINED, write_tables
 
 
 class CouplingInfo(dict):

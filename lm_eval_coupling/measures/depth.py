@@ -28,24 +28,25 @@ def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
     from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, subspace_overlaps
-    from lm_eval_coupling.numerics.spectra import relative_gap
+    from lm_eval_coupling.numerics.spectra import angle_bound, relative_gap
 
     J, triplets, ranks = one.jacobians, one.triplets, one.settings.ranks
     largest = ranks[-1]
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_matrices(J, U, V)
-    by_rank = [_at_rank(A[..., :k, :k], S, J.shape[-1]) for k in ranks]
+    by_rank = [_at_rank(A[..., :k, :k], S) for k in ranks]
     pairs = {name: torch.stack([at[name] for at in by_rank]) for name in by_rank[0]}
     columns = pairs | {
         "subspace_overlap": torch.stack([subspace_overlaps(basis, ranks) for basis in (U, V)], dim=1),
         "singular_values": S,
         "gap": torch.stack([relative_gap(triplets.S, k) for k in ranks]),
         "svd_residual": triplets.residual,
+        "angle_bound": torch.stack([angle_bound(triplets.S, triplets.residual, k) for k in ranks]),
     }
     return Found(columns | one.proof, _undefined(pairs["normalized_miscoupling"][-1]))
 
 
-def _at_rank(A: Tensor, S: Tensor, d_model: int) -> dict[str, Tensor]:
+def _at_rank(A: Tensor, S: Tensor) -> dict[str, Tensor]:
     """Every coupling quantity at the rank that the matrices were cut to."""
     import torch
 
@@ -61,12 +62,15 @@ def _at_rank(A: Tensor, S: Tensor, d_model: int) -> dict[str, Tensor]:
         "miscoupling_to_absolute": miscoupling_to(A, S1, absolute=True, off=off),
         "miscoupling_to_trace": miscoupling_to(A, S1, norm="trace", off=off),
     }
-    too_low = numerical_rank(S, d_model) < k  # singular vectors of a zero singular value are arbitrary
+    too_low = numerical_rank(S) < k  # singular vectors of a zero singular value are arbitrary
     return {name: values.masked_fill(too_low, torch.nan) for name, values in found.items()}
 
 
 def _undefined(normalized: Tensor) -> tuple[Reason, ...]:
-    """How many layer pairs have no value at the largest rank."""
+    """How many layer pairs have no value at the largest rank, and why a shallow model has no coupling."""
+    if len(normalized) == 1:
+        words = "a model of one block has no pair of different layers, hence no coupling"
+        return (Reason("one_layer", words),)
     undefined = int(normalized.isnan().sum())
     if not undefined:
         return ()
@@ -143,9 +147,16 @@ MEASURES = (
             Column("singular_values", "layer max_rank", "the largest of J^l, descending"),
             Column("gap", "rank layer", "(σ_K − σ_{K+1}) / σ_K: where it is small, m may jump"),
             Column("svd_residual", "layer", "max over the triplets of ‖Jv − σu‖ and ‖Jᵀu − σv‖, over σ_1"),
+            Column(
+                "angle_bound",
+                "rank layer",
+                "bound on the sine of the angle between the computed and the exact v_K and u_K, from residual and distance "
+                "to the neighbouring singular values (Davis and Kahan); 1 where nothing is known",
+            ),
             *JACOBIAN,
         ),
         run=run,
+        version=2,
         settings=("ranks", "method"),
         default=True,
         jacobians=True,

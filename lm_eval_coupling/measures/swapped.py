@@ -25,7 +25,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
     J, ranks = one.jacobians, one.settings.ranks
     U, S, V = (values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V))
     A = coupling_matrices(J, V, U)
-    rank = numerical_rank(S, J.shape[-1])
+    rank = numerical_rank(S)
 
     def stacked(absolute: bool) -> torch.Tensor:
         found = [miscoupling_to(A[..., :k, :k], S[:, None, :k], absolute=absolute) for k in ranks]
@@ -44,6 +44,7 @@ MEASURES = (
             *JACOBIAN,
         ),
         run=run,
+        version=2,
         settings=("ranks", "method"),
         jacobians=True,
         readings=(

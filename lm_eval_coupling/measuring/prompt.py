@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -16,6 +17,7 @@ from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.batch import DTYPES, Batch, reason_of
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.allocator import keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 
@@ -23,7 +25,7 @@ from lm_eval_coupling.numerics.precision import exact_arithmetic
 @exact_arithmetic()
 def measure_coupling(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[torch.Tensor],
+    prompts: Any,
     *,
     ranks: Sequence[int] = (10, 30, 50),
     measures: Sequence[str] = ("depth", "regularity"),
@@ -40,7 +42,8 @@ def measure_coupling(
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
-        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are; of an image
+        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are, as lists,
+            tensors, or what a tokenizer returned; see :func:`~lm_eval_coupling.measuring.token_ids.token_ids`. Of an image
             classifier pixel values [channel, height, width], to be measured at its class token with ``position=0``.
         ranks: numbers K of top singular vectors.
         measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``.
@@ -70,7 +73,7 @@ def measure_coupling(
         trajectories=trajectories,
     )
     settings.check_shape(model.d_model, model.n_layers)
-    encoded = [model.encode(p) if isinstance(p, (str, torch.Tensor)) else list(p) for p in prompts]
+    encoded = token_ids(model, prompts)
     records: dict[int, PromptCoupling] = {}
     with tqdm(total=len(encoded), desc="Measuring coupling", disable=not progress) as bar:
         for together in groups(model, encoded, settings):

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, headline_rank
-from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, Row, task_summaries, worst_certificate
+from lm_eval_coupling.measuring.rows import Row, task_summaries, worst_certificate
 from lm_eval_coupling.measuring.session import Session
-from lm_eval_coupling.saved.tables import SCHEMA_VERSION
+from lm_eval_coupling.saved.tables import SCHEMA_VERSION, TRAINED, UNTRAINED
 
 PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
 

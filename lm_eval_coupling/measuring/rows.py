@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.summary import document_value, summarize
-
-TRAINED, UNTRAINED = "trained", "untrained"
+from lm_eval_coupling.measuring.summary import document_value, rests_on_jacobians, summarize
+from lm_eval_coupling.saved.tables import TRAINED
 
 
 class DocumentKey(NamedTuple):
@@ -70,9 +69,12 @@ def task_summaries(rows: Iterable[Row], tasks: Iterable[str], ranks: Sequence[in
 
 
 def worst_certificate(rows: Iterable[Row]) -> float:
-    """The largest relative error of a Jacobian against the model's own derivative; NaN if there is none."""
-    found = (row.measured.certificate for row in rows)
-    return float(max((certificate.max() for certificate in found if certificate is not None), default=math.nan))
+    """The largest relative error of a Jacobian that some number of the trained weights rests on; NaN if there is none.
+
+    Jacobians that were refused have no number, and an untrained twin's are not the model's.
+    """
+    found = [row.measured.certificate for row in rows if row.weights == TRAINED and rests_on_jacobians(row.measured)]
+    return max((float(certificate.max()) for certificate in found), default=math.nan)
 
 
 def reasons(rows: Iterable[Row]) -> str:

@@ -17,11 +17,11 @@ from lm_eval_coupling.measures.registry import Found, measures
 from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.rows import TRAINED
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.store import MeasurementStore
 from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.saved.tables import TRAINED
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 

@@ -48,10 +48,17 @@ def summarize(documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence
     }
 
 
+_PROOF = {column.name for column in JACOBIAN}
+
+
 def was_measured(prompt: PromptCoupling) -> bool:
     """Whether any number is known of it, beside the proof of its Jacobians."""
-    proof = {column.name for column in JACOBIAN}
-    return any(not proof.issuperset(found.columns) for found in prompt.found.values())
+    return any(not _PROOF.issuperset(found.columns) for found in prompt.found.values())
+
+
+def rests_on_jacobians(prompt: PromptCoupling) -> bool:
+    """Whether a number of it was computed from the Jacobians that its certificate is of: those refused have none."""
+    return any("certificate" in found.columns and not _PROOF.issuperset(found.columns) for found in prompt.found.values())
 
 
 def _is_known(value: Any) -> bool:

@@ -94,25 +94,38 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
 
 
-def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int) -> Float[Tensor, "*batch"]:
-    """Largest sine of an angle between the first k singular vectors found and those of the matrix (Wedin, 1972).
+def numerical_rank(S: Float[Tensor, "*batch values"]) -> Int[Tensor, "*batch"]:
+    """Return how many of the given singular values are told from zero: above `TOLERANCE` · σ_1, their largest error.
 
-    √2 · residual · σ_1 / (σ_k − σ_{k+1}), at most 1: a small residual says little about vectors that are hard to tell from
-    the next. NaN where σ_{k+1} is not among the given values.
+    Whatever the width: rounding in a product over d_model terms grows with √d_model, and stays below that up to tens of
+    thousands; the usual d_model · eps · σ_1 would call half a thousandth of σ_1 zero in a wide model.
     """
-    if k >= S.shape[-1]:
-        return torch.full_like(S[..., 0], torch.nan)
-    error = math.sqrt(2) * residual * S[..., 0]
-    return torch.where(error == 0, error, error / (S[..., k - 1] - S[..., k])).clamp(max=1)
-
-
-def numerical_rank(S: Float[Tensor, "*batch values"], d_model: int | None = None) -> Int[Tensor, "*batch"]:
-    """Return how many of the given singular values are told from zero: above `TOLERANCE` · σ_1, the error they may have.
-
-    Whatever the width: the residual bounds the error of a singular value (Weyl, 1912).
-    """
-    del d_model
     return (S > TOLERANCE[S.dtype] * S[..., :1]).sum(dim=-1)
+
+
+def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int) -> Float[Tensor, "*batch"]:
+    """Return a bound on the sine of the angle between the computed and the exact v_k (and u_k); 1 where nothing is known.
+
+    By Davis and Kahan for the matrix [[0, J], [Jᵀ, 0]], whose eigenvector is (u, v)/√2: √2 · ‖residual‖ over the distance of
+    σ_k to the other singular values, each of which may be off by the residual.
+
+    Args:
+        S: singular values, descending; σ_{k+1} must be among them unless there is none.
+        residual: of the triplets, over σ_1.
+        k: which pair, from 1.
+
+    Raises:
+        CouplingError: if k is outside 1 … number of values.
+    """
+    values = S.shape[-1]
+    if not 1 <= k <= values:
+        raise CouplingError(f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more")
+    S, error = S.double(), residual.double() * S[..., 0].double()
+    away = [S[..., k - 2] - S[..., k - 1]] if k > 1 else []
+    away.append(S[..., k - 1] - S[..., k] if k < values else 2 * S[..., k - 1])
+    distance = torch.stack(away).amin(dim=0) - 2 * error
+    bound = torch.where(distance > 0, math.sqrt(2) * error / distance, 1.0).clamp(max=1)
+    return bound.to(residual.dtype)
 
 
 @exact_arithmetic()

@@ -49,7 +49,7 @@ def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun
     runs = find_runs(path)
     found = runs.newest_tables() if newest else runs.with_tables()
     if Path(path).is_file():
-        found = [(run, table) for run, table in found if table.file == Path(path)]
+        found = [(run, table) for run, table in found if Path(path) in (table.file, table.twin)]
     require_tables(found, runs, path)
     return found
 
@@ -74,7 +74,7 @@ def read_table(
     run: SavedRun, table: SavedTable, columns: Sequence[str] | None = None, weights: str = "trained"
 ) -> pd.DataFrame:
     """The rows of one table with the columns of its run."""
-    rows = table.read(columns, weights=weights)
+    rows = table.read(columns, weights=weights).drop(columns="model", errors="ignore")  # the run knows it in full
     about = {
         "model": run.model,
         "revision": run.revision,

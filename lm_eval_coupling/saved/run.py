@@ -29,21 +29,36 @@ _AT_ONCE = 64  # rows whose matrices are held together
 
 @dataclasses.dataclass(frozen=True)
 class SavedTable:
-    """The coupling table of one task of a run. ``about``: its provenance, as the run wrote it; ``columns`` that it has."""
+    """The coupling tables of one task of a run, read as one.
+
+    Attributes:
+        file: of the trained weights, or of all there are in tables from before twins had a file of their own.
+        about: its provenance, as the run wrote it.
+        columns: those that it has.
+        twin: of the untrained weights, where they were measured.
+    """
 
     file: Path
     about: Mapping[str, Any]
     columns: tuple[str, ...]
+    twin: Path | None = None
 
     @property
     def task(self) -> str:
         """The task whose documents it holds."""
         return self.about["task"]
 
+    def _files(self, weights: str) -> list[Path]:
+        """Those that may have rows of these weights; the first is there in any case, for its columns."""
+        return [self.file, *([self.twin] if self.twin is not None and weights != "trained" else [])]
+
     def read(self, columns: Sequence[str] | None = None, *, weights: str = "trained") -> pd.DataFrame:
         """All rows of some columns at once; see :meth:`batches`."""
-        with open_table(self.file) as table:
-            return self._of(frame_of(table.read(self._wanted(columns))), weights)
+        parts = []
+        for file in self._files(weights):
+            with open_table(file) as table:
+                parts.append(self._of(frame_of(table.read(self._wanted(columns))), weights))
+        return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
     def batches(
         self, columns: Sequence[str] | None = None, *, weights: str = "trained", rows: int = _AT_ONCE
@@ -56,12 +71,14 @@ class SavedTable:
             rows: at most so many at a time.
         """
         wanted = self._wanted(columns)
-        with open_table(self.file) as table:
-            empty = table.schema_arrow.empty_table()
-            yield self._of(frame_of(empty if wanted is None else empty.select(wanted)), weights)
-            for batch in table.iter_batches(batch_size=rows, columns=wanted):
-                if len(part := self._of(frame_of(batch), weights)):
-                    yield part
+        for file in self._files(weights):
+            with open_table(file) as table:
+                if file == self.file:
+                    empty = table.schema_arrow.empty_table()
+                    yield self._of(frame_of(empty if wanted is None else empty.select(wanted)), weights)
+                for batch in table.iter_batches(batch_size=rows, columns=wanted):
+                    if len(part := self._of(frame_of(batch), weights)):
+                        yield part
 
     def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
         return None if columns is None else [name for name in self.columns if name in (*columns, "weights")]
@@ -210,7 +227,19 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
                 if file == root:
                     raise
                 passed_over.append(str(error))
-    return SavedRuns(tuple(_joined(results, tables)), tuple(passed_over))
+    return SavedRuns(tuple(_joined(results, _with_twins(tables))), tuple(passed_over))
+
+
+def _with_twins(tables: Sequence[SavedTable]) -> list[SavedTable]:
+    """The table of untrained weights belongs to that of the trained ones beside it; alone, it stands for itself."""
+
+    def key(table: SavedTable) -> tuple[Any, ...]:
+        return table.file.parent, table.about.get("run_id"), table.about.get("date"), table.task
+
+    twins = {key(table): table for table in tables if table.about.get("weights") == "untrained"}
+    own = [table for table in tables if table.about.get("weights") != "untrained"]
+    paired = [dataclasses.replace(t, twin=twins.pop(key(t)).file) if key(t) in twins else t for t in own]
+    return [*paired, *twins.values()]
 
 
 def _with_its_own(file: Path) -> Iterator[Path]:

@@ -27,11 +27,14 @@ from lm_eval_coupling.measures.registry import Column, argument, option_of, reco
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
+TRAINED, UNTRAINED = "trained", "untrained"
 _GROUP = 64  # rows: whoever wants one document reads the matrices of so many
+_MOST = 2**31 - 1  # numbers of one nested array: its offsets have 32 bits
 
 
 # What is known of a row beside what was measured.
 DOCUMENT = (
+    Column("model", "", "name or path of the model", "text"),
     Column("task", "", "lm-eval's task", "text"),
     Column("doc_id", "", "lm-eval's number of the document", "whole"),
     Column("doc_hash", "", "lm-eval's hash of the document: join samples on it", "text"),
@@ -64,6 +67,9 @@ def write_tables(
 ) -> list[Path]:
     """Write ``coupling_<task>_<date>.parquet`` for each task; a reader never sees half a file.
 
+    What was measured of untrained weights goes to ``coupling_untrained_<task>_<date>.parquet``, so that nobody averages
+    over both by accident. Each column's meaning stands in the metadata of its field.
+
     Args:
         rows: the records.
         folder: where to; made if missing.
@@ -76,13 +82,15 @@ def write_tables(
     Raises:
         CouplingError: if the folder cannot be written.
     """
-    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    files: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        by_task.setdefault(row["task"], []).append(row)
+        files.setdefault((row["task"], row.get("weights") or TRAINED), []).append({"model": provenance.get("model")} | row)
     written = []
-    for task, members in by_task.items():
+    for (task, weights), members in files.items():
         about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
-        path = Path(folder) / f"coupling_{_safe(task)}_{date}.parquet"
+        about |= {"weights": weights}
+        name = _safe(task) if weights == TRAINED else f"{weights}_{_safe(task)}"
+        path = Path(folder) / f"coupling_{name}_{date}.parquet"
         table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
         try:
             _write_atomically(table, path)
@@ -175,7 +183,7 @@ def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _safe(task: str) -> str:
     """Task name as part of a file name; names that had to be changed stay distinct by a hash."""
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", task)
-    if plain == task and len(task) <= 120:
+    if plain == task and len(task) <= 120 and not task.startswith("untrained_"):  # which is what a twin's file is called
         return task
     return f"{plain[:100]}-{hashlib.sha256(task.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
@@ -195,17 +203,25 @@ def _write_atomically(table: pa.Table, path: Path) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     rows = [dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows]
-    known = {name: arrow_type(column) for name, column in table_columns().items()}
+    known = table_columns()
     names = list(known) + [name for name in rows[0] if name not in known]
-    return pa.table({name: _column([row.get(name) for row in rows], known.get(name)) for name in names})
+    kinds = {name: arrow_type(column) for name, column in known.items()}
+    arrays = [_column([row.get(name) for row in rows], kinds.get(name)) for name in names]
+    fields = [
+        pa.field(name, array.type, metadata=_field_metadata(known[name]) if name in known else None)
+        for name, array in zip(names, arrays, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _field_metadata(column: Column) -> dict[str, str]:
+    return {"shape": f"[{', '.join(column.dimensions)}]", "description": column.doc}
 
 
 def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array | pa.ChunkedArray:
     arrays = [v for v in values if isinstance(v, np.ndarray)]
     if arrays and (kind is None or _innermost(kind) == pa.float32()):
-        # In parts, each with offsets of its own: those of a whole table may be more than 32 bits hold.
-        parts = [values[first : first + _GROUP] for first in range(0, len(values), _GROUP)]
-        return pa.chunked_array([_array_column(part, arrays[0].ndim) for part in parts])
+        return pa.chunked_array([_array_column(part, arrays[0].ndim) for part in _parts(values)])
     plain = [v.tolist() if isinstance(v, np.ndarray | np.generic) else v for v in values]
     # from_pandas=False: NaN is a value, not a missing one
     return pa.array([_encodable(v) for v in plain], type=kind, from_pandas=False)
@@ -222,6 +238,18 @@ def _innermost(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _parts(values: Sequence[np.ndarray | None]) -> Iterator[Sequence[np.ndarray | None]]:
+    """Rows to write together, each part with offsets of its own: those of a whole table may be more than 32 bits hold."""
+    sizes = np.cumsum([0 if value is None else value.size for value in values])
+    first = 0
+    while first < len(values):
+        before = sizes[first - 1] if first else 0
+        fitting = int(np.searchsorted(sizes, before + _MOST, side="right"))
+        after = min(max(fitting, first + 1), first + _GROUP)
+        yield values[first:after]
+        first = after
+
+
 def _array_column(values: list[np.ndarray | None], depth: int) -> pa.Array:
     """Nested float32 lists, built from one flat buffer; ``None`` becomes null."""
     shapes = [(0,) * depth if v is None else v.shape for v in values]
@@ -235,7 +263,12 @@ def _array_column(values: list[np.ndarray | None], depth: int) -> pa.Array:
 
 
 def _offsets(sizes: Any) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+    ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    if ends[-1] > _MOST:
+        raise CouplingError(
+            f"got {ends[-1]} numbers in one cell of a table, at most {_MOST} fit; measure fewer coupling_tokens"
+        )
+    return pa.array(ends.astype(np.int32))
 
 
 def frame_of(table: pa.Table | pa.RecordBatch) -> pd.DataFrame:

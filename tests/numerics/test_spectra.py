@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics import spectra
 from lm_eval_coupling.numerics.spectra import (
     angle_bound,
@@ -233,18 +234,29 @@ def test_the_rank_does_not_depend_on_the_width(dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("gap", [0.3, 1e-2, 1e-4])
-def test_angles_stay_within_their_bound(dtype, gap):
-    """Against vectors known in float64, of a matrix whose 4th and 5th singular values nearly meet."""
-    values = [3.0, 2.5, 2.0, 1.0 + gap, 1.0] + [0.5] * 35
-    J, k = with_spectrum(values), 4
-    found = top_singular(J.to(dtype), k + 1)
-    bound = angle_bound(found.S, torch.maximum(found.residual, torch.tensor(torch.finfo(dtype).eps * 8)), k)
-    true = orthogonal(40, 1)[:, :k]
-    outside = found.V[:, :k].double() - true @ (true.T @ found.V[:, :k].double())
-    assert torch.linalg.matrix_norm(outside, 2) <= bound <= 1
-    assert angle_bound(found.S, found.residual, k + 1).isnan()
-    assert angle_bound(torch.ones(3), torch.tensor(1e-6), 1) == 1
+def test_singular_vectors_are_within_their_bound(dtype):
+    """Against a full float64 SVD: clear gaps, small ones, and two equal values of which nothing is known."""
+    values = torch.tensor([5, 4, 3.999, 2, 2, 1, 0.5, 0.25, 0.1, 0], dtype=torch.float64)
+    J = with_spectrum(values).to(dtype)
+    U, S, Vt = torch.linalg.svd(J.double())
+    found = top_singular(J, 10)
+    for k in range(1, 11):
+        bound = angle_bound(found.S, found.residual, k).item()
+        for mine, right in ((found.U[:, k - 1], U[:, k - 1]), (found.V[:, k - 1], Vt[k - 1])):
+            sine = (mine.double() - right * (right @ mine.double())).norm().item()
+            assert sine <= bound * (1 + 1e-6) + torch.finfo(dtype).eps * 10, k
+        if k in (1, 6, 7):
+            assert bound < {torch.float32: 1e-3, torch.float64: 1e-9}[dtype]
+        assert (bound == 1) == (k in (4, 5)) or k == 10
+    with pytest.raises(CouplingError, match="got k = 11 with 10"):
+        angle_bound(found.S, found.residual, 11)
+
+
+def test_a_bound_sees_the_neighbours_on_both_sides():
+    S, residual = torch.tensor([[1.0, 0.5, 0.4999]]), torch.tensor([1e-6])
+    assert angle_bound(S, residual, 1).item() == pytest.approx(2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5)
+    assert angle_bound(S, residual, 2).item() == pytest.approx(2**0.5 * 1e-6 / (1e-4 - 2e-6), rel=1e-3)
+    assert angle_bound(S[:, :2], residual, 2).item() == pytest.approx(2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5)
 
 
 @dtypes

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,8 +41,9 @@ def test_every_column_round_trips(tmp_path):
     rows[2] = record(doc_id=2, layers=7, ranks=(3,), over_tokens=True)
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
     frame = load_records(path)
-    assert len(frame) == 4 and list(frame.columns)[: len(TYPES)] == list(TYPES)
-    assert {name for name in TYPES if name != "coupling"} == set(rows[0])
+    of_the_table = {"model", "coupling"}  # made as it is written
+    assert len(frame) == 4 and list(frame.columns)[: len(TYPES) - 1] == [name for name in TYPES if name != "model"]
+    assert set(TYPES) - of_the_table == set(rows[0])
     for i, row in enumerate(rows):
         for name, expected in row.items():
             assert same(frame[name].iloc[i], expected), (name, i, frame[name].iloc[i], expected)
@@ -335,6 +337,41 @@ def test_the_untrained_twin_is_read_only_where_it_is_wanted(tmp_path):
     assert list(load_records(tmp_path, weights="all")["weights"]) == ["trained", "untrained"]
     with pytest.raises(CouplingError, match="got weights='fresh', expected trained"):
         load_records(tmp_path, weights="fresh")
+
+
+def test_untrained_rows_have_a_file_of_their_own(tmp_path):
+    """Plain pandas averaged over trained and untrained weights, and over models, as nothing in the file kept them apart."""
+    rows = [record(), record() | {"weights": "untrained"}, record("untrained_arc")]
+    files = write_tables(rows, tmp_path, DATE, {"model": "org/a", "run_id": "r"})
+    assert [file.name for file in files[:2]] == [f"coupling_arc_{DATE}.parquet", f"coupling_untrained_arc_{DATE}.parquet"]
+    assert len(set(files)) == 3  # a task may be called so, too
+    for file, weights in zip(files, ("trained", "untrained", "trained"), strict=True):
+        plain = pd.read_parquet(file)
+        assert set(plain["weights"]) == {weights} and set(plain["model"]) == {"org/a"}
+    assert [len(load_records(tmp_path, weights=weights)) for weights in ("trained", "untrained", "all")] == [2, 1, 3]
+    assert list(load_records(files[1], weights="all")["weights"]) == ["untrained"]
+    assert len(load_records(files[0])) == 1 and load_records(files[1]).empty
+
+
+def test_a_field_says_what_it_is(tmp_path):
+    (file,) = write_tables([record()], tmp_path, DATE, {})
+    field = pq.read_schema(file).field("normalized_miscoupling")
+    assert (
+        field.metadata[b"shape"] == b"[rank, layer, layer]" and "‖A − Diag A‖_F" in field.metadata[b"description"].decode()
+    )
+
+
+def test_offsets_of_a_large_table_do_not_wrap(tmp_path, monkeypatch):
+    """A nested column of more numbers than 32-bit offsets hold came back as other numbers."""
+    rows = [record(doc_id=i) for i in range(7)] + [record(doc_id=7, reason="too short")]
+    size = rows[0]["subspace_overlap"].size
+    monkeypatch.setattr(tables, "_MOST", 2 * size + 1)
+    frame = load_records(write_tables(rows, tmp_path, DATE, {})[0])
+    for i, row in enumerate(rows):
+        assert same(frame["subspace_overlap"].iloc[i], row["subspace_overlap"])
+    monkeypatch.setattr(tables, "_MOST", size - 1)
+    with pytest.raises(CouplingError, match="numbers in one cell of a table"):
+        write_tables(rows, tmp_path / "other", DATE, {})
 
 
 def test_tables_that_do_not_say_are_of_trained_weights(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def miscoupling_of_all(blocks: Blocks, ranks: Sequence[int]) -> Float[np.ndarray
     device = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
     triplets = [top_singular(matrix.to(device), ranks[-1]) for matrix in J]
     U, S, V = (torch.stack([getattr(one, name) for one in triplets]) for name in ("U", "S", "V"))
-    rank = numerical_rank(S, d_model)
+    rank = numerical_rank(S)
     found = torch.empty(len(ranks), len(J), len(J), dtype=torch.float64)
     for i in range(len(J)):  # one Jacobian's products at a time: all of them would be large
         A = coupling_matrices(J[i : i + 1], U, V)[0]

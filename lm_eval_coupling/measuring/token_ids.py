@@ -1,0 +1,79 @@
+"""Prompts in the forms that people have them in, as token ids."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lm_eval_coupling.errors import CouplingError
+
+EXPECTED = "texts or token ids: a list of strings, lists or tensors of ids, a tensor [prompt, seq] or a tokenizer's output"
+
+
+def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
+    """Token ids of every prompt.
+
+    Args:
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`, which encodes texts.
+        prompts: one text or several, ids of one prompt or of several as lists, arrays or tensors, or what a tokenizer
+            returned, whose ``attention_mask`` tells ids from padding. Pixel values are encoded by the model, too.
+
+    Raises:
+        CouplingError: for anything else, and for a text without a tokenizer.
+    """
+    if isinstance(prompts, str):
+        return [model.encode(prompts)]
+    if isinstance(prompts, Mapping):
+        return _of_tokenizer(prompts)
+    if _are_pixels(prompts):
+        return [model.encode(prompts)] if prompts.ndim == 3 else [model.encode(image) for image in prompts]
+    plain = _plain(prompts)
+    if not isinstance(plain, Sequence | Iterable):
+        raise CouplingError(f"got prompts={prompts!r}, expected {EXPECTED}")
+    plain = list(plain)
+    if plain and all(_is_id(value) for value in plain):
+        return [[operator.index(value) for value in plain]]
+    return [model.encode(prompt) if isinstance(prompt, str) or _are_pixels(prompt) else _ids(prompt) for prompt in plain]
+
+
+def _are_pixels(prompt: Any) -> bool:
+    return isinstance(prompt, Tensor) and prompt.is_floating_point() and prompt.ndim in (3, 4)
+
+
+def _of_tokenizer(found: Mapping[str, Any]) -> list[Sequence[int]]:
+    if "input_ids" not in found:
+        raise CouplingError(f"got prompts with {', '.join(map(str, found)) or 'nothing'}, expected input_ids; or {EXPECTED}")
+    ids = _plain(found["input_ids"])
+    mask = _plain(found.get("attention_mask"))
+    if ids and _is_id(ids[0]):
+        ids, mask = [ids], None if mask is None else [mask]
+    rows = [_ids(row) for row in ids]
+    if mask is None:
+        return rows
+    return [[i for i, kept in zip(row, own, strict=True) if kept] for row, own in zip(rows, mask, strict=True)]
+
+
+def _ids(prompt: Any) -> Sequence[int]:
+    if isinstance(prompt, Sequence) and type(prompt) not in (list, tuple, str) and all(map(_is_id, prompt)):
+        return prompt  # encoded already, and knows more than its numbers
+    plain = _plain(prompt)
+    if isinstance(plain, list | tuple) and len(plain) == 1 and isinstance(plain[0], list | tuple):
+        plain = plain[0]  # [1, seq], as a model takes it
+    if not isinstance(plain, list | tuple) or not all(_is_id(value) for value in plain):
+        raise CouplingError(f"got a prompt {str(prompt)[:80]!r} of {type(prompt).__name__}, expected {EXPECTED}")
+    return [operator.index(value) for value in plain]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as nested lists."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_floating_point() and value.dtype.itemsize > 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -1,0 +1,147 @@
+"""What the store spares: each measure of each prompt is measured once, and what failed for the moment is tried again."""
+
+import cases
+import numpy as np
+import pytest
+import torch
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measuring import session as session_module
+from lm_eval_coupling.measuring.session import Session, Subject
+from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.measuring.store import MeasurementStore
+from lm_eval_coupling.residual import ResidualModel
+
+PROMPTS = [tuple(cases.tiny_tokens(seq)[0].tolist()) for seq in (4, 6)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ResidualModel.wrap(cases.tiny_model("llama"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with MeasurementStore(tmp_path / "store.sqlite") as opened:
+        yield opened
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The measures that prompts were really measured for, batch by batch."""
+    seen, right = [], session_module.measure_prompts
+
+    def measured(model, prompts, position, settings):
+        seen.append((settings.measures, len(prompts)))
+        return right(model, prompts, position, settings)
+
+    monkeypatch.setattr(session_module, "measure_prompts", measured)
+    return seen
+
+
+def records(model, store, *measures, prompts=PROMPTS, weights="f", position=-1, **settings):
+    chosen = Settings(ranks=(2,), measures=measures, dtype="float64", **settings)
+    subject = Subject("trained", model, weights)
+    session = Session(subjects=[subject], settings=chosen, position=position, store=store, quiet=True)
+    return session.measure(prompts).of("trained")
+
+
+def test_the_order_of_measures_does_not_matter(model, store, asked):
+    records(model, store, "depth", "regularity")
+    assert asked == [(("depth", "regularity"), 2)]
+    found = records(model, store, "regularity", "depth")
+    assert len(asked) == 1 and found[PROMPTS[0]].measures == ("depth", "regularity")
+
+
+def test_one_more_measure_costs_only_itself(model, store, asked):
+    first = records(model, store, "depth")
+    both = records(model, store, "depth", "spectra")
+    assert asked == [(("depth",), 2), (("spectra",), 2)]
+    for tokens in PROMPTS:
+        assert both[tokens].measures == ("depth", "spectra") and both[tokens].effective_rank is not None
+        np.testing.assert_array_equal(both[tokens].normalized_miscoupling, first[tokens].normalized_miscoupling)
+        assert both[tokens].method == first[tokens].method == ("closed", "closed")
+    records(model, store, "spectra")
+    assert len(asked) == 2
+
+
+def test_prompts_that_lack_different_measures(model, store, asked):
+    records(model, store, "depth", prompts=PROMPTS[:1])
+    found = records(model, store, "depth", "regularity")
+    assert sorted(asked[1:]) == [(("depth", "regularity"), 1), (("regularity",), 1)]
+    assert all(record.line_shape_score > 1 and record.coupling(2) > 0 for record in found.values())
+
+
+def test_what_numbers_depend_on_is_part_of_their_key(model, store, asked):
+    records(model, store, "depth", "regularity")
+    records(model, store, "depth", "regularity", window=1)  # of the trajectory alone
+    assert asked[-1] == (("regularity",), 2)
+    records(model, store, "depth", tokens="all")  # which depth does not read
+    assert len(asked) == 2
+    records(model, store, "depth", method="autodiff")
+    records(model, store, "depth", weights="g")
+    assert len(asked) == 4
+
+
+def test_the_same_token_is_the_same_measurement(model, store, asked):
+    records(model, store, "depth", prompts=PROMPTS[:1], position=-1)
+    records(model, store, "depth", prompts=PROMPTS[:1], position=3)
+    assert len(asked) == 1
+
+
+def test_memory_that_ran_out_for_a_part_is_tried_again(model, store, asked, monkeypatch):
+    """A record without entropy, for a passing lack of memory, was stored and reused by every later run."""
+    with monkeypatch.context() as patch:
+
+        def scarce(self, resid):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(ResidualModel, "logits", scarce)
+        found = records(model, store, "depth", "regularity")
+    assert {record.reason for record in found.values()} == {"no entropy: out of memory"}
+    assert {record.reason_codes for record in found.values()} == {("out_of_memory",)}
+    again = records(model, store, "depth", "regularity")
+    assert asked[1:] == [(("regularity",), 2)]
+    assert all(record.entropy is not None and record.reason is None for record in again.values())
+
+
+def test_what_failed_altogether_is_tried_again(model, store, asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "lm_eval_coupling.measuring.batch.jacobians_of_traces",
+            lambda *args: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")),
+        )
+        found = records(model, store, "depth", prompts=PROMPTS[:1])
+    assert found[PROMPTS[0]].reason == "out of memory" and len(store) == 0
+    assert records(model, store, "depth", prompts=PROMPTS[:1])[PROMPTS[0]].reason is None
+
+
+def test_what_would_end_the_same_way_is_kept(store, asked):
+    """A block that adds nothing has no coupling today nor tomorrow."""
+    silent = cases.tiny_model("llama", num_hidden_layers=3)
+    for weight in (silent.model.layers[1].self_attn.o_proj.weight, silent.model.layers[1].mlp.down_proj.weight):
+        weight.data.zero_()
+    silent = ResidualModel.wrap(silent)
+    first = records(silent, store, "depth", "regularity", prompts=PROMPTS[:1])[PROMPTS[0]]
+    again = records(silent, store, "depth", "regularity", prompts=PROMPTS[:1])[PROMPTS[0]]
+    assert len(asked) == 1 and again.reason == first.reason and "5 of 9 layer pairs are undefined" in again.reason
+    assert again.reason_codes == ("zero_or_low_rank", "undefined")
+
+
+def test_a_token_that_is_not_there_is_no_measurement(model, store, asked):
+    found = records(model, store, "depth", position=5)
+    assert found[PROMPTS[0]].reason_codes == ("no_such_token",) and found[PROMPTS[1]].reason is None
+    assert len(store) == 1
+
+
+def test_a_store_of_another_version_is_refused_in_a_sentence(tmp_path):
+    import sqlite3
+
+    path = tmp_path / "older.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE measurements (key TEXT PRIMARY KEY, columns BLOB, created TEXT)")
+        db.execute("CREATE TABLE meta (schema_version INTEGER)")
+        db.execute("INSERT INTO meta VALUES (1)")
+    db.close()
+    with pytest.raises(CouplingError, match="older.sqlite of schema version 1, expected version 2; delete it or choose"):
+        MeasurementStore(path)

@@ -1,0 +1,20 @@
+"""The page of columns is that of the registry."""
+
+from pathlib import Path
+
+from lm_eval_coupling.measures.registry import readings
+from lm_eval_coupling.saved.reference import page
+from lm_eval_coupling.saved.tables import table_columns
+
+PAGE = Path(__file__).parents[2] / "docs" / "measures.md"
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m lm_eval_coupling.saved.reference > docs/measures.md"
+
+
+def test_every_column_and_reading_is_told():
+    text = page()
+    for name, column in table_columns().items():
+        assert f"| `{name}` |" in text and column.doc
+    assert all(f"`{name}" in text for name in readings())
