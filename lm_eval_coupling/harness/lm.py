@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -21,7 +21,7 @@ from lm_eval_coupling.harness.results import CouplingInfo, add_to_results, with_
 from lm_eval_coupling.harness.sampling import choose
 from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
 from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
-from lm_eval_coupling.measuring.session import Session, Subject
+from lm_eval_coupling.measuring.session import Measured, Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
@@ -52,6 +52,9 @@ class CouplingLM(HFLM):
         self._split_data_without_gpus()
         self.coupling_info = CouplingInfo({})
         self.session = self._open_session(store) if store is not None else None
+        if options.dry_run:
+            for scoring in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(self, scoring, self._stop_before_scoring)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what the configuration already rules out, before the weights are loaded."""
@@ -115,18 +118,10 @@ class CouplingLM(HFLM):
         """
         if self.session is None:
             return
-        self._follow_the_weights()
         ranks, requested = Ranks(self.rank, self.world_size), Requested.of(task_dict)
-        documents: list[Document] = []
-
-        def keys() -> list[DocumentKey]:
-            documents.extend(requested.documents())
-            return [document.key for document in documents]
-
-        by_rank = ranks.everywhere(keys)
-        chosen = choose(chain(*by_rank), requested.roots, self.coupling_options.limit, self.coupling_options.seed)
-        elsewhere = set(chain(*by_rank[: self.rank]))
-        mine = [document for document in documents if document.key in chosen and document.key not in elsewhere]
+        chosen, mine = self._chosen(ranks, requested)
+        if self.coupling_options.dry_run:
+            self._end_dry_run(chosen, mine)
         parts = ranks.at_first(lambda: self._measure(mine))
         if parts is None or results is None:
             return
@@ -137,17 +132,43 @@ class CouplingLM(HFLM):
         elif info["failed"]:
             logger.warning("coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows))
 
+    def _chosen(self, ranks: Ranks, requested: Requested) -> tuple[set[DocumentKey], list[Document]]:
+        """All documents that are to be measured, and those of this process."""
+        documents: list[Document] = []
+
+        def keys() -> list[DocumentKey]:
+            self._follow_the_weights()
+            documents.extend(requested.documents())
+            return [document.key for document in documents]
+
+        by_rank = ranks.everywhere(keys)
+        chosen = choose(chain(*by_rank), requested.roots, self.coupling_options.limit, self.coupling_options.seed)
+        elsewhere = set(chain(*by_rank[: self.rank]))
+        return chosen, [d for d in documents if d.key in chosen and d.key not in elsewhere]
+
+    def _stop_before_scoring(self, requests: Any, **_: Any) -> Any:
+        """Stands for every way to score in a dry run: by then lm-eval has built all requests."""
+        raise plugin.DryRun
+
+    def _end_dry_run(self, chosen: Collection[Any], documents: list[Document]) -> None:
+        """Say what measuring would cost, and end well."""
+        prompts = [prompt.tokens for document in documents for prompt in self._prompts(document)]
+        told = self.session.try_one(prompts) if prompts else []
+        if self.rank == 0:
+            print("\n".join([f"Dry run: {len(chosen)} documents would be measured; on this process", *told]))
+        raise SystemExit(0)
+
     def _measure(self, documents: list[Document]) -> tuple[list[Row], dict[str, Any]]:
         """Rows of this process's documents, those of the trained weights first."""
         prompts = [(d, index, prompt) for d in documents for index, prompt in enumerate(self._prompts(d))]
         measured = self.session.measure([prompt.tokens for _, _, prompt in prompts])
         rows = [
-            self._row(document, index, prompt, subject.weights, records[prompt.tokens])
+            self._row(document, index, prompt, subject.weights, measured)
             for subject in self.session.subjects
             for document, index, prompt in prompts
-            if prompt.tokens in (records := measured.of(subject.weights))
+            if prompt.tokens in measured.of(subject.weights)
         ]
-        reused = sum(prompt.tokens in measured.reused for _, _, prompt in prompts)
+        reused = sum(row.reused for row in rows if row.weights == TRAINED)
         return rows, {"reused": reused, "interrupted": measured.interrupted}
 
     def _prompts(self, document: Document) -> list[Prompt]:
@@ -157,7 +178,7 @@ class CouplingLM(HFLM):
             logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
             return []
 
-    def _row(self, document: Document, index: int, prompt: Prompt, weights: str, measured: Any) -> Row:
+    def _row(self, document: Document, index: int, prompt: Prompt, weights: str, measured: Measured) -> Row:
         return Row(
             document=document.key,
             doc_id=document.doc_id,
@@ -165,7 +186,8 @@ class CouplingLM(HFLM):
             kind=prompt.kind,
             text=self.tokenizer.decode(list(prompt.tokens)),
             weights=weights,
-            measured=measured,
+            measured=measured.of(weights)[prompt.tokens],
+            reused=prompt.tokens in measured.reused.get(weights, ()),
         )
 
     def _info(

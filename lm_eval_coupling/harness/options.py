@@ -29,6 +29,7 @@ class Options:
     untrained: int | None
     store: Path | None
     out: Path | None
+    dry_run: bool
 
     @classmethod
     def parse(
@@ -49,6 +50,7 @@ class Options:
         untrained: Any = None,
         store: Any = None,
         out: Any = None,
+        dry_run: Any = False,
     ) -> Options:
         """Check every argument, without its prefix.
 
@@ -73,9 +75,12 @@ class Options:
             untrained=None if untrained is None else _whole("untrained", untrained),
             store=_path("store", store),
             out=_path("out", out),
+            dry_run=_yes("dry_run", dry_run),
         )
         if options.limit is not None and options.limit < 0:
             raise CouplingError(f"got coupling_limit={limit}, expected a number of documents, 0 (only score) or all")
+        if options.dry_run and options.limit == 0:
+            raise CouplingError("got coupling_dry_run with coupling_limit=0, which measures nothing; leave out one of them")
         if options.out is not None:
             plugin.require_writable(options.out)
         return options

@@ -23,6 +23,10 @@ TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
 
+class DryRun(Exception):
+    """Raised instead of scoring, once lm-eval has built all requests."""
+
+
 def install() -> None:
     """Take effect on the modules of lm-eval that are loaded, and through the hook on those that will be."""
     from lm_eval_coupling import _startup
@@ -115,8 +119,11 @@ def _record_after_scoring(evaluator: Any) -> None:
         signature = inspect.signature(evaluate)
 
         def evaluate_and_record(lm, task_dict, *args, **kwargs):
-            results = evaluate(lm, task_dict, *args, **kwargs)
             record = getattr(getattr(lm, "lm", lm), "record_coupling", None)  # a CachingLM holds the model in .lm
+            try:
+                results = evaluate(lm, task_dict, *args, **kwargs)
+            except DryRun:
+                results = None
             if record is not None:
                 try:
                     how = signature.bind(lm, task_dict, *args, **kwargs)

@@ -31,6 +31,7 @@ class Row:
     text: str
     weights: str
     measured: PromptCoupling
+    reused: bool = False
 
     def to_columns(self) -> dict[str, Any]:
         """As it is written."""
@@ -41,6 +42,7 @@ class Row:
             "text": self.text,
             "n_tokens": len(self.measured.tokens),
             "weights": self.weights,
+            "reused": int(self.reused),
         }
         return about | self.measured.to_columns()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +13,11 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import resolve_token
 from lm_eval_coupling.measures.registry import Found, measures
-from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.measuring.estimate import memory_needed, seconds_needed
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.store import MeasurementStore
-from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.saved.tables import TRAINED
 
@@ -42,8 +40,8 @@ class Measured:
     """What is known of the prompts that were asked for, by the weights and the prompt's token ids."""
 
     records: dict[str, dict[Tokens, PromptCoupling]] = field(default_factory=dict)
-    reused: set[Tokens] = field(default_factory=set)
-    """Prompts whose record of the trained weights comes from the store."""
+    reused: dict[str, set[Tokens]] = field(default_factory=dict)
+    """By the weights, the prompts whose whole record comes from the store."""
     interrupted: bool = False
 
     def of(self, weights: str) -> dict[Tokens, PromptCoupling]:
@@ -83,9 +81,13 @@ class Session:
             for subject in self.subjects:
                 known[subject.weights] = self._recalled(subject, prompts)
                 measured.of(subject.weights).update(self._complete(known[subject.weights]))
-            measured.reused.update(measured.of(TRAINED))
+                measured.reused[subject.weights] = set(measured.of(subject.weights))
+            if prompts and not self.quiet:
+                logger.info(
+                    "coupling: on this process %s", self._counted(prompts, len(set(prompts) - measured.reused[TRAINED]))
+                )
             for subject in self.subjects:
-                self._measure_missing(subject, prompts, known[subject.weights], measured.of(subject.weights))
+                self._measure_missing(subject, known[subject.weights], measured.of(subject.weights))
         except KeyboardInterrupt:
             measured.interrupted = True
             done = sum(tokens in measured.of(TRAINED) for tokens in prompts)
@@ -99,7 +101,7 @@ class Session:
     def _recalled(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
         """What earlier runs have measured of these prompts, measure by measure."""
         known: Known = {}
-        for tokens in set(prompts):
+        for tokens in dict.fromkeys(prompts):
             known[tokens] = {}
             for name in self.settings.measures:
                 with contextlib.suppress(CouplingError):  # a token that the prompt does not have: its record says so
@@ -128,69 +130,69 @@ class Session:
         except Exception as error:
             logger.warning("coupling: a measurement could not be stored (%s); it stays in this run's tables", error)
 
-    def _measure_missing(
-        self, subject: Subject, prompts: Sequence[Tokens], known: Known, records: dict[Tokens, PromptCoupling]
-    ) -> None:
+    def _measure_missing(self, subject: Subject, known: Known, records: dict[Tokens, PromptCoupling]) -> None:
         """Fill ``records``, a few prompts of about the same length at a time, of each only the measures that are missing."""
-        waiting = list(dict.fromkeys(tokens for tokens in prompts if tokens not in records))
-        batches = self._batches(subject, waiting, known)
-        if batches:
-            self._announce_memory(subject, [tokens for _, tokens in batches])
-            self._announce_tokenwise(subject, max(map(len, waiting)))
-            batches.insert(0, batches.pop(len(batches) // 2))  # the time announced is that of the median length
+        batches = self._batches(subject, known)
+        waiting = sum(len(batch) for _, batch in batches)
+        if batches and not self.quiet:
+            batches = _one_first(batches)
+            logger.info("coupling: %s", memory_needed(subject.model, [batch for _, batch in batches], self.settings))
         what = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
-        hidden = self.quiet or not prompts
-        with tqdm(total=len(prompts), desc=what, disable=hidden, initial=len(prompts) - len(waiting)) as bar:
+        with tqdm(total=waiting, desc=what, unit="prompt", disable=self.quiet or not waiting) as bar:
             for number, (settings, batch) in enumerate(batches):
-                start = time.perf_counter()
-                for record in measure_prompts(subject.model, batch, self.position, settings):
+                found = measure_prompts(subject.model, batch, self.position, settings)
+                for record in found:
                     self._keep(subject, record)
-                    found = {**known[record.tokens], **record.found}
-                    records[record.tokens] = dataclasses.replace(record, found={n: found[n] for n in self.settings.measures})
+                    records[record.tokens] = self._with_known(record, known)
                 bar.update(len(batch))
-                if number == 0:
-                    self._announce(len(prompts), len(waiting), (time.perf_counter() - start) / len(batch))
-            if not batches:
-                self._announce(len(prompts), 0, 0.0)
+                if number == 0 and not self.quiet:
+                    told = seconds_needed(subject.model, found[0], waiting - 1, self.settings, self.position)
+                    logger.info("coupling: %s", told)
 
-    def _batches(self, subject: Subject, waiting: Sequence[Tokens], known: Known) -> list[tuple[Settings, list[Tokens]]]:
+    def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
+        """Measure one prompt on each set of weights, and say in a few lines what all of them would cost."""
+        told = []
+        for subject in self.subjects:
+            known = self._recalled(subject, prompts)
+            batches = _one_first(self._batches(subject, known))
+            told.append(f"{subject.weights} weights: {self._counted(prompts, sum(len(batch) for _, batch in batches))}")
+            if not batches:
+                continue
+            settings, batch = batches[0]
+            (record,) = measure_prompts(subject.model, batch, self.position, settings)
+            self._keep(subject, record)
+            left = sum(len(batch) for _, batch in batches[1:])
+            told.append(seconds_needed(subject.model, record, left, self.settings, self.position))
+            told.append(memory_needed(subject.model, [batch for _, batch in batches], self.settings))
+        return told
+
+    def _with_known(self, record: PromptCoupling, known: Known) -> PromptCoupling:
+        found = {**known[record.tokens], **record.found}
+        return dataclasses.replace(record, found={name: found[name] for name in self.settings.measures})
+
+    def _counted(self, prompts: Sequence[Tokens], waiting: int) -> str:
+        distinct = len(set(prompts))
+        return f"{len(prompts)} prompts, {distinct} of them distinct, {distinct - waiting} measured before"
+
+    def _batches(self, subject: Subject, known: Known) -> list[tuple[Settings, list[Tokens]]]:
         """Prompts to measure together, with the measures that all of them lack."""
         by_measures: dict[tuple[str, ...], list[Tokens]] = {}
-        for tokens in waiting:
-            by_measures.setdefault(self._missing(known[tokens]), []).append(tokens)
-        found = []
+        for tokens, found in known.items():
+            if missing := self._missing(found):
+                by_measures.setdefault(missing, []).append(tokens)
+        batches = []
         for missing, prompts in by_measures.items():
             settings = dataclasses.replace(self.settings, measures=missing)
-            found += [(settings, [prompts[i] for i in group]) for group in groups(subject.model, prompts, settings)]
-        return found
+            batches += [(settings, [prompts[i] for i in group]) for group in groups(subject.model, prompts, settings)]
+        return batches
 
-    def _announce(self, prompts: int, waiting: int, seconds: float) -> None:
-        if self.quiet or not prompts:
-            return
-        logger.info(
-            "coupling: %d prompts on this process, %d distinct ones not measured before, about %.1f s each",
-            *(prompts, waiting, seconds),
-        )
 
-    def _announce_memory(self, subject: Subject, batches: list[list[Tokens]]) -> None:
-        """What the largest batch takes beside the model."""
-        if self.quiet:
-            return
-        size = {"rank": self.settings.ranks[-1], "itemsize": DTYPES[self.settings.dtype].itemsize}
-        needed = (memory_of(subject.model, seq=max(map(len, batch)), prompts=len(batch), **size) for batch in batches)
-        logger.info("coupling: measuring takes %s", max(needed, key=lambda memory: memory.total))
-
-    def _announce_tokenwise(self, subject: Subject, longest: int) -> None:
-        """What measures over tokens cost, before the first prompt is measured."""
-        model = subject.model
-        try:
-            position = resolve_token(self.position, longest)
-            jacobians, megabytes = self.settings.extra(model.n_layers, model.d_model, position)
-        except CouplingError:
-            return  # tokens that the prompt does not have: its record says so
-        if jacobians and not self.quiet:
-            logger.info(
-                "coupling: measures over tokens take up to %d Jacobians more for a prompt, where the depth takes %d; "
-                "%.0f MB of them at a time",
-                *(jacobians, model.n_layers, megabytes),
-            )
+def _one_first(batches: list[tuple[Settings, list[Tokens]]]) -> list[tuple[Settings, list[Tokens]]]:
+    """The same with a prompt of median length alone before the others, to see what one costs."""
+    if not batches:
+        return []
+    middle = len(batches) // 2
+    settings, batch = batches[middle]
+    at = len(batch) // 2
+    others = [(settings, rest)] if (rest := [*batch[:at], *batch[at + 1 :]]) else []
+    return [(settings, [batch[at]]), *others, *batches[:middle], *batches[middle + 1 :]]

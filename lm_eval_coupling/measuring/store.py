@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,7 @@ def default_store_path() -> Path:
 class MeasurementStore:
     """What each measure found for a prompt, by key. What :meth:`put` has returned from survives a kill, even of the machine.
 
-    Usable as a context manager. Several processes may have the same file open and write to it.
-
+    Usable as a context manager, from any thread. Several processes may have the same file open and write to it.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -46,11 +46,7 @@ class MeasurementStore:
         """
         self.path = Path(path)
         self._require_writable()
-        try:
-            # Autocommit: what is to be one transaction says so.
-            self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        except sqlite3.Error as error:
-            raise CouplingError(f"got {self.path} as the store, which cannot be opened ({error}); {_ANOTHER}") from None
+        self._opened: dict[tuple[int, int], sqlite3.Connection] = {}
         try:
             self._prepare()
         except sqlite3.Error as error:
@@ -105,7 +101,10 @@ class MeasurementStore:
 
     def close(self) -> None:
         """Release the file; nothing is lost without it."""
-        self._connection.close()
+        while self._opened:
+            (process, _), connection = self._opened.popitem()
+            if process == os.getpid():
+                connection.close()
 
     def __len__(self) -> int:
         """Number of measurements kept."""
@@ -135,10 +134,30 @@ class MeasurementStore:
             if place.exists() and not os.access(place, os.W_OK):
                 raise CouplingError(f"got {self.path} as the store, but {place} is not writable; {_ANOTHER}")
 
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """Of this process and thread: SQLite's are not to be shared by threads, nor carried over a fork."""
+        here = (os.getpid(), threading.get_ident())
+        if here not in self._opened:
+            self._opened[here] = self._connect()
+        return self._opened[here]
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            # Autocommit: what is to be one transaction says so. Any thread may close it.
+            made = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise CouplingError(f"got {self.path} as the store, which cannot be opened ({error}); {_ANOTHER}") from None
+        try:
+            # A write-ahead log would be faster, but its shared memory does not work on network file systems.
+            made.execute("PRAGMA journal_mode = DELETE")
+            made.execute("PRAGMA synchronous = EXTRA")
+        except sqlite3.Error:
+            made.close()
+            raise
+        return made
+
     def _prepare(self) -> None:
-        # A write-ahead log would be faster, but its shared memory does not work on network file systems.
-        self._connection.execute("PRAGMA journal_mode = DELETE")
-        self._connection.execute("PRAGMA synchronous = EXTRA")
         if not self._tables():
             self._create()
         if not {"measurements", "meta"} <= self._tables():

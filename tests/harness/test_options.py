@@ -157,3 +157,20 @@ def test_text_needs_a_tokenizer(home):
     model = ResidualModel.wrap(AutoModelForCausalLM.from_pretrained(home / "float32"))
     with pytest.raises(CouplingError, match="without a tokenizer"):
         measure.measure_coupling(model, ["some text"], ranks=(2,))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_dry_run_says_the_cost_and_scores_nothing(evaluate, tmp_path, capsys, monkeypatch, cached):
+    def never(*_, **__):
+        raise AssertionError("something was scored")
+
+    for name in ("_model_call", "_model_generate"):
+        monkeypatch.setattr(CouplingLM, name, never)
+    store = tmp_path / "s.sqlite"
+    arguments = {"coupling_dry_run": True, "coupling_limit": 3, "coupling_untrained": 1, "coupling_store": str(store)}
+    with pytest.raises(SystemExit) as ended:
+        evaluate(arguments=arguments, use_cache=str(tmp_path / "cache") if cached else None)
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct" in told
+    assert told.count("; the other 5 take up to ") == 2 and "untrained weights: 6 prompts" in told

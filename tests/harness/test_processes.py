@@ -24,7 +24,7 @@ def test_two_processes_measure_what_one_does(home, tmp_path):
     launcher = two_processes(29591)
     run(evaluation(home, "choice", tmp_path / "one", tmp_path / "one.sqlite"))
     told = evaluation(home, "choice", tmp_path / "two", tmp_path / "two.sqlite", launcher=launcher, before=TOLD)
-    assert "4 prompts on this process" in run(told)
+    assert "on this process 4 prompts" in run(told)
     one, two = (load_records(tmp_path / name).set_index("doc_hash").sort_index() for name in ("one", "two"))
     assert list(one.index) == list(two.index) and len(two) == 8
     assert len(stored(tmp_path / "two.sqlite")) == 8 * MEASURES

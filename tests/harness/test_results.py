@@ -98,7 +98,8 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
     printed = run([sys.executable, script, "--model", "coupling-hf", "--model_args", arguments, *words, "--device", "cpu"])
     assert "|coupling" in printed.replace(" ", "")
-    assert "8 prompts on this process, 8 distinct ones not measured before" in printed
+    assert "coupling: on this process 8 prompts, 8 of them distinct, 0 measured before" in printed
+    assert re.search(r"a first prompt of \d+ tokens took \S+ s \(depth \S+ s, .*\); the other 7 take up to ", printed)
     assert re.search(
         r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work", printed
     )

@@ -39,9 +39,9 @@ def asked(monkeypatch):
     return seen
 
 
-def records(model, store, *measures, prompts=PROMPTS, weights="f", position=-1, **settings):
+def records(model, store, *measures, prompts=PROMPTS, position=-1, **settings):
     chosen = Settings(ranks=(2,), measures=measures, dtype="float64", **settings)
-    subject = Subject("trained", model, weights)
+    subject = Subject("trained", model)
     session = Session(subjects=[subject], settings=chosen, position=position, store=store, quiet=True)
     return session.measure(prompts).of("trained")
 
@@ -79,7 +79,10 @@ def test_what_numbers_depend_on_is_part_of_their_key(model, store, asked):
     records(model, store, "depth", tokens="all")  # which depth does not read
     assert len(asked) == 2
     records(model, store, "depth", method="autodiff")
-    records(model, store, "depth", weights="g")
+    assert len(asked) == 3
+    other = cases.tiny_model("llama")
+    other.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1e-3
+    records(ResidualModel.wrap(other), store, "depth", method="autodiff")
     assert len(asked) == 4
 
 
