@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.measuring.record import PromptCoupling
@@ -31,7 +31,7 @@ class Row:
     text: str
     weights: str
     measured: PromptCoupling
-    reused: bool = False
+    reused: bool = field(default=False, kw_only=True)
 
     def to_columns(self) -> dict[str, Any]:
         """As it is written."""

@@ -42,9 +42,7 @@ DOCUMENT = (
     Column("prompt_index", "", "number of the prompt among those of the document, from 0", "whole"),
     Column("kind", "", "what the prompt is to the task: its context, or a whole text", "text"),
     Column("weights", "", "trained, or untrained for the twin of coupling_untrained", "text"),
-    Column(
-        "reused", "", "1 if it was found in the store, where the same had been measured before by the same, else 0", "whole"
-    ),
+    Column("reused", "", "1 if an earlier run of the same weights and software had measured it, else 0", "whole"),
     Column("text", "", "the prompt, decoded from its tokens", "text"),
     Column("coupling", "rank", "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it", "double"),
     Column("n_tokens", "", "number of tokens of the prompt", "whole"),

@@ -16,11 +16,12 @@ from lm_eval_coupling.harness.plugin import require_writable
 from lm_eval_coupling.harness.results import CouplingInfo
 from lm_eval_coupling.harness.sampling import choose
 from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
-from lm_eval_coupling.measuring.rows import TRAINED, UNTRAINED, DocumentKey, Row, reasons
-from lm_eval_coupling.measuring.session import Session, Subject
+from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
+from lm_eval_coupling.measuring.session import Measured, Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.data import LabelledImage, LabelledImages, load_images
 from lm_eval_coupling.vision.labels import model_labels
@@ -144,12 +145,12 @@ class _Measuring:
         tokens = {key: self._prompt(images[answer.number]) for key, answer in keys.items() if key in chosen}
         measured = self.session.measure([*tokens.values()])
         rows = [
-            self._row(images, key, keys[key], subject.weights, measured.of(subject.weights)[image])
+            self._row(images, key, keys[key], subject.weights, image, measured)
             for subject in self.session.subjects
             for key, image in tokens.items()
             if image in measured.of(subject.weights)
         ]
-        reused = sum(image in measured.reused for image in tokens.values())
+        reused = sum(row.reused for row in rows if row.weights == TRAINED)
         facts = self._facts(rows, images) | {"reused": reused, "interrupted": measured.interrupted}
         if chosen and not facts["measured"]:
             logger.error("coupling: none of %d images could be measured: %s", len(chosen), reasons(rows))
@@ -165,7 +166,9 @@ class _Measuring:
 
         return self.session.trained.model.image(load(), load)
 
-    def _row(self, images: LabelledImages, key: DocumentKey, answer: Answer, weights: str, measured: Any) -> Row:
+    def _row(
+        self, images: LabelledImages, key: DocumentKey, answer: Answer, weights: str, image: Any, measured: Measured
+    ) -> Row:
         label = self.classifier.id2label[answer.target]
         return ImageRow(
             document=key,
@@ -174,7 +177,8 @@ class _Measuring:
             kind="image",
             text=f"image {answer.name}, labelled {label}",
             weights=weights,
-            measured=measured,
+            measured=measured.of(weights)[image],
+            reused=image in measured.reused.get(weights, ()),
             picture=picture(images[answer.number].decoded()),
         )
 
