@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across, within, words
-from lm_eval_coupling.fit.observations import Observations, Predictor, observe, scored_rows
+from lm_eval_coupling.fit import across, noise, within, words
+from lm_eval_coupling.fit.losses import add_losses
+from lm_eval_coupling.fit.observations import Observations, observe
+from lm_eval_coupling.fit.predictors import Predictor
+from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
 from lm_eval_coupling.saved.run import find_runs
@@ -69,14 +72,16 @@ def fit_runs(
     runs = rows_of_runs(found_runs.runs, mixed=mixed, facts=facts)
     notes = [f"passed over: {problem}" for problem in found_runs.passed_over]
     rows = scored_rows(runs, notes, score=score, tasks=tasks, mixed=mixed)
+    rows = add_losses(rows, found_runs.runs)
     found = observe(rows, notes, x=x)
     main = found.main.name
     steps = checkpoints(rows, main)
     training = along_training(steps, main, resamples=resamples)
     tables = {"observations": found.frame, "checkpoints": steps}
     tables["training"] = across.table(training, "lineage", "score", "predictor", "of")
-    tables_across, fits, said = _across(found, resamples)
     read = within.load_documents(found_runs.runs, _leaves(runs, found, tasks, score))
+    below = {group: leaves for run in found_runs.runs for group, leaves in run.leaves.items()}
+    tables_across, fits, said = _across(found, read, below, resamples)
     tables_within, said_within = _within(read, main)
     return Findings(
         Observations(found.frame, found.predictors, tuple(notes)),
@@ -86,17 +91,26 @@ def fit_runs(
     )
 
 
-def _across(found: Observations, resamples: int) -> tuple[dict[str, pd.DataFrame], dict, list[str]]:
+def _across(
+    found: Observations, documents: pd.DataFrame, leaves: Mapping[str, Sequence[str]], resamples: int
+) -> tuple[dict[str, pd.DataFrame], dict, list[str]]:
     if found.models < 2:
         return {}, {}, ["One model only: nothing to compare across models."]
     main = found.main.name
     correlated, fits = across.correlations(found, resamples=resamples), across.fits(found)
     compared, nested, families = across.comparisons(found), across.nested(found), across.families(found)
+    reliable = noise.reliabilities(found, documents, leaves)
+    corrected = noise.corrected(found, correlated, reliable)
+    swapped = across.swapped_tasks(found, resamples=resamples)
     tables = {
-        "correlations": across.correlation_table(correlated),
+        "correlations": across.correlation_table(correlated, found, resamples=resamples),
+        "alone": across.alone(found),
+        "reliability": across.table(reliable, "score", "predictor"),
+        "corrected": across.table(corrected, "score", "predictor"),
+        "swapped_tasks": across.table(swapped, "score", "predictor", "measured_on"),
         "fits": across.table(fits, "score", "predictor", "curve", "weights"),
         "subsets": across.subsets(found),
-        "comparisons": across.table(compared, "score", "predictor", "other"),
+        "comparisons": across.comparison_table(compared),
         "nested": across.table(nested, "score", "predictor", "given"),
         "families": across.table(families, "score", "predictor", "given", "how"),
     }
@@ -107,7 +121,13 @@ def _across(found: Observations, resamples: int) -> tuple[dict[str, pd.DataFrame
         nested,
         {key: r for key, r in families.items() if key[2:] == ("", "mixed")},
     ]
-    return tables, fits, words.about_models(found, pearson, told)
+    said = words.about_models(found, pearson, told)
+    last = found.scores[-1]
+    said += words.about_many(tables["correlations"], last)
+    said += words.about_rivals({key[2]: r for key, r in compared.items() if key[0] == last}, main, last)
+    said += words.about_noise(reliable.get((last, main)), corrected.get((last, main)), main, last)
+    said += words.about_tasks(found, pearson, swapped)
+    return tables, fits, said
 
 
 def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], list[str]]:

@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.names import label_rows
-from lm_eval_coupling.saved.prompting import differing
-from lm_eval_coupling.saved.task_rows import is_score
-from lm_eval_coupling.statistics import proportion_error
+from lm_eval_coupling.fit.predictors import COVARIATES, Predictor, choose_predictors
+from lm_eval_coupling.fit.scores import some
 
-_LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])")
-_DEFINITIONS = {  # with the direction in which the paper expects each to go with the score
-    "coupling": 1,
-    "coupling_with_diagonal": 1,
-    "miscoupling": -1,
-    "miscoupling_to": -1,
-    "miscoupling_to_absolute": -1,
-    "miscoupling_to_trace": -1,
-    "miscoupling_to_vju": -1,
-    "miscoupling_to_absolute_vju": -1,
-}
-_REGULARITY = {"line_shape_score": -1, "expodistance": -1}
-COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
-_SIZES = (*COVARIATES, "n_heads", "vocab_size")
-_LOGARITHMS = {"log10_params": "n_params", "log10_training_tokens": "training_tokens"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """A column that may say something of the score; ``sign``: the direction in which it is expected to."""
-
-    name: str
-    kind: str  # coupling, regularity, size or fact
-    sign: int = 1
-    rank: int | None = None
-
-    @property
-    def error(self) -> str | None:
-        """The column of its standard error."""
-        if self.kind not in ("coupling", "regularity"):
-            return None
-        name, _, rank = self.name.partition("@")
-        return f"{name}_stderr@{rank}" if rank else f"{name}_stderr"
+_TYPES = {"generate_until": "generation", "loglikelihood": "log-likelihood", "multiple_choice": "log-likelihood"}
+_TYPES |= {"loglikelihood_rolling": "rolling"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,36 +57,8 @@ class Observations:
         return [name for name in COVARIATES if name in sizes and self.frame[name].notna().all()]
 
 
-def scored_rows(
-    runs: pd.DataFrame,
-    notes: list[str],
-    *,
-    score: str | None = None,
-    tasks: Sequence[str] | None = None,
-    mixed: str = "refuse",
-) -> pd.DataFrame:
-    """The rows of ``load_runs`` that have coupling and a score, with ``score, score_error, score_of`` and ``label``.
-
-    Args:
-        runs: the newest run of every model and task.
-        notes: what was left out is added here.
-        score: a metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one lm-eval lists first.
-        tasks: the tasks or groups to use, by default groups that have a score, and tasks in none of these.
-        mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
-
-    Raises:
-        CouplingError: if nothing is left, a name is unknown, or the scores of a task do not compare.
-    """
-    rows = _with_coupling(_labelled(_chosen_tasks(runs, tasks)), notes)
-    _require_comparable(rows, mixed)
-    notes += _differences(rows)
-    rows = _with_scores(rows, score, notes)
-    logarithms = {name: np.log10(rows[column].where(rows[column] > 0)) for name, column in _LOGARITHMS.items()}
-    return pd.concat([rows, pd.DataFrame(logarithms, rows.index)], axis=1)
-
-
 def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None) -> Observations:
-    """Make observations of :func:`scored_rows`: one per model, and the mean of the scores as one more score.
+    """Make observations of :func:`~.scores.scored_rows`: one per model, and the mean of the scores as one more score.
 
     Args:
         rows: what is known of each model and task.
@@ -132,50 +69,9 @@ def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = N
         CouplingError: if there is no such predictor.
     """
     rows = _distinct_weights(_last_checkpoints(rows, notes), notes)
-    predictors = _predictors(rows, x, notes)
+    predictors = choose_predictors(rows, x, notes)
     frame = pd.concat([rows, *_mean_score(rows, predictors, notes)], ignore_index=True)
     return Observations(frame, tuple(predictors), tuple(notes))
-
-
-def _chosen_tasks(runs: pd.DataFrame, tasks: Sequence[str] | None) -> pd.DataFrame:
-    if tasks is None:
-        return runs[_on_top(runs)]
-    if unknown := [task for task in tasks if task not in set(runs["task"])]:
-        there = ", ".join(sorted(set(runs["task"])))
-        raise CouplingError(f"got no task {unknown[0]!r}, expected one of {there}")
-    return runs[runs["task"].isin(tasks)]
-
-
-def _on_top(runs: pd.DataFrame) -> list[bool]:
-    """Groups that have a score of their own, and tasks that are in none of these."""
-    keys = list(zip(runs["file"], runs["task"], strict=True))
-    above = dict(zip(keys, runs["group"], strict=True))
-    scored = {key for key, has in zip(keys, runs["is_group"] & runs["metric"].notna(), strict=True) if has}
-
-    def beneath(file: str, task: str) -> bool:
-        line = [task]
-        while (group := above.get((file, line[-1]))) and group not in line:
-            line.append(group)
-        return any((file, group) in scored for group in line[1:])
-
-    groups = runs["is_group"].tolist()
-    return [(key in scored or not group) and not beneath(*key) for key, group in zip(keys, groups, strict=True)]
-
-
-def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(label=label_rows(rows))
-
-
-def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Predictors are compared over the same models: those without coupling stay out."""
-    measured = rows["measured"] > 0
-    if not measured.any():
-        raise CouplingError("got runs without coupling only; evaluate the models with --model coupling-hf")
-    if without := sorted(set(rows["label"]) - set(rows["label"][measured])):
-        notes.append(f"without coupling and left out: {_some(without)}")
-    if interrupted := sorted(set(rows["label"][rows["interrupted"] & measured])):
-        notes.append(f"measured in part only, as their runs were interrupted: {_some(interrupted)}")
-    return rows[measured]
 
 
 def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
@@ -193,158 +89,25 @@ def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     newest = rows.sort_values("date").drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
     kept = ~known | rows.index.isin(newest)
     if not kept.all():
-        notes.append(f"the same weights under another name, counted once: {_some(rows['label'][~kept])}")
+        notes.append(f"the same weights under another name, counted once: {some(rows['label'][~kept])}")
     return rows[kept]
 
 
-def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
-    _require_one_way_of_prompting(rows, mixed)
-    for column, what in (("n_fewshot", "few-shot examples"), ("task_version", "as version of the task")):
-        for task, group in rows.groupby("task", sort=False):
-            values = group.dropna(subset=column).drop_duplicates(column)
-            if len(values) > 1 and mixed == "refuse":
-                (first, file), (second, other) = values[[column, "file"]].iloc[:2].itertuples(index=False)
-                raise CouplingError(
-                    f"got {task} with {first:g} and {second:g} {what} ({file} and {other}), whose scores do not compare; "
-                    "give runs made alike, choose other tasks, or pass mixed='keep' (--mixed keep)"
-                )
-
-
-def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
-    """A model with and without a chat template is one model, not two: with ``keep`` each counts under a label of its own."""
-    weights = [rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")]
-    for (model, *_, task), group in rows.groupby(weights, sort=False):
-        if len(told := differing(group["prompting"].unique())) > 1 and mixed == "refuse":
-            ways = " and ".join(words or "without" for words in told.values())
-            raise CouplingError(
-                f"got {task} of {model} with different prompts ({ways}); give runs made alike, or pass mixed='keep' "
-                "(--mixed keep) to have each counted"
-            )
-
-
-def _differences(rows: pd.DataFrame) -> list[str]:
-    """What may make scores differ, but need not."""
-    columns = {"n_samples": "numbers of documents", "n_fewshot": "numbers of few-shot examples"}
-    columns |= {"task_version": "versions of the task", "chat_template": "use of a chat template"}
-    notes = []
-    for column, what in columns.items():
-        differ = rows.groupby("task")[column].nunique() > 1
-        if differ.any():
-            notes.append(f"models differ in the {what} of {_some(differ.index[differ])}")
-    versions = sorted(set(rows["lm_eval_version"].dropna()))
-    return [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
-
-
-def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd.DataFrame:
-    """Columns ``score``, ``score_error`` and ``score_of``; larger is better, as perplexities change their sign."""
-    scored = []
-    for task, group in rows.groupby("task", sort=False):
-        metric = _metric(group, wanted)
-        if metric is None:
-            notes.append(f"{task} has no {wanted or 'metric'} and was left out")
-            continue
-        error = group.get(metric.replace(",", "_stderr,", 1), pd.Series(np.nan, index=group.index))
-        lower = _is_lower_better(group, metric, notes)
-        name = metric.removesuffix(",none")
-        scored.append(
-            group.assign(
-                score=-group[metric] if lower else group[metric],
-                score_error=_without_zeros(error, group[metric], group["n_samples"]),
-                score_of=f"{task} {'−' if lower else ''}{name}",
-                metric=metric,
-            )
-        )
-    if not scored:
-        metrics = sorted({name for name in rows.columns if is_score(name) and rows[name].notna().any()})
-        raise CouplingError(f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}")
-    return pd.concat(scored)
-
-
-def _is_lower_better(group: pd.DataFrame, metric: str, notes: list[str]) -> bool:
-    """As lm-eval says in the runs; guessed from the metric's name where it does not say.
-
-    Raises:
-        CouplingError: if runs disagree, as versions of a task may.
-    """
-    name = metric.split(",")[0]
-    known = [dict(told).get(name) for told in group["directions"]]
-    found = {direction for direction in known if direction is not None}
-    if len(found) > 1:
-        first, other = (group["file"].iloc[known.index(direction)] for direction in (True, False))
-        raise CouplingError(f"got {name}, better when higher in {first} and when lower in {other}; choose another score")
-    if found:
-        return not found.pop()
-    lower = bool(_LOWER_IS_BETTER.search(metric))
-    notes.append(f"lm-eval does not say whether {name} is better when higher; taken as {'lower' if lower else 'higher'}")
-    return lower
-
-
-def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
-    there = [name for name in group.columns if is_score(name) and group[name].notna().any()]
-    if wanted is None:
-        first = [name for name in group["metric"].mode() if name in there]
-        return first[0] if first else None
-    return next((name for name in there if wanted in (name, name.split(",")[0])), None)
-
-
-def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Series:
-    """lm-eval's standard error of a proportion of 0 or 1 is 0, as if it were known exactly."""
-    proportion = (error == 0) & score.between(0, 1) & (n > 0)
-    known = score.where(proportion, 0.5), n.where(proportion, 1)  # anything valid where it is not used
-    return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
-
-
-def _predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]) -> list[Predictor]:
-    known = {p.name: p for p in _all_predictors(rows)}
-    if x is not None:
-        if unknown := [name for name in x if name not in known and not _is_number(rows, name)]:
-            raise CouplingError(
-                f"got no predictor {unknown[0]!r}, expected one of {', '.join(known)} or a number of the facts"
-            )
-        # Size stays among them: whether coupling says more than it is asked in any case.
-        names = [*dict.fromkeys([*x, *(name for name, p in known.items() if p.kind == "size")])]
-        chosen = [known.get(name, Predictor(name, "fact")) for name in names]
-    else:
-        chosen = list(known.values())
-    varying = [p for p in chosen if _varies(rows, p)]
-    if rows["label"].nunique() > 1 and (same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]):
-        notes.append(f"the same for all models: {', '.join(same)}")
-    partly = [p.name for p in varying if p.kind == "size" and rows[p.name].isna().any()]
-    if partly:
-        notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
-    return [chosen[0], *(p for p in varying if p != chosen[0])]  # the one in question in any case, if only to say so
-
-
-def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
-    """Those that the runs have, coupling at its headline rank first."""
-    ranks = sorted({int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")})
-    ranks.sort(key=lambda rank: rank != rows["coupling_rank"].mode()[0])
-    for definition, sign in _DEFINITIONS.items():
-        for rank in ranks:
-            if f"{definition}@{rank}" in rows:
-                yield Predictor(f"{definition}@{rank}", "coupling", sign, rank)
-    yield from (Predictor(name, "regularity", sign) for name, sign in _REGULARITY.items() if name in rows)
-    yield from (Predictor(name, "size") for name in _SIZES if rows[name].notna().any())
-
-
-def _is_number(rows: pd.DataFrame, name: str) -> bool:
-    return name in rows and pd.api.types.is_numeric_dtype(rows[name])
-
-
-def _varies(rows: pd.DataFrame, predictor: Predictor) -> bool:
-    values = rows[predictor.name]
-    levels = values.groupby(rows["task"]).agg(lambda v: v.max() - v.min())
-    return bool((levels > 1e-12 * values.abs().max()).any())
-
-
 def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]) -> Iterator[pd.DataFrame]:
-    """Scores and predictors averaged over the tasks, for the models that have them all."""
-    names = list(dict.fromkeys(rows["score_of"]))
-    if len(names) < 2:
-        return
-    complete = rows.groupby("label")["score_of"].transform("nunique") == len(names)
+    """Scores and predictors averaged over tasks, for the models that have them all: by output type, then all of them."""
+    types = rows["output_type"].map(_TYPES)
+    for kind in dict.fromkeys(types.dropna()) if types.nunique() > 1 else ():
+        if (of := rows[types == kind])["score_of"].nunique() > 1:
+            yield from _mean_of(of, predictors, f"{kind} scores", [])
+    if rows["score_of"].nunique() > 1:
+        yield from _mean_of(rows, predictors, "scores", notes)
+
+
+def _mean_of(rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, notes: list[str]) -> Iterator[pd.DataFrame]:
+    number = rows["score_of"].nunique()
+    complete = rows.groupby("label")["score_of"].transform("nunique") == number
     if not complete.all():
-        notes.append(f"not in the mean, as a score is missing: {_some(sorted(set(rows['label'][~complete])))}")
+        notes.append(f"not in the mean, as a score is missing: {some(sorted(set(rows['label'][~complete])))}")
     if not complete.any():
         return
     groups = rows[complete].groupby("label", sort=False)
@@ -354,13 +117,6 @@ def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list
         if error in rows:
             averaged[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
     rest = groups.first().drop(columns=[*averaged, "score_of", "task", "metric"])
-    about = {"score_of": f"mean of {len(names)} scores", "task": "mean", "metric": "mean"}
-    yield pd.concat(
-        [rest, pd.DataFrame(averaged | {k: pd.Series(v, rest.index) for k, v in about.items()})], axis=1
-    ).reset_index()
-
-
-def _some(names) -> str:
-    """At most five of them, with how many there are besides."""
-    names = list(dict.fromkeys(map(str, names)))
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    about = {"score_of": f"mean of {number} {what}", "task": "mean", "metric": "mean"}
+    told = {name: pd.Series(value, rest.index) for name, value in about.items()}
+    yield pd.concat([rest, pd.DataFrame(averaged | told)], axis=1).reset_index()

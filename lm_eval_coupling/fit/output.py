@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.findings import Findings
+from lm_eval_coupling.report.columns import Column, columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,17 +142,28 @@ def _areas(rows: pd.DataFrame) -> pd.DataFrame:
 def show(found: Findings, console: Console | None = None) -> None:
     """Print the tables to read and the finding."""
     console = console or Console()
-    for table in filter(None, (_score_table(found), _predictor_table(found), _subset_table(found), _nested_table(found))):
-        console.print(table)
+    for table in filter(
+        None, (make(found) for make in (_score_table, _predictor_table, _rival_table, _subset_table, _nested_table))
+    ):
+        _print(console, *table)
     if table := _document_table(found):
-        console.print(table)
+        _print(console, *table)
     for paragraph in found.words:
         console.print(escape(paragraph), end="\n\n")
     for note in _noted(found):
         console.print(escape(note), style="dim")
 
 
-def _score_table(found: Findings) -> Table | None:
+def _print(console: Console, title: str, shown: list[Column]) -> None:
+    fitted = columns(shown, console.width)
+    console.print(Text(title, style="bold"))
+    console.print(fitted.table)
+    if fitted.left_out:
+        console.print(f"left out here, in the files: {', '.join(fitted.left_out)}", style="dim")
+    console.print()
+
+
+def _score_table(found: Findings) -> tuple[str, list[Column]] | None:
     main = found.observations.main.name
     cells = []
     for score in found.observations.scores if found.fits else ():
@@ -159,8 +171,8 @@ def _score_table(found: Findings) -> Table | None:
         r2 = [found.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
         numbers = map(_number, [*(rank["coefficient"] for rank in ranks), *r2])
         cells.append((score, str(pearson["n"]), _estimate(pearson, "coefficient"), _p(pearson["p_holm"]), *numbers))
-    columns = ("score", "models", "Pearson r", "p Holm", "Spearman", "Kendall", "R² line", "R² exp")
-    return _table(f"{main} and the score, across models", columns, cells)
+    headers = ("score", "models", "Pearson r", "p Holm", "Spearman", "Kendall", "R² line", "R² exp")
+    return _table(f"{main} and the score, across models", headers, cells)
 
 
 def _correlation(found: Findings, score: str, predictor: str, method: str) -> Mapping[str, Any]:
@@ -168,19 +180,37 @@ def _correlation(found: Findings, score: str, predictor: str, method: str) -> Ma
     return rows.loc[score, predictor, method].to_dict()
 
 
-def _predictor_table(found: Findings) -> Table | None:
+def _predictor_table(found: Findings) -> tuple[str, list[Column]] | None:
     if not found.fits:
         return None
     score = found.observations.scores[-1]
+    alone = found.tables["alone"].query("score == @score").set_index("predictor")
     cells = []
     for predictor in [p.name for p in found.observations.predictors]:
         pearson, spearman = (_correlation(found, score, predictor, method) for method in ("pearson", "spearman"))
-        numbers = spearman["coefficient"], found.fits[score, predictor, "line", "none"].r2
-        cells.append((predictor, _estimate(pearson, "coefficient"), _p(pearson["p_bh"]), *map(_number, numbers)))
-    return _table(f"Every predictor and {score}", ("predictor", "Pearson r", "p BH", "Spearman", "R² line"), cells)
+        corrected = found.tables["corrected"].query("score == @score and predictor == @predictor")["coefficient"]
+        numbers = spearman["coefficient"], alone["r2_left_out"][predictor], alone["r2_left_out_family"][predictor]
+        noiseless = corrected.iloc[0] if len(corrected) else math.nan
+        ps = _p(pearson["p_bh"]), _p(pearson["p_simultaneous"])
+        cells.append((predictor, _estimate(pearson, "coefficient"), *ps, *map(_number, (noiseless, *numbers))))
+    headers = ("predictor", "Pearson r", "p BH", "p all", "without noise", "Spearman", "R² left out", "R² family left out")
+    return _table(f"Every predictor and {score}", headers, cells)
 
 
-def _subset_table(found: Findings) -> Table | None:
+def _rival_table(found: Findings) -> tuple[str, list[Column]] | None:
+    rows = found.tables.get("comparisons", pd.DataFrame())
+    if not len(rows):
+        return None
+    rows = rows[(rows["score"] == found.observations.scores[-1]) & rows["p"].notna()].sort_values("second", ascending=False)
+    cells = [
+        (row["other"], *map(_number, (row["first"], row["second"])), _estimate(row, "difference"), _p(row["p_holm"]))
+        for row in rows.to_dict("records")
+    ]
+    main = found.observations.main.name
+    return _table(f"{main} against each rival", ("rival", main, "rival's r", "difference", "p Holm"), cells)
+
+
+def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
     rows = found.tables.get("subsets", pd.DataFrame())
     if not len(rows) or rows["subset"].nunique() == 1:
         return None
@@ -192,22 +222,22 @@ def _subset_table(found: Findings) -> Table | None:
     return _table(title, ("models", "number", "Pearson", "p", "R² line"), cells)
 
 
-def _nested_table(found: Findings) -> Table | None:
+def _nested_table(found: Findings) -> tuple[str, list[Column]] | None:
     cells = [
         (row["score"], row["given"], *map(_number, _pair(row, "r2")), _p(row["p"]), *map(_number, _pair(row, "r2_left_out")))
         for row in found.tables.get("nested", pd.DataFrame()).to_dict("records")
         if not row["reason"]
     ]
-    columns = ("score", "held fixed", "R²", "R² with", "p of F", "left out", "with")
+    headers = ("score", "held fixed", "R²", "R² with", "p of F", "left out", "with")
     title = f"What {found.observations.main.name} says beyond size (R² without and with it; also of models left out)"
-    return _table(title, columns, cells)
+    return _table(title, headers, cells)
 
 
 def _pair(row: Mapping[str, Any], name: str) -> tuple[float, float]:
     return row[f"without_{name}"], row[f"with_predictor_{name}"]
 
 
-def _document_table(found: Findings) -> Table | None:
+def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
     rows = found.tables.get("auroc", pd.DataFrame())
     if not len(rows):
         return None
@@ -220,19 +250,20 @@ def _document_table(found: Findings) -> Table | None:
         answers = f"{row['right']}/{row['wrong']}"
         area, times = _estimate(row, "auroc"), _estimate(effect, "odds_ratio") if effect else "–"
         cells.append((row["model"], row["task"], answers, area, _p(row["p_holm"]), times))
-    columns = ("model", "task", "right/wrong", "AUROC", "p Holm", "odds ratio, controlled")
-    return _table(f"{rows['predictor'].iloc[0]} and right answers, within each model", columns, cells)
+    headers = ("model", "task", "right/wrong", "AUROC", "p Holm", "odds ratio, controlled")
+    return _table(f"{rows['predictor'].iloc[0]} and right answers, within each model", headers, cells)
 
 
-def _table(title: str, columns: Iterable[str], cells: list[tuple[str, ...]]) -> Table | None:
+def _table(title: str, headers: Sequence[str], cells: list[tuple[str, ...]]) -> tuple[str, list[Column]] | None:
+    """Title and columns; the last columns are left out first where the terminal is narrow."""
     if not cells:
         return None
-    table = Table(title=escape(title), title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    for row in cells:
-        table.add_row(*map(escape, row))
-    return table
+    spare = {header: number for number, header in enumerate(headers) if number > 2}
+    by_column = list(map(list, zip(*cells, strict=True)))
+    return title, [
+        Column(header, column, name=number == 0, spare=spare.get(header, 0))
+        for number, (header, column) in enumerate(zip(headers, by_column, strict=True))
+    ]
 
 
 def _estimate(row: Mapping[str, Any], name: str, spec: str = ".2f") -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit.across import table
+from lm_eval_coupling.fit.losses import margin_of, right_choice
 from lm_eval_coupling.saved.run import SavedRun
 from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.values import prompt_values, ranks_of
+from lm_eval_coupling.saved.values import plain_readings, prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
     Correlation,
@@ -30,7 +31,6 @@ from lm_eval_coupling.statistics import (
 
 POOLED = "all tasks"
 BINS = 5
-_REGULARITY = ["line_shape_score", "expodistance"]
 
 
 def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame:
@@ -52,8 +52,7 @@ def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame
 
 
 def _documents(prompts: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str) -> pd.DataFrame:
-    values = prompts[[*_REGULARITY, *(f"coupling@{rank}" for rank in ranks_of(prompts))]].copy()
-    values["prompt_tokens"] = prompts["n_tokens"]
+    values = prompts[value_names(prompts)].assign(prompt_tokens=prompts["n_tokens"])
     documents = values.groupby([prompts["task"], prompts["doc_hash"]]).mean().reset_index()
     found = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
     score = [answer.get("scores", {}).get(metric, math.nan) for answer in found]
@@ -73,19 +72,14 @@ def _confidence(options: Sequence[tuple[str, float]]) -> float:
 
 def _margin(options: Sequence[tuple[str, float]], expected: str | None, right: float) -> float:
     """NaN where none of the choices, or more than one, is the expected one, or an answer is neither right nor wrong."""
-    if math.isnan(right):
-        return math.nan
-    true = [likelihood for text, likelihood in options if text == expected]
-    false = [likelihood for text, likelihood in options if text != expected]
-    if len(true) == 1 and false:
-        return true[0] - max(false)
-    two = len(options) == 2 and not true  # Winogrande: the choices are told apart by what the target does not say
-    return _confidence(options) * (1 if right else -1) if two else math.nan
+    choice = None if math.isnan(right) else right_choice(options, expected, bool(right))
+    return math.nan if choice is None else margin_of(options, choice)
 
 
 def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
-    """Coupling at each rank and regularity, ``main`` first where documents have it."""
-    names = [name for name in documents if name.startswith("coupling@") or name in _REGULARITY]
+    """Coupling at each rank and every other number of a prompt, ``main`` first where documents have it."""
+    plain = [reading.name for reading in plain_readings()]
+    names = [name for name in documents if name.startswith("coupling@") or name in plain]
     names = [name for name in names if documents[name].notna().any()]
     return sorted(names, key=lambda name: (name != main, not name.startswith("coupling@")))
 

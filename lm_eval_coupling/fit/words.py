@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from lm_eval_coupling.fit.observations import Observations
 from lm_eval_coupling.fit.within import POOLED
-from lm_eval_coupling.statistics import Auroc, Correlation, LogisticEffect, adjust_p_values, in_words
+from lm_eval_coupling.statistics import (
+    Auroc,
+    Corrected,
+    Correlation,
+    CorrelationDifference,
+    LogisticEffect,
+    Reliability,
+    adjust_p_values,
+    in_words,
+)
 from lm_eval_coupling.statistics.correlations import FEW
 from lm_eval_coupling.statistics.results import Result
 
@@ -41,7 +54,7 @@ def about_models(
     return words
 
 
-def _adjusted(results: Mapping[Any, Correlation | Auroc]) -> dict[Any, float]:
+def _adjusted(results: Mapping[Any, Correlation | Auroc | CorrelationDifference]) -> dict[Any, float]:
     """p-values adjusted for their number, by Holm."""
     return dict(zip(results, adjust_p_values([result.p for result in results.values()]).tolist(), strict=True))
 
@@ -67,6 +80,77 @@ def _counted(correlated: Mapping[tuple[str, str], Correlation], adjusted: Mappin
         f"Of {len(correlated)} scores, {up} go up and {len(clear) - up} go down with {main} beyond chance (Pearson, "
         "adjusted for their number by Holm)."
     )
+
+
+def about_many(rows: pd.DataFrame, score: str) -> Iterator[str]:
+    """How many of all predictors and ranks go with the score, adjusted for all of them at once.
+
+    Args:
+        rows: of :func:`~lm_eval_coupling.fit.across.correlation_table`.
+        score: the one told of.
+    """
+    known = rows[(rows["score"] == score) & rows["p_simultaneous"].notna()]
+    if len(known) < 2:
+        return
+    clear = known[(known["p_simultaneous"] < 0.05) & (known["n"] >= FEW)]
+    named = ", ".join(clear.sort_values("p_simultaneous")["predictor"][:_MANY])
+    more = f" and {len(clear) - _MANY} more" if len(clear) > _MANY else ""
+    told = f"{len(clear)} go with {score} beyond chance: {named}{more}"
+    told = told if len(clear) else f"none goes with {score} beyond chance"
+    yield f"Of {len(known)} predictors and ranks together (permutations that adjust for all at once) {told}."
+
+
+def about_rivals(compared: Mapping[str, CorrelationDifference], main: str, score: str) -> Iterator[str]:
+    """How the main predictor stands beside every other number that is known of the models."""
+    known = {name: r for name, r in compared.items() if not math.isnan(r.p)}
+    if not known:
+        return
+    adjusted = _adjusted(known)
+    clear = [r for name, r in known.items() if adjusted[name] < 1 - r.confidence and r.n >= FEW]
+    more, less = sum(r.difference > 0 for r in clear), sum(r.difference < 0 for r in clear)
+    strongest = max(known, key=lambda name: known[name].second)
+    words = (
+        f"Beside {len(known)} {'rival' if len(known) == 1 else 'rivals'}: {main} correlates more with {score} than {more} "
+        f"and less than {less}, beyond chance (Williams, adjusted for their number by Holm). The strongest is {strongest}."
+    )
+    yield f"{words} {in_words(known[strongest], x=main, y=score, other=strongest, p_adjusted=adjusted[strongest])}"
+
+
+def about_noise(reliable: Reliability | None, corrected: Corrected | None, main: str, score: str) -> Iterator[str]:
+    """Whether the main predictor agrees with itself over documents, and what the correlation would be without noise."""
+    if reliable is not None and reliable.reason is None:
+        few = " A number that does not agree with itself predicts nothing." if reliable.alpha < 0.5 else ""
+        needed = "" if math.isnan(reliable.enough) else f"; {reliable.enough:.0f} documents would give 0.9"
+        interval = f"{reliable.confidence:.0%} interval {reliable.low:.2f} to {reliable.high:.2f}"
+        yield (
+            f"Reliability of {main} over documents: {reliable.alpha:.2f} ({interval}, {reliable.models} models, "
+            f"{reliable.documents} documents that all have{needed}).{few}"
+        )
+    if corrected is not None and corrected.reason is None:
+        known = f"reliabilities {corrected.reliability_x:.2f} and {corrected.reliability_y:.2f}, taken as known"
+        yield (
+            f"Without the noise of the documents its correlation with {score} would be {corrected.coefficient:.2f} instead "
+            f"of {corrected.observed:.2f} ({known})."
+        )
+    elif corrected is not None and corrected.reason and not math.isnan(corrected.observed):
+        yield f"Its correlation with {score} is not corrected for noise, as {corrected.reason}."
+
+
+def about_tasks(
+    found: Observations,
+    own: Mapping[tuple[str, str], Correlation],
+    swapped: Mapping[tuple[str, str, str], Correlation],
+) -> Iterator[str]:
+    """Whether coupling must be measured on a task's own documents to go with its score."""
+    others = [r.coefficient for r in swapped.values() if not math.isnan(r.coefficient)]
+    mine = [own[score, found.main.name].coefficient for score in {key[0] for key in swapped}]
+    mine = [r for r in mine if not math.isnan(r)]
+    if others and mine:
+        own_median, other_median = statistics.median(mine), statistics.median(others)
+        yield (
+            f"Measured on a task's own documents {found.main.name} correlates with its score by {own_median:.2f} (median "
+            f"over {len(mine)} tasks), measured on another task's by {other_median:.2f} (over {len(others)} pairs of tasks)."
+        )
 
 
 def about_documents(

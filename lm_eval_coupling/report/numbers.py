@@ -15,16 +15,14 @@ from lm_eval_coupling.saved.run import SavedRun, SavedTable
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.results import Estimate
 
-_REGULARITY = ("line_shape_score", "expodistance")
-
 
 def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
     """One row per table and rank: means over documents with their standard errors, trained beside untrained weights.
 
     Columns: ``label`` (of the run), ``folder, model, revision, variant, prompting, task, documents, rank, coupling,
     coupling_stderr, chance, excess``; ``untrained, untrained_stderr, paired`` (documents that both weights have),
-    ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); ``line_shape_score,
-    expodistance`` with errors; ``worst_certificate, missing`` (in words), ``seed`` of the untrained weights.
+    ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); every other number
+    of a prompt by its name, with its error; ``worst_certificate, missing`` (in words), ``seed`` of the untrained weights.
     """
     rows = pd.DataFrame([row for run, table in tables for row in _rows(run, table)])
     return rows.assign(label=label_rows(rows, full_names(rows["model"].unique())))
@@ -36,16 +34,16 @@ def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
     about = {"folder": str(table.file.parent), "model": run.model, "revision": run.revision, "variant": run.variant}
     about |= {"fingerprint": run.fingerprint, "prompting": run.prompting(table.task), "task": table.task}
     own, twin = document_values(trained), document_values(untrained)
-    regularity: dict[str, float] = {}
-    for name in _REGULARITY:
-        regularity[name], regularity[f"{name}_stderr"], _ = mean_and_error(own[name])
+    plain: dict[str, float] = {}
+    for name in [name for name in own if "@" not in name]:
+        plain[name], plain[f"{name}_stderr"], _ = mean_and_error(own[name])
     rest = {
         "worst_certificate": trained["worst_certificate"].max(),
         "missing": _missing(trained),
         "seed": (table.about.get("untrained") or {}).get("seed"),
     }
     for rank in ranks_of(trained) or [None]:
-        yield about | _coupling(own, twin, rank) | regularity | rest
+        yield about | _coupling(own, twin, rank) | plain | rest
 
 
 def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lm_eval_coupling.report import layers, numbers
 from lm_eval_coupling.report.columns import Column, columns
 from lm_eval_coupling.saved.records import require_tables
 from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
+from lm_eval_coupling.saved.values import plain_readings
 
 Tables = list[tuple[SavedRun, SavedTable]]
 _PIPED = 250  # columns, where no terminal says how many there are
@@ -143,8 +144,7 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
     console.print()
     if rows["untrained"].notna().any():
         _print_untrained(console, rows)
-    if rows["line_shape_score"].notna().any():
-        _print_regularity(console, rows.drop_duplicates("task"))
+    _print_other_readings(console, rows.drop_duplicates("task"))
 
 
 def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
@@ -162,16 +162,24 @@ def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
     console.print()
 
 
-def _print_regularity(console: Console, rows: pd.DataFrame) -> None:
-    console.print(
-        "Trajectories: line-shape score 1 = straight; expodistance 0 = exponential growth of the norm", style="dim"
-    )
-    shown = [
-        Column("task", rows["task"], name=True),
-        Column("line-shape score", map(_with_error, rows["line_shape_score"], rows["line_shape_score_stderr"])),
-        Column("expodistance", map(_with_error, rows["expodistance"], rows["expodistance_stderr"])),
+def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
+    """Every number of a prompt that is no coupling, mean over documents."""
+    known = [reading for reading in plain_readings() if reading.name in rows and rows[reading.name].notna().any()]
+    found = [
+        (task, reading.label, _with_error(row[reading.name], row[f"{reading.name}_stderr"]))
+        for task, row in rows.set_index("task").iterrows()
+        for reading in known
+        if not math.isnan(row[reading.name])
     ]
-    console.print(columns(shown, console.width).table)
+    if not found:
+        return
+    tasks, labels, values = map(list, zip(*found, strict=True))
+    shown = [
+        Column("task", [task if not i or tasks[i - 1] != task else "" for i, task in enumerate(tasks)], name=True),
+        Column("other numbers of a prompt", labels, name=True),
+        Column("mean", values),
+    ]
+    console.print(columns(shown, console.width, sections=tasks).table)
     console.print()
 
 

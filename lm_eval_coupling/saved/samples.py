@@ -22,7 +22,8 @@ def read_answers(file: Path | None, main_score: str | None) -> dict[str, dict[st
 
     Returns:
         For each document ``given`` (what the model answered), ``expected``, ``options`` (text and log-likelihood of
-        each choice), ``scores`` and ``right``, which is ``None`` where the score is neither 0 nor 1.
+        each choice), ``bytes`` (of each choice as scored), ``scores`` and ``right``, which is ``None`` where the score is
+        neither 0 nor 1.
     """
     answers: dict[str, dict[str, Any]] = {}
     main_filter = (main_score or ",").split(",", 1)[1]
@@ -50,7 +51,9 @@ def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
     if requests and isinstance(requests[0][1], str):
         options = _options(requests, responses)
         given = max(options, key=lambda option: option[1])[0] if len(options) > 1 else None
-        return {"given": given, "expected": _expected(sample.get("target"), options), "options": options}
+        sizes = [len(continuation.encode(errors="surrogatepass")) for _, continuation in _choices(requests, responses)]
+        expected = _expected(sample.get("target"), options)
+        return {"given": given, "expected": expected, "options": options, "bytes": sizes if options else []}
     given, generated = _first_text(responses), _first_text(sample.get("resps"))
     expected = _expected(sample.get("target"), [])
     return {"given": given, "generated": generated if generated != given else None, "expected": expected, "options": []}
@@ -58,12 +61,21 @@ def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[tuple[str, float]]:
     """Each choice with its log-likelihood; unconditional ones, with an empty context beside full ones, are no choices."""
-    conditional = any(context for context, _ in requests)
-    pairs = [pair for pair in zip(requests, responses, strict=False) if pair[0][0] or not conditional]
-    likelihoods = [_likelihood(response) for _, response in pairs]
+    chosen = _choices(requests, responses)
+    likelihoods = [_likelihood(response) for response in _of_choices(requests, responses)]
     if not all(map(math.isfinite, likelihoods)):
         return []
-    return list(zip(_distinct([request for request, _ in pairs]), likelihoods, strict=True))
+    return list(zip(_distinct(chosen), likelihoods, strict=True))
+
+
+def _choices(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[tuple[str, str]]:
+    conditional = any(context for context, _ in requests)
+    return [request for request, _ in zip(requests, responses, strict=False) if request[0] or not conditional]
+
+
+def _of_choices(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[Any]:
+    conditional = any(context for context, _ in requests)
+    return [response for request, response in zip(requests, responses, strict=False) if request[0] or not conditional]
 
 
 def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:

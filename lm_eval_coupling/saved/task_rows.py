@@ -43,6 +43,7 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
             | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "prompting": run.prompting(task)}
             | {"is_group": bool(run.leaves.get(task)), "group": above.get(task, "")}
             | {"n_fewshot": _shots(run, task), **_samples(results, task, found)}
+            | {"output_type": _output_type(run, task)}
             | {"task_version": _number((results.get("versions") or {}).get(task))}
             | origin
             | {"metric": metric, "directions": tuple(_directions((results.get("higher_is_better") or {}).get(task) or {}))}
@@ -51,6 +52,13 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
             | {name: told[name] for name in FACTS if name in told}
             | _coupling_columns(coupling, run.leaves.get(task) or [task])
         )
+
+
+def _output_type(run: SavedRun, task: str) -> str | None:
+    """Of a group, the one that all its tasks have."""
+    configs = run.results.get("configs") or {}
+    types = {(configs.get(leaf) or {}).get("output_type") for leaf in run.leaves.get(task) or [task]}
+    return types.pop() if len(types) == 1 else None
 
 
 def _shots(run: SavedRun, task: str) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import couplings_of
+from lm_eval_coupling.measures.registry import Reading, record_columns, summarised
 from lm_eval_coupling.saved.run import SavedTable
 
-WHOLE_PROMPT = ("line_shape_score", "expodistance", "equidistance")  # numbers that have no rank and no depth
 _ABOUT = ("task", "doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "n_tokens", "position", "reason", "ranks")
+_ABOUT += ("window", "certificate", "coupling", "weights")
 
 
 def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
@@ -22,23 +25,45 @@ def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
         weights: ``trained``, ``untrained`` or ``all``.
 
     Returns:
-        What a record says of its prompt, ``coupling@K`` for every rank K, ``line_shape_score, expodistance, equidistance``,
-        and ``worst_certificate``, the largest of its blocks; NaN where there is none. Matrices are read, some rows at a
-        time, only of a table that was written before its couplings were kept beside them.
+        What a record says of its prompt; ``coupling@K`` for every rank K; every other reading that is one number of a prompt
+        and needs no matrix of layers, by its name (:func:`plain_readings`); and ``worst_certificate``, the largest of the
+        blocks. NaN where there is none. Matrices are read, some rows at a time, only of a table that was written before its
+        couplings were kept beside them.
     """
-    columns = [*_ABOUT, *WHOLE_PROMPT, "certificate", "coupling"]
+    known = [reading for reading in plain_readings() if reading.column in table.columns]
+    columns = [*_ABOUT, *(reading.column for reading in known)]
     if "coupling" in table.columns:
-        return _by_rank(_with_worst(table.read(columns, weights=weights)))
+        return _by_rank(_read(table.read(columns, weights=weights), known))
     parts = []
     for rows in table.batches([*columns, "normalized_miscoupling"], weights=weights):
         couplings = [couplings_of(matrices) for matrices in rows.pop("normalized_miscoupling")]
-        parts.append(_with_worst(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object))))
+        parts.append(_read(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object)), known))
     return _by_rank(pd.concat(parts, ignore_index=True))
 
 
-def _with_worst(rows: pd.DataFrame) -> pd.DataFrame:
-    worst = [_worst(certificate) for certificate in rows.pop("certificate")]
-    return rows.assign(worst_certificate=pd.Series(worst, rows.index, dtype=float))
+def plain_readings() -> tuple[Reading, ...]:
+    """The readings that are one number of a prompt, have no rank and are read from no more than a number per layer."""
+    dimensions = {name: column.dimensions for name, column in record_columns().items()}
+    return tuple(r for r in summarised() if not r.of_rank and len(dimensions.get(r.column, ())) < 2)
+
+
+def _read(rows: pd.DataFrame, known: Sequence[Reading]) -> pd.DataFrame:
+    records = rows.to_dict("records")
+    found: dict[str, list[float]] = {reading.name: [_number(reading, record) for record in records] for reading in known}
+    found["worst_certificate"] = [_worst(record.get("certificate")) for record in records]
+    kept = [name for name in rows if name in _ABOUT and name != "certificate" and name not in found]
+    return pd.concat([rows[kept], pd.DataFrame(found, rows.index, dtype=float)], axis=1)
+
+
+def _number(reading: Reading, record: Mapping[str, Any]) -> float:
+    value = None if record[reading.column] is None else reading.read(record, 0)
+    return math.nan if value is None else float(value)
+
+
+def value_names(values: pd.DataFrame) -> list[str]:
+    """The columns of :func:`prompt_values` that are numbers measured of the prompt, coupling first."""
+    plain = [reading.name for reading in plain_readings() if reading.name in values]
+    return [*(f"coupling@{rank}" for rank in ranks_of(values)), *plain]
 
 
 def document_values(values: pd.DataFrame) -> pd.DataFrame:
@@ -47,8 +72,7 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
     Args:
         values: of :func:`prompt_values`.
     """
-    names = [*WHOLE_PROMPT, *(f"coupling@{rank}" for rank in ranks_of(values))]
-    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[names].mean()
+    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[value_names(values)].mean()
 
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:

@@ -25,6 +25,7 @@ _PUBLIC = {
     "adjust_p_values": "regression",
     "collinearity": "regression",
     "family_effect": "regression",
+    "left_out": "regression",
     "nested_models": "regression",
     "Auroc": "documents",
     "LogisticEffect": "documents",
@@ -32,6 +33,12 @@ _PUBLIC = {
     "auroc": "documents",
     "auroc_within": "documents",
     "logistic_effect": "documents",
+    "Corrected": "reliability",
+    "Reliability": "reliability",
+    "corrected_for_attenuation": "reliability",
+    "document_reliability": "reliability",
+    "reliability_from_errors": "reliability",
+    "simultaneous_p_values": "simultaneous",
     "in_words": "wording",
 }
 

@@ -138,6 +138,25 @@ def nested_models(
     )
 
 
+def left_out(score: Values, predictor: Values, family: pd.Series | Sequence[str]) -> Model:
+    """How well a straight line over one predictor predicts models, and families, that it was not fitted to.
+
+    Raises:
+        CouplingError: if columns differ in length or are not numeric.
+    """
+    rows, _ = complete_rows(pd.DataFrame({"y": score, "x": predictor, "family": family}), ["y", "x"], ["family"])
+    y, x = rows["y"].to_numpy(), rows["x"].to_numpy()
+    if len(y) < 4 or constant(y) or constant(x):
+        return Model()
+    X, families = _design(rows, ["x"]), pd.factorize(rows["family"])[0]
+    several = 1 < len(set(families)) < len(y)
+    return Model(
+        r2=float(np.corrcoef(x, y)[0, 1] ** 2),
+        r2_left_out=_r2_left_out(y, X, np.arange(len(y))),
+        r2_left_out_family=_r2_left_out(y, X, families) if several else math.nan,
+    )
+
+
 def family_effect(
     frame: pd.DataFrame,
     *,

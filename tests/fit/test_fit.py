@@ -18,7 +18,8 @@ from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit import across, output
 from lm_eval_coupling.fit.findings import fit_runs
-from lm_eval_coupling.fit.observations import observe, scored_rows
+from lm_eval_coupling.fit.observations import observe
+from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
 from lm_eval_coupling.fit.within import POOLED, load_documents
 from lm_eval_coupling.saved.results import load_runs

@@ -1,0 +1,71 @@
+"""How well a model knows the right answers: the loss that a score is made of, and the rival of everything read inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_coupling.saved.run import SavedRun
+from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.values import mean_and_error
+
+# With the direction in which each is expected to go with a score.
+LOSSES = {"gold_answer_loss": -1, "gold_answer_margin": 1, "bits_per_byte": -1}
+
+
+def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
+    """``rows`` of ``load_runs`` with what samples and rolling tasks say of the model's loss, and its standard errors.
+
+    ``gold_answer_loss``: −log p of the right answer in nats per byte, mean over documents; ``gold_answer_margin``: its
+    log-likelihood less that of the best wrong one; both of tasks of choices whose samples were kept. ``bits_per_byte``: mean
+    over the rolling tasks of the same run, beside every other task of it.
+    """
+    by_file = {str(run.file): run for run in runs}
+    found = [_of_row(by_file[row["file"]], row) for row in rows.to_dict("records")]
+    told = pd.DataFrame(found, rows.index, columns=["gold_answer_loss", "gold_answer_loss_stderr", "gold_answer_margin",
+                                                    "gold_answer_margin_stderr"])  # fmt: skip
+    if "bits_per_byte,none" in rows:
+        rolling = rows.groupby("file")["bits_per_byte,none"].transform("mean")
+        told["bits_per_byte"] = rolling.where(rows["bits_per_byte,none"].isna())
+    return pd.concat([rows, told.dropna(axis=1, how="all")], axis=1)
+
+
+def _of_row(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
+    metric = row["metric"]
+    leaves = run.leaves.get(row["task"]) or [row["task"]]
+    documents = [found for leaf in leaves for found in gold_answers(read_answers(run.samples(leaf), metric))]
+    values = pd.DataFrame(documents, columns=["loss", "margin"], dtype=float)
+    (loss, loss_error, _), (margin, margin_error, _) = (mean_and_error(values[name]) for name in values)
+    return loss, loss_error, margin, margin_error
+
+
+def gold_answers(answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Loss per byte and margin of every document whose right choice is known."""
+    for answer in answers.values():
+        options, sizes = answer.get("options") or (), answer.get("bytes") or ()
+        right = right_choice(options, answer.get("expected"), answer.get("right"))
+        if right is not None and sizes[right]:
+            yield -options[right][1] / sizes[right], margin_of(options, right)
+
+
+def right_choice(options: Sequence[tuple[str, float]], expected: str | None, right: bool | None) -> int | None:
+    """Which of the choices is the right one; None where none of them, or more than one, is.
+
+    Winogrande's two choices are told apart by what its target does not say: there the score tells which was right.
+    """
+    named = [i for i, (text, _) in enumerate(options) if text == expected]
+    if len(named) == 1 and len(options) > 1:
+        return named[0]
+    if len(options) == 2 and not named and right is not None:
+        best = max(range(2), key=lambda i: options[i][1])
+        return best if right else 1 - best
+    return None
+
+
+def margin_of(options: Sequence[tuple[str, float]], right: int) -> float:
+    """Log-likelihood of the right choice less that of the best wrong one; NaN where there is none."""
+    wrong = [likelihood for i, (_, likelihood) in enumerate(options) if i != right]
+    return options[right][1] - max(wrong) if wrong else math.nan

@@ -1,0 +1,93 @@
+"""What may say something of a score: every reading of the registry that a run has, the model's size, its loss, and facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.fit.losses import LOSSES
+from lm_eval_coupling.measures.registry import measures
+
+COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
+_SIZES = (*COVARIATES, "log10_compute", "n_heads", "vocab_size")
+_COUPLING = {"depth": "coupling"}  # the kind of this measure's readings; of others it is the measure's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A column that may say something of the score.
+
+    ``kind``: ``coupling``, the name of another measure, ``size``, ``loss`` or ``fact``; ``sign``: the direction in which it
+    is expected to go with the score, 0 where nobody has said; ``rank`` where it has one.
+    """
+
+    name: str
+    kind: str
+    sign: int = 1
+    rank: int | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The column of its standard error."""
+        if self.kind in ("size", "fact"):
+            return None
+        name, _, rank = self.name.partition("@")
+        return f"{name}_stderr@{rank}" if rank else f"{name}_stderr"
+
+
+def choose_predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]) -> list[Predictor]:
+    """The predictors of these rows, the one in question first.
+
+    Args:
+        rows: of :func:`~lm_eval_coupling.fit.scores.scored_rows`.
+        x: names; by default coupling at its headline rank, then all others. Size and loss stay among them.
+        notes: what was left out is added here.
+
+    Raises:
+        CouplingError: if a name is unknown.
+    """
+    known = {p.name: p for p in _all_predictors(rows)}
+    if x is not None:
+        if unknown := [name for name in x if name not in known and not _is_number(rows, name)]:
+            raise CouplingError(
+                f"got no predictor {unknown[0]!r}, expected one of {', '.join(known)} or a number of the facts"
+            )
+        # Whether coupling says more than size and loss is asked in any case.
+        names = [*dict.fromkeys([*x, *(name for name, p in known.items() if p.kind in ("size", "loss"))])]
+        chosen = [known.get(name, Predictor(name, "fact")) for name in names]
+    else:
+        chosen = list(known.values())
+    varying = [p for p in chosen if _varies(rows, p)]
+    if rows["label"].nunique() > 1 and (same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]):
+        notes.append(f"the same for all models: {', '.join(same)}")
+    partly = [p.name for p in varying if p.kind == "size" and rows[p.name].isna().any()]
+    if partly:
+        notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
+    return [chosen[0], *(p for p in varying if p != chosen[0])]  # the one in question in any case, if only to say so
+
+
+def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
+    """Those that the runs have, coupling at its headline rank first."""
+    ranks = sorted({int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")})
+    ranks.sort(key=lambda rank: rank != rows["coupling_rank"].mode()[0])
+    for measure in measures().values():
+        kind = _COUPLING.get(measure.name, measure.name)
+        for reading in [reading for reading in measure.readings if reading.over == "prompt"]:
+            at = ranks if reading.of_rank else [None]
+            names = {rank: reading.name if rank is None else f"{reading.name}@{rank}" for rank in at}
+            yield from (Predictor(name, kind, reading.sign, rank) for rank, name in names.items() if name in rows)
+    yield from (Predictor(name, "loss", sign) for name, sign in LOSSES.items() if name in rows and rows[name].notna().any())
+    yield from (Predictor(name, "size") for name in _SIZES if rows[name].notna().any())
+
+
+def _is_number(rows: pd.DataFrame, name: str) -> bool:
+    return name in rows and pd.api.types.is_numeric_dtype(rows[name])
+
+
+def _varies(rows: pd.DataFrame, predictor: Predictor) -> bool:
+    values = rows[predictor.name]
+    levels = values.groupby(rows["task"]).agg(lambda v: v.max() - v.min())
+    return bool((levels > 1e-12 * values.abs().max()).any())
