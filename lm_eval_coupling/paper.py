@@ -22,10 +22,10 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
-from lm_eval_coupling.measuring.batch import DTYPES, top_singular_by_parts
+from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.precision import exact_arithmetic
-from lm_eval_coupling.numerics.spectra import numerical_rank
+from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 from lm_eval_coupling.residual import ResidualModel
 
 RANKS = (10, 30, 50)
@@ -135,7 +135,7 @@ def _through_final_norm(
 
 def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
     J = blocks.jacobians
-    triplets = top_singular_by_parts(J, max(ranks), blocks.device)
+    triplets = top_singular(J, max(ranks), device=blocks.device)
     U, S, V = triplets.U, triplets.S, triplets.V
     rank_of_basis = numerical_rank(S)
 

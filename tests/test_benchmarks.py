@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +169,62 @@ class TestOverhead:
         found = results(overhead, tmp_path / "o.json", "--model", model, "--limit", 20)
         assert found["ratio_per_further_document"] == pytest.approx(3)
         assert found["ratio_whole_process"] == pytest.approx(70 / 30)
+
+
+class TestDevice:
+    """The script for whoever has a GPU, on a CPU: every part runs, and what fails loses itself only."""
+
+    def run(self, benchmark, out, *parts):
+        code = benchmark("device").main(["--device", "cpu", "--quick", "--out", str(out), "--parts", *parts])
+        return code, {part: json.loads((out / f"{part}.json").read_text()) for part in parts}
+
+    def test_numerics(self, benchmark, tmp_path):
+        code, found = self.run(benchmark, tmp_path, "spectra", "tf32")
+        assert code == 0 and all(part["machine"]["device"] == "cpu" for part in found.values())
+        assert all(row["residual"] < 1e-5 and row["orthogonality"] < 1e-5 for row in found["spectra"]["rows"])
+        assert all(row["certificate"] < 1e-4 and row["coupling_matrices"] < 1e-5 for row in found["tf32"]["rows"])
+
+    def test_models(self, benchmark, tmp_path):
+        code, found = self.run(benchmark, tmp_path, "small", "memory", "profile", "release")
+        assert code == 0
+        assert [row["together"] for row in found["small"]["rows"]] == [1, 1, 8, 8, 8, 8]
+        assert all(row["spectra"] > 0 and row["certificate"] < 1e-4 for row in found["small"]["rows"])
+        assert all(row["announced_mb"] > 0 for row in found["memory"]["rows"])
+        assert found["profile"]["rows"][0]["longest_on_host"] and found["release"]["rows"][0]["release"]["total"] > 0
+
+    @pytest.mark.slow
+    def test_the_script(self, tmp_path):
+        environment = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable}
+        command = ["bash", str(BENCHMARKS / "device.sh"), "--quick"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        exact = json.loads((tmp_path / "exactness.json").read_text())
+        assert not exact["failed_families"] and exact["worst"]["float32"] < 2e-5
+        assert json.loads((tmp_path / "overhead.json").read_text())["rows"][0]["measured"] == 4
+        assert json.loads((tmp_path / "large.json").read_text())["rows"]
+
+    def test_a_part_that_fails_or_takes_too_long_loses_itself_only(self, benchmark, tmp_path, monkeypatch):
+        device = benchmark("device")
+
+        def fails(report, options):
+            report.add(first=1.0)
+            raise RuntimeError("out of luck")
+
+        def lasts(report, options):
+            report.add(first=1.0)
+            time.sleep(60)
+
+        monkeypatch.setitem(device.PARTS, "spectra", (fails, 0.5))
+        monkeypatch.setitem(device.PARTS, "memory", (lasts, 0.0))
+        code, found = self.run(benchmark, tmp_path, "spectra", "memory", "tf32")
+        assert code == 1 and "out of luck" in found["spectra"]["failed"] and "took more than" in found["memory"]["failed"]
+        assert all(part["rows"] for part in found.values()) and "failed" not in found["tf32"]
+
+    def test_no_device(self, benchmark, tmp_path, capsys):
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        assert benchmark("device").main(["--out", str(tmp_path)]) == 2
+        assert "torch sees no GPU" in capsys.readouterr().out
 
 
 def test_pictures(benchmark, model, tmp_path):

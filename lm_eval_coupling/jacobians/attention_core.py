@@ -173,33 +173,37 @@ class AttentionRecord:
         """:meth:`of` several prompts of one block, each at its own token: at once where they kept their keys."""
         if all(call.keys is not None for call in calls):
             try:
-                return cls._by_decoding(calls, tokens)
+                return cls._by_decoding(calls, tokens).split([token + 1 for token in tokens])
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError):
                 if len(calls) > 1:
                     return [cls.of(call, token) for call, token in zip(calls, tokens, strict=True)]
         return [cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)]
 
     @classmethod
-    def _by_decoding(cls, calls: Sequence[Call], tokens: Sequence[int]) -> list[AttentionRecord]:
+    def _by_decoding(cls, calls: Sequence[Call], tokens: Sequence[int]) -> AttentionRecord:
+        """Of all prompts, their heads one after the other; each ends at its own token, what stands before is unseen."""
         x = torch.stack([call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)])
-        watch, keys = _Record(0, alone=True), [token + 1 for token in tokens]
-        return cls._watched(watch, lambda: calls[0].decoded(calls, x, tokens), 1, keys, x.dtype)
+        watch = _Record(0, alone=True)
+        return cls._watched(watch, lambda: calls[0].decoded(calls, x, tokens), 1, max(tokens) + 1, x.dtype)
 
     @classmethod
     def _by_whole_sequence(cls, call: Call, output_token: int) -> AttentionRecord:
-        queries, keys = call.seq, [call.seq]
         try:
             watch = _Record(output_token, alone=True)
-            return cls._watched(watch, lambda: call.one_query(output_token), queries, keys, call.dtype)[0]
+            return cls._watched(watch, lambda: call.one_query(output_token), call.seq, call.seq, call.dtype)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
             watch = _Record(output_token, alone=False)
-            return cls._watched(watch, lambda: call(call.resid_pre), queries, keys, call.dtype)[0]
+            return cls._watched(watch, lambda: call(call.resid_pre), call.seq, call.seq, call.dtype)
 
     @classmethod
     def _watched(
-        cls, watch: _Record, run: Callable[[], object], queries: int, keys: Sequence[int], dtype: torch.dtype
-    ) -> list[AttentionRecord]:
-        """Records of a batch that should have so many queries, and of each prompt so many keys, which come last."""
+        cls, watch: _Record, run: Callable[[], object], queries: int, columns: int, dtype: torch.dtype
+    ) -> AttentionRecord:
+        """What is recorded of a run that should have so many queries and keys."""
         try:
             with torch.enable_grad(), watch:
                 run()
@@ -209,7 +213,6 @@ class AttentionRecord:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
         k_t = watch.product[1]
         batch = watch.q.shape[:-2]
-        columns = max(keys)
         found, expected = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], [queries, columns, columns]
         if found != expected or watch.weights.shape[-1] < columns:
             raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {expected}")
@@ -220,8 +223,14 @@ class AttentionRecord:
         weights, v = heads(watch.weights[..., None, :columns]), heads(watch.values)  # an attention sink's column is left out
         q, z = heads(watch.q)[:, 0], torch.bmm(weights, v)[:, 0]
         k, slope = heads(k_t).transpose(1, 2), heads(watch.slope[..., None, :])[:, 0]
-        each = zip(keys, *(part.chunk(len(keys)) for part in (q, k, v, weights[:, 0], slope, z)), strict=True)
-        return [cls(q, k[:, -n:], v[:, -n:], weights[:, -n:], slope[:, -n:], z) for n, q, k, v, weights, slope, z in each]
+        return cls(q, k, v, weights[:, 0], slope, z)
+
+    def split(self, keys: Sequence[int]) -> list[AttentionRecord]:
+        """Of each prompt, with the last so many of its keys."""
+        parts = (self.q, self.k, self.v, self.weights, self.slope, self.z)
+        each = zip(keys, *(part.chunk(len(keys)) for part in parts), strict=True)
+        make = type(self)
+        return [make(q, k[:, -n:], v[:, -n:], weights[:, -n:], slope[:, -n:], z) for n, q, k, v, weights, slope, z in each]
 
 
 class _HeadProduct(torch.autograd.Function):
@@ -283,6 +292,23 @@ class LinearCore:
             dz_dq=torch.bmm((w[..., None] * spread).transpose(1, 2), record.k) if same else None,
             dz_dqk=w[:, input_token, None] * spread[:, input_token],
         )
+
+    @classmethod
+    def of_each(cls, calls: Sequence[Call], tokens: Sequence[int]) -> LinearCore:
+        """At each prompt's own token, as input and output; the heads of all prompts one after the other.
+
+        Raises:
+            NoAttentionCore: if the calls hold no softmax attention core.
+        """
+        if all(call.keys is not None for call in calls):
+            try:
+                return cls.at(AttentionRecord._by_decoding(calls, tokens), -1, -1)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError):
+                pass
+        records = AttentionRecord.of_each(calls, tokens)
+        return cls.joined([cls.at(record, token, token) for record, token in zip(records, tokens, strict=True)])
 
     @classmethod
     def joined(cls, cores: Sequence[LinearCore]) -> LinearCore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +17,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 def probe(layer: int, like: Float[Tensor, "*shape d_model"]) -> Float[Tensor, " d_model"]:
     """The fixed random direction u that a layer's Jacobian is checked along, in the dtype and on the device of ``like``."""
+    return _probe(layer, like.shape[-1], like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=512)  # it is asked for several times a block and prompt, and comes from the host
+def _probe(layer: int, d_model: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " d_model"]:
     generator = torch.Generator().manual_seed(layer)
-    return torch.randn(like.shape[-1], generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(d_model, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
@@ -38,16 +43,16 @@ def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token
     """
     u = probe(call.layer, call.resid_pre)
     pulled = pulled_back(call, output_token, input_token)
-    return _relative_error(call, u, jacobian, pulled - u if output_token == input_token else pulled)
+    truth = pulled - u if output_token == input_token else pulled
+    return _relative_errors(u, jacobian[None], truth[None]).item()
 
 
 def certify_each(
     calls: Sequence[Call], jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]
-) -> list[float]:
-    """:func:`certify` of one block's J_tt for several prompts, each at its own token t."""
+) -> Float[Tensor, " prompt"]:
+    """:func:`certify` of one block's J_tt for several prompts, each at its own token t. Nothing is read from the device."""
     u = probe(calls[0].layer, calls[0].resid_pre)
-    pulled = pulled_back_each(calls, tokens)
-    return [_relative_error(call, u, J, p - u) for call, J, p in zip(calls, jacobians, pulled, strict=True)]
+    return _relative_errors(u, jacobians, pulled_back_each(calls, tokens) - u)
 
 
 def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
@@ -56,28 +61,34 @@ def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor
         return call.pullback[1][input_token]
     u = probe(call.layer, call.resid_pre)
     if call.keys is not None and output_token == input_token:
-        (pulled,) = call.pulled_back_decoding([call], [u], [output_token])
-        if pulled is not None:
+        pulled = call.pulled_back_decoding([call], [u], [output_token])[0]
+        if torch.isfinite(pulled).all():
             return pulled
     return call.pulled_back(u, output_token)[input_token]
 
 
-def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> list[Float[Tensor, " d_model"]]:
-    """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys."""
-    found: list[Tensor | None] = [None] * len(calls)
-    if len(calls) > 1 and all(call.pullback is None and call.keys is not None for call in calls):
+def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model"]:
+    """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys.
+
+    NaN where a step of decoding is not the block; alone, such a prompt is pulled back through its whole sequence.
+    """
+    if all(call.pullback is None and call.keys is not None for call in calls):
         directions = [probe(call.layer, call.resid_pre) for call in calls]
-        with contextlib.suppress(ValueError, RuntimeError):
-            found = calls[0].pulled_back_decoding(calls, directions, tokens)
-    return [
-        pulled_back(call, token, token) if pulled is None else pulled
-        for call, token, pulled in zip(calls, tokens, found, strict=True)
-    ]
+        try:
+            return calls[0].pulled_back_decoding(calls, directions, tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError):
+            pass
+    return torch.stack([pulled_back(call, token, token) for call, token in zip(calls, tokens, strict=True)])
 
 
 def with_probe_pulled_back(call: Call, output_token: int) -> Call:
     """The call, which then certifies every Jacobian to ``output_token`` at no further cost. One pass through the block."""
-    return call.with_pullback(output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token))
+    if call.pullback is not None and call.pullback[0] == output_token:
+        return call
+    with call.ready():
+        return call.with_pullback(output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token))
 
 
 STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, in units of the vector that is moved
@@ -130,6 +141,8 @@ def require_not_constant(call: Call, jacobian: Float[Tensor, "d_model d_model"],
         )
 
 
-def _relative_error(call: Call, u: Tensor, jacobian: Tensor, truth: Tensor) -> float:
-    rounding = 4 * torch.finfo(call.dtype).eps * u.norm() / TOLERANCE[call.dtype]
-    return ((u @ jacobian - truth).norm() / torch.maximum(truth.norm(), rounding)).item()
+def _relative_errors(
+    u: Float[Tensor, " d_model"], jacobians: Float[Tensor, "prompt d_model d_model"], truth: Float[Tensor, "prompt d_model"]
+) -> Float[Tensor, " prompt"]:
+    rounding = 4 * torch.finfo(u.dtype).eps * u.norm() / TOLERANCE[u.dtype]
+    return (u @ jacobians - truth).norm(dim=-1) / torch.maximum(truth.norm(dim=-1), rounding)

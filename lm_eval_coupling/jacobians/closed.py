@@ -59,11 +59,10 @@ def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
     The steps are gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot
     be joined.
     """
-    records = AttentionRecord.of_each(calls, tokens)
-    cores = [LinearCore.at(record, t, t) for record, t in zip(records, tokens, strict=True)]
+    core = LinearCore.of_each(calls, tokens)
     x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])
     root = Origin(*x.shape)
-    tape = Tape(partial(_through, LinearCore.joined(cores)))
+    tape = Tape(partial(_through, core))
     tape.watch(x, NearIdentity.identity(root, x))
     return _derivative(tape, _run(tape, calls, x, tokens), root)
 

@@ -17,10 +17,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
     TOLERANCE,
@@ -32,9 +33,11 @@ from lm_eval_coupling.jacobians.certify import (
 )
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
 from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
+from lm_eval_coupling.jacobians.rules import NoRule
+from lm_eval_coupling.jacobians.stack import Stack
 from lm_eval_coupling.jacobians.token_local import token_local_jacobian
-from lm_eval_coupling.numerics.memory import jacobian_stack
 from lm_eval_coupling.numerics.precision import exact_arithmetic
+from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
@@ -45,7 +48,8 @@ class BlockJacobians:
     """Jacobians of several blocks for one pair of tokens.
 
     ``certificate`` is each layer's relative error against the model's own derivative, ``method`` the level each layer was
-    computed at, ``layers`` their indices, ``device`` where the model computed (the Jacobians may lie on the host).
+    computed at, ``layers`` their indices, ``device`` where the model computed (the Jacobians may lie on the host). ``why``
+    says of each layer why no faster level was taken; ``triplets`` are there where they were asked for.
     """
 
     jacobians: Float[Tensor, "layer d_model d_model"]
@@ -53,6 +57,8 @@ class BlockJacobians:
     method: list[str]
     layers: list[int]
     device: torch.device
+    why: list[str | None] = dataclasses.field(default_factory=list)
+    triplets: SingularTriplets | None = None
 
 
 @exact_arithmetic()
@@ -103,74 +109,121 @@ def jacobians_of_trace(
     trace: Trace, output_token: int, input_token: int, layers: Sequence[int], method: str
 ) -> BlockJacobians:
     """As :func:`block_jacobians`, from a trace and absolute indices."""
-    check_method(method)
-    stack = _Stack(trace.resid_final, layers)
-    for layer in layers:
-        stack.add(*certified_jacobian(trace.calls[layer], output_token, input_token, method))
-    return stack.filled()
+    return _made([trace], [(output_token, input_token)], layers, method, None)[0]
 
 
 @exact_arithmetic()
 @torch.no_grad()
-def jacobians_of_traces(traces: Sequence[Trace], tokens: Sequence[int], method: str) -> list[BlockJacobians]:
+def jacobians_of_traces(
+    traces: Sequence[Trace], tokens: Sequence[int], method: str, rank: int | None = None
+) -> list[BlockJacobians]:
     """J_tt of every block for several prompts of one model, each at its own token t, as absolute index.
 
     Where the closed level has rules, its steps are gone through once for all prompts. Memory: that of one prompt times
-    their number.
+    their number. With ``rank`` each comes with so many of its singular triplets, found while it lies on the device.
     """
+    return _made(traces, [(token, token) for token in tokens], range(len(traces[0].calls)), method, rank)
+
+
+def _made(
+    traces: Sequence[Trace], pairs: Sequence[tuple[int, int]], layers: Sequence[int], method: str, rank: int | None
+) -> list[BlockJacobians]:
+    """Of each trace for its pair (output token, input token)."""
     check_method(method)
-    layers = range(len(traces[0].calls))
-    stacks = [_Stack(trace.resid_final, layers) for trace in traces]
-    for layer in layers:
-        calls = [trace.calls[layer] for trace in traces]
-        for stack, found in zip(stacks, certified_jacobians(calls, tokens, method), strict=True):
-            stack.add(*found)
-    return [stack.filled() for stack in stacks]
+    like, calls = traces[0].resid_final, [[trace.calls[layer] for trace in traces] for layer in layers]
+    scattered = len({of_block[0].resid_pre.device for of_block in calls}) > 1
+    stack = Stack(len(traces), len(calls), like, rank, scattered)
+    proofs: dict[tuple[int, int], Certified] = {}
+    errors = []
+    for layer, of_block in enumerate(calls):
+        found, error, why = _closed_together(of_block, pairs) if method in ("auto", "closed") else (None, None, "")
+        if found is None:
+            alone = [certified_jacobian(call, *pair, method, why) for call, pair in zip(of_block, pairs, strict=True)]
+            proofs |= {(prompt, layer): one for prompt, one in enumerate(alone)}
+            found, error = torch.stack([one.jacobian for one in alone]), like.new_full((len(traces),), torch.nan)
+        stack.put(layer, found)
+        errors.append(error.to(like.device))
+    certificates = torch.stack(errors, dim=1).cpu().double()  # read from the device once, when all are made
+    for prompt, layer in (~_passes(certificates, like.dtype)).nonzero().tolist():
+        if (prompt, layer) not in proofs:
+            one = certified_jacobian(calls[layer][prompt], *pairs[prompt], method)
+            stack.correct(prompt, layer, one.jacobian)
+            proofs[prompt, layer] = one
+        certificates[prompt, layer] = proofs[prompt, layer].error
+    triplets = stack.finish()
+
+    def of_prompt(prompt: int) -> BlockJacobians:
+        each = [proofs.get((prompt, layer)) for layer in range(len(calls))]
+        return BlockJacobians(
+            jacobians=stack.jacobians[prompt],
+            certificate=certificates[prompt],
+            method=["closed" if one is None else one.level for one in each],
+            layers=list(layers),
+            device=like.device,
+            why=[None if one is None else one.why for one in each],
+            triplets=None if triplets is None else triplets[prompt],
+        )
+
+    return [of_prompt(prompt) for prompt in range(len(traces))]
 
 
-class _Stack:
-    """The Jacobians of one prompt as they are made."""
-
-    def __init__(self, like: Tensor, layers: Sequence[int]) -> None:
-        self.layers, self.device = list(layers), like.device
-        self.jacobians = jacobian_stack(len(layers), like)
-        self.errors: list[float] = []
-        self.levels: list[str] = []
-
-    def add(self, jacobian: Tensor, error: float, level: str) -> None:
-        self.jacobians[len(self.levels)] = jacobian
-        self.errors.append(error)
-        self.levels.append(level)
-
-    def filled(self) -> BlockJacobians:
-        certificate = torch.tensor(self.errors, dtype=torch.float64)
-        return BlockJacobians(self.jacobians, certificate, self.levels, self.layers, self.device)
+def _passes(certificates: Float[Tensor, "*shape"], dtype: torch.dtype) -> Bool[Tensor, "*shape"]:
+    """Exactly 0 is looked at again alone: a Jacobian of zero with a derivative of zero may be one that was not taken."""
+    return (certificates > 0) & (certificates <= TOLERANCE[dtype])
 
 
-def certified_jacobians(calls: Sequence[Call], tokens: Sequence[int], method: str) -> list[tuple[Tensor, float, str]]:
+@dataclasses.dataclass(frozen=True)
+class Certified:
+    """One Jacobian, its certificate, the level it comes from, and in words why no faster level gave it."""
+
+    jacobian: Float[Tensor, "d_model d_model"]
+    error: float
+    level: str
+    why: str | None = None
+
+
+def certified_jacobians(calls: Sequence[Call], tokens: Sequence[int], method: str) -> list[Certified]:
     """:func:`certified_jacobian` of one block's J_tt for several prompts: together where that is certified, else alone."""
-    together = _closed_together(calls, tokens) if len(calls) > 1 and method in ("auto", "closed") else {}
+    found, errors, why = None, None, ""
+    if method in ("auto", "closed"):
+        found, errors, why = _closed_together(calls, [(token, token) for token in tokens])
+    good = [False] * len(calls) if errors is None else _passes(errors, calls[0].dtype).tolist()
+    known = [] if errors is None else errors.tolist()
     return [
-        together[i] if i in together else certified_jacobian(call, token, token, method)
+        Certified(found[i], known[i], "closed") if good[i] else certified_jacobian(call, token, token, method, why)
         for i, (call, token) in enumerate(zip(calls, tokens, strict=True))
     ]
 
 
-def _closed_together(calls: Sequence[Call], tokens: Sequence[int]) -> dict[int, tuple[Tensor, float, str]]:
-    """Those prompts of a batch for which the closed level gives what the model's own derivative says."""
+def _closed_together(
+    calls: Sequence[Call], pairs: Sequence[tuple[int, int]]
+) -> tuple[Float[Tensor, "prompt d_model d_model"] | None, Float[Tensor, " prompt"] | None, str]:
+    """J_tt of one block for several prompts by the closed level, with certificates; or why it has none for them."""
+    if any(output_token != input_token for output_token, input_token in pairs):
+        return None, None, ""
+    tokens = [token for token, _ in pairs]
     with calls[0].ready():
         try:
             found = closed_jacobians(calls, tokens)
-        except Exception:  # alone, each prompt finds the level that can, or says what is wrong
-            return {}
-        found.diagonal(dim1=1, dim2=2).sub_(1)
-        errors = certify_each(calls, found, tokens)
-    return {i: (found[i], error, "closed") for i, error in enumerate(errors) if error <= TOLERANCE[calls[0].dtype]}
+            found.diagonal(dim1=1, dim2=2).sub_(1)
+            return found, certify_each(calls, found, tokens), ""
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # alone, each prompt finds the level that can, or says what is wrong
+            # What no rule is known for is not known for one prompt either.
+            return None, None, _in_words("closed", error) if isinstance(error, (NoRule, NoAttentionCore)) else ""
 
 
-def certified_jacobian(call: Call, output_token: int, input_token: int, method: str) -> tuple[Tensor, float, str]:
-    """J of one block with its certificate and the level it comes from; ``auto`` falls to the next level on failure."""
+def certified_jacobian(call: Call, output_token: int, input_token: int, method: str, closed_fails: str = "") -> Certified:
+    """J of one block at the first level whose result is certified; ``auto`` falls to the next level on failure.
+
+    ``closed_fails`` says why the closed level need not be tried.
+    """
     levels = list(LEVELS) if method == "auto" else [method]
+    why = []
+    if closed_fails and method == "auto":
+        levels = [level for level in levels if level != "closed"]
+        why.append(closed_fails)
     if input_token > output_token:
         call = call.without_keys()  # what an attention core is recorded from ends at the output token
     with call.ready():
@@ -182,15 +235,21 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
                 error = certify(call, jacobian, output_token, input_token)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
+            except Exception as failure:
                 if level == levels[-1]:
                     raise
+                why.append(_in_words(level, failure))
                 continue
             if error <= TOLERANCE[call.dtype]:
                 _require_derivative(call, jacobian, error, (output_token, input_token), level)
             if error <= TOLERANCE[call.dtype] or level == levels[-1]:
-                return jacobian, error, level
+                return Certified(jacobian, error, level, "; ".join(why) or None)
+            why.append(f"{level}: off by {error:.1e}")
     raise AssertionError("unreachable: the last level returns or raises")
+
+
+def _in_words(level: str, error: Exception) -> str:
+    return f"{level}: " + (" ".join(str(error).split())[:120] or type(error).__name__)
 
 
 def _require_derivative(call: Call, jacobian: Tensor, error: float, tokens: tuple[int, int], level: str) -> None:

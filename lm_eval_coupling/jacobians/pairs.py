@@ -49,8 +49,8 @@ def jacobians_of_pairs(
         for part in _parts(same):
             tokens = [pairs[i][0] for i in part]
             made = certified_jacobians([pulled[token] for token in tokens], tokens, method)
-            for i, (jacobian, error, _) in zip(part, made, strict=True):
-                found[i], errors[i] = jacobian, error
+            for i, one in zip(part, made, strict=True):
+                found[i], errors[i] = one.jacobian, one.error
         for token, members in rows.items():
             for part in _parts([i for i in members if pairs[i][1] != token]):
                 made = _row(pulled[token], token, [pairs[i][1] for i in part], method)
@@ -68,12 +68,15 @@ def _row(call: Call, output_token: int, input_tokens: list[int], method: str) ->
     if method in ("auto", "closed"):
         try:
             together = list(closed_row(call, output_token, input_tokens))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # alone, each pair finds the level that can, or says what is wrong
             pass
     found = []
     for jacobian, token in zip(together, input_tokens, strict=True):
         error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)
         if not error <= TOLERANCE[call.dtype]:
-            jacobian, error, _ = certified_jacobian(call, output_token, token, method)
+            one = certified_jacobian(call, output_token, token, method)
+            jacobian, error = one.jacobian, one.error
         found.append((jacobian, error))
     return found

@@ -89,8 +89,8 @@ class Call(Protocol):
     @staticmethod
     def pulled_back_decoding(
         calls: Sequence[Any], directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
-    ) -> list[Float[Tensor, " d_model"] | None]:
-        """uᵀ ∂F_t/∂x_t of several prompts by a step of decoding; None where that is not the block."""
+    ) -> Float[Tensor, "prompt d_model"]:
+        """uᵀ ∂F_t/∂x_t of several prompts by a step of decoding; NaN where that is not the block."""
 
 
 @runtime_checkable

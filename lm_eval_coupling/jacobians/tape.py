@@ -81,11 +81,16 @@ class Tape(Watch):
         Raises:
             NoRule: if a step on the way has no rule, or the outcome depends on no variable.
         """
-        for step in self._on_the_way_to(outcome):
+        steps = self._on_the_way_to(outcome)
+        last = {id(x): i for i, step in enumerate(steps) for x in step.inputs}
+        for i, step in enumerate(steps):
             if any(x._version != was for x, was in zip(step.inputs, step.versions, strict=True)):
                 raise NoRule("a tensor was changed in place after it had been used")
             if any(self.of(x) is not None for x in step.inputs):
                 self._keep(step.value, step.rule(self, step.function, step.value, *step.args, **step.kwargs))
+            for x in step.inputs:  # most are as large as a weight matrix, for every prompt of a batch
+                if last[id(x)] == i:
+                    self.tangents.pop(id(x), None)
         if self.of(outcome) is None:
             raise NoRule("the outcome does not depend on the token, or lost its derivative on the way")
         return self.of(outcome)

@@ -21,16 +21,22 @@ def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
     from lm_eval_coupling.measures.formulas import spectrum
-    from lm_eval_coupling.measures.formulas.pairs import jacobians_over
+    from lm_eval_coupling.measures.formulas.pairs import rows_to
+    from lm_eval_coupling.measuring.batch import off_mps
     from lm_eval_coupling.numerics.spectra import largest_singular_values
 
-    pairs = [(one.position, t) for t in range(one.position + 1)]
     rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}
     for layer in range(len(one.trace.calls)):
-        J = jacobians_over(one.trace, [layer], pairs, one.settings.method).jacobians[0]
-        S = torch.linalg.svdvals(J[-1]).double()
-        rows["frobenius"].append(J.double().norm(dim=(1, 2)).numpy())
-        rows["spectral"].append(largest_singular_values(J).numpy())
+        parts, own = [], None
+        for J in rows_to(one.trace, layer, one.position, one.settings.method):
+            J = off_mps(J)
+            norms = torch.linalg.vector_norm(J, dim=(1, 2), dtype=torch.float64)
+            parts.append(torch.stack([norms, largest_singular_values(J).double()]))
+            own = J[-1]  # the last of the last part is that of the measured token itself
+        S = torch.linalg.svdvals(own.cpu()).double()
+        frobenius, spectral = torch.cat(parts, dim=1).cpu().numpy()
+        rows["frobenius"].append(frobenius)
+        rows["spectral"].append(spectral)
         rows["effective_rank"].append(spectrum.effective_rank(S))
         rows["participation"].append(spectrum.participation_ratio(S))
         rows["S"].append(S[: one.settings.ranks[-1]].numpy())

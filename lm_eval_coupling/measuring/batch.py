@@ -21,7 +21,6 @@ from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobia
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.numerics.memory import layers_at_once
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -121,15 +120,20 @@ class Batch:
 
     @functools.cached_property
     def blocks(self) -> list[BlockJacobians]:
-        """The Jacobians J_tt of every prompt, all made together."""
-        return jacobians_of_traces(self.traces, self.positions, self.settings.method)
+        """The Jacobians J_tt of every prompt with their triplets, all made together."""
+        return jacobians_of_traces(self.traces, self.positions, self.settings.method, self._rank)
+
+    @property
+    def _rank(self) -> int:
+        return min(self.settings.ranks[-1] + 1, self.model.d_model)
 
     def triplets(self, index: int) -> SingularTriplets:
         """Of the Jacobians of one prompt."""
         if index not in self._triplets:
             J = TracedPrompt(self, index).jacobians
-            count = min(self.settings.ranks[-1] + 1, J.shape[-1])
-            self._triplets[index] = top_singular_by_parts(J, count, self.blocks[index].device)
+            blocks = self.blocks[index]
+            known = blocks.triplets
+            self._triplets[index] = top_singular(J, self._rank, device=blocks.device) if known is None else known
         return self._triplets[index]
 
     def forget_jacobians(self) -> None:
@@ -159,14 +163,6 @@ class Batch:
             columns = {column: on_host(value) for column, value in part.columns.items()}
             found.append(Found(columns, part.reasons, time.perf_counter() - start))
         return found
-
-
-def top_singular_by_parts(J: Float[Tensor, "layer d_model d_model"], k: int, device: torch.device) -> SingularTriplets:
-    """On the device where the model computes (MPS has no symmetric eigendecomposition), a few layers at a time."""
-    device = torch.device("cpu") if device.type == "mps" else device
-    parts = J.split(layers_at_once(J.shape[-1], J.element_size(), device))
-    found = [top_singular(part.to(device), k) for part in parts]
-    return SingularTriplets(*(torch.cat([getattr(f, name) for f in found]) for name in ("U", "S", "V", "residual")))
 
 
 def reason_of(error: Exception) -> Reason:

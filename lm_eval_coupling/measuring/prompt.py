@@ -18,7 +18,7 @@ from lm_eval_coupling.measuring.batch import DTYPES, Batch, reason_of
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.token_ids import token_ids
-from lm_eval_coupling.numerics.allocator import keep_freed_memory
+from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 
 
@@ -83,23 +83,10 @@ def measure_coupling(
     return [records[i] for i in range(len(encoded))]
 
 
-PROMPTS = 8  # measured at once: from there on the steps of a block cost little beside its matrix products
-TOKENS = 2048  # of one padded pass; longer prompts keep the processor busy by themselves
-BYTES = 1 << 30  # of Jacobians
-
-
 def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:
-    """Indices of the prompts to measure together: of about the same length, and as many as a GiB of Jacobians allows."""
-    jacobians = model.n_layers * model.d_model**2 * DTYPES[settings.dtype].itemsize
-    most = max(1, min(PROMPTS, BYTES // jacobians))
-    found: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        together = found[-1] if found else []
-        if together and len(together) < most and (len(together) + 1) * len(prompts[i]) <= TOKENS:
-            together.append(i)
-        else:
-            found.append([i])
-    return found
+    """Indices of the prompts to measure together: of about the same length, and as many as the device has room for."""
+    itemsize = DTYPES[settings.dtype].itemsize
+    return batches(model, [len(prompt) for prompt in prompts], rank=settings.ranks[-1], itemsize=itemsize)
 
 
 def measure_prompt(model: Model, tokens: Sequence[int], position: int, settings: Settings) -> PromptCoupling:

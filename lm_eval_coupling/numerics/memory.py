@@ -1,39 +1,44 @@
-"""How much memory a measurement takes, known before it starts, and where its Jacobians lie.
+"""How much memory a measurement takes, known before it starts; where its Jacobians lie; how many prompts go together.
 
 All Jacobians of a prompt are needed at once, one for every pair of layers: n_layers · d_model² numbers, 21 GB for 80 layers
-of width 8192. They lie on the model's device up to 4 GiB, else on the host up to half of what is free there, else in a
-temporary file; whatever works on them takes one layer at a time to the device.
+of width 8192. They lie on the model's device up to half of what is free there, else on the host up to half of what is free
+there, else in a temporary file; whatever works on them takes one layer at a time to the device.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import os
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics import limits
+from lm_eval_coupling.numerics.subspace import GRAM, block_of
 
-ON_DEVICE = 4 << 30  # bytes of Jacobians that may lie on an accelerator
-SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time may take
-_CGROUP = Path("/sys/fs/cgroup")
+SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time on a CPU may take
+ROOM = 0.8  # of what is free on a device: the rest is for what libraries take, and for what allocators leave unused
+PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
+PROMPTS_ON_DEVICE = 256
+_DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds on a CPU
 
 
 def place(size: int, device: torch.device) -> str:
     """Where ``size`` bytes of Jacobians go: ``device``, ``host`` or ``disk``."""
-    if device.type != "cpu" and size <= ON_DEVICE:
+    if device.type != "cpu" and size <= limits.free(device) // 2:
         return "device"
-    return "host" if size <= _free_on_host() // 2 else "disk"
+    return "host" if size <= limits.free_on_host() // 2 else "disk"
 
 
-def jacobian_stack(layers: int, like: Tensor) -> Float[Tensor, "layer d_model d_model"]:
-    """Room for the Jacobians of ``layers`` blocks whose stream is ``like``, where they fit.
+def jacobian_stack(layers: int, like: Tensor, on_host: bool = False) -> Float[Tensor, "layer d_model d_model"]:
+    """Room for the Jacobians of ``layers`` blocks whose stream is ``like``, where they fit; not on a device if ``on_host``.
 
     Raises:
         CouplingError: if they must go to the disk and it has no room.
@@ -41,19 +46,82 @@ def jacobian_stack(layers: int, like: Tensor) -> Float[Tensor, "layer d_model d_
     d_model = like.shape[-1]
     shape = (layers, d_model, d_model)
     size = layers * d_model**2 * like.element_size()
-    where = place(size, like.device)
+    where = place(size, torch.device("cpu") if on_host else like.device)
     if where == "disk":
         return _in_file(size, like.dtype).view(shape)
     return like.new_empty(shape, device=like.device if where == "device" else "cpu")
 
 
-def layers_at_once(d_model: int, itemsize: int, device: torch.device) -> int:
-    """How many Jacobians to decompose at once: a few for each thread, as far as memory allows."""
-    most = 4 * torch.get_num_threads() if device.type == "cpu" else 4
-    return max(1, min(most, SPECTRA // (_DECOMPOSITION * d_model**2 * itemsize)))
+def layers_at_once(d_model: int, itemsize: int, device: torch.device, rank: int = 64) -> int:
+    """How many Jacobians to decompose at once: on a CPU a few for each thread, elsewhere as many as there is room for."""
+    if device.type == "cpu":
+        most, room, each = 4 * torch.get_num_threads(), SPECTRA, _DECOMPOSITION * d_model**2
+    else:
+        # Some may be done again in float64, from a copy of twice the size.
+        most, room, each = 4096, limits.free(device) // 3, 4 * _by_products(d_model, rank)
+    return max(1, min(most, room // (each * itemsize)))
 
 
-_DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds
+def _by_products(d_model: int, rank: int) -> int:
+    """Numbers that the decomposition of a matrix holds beside it: its Gram matrix, and a dozen blocks of columns."""
+    return (d_model**2 if d_model <= GRAM else 0) + 12 * d_model * block_of(min(rank, d_model), d_model)
+
+
+def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int) -> list[list[int]]:
+    """Indices of the prompts to measure together: of like length, as many as fit.
+
+    Args:
+        lengths: tokens of each prompt.
+        fits: whether so many prompts of so many tokens may be measured together; one alone is never asked about.
+        most: prompts of a batch at most.
+    """
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        batch = found[-1] if found else []
+        alike = bool(batch) and lengths[i] <= 1.5 * lengths[batch[0]] + 32  # shorter ones are padded to the longest
+        if alike and len(batch) < most and fits(len(batch) + 1, lengths[i]):
+            batch.append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def batches(model, lengths: Sequence[int], *, rank: int, itemsize: int = 4) -> list[list[int]]:
+    """:func:`together` for a :class:`~lm_eval_coupling.residual.ResidualModel`, within what its device has free now."""
+    device = model.device
+    if device.type == "cpu":
+        jacobians = model.n_layers * model.d_model**2 * itemsize
+        most = max(1, min(PROMPTS, BYTES // jacobians))
+        return together(lengths, lambda prompts, seq: prompts * seq <= TOKENS, most)
+    room = ROOM * limits.free(device)
+
+    def fits(prompts: int, seq: int) -> bool:
+        found = memory_of(model, rank=rank, seq=seq, prompts=prompts, itemsize=itemsize)
+        return found.where == "device" and found.total <= room
+
+    return together(lengths, fits, PROMPTS_ON_DEVICE)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT = (1 << 31) - 1  # bytes at the end of the heap, the largest C int
+_LARGEST_IN_HEAP = 32 << 20  # bytes, the most that glibc accepts
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Tell the C library's allocator to keep what is freed for the next use, for the rest of the process.
+
+    On Linux it hands large blocks back to the system at once, and every block taken again is filled with zeros page by page
+    while the other threads wait: a sixth of the time of a Jacobian on a CPU. Blocks of up to 32 MiB are kept, where they are
+    free at the end of the heap up to 2 GiB of them. False, and nothing done, where it is another or the user set it up.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT))
+    except (OSError, AttributeError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +155,8 @@ def memory(
     prompts: int = 1,
     itemsize: int = 4,
     device: str | torch.device = "cpu",
+    largest_weight: int | None = None,
+    cast: bool = True,
 ) -> Memory:
     """What measuring takes; measured peaks lie below, the more so the more heads share keys.
 
@@ -100,15 +170,19 @@ def memory(
         prompts: measured together.
         itemsize: bytes of a number.
         device: where the model computes.
+        largest_weight: numbers of the block's largest matrix; a third of its weights unless given.
+        cast: whether the weights come in another dtype, so that a block's are copied while it is at work.
     """
     device = torch.device(device)
-    tokens, square, basis = prompts * seq, d_model**2, n_layers * d_model * (rank + 1)
-    trace = 3 * n_layers * tokens * d_model  # inputs, keys and values of every block
-    activations = 2 * tokens * block_params // d_model + 3 * n_heads * tokens * seq
-    forward = block_params + activations
-    jacobian = block_params * (1 + 3 * prompts) + 4 * prompts * square
-    spectra = layers_at_once(d_model, itemsize, device) * _DECOMPOSITION * square
-    pairs = 3 * basis + 10 * (n_layers * rank) ** 2 + square  # all bases times one J; all pairs, some in float64
+    tokens, square, basis = prompts * seq, d_model**2, prompts * n_layers * d_model * (rank + 1)
+    largest = block_params // 3 if largest_weight is None else largest_weight
+    copied, scores = block_params if cast else 0, n_heads * prompts * seq**2
+    trace = 3 * n_layers * tokens * d_model + prompts * seq**2  # inputs, keys and values of every block; a mask
+    forward = copied + 2 * scores + (3 if seq >= 64 else 8) * tokens * (largest // d_model + d_model)
+    jacobian = copied + prompts * max(6 * square, 5 * square // 2 + largest)
+    at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
+    spectra = at_once * (_DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank))
+    pairs = 3 * basis // prompts + 10 * (n_layers * rank) ** 2 + square  # all bases times one J; pairs, some in float64
     size = prompts * n_layers * square * itemsize
     working = (trace + max(forward, jacobian, spectra, pairs)) * itemsize
     return Memory(size, place(size, device), 2 * basis * itemsize, working)
@@ -116,31 +190,24 @@ def memory(
 
 def memory_of(model, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:
     """:func:`memory` for a :class:`~lm_eval_coupling.residual.ResidualModel`."""
+    block_params, largest = model.block_sizes
     return memory(
         n_layers=model.n_layers,
         d_model=model.d_model,
         n_heads=model.n_heads,
-        block_params=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
+        block_params=block_params,
         rank=rank,
         seq=seq,
         prompts=prompts,
         itemsize=itemsize,
         device=model.device,
+        largest_weight=largest,
+        cast=model.dtype.itemsize != itemsize,
     )
 
 
 def _in_words(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def _free_on_host() -> int:
-    """Bytes that this process may still take, within the limit of its container where there is one."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
 
 
 def _in_file(size: int, dtype: torch.dtype) -> Tensor:

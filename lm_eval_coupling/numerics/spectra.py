@@ -54,8 +54,8 @@ def top_singular(
     Args:
         J: square matrices, float32 or float64.
         k: number of triplets, at most d_model. Ask for one more than needed where `relative_gap` is wanted.
-        device: where to decompose, and where the triplets are left; by default where J lies. An MPS device leaves the work
-            to the CPU, for want of float64.
+        device: where to decompose, and where the triplets are left; by default where J lies. An MPS device leaves both to
+            the CPU, for want of float64.
 
     Raises:
         CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1 … d_model.
@@ -69,11 +69,11 @@ def top_singular(
     if J.dtype not in TOLERANCE:
         raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
     device = J.device if device is None else torch.device(device)
-    work = torch.device("cpu") if device.type == "mps" else device
+    device = torch.device("cpu") if device.type == "mps" else device
     matrices = J.detach().reshape(-1, d_model, d_model)
-    parts = matrices.split(layers_at_once(d_model, J.element_size(), work)) if len(matrices) else [matrices]
-    found = [_of_part(part.to(work), k) for part in parts]
-    U, S, V, residual = (torch.cat(some).to(device) for some in zip(*found, strict=True))
+    parts = matrices.split(layers_at_once(d_model, J.element_size(), device)) if len(matrices) else [matrices]
+    found = [_of_part(part.to(device), k) for part in parts]
+    U, S, V, residual = (torch.cat(some) for some in zip(*found, strict=True))
     batch = J.shape[:-2]
     return SingularTriplets(
         U.reshape(*batch, d_model, k), S.reshape(*batch, k), V.reshape(*batch, d_model, k), residual.reshape(batch)

@@ -40,7 +40,8 @@ class ResidualModel:
 
     Attributes: ``model`` (the measuring module tree), ``blocks`` (modules of it; ``block_list`` with their weights),
     ``way`` (``bridge`` or ``blocks``) and ``way_reason`` (why, in words), ``n_layers``, ``d_model``, ``n_heads``,
-    ``n_params``, ``inputs`` (what it is run on), ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
+    ``n_params``, ``block_sizes`` (numbers of the largest block, and of its largest matrix), ``inputs`` (what it is run on),
+    ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ResidualModel:
             outside=self._outside_weights,
             device=self.device,
         )
+        self.block_sizes = _block_sizes(self.blocks)
         self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
@@ -339,12 +341,19 @@ class ResidualModel:
         return [t for t in state_of(self.model) if id(t) not in inside]
 
 
+def _block_sizes(blocks: Sequence[nn.Module]) -> tuple[int, int]:
+    """Numbers of the largest block, and of the largest matrix that a token meets in a block (one expert's, of many)."""
+    weights = [list(block.parameters()) for block in blocks]
+    matrices = [p.shape[-1] * p.shape[-2] for some in weights for p in some if p.dim() > 1]
+    return max(sum(p.numel() for p in some) for some in weights), max(matrices, default=0)
+
+
 def _decodes_rightly(call: BlockCall) -> bool:
     token, u = call.seq // 2, torch.randn(call.resid_pre.shape[-1], generator=torch.Generator().manual_seed(0))
     u = u.to(call.resid_pre)
     with call.ready():
         (found,), expected = call.pulled_back_decoding([call], [u], [token]), call.pulled_back(u, token)[token]
-    return found is not None and torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
 
 
 def _tensors_by_name(call: BlockCall) -> list[str]:

@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,20 @@ def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else device,
         "dtype": dtype,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": platform.system(),
         "load_average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is used from its folder, without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def save(benchmark: str, machine: dict, options: argparse.Namespace, results: Any) -> None:

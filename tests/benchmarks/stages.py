@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from timing import synchronize
 
 from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.jacobians import stack
 from lm_eval_coupling.measures import depth, regularity, swapped
 from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
@@ -25,7 +26,7 @@ ENTRANCES = {
     "certify": (jacobians, "certify"),
     "certify together": (jacobians, "certify_each"),
     "jacobians": (batch, "jacobians_of_traces"),
-    "spectra": (batch, "top_singular"),
+    "spectra": (stack, "top_singular"),
     "pairs": (depth, "_of_prompt"),
     "swapped pairs": (swapped, "_of_prompt"),
     "regularity": (regularity, "_of_prompt"),

@@ -8,10 +8,11 @@ from evaluations import scores
 
 from lm_eval_coupling.jacobians import engine as jacobians
 from lm_eval_coupling.measuring import prompt as measure
+from lm_eval_coupling.numerics import memory
 
 
 def test_out_of_memory_costs_the_document_not_the_run(evaluate, monkeypatch):
-    right = jacobians.certified_jacobians
+    right = jacobians.closed_jacobians
     longest = len("Question: What colour is the grass?\nAnswer:")  # in bytes, which are tokens
 
     def scarce(calls, *args):
@@ -19,7 +20,7 @@ def test_out_of_memory_costs_the_document_not_the_run(evaluate, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return right(calls, *args)
 
-    monkeypatch.setattr(jacobians, "certified_jacobians", scarce)
+    monkeypatch.setattr(jacobians, "closed_jacobians", scarce)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     info = found["config"]["coupling"]
@@ -56,7 +57,7 @@ def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
 
 def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
     right, calls = measure.measure_prompts, []
-    monkeypatch.setattr(measure, "PROMPTS", 2)
+    monkeypatch.setattr(memory, "PROMPTS", 2)
 
     def interrupted(*args):
         calls.append(1)

@@ -92,6 +92,14 @@ def test_a_broken_level_is_caught_by_its_certificate(monkeypatch, level, followi
     names = list(engine.LEVELS)
     later = {name: engine.LEVELS[name] for name in names[names.index(level) :]}
     monkeypatch.setattr(engine, "LEVELS", later | {level: lambda *args: right(*args) * 1.001})
+    of_a_batch = engine.closed_jacobians
+
+    def closed(*args):
+        if level != "closed":
+            raise rules.NoRule("none today")
+        return of_a_batch(*args) * 1.001
+
+    monkeypatch.setattr(engine, "closed_jacobians", closed)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(5)
     found = block_jacobians(wrapped, tokens)
@@ -127,9 +135,10 @@ def test_a_level_that_throws_falls_to_the_next(monkeypatch):
         raise RuntimeError("no rule")
 
     monkeypatch.setitem(engine.LEVELS, "closed", broken)
+    monkeypatch.setattr(engine, "closed_jacobians", broken)
     monkeypatch.setitem(engine.LEVELS, "token-local", broken)
     found = block_jacobians(ResidualModel.wrap(cases.tiny_model("gpt2")), cases.tiny_tokens(5))
-    assert set(found.method) == {"autodiff"}
+    assert set(found.method) == {"autodiff"} and set(found.why) == {"closed: no rule; token-local: no rule"}
 
 
 def test_layers_can_be_chosen():

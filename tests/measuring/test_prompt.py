@@ -20,6 +20,7 @@ from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring import settings as settings_module
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics import memory
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)
@@ -326,6 +327,7 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
 @pytest.mark.parametrize("error", [0.3, math.nan])
 def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, error):
     monkeypatch.setattr(jacobians, "certify", lambda *args: error)
+    monkeypatch.setattr(jacobians, "certify_each", lambda calls, *args: torch.full((len(calls),), error))
     found = measured(model)
     assert found.reason.startswith("the Jacobian of block 0 (autodiff) is off by") and "own derivative" in found.reason
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
@@ -376,9 +378,9 @@ def test_prompts_are_grouped_by_length_within_memory(monkeypatch):
     prompts = [[1] * n for n in (1500, 4, 900, 3, 1000, 5)]
     settings = Settings((2,))
     assert measure.groups(wrapped, prompts, settings) == [[3, 1, 5], [2, 4], [0]]
-    monkeypatch.setattr(measure, "PROMPTS", 2)
-    assert measure.groups(wrapped, prompts, settings) == [[3, 1], [5, 2], [4], [0]]
-    monkeypatch.setattr(measure, "BYTES", 1)
+    monkeypatch.setattr(memory, "PROMPTS", 2)
+    assert measure.groups(wrapped, prompts, settings) == [[3, 1], [5], [2, 4], [0]]
+    monkeypatch.setattr(memory, "BYTES", 1)
     assert all(len(group) == 1 for group in measure.groups(wrapped, prompts, settings))
 
 

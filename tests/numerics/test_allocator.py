@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource
-from lm_eval_coupling.numerics.allocator import keep_freed_memory
+from lm_eval_coupling.numerics.memory import keep_freed_memory
 kept = keep_freed_memory()
 libc, size = ctypes.CDLL(None), 24 << 20
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

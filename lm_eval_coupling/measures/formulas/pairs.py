@@ -5,7 +5,7 @@ token cannot move an earlier one has no coupling and is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import Unmeasurable
-from lm_eval_coupling.jacobians.engine import TOLERANCE
-from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
+from lm_eval_coupling.jacobians.certify import TOLERANCE, with_probe_pulled_back
+from lm_eval_coupling.jacobians.pairs import AT_ONCE, jacobians_of_pairs
 from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling
 from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 
@@ -34,19 +34,34 @@ def jacobians_over(trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]
     Raises:
         Unmeasurable: if one of them fails its certificate at every level.
     """
-    found = []
-    for layer in layers:
-        J, errors = jacobians_of_pairs(trace.calls[layer], pairs, method)
-        worst = int(errors.nan_to_num(math.inf).argmax())
-        if not errors[worst] <= TOLERANCE[J.dtype]:
-            output, given = pairs[worst]
-            raise Unmeasurable(
-                "certificate",
-                f"the Jacobian of block {layer} for tokens {given} and {output} is off by {errors[worst]:.1e} against the "
-                f"model's own derivative, expected at most {TOLERANCE[J.dtype]:.0e}",
-            )
-        found.append(J.cpu())
+    found = [_certified(trace.calls[layer], pairs, method).cpu() for layer in layers]
     return Blocks(torch.stack(found), trace.resid_final.device)
+
+
+def rows_to(trace, layer: int, token: int, method: str) -> Iterator[Float[Tensor, "part d_model d_model"]]:
+    """The Jacobians of one block from every token up to ``token`` to it, in order, some at a time and on the device.
+
+    All of a long prompt at once would take seq · d_model² numbers.
+
+    Raises:
+        Unmeasurable: as :func:`jacobians_over` does.
+    """
+    call = with_probe_pulled_back(trace.calls[layer], token)
+    for start in range(0, token + 1, 4 * AT_ONCE):
+        yield _certified(call, [(token, t) for t in range(start, min(start + 4 * AT_ONCE, token + 1))], method)
+
+
+def _certified(call, pairs: Sequence[tuple[int, int]], method: str) -> Float[Tensor, "pair d_model d_model"]:
+    J, errors = jacobians_of_pairs(call, pairs, method)
+    worst = int(errors.nan_to_num(math.inf).argmax())
+    if not errors[worst] <= TOLERANCE[J.dtype]:
+        output, given = pairs[worst]
+        raise Unmeasurable(
+            "certificate",
+            f"the Jacobian of block {call.layer} for tokens {given} and {output} is off by {errors[worst]:.1e} against the "
+            f"model's own derivative, expected at most {TOLERANCE[J.dtype]:.0e}",
+        )
+    return J
 
 
 def miscoupling_of_all(blocks: Blocks, ranks: Sequence[int]) -> Float[np.ndarray, "rank layer layer pair pair"]:
@@ -54,13 +69,13 @@ def miscoupling_of_all(blocks: Blocks, ranks: Sequence[int]) -> Float[np.ndarray
     layers, pairs, d_model, _ = blocks.jacobians.shape
     J = blocks.jacobians.reshape(-1, d_model, d_model)
     device = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
-    triplets = [top_singular(matrix.to(device), ranks[-1]) for matrix in J]
-    U, S, V = (torch.stack([getattr(one, name) for one in triplets]) for name in ("U", "S", "V"))
-    rank = numerical_rank(S)
-    found = torch.empty(len(ranks), len(J), len(J), dtype=torch.float64)
+    triplets = top_singular(J, ranks[-1], device=device)  # as many at once as there is room for
+    rank = numerical_rank(triplets.S)
+    rows = []
     for i in range(len(J)):  # one Jacobian's products at a time: all of them would be large
-        A = coupling_matrices(J[i : i + 1], U, V)[0]
-        for r, k in enumerate(ranks):
-            found[r, i] = miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan).cpu()
+        A = coupling_matrices(J[i : i + 1], triplets.U, triplets.V)[0]
+        at = [miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan) for k in ranks]
+        rows.append(torch.stack(at))
+    found = torch.stack(rows, dim=1).double().cpu()
     split = found.reshape(len(ranks), layers, pairs, layers, pairs)
     return split.permute(0, 1, 3, 2, 4).numpy().astype(np.float32)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# What is measured on a device, in one go, without network: exactness over the families of tests/cases.py, spectra, TensorFloat32,
+# stages, memory, a profile and the release's procedure, on random weights of the shapes of SmolLM2-135M and Llama-3-8B.
+#
+#   OUT=folder [DEVICE=cuda] [MODEL=folder of a small Llama] [PYTHON=python3] bash tests/benchmarks/device.sh [--quick]
+#
+# Small JSON files in $OUT, one a part, written as they are made; about six minutes on one H100, ten at most. A part that fails or
+# takes too long loses itself only; the exit code is that of the worst.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+out=${OUT:-$here/results/device}
+device=${DEVICE:-cuda}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONPATH=$here/../..:$here/..${PYTHONPATH:+:$PYTHONPATH}
+export LM_EVAL_COUPLING_NO_HOOK=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+worst=0
+# Processes of their own: what breaks a device's context ends only one of them. Seconds at most, then the parts.
+while read -r seconds parts; do
+    echo "== $parts (at most $seconds s)"
+    timeout -k 5 "$seconds" "$python" "$here/device.py" --device "$device" --out "$out" --model "${MODEL:-}" \
+        --seconds "$seconds" --parts $parts "$@" </dev/null
+    code=$?
+    [ $code -gt $worst ] && worst=$code
+done <<'PARTS'
+180 spectra tf32 small memory profile
+140 large
+110 exactness
+90 release overhead
+PARTS
+echo "== results in $out"
+exit $worst
