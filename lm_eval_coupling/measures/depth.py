@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import numpy as np
 
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, mean_off_diagonal
-from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure, Reading, Record
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure, Reading, Record, of_column
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+    from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 PAIRS = "rank layer layer"
 
@@ -43,7 +45,27 @@ def _of_prompt(one: TracedPrompt) -> Found:
         "svd_residual": triplets.residual,
         "angle_bound": torch.stack([angle_bound(triplets.S, triplets.residual, k) for k in ranks]),
     }
-    return Found(columns | one.proof, _undefined(pairs["normalized_miscoupling"][-1]))
+    return Found(columns | _own(J, triplets) | one.proof, _undefined(pairs["normalized_miscoupling"][-1]))
+
+
+def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, list[float]]:
+    """What each Jacobian is like by itself."""
+    from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
+
+    rows: dict[str, list[float]] = {}
+    for matrix, norm in zip(J, triplets.S[:, 0].tolist(), strict=True):
+        matrix = matrix.to(triplets.U.device)  # many Jacobians wait on the host
+        size = frobenius(matrix)
+        found = {
+            "jacobian_norm": norm,
+            "jacobian_frobenius": size / math.sqrt(len(matrix)),
+            "stable_rank": (size / norm) ** 2 if norm else math.nan,
+            "non_normality": non_normality(matrix),
+            "symmetric_share": symmetric_share(matrix),
+        }
+        for name, value in found.items():
+            rows.setdefault(name, []).append(value)
+    return rows
 
 
 def _at_rank(A: Tensor, S: Tensor) -> dict[str, Tensor]:
@@ -113,6 +135,36 @@ def mean_of_pairs(column: str, label: str) -> Reading:
     return Reading(column, label, column, read, of_rank=True, sign=-1)
 
 
+def _mean_of(column: str, label: str) -> Reading:
+    """The mean over blocks of what is defined."""
+
+    def read(record: Record, rank: int) -> float:
+        values = record[column]
+        known = () if values is None else values[np.isfinite(values)]
+        return float(np.mean(known, dtype=np.float64)) if len(known) else np.nan
+
+    return Reading(f"mean_{column}", f"{label}, mean", column, read)
+
+
+def _middle_over_outer(record: Record, rank: int) -> float:
+    """Mean σ_1 of the middle third of the blocks over that of the outer thirds; NaN with fewer than 3 blocks."""
+    norms = record["jacobian_norm"]
+    if norms is None or len(norms) < 3:
+        return np.nan
+    outer = len(norms) // 3
+    middle, ends = norms[outer:-outer], np.concatenate([norms[:outer], norms[-outer:]])
+    return float(middle.mean(dtype=np.float64) / ends.mean(dtype=np.float64)) if ends.any() else np.nan
+
+
+_OWN = {
+    "jacobian_norm": "‖J‖₂",
+    "jacobian_frobenius": "‖J‖_F / √d",
+    "stable_rank": "stable rank of the Jacobian",
+    "non_normality": "non-normality of the Jacobian",
+    "symmetric_share": "symmetric share of the Jacobian",
+}
+
+
 def _readings() -> Sequence[Reading]:
     m = "normalized_miscoupling"
     of_rank: dict[str, Any] = {"of_rank": True, "chance": chance_coupling, "sign": 1}
@@ -129,6 +181,9 @@ def _readings() -> Sequence[Reading]:
         mean_of_pairs("miscoupling_to", "miscoupling m_K"),
         mean_of_pairs("miscoupling_to_absolute", "miscoupling m_K of |A|"),
         mean_of_pairs("miscoupling_to_trace", "miscoupling m_K by the trace"),
+        *(of_column(name, label, over="block") for name, label in _OWN.items()),
+        *(_mean_of(name, label) for name, label in _OWN.items()),
+        Reading("middle_over_outer_norm", "‖J‖₂, middle third over outer thirds", "jacobian_norm", _middle_over_outer),
     )
 
 
@@ -153,10 +208,15 @@ MEASURES = (
                 "bound on the sine of the angle between the computed and the exact v_K and u_K, from residual and distance "
                 "to the neighbouring singular values (Davis and Kahan); 1 where nothing is known",
             ),
+            Column("jacobian_norm", "layer", "‖J^l‖_2 = σ_1"),
+            Column("jacobian_frobenius", "layer", "‖J^l‖_F / √d_model"),
+            Column("stable_rank", "layer", "‖J^l‖_F² / ‖J^l‖_2²"),
+            Column("non_normality", "layer", "‖JJᵀ − JᵀJ‖_F / ‖J‖_F²: 0 for a normal matrix (arXiv 2605.14258)"),
+            Column("symmetric_share", "layer", "‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1/√2 for a random matrix (arXiv 2605.14258)"),
             *JACOBIAN,
         ),
         run=run,
-        version=2,
+        version=3,
         settings=("ranks", "method"),
         default=True,
         jacobians=True,

@@ -127,6 +127,8 @@ def test_shapes_and_dtypes(model):
         "subspace_overlap": (2, 2, 3, 3),
         "singular_values": (3, 5),
         "gap": (2, 3),
+        "angle_bound": (2, 3),
+        **dict.fromkeys(("jacobian_norm", "jacobian_frobenius", "stable_rank", "non_normality", "symmetric_share"), (3,)),
         "svd_residual": (3,),
         "certificate": (3,),
         "norms": (4,),
@@ -153,7 +155,7 @@ def test_a_smaller_rank_is_cut_from_the_largest(model):
 def test_the_largest_possible_rank(model):
     found = measured(model, ranks=(24,))
     assert found.singular_values.shape == (3, 24)
-    assert np.isnan(found.gap).all()  # there is no σ_25
+    assert np.isnan(found.gap).all() and np.isfinite(found.angle_bound).all()  # there is no σ_25
     assert found.subspace_overlap == pytest.approx(np.ones((1, 2, 3, 3)), rel=1e-5)
     assert 0 < found.coupling(24) < 1
 

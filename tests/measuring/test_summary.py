@@ -79,8 +79,10 @@ def test_every_measure_at_every_rank():
     assert found["coupling_with_diagonal"][4]["mean"] == pytest.approx(1 - (0.2 + 0.4 + 0.1 + 0.1) / 4)
     assert found["coupling_with_diagonal"][8]["mean"] == pytest.approx(1 - (0.5 + 0.7 + 0.1 + 0.1) / 4)
     assert found["expodistance"] == pytest.approx({"mean": 2.5, "stderr": NAN, "n": 1}, nan_ok=True)
+    of_jacobians = {"mean_jacobian_norm", "mean_jacobian_frobenius", "mean_stable_rank", "mean_non_normality"}
+    of_jacobians |= {"mean_symmetric_share", "middle_over_outer_norm"}
     of_the_trajectory = {"line_shape_score", "expodistance", "equidistance"}
-    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, *of_the_trajectory}
+    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, *of_jacobians, *of_the_trajectory}
 
 
 def test_undefined_pairs_are_left_out():
