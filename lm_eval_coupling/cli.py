@@ -95,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     looks.add_argument("--check", action="store_true", help="what is missing or failed, why, and where its log is")
     sweep.set_defaults(command=_sweep)
+    measure = commands.add_parser("measure", help="coupling of the prompts in a file, without any task")
+    measure.add_argument("model", metavar="MODEL", help="a transformers folder or a name on the hub")
+    measure.add_argument("prompts", type=Path, metavar="PROMPTS", help="a prompt a line; of a .jsonl file a JSON line each")
+    measure.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of results, samples and tables")
+    measure.add_argument(
+        "--model_args", default="", metavar="ARGS", help="further ones of lm-eval's hf, such as dtype=float32"
+    )
+    measure.add_argument("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,untrained=0; limit: all")
+    measure.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
+    measure.set_defaults(command=_measure)
     vision = commands.add_parser("vision", help="accuracy and coupling of an image classifier, left as an evaluation's")
     vision.add_argument("--model", required=True, metavar="M", help="what transformers loads as an image classifier")
     vision.add_argument(
@@ -119,6 +129,15 @@ def _run(rest: list[str]) -> int:
     sys.argv = ["lm_eval", *rest]
     cli_evaluate()
     return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from lm_eval_coupling.harness.texts import measure_texts
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
+    chosen = {name: getattr(options, name) for name in ("out", "model_args", "coupling", "device")}
+    print(measure_texts(options.model, options.prompts, **chosen))
 
 
 def _demo(options: argparse.Namespace) -> None:

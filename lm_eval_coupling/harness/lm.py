@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -122,7 +122,7 @@ class CouplingLM(HFLM):
         chosen, mine = self._chosen(ranks, requested)
         if self.coupling_options.dry_run:
             self._end_dry_run(chosen, mine)
-        parts = ranks.at_first(lambda: self._measure(mine))
+        parts = ranks.at_first(lambda: self.measure(self._with_prompts(mine)))
         if parts is None or results is None:
             return
         info = self.coupling_info = self._info(parts, requested, results, how or {})
@@ -152,15 +152,18 @@ class CouplingLM(HFLM):
 
     def _end_dry_run(self, chosen: Collection[Any], documents: list[Document]) -> None:
         """Say what measuring would cost, and end well."""
-        prompts = [prompt.tokens for document in documents for prompt in self._prompts(document)]
+        prompts = [prompt.tokens for _, _, prompt in self._with_prompts(documents)]
         told = self.session.try_one(prompts) if prompts else []
         if self.rank == 0:
             print("\n".join([f"Dry run: {len(chosen)} documents would be measured; on this process", *told]))
         raise SystemExit(0)
 
-    def _measure(self, documents: list[Document]) -> tuple[list[Row], dict[str, Any]]:
-        """Rows of this process's documents, those of the trained weights first."""
-        prompts = [(d, index, prompt) for d in documents for index, prompt in enumerate(self._prompts(d))]
+    def measure(self, prompts: Sequence[tuple[Document, int, Prompt]]) -> tuple[list[Row], dict[str, Any]]:
+        """Measure prompts, each with its document and its number there.
+
+        Returns:
+            Rows, those of the trained weights first, and what to count: ``reused`` ones, and whether it was ``interrupted``.
+        """
         measured = self.session.measure([prompt.tokens for _, _, prompt in prompts])
         rows = [
             self._row(document, index, prompt, subject.weights, measured)
@@ -170,6 +173,9 @@ class CouplingLM(HFLM):
         ]
         reused = sum(row.reused for row in rows if row.weights == TRAINED)
         return rows, {"reused": reused, "interrupted": measured.interrupted}
+
+    def _with_prompts(self, documents: Sequence[Document]) -> list[tuple[Document, int, Prompt]]:
+        return [(document, index, prompt) for document in documents for index, prompt in enumerate(self._prompts(document))]
 
     def _prompts(self, document: Document) -> list[Prompt]:
         try:
@@ -200,19 +206,23 @@ class CouplingLM(HFLM):
         found = [part.found for part in parts if part.error is None]
         samples = how.get("samples") or {}
         rows = with_logged_ids([row for rows, _ in found for row in rows], results, samples)
+        facts = self.facts(rows, requested.tasks, [counts for _, counts in found])
+        tasks = requested.tasks.items()
+        facts["prompts"] = {name: prompt_identity(self, task, samples.get(name), how) for name, task in tasks}
+        return CouplingInfo(facts, rows, self.coupling_options.out)
+
+    def facts(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""
         options = self.coupling_options
         facts = about_software() | {
             "settings": options.as_dict(),
             "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
             "revision": self.revision,
         }
-        facts |= about_model(self.session, self.model.config)
-        facts |= about_measurement(rows, requested.tasks, options.settings.ranks)
+        facts |= about_model(self.session, self.model.config) | about_measurement(rows, tasks, options.settings.ranks)
         if UNTRAINED in facts:
             facts[UNTRAINED]["seed"] = options.untrained
-        facts |= {
-            "reused": sum(counts["reused"] for _, counts in found),
-            "interrupted": any(counts["interrupted"] for _, counts in found),
-            "prompts": {name: prompt_identity(self, task, samples.get(name), how) for name, task in requested.tasks.items()},
+        return facts | {
+            "reused": sum(count["reused"] for count in counts),
+            "interrupted": any(count["interrupted"] for count in counts),
         }
-        return CouplingInfo(facts, rows, options.out)

@@ -116,6 +116,18 @@ class Options:
         }
 
 
+def settings_of(words: str, option: str = "--coupling") -> dict[str, str]:
+    """The arguments of the model that ``name=value,name=value`` on a command line stand for, with their prefix.
+
+    Raises:
+        CouplingError: if it is not of this form.
+    """
+    pairs = [part.partition("=") for part in words.split(",") if part.strip()]
+    if wrong := [name for name, equals, value in pairs if not equals or not value]:
+        raise CouplingError(f"got {option} with {wrong[0]!r}, expected name=value,name=value such as ranks=10+30,limit=50")
+    return {f"{PREFIX}{name.strip().removeprefix(PREFIX)}": value.strip() for name, _, value in pairs}
+
+
 def _refuse_unknown(taken: Mapping[str, Any]) -> None:
     known = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
     for name in taken:

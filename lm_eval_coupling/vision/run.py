@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.harness.options import Options, settings_of
 from lm_eval_coupling.harness.plugin import require_writable
 from lm_eval_coupling.harness.results import CouplingInfo
 from lm_eval_coupling.harness.sampling import choose
@@ -76,7 +76,7 @@ def run_vision(
     Raises:
         CouplingError: for what is no image classifier of transformer blocks, no labelled images, or a wrong setting.
     """
-    settings = _settings(coupling)
+    settings = settings_of(coupling)
     options = Options.take_from({"pretrained": model} | settings)
     require_writable(out)
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -102,13 +102,6 @@ def run_vision(
     words = f"{images.name}: accuracy {accuracy:.4f} ± {error:.4f} over {len(scored.answers)} images"
     words += f", {len(scored.undecodable)} undecodable ones left out" if scored.undecodable else ""
     return file, "\n".join([words, *([] if info is None else [f"Measured at {measuring.what}", info.closing(results)])])
-
-
-def _settings(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if wrong := [name for name, equals, value in pairs if not equals or not value]:
-        raise CouplingError(f"got --coupling with {wrong[0]!r}, expected name=value,name=value such as ranks=10+30,limit=50")
-    return {f"coupling_{name.strip().removeprefix('coupling_')}": value.strip() for name, _, value in pairs}
 
 
 @dataclasses.dataclass(frozen=True)

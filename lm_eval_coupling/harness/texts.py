@@ -1,0 +1,179 @@
+"""`lm-eval-coupling measure`: the prompts of a file, without any task; leaves what an evaluation leaves, but scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness.options import Options, settings_of
+
+if TYPE_CHECKING:
+    from lm_eval_coupling.harness.documents import Document
+    from lm_eval_coupling.harness.lm import CouplingLM
+    from lm_eval_coupling.harness.results import CouplingInfo
+
+logger = logging.getLogger("lm_eval.coupling")
+FIELDS = ("prompt", "text", "tokens")
+
+
+def measure_texts(
+    model: str, file: Path, out: Path, *, model_args: str = "", coupling: str = "", device: str | None = None
+) -> str:
+    """Measure each prompt of a file at its last token, or where ``coupling`` says.
+
+    Args:
+        model: a transformers folder or a name on the hub.
+        file: see :func:`read_prompts`.
+        out: folder of results, samples and tables; the name of the file stands for the task.
+        model_args: further arguments of lm-eval's ``hf``, as ``name=value`` with commas between them.
+        coupling: settings in the same form, such as ``ranks=10+30,untrained=0``; all prompts unless there is a ``limit``.
+        device: such as ``cuda``; the best there is by default.
+
+    Returns:
+        What lm-eval would print: its table, with a few lines on what was measured and where it lies.
+
+    Raises:
+        CouplingError: for a wrong argument, before anything heavy is loaded, or for a file without prompts.
+    """
+    settings = {"coupling_limit": "all"} | settings_of(coupling)
+    Options.take_from({"pretrained": model} | settings)
+    plugin.require_writable(out)
+    prompts = read_prompts(file)
+    plugin.install()
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import make_table, simple_parse_args_string
+
+    from lm_eval_coupling.harness.lm import CouplingLM
+    from lm_eval_coupling.harness.results import add_to_results
+
+    arguments = simple_parse_args_string(model_args) | {"pretrained": model}
+    lm = CouplingLM(**arguments, **settings, device=device or _best_device())
+    documents = _documents(file.stem, prompts)
+    info = _measured(lm, file.stem, documents, prompts)
+    results = _results(lm, file.stem, documents, arguments | settings)
+    add_to_results(results, info, {})
+    tracker = EvaluationTracker(output_path=str(out))
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="coupling-hf",
+        model_args=arguments,
+        system_instruction="",
+        chat_template="",
+        fewshot_as_multiturn=False,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results, samples)
+    tracker.save_results_samples(file.stem, samples[file.stem])
+    return make_table(results)
+
+
+def read_prompts(file: Path) -> list[str | list[int]]:
+    """The prompts of a file: texts, or token ids, which are taken as they are.
+
+    A line each, as it stands without the end of the line; lines of nothing but spaces are passed over. In a ``.jsonl`` file
+    a line is a JSON string, a list of token ids, or an object with one of them under ``prompt``, ``text`` or ``tokens``.
+
+    Raises:
+        CouplingError: if there is no such file, or a line is something else, which it names.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CouplingError(f"got {file} for the prompts, which cannot be read as UTF-8 text ({error})") from None
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise CouplingError(f"got {file}, which has no prompts; write one a line")
+    return [_prompt(line, f"line {number} of {file}") if file.suffix == ".jsonl" else line for number, line in numbered]
+
+
+def _prompt(line: str, where: str) -> str | list[int]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise CouplingError(f"got {where}, which is no JSON ({error})") from None
+    if isinstance(value, dict):
+        value = next((value[name] for name in FIELDS if name in value), None)
+    is_ids = isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value)
+    if is_ids or (isinstance(value, str) and value):
+        return value
+    raise CouplingError(f"got {where}, expected a JSON string, token ids, or an object with {', '.join(FIELDS)}")
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _documents(task: str, prompts: list[str | list[int]]) -> list[Document]:
+    """One for each distinct prompt, under the number of its first line that has one, from 0."""
+    from lm_eval.utils import hash_string
+
+    from lm_eval_coupling.harness.documents import Document, doc_hash
+    from lm_eval_coupling.measuring.rows import DocumentKey
+
+    found: dict[DocumentKey, Document] = {}
+    for number, prompt in enumerate(prompts):
+        key = DocumentKey(task, doc_hash({"prompt": prompt}), hash_string(str(prompt)))
+        found.setdefault(key, Document(key=key, doc_id=number, requests=[], target=None))
+    return [*found.values()]
+
+
+def _measured(lm: CouplingLM, task: str, documents: list[Document], prompts: list[str | list[int]]) -> CouplingInfo:
+    from lm_eval_coupling.harness.prompts import Prompt
+    from lm_eval_coupling.harness.results import CouplingInfo
+    from lm_eval_coupling.harness.sampling import choose
+
+    options = lm.coupling_options
+    chosen = choose([document.key for document in documents], [task], options.limit, options.seed)
+
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+
+    def encoded(prompt: str | list[int]) -> Prompt:
+        ids = lm.tok_encode(prompt) if isinstance(prompt, str) else prompt
+        if ids and max(ids) >= vocabulary:
+            raise CouplingError(f"got token {max(ids)} among the prompts, expected ids below {vocabulary} for this model")
+        return Prompt(tuple(ids[-lm.max_length :]), "text")
+
+    asked = [(document, 0, encoded(prompts[document.doc_id])) for document in documents if document.key in chosen]
+    if options.dry_run:
+        told = lm.session.try_one([prompt.tokens for _, _, prompt in asked])
+        print("\n".join(["Dry run: nothing is written", *told]))
+        raise SystemExit(0)
+    rows, counts = lm.measure(asked)
+    return CouplingInfo(lm.facts(rows, [task], [counts]) | {"prompts": {task: None}}, rows, options.out)
+
+
+def _results(lm: CouplingLM, task: str, documents: list[Document], arguments: dict[str, Any]) -> dict[str, Any]:
+    """As lm-eval would have left them, of a task without a metric."""
+    counts = {"original": len(documents), "effective": len(documents)}
+    return {
+        "results": {task: {"name": task, "alias": task, "sample_len": len(documents)}},
+        "group_subtasks": {},
+        "configs": {task: {"task": task, "output_type": "text", "num_fewshot": 0}},
+        "versions": {task: 1},
+        "n-shot": {task: 0},
+        "higher_is_better": {task: {}},
+        "n-samples": {task: counts},
+        "config": {"model": "coupling-hf", "model_args": arguments} | lm.get_model_info(),
+        "samples": {task: [_sample(document) for document in documents]},
+    }
+
+
+def _sample(document: Document) -> dict[str, Any]:
+    return {
+        "doc_id": document.doc_id,
+        "doc": {},
+        "target": "",
+        "arguments": [],
+        "resps": [],
+        "filtered_resps": [],
+        "filter": "none",
+        "metrics": ["coupling"],
+        "doc_hash": document.key.doc_hash,
+        "prompt_hash": document.key.prompt_hash,
+        "target_hash": "",
+    }
