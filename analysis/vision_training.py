@@ -107,7 +107,9 @@ def train(
     steps, begun, timed, step = options.epochs * batches, time.perf_counter(), 0.0, 0
     while step < steps:
         order = torch.randperm(len(train_on.labels), generator=orders).to(device)
-        for chosen in order.split(options.batch)[: steps - step]:
+        for chosen in order.split(options.batch):
+            if step == steps:
+                break
             targets = smoothed(train_on.labels[chosen], len(train_on.classes), options.smoothing)
             images = augmented(train_on.pixels[chosen], side // 8, draws)
             if steps_draws.random() < options.cutmix:

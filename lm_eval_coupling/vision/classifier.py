@@ -38,11 +38,11 @@ class Classifier:
             CouplingError: if there is no such device or model, or transformers cannot load it as an image classifier.
         """
         where = _device(device)
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
         try:
             model = AutoModelForImageClassification.from_pretrained(name, revision=revision, dtype="auto")
-            processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+            processor = _processor(name, revision)
         except Exception as error:  # the libraries below raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CouplingError(
@@ -77,6 +77,18 @@ class Classifier:
         batches = [torch.stack(list(pixels))] if together else [image[None] for image in pixels]
         logits = [self.model(pixel_values=batch.to(self.device, self.dtype)).logits for batch in batches]
         return torch.cat(logits).float().log_softmax(-1).cpu()
+
+
+def _processor(name: str, revision: str) -> Any:
+    """The image processor that computes with Pillow and NumPy; older automatic classes ask for torchvision."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except ImportError:
+        about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+        kind = about["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+        return getattr(transformers, f"{kind}Pil").from_pretrained(name, revision=revision)
 
 
 def _device(name: str | None) -> torch.device:
