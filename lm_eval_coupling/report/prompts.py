@@ -16,7 +16,7 @@ from lm_eval_coupling.saved.values import prompt_values, ranks_of
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
 _SCALE, _UNDEFINED = 10_000, 0xFFFF
 _SHOWN = ("doc_id", "doc_hash", "prompt_index", "kind", "n_tokens", "position", "text", "ranks", "normalized_miscoupling")
-_SHOWN += ("norms", "line_shape_score", "expodistance", "reason")
+_SHOWN += ("norms", "line_shape_score", "expodistance", "reason", "picture")
 
 
 def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], limit: int) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def _document(row: Mapping[str, Any], headline: int | None, answers: Mapping[str
         "position": row["position"],
         "text": text[-_TEXT:],
         "cut": max(0, len(text) - _TEXT),
+        "picture": _picture(row.get("picture")),
         "coupling": dict(zip(row["ranks"], couplings_of(matrices) or (), strict=False)),
         "matrix": None if matrices is None else pack(matrices[list(row["ranks"]).index(headline)]),
         "norms": None if row["norms"] is None else row["norms"].astype(float).tolist(),
@@ -98,6 +99,13 @@ def _document(row: Mapping[str, Any], headline: int | None, answers: Mapping[str
         "reason": row["reason"],
         "answer": answers.get(row["doc_hash"]),
     }
+
+
+def _picture(encoded: bytes | None) -> str | None:
+    """A measured image as a URI that holds it; of another kind than pictures are saved in, nothing."""
+    kinds = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
+    kind = next((kind for kind, first in kinds.items() if (encoded or b"").startswith(first)), None)
+    return None if kind is None else f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
 def pack(matrix: Float[np.ndarray, "layer layer"]) -> str:

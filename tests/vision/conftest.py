@@ -4,6 +4,8 @@ import datasets
 import pytest
 from coloured_images import save_classifier, save_images
 
+from lm_eval_coupling.vision.run import run_vision
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
@@ -20,3 +22,15 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory):
     return save_classifier(tmp_path_factory.mktemp("models") / "colour-vit")
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    return f"ranks=4+8,limit=5,untrained=1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
+
+
+@pytest.fixture(scope="session")
+def saved(images, classifier, settings, tmp_path_factory):
+    """The file of results of one run."""
+    out = tmp_path_factory.mktemp("run")
+    return run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)[0]

@@ -25,18 +25,6 @@ from lm_eval_coupling.vision.summary import summary_token
 RANKS = "ranks=4+8"
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    return f"{RANKS},limit=5,untrained=1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
-
-
-@pytest.fixture(scope="module")
-def saved(images, classifier, settings, tmp_path_factory):
-    """The file of results of one run."""
-    out = tmp_path_factory.mktemp("run")
-    return run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)[0]
-
-
 def scores(images, folder, coupling, out):
     file, words = run_vision(folder, str(images), out, device="cpu", coupling=coupling)
     return json.loads(file.read_text()), words

@@ -90,6 +90,7 @@ function renderDocument(one) {
       ...(one.cut ? [element("p", { class: "note" }, `${one.cut} earlier characters are left out.`)] : []),
       text(one.text),
     ),
+    ...(one.picture ? [element("img", { class: "picture", src: one.picture, alt: one.text })] : []),
     ...(answer
       ? part(
           "Answer",
