@@ -195,6 +195,48 @@ def test_small_copies_say_the_same(parts, tmp_path):
     assert small.loc["blimp", "coupling@10"] == pytest.approx((3 * 0.19 + 5 * 0.39) / 8)
 
 
+@pytest.fixture
+def records(tmp_path):
+    """Twelve members of four families, one of them saved five times: BLiMP follows coupling, bits per byte does not."""
+    draws, facts = np.random.default_rng(0), []
+    for i in range(12):
+        for step in (1, 2, 4, 8, 16) if i == 0 else (16,):
+            name = f"zoo/m{i}/checkpoint-{step}"
+            coupling = 0.1 + 0.02 * i + step / 1000
+            tasks = {"blimp": task_summary(coupling), "kept_out": task_summary(0.2 + draws.normal() / 100)}
+            where = save(tmp_path / "runs", tasks, model=name, n_params=1e6 * (1 + draws.random()), fingerprint=name)
+            (file,) = where.glob("results_*.json")
+            run = json.loads(file.read_text())
+            run["results"]["blimp"] = {"acc,none": 0.4 + coupling, "acc_stderr,none": 0.01}
+            run["results"]["kept_out"] = {"bits_per_byte,none": 2 + draws.random()}
+            file.write_text(json.dumps(run))
+            family = ["standard", "spoiled", "depth", "width"][i % 4]
+            facts.append({"model": name, "member": f"m{i}", "family": family, "training_tokens": step * 1000})
+    pd.DataFrame(facts).to_csv(tmp_path / "facts.csv", index=False)
+    return tmp_path
+
+
+def test_findings_of_records_whose_truth_is_known(records, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ANALYSIS)
+    import zoo_findings
+
+    zoo_findings.main([str(records), "--out", str(records / "out")])
+    members, found, seeds, along = (
+        pd.read_csv(records / "out" / f"{name}.csv") for name in ("members", "predictors", "seeds", "along_training")
+    )
+    assert len(members) == 24 and set(members["step"]) == {16} and (records / "out" / "along.png").exists()
+    found = found[found["predictor"] == "coupling@10"].set_index(["score", "members", "given"])
+    for given in ("nothing", "size", "loss"):
+        assert found.loc[("blimp", "all", given), "r"] == pytest.approx(1)
+    assert found.loc[("blimp", "all", "nothing"), "r2_left_out_family_with"] == pytest.approx(1)
+    assert abs(found.loc[("kept_out", "all", "nothing"), "r"]) < 0.7
+    assert found.loc[("blimp", "unspoiled", "nothing"), "n"] == 9
+    same = seeds.set_index(["task", "number"]).loc[("blimp", "coupling@10")]
+    assert same["n_seeds"] == 3 and same["seeds"] == pytest.approx(0.08) and 0 < same["n_zoo"] == 12
+    levels = along[(along["score"] == "blimp") & (along["of"] == "levels")]
+    assert levels["member"].tolist() == ["m0"] and levels["spearman"].tolist() == [1] and "bits" in capsys.readouterr().out
+
+
 def test_what_cannot_be_is_refused(parts, tmp_path):
     with pytest.raises(CouplingError, match="got no member 'none', expected some of standard-0, "):
         parts.zoo.main(["--data", str(tmp_path), "--out", str(tmp_path / "o"), "--members", "none"])
