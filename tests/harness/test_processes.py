@@ -1,13 +1,13 @@
 """Several processes, and processes that are killed."""
 
+import json
 import os
-import signal
 import subprocess
-import time
+import sys
 
 import numpy as np
 import pytest
-from evaluations import environment, evaluation, numbers, run, stored, written
+from evaluations import HOOK, environment, evaluation, numbers, run, stored, written
 
 from lm_eval_coupling import load_records
 
@@ -66,20 +66,12 @@ def test_what_the_other_processes_measured_is_kept(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_stopped(home, tmp_path):
-    store = tmp_path / "s.sqlite"
-    words = evaluation(home, "winogrande", tmp_path / "out", store, dtype="float64")
-    process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while len(stored(store)) < 2 * MEASURES and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = stored(store)
-    assert 2 * MEASURES <= len(before) < 16 * MEASURES
-    run(words)
-    after = stored(store)
-    assert len(after) == 16 * MEASURES  # eight documents, two contexts each
-    assert all(after[key] == when for key, when in before.items())
-    assert written(tmp_path / "out")["config"]["coupling"]["reused"] >= len(before) // MEASURES
+def test_killed_runs_lose_nothing_and_measure_nothing_twice(tmp_path):
+    """Killed at random moments while they measure; the last one's tables are those of a run left alone."""
+    code = "import kills, pathlib, sys, json; print(json.dumps(kills.compare(pathlib.Path(sys.argv[1]), 4, 60)))"
+    path = os.pathsep.join([str(HOOK.parent), str(HOOK.parent / "tests")])
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 4 and found["kills_that_found_progress"] == 4 and found["found_by_the_last_run"] >= 8
