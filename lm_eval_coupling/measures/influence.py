@@ -28,11 +28,12 @@ def _of_prompt(one: TracedPrompt) -> Found:
     rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}
     for layer in range(len(one.trace.calls)):
         parts, own = [], None
-        for J in rows_to(one.trace, layer, one.position, one.settings.method):
+        for tokens, J in rows_to(one.trace, layer, one.position, one.last, one.settings.method):
             J = off_mps(J)
             norms = torch.linalg.vector_norm(J, dim=(1, 2), dtype=torch.float64)
             parts.append(torch.stack([norms, largest_singular_values(J).double()]))
-            own = J[-1]  # the last of the last part is that of the measured token itself
+            if one.position in tokens:
+                own = J[tokens.index(one.position)]
         S = torch.linalg.svdvals(own.cpu()).double()
         frobenius, spectral = torch.cat(parts, dim=1).cpu().numpy()
         rows["frobenius"].append(frobenius)
@@ -64,7 +65,7 @@ MEASURES = (
         columns=(
             Column("effective_rank", "layer", "exp of the entropy of σ/Σσ of J_tt (Roy and Vetterli, 2007)"),
             Column("participation_ratio", "layer", "(Σσ²)² / Σσ⁴ of J_tt"),
-            Column("frobenius_norms", "layer seq", "‖J‖_F from every token up to the measured one to it"),
+            Column("frobenius_norms", "layer seq", "‖J‖_F from every token that can move it to the measured one"),
             Column("spectral_norms", "layer seq", "‖J‖_2 of the same"),
             Column("depth_slope", "max_rank", "slope of the least-squares line of 1/σ_k over depth l = 1 … L"),
             Column("depth_r2", "max_rank", "R² of that line; NaN with fewer than 3 blocks"),

@@ -28,7 +28,7 @@ def run_context(batch: Batch) -> list[Found]:
 
 
 def _chosen(one: TracedPrompt) -> tuple[list[int], list[int]]:
-    return chosen_layers(one.settings.layers, len(one.trace.calls)), chosen_tokens(one.settings.tokens, one.position)
+    return chosen_layers(one.settings.layers, len(one.trace.calls)), chosen_tokens(one.settings.tokens, one.last)
 
 
 def _self_coupling(one: TracedPrompt) -> Found:

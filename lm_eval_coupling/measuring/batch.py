@@ -51,6 +51,12 @@ class TracedPrompt:
         self.model, self.settings = batch.model, batch.settings
         self.tokens, self.position, self.trace = batch.tokens[index], batch.positions[index], batch.traces[index]
 
+    @property
+    def last(self) -> int:
+        """The last token that can move the measured one: in a causal model itself."""
+        call = self.trace.calls[0]
+        return self.position if call.causal else call.seq - 1
+
     @functools.cached_property
     def trajectory(self) -> Float[Tensor, "layer_plus_1 d_model"]:
         """x^0 … x^L at the measured token, where float64 is to be had."""

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from coloured_images import COLOURS, save_classifier
+from oracles import oracle_by_input
 from PIL import Image
 from transformers import AutoModelForImageClassification
 from vision_cases import tiny_classifier
@@ -168,6 +169,23 @@ def test_the_command_says_what_it_found(images, classifier, tmp_path, capsys):
     assert cli.main(["vision", *given, "--limit", "6", "--coupling", f"{RANKS},limit=2"]) == 0
     out = capsys.readouterr().out
     assert "colours: accuracy" in out and "over 6 images" in out and "results_" in out
+
+
+def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
+    """Measures over tokens took those after the measured one for unable to move it: of the class token all."""
+    settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"
+    file, _ = run_vision(classifier, str(images), tmp_path / "out", device="cpu", coupling=settings)
+    (row,) = load_records(file.parent).to_dict("records")
+    assert row["reason"] is None and row["frobenius_norms"].shape == (2, 17) and row["frobenius_norms"].min() > 1e-4
+    assert tuple(row["self_tokens"]) == tuple(row["context_tokens"]) == (14, 15, 16)
+    loaded = Classifier.load(classifier, "cpu")
+    pixels = loaded.pixels(load_images(str(images))[row["doc_id"]].decoded())
+    expected = oracle_by_input(loaded.model.double(), pixels[None].double(), 1, 0)  # [d_out, t_in, d_in]
+    np.testing.assert_allclose(row["frobenius_norms"][1], expected.norm(dim=(0, 2)), rtol=1e-4)
+    spectrum = torch.linalg.svdvals(expected[:, 0])
+    assert row["participation_ratio"][1] == pytest.approx(
+        (spectrum.square().sum() ** 2 / spectrum.pow(4).sum()).item(), 1e-3
+    )
 
 
 def test_the_same_images_are_chosen_for_every_model(saved, images, tmp_path):

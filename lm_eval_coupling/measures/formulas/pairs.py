@@ -38,8 +38,10 @@ def jacobians_over(trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]
     return Blocks(torch.stack(found), trace.resid_final.device)
 
 
-def rows_to(trace, layer: int, token: int, method: str) -> Iterator[Float[Tensor, "part d_model d_model"]]:
-    """The Jacobians of one block from every token up to ``token`` to it, in order, some at a time and on the device.
+def rows_to(
+    trace, layer: int, token: int, last: int, method: str
+) -> Iterator[tuple[range, Float[Tensor, "part d_model d_model"]]]:
+    """The Jacobians of one block from every token up to ``last`` to ``token``, in order, some at a time, on the device.
 
     All of a long prompt at once would take seq · d_model² numbers.
 
@@ -47,8 +49,9 @@ def rows_to(trace, layer: int, token: int, method: str) -> Iterator[Float[Tensor
         Unmeasurable: as :func:`jacobians_over` does.
     """
     call = with_probe_pulled_back(trace.calls[layer], token)
-    for start in range(0, token + 1, 4 * AT_ONCE):
-        yield _certified(call, [(token, t) for t in range(start, min(start + 4 * AT_ONCE, token + 1))], method)
+    for start in range(0, last + 1, 4 * AT_ONCE):
+        tokens = range(start, min(start + 4 * AT_ONCE, last + 1))
+        yield tokens, _certified(call, [(token, t) for t in tokens], method)
 
 
 def _certified(call, pairs: Sequence[tuple[int, int]], method: str) -> Float[Tensor, "pair d_model d_model"]:
