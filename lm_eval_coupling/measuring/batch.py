@@ -39,6 +39,7 @@ class TracedPrompt:
     """One prompt of a batch at its measured token: what a measure computes from.
 
     Attributes:
+        index: its place in the batch.
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
         tokens: token ids.
         position: the measured token, from 0.
@@ -47,7 +48,7 @@ class TracedPrompt:
     """
 
     def __init__(self, batch: Batch, index: int) -> None:
-        self._batch, self._index = batch, index
+        self._batch, self.index = batch, index
         self.model, self.settings = batch.model, batch.settings
         self.tokens, self.position, self.trace = batch.tokens[index], batch.positions[index], batch.traces[index]
 
@@ -65,7 +66,7 @@ class TracedPrompt:
     @property
     def blocks(self) -> BlockJacobians:
         """J_tt of every block as it came, with certificates; :attr:`jacobians` are those that can be relied on."""
-        return self._batch.blocks[self._index]
+        return self._batch.blocks[self.index]
 
     @property
     def proof(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class TracedPrompt:
     @property
     def triplets(self) -> SingularTriplets:
         """One more than the largest rank asked for, so that the gap behind it is known; all where there are no more."""
-        return self._batch.triplets(self._index)
+        return self._batch.triplets(self.index)
 
 
 class Batch:

@@ -114,7 +114,8 @@ class BlockCall:
         Raises:
             ValueError: if the calls' arguments cannot be joined.
         """
-        args, kwargs = _joined([call._cut(token, token) for call, token in zip(calls, tokens, strict=True)])
+        with torch._C.DisableTorchFunction():  # whoever follows the block need not follow its arguments' preparation
+            args, kwargs = _joined([call._cut(token, token) for call, token in zip(calls, tokens, strict=True)])
         return calls[0]._run(x[:, None], args, kwargs)[:, 0]
 
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
@@ -134,14 +135,14 @@ class BlockCall:
         Raises:
             ValueError: if the calls' arguments cannot be joined, or nothing would hide those keys.
         """
-        alone = [call._cut(token, first=0) for call, token in zip(calls, tokens, strict=True)]
-        args, kwargs = _joined(alone)
+        with torch._C.DisableTorchFunction():
+            args, kwargs = _joined([call._cut(token, first=0) for call, token in zip(calls, tokens, strict=True)])
+            keys = Keys.before_each([call.keys for call in calls], tokens)
         columns = max(tokens) + 1
         if len(set(tokens)) > 1 and not any(
             isinstance(value, Tensor) and value.shape[-1:] == (columns,) for value in (*args, *kwargs.values())
         ):
             raise ValueError("prompts of different lengths cannot be decoded together without a mask")
-        keys = Keys.before_each([call.keys for call in calls], tokens)
         return calls[0]._run(x, args, kwargs | {name: keys for name in CACHES if name in kwargs})
 
     def _cut(self, token: int, first: int) -> tuple[tuple, dict[str, Any]]:

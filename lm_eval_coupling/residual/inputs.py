@@ -69,9 +69,10 @@ class TokenIds:
         return Batch({"input_ids": ids, **self.options}, [len(row) for row in rows])
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """The vectors as one prompt."""
-        ids = torch.zeros(1, len(resid), dtype=torch.long, device=device)
-        return {"input_ids": ids, **self.options}, resid[None]
+        """The vectors as one prompt, those of several prompts [prompt, point, d_model] as so many."""
+        stream = resid if resid.dim() == 3 else resid[None]
+        ids = torch.zeros(stream.shape[:2], dtype=torch.long, device=device)
+        return {"input_ids": ids, **self.options}, stream
 
     def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """Its vectors, as one prompt."""

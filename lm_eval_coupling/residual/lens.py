@@ -37,8 +37,14 @@ class Lens:
         self.model, self.blocks, self.inputs = model, blocks, inputs
         self.tables, self.outside, self.device = tables, outside, device
 
-    def logits(self, resid: Float[Tensor, "points d_model"], outputs: int) -> Float[Tensor, "points vocabulary"]:
+    def logits(
+        self, resid: Float[Tensor, "*prompt points d_model"], outputs: int
+    ) -> Float[Tensor, "*prompt points vocabulary"]:
         """What the model would predict, in the dtype of ``resid``; ``outputs``: things that a block returns as a tuple."""
+        if resid.dim() == 3:
+            arguments, stream = self.inputs.standing_for(resid, self.device)
+            with self._without_blocks(stream, outputs):
+                return self.model(**arguments).logits
         return self._said(*self.inputs.standing_for(resid, self.device), outputs)
 
     def answer(self, stream: Float[Tensor, "1 seq d_model"], outputs: int) -> Tensor:

@@ -314,8 +314,10 @@ class ResidualModel:
 
     @exact_arithmetic()
     @torch.no_grad()
-    def logits(self, resid: Float[Tensor, "points d_model"]) -> Float[Tensor, "points vocabulary"]:
+    def logits(self, resid: Float[Tensor, "*prompt points d_model"]) -> Float[Tensor, "*prompt points vocabulary"]:
         """What the model would predict from these vectors after its last block (logit lens): its own final norm and head.
+
+        Vectors of several prompts of a language model take one pass.
 
         The model runs with its blocks left out, so that scales and soft-caps are whatever it does with them. In the dtype
         of ``resid``; a head of another dtype is cast a part at a time.
