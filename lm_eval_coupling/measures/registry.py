@@ -205,6 +205,7 @@ OUTCOME = (
 JACOBIAN = (
     Column("certificate", "layer", "relative error of each Jacobian against the model's own derivative along one direction"),
     Column("method", "layer", "level at which each Jacobian was computed: closed, token-local or autodiff", "text"),
+    Column("slower_because", "layer", "why no faster level was taken, null where the fastest was", "text"),
 )
 
 

@@ -71,7 +71,9 @@ class TracedPrompt:
     @property
     def proof(self) -> dict[str, Any]:
         """The columns that come with every Jacobian."""
-        return {"certificate": self.blocks.certificate, "method": tuple(self.blocks.method)}
+        found = self.blocks
+        why = found.why or [None] * len(found.method)
+        return {"certificate": found.certificate, "method": tuple(found.method), "slower_because": tuple(why)}
 
     @property
     def jacobians(self) -> Float[Tensor, "layer d_model d_model"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -92,7 +93,17 @@ class Session:
             measured.interrupted = True
             done = sum(tokens in measured.of(TRAINED) for tokens in prompts)
             logger.warning("coupling: interrupted, %d of %d prompts are measured and kept", done, len(prompts))
+        self._tell_slower(measured.of(TRAINED).values())
         return measured
+
+    def _tell_slower(self, records: Iterable[PromptCoupling]) -> None:
+        """Once a run, why blocks were measured at a slower level than the fastest; each record says it block by block."""
+        found = Counter(why for record in records for why in record.slower_because or () if why)
+        if not found or self.quiet:
+            return
+        told = "; ".join(f"{number} × {why}" for why, number in found.most_common(3))
+        others = f"; and {len(found) - 3} reasons more" if len(found) > 3 else ""
+        logger.info("coupling: %d Jacobians came from a slower level than the fastest: %s%s", found.total(), told, others)
 
     def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
         position = resolve_token(self.position, len(tokens))

@@ -148,3 +148,17 @@ def test_a_store_of_another_version_is_refused_in_a_sentence(tmp_path):
     db.close()
     with pytest.raises(CouplingError, match="older.sqlite of schema version 1, expected version 2; delete it or choose"):
         MeasurementStore(path)
+
+
+def test_why_a_block_was_slower_is_in_the_record_and_once_in_the_log(store, caplog):
+    """The exception that sent a block to a slower level was swallowed."""
+    experts = ResidualModel.wrap(cases.tiny_model("mixtral"))
+    chosen = Settings(ranks=(2,), measures=("depth",), dtype="float64")
+    session = Session(subjects=[Subject("trained", experts)], settings=chosen, position=-1, store=store)
+    with caplog.at_level("INFO", logger="lm_eval.coupling"):
+        found = session.measure(PROMPTS).of("trained")
+    for record in found.values():
+        assert record.method == ("token-local",) * 2
+        assert all(why.startswith("closed: ") and len(why) > 12 for why in record.slower_because)
+    (told,) = [line for line in caplog.messages if "slower level" in line]
+    assert "4 Jacobians came from a slower level than the fastest: " in told and " × closed: " in told
