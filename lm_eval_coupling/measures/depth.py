@@ -45,7 +45,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         "svd_residual": triplets.residual,
         "angle_bound": torch.stack([angle_bound(triplets.S, triplets.residual, k) for k in ranks]),
     }
-    return Found(columns | _own(J, triplets) | one.proof, _undefined(pairs["normalized_miscoupling"][-1]))
+    return Found(columns | _own(J, triplets) | one.proof, undefined_pairs(pairs["normalized_miscoupling"][-1]))
 
 
 def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, list[float]]:
@@ -88,7 +88,7 @@ def _at_rank(A: Tensor, S: Tensor) -> dict[str, Tensor]:
     return {name: values.masked_fill(too_low, torch.nan) for name, values in found.items()}
 
 
-def _undefined(normalized: Tensor) -> tuple[Reason, ...]:
+def undefined_pairs(normalized: Tensor, of: str = "") -> tuple[Reason, ...]:
     """How many layer pairs have no value at the largest rank, and why a shallow model has no coupling."""
     if len(normalized) == 1:
         words = "a model of one block has no pair of different layers, hence no coupling"
@@ -96,7 +96,7 @@ def _undefined(normalized: Tensor) -> tuple[Reason, ...]:
     undefined = int(normalized.isnan().sum())
     if not undefined:
         return ()
-    words = f"{undefined} of {normalized.numel()} layer pairs are undefined: a Jacobian is zero or of rank below K"
+    words = f"{undefined} of {normalized.numel()} layer pairs{of} are undefined: a Jacobian is zero or of rank below K"
     return (Reason("zero_or_low_rank", words),)
 
 
@@ -120,9 +120,14 @@ def _mean_of_layer(record: Record, rank: int, axis: int) -> np.ndarray:
     return 1 - np.where(n, np.nansum(matrix, axis=axis) / np.maximum(n, 1), np.nan)
 
 
-def _coupling(record: Record, rank: int, diagonal: bool = False) -> float:
-    matrix = miscoupling_at(record, rank)
+def coupling_at(record: Record, rank: int, column: str = "normalized_miscoupling", *, diagonal: bool = False) -> float:
+    """1 − mean of a record's normalised miscoupling of one kind; NaN where it was not measured."""
+    matrix = miscoupling_at(record, rank, column)
     return np.nan if matrix is None else coupling_of(matrix, diagonal)
+
+
+def _with_diagonal(record: Record, rank: int) -> float:
+    return coupling_at(record, rank, diagonal=True)
 
 
 def mean_of_pairs(column: str, label: str) -> Reading:
@@ -170,10 +175,8 @@ def _readings() -> Sequence[Reading]:
     of_rank: dict[str, Any] = {"of_rank": True, "chance": chance_coupling, "sign": 1}
     jacobian, basis = "coupling, its Jacobian in the others' bases", "coupling, the others' Jacobians in its basis"
     return (
-        Reading("coupling", "coupling", m, _coupling, **of_rank),
-        Reading(
-            "coupling_with_diagonal", "coupling, with l = l'", m, lambda r, k: _coupling(r, k, True), of_rank=True, sign=1
-        ),
+        Reading("coupling", "coupling", m, coupling_at, **of_rank),
+        Reading("coupling_with_diagonal", "coupling, with l = l'", m, _with_diagonal, of_rank=True, sign=1),
         Reading("layer_coupling", jacobian, m, lambda r, k: _mean_of_layer(r, k, 1), over="block", **of_rank),
         Reading("layer_coupling_as_basis", basis, m, lambda r, k: _mean_of_layer(r, k, 0), over="block", **of_rank),
         mean_of_pairs(m, "miscoupling m̃"),

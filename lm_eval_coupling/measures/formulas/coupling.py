@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.precision import true_float32
+from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank
 
 
 @true_float32()
@@ -99,6 +100,23 @@ def miscoupling_to(
     distance = torch.hypot(off, _norm(diagonal - S1.double()))
     size = S1.double().sum(dim=-1) if norm == "trace" else torch.linalg.vector_norm(S1.double(), ord=p, dim=-1)
     return torch.where(size == 0, torch.nan, distance / size).to(A.dtype)
+
+
+def normalized_by_rank(
+    J: Float[Tensor, "layer d_model d_model"], triplets: SingularTriplets, ranks: Sequence[int]
+) -> Float[Tensor, "ranks layer layer"]:
+    """Return m̃ of all pairs for every rank, NaN in the bases of Jacobians of lower rank.
+
+    Args:
+        J: one Jacobian a layer.
+        triplets: theirs, at least as many as the largest rank.
+        ranks: ascending.
+    """
+    largest = ranks[-1]
+    U, S, V = (part[..., :largest] for part in (triplets.U, triplets.S, triplets.V))
+    A, rank = coupling_matrices(J, U, V), numerical_rank(S)
+    found = [miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan) for k in ranks]
+    return torch.stack(found)
 
 
 @true_float32()

@@ -1,0 +1,109 @@
+"""Which half of a block is coupled: the attention's Jacobians among each other, and the MLPs'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lm_eval_coupling.errors import Unmeasurable
+from lm_eval_coupling.measures.depth import coupling_at, undefined_pairs
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
+from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+
+HALVES = ("attention", "mlp")
+_SLACK = 10  # tolerances of one Jacobian that two of them and a product may be off the whole
+
+
+def run(batch: Batch) -> list[Found]:
+    """m̃ among the halves of all blocks of every prompt."""
+    return batch.each(_of_prompt, "halves")
+
+
+def _of_prompt(one: TracedPrompt) -> Found:
+    import torch
+
+    from lm_eval_coupling.measures.formulas.coupling import normalized_by_rank
+    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.spectra import top_singular
+
+    ranks = one.settings.ranks
+    found = [_of_block(one, call) for call in one.trace.calls]
+    columns: dict[str, object] = {"halves_certificate": [[errors[i] for _, errors in found] for i in range(len(HALVES))]}
+    reasons = []
+    for i, half in enumerate(HALVES):
+        J = torch.stack([jacobians[i].to(one.trace.resid_final.device) for jacobians, _ in found])
+        J = off_mps(J)
+        triplets = top_singular(J, ranks[-1])
+        pairs = normalized_by_rank(J, triplets, ranks)
+        columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
+        reasons += undefined_pairs(pairs[-1], f" of the {half} halves")
+    return Found(columns, tuple(reasons))
+
+
+def _of_block(one: TracedPrompt, call) -> tuple[list[Tensor], list[float]]:
+    """J of attention and MLP at the measured token, and their certificates."""
+    from lm_eval_coupling.jacobians.certify import TOLERANCE
+    from lm_eval_coupling.jacobians.engine import certified_jacobian
+    from lm_eval_coupling.residual.halves import attention_alone, mlp_alone, require_parts
+
+    at, method = one.position, one.settings.method
+    require_parts(call)
+    jacobians, errors = [], []
+    for half, alone in zip(HALVES, (attention_alone(call), mlp_alone(call, at)), strict=True):
+        with alone as part:
+            made = certified_jacobian(part, at, at, method)
+        if not made.error <= TOLERANCE[call.dtype]:
+            words = f"the Jacobian of the {half} half of block {call.layer} ({made.level}) is off by {made.error:.1e}"
+            raise Unmeasurable("certificate", f"{words}, expected at most {TOLERANCE[call.dtype]:.0e}")
+        jacobians.append(made.jacobian)
+        errors.append(made.error)
+    _require_whole(call, jacobians, at)
+    return jacobians, errors
+
+
+def _require_whole(call, jacobians: list[Tensor], at: int) -> None:
+    """Both halves make the block: one after the other, or side by side."""
+    from lm_eval_coupling.jacobians.certify import TOLERANCE, probe, pulled_back
+
+    attention, mlp = jacobians
+    u = probe(call.layer, call.resid_pre)
+    with call.ready():
+        whole = pulled_back(call, at, at) - u
+    side_by_side = u @ attention + u @ mlp
+    in_turn = side_by_side + (u @ mlp) @ attention
+    error = min(float((whole - parts).norm()) for parts in (side_by_side, in_turn))
+    allowed = _SLACK * TOLERANCE[call.dtype] * float(u.norm() + whole.norm())
+    if not error <= allowed:
+        raise Unmeasurable("refused", f"attention and MLP do not add up to block {call.layer}: off by {error:.1e}")
+
+
+def _reading(half: str, label: str) -> Reading:
+    column = f"{half}_miscoupling"
+    return Reading(
+        f"{half}_coupling", label, column, lambda r, k: coupling_at(r, k, column), of_rank=True, chance=chance_coupling
+    )
+
+
+MEASURES = (
+    Measure(
+        name="halves",
+        doc="Coupling of the blocks' halves, f = a + m: the Jacobians ∂a/∂x of the attention among each other, and ∂m/∂(its "
+        "own input) of the MLP, at the measured token. Each is certified by its own pullback, and both together are held to "
+        "the block's. Costs about two Jacobians a block.",
+        columns=(
+            Column("attention_miscoupling", "rank layer layer", "m̃ among the attention halves"),
+            Column("mlp_miscoupling", "rank layer layer", "m̃ among the MLP halves"),
+            Column("attention_singular_values", "layer max_rank", "the largest of ∂a/∂x, descending"),
+            Column("mlp_singular_values", "layer max_rank", "the largest of ∂m/∂(its own input), descending"),
+            Column("halves_certificate", "2 layer", "relative error of attention, then MLP, along one direction"),
+        ),
+        run=run,
+        settings=("ranks", "method"),
+        readings=(_reading("attention", "coupling of the attention halves"), _reading("mlp", "coupling of the MLP halves")),
+        extra=lambda n_layers, position, settings: (2 * n_layers, 2 * n_layers),
+    ),
+)
