@@ -98,11 +98,12 @@ def pixels_of(prompt: Any) -> Float[Tensor, "channel height width"]:
 
 
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:
-    config = model.config
-    timm = getattr(config, "pretrained_cfg", None) or {}
-    if "input_size" in timm:
-        return tuple(timm["input_size"])
-    config = getattr(config, "vision_config", config)
+    """Channels, height and width of an image that the model can be run on."""
+    if (timm := getattr(model, "timm_model", None)) is not None:
+        channels, *sides = (getattr(timm, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+        height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sides
+        return channels, height, width
+    config = getattr(model.config, "vision_config", model.config)
     side = getattr(config, "image_size", 224)
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
     return getattr(config, "num_channels", 3), height, width

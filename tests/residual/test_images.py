@@ -94,6 +94,18 @@ def test_an_image_is_named_by_its_pixels():
     assert pickle.loads(pickle.dumps(prompt)) == prompt  # a plain tuple, without its pixels
 
 
+def test_models_of_timm():
+    pytest.importorskip("timm", exc_type=ImportError, reason="timm, which needs torchvision")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    config = TimmWrapperConfig.from_dict({"architecture": "vit_tiny_patch16_224", "num_labels": 5, "model_args": arguments})
+    model, image = TimmWrapperForImageClassification(config).double().eval(), vision_cases.tiny_images()
+    found = block_jacobians(ResidualModel.wrap(model), image, output_token=0, dtype=torch.float64)
+    assert found.method == ["closed", "closed"] and found.certificate.max() < 1e-10
+
+
 @pytest.mark.parametrize("name", vision_cases.NO_STREAM)
 def test_other_networks_are_refused_in_a_sentence(name):
     with pytest.raises(CouplingError, match=r"got a (ResNet|ConvNext|Swin)ForImageClassification.*expected"):
