@@ -117,6 +117,32 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
 }
 
+_FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
+# Held to the same oracle in one test each; made by tests/every_family.py from the default configuration.
+MORE: dict[str, tuple[str, dict]] = {
+    "falcon-one-norm": ("falcon", _FALCON_40B | {"num_ln_in_parallel_attn": 1}),
+    "falcon-two-norms": ("falcon", _FALCON_40B | {"num_ln_in_parallel_attn": 2}),
+    **{
+        name: (name, {})
+        for name in (
+            *(
+                "biogpt",
+                "codegen",
+                "cohere2",
+                "ernie4_5",
+                "exaone4",
+                "falcon_h1",
+                "gemma4_text",
+                "glm4",
+                "granitemoe",
+                "jamba",
+            ),
+            *("lfm2", "llama4_text", "mamba", "mamba2", "nemotron", "olmoe", "qwen3_5_text", "recurrent_gemma", "rwkv"),
+            *("smollm3", "xglm"),
+        )
+    },
+}
+
 _EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"}
 
 

@@ -112,7 +112,7 @@ class _Record(Watch):
         return self.raw * 1  # in-place steps are not allowed on a leaf
 
     def _on_other(self, func, args, kwargs):
-        if self.product is not None and func in _MAXIMA:
+        if self.product is not None and func in _MAXIMA and not any(isinstance(other, Tensor) for other in args[1:]):
             args = (args[0].detach(), *args[1:])  # a stabilising shift is no part of the slope (GPT-OSS)
         return func(*args, **kwargs)
 
@@ -195,7 +195,7 @@ class AttentionRecord:
             return cls._watched(watch, lambda: call.one_query(output_token), call.seq, call.seq, call.dtype)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # some blocks (Falcon's with ALiBi) reshape the scores by the number of queries
+        except (RuntimeError, ValueError):  # some blocks (Falcon's with ALiBi, XGLM's) count on as many queries as keys
             watch = _Record(output_token, alone=False)
             return cls._watched(watch, lambda: call(call.resid_pre), call.seq, call.seq, call.dtype)
 

@@ -162,7 +162,7 @@ def _joined(alone: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[tuple, dict[
 
 def hidden(output: Any) -> Tensor:
     """The stream among what a block returns."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.inputs import Inputs
+from lm_eval_coupling.residual.trace import ResidualTrace
 from lm_eval_coupling.residual.weights import present
 
 SAME = 1e-4  # the same function in float32, step by step
@@ -90,6 +91,19 @@ def require_whole_blocks(blocks: Sequence[Block]) -> None:
             raise CouplingError(
                 f"got block {block.layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
                 "keep blocks whole in the device_map"
+            )
+
+
+def require_chain(trace: ResidualTrace) -> None:
+    """What one block hands on is what the next one is handed.
+
+    Raises:
+        CouplingError: if it is not.
+    """
+    for call, following in zip(trace.calls, trace.calls[1:], strict=False):
+        if not off_by(following.resid_pre, call.resid_post) <= ROUNDED:
+            raise CouplingError(
+                f"got a block {call.layer} whose output is not the next one's input, expected a residual stream"
             )
 
 

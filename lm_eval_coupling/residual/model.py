@@ -274,7 +274,7 @@ class ResidualModel:
 
                 def after(module, args, kwargs, output, visit=visit):
                     output = visit.leave(kwargs, output)
-                    self._outputs = len(output) if isinstance(output, tuple) else 0
+                    self._outputs = len(output) if isinstance(output, (tuple, list)) else 0
                     if visit.block.layer == self.n_layers - 1:
                         final.append(hidden(output))
                         raise _LastBlockDone

@@ -75,7 +75,7 @@ def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]
     if type(head) is not nn.Linear or head.weight.dtype == dtype and not is_absent(head.weight):
         yield [*head.parameters(), *head.buffers()]
         return
-    weight = head.weight.data  # now: a tied table holds but a few rows later
+    weight = head.weight.data
     before = {name: value for name, value in vars(head).items() if name == "forward"}
 
     def forward(hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocabulary"]:
@@ -86,8 +86,10 @@ def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]
         return logits if head.bias is None else logits + fetched(head.bias).to(dtype)
 
     head.forward = forward
+    head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)  # asked for its dtype
     try:
         yield []
     finally:
+        head.weight.data = weight
         del head.forward
         vars(head).update(before)

@@ -87,7 +87,9 @@ class Visit:
         _without_history(kwargs)
         self.resid_post = hidden(output).detach()
         require_stream(self.block.layer, self.call.resid_pre, self.resid_post)
-        return (self.resid_post, *carried(output[1:])) if isinstance(output, tuple) else self.resid_post
+        if not isinstance(output, (tuple, list)):
+            return self.resid_post
+        return type(output)((self.resid_post, *carried(tuple(output[1:]))))
 
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""

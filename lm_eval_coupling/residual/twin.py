@@ -43,17 +43,17 @@ def runs_as_it_stands(model: nn.Module) -> bool:
 
 
 def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Lists of modules that may be the blocks: those that lie in no other list, of as many as the configuration says first.
+    """Lists of modules that may be the blocks, the largest first: those that lie in no other list.
 
-    Which one it is, is for a pass to say.
+    Where the configuration says how many there are, and there is a list of so many, others are none. Which one it is, is for
+    a pass to say.
     """
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    outer: list[tuple[str, nn.Module]] = []
+    outer: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other, _ in outer)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and not inside:
-            outer.append((name, module))
-    size = {id(module): sum(p.numel() for p in module.parameters()) for _, module in outer}
-    for _, module in sorted(outer, key=lambda one: (len(one[1]) != expected, -size[id(one[1])])):
-        if size[id(module)]:
-            yield list(module)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{other}.") for other in outer):
+            outer[name] = module
+    found = [list(module) for module in outer.values()]
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [blocks for blocks in found if len(blocks) == expected] or found
+    weights = {id(blocks): sum(p.numel() for block in blocks for p in block.parameters()) for blocks in found}
+    yield from sorted((blocks for blocks in found if weights[id(blocks)]), key=lambda blocks: -weights[id(blocks)])

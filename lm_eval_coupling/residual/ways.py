@@ -91,7 +91,7 @@ class _Entrance:
         for modules in block_lists(self.twin):
             model = self._model(self.twin, modules, BLOCKS, "")
             try:
-                model.trace(self.inputs.probe)
+                checks.require_chain(model.trace(self.inputs.probe))
                 return model
             except (CouplingError, RuntimeError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
                 failed = failed or error
