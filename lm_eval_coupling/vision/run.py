@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.options import Options, settings_of
@@ -104,6 +105,14 @@ def run_vision(
     return file, "\n".join([words, *([] if info is None else [f"Measured at {measuring.what}", info.closing(results)])])
 
 
+def _wrapped(model: nn.Module) -> ResidualModel:
+    try:
+        return ResidualModel.wrap(model)
+    except CouplingError as error:  # whose advice is for users of lm-eval
+        what = str(error).partition("; score it")[0]
+        raise CouplingError(f"{what}; to only score it, give --coupling limit=0") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class _Measuring:
     """The measuring half of a run."""
@@ -117,7 +126,7 @@ class _Measuring:
     @classmethod
     def of(cls, classifier: Classifier, options: Options, position_given: bool) -> _Measuring:
         store = MeasurementStore(options.store or default_store_path())
-        trained = ResidualModel.wrap(classifier.model)
+        trained = _wrapped(classifier.model)
         options.settings.check_shape(trained.d_model, trained.n_layers)
         subjects = [Subject(TRAINED, trained)]
         if options.untrained is not None:

@@ -105,7 +105,9 @@ def test_show_takes_it(saved, capsys):
 
 def test_a_network_without_a_stream_can_be_scored(images, tmp_path):
     folder = save_classifier(tmp_path / "net", "resnet")
-    with pytest.raises(CouplingError, match="got a ResNetForImageClassification"):
+    with pytest.raises(
+        CouplingError, match="got a ResNetForImageClassification.*; to only score it, give --coupling limit=0"
+    ):
         run_vision(folder, str(images), tmp_path / "out", device="cpu", coupling=RANKS)
     results, _ = scores(images, folder, "limit=0", tmp_path / "out")
     assert "acc,none" in results["results"]["colours"] and "coupling" not in results["config"]
