@@ -234,3 +234,8 @@ def test_pictures(benchmark, model, tmp_path):
     results(benchmark("growth"), tmp_path / "g.json", *sizes, *base)
     benchmark("plot").main([str(tmp_path / "a.json"), str(tmp_path / "g.json")])
     assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "g.png").stat().st_size > 5000
+
+
+def test_a_sweep_takes_little_beside_its_units(benchmark):
+    """Under 5 % of a unit of a minute."""
+    assert 0 < benchmark("sweep_overhead").seconds_of_units(2, 0.5, {"workers": 1}, 1) < 3

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep import record
 from lm_eval_coupling.sweep.plan import Plan, PlanError, Slurm
 from lm_eval_coupling.sweep.reasons import reason
 from lm_eval_coupling.sweep.request import overrides_folder
 from lm_eval_coupling.sweep.shared_store import locks_work
+from lm_eval_coupling.sweep.source import source
+
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
@@ -28,9 +34,14 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
         PlanError: with everything that is wrong.
     """
     problems = [*_output(plan), *_store(plan)]
-    answer = _ask(plan, download)
-    if problems := [*problems, *answer["problems"]]:
-        raise PlanError(plan.file, problems)
+    question = _question(plan, download)
+    remembered = plan.output / "checked.json"
+    answer = record.read_json(remembered)
+    if problems or download or answer.get("digest") != _digest(plan, question):
+        answer = _ask(plan, question)
+        if problems := [*problems, *answer["problems"]]:
+            raise PlanError(plan.file, problems)
+        record.write_json(remembered, answer | {"digest": _digest(plan, question)})
     return answer["models"]
 
 
@@ -55,23 +66,54 @@ def _store(plan: Plan) -> list[str]:
     return []
 
 
-def _ask(plan: Plan, download: bool) -> dict[str, Any]:
-    """In a process of its own: it loads lm-eval, which the sweep itself does without."""
+def _question(plan: Plan, download: bool) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
     for unit in plan.units:
         key = json.dumps([unit.model, unit.arguments], sort_keys=True, default=str)
         entry = models.setdefault(key, {"model": unit.model, "arguments": unit.arguments, "revisions": []})
         entry["revisions"].append(unit.revision)
-    environment = {**os.environ, **plan.run.environment}
-    question = {
+    offline = _environment(plan, download).get("HF_HUB_OFFLINE", "").upper()
+    return {
         "tasks": [[task.name, task.num_fewshot] for task in plan.tasks],
         "coupling": plan.coupling,
         "lm_eval": plan.lm_eval,
         "models": [*models.values()],
         "overrides": str(overrides_folder(plan)),
         "download": download,
-        "offline": environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        "offline": offline in ("1", "ON", "YES", "TRUE"),
     }
+
+
+def _environment(plan: Plan, download: bool) -> dict[str, str]:
+    """That of the units; but to fetch is to be on line, whatever the plan says of nodes without network."""
+    told = {name: value for name, value in plan.run.environment.items() if not (download and name in _OFFLINE)}
+    return {**os.environ, **told}
+
+
+def _digest(plan: Plan, question: dict[str, Any]) -> str:
+    """What the answer depends on: a plan that was found right needs no second look while all this is what it was."""
+    given = plan.lm_eval.get("include_path") or []
+    folders = [*(given if isinstance(given, list) else [given]), overrides_folder(plan)]
+    tasks = [file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
+    seen = {
+        "question": question,
+        "versions": [_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")],
+        "weights": [source(unit, plan.run.environment) for unit in plan.units],
+        "tasks": [[str(file), file.stat().st_mtime] for file in tasks],
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a folder
+        return None
+
+
+def _ask(plan: Plan, question: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: it loads lm-eval, which the sweep itself does without."""
+    download = question["download"]
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(question, default=str), encoding="utf-8")
@@ -80,7 +122,7 @@ def _ask(plan: Plan, download: bool) -> dict[str, Any]:
             command,
             stderr=None if download else subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=environment,
+            env=_environment(plan, download),
             text=True,
             check=False,
         )

@@ -45,7 +45,7 @@ class Local:
     workers: int | None = None
     devices: tuple[str, ...] | None = None
     threads: int | None = None
-    keep_scores: bool = True
+    keep_scores: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -150,6 +150,8 @@ def _coupling(fields: Fields) -> dict[str, Any]:
             fields.problems.append(f"got coupling.{name}, expected it without its prefix: {name.removeprefix('coupling_')}")
     if "out" in given:
         fields.problems.append("got coupling.out, expected tables to lie beside their results; leave it out")
+    if "dry_run" in given:
+        fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
     return given
 
 
@@ -168,11 +170,12 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
 def _run(fields: Fields) -> Local | Slurm | None:
     given = fields.values.get("run") or {"on": "local"}
     on = given.get("on", "local") if isinstance(given, Mapping) else "local"
-    reader = {"local": _local, "slurm": _slurm}.get(on) if isinstance(on, str) else None
-    if reader is None:
-        fields.problems.append(f"got run.on: {on!r}, expected local or slurm")
-        return None
-    return reader(given, fields.problems)
+    if on == "local":
+        return _local(given, fields.problems)
+    if on == "slurm":
+        return _slurm(given, fields.problems)
+    fields.problems.append(f"got run.on: {on!r}, expected local or slurm")
+    return None
 
 
 def _local(given: Any, problems: list[str]) -> Local:
@@ -185,7 +188,7 @@ def _local(given: Any, problems: list[str]) -> Local:
         workers=run.whole("workers"),
         devices=tuple(map(str, ids)) or None,
         threads=run.whole("threads"),
-        keep_scores=_keep_scores(run),
+        keep_scores=_keep_scores(run, False),
         environment=_environment(run),
     )
 
@@ -207,13 +210,14 @@ def _slurm(given: Any, problems: list[str]) -> Slurm:
         requeues=run.whole("requeues", 3, least=0),
         setup=tuple(run.texts("setup")),
         options=run.mapping("options"),
-        keep_scores=_keep_scores(run),
+        keep_scores=_keep_scores(run, True),
         environment=_environment(run),
     )
 
 
-def _keep_scores(run: Fields) -> bool:
-    return run.take("keep_scores", lambda v: isinstance(v, bool), "true or false", True)
+def _keep_scores(run: Fields, default: bool) -> bool:
+    """Where jobs have to leave before they are done, answers must be kept, or a long one would never end."""
+    return run.take("keep_scores", lambda v: isinstance(v, bool), "true or false", default)
 
 
 def _environment(run: Fields) -> dict[str, str]:

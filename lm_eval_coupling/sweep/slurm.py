@@ -41,7 +41,11 @@ class UnitJob:
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         threads = {"OMP_NUM_THREADS": cpus} if cpus and "OMP_NUM_THREADS" not in self.plan.run.environment else {}
         self._worker = Worker(self.plan, threads, self.command)
-        outcome = self._worker.run(self.unit, self.batch_size)
+        try:
+            outcome = self._worker.run(self.unit, self.batch_size)
+        except Exception as error:  # raised by the signal's handler, where the job may not be queued once more
+            record.write(self.plan.folder(self.unit), state="stopped", reason=str(error))
+            raise
         if outcome.state == "stopped":
             time.sleep(5)  # the signal that stopped lm-eval is on its way to us, too: then the job is queued again
         return dataclasses.asdict(outcome)
@@ -149,7 +153,7 @@ def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> list[Unit]:
 def _close(plan: Plan, unit: Unit, job: str, ended: str | None, board: Board) -> None:
     """Say how a job ended that could not say so itself."""
     status = look(plan, unit, {})
-    if status.state == "stopped" or (status.state == "missing" and ended is not None):
+    if status.state != "done" and record.read(plan.folder(unit)).get("state") in ("running", "waiting"):
         reason = f"job {job} ended" + (f" as {ended}" if ended else "")
         record.write(plan.folder(unit), state="stopped", reason=reason, job=job)
         status = look(plan, unit, {})

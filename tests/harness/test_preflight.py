@@ -1,6 +1,7 @@
 """What lm-eval or we would refuse of a plan, found before any work and without loading a model."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def test_overridden_tasks_are_those_that_lm_eval_runs(manager, home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path):
+def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeypatch):
     plan = {
         "models": [str(home / "model")],
         "tasks": ["arc_easy", {"task": "tiny_choice", "num_fewshot": 2}],
@@ -195,6 +196,9 @@ def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(json.dumps(plan))
     assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
+    with monkeypatch.context() as patch:  # what was found right is not looked at again
+        patch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("it was asked again"))
+        assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
     (override,) = (tmp_path / "out" / "tasks").glob("*.yaml")
     assert yaml.safe_load(override.read_text())["num_fewshot"] == 2
     file.write_text(json.dumps(plan | {"models": [str(Path(tmp_path) / "no")], "tasks": ["arc_esy"], "output": "/proc/no"}))

@@ -1,5 +1,7 @@
 """Plans: everything wrong is told at once, and what is right is read as its writer meant it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -159,3 +161,12 @@ def test_a_unit_keeps_its_name(tmp_path):
 def test_fewshot_for_all_and_for_one_are_refused_together(tmp_path):
     text = "models: a\ntasks: [{task: b, num_fewshot: 5}]\nlm_eval: {num_fewshot: 3}\noutput: c"
     assert "which it would override" in problems(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize(("name", "units"), [("laptop", 3), ("pythia", 42), ("paper", 43)])
+def test_plans_of_the_documentation_can_be_read(name, units):
+    assert len(plans.read(Path(__file__).parents[2] / "docs" / "plans" / f"{name}.yaml").units) == units
+
+
+def test_a_dry_run_of_the_measuring_is_no_sweep(tmp_path):
+    assert "leaves no results" in problems(tmp_path, "models: a\ntasks: b\ncoupling: {dry_run: true}\noutput: c")[0]

@@ -127,13 +127,14 @@ def test_a_stop_ends_the_run_and_the_next_one_goes_on(folder_of, make_plan):
 def test_answers_are_kept_for_the_same_model_and_settings_only(folder_of, make_plan):
     """lm-eval's cache knows requests only: the answers of other weights would become this model's scores."""
     model = folder_of("a", fail="no")
-    plan = make_plan([model])
+    keep = {"run": {"keep_scores": True}}
+    plan = make_plan([model], **keep)
     kept = plan.folder(plan.units[0]) / "scores_rank0.db"
     work(plan)
     kept.write_text("old")
     Path(model, "behaviour.json").write_text(json.dumps({"fail": "no", "most": 0}))
     Path(model, "calls.jsonl").touch()
-    other = make_plan([model], coupling={"limit": 3})
+    other = make_plan([model], coupling={"limit": 3}, **keep)
     work(other)
     assert not kept.exists() or kept.read_text() != "old"  # behaviour.json is one of the model's files
     kept.write_text("older")
@@ -144,7 +145,7 @@ def test_answers_are_kept_for_the_same_model_and_settings_only(folder_of, make_p
 
 
 def test_answers_are_forgotten_when_the_unit_is_done(folder_of, make_plan):
-    plan = make_plan([folder_of("a")])
+    plan = make_plan([folder_of("a")], run={"keep_scores": True})
     assert work(plan).state == "done"
     assert not list(plan.folder(plan.units[0]).glob("scores*"))
 
