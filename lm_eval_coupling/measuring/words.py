@@ -95,7 +95,7 @@ def kept_words(ids: Int[Tensor, "layer rank 2 word"]) -> Float[Tensor, "layer la
     """[l, m, k, s]: of the words of direction (k, s) of layer l, the largest share that one direction of layer m has."""
     layers, rank, signs, words = ids.shape
     flat = ids.reshape(layers, rank * signs, words)
-    kept = torch.empty(layers, layers, rank * signs)
+    kept = torch.empty(layers, layers, rank * signs, dtype=torch.float64)
     for one in range(layers):
         for other in range(layers):
             same = flat[one][:, None, :, None] == flat[other][None, :, None, :]
