@@ -1,6 +1,7 @@
 """Writes docs/families.md, every class of transformers' causal-LM mapping: ``python tests/make_families.py [model type …]``.
 
-With names only their rows are written anew. A full run takes a minute or two.
+With names only their rows are written anew, and those of the image classifiers that the tests go through. A full run takes a
+minute or two.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 import cases
 import every_family
 import torch
+import vision_cases
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.vision.summary import summary_token
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _HEAD = """\
@@ -43,6 +46,19 @@ model types: held to float64 automatic differentiation of the unmodified model a
 
 | model type | transformers class | way in | level, or why it is refused |
 | --- | --- | --- | --- |
+"""
+_IMAGES = """\
+
+## Image classifiers
+
+Run on pixel values; there every token sees every other, and the certificate is the backward pass through the whole block.
+Held to float64 automatic differentiation of the unmodified model for pairs of tokens in both directions, to 1e-12. Measured
+at the token that the classifier reads: the class token where its answer depends on it most, else a patch in the middle of
+the image. Models of timm go the same way through transformers' `TimmWrapperForImageClassification`; convolutional networks,
+and blocks that change the number of tokens, are refused in a sentence.
+
+| model type | transformers class | way in | level, or why it is refused | measured at |
+| --- | --- | --- | --- | --- |
 """
 _TOKENS = torch.tensor([[3, 20, 7, 41, 5, 33, 9, 12, 28]])
 
@@ -75,16 +91,50 @@ def _sentence(error: CouplingError) -> str:
     return words[0].upper() + words[1:]
 
 
-def page(rows: Sequence[str]) -> str:
+def image_row(case: str) -> str:
+    """What becomes of one kind of image classifier."""
+    model = vision_cases.tiny_classifier(case, torch.float32)
+    about = f"| {model.config.model_type} | {type(model).__name__} |"
+    try:
+        wrapped = ResidualModel.wrap(model)
+    except CouplingError as error:
+        return f"{about} — | {_sentence(error)} | — |"
+    position, _ = summary_token(wrapped)
+    found = block_jacobians(wrapped, wrapped.inputs.probe[None], output_token=position)
+    if not found.certificate.max() <= 1e-4:
+        raise AssertionError(f"{case} is off by {found.certificate.max():.1e}")
+    levels = [f"`{level}`" for level in dict.fromkeys(found.method)]
+    return f"{about} {wrapped.way} | {', '.join(levels)} | {'a patch' if position else 'the class token'} |"
+
+
+def image_rows() -> list[str]:
+    """Of all of them."""
+    return [image_row(case) for case in (*vision_cases.CASES, *vision_cases.NO_STREAM)]
+
+
+def page(rows: Sequence[str], images: Sequence[str]) -> str:
     """The text of docs/families.md."""
     versions = {"transformers": version("transformers"), "lens": version("transformer-lens")}
-    return _HEAD.format(exact=len(_exact()), **versions) + "".join(f"{one}\n" for one in rows)
+    return _HEAD.format(exact=len(_exact()), **versions) + _lines(rows) + _IMAGES + _lines(images)
+
+
+def _lines(rows: Sequence[str]) -> str:
+    return "".join(f"{one}\n" for one in rows)
 
 
 def written() -> dict[str, str]:
-    """The rows that stand in docs/families.md, by model type."""
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    """The rows that stand in docs/families.md, by model type; without those of image classifiers."""
+    rows = _table(PAGE.read_text().partition(_IMAGES)[0])
     return {line.split(" | ")[0].strip("| *"): line for line in rows}
+
+
+def written_images() -> list[str]:
+    """The rows of image classifiers that stand there."""
+    return _table(PAGE.read_text().partition("## Image classifiers")[2])
+
+
+def _table(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ")][2:]
 
 
 if __name__ == "__main__":
@@ -94,4 +144,4 @@ if __name__ == "__main__":
     for model_type in sys.argv[1:] or sorted(CLASSES):
         rows[model_type] = row(model_type)
         print(rows[model_type], flush=True)
-    PAGE.write_text(page([rows[name] for name in sorted(rows)]))
+    PAGE.write_text(page([rows[name] for name in sorted(rows)], image_rows()))
