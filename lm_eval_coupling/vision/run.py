@@ -86,10 +86,10 @@ def run_vision(
     classifier = Classifier.load(model, device)
     if classifier.device.type == "mps" and options.settings.dtype == "float64":
         raise CouplingError("got coupling dtype=float64 on MPS, which has no float64; use float32 or --device cpu")
+    labels = model_labels(images.classes, images.count_labels(), classifier.id2label)
     measuring = None
     if options.measures_anything:
         measuring = _Measuring.of(classifier, options, "coupling_position" in settings)
-    labels = model_labels(images.classes, images.count_labels(), classifier.id2label)
     scored = score(classifier, images, labels, limit, batch_size)
     results = results_of(classifier, images, scored)
     info = None
