@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.arguments import tensors_in
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.inputs import Inputs
@@ -20,6 +21,7 @@ SAME = 1e-4  # the same function in float32, step by step
 SAME_KERNELS = 1e-2  # the same function in the model's own dtype, by the same kernels
 OTHER_KERNELS = 1e-3  # the same function in float32, attention computed in another way
 ROUNDED = 5e-2  # in bf16 or fp16, in another order
+HALF = 0.25  # in bf16 or fp16 throughout, against float32: deep models lose several per cent
 PACKED = 0.25  # packed layers may also round what they are given
 
 
@@ -92,6 +94,12 @@ def require_whole_blocks(blocks: Sequence[Block]) -> None:
                 f"got block {block.layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
                 "keep blocks whole in the device_map"
             )
+
+
+def held_fixed(trace: ResidualTrace) -> list[str]:
+    """Names of the arguments in which blocks hand something to later ones: it is held fixed in their derivatives."""
+    first, last = trace.calls[0].kwargs, trace.calls[-1].kwargs
+    return [name for name in last if len(tensors_in(last[name])) > len(tensors_in(first.get(name)))]
 
 
 def require_chain(trace: ResidualTrace) -> None:

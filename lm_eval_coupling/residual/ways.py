@@ -67,7 +67,8 @@ class _Entrance:
         self._hold_end_to_scored(trace.resid_final)
         bridged, reason = self._bridged(trace)
         model = self.plain if bridged is None else bridged
-        model.way_reason = reason
+        held = checks.held_fixed(trace)
+        model.way_reason = f"{reason}; {', '.join(held)} of earlier blocks are held fixed" if held else reason
         model.measures(self.scored if hasattr(self.scored, "config") else self.base, trace.resid_final)
         return model
 
@@ -124,7 +125,7 @@ class _Entrance:
             return
         if self.runs:
             found = self.plain.answer(stream)
-            tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
+            tolerance = checks.HALF if self.rounds else checks.OTHER_KERNELS
             checks.require_close("logits after the last block", self.name, found, self.answer, tolerance)
             return
         names = {id(module): name for name, module in self.twin.named_modules()}  # weights elsewhere: only traces run

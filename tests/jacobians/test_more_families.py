@@ -34,6 +34,15 @@ def test_float64_jacobians_are_the_oracles(case):
                 assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (seq, t_in, layer, found.method)
 
 
+def test_what_blocks_hand_to_each_other_is_said():
+    """Gemma 4's later blocks attend to the keys and values of earlier ones, which their derivatives hold fixed."""
+    assert (
+        "shared_kv_states of earlier blocks are held fixed"
+        in ResidualModel.wrap(tiny("gemma4_text", torch.float32)).way_reason
+    )
+    assert "held fixed" not in ResidualModel.wrap(tiny("lfm2", torch.float32)).way_reason
+
+
 @pytest.mark.parametrize("case", ["falcon-two-norms", "biogpt", "gemma4_text", "mamba2", "olmoe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(case, dtype):
