@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def room(module: str) -> str:
 def imports(module: str, everywhere: bool = True) -> frozenset[str]:
     """What a module imports: modules of ours in full, top-level names of others; at its top alone unless ``everywhere``."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else iter(_at_the_top(tree.body))
+    nodes = _run_sometime(tree) if everywhere else iter(_at_the_top(tree.body))
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -44,6 +45,14 @@ def imports(module: str, everywhere: bool = True) -> frozenset[str]:
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else node.module for name in inside}
     return frozenset(name if name in MODULES else name.split(".")[0] for name in found)
+
+
+def _run_sometime(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from _run_sometime(node)
 
 
 def _at_the_top(body: list[ast.stmt]) -> list[ast.stmt]:
