@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 PAIRS = "rank layer layer"
+AT_ONCE = 4  # Jacobians that a device looks at together, each with four of its size beside it
 
 
 def run(batch: Batch) -> list[Found]:
@@ -48,24 +49,23 @@ def _of_prompt(one: TracedPrompt) -> Found:
     return Found(columns | _own(J, triplets) | one.proof, undefined_pairs(pairs["normalized_miscoupling"][-1]))
 
 
-def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, list[float]]:
+def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
     """What each Jacobian is like by itself."""
+    import torch
+
     from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
 
-    rows: dict[str, list[float]] = {}
-    for matrix, norm in zip(J, triplets.S[:, 0].tolist(), strict=True):
-        matrix = matrix.to(triplets.U.device)  # many Jacobians wait on the host
-        size = frobenius(matrix)
-        found = {
-            "jacobian_norm": norm,
-            "jacobian_frobenius": size / math.sqrt(len(matrix)),
-            "stable_rank": (size / norm) ** 2 if norm else math.nan,
-            "non_normality": non_normality(matrix),
-            "symmetric_share": symmetric_share(matrix),
-        }
-        for name, value in found.items():
-            rows.setdefault(name, []).append(value)
-    return rows
+    device, norm = triplets.U.device, triplets.S[:, 0].double()
+    parts = J.split(AT_ONCE if device.type != "cpu" else 1)  # many Jacobians wait on the host
+    found = [[read(part.to(device)) for read in (frobenius, non_normality, symmetric_share)] for part in parts]
+    size, normality, symmetry = (torch.cat(some) for some in zip(*found, strict=True))
+    return {
+        "jacobian_norm": norm,
+        "jacobian_frobenius": size / math.sqrt(J.shape[-1]),
+        "stable_rank": (size / norm.masked_fill(norm == 0, torch.nan)) ** 2,
+        "non_normality": normality,
+        "symmetric_share": symmetry,
+    }
 
 
 def _at_rank(A: Tensor, S: Tensor) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ PARTS: dict[str, tuple[Callable[..., Any], float]] = {  # with the share of a pr
 }
 
 
-class _TooLong(Exception):
-    pass
+class _TooLong(BaseException):
+    """No Exception, which a measurement would take for its own failure and go on with halves."""
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.precision import true_float32
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank
 
+AT_ONCE = 1 << 28  # bytes of J V that a device may hold for several layers
+
 
 @true_float32()
 def coupling_matrix(
@@ -37,16 +39,19 @@ def coupling_matrices(
 ) -> Float[Tensor, "layer basis rank rank"]:
     """Return A[l, l'] = U_{l'}ᵀ J^l V_{l'} for all pairs at once, on the device of V.
 
-    J may live on another device; one layer of it is moved at a time. Working memory beside the result is
-    basis · d_model · rank numbers.
+    J may live on another device; a few layers of it are moved at a time. Working memory beside the result is
+    basis · d_model · rank numbers on a CPU, up to `AT_ONCE` bytes elsewhere, where launches count.
     """
     layers, (bases, d_model, rank) = J.shape[0], V.shape
     all_V = rearrange(V, "basis d k -> (basis k) d")
-    JV = V.new_empty(bases, rank, d_model)  # transposed and used again: fresh pages cost as much as half the product
+    at_once = 1 if V.device.type == "cpu" else max(1, min(layers, AT_ONCE // (all_V.numel() * V.element_size())))
+    JV = V.new_empty(at_once, bases, rank, d_model)  # transposed and used again: fresh pages cost half the product
     A = V.new_empty(layers, bases, rank, rank)
-    for layer in range(layers):
-        torch.mm(all_V, J[layer].to(V.device).mT, out=JV.flatten(0, 1))
-        torch.bmm(U.mT, JV.mT, out=A[layer])
+    for first in range(0, layers, at_once):
+        some = J[first : first + at_once].to(V.device)
+        part = JV[: len(some)]
+        torch.matmul(all_V, some.mT, out=part.flatten(1, 2))
+        torch.matmul(U.mT, part.mT, out=A[first : first + at_once])
     return A
 
 

@@ -1,4 +1,4 @@
-"""Size and symmetry of one square matrix, at the price of one product. NaN for a zero matrix."""
+"""Size and symmetry of square matrices, many at once, at the price of one product. NaN for a zero matrix."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def frobenius(J: Float[Tensor, "d_model d_model"]) -> float:
+def frobenius(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """Return ‖J‖_F, summed in float64."""
-    return torch.linalg.vector_norm(J, dtype=_wide(J)).item()
+    wide = J.dtype if J.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(J, dim=(-2, -1), dtype=wide)
 
 
-def symmetric_share(J: Float[Tensor, "d_model d_model"]) -> float:
+def symmetric_share(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """Return ‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1 for a symmetric matrix, 0 for an antisymmetric one, 1/√2 for a random one."""
-    size = frobenius(J)
-    return frobenius((J + J.mT) / 2) / size if size else float("nan")
+    return frobenius((J + J.mT) / 2) / _nonzero(frobenius(J))
 
 
-def non_normality(J: Float[Tensor, "d_model d_model"]) -> float:
+def non_normality(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """Return ‖JJᵀ − JᵀJ‖_F / ‖J‖_F²: 0 for a normal matrix.
 
     With the symmetric part S and the antisymmetric part K it is 2‖KS + (KS)ᵀ‖_F: one product, and nothing cancels where J is
     nearly normal.
     """
-    size = frobenius(J)
-    if not size:
-        return float("nan")
-    J = J / size  # the square of a small Jacobian may vanish in float32
+    J = J / _nonzero(frobenius(J)).to(J.dtype)[..., None, None]  # the square of a small Jacobian may vanish in float32
     product = ((J - J.mT) / 2) @ ((J + J.mT) / 2)
     return 2 * frobenius(product + product.mT)
 
 
-def _wide(J: Tensor) -> torch.dtype:
-    return J.dtype if J.device.type == "mps" else torch.float64
+def _nonzero(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    return size.masked_fill(size == 0, torch.nan)
