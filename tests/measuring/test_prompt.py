@@ -24,9 +24,9 @@ from lm_eval_coupling.numerics import memory
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)
-OVER_TOKENS = ("self_", "context_")
+OTHERS = ("self_", "context_", "attention_", "mlp_")  # of measures that are not taken here
 MEASURES = ("depth", "regularity", "swapped")
-PAIRS = [name for name in measured_columns() if "miscoupling" in name and not name.startswith(OVER_TOKENS)]
+PAIRS = [name for name in measured_columns() if "miscoupling" in name and not name.startswith(OTHERS)]
 
 
 @pytest.fixture(scope="module")
