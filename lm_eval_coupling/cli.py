@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,untrained=0; limit: all")
     measure.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
     measure.set_defaults(command=_measure)
+    check = commands.add_parser("check", help="is this model measured exactly on this machine, and what does it cost here?")
+    check.add_argument("model", metavar="MODEL", help="a transformers folder or a name on the hub")
+    check.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
+    check.add_argument("--dtype", nargs="+", default=["auto"], metavar="T", help="of the weights, such as float32 bfloat16")
+    check.add_argument("--out", type=Path, metavar="FILE", help="all that was found, as JSON")
+    check.set_defaults(command=_check)
     vision = commands.add_parser("vision", help="accuracy and coupling of an image classifier, left as an evaluation's")
     vision.add_argument("--model", required=True, metavar="M", help="what transformers loads as an image classifier")
     vision.add_argument(
@@ -169,6 +175,12 @@ def _report(options: argparse.Namespace) -> None:
     documents = DOCUMENTS if options.documents is None else options.documents
     page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.harness.check import check
+
+    return 0 if check(options.model, device=options.device, dtypes=options.dtype, out=options.out) else 1
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -152,7 +152,7 @@ def exactness(report: Any, options: SimpleNamespace) -> None:
                     errors = (oracles.worst(J.double().cpu(), o) for J, o in zip(found.jacobians, oracle, strict=True))
                     worst = max(worst, *errors)
                     certificate, methods = max(certificate, float(found.certificate.max())), methods | set(found.method)
-                row |= {f"{dtype}"[6:]: worst, f"certificate_{dtype}"[:11] + f"_{dtype}"[7:]: certificate}
+                row |= {f"{dtype}"[6:]: worst, f"certificate_{dtype}".replace("torch.", ""): certificate}
             row["methods"] = sorted(methods)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:200]
