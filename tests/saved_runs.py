@@ -79,7 +79,12 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
         measured = dict.fromkeys(measured) | dict.fromkeys(("line_shape_score", "expodistance", "equidistance"), np.nan)
         measured |= {"seconds": 0.0}
     others = {name: column.missing for name, column in record_columns().items()}
-    return others | about | measured | {"reason": reason, "reason_codes": (CODES[reason],) if reason else ()}
+    return (
+        others
+        | about
+        | measured
+        | {"reason": reason, "reason_codes": (CODES.get(reason, "out_of_memory"),) if reason else ()}
+    )
 
 
 def value(mean, stderr=0.01, n=10):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
+from lm_eval_coupling.measures.registry import Reading, summarised
 from lm_eval_coupling.report.prompts import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
@@ -24,9 +25,9 @@ from lm_eval_coupling.saved.task_rows import is_score
 DOCUMENTS = 200
 _DOCUMENTS_IN_ALL = 4000
 _DIGITS = 6
-_FACTS = ("model", "revision", "task", "alias", "n_fewshot", "n_samples", "date", "dtype", "fingerprint")
-_FACTS += ("n_params", "n_layers", "d_model", "coupling_rank", "worst_certificate", "measured", "failed")
-_REGULARITY = ("line_shape_score", "expodistance")
+_FACTS = ("model", "revision", "variant", "task", "alias", "n_fewshot", "prompting", "n_samples", "date", "dtype")
+_FACTS += ("fingerprint", "family")
+_FACTS += ("n_params", "n_layers", "d_model", "coupling_rank", "measured", "failed")
 
 
 def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMENTS, mixed: str = "refuse") -> dict[str, Any]:
@@ -51,7 +52,18 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
     ]
     about = {"provenance": [_provenance(run) for run in used.values()]}
     about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
+    about |= {"readings": _readings(found.columns)}
     return _plain({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents))
+
+
+def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
+    """The numbers of a prompt that some run has beside coupling, as the page names and draws them."""
+    known = {str(name).partition("@")[0] for name in columns}
+    return [
+        {"name": reading.name, "label": reading.label, "of_rank": reading.of_rank, "sign": reading.sign}
+        for reading in summarised()
+        if reading.name in known and reading.name != "coupling"
+    ]
 
 
 def _chance(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -111,8 +123,17 @@ def _row(row: Mapping[str, Any], run: SavedRun, tables: _Tables) -> dict[str, An
         "scores": scores,
         "main": _main_score(run, task),
         "coupling": {rank: _coupling(row, rank) for rank in _ranks(row)},
-        "regularity": {name: [row.get(name), row.get(f"{name}_stderr")] for name in _REGULARITY},
+        "readings": {reading.name: _reading(row, reading) for reading in summarised()},
         "tables": tables.numbers(run, task),
+    }
+
+
+def _reading(row: Mapping[str, Any], reading: Reading) -> dict[str | int, list[Any]]:
+    """Mean and standard error by rank, or under "" where it has none."""
+    at: dict[str | int, str] = {rank: f"@{rank}" for rank in _ranks(row)} if reading.of_rank else {"": ""}
+    found = {key: (f"{reading.name}{end}", f"{reading.name}_stderr{end}") for key, end in at.items()}
+    return {
+        key: [row[mean], row.get(error)] for key, (mean, error) in found.items() if math.isfinite(row.get(mean, math.nan))
     }
 
 

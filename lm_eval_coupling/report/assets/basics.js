@@ -40,3 +40,27 @@ const size = (count) =>
       : count >= 1e6
         ? (count / 1e6).toPrecision(3) + "M"
         : String(count);
+
+/** Comma-separated values of a table; a cell that a spreadsheet would take for a formula is marked as text. */
+function csvOf(columns, items) {
+  const cell = (value) => {
+    const text = !known(value) ? "" : typeof value === "number" ? String(value) : String(value);
+    const safe = typeof value !== "number" && /^[=+\-@\t]/.test(text) ? "'" + text : text;
+    return /[",\r\n]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
+  };
+  const lines = [columns.flatMap((column) => [column.name, ...(column.error ? [column.name + " stderr"] : [])])];
+  for (const item of items)
+    lines.push(
+      columns.flatMap((column) => [column.value(item), ...(column.error ? [column.error(item)] : [])]),
+    );
+  return lines.map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
+}
+function download(name, text) {
+  const link = element("a", {
+    href: URL.createObjectURL(new Blob(["\ufeff" + text], { type: "text/csv" })),
+    download: name.replace(/[^\w.@-]+/g, "_"),
+  });
+  document.body.append(link);
+  link.click();
+  link.remove();
+}

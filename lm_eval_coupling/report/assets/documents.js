@@ -58,6 +58,7 @@ function mark(answer) {
 function openDocument(number) {
   state.document = number;
   renderDocuments();
+  remember();
   at("document").focus({ preventScroll: true });
   at("document").scrollIntoView({ block: "nearest" });
 }

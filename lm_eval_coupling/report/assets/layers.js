@@ -13,64 +13,54 @@ function renderLayers() {
   else clear(at("heat"), "No layer-by-layer matrix was measured.");
   renderProfile(row, rivals);
   renderNorms(row, rivals, found);
-  const [shape, distance] = [row.regularity.line_shape_score, row.regularity.expodistance];
-  at("regularity").textContent = known(shape[0])
-    ? `Line-shape score ${fixed(shape[0], 3)} ± ${fixed(shape[1], 3)} (1: a straight trajectory); expodistance ` +
-      `${fixed(distance[0], 3)} ± ${fixed(distance[1], 3)} (0: exactly exponential growth).`
+  const [difference, error, n] = differenceOf(row, state.rank);
+  at("untrained").textContent = known(difference)
+    ? `Trained less untrained weights, over the ${n} documents of both: ${signed(difference)} ± ${fixed(error)}.`
     : "";
+  at("regularity").textContent = DATA.readings
+    .filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]))
+    .map((reading) => `${reading.label} ${short(readingOf(row, reading)[0])} ± ${short(readingOf(row, reading)[1])}`)
+    .join("; ");
   renderLayerNumbers(found);
 }
 
-const byJacobian = (matrix) => matrix.map(mean);
-const byBasis = (matrix) => matrix.map((_, i) => mean(matrix.map((row) => row[i])));
+const SIDES = { jacobian: "its Jacobian, others' bases", basis: "its basis, others' Jacobians" };
 
 function renderProfile(row, rivals) {
   const traces = [];
+  let number = 0;
+  const add = (profile, of, name, dash) => {
+    const values = profile[of];
+    const x = state.compare ? depths(values.length) : values.map((_, i) => i + 1);
+    traces.push(...band(values, profile[of + "_stderr"], number, x));
+    const curve = line(values, name, number++, { x });
+    traces.push(dash ? { ...curve, line: { ...curve.line, dash } } : curve);
+  };
   for (const rival of rivals) {
-    const matrix = contents(rival, state.rank).matrix;
-    if (!matrix) continue;
-    const x = state.compare ? depths(matrix.length) : matrix.map((_, i) => i + 1);
-    if (state.compare) traces.push(line(byJacobian(matrix), rival.label, traces.length, { x }));
-    else
-      traces.push(
-        line(byJacobian(matrix), "its Jacobian, others' bases", 0, { x }),
-        line(byBasis(matrix), "its basis, others' Jacobians", 1, { x }),
-      );
+    const { profile, untrained } = contents(rival, state.rank);
+    if (!profile) continue;
+    if (state.compare) {
+      add(profile, "jacobian", rival.label);
+      continue;
+    }
+    for (const [of, name] of Object.entries(SIDES)) add(profile, of, name);
+    number = 0; // the colours of the trained weights, dashed
+    if (untrained) for (const [of, name] of Object.entries(SIDES)) add(untrained, of, `untrained: ${name}`, "dash");
   }
   if (!traces.length) return clear(at("profile"), "No layer was measured.");
   const chance = chanceOf(state.rank).miscoupling;
+  const ends = traces.flatMap((trace) => trace.x);
+  traces.push(levelLine(`chance ${chance.toFixed(3)}`, [Math.min(...ends), Math.max(...ends)], [chance, chance]));
   draw(
     at("profile"),
     traces,
     {
-      height: 420,
+      height: 440,
       showlegend: true,
-      shapes: [
-        {
-          type: "line",
-          xref: "paper",
-          x0: 0,
-          x1: 1,
-          y0: chance,
-          y1: chance,
-          line: { dash: "dot", width: 2, color: "#8c8c8c" },
-        },
-      ],
-      annotations: [
-        {
-          xref: "paper",
-          x: 1,
-          y: chance,
-          text: `chance ${chance.toFixed(3)}`,
-          showarrow: false,
-          yanchor: "bottom",
-          xanchor: "right",
-        },
-      ],
       xaxis: { title: { text: state.compare ? "relative depth" : "layer" } },
       yaxis: { title: { text: `mean miscoupling, K = ${state.rank}` } },
     },
-    `Mean miscoupling of each layer with the others, ${row.label} on ${row.task}.`,
+    `Mean miscoupling of each layer with the others, ${row.label} on ${row.task}; bands are one standard error.`,
   );
 }
 
@@ -110,27 +100,24 @@ function renderNorms(row, rivals, found) {
 }
 
 function renderLayerNumbers(found) {
-  if (!found.matrix) return at("layer-numbers").replaceChildren();
-  const own = byJacobian(found.matrix);
-  const others = byBasis(found.matrix);
-  const lines = own.map((value, i) => ({
-    layer: i + 1,
-    own: value,
-    others: others[i],
-    norm: found.norms && found.norms[i + 1],
-  }));
+  if (!found.profile) return at("layer-numbers").replaceChildren();
+  const lines = found.profile.jacobian.map((_, i) => ({ layer: i + 1, i }));
+  const column = (name, profile, of) => ({
+    name,
+    numeric: true,
+    value: (one) => profile[of][one.i],
+    error: (one) => profile[of + "_stderr"][one.i],
+    cell: (one) => withError(profile[of][one.i], profile[of + "_stderr"][one.i]),
+  });
   sortable(
     at("layer-numbers"),
     [
       { name: "Layer", numeric: true, value: (one) => one.layer },
-      { name: "Its Jacobian, others' bases", numeric: true, value: (one) => one.own, cell: (one) => fixed(one.own) },
-      {
-        name: "Its basis, others' Jacobians",
-        numeric: true,
-        value: (one) => one.others,
-        cell: (one) => fixed(one.others),
-      },
-      { name: "Norm after it", numeric: true, value: (one) => one.norm },
+      ...Object.entries(SIDES).map(([of, name]) => column(name[0].toUpperCase() + name.slice(1), found.profile, of)),
+      ...(found.untrained
+        ? Object.entries(SIDES).map(([of, name]) => column(`Untrained: ${name}`, found.untrained, of))
+        : []),
+      { name: "Norm after it", numeric: true, value: (one) => found.norms && found.norms[one.i + 1] },
     ],
     lines,
     {},

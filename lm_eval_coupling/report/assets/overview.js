@@ -3,18 +3,22 @@
 const AXES = {
   coupling: "coupling",
   excess: "coupling above chance",
-  line_shape_score: "line-shape score",
-  expodistance: "expodistance",
+  difference: "coupling, trained less untrained",
+  ...Object.fromEntries(DATA.readings.map((reading) => [reading.name, reading.label])),
 };
 const scoreName = (row) => state.score || row.main;
 const scoreOf = (row) => row.scores[scoreName(row)] || [null, null];
 const couplingOf = (row) => row.coupling[state.rank] || {};
+const READING = Object.fromEntries(DATA.readings.map((reading) => [reading.name, reading]));
 const axisOf = (row) =>
   state.axis === "coupling"
     ? [couplingOf(row).mean, couplingOf(row).stderr]
     : state.axis === "excess"
       ? [couplingOf(row).excess, couplingOf(row).stderr]
-      : row.regularity[state.axis];
+      : state.axis === "difference"
+        ? differenceOf(row, state.rank)
+        : readingOf(row, READING[state.axis]);
+const metric = (name) => name.replace(/,none$/, "");
 
 function shownRows() {
   const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
@@ -25,84 +29,128 @@ function shownRows() {
   );
 }
 
+/** Every column there is; `shown` are those that a page of 1,300 pixels has room for. */
+function overviewColumns() {
+  const measured = (name, of, digits, more = {}) => ({
+    name,
+    numeric: true,
+    value: (row) => of(row)[0],
+    error: (row) => of(row)[1],
+    cell: (row) => withError(of(row)[0], of(row)[1], digits),
+    ...more,
+  });
+  const twins = rows.some((row) => known(differenceOf(row, state.rank)[0]));
+  // Beyond the number of examples, which has a column of its own.
+  const prompting = (row) => row.prompting.split(", ").slice(1).join(", ");
+  const several = new Set(rows.filter((row) => row.measured).map(prompting)).size > 1;
+  return [
+    { name: "Model", shown: true, value: (row) => row.label },
+    { name: "Task", shown: true, value: (row) => row.task },
+    { name: "Parameters", numeric: true, value: (row) => row.n_params, cell: (row) => size(row.n_params) },
+    measured("Score", scoreOf, 4, { shown: true }),
+    { name: "Metric", shown: true, value: (row) => (known(scoreOf(row)[0]) ? metric(scoreName(row)) : null) },
+    measured("Coupling", (row) => [couplingOf(row).mean, couplingOf(row).stderr], 4, { shown: true }),
+    { name: "Chance", numeric: true, value: (row) => couplingOf(row).chance, cell: (row) => fixed(couplingOf(row).chance) },
+    {
+      name: "Excess",
+      shown: true,
+      numeric: true,
+      value: (row) => couplingOf(row).excess,
+      cell: (row) => signed(couplingOf(row).excess),
+      title: "coupling above chance",
+    },
+    measured("Less untrained", (row) => differenceOf(row, state.rank), 4, {
+      shown: twins,
+      title: "coupling of the trained weights less that of the untrained ones, over the documents of both",
+    }),
+    ...DATA.readings.map((reading) => measured(sentence(reading.label), (row) => readingOf(row, reading), 3)),
+    { name: "Shots", shown: true, numeric: true, value: (row) => row.n_fewshot },
+    { name: "Prompts", shown: several, text: true, value: (row) => prompting(row) || null, title: "how they were made" },
+    { name: "Scored", numeric: true, value: (row) => row.n_samples, title: "documents behind the score" },
+    { name: "Measured", shown: true, numeric: true, value: (row) => row.measured, title: "documents behind the coupling" },
+    { name: "Failed", numeric: true, value: (row) => row.failed, title: "documents that could not be measured" },
+    {
+      name: "Worst error",
+      shown: true,
+      numeric: true,
+      value: worstOf,
+      title: "largest relative error of a block's Jacobian on this task against the model's own derivative",
+    },
+  ];
+}
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+
 function renderOverview() {
   const shown = shownRows();
+  const columns = overviewColumns();
+  const chosen = state.columns ?? columns.filter((column) => column.shown).map((column) => column.name);
+  at("columns").replaceChildren(
+    ...columns.map((column) =>
+      element(
+        "label",
+        {},
+        element("input", {
+          type: "checkbox",
+          checked: chosen.includes(column.name) ? "" : null,
+          onchange: (event) => {
+            const names = event.target.checked
+              ? [...chosen, column.name]
+              : chosen.filter((name) => name !== column.name);
+            state.columns = columns.map((one) => one.name).filter((name) => names.includes(name));
+            show("overview");
+          },
+        }),
+        column.name,
+      ),
+    ),
+  );
   sortable(
     at("rows"),
-    [
-      { name: "Model", value: (row) => row.label },
-      { name: "Task", value: (row) => row.task },
-      { name: "Parameters", numeric: true, value: (row) => row.n_params, cell: (row) => size(row.n_params) },
-      { name: "Score", numeric: true, value: (row) => scoreOf(row)[0], cell: (row) => withError(...scoreOf(row)) },
-      { name: "Metric", value: (row) => (known(scoreOf(row)[0]) ? scoreName(row).replace(/,none$/, "") : null) },
-      {
-        name: "Coupling",
-        numeric: true,
-        value: (row) => couplingOf(row).mean,
-        cell: (row) => withError(couplingOf(row).mean, couplingOf(row).stderr),
-      },
-      {
-        name: "Chance",
-        numeric: true,
-        value: (row) => couplingOf(row).chance,
-        cell: (row) => fixed(couplingOf(row).chance),
-      },
-      {
-        name: "Excess",
-        numeric: true,
-        value: (row) => couplingOf(row).excess,
-        cell: (row) => signed(couplingOf(row).excess),
-        title: "coupling above chance",
-      },
-      {
-        name: "Line shape",
-        numeric: true,
-        value: (row) => row.regularity.line_shape_score[0],
-        cell: (row) => withError(...row.regularity.line_shape_score, 3),
-        title: "line-shape score: 1 for a straight trajectory",
-      },
-      {
-        name: "Expodistance",
-        numeric: true,
-        value: (row) => row.regularity.expodistance[0],
-        cell: (row) => withError(...row.regularity.expodistance, 3),
-        title: "0 for exactly exponential growth of the norm",
-      },
-      { name: "Shots", numeric: true, value: (row) => row.n_fewshot },
-      { name: "Scored", numeric: true, value: (row) => row.n_samples, title: "documents behind the score" },
-      { name: "Measured", numeric: true, value: (row) => row.measured, title: "documents behind the coupling" },
-      { name: "Failed", numeric: true, value: (row) => row.failed, title: "documents that could not be measured" },
-      {
-        name: "Worst error",
-        numeric: true,
-        value: (row) => row.worst_certificate,
-        title: "largest relative error of a block's Jacobian against the model's own derivative",
-      },
-    ],
+    columns.filter((column) => chosen.includes(column.name)),
     shown,
     { current: (row) => rows.indexOf(row) === state.row, open: (row) => openRow(rows.indexOf(row)) },
   );
   renderScatter(shown);
 }
 
+/** Perplexity and accuracy never share an axis: without a choice the metric that most rows list first is drawn. */
+function drawnMetric(points) {
+  if (state.score) return state.score;
+  const counts = new Map();
+  for (const row of points) counts.set(row.main, (counts.get(row.main) || 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0];
+}
+
 function renderScatter(shown) {
-  const points = shown.filter((row) => known(scoreOf(row)[0]) && known((axisOf(row) || [])[0]));
+  const of = (row) => row.scores[name] || [null, null];
+  const there = shown.filter((row) => known(scoreOf(row)[0]) && known((axisOf(row) || [])[0]));
+  const name = drawnMetric(there);
+  const tasksThere = [...new Set(there.map((row) => row.task))];
+  fill(at("scatter-task"), [["", "all tasks"], ...tasksThere.map((task) => [task, task])], state.scatterTask);
+  const points = there.filter(
+    (row) => known(of(row)[0]) && (state.score || row.main === name) && (!state.scatterTask || row.task === state.scatterTask),
+  );
+  const others = there.length - there.filter((row) => known(of(row)[0]) && (state.score || row.main === name)).length;
+  at("scatter-note").textContent = others
+    ? `Drawn is ${metric(name)}; ${others} rows of other metrics are not: choose a score above.`
+    : "";
   if (!points.length) return clear(at("scatter"), "No row has both this score and a coupling at this K.");
+  const places = labelPlaces(points.map((row) => [axisOf(row)[0], of(row)[0]]));
   const tasks = [...new Set(points.map((row) => row.task))];
   const traces = tasks.map((task, i) => {
     const members = points.filter((row) => row.task === task);
     const bar = (values) => ({ type: "data", array: values.map((value) => value ?? 0), thickness: 1, width: 3 });
     return {
       type: "scatter",
-      mode: points.length <= 16 ? "markers+text" : "markers",
+      mode: points.length <= 12 ? "markers+text" : "markers", // the names of more are told on hover
       name: plain(task),
       customdata: members.map((row) => rows.indexOf(row)),
       x: members.map((row) => axisOf(row)[0]),
-      y: members.map((row) => scoreOf(row)[0]),
+      y: members.map((row) => of(row)[0]),
       error_x: bar(members.map((row) => axisOf(row)[1])),
-      error_y: bar(members.map((row) => scoreOf(row)[1])),
+      error_y: bar(members.map((row) => of(row)[1])),
       text: members.map((row) => plain(row.label)),
-      textposition: "top right",
+      textposition: members.map((row) => places[points.indexOf(row)]),
       textfont: { size: 11 },
       cliponaxis: false,
       hoverinfo: "text",
@@ -110,60 +158,57 @@ function renderScatter(shown) {
         [
           `<b>${plain(row.label)}</b>`,
           plain(row.task),
-          `${AXES[state.axis]} ${fixed(axisOf(row)[0])} ± ${fixed(axisOf(row)[1])}`,
-          `${plain(scoreName(row))} ${fixed(scoreOf(row)[0])} ± ${fixed(scoreOf(row)[1])}`,
+          `${plain(AXES[state.axis])} ${fixed(axisOf(row)[0])} ± ${fixed(axisOf(row)[1])}`,
+          `${plain(name)} ${fixed(of(row)[0])} ± ${fixed(of(row)[1])}`,
         ].join("<br>"),
       ),
       marker: { size: 10, color: COLOURS[i % COLOURS.length], symbol: SYMBOLS[i % SYMBOLS.length] },
     };
   });
   const chance = { coupling: chanceOf(state.rank).coupling, excess: 0 }[state.axis];
-  const names = new Set(points.map(scoreName));
   if (known(chance)) {
-    // plots are not scaled to the lines drawn over them
-    traces.push({
-      type: "scatter",
-      mode: "markers",
-      x: [chance],
-      y: [scoreOf(points[0])[0]],
-      hoverinfo: "skip",
-      showlegend: false,
-      marker: { opacity: 0 },
-    });
+    const scores = points.map((row) => of(row)[0]);
+    const [low, high] = [Math.min(...scores), Math.max(...scores)];
+    const room = (high - low || Math.abs(high) || 1) * 0.1;
+    traces.push({ ...levelLine(`chance ${chance.toFixed(3)}`, [chance, chance], [low - room, high + room]), chance: true });
   }
-  const marks = known(chance)
-    ? {
-        shapes: [
-          {
-            type: "line",
-            x0: chance,
-            x1: chance,
-            yref: "paper",
-            y0: 0,
-            y1: 1,
-            line: { dash: "dot", width: 2, color: "#8c8c8c" },
-          },
-        ],
-        annotations: [
-          { x: chance, y: 1, yref: "paper", text: "chance", showarrow: false, xanchor: "left", yanchor: "top" },
-        ],
-      }
-    : {};
-  const unit = state.axis === "coupling" || state.axis === "excess" ? `, K = ${state.rank}` : "";
+  const unit = state.axis in { coupling: 1, excess: 1, difference: 1 } || READING[state.axis]?.of_rank ? `, K = ${state.rank}` : "";
   draw(
     at("scatter"),
     traces,
     {
-      height: 460,
-      ...marks,
+      height: 480,
       showlegend: true,
-      xaxis: { title: { text: AXES[state.axis] + unit } },
-      yaxis: { title: { text: names.size === 1 ? plain([...names][0]) : "score" } },
+      xaxis: { title: { text: plain(AXES[state.axis]) + unit } },
+      yaxis: { title: { text: plain(metric(name)) } },
     },
-    `Scatter plot of ${points.length} points, score against ${AXES[state.axis]}; the numbers are in the table above.`,
+    `Scatter plot of ${points.length} points, ${metric(name)} against ${AXES[state.axis]}; the numbers are in the table above.`,
   ).then((plot) => {
     plot.removeAllListeners("plotly_click");
-    plot.on("plotly_click", (event) => openRow(event.points[0].customdata));
+    plot.on("plotly_click", (event) => {
+      const number = event.points[0].customdata;
+      if (number !== undefined) openRow(number);
+    });
+  });
+}
+
+/** Where each label stands so that it covers no other one, if one of four places allows that. */
+function labelPlaces(points) {
+  const scale = (axis) => {
+    const values = points.map((point) => point[axis]);
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    return (value) => (high > low ? (value - low) / (high - low) : 0.5);
+  };
+  const [sx, sy] = [scale(0), scale(1)];
+  const sides = { "top right": [0.07, 0.03], "bottom right": [0.07, -0.03], "top left": [-0.07, 0.03], "bottom left": [-0.07, -0.03] };
+  const taken = [];
+  return points.map(([x, y]) => {
+    const free = Object.entries(sides).find(([, [dx, dy]]) =>
+      taken.every(([a, b]) => Math.abs(sx(x) + dx - a) > 0.16 || Math.abs(sy(y) + dy - b) > 0.045),
+    );
+    const [side, [dx, dy]] = free || Object.entries(sides)[0];
+    taken.push([sx(x) + dx, sy(y) + dy]);
+    return side;
   });
 }
 

@@ -15,7 +15,11 @@ const CONTROLS = {
   "document-filter": "search",
   answer: "answer",
   compare: "compare",
+  "scatter-task": "scatterTask",
 };
+// What a link to a view tells: place and selection, as far as they are not those of a fresh page.
+const LINKED = ["tab", "rank", "score", "axis", "level", "filter", "search", "answer", "scatterTask", "document"];
+const FRESH = { ...state };
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function show(name) {
@@ -32,17 +36,50 @@ function show(name) {
   const row = rows[state.row];
   fill(
     at("model"),
-    rows.map((other) => [other.model + "\n" + other.revision, other.label]),
-    row.model + "\n" + row.revision,
+    rows.map((other) => [other.label, other.label]),
+    row.label,
   );
   fill(
     at("task"),
     rows
-      .filter((other) => other.model === row.model && other.revision === row.revision)
+      .filter((other) => other.label === row.label)
       .map((other) => [other.task, other.task]),
     row.task,
   );
   RENDER[name]();
+  remember();
+}
+
+function remember() {
+  const told = new URLSearchParams();
+  for (const name of LINKED) if (known(state[name]) && state[name] !== FRESH[name]) told.set(name, state[name]);
+  if (state.compare) told.set("compare", "1");
+  if (state.columns) told.set("columns", state.columns.join("|"));
+  if (state.row !== FRESH.row) {
+    told.set("model", rows[state.row].label);
+    told.set("task", rows[state.row].task);
+  }
+  history.replaceState(null, "", "#" + told);
+}
+
+/** Take place and selection from the address; what it does not tell, or tells wrongly, is as on a fresh page. */
+function recall() {
+  const told = new URLSearchParams(location.hash.slice(1));
+  Object.assign(state, FRESH);
+  for (const name of LINKED) if (told.has(name)) state[name] = told.get(name);
+  if (!(state.tab in RENDER)) state.tab = FRESH.tab;
+  if (!ranks.includes(state.rank)) state.rank = FRESH.rank;
+  if (!(state.axis in AXES)) state.axis = FRESH.axis;
+  state.document = told.has("document") && /^\d+$/.test(told.get("document")) ? Number(told.get("document")) : null;
+  state.compare = told.has("compare");
+  state.columns = told.has("columns") ? told.get("columns").split("|") : null;
+  const row = rows.findIndex((one) => one.label === told.get("model") && one.task === told.get("task"));
+  if (row >= 0) state.row = row;
+  for (const [id, name] of Object.entries(CONTROLS))
+    if (at(id).type === "checkbox") at(id).checked = state[name];
+    else at(id).value = state[name];
+  at("level").value ||= state.level = FRESH.level;
+  at("score").value = [...at("score").options].some((option) => option.value === state.score) ? state.score : (state.score = "");
 }
 
 function fill(select, options, chosen) {
@@ -59,13 +96,11 @@ function choose(id, change) {
 }
 
 function start() {
-  const models = new Set(rows.map((row) => row.model + "\n" + row.revision)).size;
+  const models = new Set(rows.map((row) => row.label)).size;
   const tasks = new Set(rows.map((row) => row.task)).size;
   const prompts = DATA.tables.reduce((sum, table) => sum + table.total, 0);
   const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-  at("summary").textContent = [plural(models, "model"), plural(tasks, "task"), plural(prompts, "measured prompt")].join(
-    ", ",
-  );
+  at("summary").textContent = [plural(models, "model"), plural(tasks, "task"), plural(prompts, "measured prompt")].join(", ");
   fill(
     at("rank"),
     ranks.map((rank) => [rank, rank]),
@@ -83,6 +118,7 @@ function start() {
     "",
   );
   fill(at("axis"), Object.entries(AXES), state.axis);
+  at("passed-over").textContent = DATA.passed_over.length ? `Passed over: ${DATA.passed_over.join("; ")}` : "";
   tabs.forEach((tab, i) => {
     tab.addEventListener("click", () => show(tab.getAttribute("aria-controls")));
     tab.addEventListener("keydown", (event) => {
@@ -100,18 +136,22 @@ function start() {
     });
   }
   choose("model", (control) => {
-    const [model, revision] = control.value.split("\n");
     const task = rows[state.row].task;
-    const own = rows.filter((row) => row.model === model && row.revision === revision);
+    const own = rows.filter((row) => row.label === control.value);
     state.row = rows.indexOf(own.find((row) => row.task === task) || own[0]);
     state.document = null;
   });
   choose("task", (control) => {
-    const { model, revision } = rows[state.row];
-    state.row = rows.findIndex((row) => row.model === model && row.revision === revision && row.task === control.value);
+    const { label } = rows[state.row];
+    state.row = rows.findIndex((row) => row.label === label && row.task === control.value);
     state.document = null;
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(state.tab));
+  addEventListener("hashchange", () => {
+    recall();
+    show(state.tab);
+  });
+  recall();
   show(state.tab);
 }
 

@@ -11,8 +11,9 @@ function layout(more) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif" },
-    margin: { l: 55, r: 15, t: 15, b: 50 },
-    legend: { orientation: "h", y: -0.2 },
+    margin: { l: 55, r: 15, t: 38, b: 50 }, // the bar of tools stands in the margin above
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
+    legend: { orientation: "h", y: -0.24, traceorder: "normal" },
     hovermode: "closest",
     hoverlabel: { font: { family: "system-ui, sans-serif" } },
     ...more,
@@ -75,8 +76,8 @@ function heatMap(holder, matrix, rank) {
     holder,
     [trace],
     {
-      height: side + 70,
-      margin: { l: 50, r: 30, t: 10, b: 115 },
+      height: side + 98,
+      margin: { l: 50, r: 30, t: 38, b: 115 },
       xaxis: { title: { text: "singular vectors of layer" }, constrain: "domain", showgrid: false, ...numbers },
       yaxis: {
         title: { text: "Jacobian of layer" },
@@ -105,3 +106,22 @@ function line(values, name, i, more = {}) {
   };
 }
 const depths = (count) => Array.from({ length: count }, (_, i) => (count > 1 ? i / (count - 1) : 0));
+
+/** A band of one standard error around a curve, in its colour; Plotly fills from one line to the one before it. */
+function band(values, errors, i, x) {
+  const there = values.map((value, at) => known(value) && known(errors[at]));
+  const edge = (sign) => values.map((value, at) => (there[at] ? value + sign * errors[at] : null));
+  const hidden = { type: "scatter", mode: "lines", x, hoverinfo: "skip", showlegend: false, line: { width: 0 } };
+  const fill = COLOURS[i % COLOURS.length] + "33";
+  return [{ ...hidden, y: edge(-1) }, { ...hidden, y: edge(1), fill: "tonexty", fillcolor: fill }];
+}
+/** A dotted line of its own name in the legend, where no label covers anything. */
+const levelLine = (name, x, y) => ({
+  type: "scatter",
+  mode: "lines",
+  name,
+  x,
+  y,
+  hoverinfo: "name",
+  line: { dash: "dot", width: 2, color: "#8c8c8c" },
+});

@@ -21,29 +21,18 @@ function flat(value, name = "") {
 }
 
 function renderProvenance() {
-  at("provenance").replaceChildren(
-    ...DATA.provenance.map((run, i) =>
-      element(
-        "div",
-        {},
-        element("h2", {}, rows.find((row) => row.run === i).label),
-        ...(run.run_id ? [] : [element("p", { class: "note" }, "Scored without measuring coupling.")]),
-        element(
-          "div",
-          { class: "wide" },
-          element(
-            "table",
-            {},
-            element(
-              "tbody",
-              {},
-              ...flat(run).map(([name, value]) =>
-                element("tr", {}, element("th", { scope: "row" }, name.replaceAll("_", " ")), element("td", {}, value)),
-              ),
-            ),
-          ),
-        ),
-      ),
-    ),
+  const row = rows[state.row];
+  const run = DATA.provenance[row.run];
+  const lines = flat(run).map(([name, value]) => ({ name: name.replaceAll("_", " "), value }));
+  at("provenance-title").textContent = `${row.label}, ${run.file}`;
+  at("provenance-note").textContent = run.run_id ? "" : "Scored without measuring coupling.";
+  sortable(
+    at("provenance-table"),
+    [
+      { name: "What", value: (one) => one.name },
+      { name: "Value", text: true, value: (one) => one.value },
+    ],
+    lines,
+    {},
   );
 }

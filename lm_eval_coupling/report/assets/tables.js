@@ -2,7 +2,7 @@
 
 const sorting = {};
 
-/** Fill `holder` with a table whose headers sort it. A column is {name, value, cell?, numeric?, title?}. */
+/** Fill `holder` with a table whose headers sort it. A column is {name, value, error?, cell?, numeric?, title?}. */
 function sortable(holder, columns, items, { current, open }) {
   const order = (sorting[holder.id] ??= { column: null, down: false });
   const sorted = [...items];
@@ -81,7 +81,11 @@ function sortable(holder, columns, items, { current, open }) {
       });
     return line;
   });
+  const name = holder.getAttribute("aria-label") || holder.id;
+  const save = element("button", { class: "save", onclick: () => download(`${name}.csv`, csvOf(columns, sorted)) }, "CSV");
+  save.setAttribute("aria-label", `Download as CSV: ${name}`);
   holder.replaceChildren(
+    save,
     element("table", {}, element("thead", {}, element("tr", {}, ...header)), element("tbody", {}, ...body)),
   );
 }
