@@ -27,6 +27,7 @@ def record(task="arc", doc_id=0, prompt_index=0, ranks=(10, 30), layers=4, reaso
         "prompt_index": prompt_index,
         "kind": "context",
         "weights": "trained",
+        "place": 0,
         "reused": 0,
         "text": f"Question {doc_id}: why is the sky blue?\nAnswer:",
         "n_tokens": 5,

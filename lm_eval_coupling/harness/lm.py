@@ -164,15 +164,22 @@ class CouplingLM(HFLM):
         Returns:
             Rows, those of the trained weights first, and what to count: ``reused`` ones, and whether it was ``interrupted``.
         """
-        measured = self.session.measure([prompt.tokens for _, _, prompt in prompts])
-        rows = [
-            self._row(document, index, prompt, subject.weights, measured)
-            for subject in self.session.subjects
-            for document, index, prompt in prompts
-            if prompt.tokens in measured.of(subject.weights)
-        ]
-        reused = sum(row.reused for row in rows if row.weights == TRAINED)
-        return rows, {"reused": reused, "interrupted": measured.interrupted}
+        rows: list[Row] = []
+        interrupted = False
+        for session in self.session.at_every_place():
+            asked = [one for one in prompts if session.has(one[2].tokens)]
+            measured = session.measure([prompt.tokens for _, _, prompt in asked])
+            rows += [
+                self._row(document, index, prompt, subject.weights, measured, session.place)
+                for subject in session.subjects
+                for document, index, prompt in asked
+                if prompt.tokens in measured.of(subject.weights)
+            ]
+            if interrupted := measured.interrupted:
+                break
+        rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places in their order
+        reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
+        return rows, {"reused": reused, "interrupted": interrupted}
 
     def _with_prompts(self, documents: Sequence[Document]) -> list[tuple[Document, int, Prompt]]:
         return [(document, index, prompt) for document in documents for index, prompt in enumerate(self._prompts(document))]
@@ -184,7 +191,7 @@ class CouplingLM(HFLM):
             logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
             return []
 
-    def _row(self, document: Document, index: int, prompt: Prompt, weights: str, measured: Measured) -> Row:
+    def _row(self, document: Document, index: int, prompt: Prompt, weights: str, measured: Measured, place: int) -> Row:
         return Row(
             document=document.key,
             doc_id=document.doc_id,
@@ -194,6 +201,7 @@ class CouplingLM(HFLM):
             weights=weights,
             measured=measured.of(weights)[prompt.tokens],
             reused=prompt.tokens in measured.reused.get(weights, ()),
+            place=place,
         )
 
     def _info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.prompts import READINGS
+from lm_eval_coupling.measures.formulas.choices import positions_at_most
 from lm_eval_coupling.measuring.settings import Settings
 
 PREFIX = "coupling_"
@@ -24,7 +26,7 @@ class Options:
     settings: Settings
     limit: int | None
     seed: int
-    position: int
+    position: int | str
     prompt: str
     untrained: int | None
     store: Path | None
@@ -70,7 +72,7 @@ class Options:
             ),
             limit=None if limit == "all" else _whole("limit", limit),
             seed=_whole("seed", seed),
-            position=_whole("position", position),
+            position=_positions(position),
             prompt=_one_of("prompt", prompt, READINGS),
             untrained=None if untrained is None else _whole("untrained", untrained),
             store=_path("store", store),
@@ -108,12 +110,16 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting that a reader of the results must know."""
-        return self.settings.as_dict() | {
-            "limit": "all" if self.limit is None else self.limit,
-            "seed": self.seed,
-            "position": self.position,
-            "prompt": self.prompt,
-        }
+        return (
+            self.settings.as_dict()
+            | {
+                "limit": "all" if self.limit is None else self.limit,
+                "seed": self.seed,
+                "position": self.position if positions_at_most(self.position) == 1 else _first(self.position),
+                "prompt": self.prompt,
+            }
+            | ({"positions": self.position} if positions_at_most(self.position) > 1 else {})
+        )
 
 
 def settings_of(words: str, option: str = "--coupling") -> dict[str, str]:
@@ -151,6 +157,20 @@ def _whole(name: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         pass
     raise CouplingError(f"got {PREFIX}{name}={value!r}, expected a whole number")
+
+
+def _positions(value: Any) -> int | str:
+    """One token as a number, several as they are written, such as ``-1+0+last4``."""
+    parts = [str(part) if re.fullmatch(r"[a-z]+[0-9]+", str(part)) else _whole("position", part) for part in _several(value)]
+    choice = parts[0] if len(parts) == 1 else "+".join(map(str, parts))
+    positions_at_most(choice)
+    return choice
+
+
+def _first(choice: int | str) -> int | str:
+    """The token that the headline is of: runs with the same one compare, whatever was measured besides."""
+    first = str(choice).split("+")[0]
+    return int(first) if first.lstrip("-").isdigit() else first
 
 
 def _yes(name: str, value: Any) -> bool:

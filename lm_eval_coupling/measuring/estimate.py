@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.engine import resolve_token
 from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
@@ -21,14 +20,14 @@ def memory_needed(model: ResidualModel, batches: Sequence[Sequence[Sequence[int]
     return f"measuring takes {max(needed, key=lambda memory: memory.total)}"
 
 
-def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, settings: Settings, position: int) -> str:
+def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, settings: Settings) -> str:
     """In words, what each measure took of a first prompt, and about how long ``left`` more will take.
 
     Several prompts at once take less time than one after the other, so the estimate is on the safe side; the bar knows
     better as soon as a batch is done.
     """
     of_measures = [
-        f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name, position)}"
+        f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"
         for name, found in first.found.items()
         if found.seconds > 0
     ]
@@ -36,10 +35,11 @@ def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, setti
     return f"{what}; the other {left} take up to {_duration(left * first.seconds)}" if left else what
 
 
-def _extra(model: ResidualModel, first: PromptCoupling, settings: Settings, name: str, position: int) -> str:
+def _extra(model: ResidualModel, first: PromptCoupling, settings: Settings, name: str) -> str:
     try:
-        at = resolve_token(position, len(first.tokens))
-        jacobians, megabytes = dataclasses.replace(settings, measures=(name,)).extra(model.n_layers, model.d_model, at)
+        jacobians, megabytes = dataclasses.replace(settings, measures=(name,)).extra(
+            model.n_layers, model.d_model, first.position
+        )
     except CouplingError:
         return ""  # tokens that the prompt does not have: its record says so
     return f" with {jacobians} more Jacobians, {megabytes:.0f} MB of them at a time" if jacobians else ""

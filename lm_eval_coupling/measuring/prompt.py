@@ -13,6 +13,7 @@ from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.jacobians.engine import resolve_token
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures import registry
+from lm_eval_coupling.measures.formulas.choices import chosen_positions
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.batch import DTYPES, Batch, reason_of
 from lm_eval_coupling.measuring.record import PromptCoupling
@@ -29,7 +30,7 @@ def measure_coupling(
     *,
     ranks: Sequence[int] = (10, 30, 50),
     measures: Sequence[str] = ("depth", "regularity"),
-    position: int = -1,
+    position: int | str = -1,
     dtype: str = "float32",
     method: str = "auto",
     window: int | None = None,
@@ -47,7 +48,8 @@ def measure_coupling(
             classifier pixel values [channel, height, width], to be measured at its class token with ``position=0``.
         ranks: numbers K of top singular vectors.
         measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``.
-        position: token whose trajectory is measured; negative counts from the end.
+        position: token whose trajectory is measured, negative counts from the end; or several such as ``-1+0+last4`` or
+            ``random8``, which give a record each.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
         method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
         window: blocks of the windowed line-shape score and expodistance; 11, or all of a shallower model's, unless given.
@@ -57,7 +59,8 @@ def measure_coupling(
         progress: show a progress bar.
 
     Returns:
-        One record per prompt, in order. A prompt that cannot be measured gives a record whose ``reason`` says why.
+        One record per prompt, in order, or one per prompt and token. A prompt that cannot be
+        measured gives a record whose ``reason`` says why.
 
     Raises:
         CouplingError: for settings that no prompt could be measured with.
@@ -74,13 +77,15 @@ def measure_coupling(
     )
     settings.check_shape(model.d_model, model.n_layers)
     encoded = token_ids(model, prompts)
+    places = [(tokens, token) for tokens in encoded for token in chosen_positions(position, len(tokens))]
     records: dict[int, PromptCoupling] = {}
-    with tqdm(total=len(encoded), desc="Measuring coupling", disable=not progress) as bar:
-        for together in groups(model, encoded, settings):
-            found = measure_prompts(model, [encoded[i] for i in together], position, settings)
+    with tqdm(total=len(places), desc="Measuring coupling", disable=not progress) as bar:
+        for together in groups(model, [tokens for tokens, _ in places], settings):
+            prompts, tokens_there = zip(*(places[i] for i in together), strict=True)
+            found = measure_prompts(model, prompts, tokens_there, settings)
             records.update(zip(together, found, strict=True))
             bar.update(len(together))
-    return [records[i] for i in range(len(encoded))]
+    return [records[i] for i in range(len(places))]
 
 
 def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:
@@ -96,16 +101,20 @@ def measure_prompt(model: Model, tokens: Sequence[int], position: int, settings:
 
 @exact_arithmetic()
 def measure_prompts(
-    model: Model, prompts: Sequence[Sequence[int]], position: int, settings: Settings
+    model: Model, prompts: Sequence[Sequence[int]], position: int | Sequence[int], settings: Settings
 ) -> list[PromptCoupling]:
-    """The records of several prompts, measured together; what fails together is measured in halves, down to one alone."""
+    """The records of several prompts, measured together; what fails together is measured in halves, down to one alone.
+
+    ``position`` is one token of all prompts, or one for each; negative counts from the end.
+    """
+    asked = [position] * len(prompts) if isinstance(position, int) else list(position)
     at: list[int] = []
     found: dict[int, dict[str, Found]] = {}
-    for i, tokens in enumerate(prompts):
+    for i, (tokens, token) in enumerate(zip(prompts, asked, strict=True)):
         try:
-            at.append(resolve_token(position, len(tokens)))
+            at.append(resolve_token(token, len(tokens)))
         except CouplingError as error:
-            at.append(position)
+            at.append(token)
             found[i] = _nothing(settings, Reason("no_such_token", str(error)))
     there = [i for i in range(len(prompts)) if i not in found]
     measured = _measured(model, [prompts[i] for i in there], [at[i] for i in there], settings)

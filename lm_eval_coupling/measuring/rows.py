@@ -32,6 +32,7 @@ class Row:
     weights: str
     measured: PromptCoupling
     reused: bool = field(default=False, kw_only=True)
+    place: int = field(default=0, kw_only=True)
 
     def to_columns(self) -> dict[str, Any]:
         """As it is written."""
@@ -43,15 +44,17 @@ class Row:
             "n_tokens": len(self.measured.tokens),
             "weights": self.weights,
             "reused": int(self.reused),
+            "place": self.place,
         }
         return about | self.measured.to_columns()
 
 
 def by_document(rows: Iterable[Row]) -> dict[DocumentKey, list[PromptCoupling]]:
-    """The measured prompts of each document."""
+    """The prompts of each document, as they were measured at the first of the tokens that were asked for."""
     found: dict[DocumentKey, list[PromptCoupling]] = {}
     for row in rows:
-        found.setdefault(row.document, []).append(row.measured)
+        if row.place == 0:
+            found.setdefault(row.document, []).append(row.measured)
     return found
 
 

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
 from lm_eval_coupling.measures.registry import Found, measures
 from lm_eval_coupling.measuring.estimate import memory_needed, seconds_needed
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
@@ -56,15 +57,29 @@ class Session:
 
     subjects: Sequence[Subject]
     settings: Settings
-    position: int
+    position: int | str
     store: MeasurementStore
     quiet: bool = False
     """Neither a bar nor a word of the cost: one process of several speaks for all."""
+    place: int = 0
+    """Which of the tokens that ``position`` names is measured; the headline is of the first."""
 
     @property
     def trained(self) -> Subject:
         """The weights that are scored."""
         return self.subjects[0]
+
+    def at_every_place(self) -> Iterator[Session]:
+        """This session for each token of a prompt that ``position`` names."""
+        for place in range(positions_at_most(self.position)):
+            yield dataclasses.replace(self, place=place)
+
+    def has(self, tokens: Tokens) -> bool:
+        """Whether a prompt is long enough for another token at this place."""
+        return self.place < len(chosen_positions(self.position, len(tokens)))
+
+    def _asked(self, tokens: Tokens) -> int:
+        return chosen_positions(self.position, len(tokens))[self.place]
 
     def measure(self, prompts: Sequence[Tokens]) -> Measured:
         """Measure each distinct prompt once on each set of weights.
@@ -106,7 +121,7 @@ class Session:
         logger.info("coupling: %d Jacobians came from a slower level than the fastest: %s%s", found.total(), told, others)
 
     def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
-        position = resolve_token(self.position, len(tokens))
+        position = resolve_token(self._asked(tokens), len(tokens))
         return self.store.key(subject.model.identity, measure, self.settings.of(measure), tokens, position)
 
     def _recalled(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
@@ -128,7 +143,7 @@ class Session:
         return tuple(name for name in self.settings.measures if name not in found)
 
     def _record(self, tokens: Tokens, found: Mapping[str, Found]) -> PromptCoupling:
-        position = resolve_token(self.position, len(tokens))
+        position = resolve_token(self._asked(tokens), len(tokens))
         return PromptCoupling(tokens, position, self.settings.ranks, {n: found[n] for n in self.settings.measures})
 
     def _keep(self, subject: Subject, record: PromptCoupling) -> None:
@@ -151,13 +166,13 @@ class Session:
         what = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
         with tqdm(total=waiting, desc=what, unit="prompt", disable=self.quiet or not waiting) as bar:
             for number, (settings, batch) in enumerate(batches):
-                found = measure_prompts(subject.model, batch, self.position, settings)
+                found = measure_prompts(subject.model, batch, list(map(self._asked, batch)), settings)
                 for record in found:
                     self._keep(subject, record)
                     records[record.tokens] = self._with_known(record, known)
                 bar.update(len(batch))
                 if number == 0 and not self.quiet:
-                    told = seconds_needed(subject.model, found[0], waiting - 1, self.settings, self.position)
+                    told = seconds_needed(subject.model, found[0], waiting - 1, self.settings)
                     logger.info("coupling: %s", told)
 
     def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
@@ -170,10 +185,10 @@ class Session:
             if not batches:
                 continue
             settings, batch = batches[0]
-            (record,) = measure_prompts(subject.model, batch, self.position, settings)
+            (record,) = measure_prompts(subject.model, batch, list(map(self._asked, batch)), settings)
             self._keep(subject, record)
             left = sum(len(batch) for _, batch in batches[1:])
-            told.append(seconds_needed(subject.model, record, left, self.settings, self.position))
+            told.append(seconds_needed(subject.model, record, left, self.settings))
             told.append(memory_needed(subject.model, [batch for _, batch in batches], self.settings))
         return told
 

@@ -15,7 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_records(
-    path: Path | str, *, newest: bool = True, columns: Sequence[str] | None = None, weights: str = "trained"
+    path: Path | str,
+    *,
+    newest: bool = True,
+    columns: Sequence[str] | None = None,
+    weights: str = "trained",
+    places: str = "first",
 ) -> pd.DataFrame:
     """Read saved tables.
 
@@ -24,6 +29,7 @@ def load_records(
         newest: of the same weights, prompts and task in the same folder only the newest table.
         columns: only those columns of the record that are named here, which saves most of the time.
         weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``, told apart in a column.
+        places: ``first``, the token that the run's values are of, or ``all`` that ``coupling_position`` named.
 
     Returns:
         One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
@@ -36,8 +42,10 @@ def load_records(
     """
     if weights not in ("trained", "untrained", "all"):
         raise CouplingError(f"got weights={weights!r}, expected trained, untrained or all")
+    if places not in ("first", "all"):
+        raise CouplingError(f"got places={places!r}, expected first or all")
     found = find_tables(path, newest=newest)
-    return pd.concat([read_table(run, table, columns, weights) for run, table in found], ignore_index=True)
+    return pd.concat([read_table(run, table, columns, weights, places) for run, table in found], ignore_index=True)
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun, SavedTable]]:
@@ -71,10 +79,16 @@ def require_tables(found: Sequence[tuple[SavedRun, SavedTable]], runs: SavedRuns
 
 
 def read_table(
-    run: SavedRun, table: SavedTable, columns: Sequence[str] | None = None, weights: str = "trained"
+    run: SavedRun,
+    table: SavedTable,
+    columns: Sequence[str] | None = None,
+    weights: str = "trained",
+    places: str = "first",
 ) -> pd.DataFrame:
     """The rows of one table with the columns of its run."""
-    rows = table.read(columns, weights=weights).drop(columns="model", errors="ignore")  # the run knows it in full
+    rows = table.read(columns, weights=weights, places=places).drop(
+        columns="model", errors="ignore"
+    )  # the run knows it in full
     about = {
         "model": run.model,
         "revision": run.revision,

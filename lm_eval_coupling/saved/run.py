@@ -52,22 +52,28 @@ class SavedTable:
         """Those that may have rows of these weights; the first is there in any case, for its columns."""
         return [self.file, *([self.twin] if self.twin is not None and weights != "trained" else [])]
 
-    def read(self, columns: Sequence[str] | None = None, *, weights: str = "trained") -> pd.DataFrame:
+    def read(self, columns: Sequence[str] | None = None, *, weights: str = "trained", places: str = "first") -> pd.DataFrame:
         """All rows of some columns at once; see :meth:`batches`."""
         parts = []
         for file in self._files(weights):
             with open_table(file) as table:
-                parts.append(self._of(frame_of(table.read(self._wanted(columns))), weights))
+                parts.append(self._of(frame_of(table.read(self._wanted(columns))), columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
     def batches(
-        self, columns: Sequence[str] | None = None, *, weights: str = "trained", rows: int = _AT_ONCE
+        self,
+        columns: Sequence[str] | None = None,
+        *,
+        weights: str = "trained",
+        places: str = "first",
+        rows: int = _AT_ONCE,
     ) -> Iterator[pd.DataFrame]:
         """The prompts of these weights, some rows at a time, at least one part, which may be empty.
 
         Args:
             columns: those to read, ``weights`` besides; those that the table lacks are left out. None: all.
             weights: ``trained``, ``untrained`` or ``all``.
+            places: ``first``, of the tokens that a prompt was measured at, or ``all``.
             rows: at most so many at a time.
         """
         wanted = self._wanted(columns)
@@ -75,18 +81,24 @@ class SavedTable:
             with open_table(file) as table:
                 if file == self.file:
                     empty = table.schema_arrow.empty_table()
-                    yield self._of(frame_of(empty if wanted is None else empty.select(wanted)), weights)
+                    some = empty if wanted is None else empty.select(wanted)
+                    yield self._of(frame_of(some), columns, weights, places)
                 for batch in table.iter_batches(batch_size=rows, columns=wanted):
-                    if len(part := self._of(frame_of(batch), weights)):
+                    if len(part := self._of(frame_of(batch), columns, weights, places)):
                         yield part
 
     def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
-        return None if columns is None else [name for name in self.columns if name in (*columns, "weights")]
+        return None if columns is None else [name for name in self.columns if name in (*columns, "weights", "place")]
 
-    def _of(self, rows: pd.DataFrame, weights: str) -> pd.DataFrame:
+    def _of(self, rows: pd.DataFrame, columns: Sequence[str] | None, weights: str, places: str) -> pd.DataFrame:
         # Tables from before there were twins do not say.
         rows["weights"] = rows["weights"].fillna("trained") if "weights" in rows else pd.Series("trained", rows.index)
-        return rows if weights == "all" else rows[rows["weights"] == weights].reset_index(drop=True)
+        kept = pd.Series(True, rows.index) if weights == "all" else rows["weights"] == weights
+        if places == "first" and "place" in rows:
+            kept &= ~rows["place"].fillna(0).astype(bool)  # those that do not say have one
+        if columns is not None and "place" not in columns:
+            rows = rows.drop(columns="place", errors="ignore")
+        return rows if kept.all() else rows[kept].reset_index(drop=True)
 
 
 @dataclasses.dataclass(frozen=True)

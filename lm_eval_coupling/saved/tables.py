@@ -43,6 +43,7 @@ DOCUMENT = (
     Column("kind", "", "what the prompt is to the task: its context, or a whole text", "text"),
     Column("weights", "", "trained, or untrained for the twin of coupling_untrained", "text"),
     Column("reused", "", "1 if an earlier run of the same weights and software had measured it, else 0", "whole"),
+    Column("place", "", "number of the measured token among those of coupling_position; values of a run are of 0", "whole"),
     Column("text", "", "the prompt, decoded from its tokens", "text"),
     Column("coupling", "rank", "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it", "double"),
     Column("n_tokens", "", "number of tokens of the prompt", "whole"),

@@ -8,6 +8,7 @@ import re
 from lm_eval_coupling.errors import CouplingError
 
 TOKENS = "all, lastN, firstN, randomN such as last8, or positions such as 0+3+-1"
+POSITIONS = "a token such as -1, or several such as -1+0+last4 or random8"
 LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
 
 
@@ -32,6 +33,30 @@ def chosen_tokens(choice: str, position: int) -> list[int]:
             f"got token {bad[0]} of a prompt whose measured token is number {position}, expected {-seq} to {position}"
         )
     return sorted({t % seq for t in found})
+
+
+def chosen_positions(choice: str | int, seq: int) -> list[int]:
+    """The tokens of a prompt of ``seq`` tokens that are measured, in the order of ``choice``, each once.
+
+    Args:
+        choice: one token such as ``-1``, or several such as ``-1+0+last4`` or ``random8``.
+        seq: tokens of the prompt. A single token that it lacks is among the answers, so that its record can say so.
+
+    Raises:
+        CouplingError: if the choice cannot be read.
+    """
+    found: dict[int, int] = {}
+    for part in str(choice).strip("[] ").replace(",", "+").split("+"):
+        named = re.fullmatch(r"(?:last|first|random)[1-9]\d*", part.strip())
+        there = chosen_tokens(part.strip(), seq - 1) if named else _numbers(part, "coupling_position", POSITIONS)
+        for token in there:
+            found.setdefault(token % seq if -seq <= token < seq else token, token)
+    return list(found.values())
+
+
+def positions_at_most(choice: str | int) -> int:
+    """How many tokens of a prompt ``choice`` names if it is long enough."""
+    return len(chosen_positions(choice, 10**6))
 
 
 def chosen_layers(choice: str, n_layers: int) -> list[int]:
