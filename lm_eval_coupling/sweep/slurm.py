@@ -153,7 +153,12 @@ def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> list[Unit]:
 def _close(plan: Plan, unit: Unit, job: str, ended: str | None, board: Board) -> None:
     """Say how a job ended that could not say so itself."""
     status = look(plan, unit, {})
-    if status.state != "done" and record.read(plan.folder(unit)).get("state") in ("running", "waiting"):
+    # Its own word counts if the job came to an end by itself, well or badly.
+    said = ended in (None, "COMPLETED", "FAILED") and record.read(plan.folder(unit)).get("state") not in (
+        "running",
+        "waiting",
+    )
+    if status.state != "done" and not said:
         reason = f"job {job} ended" + (f" as {ended}" if ended else "")
         record.write(plan.folder(unit), state="stopped", reason=reason, job=job)
         status = look(plan, unit, {})

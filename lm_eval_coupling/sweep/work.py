@@ -64,7 +64,7 @@ class Worker:
         """
         folder = self.plan.folder(unit)
         try:
-            with lock(folder / record.LOCK) as descriptor:
+            with lock(folder / record.LOCK, patience=1.0) as descriptor:
                 outcome = self._run(unit, folder, descriptor, batch_size)
                 record.write(folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds)
         except Held:

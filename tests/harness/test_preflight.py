@@ -183,6 +183,24 @@ def test_overridden_tasks_are_those_that_lm_eval_runs(manager, home, tmp_path):
     assert after.task_index["tiny_tag"].tags == {"tiny_tagged"}
 
 
+def test_data_that_cannot_be_fetched_is_told(home, manager):
+    asked = {"tasks": [["tiny_choice", None], ["tiny_lost", None]], "models": []}
+    assert not [*preflight._download(manager, {**asked, "tasks": asked["tasks"][:1]})]
+    lost = (
+        (home / "tasks" / "tiny_choice.yaml")
+        .read_text()
+        .replace("tiny_choice", "tiny_lost")
+        .replace("choice.jsonl", "no.jsonl")
+    )
+    (home / "lost").mkdir()
+    (home / "lost" / "lost.yaml").write_text(lost)
+    from lm_eval.tasks import TaskManager
+
+    further = TaskManager(include_path=[str(home / "tasks"), str(home / "lost")], include_defaults=False)
+    (problem,) = preflight._download(further, asked)
+    assert "got the task tiny_lost, whose data cannot be fetched" in problem
+
+
 @pytest.mark.slow
 def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeypatch):
     plan = {

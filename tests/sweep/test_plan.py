@@ -1,5 +1,7 @@
 """Plans: everything wrong is told at once, and what is right is read as its writer meant it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,14 @@ def test_fewshot_for_all_and_for_one_are_refused_together(tmp_path):
 @pytest.mark.parametrize(("name", "units"), [("laptop", 3), ("pythia", 42), ("paper", 43)])
 def test_plans_of_the_documentation_can_be_read(name, units):
     assert len(plans.read(Path(__file__).parents[2] / "docs" / "plans" / f"{name}.yaml").units) == units
+
+
+def test_the_sweep_itself_is_light():
+    """It waits on login nodes for days: what measures and what evaluates is loaded by the runs."""
+    code = "import sys, lm_eval_coupling.sweep.command; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ("torch", "lm_eval", "transformers", "numpy", "pandas", "submitit", "huggingface_hub")
+    found = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_a_dry_run_of_the_measuring_is_no_sweep(tmp_path):

@@ -93,6 +93,22 @@ def test_only_one_worker_at_a_time_on_a_unit(folder_of, make_plan):
     assert calls(plan.units[0].model) == [] and work(plan).state == "done"
 
 
+def test_somebody_who_looks_keeps_no_worker_out(tmp_path):
+    """To see whether a lock is held is to hold it for a moment."""
+
+    def hold():
+        with lock(tmp_path / "lock", patience=10.0):
+            pass
+
+    waiting = threading.Thread(target=hold)
+    with lock(tmp_path / "lock"):
+        waiting.start()
+        time.sleep(0.2)
+        assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks are of POSIX systems")
 def test_a_killed_sweep_leaves_its_run_in_peace(folder_of, make_plan, tmp_path):
     """kill -9 of the sweep: lm-eval goes on and holds the unit, so that nobody works on it a second time."""
