@@ -49,26 +49,28 @@ def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
     from lm_eval_coupling.measures.formulas import geometry as maths
     from lm_eval_coupling.measuring.batch import off_mps
 
-    stream = [*(call.resid_pre[0] for call in one.trace.calls), one.trace.resid_final[0]]
+    # Blocks may lie on several devices.
+    stream = [call.resid_pre[0].to(one.trace.resid_final.device) for call in one.trace.calls]
+    stream.append(one.trace.resid_final[0])
     rows: dict[str, list[Tensor]] = {}
     before = None
-    for depth, state in enumerate(stream):
-        X = off_mps(state).double()
-        shares = maths.spectrum(X)
+    for state in stream:
+        states = maths.States(off_mps(state))
+        shares = states.spectrum()
         found = {
             "state_entropy": maths.entropy_of(shares),
             "state_effective_rank": maths.entropy_of(shares).exp(),
-            "state_effective_rank_centred": maths.entropy_of(maths.spectrum(maths.centred_and_normalised(X))).exp(),
+            "state_effective_rank_centred": maths.entropy_of(states.spectrum_normalised()).exp(),
             "anisotropy": shares[-1],
-            "token_curvature": maths.token_curvature(X),
+            "token_curvature": maths.token_curvature(states.X),
         }
         if before is not None:
-            found["linearity"] = maths.procrustes_similarity(before[1], X)
-            found["linearity_of_update"] = maths.procrustes_similarity(before[1], X - before[0].to(X.device))
+            found["linearity"] = maths.procrustes_similarity(before, states)
+            found["linearity_of_update"] = maths.procrustes_similarity(before, states.minus(before))
         for name, value in found.items():
             rows.setdefault(name, []).append(value.cpu())
-        before = (X, maths.root(X)) if depth < len(stream) - 1 else None
-    last = {"matrix_nuclear_norm": maths.matrix_nuclear_norm(X).cpu()}
+        before = states
+    last = {"matrix_nuclear_norm": maths.matrix_nuclear_norm(states.X).cpu()}
     return {name: torch.stack(values) for name, values in rows.items()} | last
 
 
@@ -130,7 +132,8 @@ MEASURES = (
     Measure(
         name="geometry",
         doc="How the blocks move the stream at the measured token, and how the states X^l of all tokens of the prompt lie. "
-        "No Jacobian; prompts of fewer than 3 tokens have the first part only.",
+        "No Jacobian: two products and five eigendecompositions of size min(T, d) for T tokens at every depth. "
+        "Prompts of fewer than 3 tokens have the first part only.",
         columns=(
             Column("block_influence", "layer", "1 − cos(x^{l−1}, x^l) (ShortGPT, arXiv 2403.03853)"),
             Column("relative_contribution", "layer", "‖f^l‖ / ‖x^{l−1}‖ (arXiv 2505.13898)"),

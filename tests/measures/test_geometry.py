@@ -100,23 +100,23 @@ def test_one_block_by_hand():
 
 def test_states_by_hand():
     square = rows([1, 0, 0], [0, 1, 0], [-1, 0, 0], [0, -1, 0])
-    shares = maths.spectrum(square)
+    shares = maths.States(square).spectrum()
     assert maths.entropy_of(shares).item() == pytest.approx(math.log(2)) and shares[-1].item() == pytest.approx(0.5)
     assert maths.token_curvature(square).item() == pytest.approx(math.pi / 2)
     assert maths.token_curvature(rows([0, 0], [1, 1], [2, 2], [5, 5])).item() == pytest.approx(0, abs=1e-7)
     assert maths.token_curvature(rows([0, 0], [1, 1], [0, 0])).item() == pytest.approx(math.pi)
     # Rows become (1, 0) and (0, 1) twice: two columns of norm √2, over four tokens.
     assert maths.matrix_nuclear_norm(rows([2, 0], [0, 3], [4, 0], [0, 5])).item() == pytest.approx(2 * math.sqrt(2) / 4)
-    assert maths.centred_and_normalised(rows([0, 0], [4, 0], [2, 3]))[0].tolist() == pytest.approx(
-        [-2 / math.sqrt(5), -1 / math.sqrt(5)]
-    )
+    # Less their mean, and of norm 1, the rows are (1, 0), (−1, 0), (0, 1), (0, −1).
+    cross = maths.States(rows([9, 5, 1], [1, 5, 1], [5, 7, 1], [5, 3, 1]))
+    assert maths.entropy_of(cross.spectrum_normalised()).exp().item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (30, 6)])
 def test_similarity_is_one_for_rotations_and_does_not_see_scale_nor_place(shape):
     X, Q = random(*shape), torch.linalg.qr(random(shape[1], shape[1], seed=1)).Q
-    assert maths.procrustes_similarity(maths.root(X), 3 * X @ Q + 7).item() == pytest.approx(1, abs=1e-9)
-    assert maths.procrustes_similarity(maths.root(X), random(*shape, seed=2)).item() < 0.95
+    assert maths.procrustes_similarity(maths.States(X), maths.States(3 * X @ Q + 7)).item() == pytest.approx(1, abs=1e-9)
+    assert maths.procrustes_similarity(maths.States(X), maths.States(random(*shape, seed=2))).item() < 0.95
 
 
 def test_prompts_too_short_have_the_rest(monkeypatch):

@@ -5,6 +5,8 @@ X are the states of all tokens of a prompt, [token, d_model]. Everything is floa
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,10 +37,62 @@ def massive_activation(x: Float[Tensor, "points d_model"]) -> Float[Tensor, " po
     return size.amax(dim=-1) / _nonzero(size.quantile(0.5, dim=-1))
 
 
-def spectrum(X: Float[Tensor, "token d_model"]) -> Float[Tensor, " values"]:
-    """Shares of the squared singular values of X, ascending: those of X Xᵀ, or of Xᵀ X where that is smaller."""
-    X = X.double()
-    gram = X @ X.T if len(X) <= X.shape[1] else X.T @ X
+class States:
+    """The states X of a prompt's tokens at one depth, with the products that several numbers share.
+
+    With fewer tokens than dimensions everything comes from the inner products of the states; else from those of coordinates.
+    """
+
+    def __init__(self, X: Float[Tensor, "token d_model"], gram: Float[Tensor, "token token"] | None = None) -> None:
+        """Of ``X``; ``gram`` is X Xᵀ where that is known."""
+        self.X = X.double()
+        self.few = len(X) <= X.shape[1]
+        self._gram = gram
+
+    @functools.cached_property
+    def gram(self) -> Float[Tensor, "token token"]:
+        """X Xᵀ."""
+        return self.X @ self.X.T if self._gram is None else self._gram
+
+    def minus(self, before: States) -> States:
+        """The differences X − X' of the states of two depths."""
+        if not self.few:
+            return States(self.X - before.X)
+        cross = self.X @ before.X.T
+        return States(self.X - before.X, self.gram - cross - cross.T + before.gram)
+
+    @functools.cached_property
+    def centred(self) -> Float[Tensor, "token size"]:
+        """Rows less their mean, or of few tokens the Gram matrix of these; over the norm of them all."""
+        if not self.few:
+            X = self.X - self.X.mean(dim=0)
+            return X / _nonzero(torch.linalg.vector_norm(X))
+        means = self.gram.mean(dim=0)
+        gram = self.gram - means[:, None] - means + means.mean()
+        return gram / _nonzero(gram.trace().clamp(min=0))
+
+    @functools.cached_property
+    def root(self) -> Float[Tensor, "token token"]:
+        """Of few tokens: the symmetric square root of :attr:`centred`."""
+        if not self.centred.isfinite().all():
+            return self.centred
+        values, vectors = torch.linalg.eigh(self.centred)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def spectrum(self) -> Float[Tensor, " values"]:
+        """Shares of the squared singular values of X, ascending."""
+        return _shares(self.gram if self.few else self.X.T @ self.X)
+
+    def spectrum_normalised(self) -> Float[Tensor, " values"]:
+        """The same of the rows less their mean, each then of norm 1."""
+        if self.few:
+            size = _nonzero(self.centred.diagonal().clamp(min=0)).sqrt()
+            return _shares(self.centred / size / size[:, None])
+        rows = self.centred / _nonzero(_norm(self.centred))[:, None]
+        return _shares(rows.T @ rows)
+
+
+def _shares(gram: Float[Tensor, "size size"]) -> Float[Tensor, " size"]:
     values = _eigenvalues(gram).clamp(min=0)
     return values / _nonzero(values.sum())
 
@@ -48,47 +102,21 @@ def entropy_of(shares: Float[Tensor, " values"]) -> Float[Tensor, ""]:
     return torch.special.entr(shares).sum()
 
 
-def centred_and_normalised(X: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-    """Rows less their mean, each then of norm 1."""
-    centred = X.double() - X.double().mean(dim=0)
-    return centred / _nonzero(_norm(centred))[:, None]
-
-
 def token_curvature(X: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
     """Return the mean angle in radians between successive differences x_{t+1} − x_t; NaN where a difference is zero."""
     steps = X.double().diff(dim=0)
     return _cosine(steps[:-1], steps[1:]).clamp(-1, 1).arccos().mean()
 
 
-def root(X: Float[Tensor, "token d_model"]) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "size size"]]:
-    """X less the mean of its rows and over its norm, and the symmetric square root of the smaller of its Gram matrices."""
-    X = X.double() - X.double().mean(dim=0)
-    X = X / _nonzero(torch.linalg.vector_norm(X))
-    gram = X @ X.T if len(X) <= X.shape[1] else X.T @ X
-    if not gram.isfinite().all():
-        return X, gram
-    values, vectors = torch.linalg.eigh(gram)
-    return X, (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def procrustes_similarity(
-    given: tuple[Float[Tensor, "token d_model"], Float[Tensor, "size size"]], Y: Float[Tensor, "token d_model"]
-) -> Float[Tensor, ""]:
+def procrustes_similarity(before: States, after: States) -> Float[Tensor, ""]:
     """Return 1 − min ‖s X Q − Y‖² over scales s and orthogonal Q, X and Y centred and of norm 1: 1 for a rotation of X.
 
     It is (Σ singular values of XᵀY)². Any linear map in the place of Q would fit every Y of fewer tokens than dimensions.
-
-    Args:
-        given: :func:`root` of X.
-        Y: of the same tokens.
     """
-    X, half = given
-    Y = Y.double() - Y.double().mean(dim=0)
-    Y = Y / _nonzero(torch.linalg.vector_norm(Y))
-    if len(X) <= X.shape[1]:
-        squares = _eigenvalues(half @ (Y @ Y.T) @ half)
+    if before.few:
+        squares = _eigenvalues(before.root @ after.centred @ before.root)
     else:
-        product = X.T @ Y
+        product = before.centred.T @ after.centred
         squares = _eigenvalues(product.T @ product)
     # What rounding leaves of zeros would count as its root.
     known = torch.where(squares < _ZERO * squares.amax(), 0, squares)
