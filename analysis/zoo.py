@@ -43,20 +43,29 @@ def one_thread() -> None:
 
 
 def train_members(options: argparse.Namespace, members: SimpleQueue, finished: SimpleQueue) -> None:
-    """Train members until there is none left, a few at a time in turns, and pass on their checkpoints."""
+    """Train members until there is none left, a few at a time in turns, and pass on their checkpoints.
+
+    Last checkpoints go first; earlier ones are passed on while no evaluator has anything else to do, the rest in the end.
+    """
     one_thread()
     import torch
 
     size = {"steps": options.steps, "windows": options.windows, "device": options.device}
-    waiting, training = True, []
+    waiting, training, earlier = True, [], []
     while waiting or training:
         while waiting and len(training) < options.turns:
             if waiting := (recipe := members.get()) is not None:
                 training.append(Training(recipe, options, size))
         for one in list(training):
             with torch.cuda.stream(one.stream):  # kernels of small models leave room for those of others
-                if not one.go_on(finished):
+                if not one.go_on():
                     training.remove(one)
+            for name in one.saved():
+                finished.put(name) if name == one.last else earlier.append(name)
+        if earlier and finished.empty():
+            finished.put(earlier.pop(0))
+    for name in earlier:
+        finished.put(name)
 
 
 class Training:
@@ -68,14 +77,16 @@ class Training:
         from zoo_parts.training import train
 
         self.recipe, self.start = recipe, time.perf_counter()
+        self.last = checkpoints(recipe, options)[-1]
         self.stream = None if options.device == "cpu" else torch.cuda.Stream()
+        self._saved: list[str] = []
         self._steps = train(recipe, options.data, options.out / FOLDER / recipe.name, **size)
 
-    def go_on(self, finished: SimpleQueue) -> bool:
+    def go_on(self) -> bool:
         """Make a step or save a checkpoint; whether there is more to do."""
         try:
             if (checkpoint := next(self._steps)) is not None:
-                finished.put(name_of(self.recipe, checkpoint))
+                self._saved.append(name_of(self.recipe, checkpoint))
             return True
         except StopIteration:
             print(f"{self.recipe.name}: trained in {time.perf_counter() - self.start:.0f} s", flush=True)
@@ -83,6 +94,11 @@ class Training:
             print(f"{self.recipe.name}: training failed", flush=True)
             traceback.print_exc()
         return False
+
+    def saved(self) -> list[str]:
+        """The checkpoints saved since the last call."""
+        names, self._saved = self._saved, []
+        return names
 
 
 def evaluate_checkpoints(evaluation, options: argparse.Namespace, finished: SimpleQueue) -> None:
