@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class Options:
         options = cls.parse(**{name.removeprefix(PREFIX): value for name, value in taken.items()})
         if arguments.get("pretrained") is None:
             raise CouplingError("got no pretrained, expected a transformers folder, a name on the hub or a model object")
+        if options.measures_anything and (shape := _shape_on_disk(arguments["pretrained"], arguments.get("subfolder"))):
+            options.settings.check_shape(*shape)
         if arguments.get("tp_plan"):
             raise CouplingError("got tp_plan, which splits every weight over processes; use --model hf to only score")
         return options
@@ -140,6 +143,18 @@ def _refuse_unknown(taken: Mapping[str, Any]) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise CouplingError(f"got unknown argument {name}, did you mean {nearest}? There are {', '.join(known)}")
+
+
+def _shape_on_disk(pretrained: Any, subfolder: Any) -> tuple[int, int] | None:
+    """Width and depth of a model in a folder, read without transformers; anything unusual is left to be seen later."""
+    try:
+        about = json.loads((Path(pretrained) / str(subfolder or "") / "config.json").read_text(encoding="utf-8"))
+        about = about.get("text_config") or about
+        width = next(about[name] for name in ("hidden_size", "n_embd", "d_model") if name in about)
+        depth = next(about[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in about)
+        return int(width), int(depth)
+    except Exception:
+        return None
 
 
 def _several(value: Any) -> list[Any]:

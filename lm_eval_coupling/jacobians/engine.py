@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
@@ -65,7 +66,7 @@ class BlockJacobians:
 @torch.no_grad()
 def block_jacobians(
     model: Model,
-    tokens: Int[Tensor, "1 seq"] | Float[Tensor, "1 channel height width"],
+    tokens: Tensor | Sequence[Any] | str,
     *,
     output_token: int = -1,
     input_token: int | None = None,
@@ -77,7 +78,7 @@ def block_jacobians(
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
-        tokens: token ids of one prompt, or pixel values of one image.
+        tokens: ids of one prompt, [1, seq] or [seq], or its text; or pixel values [1, channel, height, width] of one image.
         output_token: t2; negative counts from the end.
         input_token: t1; ``None`` means t1 = t2. For t1 > t2 a causal model's Jacobian is exactly zero.
         layers: block indices from 0; ``None`` means all.
@@ -89,10 +90,14 @@ def block_jacobians(
         4 GiB, beyond on the host, and in a temporary file where half of its free memory does not hold them.
 
     Raises:
-        CouplingError: for a token or layer that does not exist, or an unknown method or dtype.
+        CouplingError: for a token or layer that does not exist, what is no prompt, or an unknown method or dtype.
     """
-    prompt = model.encode(tokens) if torch.is_floating_point(torch.as_tensor(tokens)) else tokens
-    seq = torch.as_tensor(prompt).numel()
+    is_image = isinstance(tokens, Tensor) and tokens.is_floating_point()
+    prompt = model.encode(tokens) if is_image or isinstance(tokens, str) else tokens
+    try:
+        seq = torch.as_tensor(prompt).numel()
+    except (TypeError, ValueError, RuntimeError):
+        raise CouplingError(f"got {str(tokens)[:80]!r} as a prompt, expected its token ids [1, seq] or its text") from None
     t2 = resolve_token(output_token, seq)
     t1 = t2 if input_token is None else resolve_token(input_token, seq)
     check_method(method)

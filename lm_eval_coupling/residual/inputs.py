@@ -10,6 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lm_eval_coupling.errors import CouplingError
+
+_EXPECTED = (
+    "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, give prompts one by one"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -59,14 +65,32 @@ class TokenIds:
         self.options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
         table = model.get_input_embeddings()
         words = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
+        self.words = words
         self.probe = [word % words for word in (5, 3, 7, 2, 11, 13, 6)]
-        self.several = [[1, 2, 3], [4] * 21]
+        self.several = [[word % words for word in prompt] for prompt in ([1, 2, 3], [4] * 21)]
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq]."""
-        rows = [torch.as_tensor(tokens, dtype=torch.long, device=device).flatten() for tokens in prompts]
+        """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq].
+
+        Raises:
+            CouplingError: for anything else. A GPU that is asked for a row that its embeddings do not have is lost for good.
+        """
+        rows = [self._row(tokens).to(device, torch.long) for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return Batch({"input_ids": ids, **self.options}, [len(row) for row in rows])
+
+    def _row(self, tokens: Any) -> Tensor:
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise CouplingError(f"got {str(tokens)[:80]!r} as the tokens of a prompt, {_EXPECTED}") from None
+        several = ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1)
+        if several or not ids.numel() or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise CouplingError(f"got a {ids.dtype} of shape {[*ids.shape]} as the tokens of a prompt, {_EXPECTED}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.words:
+            wrong = next(int(id) for id in ids.flatten() if not 0 <= id < self.words)
+            raise CouplingError(f"got token id {wrong} in a prompt, expected 0 to {self.words - 1} for this model")
+        return ids.flatten()
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """The vectors as one prompt, those of several prompts [prompt, point, d_model] as so many."""

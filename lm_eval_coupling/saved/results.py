@@ -135,5 +135,5 @@ def _require_equal(files: Sequence[str], settings: Mapping[str, Mapping[str, Any
             if first != other:
                 raise CouplingError(
                     f"got runs with different coupling settings: {key} is {first!r} in {files[0]} but {other!r} in {file}; "
-                    "measure them alike, give one of them, or pass mixed='keep'"
+                    "measure them alike, give one of them, or pass mixed='keep' (--mixed keep)"
                 )

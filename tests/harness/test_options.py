@@ -1,5 +1,6 @@
 """The arguments of `coupling-hf`: what is wrong is refused in one sentence."""
 
+import inspect
 import json
 import os
 import shutil
@@ -174,3 +175,12 @@ def test_a_dry_run_says_the_cost_and_scores_nothing(evaluate, tmp_path, capsys, 
     assert ended.value.code == 0
     assert "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct" in told
     assert told.count("; the other 5 take up to ") == 2 and "untrained weights: 6 prompts" in told
+
+
+def test_every_argument_is_explained():
+    """With its default, where that is a value."""
+    page = (Path(__file__).parents[2] / "docs" / "arguments.md").read_text(encoding="utf-8")
+    for name, parameter in inspect.signature(Options.parse).parameters.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `coupling_{name}` |")]
+        if parameter.default not in (None, True, False):
+            assert f"| `{parameter.default}` |" in line

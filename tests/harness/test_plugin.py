@@ -239,6 +239,28 @@ def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypa
     assert told.splitlines()[-1].startswith("lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra")
 
 
+HEAVY = ("torch", "transformers", "datasets", "pandas")
+REFUSED = f"""
+import atexit, sys
+from lm_eval.__main__ import cli_evaluate
+def told():
+    print(*[name for name in {HEAVY!r} if name in sys.modules])
+atexit.register(told)
+try:
+    cli_evaluate()
+except SystemExit as ended:
+    assert ended.code == 2
+"""
+
+
+@pytest.mark.parametrize("wrong", ["coupling_rank=4", "coupling_ranks=10+9999", "coupling_position=1.5", "coupling_out=1e5"])
+def test_a_wrong_argument_is_refused_before_torch_is_loaded(tmp_path, wrong):
+    """lm-eval's own command had indexed its tasks and loaded everything before it was told of a misspelt word."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
+    words = ["--model", "coupling-hf", "--model_args", f"pretrained={tmp_path},{wrong}", "--tasks", "arc_easy"]
+    assert python(REFUSED, *words, hook=True).strip() == ""
+
+
 def test_other_errors_and_results_pass_through(installed):
     harness = installed._cli.harness.HarnessCLI()
     with pytest.raises(ZeroDivisionError):

@@ -172,3 +172,20 @@ def test_bad_input_is_refused(arguments, message):
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     with pytest.raises(CouplingError, match=message):
         block_jacobians(wrapped, cases.tiny_tokens(5), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["text"], r"got \"\['text'\]\" as a prompt, expected its token ids"),
+        (torch.tensor([[1, 2], [3, 4]]), r"int64 of shape \[2, 2\] as the tokens of a prompt, expected the ids"),
+        ([True, False], r"bool of shape \[2\] as the tokens"),
+        ([1, 99999], "got token id 99999 in a prompt, expected 0 to 60 for this model"),
+        ([-1, 2], "got token id -1 in a prompt, expected 0 to 60"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(tokens, message):
+    """Two prompts were measured as one; an id beyond the embeddings costs the whole GPU."""
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    with pytest.raises(CouplingError, match=message):
+        block_jacobians(wrapped, tokens)
