@@ -40,6 +40,8 @@ def main(question: Path, answer: Path) -> None:
     manager = TaskManager(include_path=[*include])
     problems += _tasks(manager, [name for name, _ in asked["tasks"]])
     problems += [*_lm_eval(asked["lm_eval"]), *_coupling(asked["coupling"])]
+    if asked["lm_eval"].get("trust_remote_code"):  # which lm-eval hands on to the model
+        asked["models"] = [{**m, "arguments": {"trust_remote_code": True, **m["arguments"]}} for m in asked["models"]]
     models, of_models = preflight_models.check(asked["models"], asked["coupling"], offline=asked["offline"])
     problems += of_models
     if not problems:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.plan import Local, Plan
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import COMMAND, Worker
+from lm_eval_coupling.sweep.work import COMMAND, Outcome, Worker
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _AGAIN_SECONDS, _LOOK_SECONDS = 1.0, 0.1
@@ -71,7 +71,10 @@ def _work_on_all(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: th
         except queue.Empty:
             return
         board.set(unit, "running")
-        outcome = worker.run(unit)
+        try:
+            outcome = worker.run(unit)
+        except Exception as error:  # whatever it is, the other units are not to suffer from it
+            outcome = Outcome(state="failed", reason=f"{type(error).__name__}: {error}")
         if outcome.state == "busy":  # what a killed sweep has left running: it is looked at again when it has ended
             board.set(unit, "running", "in a process of an earlier sweep")
             todo.put(unit)
@@ -82,12 +85,13 @@ def _work_on_all(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: th
 
 def slots(run: Local) -> list[dict[str, str]]:
     """The environment of each worker: the device that it may see, and its share of the threads."""
-    devices = run.devices or tuple(visible_devices()) or ("cpu",)
+    devices: tuple[str | None, ...] = run.devices or tuple(visible_devices()) or (None,)
     count = run.workers or len(devices)
     made: list[dict[str, str]] = []
     for number in range(count):
         device = devices[number % len(devices)]
-        environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+        # Where none is seen nothing is hidden: devices of other makers listen to the same variable.
+        environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
         if run.threads or count > 1:
             share = run.threads or max(1, cores() // count)
             environment |= {name: str(share) for name in _THREADS if run.threads or name not in run.environment}

@@ -51,6 +51,17 @@ def test_a_unit_that_fails_does_not_stop_the_others(folder_of, make_plan):
     assert found["bad"].detail == "ValueError: no" and found["bad"].log.exists()
 
 
+def test_a_fault_of_ours_does_not_stop_the_others_either(folder_of, make_plan, monkeypatch):
+    plan = make_plan([folder_of("a"), folder_of("b")])
+    work = local.Worker.run
+
+    def fail_for_a(self, unit):
+        return 1 / 0 if unit is plan.units[0] else work(self, unit)
+
+    monkeypatch.setattr(local.Worker, "run", fail_for_a)
+    assert {name: status.state for name, status in run(plan).items()} == {"a": "missing", "b": "done"}
+
+
 def test_workers_share_the_threads_and_work_side_by_side(folder_of, make_plan):
     models = [folder_of(name, seconds=1) for name in "abcd"]
     start = time.monotonic()
@@ -68,7 +79,8 @@ def test_one_worker_a_device(folder_of, make_plan):
 def test_slots(monkeypatch):
     monkeypatch.setattr(local, "cores", lambda: 8)
     monkeypatch.setattr(local, "visible_devices", lambda: [])
-    assert local.slots(Local()) == [{"CUDA_VISIBLE_DEVICES": ""}]
+    assert local.slots(Local()) == [{}]  # devices of other makers stay visible
+    assert local.slots(Local(devices=("cpu",))) == [{"CUDA_VISIBLE_DEVICES": ""}]
     two = local.slots(Local(workers=2))
     assert [slot["OMP_NUM_THREADS"] for slot in two] == ["4", "4"] and len(two) == 2
     monkeypatch.setattr(local, "visible_devices", lambda: ["0", "1"])
