@@ -272,7 +272,7 @@ class ResidualModel:
             stack.callback(self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove)
             for block, visit in zip(self.blocks, visits, strict=True):
 
-                def after(module, args, kwargs, output, visit=visit):
+                def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, visit: Visit = visit) -> Any:
                     output = visit.leave(kwargs, output)
                     self._outputs = len(output) if isinstance(output, (tuple, list)) else 0
                     if visit.block.layer == self.n_layers - 1:
@@ -303,7 +303,7 @@ class ResidualModel:
         finally:
             self._change = None
 
-    def _changed(self, module, args, kwargs):
+    def _changed(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the first block during a trace: calls replayed later have the change in their input."""
         if self._change is None:
             return None
