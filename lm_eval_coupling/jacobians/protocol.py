@@ -134,5 +134,5 @@ class Model(Protocol):
         dtype: torch.dtype,
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
-    ) -> list[Trace]:
+    ) -> Sequence[Trace]:
         """Passes of several prompts, whose blocks keep what their derivatives at ``output_tokens`` need."""

@@ -197,7 +197,7 @@ class ResidualModel:
     @exact_arithmetic()
     def traces(
         self,
-        prompts: Sequence[Sequence[int] | Tensor],
+        prompts: Sequence[Any],
         dtype: torch.dtype = torch.float32,
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
@@ -251,7 +251,7 @@ class ResidualModel:
     @torch.no_grad()
     def _traces(
         self,
-        prompts: Sequence[Sequence[int] | Tensor],
+        prompts: Sequence[Any],
         dtype: torch.dtype,
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,

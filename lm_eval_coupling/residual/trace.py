@@ -89,7 +89,8 @@ class Visit:
         require_stream(self.block.layer, self.call.resid_pre, self.resid_post)
         if not isinstance(output, (tuple, list)):
             return self.resid_post
-        return type(output)((self.resid_post, *carried(tuple(output[1:]))))
+        parts = (self.resid_post, *carried(tuple(output[1:])))
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""
