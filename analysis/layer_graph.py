@@ -24,7 +24,8 @@ def main(argv=None):
     panels = {f"{tables.label(*run)} (n = {n})": matrix for run, (matrix, n) in found.items()}
     rows = pd.concat([edges(run, matrix, rank, n) for run, (matrix, n) in found.items()])
     title = f"Coupling of layers, K = {rank}, mean over documents"
-    command.save(options.out, "layer_graph", layer_graph(panels, rank=rank, title=title), rows)
+    clear = dict(zip(panels, tables.pairs_beyond_chance(records, rank).values(), strict=True))
+    command.save(options.out, "layer_graph", layer_graph(panels, rank=rank, clear=clear, title=title), rows)
     command.save(options.out, "layer_heatmap", layer_heatmaps(panels, rank=rank, title=title), rows)
 
 

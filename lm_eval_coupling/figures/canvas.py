@@ -30,11 +30,8 @@ def grid(
 
 
 def chance_line(ax: Axes, chance: float) -> None:
-    """A dotted line across the panel, named."""
-    ax.axhline(chance, color="black", linewidth=1, linestyle=":")
-    place = ax.get_yaxis_transform()
-    name = ax.text(0.99, chance, f"chance {chance:.3f}", transform=place, ha="right", va="bottom", fontsize="x-small")
-    name.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+    """A dotted line across the panel, named in the legend, where its name covers nothing."""
+    ax.axhline(chance, color="black", linewidth=1, linestyle=":", label=f"chance {chance:.3f}")
 
 
 def legend_outside(figure: Figure, axes: Sequence[Axes]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -28,14 +28,22 @@ def edge_weights(matrix: Float[np.ndarray, "layer layer"], rank: int) -> Float[n
     return weights
 
 
-def layer_graph(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None) -> Figure:
+def layer_graph(
+    panels: Mapping[str, Float[np.ndarray, "layer layer"]],
+    *,
+    rank: int,
+    clear: Mapping[str, Bool[np.ndarray, "layer layer"]] | None = None,
+    title: str | None = None,
+) -> Figure:
     """Draw the layers of every panel as a graph, all on one scale (paper, fig. 1c–e).
 
     Edges are coupling above chance, from 0; pairs below chance have none and are counted, and so are undefined ones.
+    With ``clear`` only pairs have an edge that are above chance beyond their error: of unrelated layers half are above it.
 
     Args:
         panels: a matrix m̃[l, l'] under the name that stands above it.
         rank: number K of singular vectors they were measured with.
+        clear: pairs above chance beyond their error, under the same names.
         title: stands above all panels.
 
     Raises:
@@ -47,10 +55,13 @@ def layer_graph(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank:
     figure, axes = grid(len(weights), width=3.6, height=3.8, title=title)
     scale = Normalize(0, max(np.nanmax(w, initial=0.0) for w in weights.values()) or 1.0)
     for ax, (name, w) in zip(axes, weights.items(), strict=True):
-        _draw(ax, w, scale)
         pairs = w[np.triu_indices(len(w), 1)]
         undefined = f", {np.isnan(pairs).sum()} undefined" if np.isnan(pairs).any() else ""
-        ax.set_title(f"{name}\n{(pairs > 0).sum()} of {len(pairs)} pairs above chance{undefined}", fontsize="small")
+        beyond = "" if clear is None else " beyond error"
+        w = w if clear is None else np.where(clear[name], w, np.nan)
+        _draw(ax, w, scale)
+        above = (w[np.triu_indices(len(w), 1)] > 0).sum()
+        ax.set_title(f"{name}\n{above} of {len(pairs)} pairs above chance{beyond}{undefined}", fontsize="small")
     chance = chance_coupling(rank)
     bar = figure.colorbar(ScalarMappable(scale, _EDGES), ax=axes, shrink=0.8)
     bar.set_label(f"coupling above chance ({chance:.3f}), K = {rank}", fontsize="small")

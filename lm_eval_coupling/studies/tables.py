@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.depth import different_layers
-from lm_eval_coupling.measures.formulas.headline import headline_rank
+from lm_eval_coupling.measures.formulas.headline import chance_level, headline_rank
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.saved.names import ends_with, label_weights, run_label
 from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.records import read_table, require_tables
 from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.saved.tables import require
+from lm_eval_coupling.statistics import adjust_p_values
 
 RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
@@ -184,6 +186,43 @@ def mean_matrices(records: pd.DataFrame, rank: int, by: Sequence[str] = RUN) -> 
         ]
         found[key] = nanmean(np.stack(documents)), len(documents)
     return found
+
+
+def pairs_beyond_chance(
+    records: pd.DataFrame, rank: int, by: Sequence[str] = RUN, *, level: float = 0.05
+) -> dict[tuple, np.ndarray]:
+    """Which pairs of layers are coupled more than by chance, beyond the error of their mean over documents.
+
+    Student's one-sided test of the mean of m̃[l, l'] and m̃[l', l] against chance, adjusted by Holm for all pairs of layers.
+    Of a single document there is no error, and no pair is.
+
+    Returns:
+        For every group a symmetric matrix of truth values, in the order of :func:`mean_matrices`.
+    """
+    found = {}
+    for key, group in require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False):
+        documents = np.stack(
+            [
+                nanmean(np.stack([different_layers(record, rank) for record in prompts.to_dict("records")]))
+                for _, prompts in group.groupby(DOCUMENT, sort=False)
+            ]
+        )
+        pairs = chance_level(rank) - (documents + documents.transpose(0, 2, 1)) / 2
+        upper = np.triu_indices(pairs.shape[1], 1)
+        clear = np.zeros(pairs.shape[1:], dtype=bool)
+        clear[upper] = adjust_p_values(_above_zero(pairs[:, upper[0], upper[1]])) < level
+        found[key] = clear | clear.T
+    return found
+
+
+def _above_zero(values: np.ndarray) -> np.ndarray:
+    """One-sided p-values of Student's test for the mean of each column; NaN below two values, 0 or 1 without any spread."""
+    n = np.isfinite(values).sum(axis=0)
+    mean = nanmean(values)
+    variance = np.nansum((values - mean) ** 2, axis=0) / np.maximum(n - 1, 1) / np.maximum(n, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = mean / np.sqrt(variance)
+    return np.where(n > 1, stats.t.sf(t, np.maximum(n - 1, 1)), np.nan)
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:

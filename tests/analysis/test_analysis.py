@@ -107,7 +107,7 @@ def plain(tmp_path_factory):
     """A run of depth coupling alone, from before there were twins."""
     depth = ("normalized_miscoupling", "singular_values", "certificate", "seconds")
     rows = [saved_runs.record("arc", i, layers=3) for i in range(2)]
-    about = [*rows[0]][: [*rows[0]].index("measures")]
+    about = ("task", "doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "text", "n_tokens", "position", "ranks")
     kept = [{name: row[name] for name in (*about, *depth) if name != "weights"} | {"measures": ("depth",)} for row in rows]
     return save(tmp_path_factory.mktemp("plain"), kept)
 
@@ -359,8 +359,9 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
     assert trained.get_ydata().tolist() == [0.1, 0.2, 0.3, 0.4] and trained.get_linestyle() == "-"
     assert untrained.get_linestyle() == "--" and untrained.get_color() == trained.get_color()
     assert set(chance.get_ydata()) == {CHANCE}
-    assert ax.texts[0].get_text() == "chance 0.051"
-    assert ax.get_legend_handles_labels()[1] == ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)"]
+    assert chance.get_label() == "chance 0.051" and not ax.texts
+    names = ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)", "chance 0.051"]
+    assert ax.get_legend_handles_labels()[1] == names
 
 
 def test_a_zero_has_a_place_on_a_logarithmic_axis():
@@ -369,6 +370,25 @@ def test_a_zero_has_a_place_on_a_logarithmic_axis():
     places = ax.transData.transform([(level, 0) for level in rows["level"]])[:, 0]
     assert (np.diff(places) > 0.15 * np.ptp(places)).all()
     assert ax.get_xlim()[0] > -0.01
+
+
+def test_of_unrelated_layers_no_pair_is_beyond_chance_and_of_coupled_ones_all_are():
+    """About half of all pairs of an untrained model had an edge: those that happened to lie above chance."""
+    rng = np.random.default_rng(0)
+    chance = chance_level(10)
+
+    def records(mean):
+        m = np.float32(mean + 0.01 * rng.normal(size=(12, 2, 8, 8)))
+        rows = [record(i, normalized_miscoupling=m[i]) for i in range(12)]
+        return pd.DataFrame(rows).assign(model="m", revision="main")
+
+    (clear,) = tables.pairs_beyond_chance(records(chance), 10).values()
+    assert clear.shape == (8, 8) and not clear.any()
+    (clear,) = tables.pairs_beyond_chance(records(chance - 0.1), 10).values()
+    assert clear[~np.eye(8, dtype=bool)].all() and not clear.diagonal().any()
+    alone = records(chance - 0.1)
+    (clear,) = tables.pairs_beyond_chance(alone[:1], 10).values()
+    assert not clear.any()  # of one document there is no error
 
 
 def test_edges_are_coupling_above_chance():

@@ -1,0 +1,62 @@
+"""A measure is one file: what it records appears in `show`, `fit` and the report without another line anywhere."""
+
+import importlib
+import io
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from saved_runs import record, save, task_summary, value
+
+from lm_eval_coupling import measures as package
+from lm_eval_coupling.fit.findings import fit_runs
+from lm_eval_coupling.measures import registry
+from lm_eval_coupling.report.data import gather
+from lm_eval_coupling.report.terminal import show
+
+TOY = '''
+"""A toy."""
+from lm_eval_coupling.measures.registry import Column, Measure, Reading
+
+MEASURES = (
+    Measure(
+        name="toy",
+        doc="Last of the means.",
+        columns=(Column("toy_means", "layer", "mean of x^l over its coordinates"),),
+        run=lambda batch: [],
+        readings=(Reading("toy", "mean of the stream", "toy_means", lambda record, rank: record["toy_means"][-1], sign=1),),
+    ),
+)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "measures").mkdir()
+    (tmp_path / "measures" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "measures")])
+    importlib.invalidate_caches()
+    registry.measures.cache_clear()
+    yield
+    registry.measures.cache_clear()
+    sys.modules.pop(f"{package.__name__}.toy", None)
+
+
+def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
+    for i in range(5):
+        rows = [record(doc_id=d) | {"toy_means": np.float32([0, 0, 0.5 * i + d])} for d in range(4)]
+        summary = task_summary(0.1 + 0.05 * i)
+        summary["measures"]["toy"] = value(0.5 * i + 1.5)
+        save(tmp_path, {"arc": summary}, model=f"m{i}", rows=rows, run_id=str(i), fingerprint=str(i))
+    out = io.StringIO()
+    show(tmp_path / "m4", console=Console(file=out, width=80))
+    (line,) = [line for line in out.getvalue().splitlines() if "mean of the stream" in line]
+    assert "3.5000 ± 0.6455" in line
+    found = fit_runs(tmp_path, resamples=99)
+    (predictor,) = [p for p in found.observations.predictors if p.name == "toy"]
+    assert predictor.kind == "toy" and predictor.sign == 1
+    assert "toy" in set(found.tables["correlations"]["predictor"]) and "toy" in set(found.tables["comparisons"]["other"])
+    page = gather(tmp_path)
+    assert {"name": "toy", "label": "mean of the stream", "of_rank": False, "sign": 1} in page["readings"]
+    assert [row["readings"]["toy"][""][0] for row in page["rows"]] == [0.5 * i + 1.5 for i in range(5)]
