@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 PAIRS = "rank layer layer"
-AT_ONCE = 4  # Jacobians that a device looks at together, each with four of its size beside it
+AT_ONCE = 1 << 22  # entries of Jacobians that a device looks at together, with four times as many beside them
 
 
 def run(batch: Batch) -> list[Found]:
@@ -56,7 +56,7 @@ def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
     from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
 
     device, norm = triplets.U.device, triplets.S[:, 0].double()
-    parts = J.split(AT_ONCE if device.type != "cpu" else 1)  # many Jacobians wait on the host
+    parts = J.split(max(1, AT_ONCE // J[0].numel()) if device.type != "cpu" else 1)  # many Jacobians wait on the host
     found = [[read(part.to(device)) for read in (frobenius, non_normality, symmetric_share)] for part in parts]
     size, normality, symmetry = (torch.cat(some) for some in zip(*found, strict=True))
     return {

@@ -38,14 +38,21 @@ def leading_gram_eigenvectors(J: Float[Tensor, "batch d_model d_model"], k: int)
     return rows.flip(-2).mT.contiguous()
 
 
-def small_eigh(H: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def small_eigh(
+    H: Float[Tensor, "batch n n"], roughly: bool = False
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
     """Eigenvalues and eigenvectors of small symmetric matrices, largest first, on the device of H, decomposed on the host.
 
     A GPU takes as long for one of 128 columns as a core of the host, and does one after the other: it rotates them all at
     once instead where they are many. NaN as above.
+
+    Args:
+        H: symmetric, in float64.
+        roughly: 1e-4 of the largest eigenvalue is near enough, as for the bounds of a first filter.
     """
     if len(H) >= ROTATED * _cores() and _doubles_at_full_speed(H.device):
-        return eigh_by_rotations(H)
+        values, vectors = eigh_by_rotations(H.float(), 1e-4) if roughly else eigh_by_rotations(H, 1e-13)
+        return values.double(), vectors.double()
     host = H.cpu()
     if not _usable():
         values, vectors = _each_by_torch(host)

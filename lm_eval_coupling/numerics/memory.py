@@ -27,6 +27,8 @@ SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time on 
 ROOM = 0.8  # of what is free on a device: the rest is for what libraries take, and for what allocators leave unused
 PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
 PROMPTS_ON_DEVICE = 256
+SPECTRA_ON_DEVICE = 16 << 30  # the same there: a thousand matrices of a small model, beyond which nothing is gained
+PAIRS_AT_ONCE = 1 << 27  # bytes of J V that a device may hold for several layers
 _DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds on a CPU
 
 
@@ -58,13 +60,15 @@ def layers_at_once(d_model: int, itemsize: int, device: torch.device, rank: int 
         most, room, each = 4 * torch.get_num_threads(), SPECTRA, _DECOMPOSITION * d_model**2
     else:
         # Some may be done again in float64, from a copy of twice the size.
-        most, room, each = 4096, limits.free(device) // 3, 4 * _by_products(d_model, rank)
+        room = min(limits.free(device) // 3, SPECTRA_ON_DEVICE)
+        most, each = 4096, 4 * _by_products(d_model, rank)
     return max(1, min(most, room // (each * itemsize)))
 
 
 def _by_products(d_model: int, rank: int) -> int:
-    """Numbers that the decomposition of a matrix holds beside it: its Gram matrix, and a dozen blocks of columns."""
-    return (d_model**2 if d_model <= GRAM else 0) + 12 * d_model * block_of(min(rank, d_model), d_model)
+    """Numbers that the decomposition of a matrix holds beside it: its Gram matrix, a dozen blocks of columns, small ones."""
+    columns = block_of(min(rank, d_model), d_model)
+    return (d_model**2 if d_model <= GRAM else 0) + 12 * columns * (d_model + columns)
 
 
 def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int) -> list[list[int]]:
@@ -183,6 +187,8 @@ def memory(
     at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
     spectra = at_once * (_DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank))
     pairs = 3 * basis // prompts + 10 * (n_layers * rank) ** 2 + square  # all bases times one J; pairs, some in float64
+    if device.type != "cpu":
+        pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
     size = prompts * n_layers * square * itemsize
     working = (trace + max(forward, jacobian, spectra, pairs)) * itemsize
     return Memory(size, place(size, device), 2 * basis * itemsize, working)

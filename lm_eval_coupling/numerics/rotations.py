@@ -11,37 +11,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SWEEPS = 16  # at most; six to nine are what it takes
-SETTLED = 1e-14  # ‖off-diagonal part‖ / ‖H‖, in float64
+SWEEPS = 16  # at most; six to nine are what it takes to 1e-14
 
 
-def eigh_by_rotations(H: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def eigh_by_rotations(
+    H: Float[Tensor, "batch n n"], settled_at: float = 1e-14
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
     """Eigenvalues and eigenvectors, largest first; NaN for a matrix that has not settled or is not finite.
 
-    Deterministic. Costs some 8 · n · (3 · 2n³) operations a matrix and 16 launches a round, whatever their number.
+    Deterministic. Costs a sweep about n · (3 · 2n³) operations a matrix, and 16 launches a round whatever their number.
 
     Args:
-        H: symmetric, in float64.
+        H: symmetric but for rounding, in float64, or in float32 where 1e-5 is near enough.
+        settled_at: ‖off-diagonal part‖ / ‖H‖ at which to stop.
     """
     batch, n, _ = H.shape
     even = n + n % 2
     # What is added to an odd number of columns meets only zeros, and comes last.
-    both = H.new_zeros(batch, 2 * even, even)
-    both[:, :n, :n] = H
-    size = torch.linalg.matrix_norm(H)
+    product = H.new_zeros(batch, even, even)
+    product[:, :n, :n] = (H + H.mT) / 2
+    size = torch.linalg.matrix_norm(product)
     if even > n:
-        both[:, n, n] = -2 * size - 1
-    both[:, even:].diagonal(dim1=1, dim2=2).fill_(1)
-    rotation = _Rotation(batch, even, H)
+        product[:, n, n] = -2 * size - 1
+    state = product, torch.eye(even, dtype=H.dtype, device=H.device).repeat(batch, 1, 1)
+    rotation = _Rotation(*state)
     for _ in range(SWEEPS):
         for _ in range(even - 1):
-            both = rotation.next(both)
-        left = both[:, :even] - torch.diag_embed(both[:, :even].diagonal(dim1=1, dim2=2))
-        settled = torch.linalg.matrix_norm(left) <= SETTLED * size
+            state = rotation.next(*state)
+        product, vectors = state
+        left = torch.linalg.matrix_norm(product - torch.diag_embed(product.diagonal(dim1=1, dim2=2)))
+        settled = left <= settled_at * size
         if bool((settled | ~torch.isfinite(size)).all()):
             break
-    values, order = both[:, :even].diagonal(dim1=1, dim2=2).sort(dim=-1, descending=True)
-    vectors = both[:, even:].gather(2, order[:, None].expand(-1, even, -1))[:, :n, :n]
+    values, order = product.diagonal(dim1=1, dim2=2).sort(dim=-1, descending=True)
+    vectors = vectors.gather(2, order[:, None].expand(-1, even, -1))[:, :n, :n]
     wrong = ~settled
     return values[:, :n].masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
 
@@ -49,24 +52,27 @@ def eigh_by_rotations(H: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "bat
 class _Rotation:
     """One round: column i of the first half with column i of the second, which then move on to their next partners."""
 
-    def __init__(self, batch: int, n: int, like: Tensor) -> None:
+    def __init__(self, product: Float[Tensor, "batch n n"], vectors: Float[Tensor, "batch n n"]) -> None:
+        batch, n, _ = product.shape
         self.half = n // 2
-        self.matrix = like.new_zeros(batch, n * n)
-        self.places = _places(n).to(like.device).expand(batch, -1)
+        self.R, self.turned = torch.zeros_like(product), torch.empty_like(product)
+        self.places = _places(n).to(product.device).expand(batch, -1)
+        self.other = torch.empty_like(vectors)  # a second buffer: what is read is not written
 
-    def next(self, both: Float[Tensor, "batch twice n"]) -> Float[Tensor, "batch twice n"]:
-        """RᵀHR above VR, from H above V."""
-        n, half = both.shape[-1], self.half
-        H = both[:, :n]
+    def next(self, H: Tensor, V: Tensor) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch n n"]]:
+        """RᵀHR in place of H, and VR."""
+        half = self.half
         diagonal, across = H.diagonal(dim1=1, dim2=2), H[:, :half, half:].diagonal(dim1=1, dim2=2)
         difference = diagonal[:, half:] - diagonal[:, :half]
         # The smaller of the two angles that annul the entry, without which a sweep may undo the one before.
         angle = 0.5 * torch.atan2(torch.copysign(2 * across.abs(), across * difference), difference.abs())
         cosine, sine = angle.cos(), angle.sin()
-        self.matrix.scatter_(1, self.places, torch.cat([cosine, -sine, sine, cosine], dim=1))
-        R = self.matrix.view(-1, n, n)
-        turned = both @ R
-        return torch.cat([R.mT @ turned[:, :n], turned[:, n:]], dim=1)
+        self.R.flatten(1).scatter_(1, self.places, torch.cat([cosine, -sine, sine, cosine], dim=1))
+        torch.bmm(H, self.R, out=self.turned)
+        torch.bmm(self.R.mT, self.turned, out=H)
+        torch.bmm(V, self.R, out=self.other)
+        self.other, V = V, self.other
+        return H, V
 
 
 def _places(n: int) -> Int[Tensor, " entries"]:

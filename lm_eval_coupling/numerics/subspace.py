@@ -49,7 +49,7 @@ def leading_right_vectors(
     filters = 0
     while True:
         GQ = product(Q)
-        theta, Z = small_eigh(Q.double().mT @ GQ.double())
+        theta, Z = small_eigh(Q.double().mT @ GQ.double(), roughly=filters == 0)
         Q, GQ = Q @ Z.to(Q), GQ @ Z.to(Q)
         theta = theta.clamp_min(0)
         excess, noise = _over(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_eval_coupling.numerics import gram
 from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
 
 
@@ -16,6 +17,15 @@ def with_spectrum(S, seed=0):
     return (U * S) @ V.mT
 
 
+@pytest.fixture(params=["on the host", "by rotations"])
+def small_problems(request, monkeypatch):
+    """Both ways to the small eigenproblems, the second as on a card that is fast in float64."""
+    if request.param == "by rotations":
+        monkeypatch.setattr(gram, "ROTATED", 0)
+        monkeypatch.setattr(gram, "_doubles_at_full_speed", lambda device: True)
+
+
+@pytest.mark.usefixtures("small_problems")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_has_settled_is_the_leading_subspace(dtype):
     i = torch.arange(150, dtype=torch.float64)

@@ -15,10 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.memory import PAIRS_AT_ONCE
 from lm_eval_coupling.numerics.precision import true_float32
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank
-
-AT_ONCE = 1 << 28  # bytes of J V that a device may hold for several layers
 
 
 @true_float32()
@@ -40,11 +39,11 @@ def coupling_matrices(
     """Return A[l, l'] = U_{l'}ᵀ J^l V_{l'} for all pairs at once, on the device of V.
 
     J may live on another device; a few layers of it are moved at a time. Working memory beside the result is
-    basis · d_model · rank numbers on a CPU, up to `AT_ONCE` bytes elsewhere, where launches count.
+    basis · d_model · rank numbers on a CPU, up to `PAIRS_AT_ONCE` bytes elsewhere, where launches count.
     """
     layers, (bases, d_model, rank) = J.shape[0], V.shape
     all_V = rearrange(V, "basis d k -> (basis k) d")
-    at_once = 1 if V.device.type == "cpu" else max(1, min(layers, AT_ONCE // (all_V.numel() * V.element_size())))
+    at_once = 1 if V.device.type == "cpu" else max(1, min(layers, PAIRS_AT_ONCE // (all_V.numel() * V.element_size())))
     JV = V.new_empty(at_once, bases, rank, d_model)  # transposed and used again: fresh pages cost half the product
     A = V.new_empty(layers, bases, rank, rank)
     for first in range(0, layers, at_once):
