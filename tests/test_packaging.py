@@ -184,6 +184,18 @@ def test_lm_evals_own_command_measures(installed, tmp_path):
     assert [*results.parent.glob(f"coupling_{task}_*.parquet")]
 
 
+def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
+    """`pip install --target` runs no .pth file: lm-eval's own command knows of no such model there, ours does."""
+    folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
+    pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
+    model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)
+    options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={tmp_path / 'store.sqlite'}"
+    words = ["--model", "coupling-hf", "--model_args", f"pretrained={model},{options}", "--tasks", task]
+    words += ["--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out", "--device", "cpu"]
+    printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=str(folder))
+    assert "Coupling at K = 4" in printed and [*(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")]
+
+
 @pytest.mark.parametrize("words", [[], ["--editable"]], ids=["wheel", "editable"])
 def test_removal_leaves_nothing(wheel, tmp_path, words):
     environment = Environment(tmp_path)
