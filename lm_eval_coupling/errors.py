@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 class CouplingError(ValueError):
@@ -43,3 +44,20 @@ class Unmeasurable(Exception):
     def __init__(self, code: str, words: str) -> None:
         super().__init__(words)
         self.reason = Reason(code, words)
+
+
+# torch raises a plain RuntimeError for it on the host and on some devices.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def reason_of(error: Exception) -> Reason:
+    """``error`` as a reason: one line, of bounded length."""
+    if isinstance(error, Unmeasurable):
+        return error.reason
+    text = " ".join(str(error).split())[:300]
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"OutOfMemoryError", "MemoryError"} or _OUT_OF_MEMORY.search(text):
+        return Reason("out_of_memory", "out of memory")
+    if isinstance(error, CouplingError):
+        return Reason("refused", text)
+    return Reason("error", f"{type(error).__name__}: {text}")

@@ -47,7 +47,7 @@ def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
     import torch
 
     from lm_eval_coupling.measures.formulas import geometry as maths
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
 
     # Blocks may lie on several devices.
     stream = [call.resid_pre[0].to(one.trace.resid_final.device) for call in one.trace.calls]

@@ -27,7 +27,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
     from lm_eval_coupling.measures.formulas.coupling import normalized_by_rank
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import top_singular
 
     ranks = one.settings.ranks
@@ -48,12 +48,10 @@ def _of_block(one: TracedPrompt, call) -> tuple[list[Tensor], list[float]]:
     """J of attention and MLP at the measured token, and their certificates."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE
     from lm_eval_coupling.jacobians.engine import certified_jacobian
-    from lm_eval_coupling.residual.halves import attention_alone, mlp_alone, require_parts
 
     at, method = one.position, one.settings.method
-    require_parts(call)
     jacobians, errors = [], []
-    for half, alone in zip(HALVES, (attention_alone(call), mlp_alone(call, at)), strict=True):
+    for half, alone in zip(HALVES, (one.attention_alone(call), one.mlp_alone(call)), strict=True):
         with alone as part:
             made = certified_jacobian(part, at, at, method)
         if not made.error <= TOLERANCE[call.dtype]:

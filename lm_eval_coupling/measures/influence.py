@@ -22,7 +22,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
 
     from lm_eval_coupling.measures.formulas import spectrum
     from lm_eval_coupling.measures.formulas.pairs import rows_to
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import largest_singular_values
 
     rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}

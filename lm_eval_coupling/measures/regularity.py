@@ -25,7 +25,7 @@ def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
     import torch
 
     from lm_eval_coupling.measures.formulas.trajectory import entropy
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
 
     try:
         stream = torch.stack([one.trace.trajectory(one.position) for one in batch])
@@ -65,8 +65,9 @@ def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
 
 def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
     """Of the logits at every depth; a head that fails costs nothing else."""
+    from lm_eval_coupling.errors import reason_of
     from lm_eval_coupling.measures.formulas.trajectory import entropy
-    from lm_eval_coupling.measuring.batch import off_mps, reason_of
+    from lm_eval_coupling.numerics.devices import off_mps
 
     try:
         return {"entropy": entropy(off_mps(one.model.logits(one.trace.trajectory(one.position))))}, ()
@@ -80,7 +81,7 @@ def _line_shape_scores(one: TracedPrompt, at_once: int = 64) -> Any:
     import torch
 
     from lm_eval_coupling.measures.formulas.trajectory import line_shape_score
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
 
     starts = range(0, one.trace.resid_final.shape[1], at_once)
     parts = [line_shape_score(off_mps(one.trace.trajectories(slice(i, i + at_once)))) for i in starts]
@@ -89,7 +90,7 @@ def _line_shape_scores(one: TracedPrompt, at_once: int = 64) -> Any:
 
 def _trajectories(one: TracedPrompt) -> dict[str, Any]:
     from lm_eval_coupling.measures.formulas.trajectory import principal_trajectories
-    from lm_eval_coupling.measuring.batch import off_mps
+    from lm_eval_coupling.numerics.devices import off_mps
 
     if not one.settings.trajectories:
         return {}

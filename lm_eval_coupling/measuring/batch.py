@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,16 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError, Reason, Unmeasurable
+from lm_eval_coupling.errors import Reason, Unmeasurable, reason_of
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_traces
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
+from lm_eval_coupling.residual import halves
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class DoubtfulJacobian(Unmeasurable):
@@ -88,6 +88,14 @@ class TracedPrompt:
             error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
             raise DoubtfulJacobian(f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}", self.proof)
         return found.jacobians
+
+    def attention_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
+        """One block's call without its MLP; see :func:`~lm_eval_coupling.residual.halves.attention_alone`."""
+        return halves.attention_alone(call)
+
+    def mlp_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
+        """One block's call with its attention held; see :func:`~lm_eval_coupling.residual.halves.mlp_alone`."""
+        return halves.mlp_alone(call, self.position)
 
     @property
     def triplets(self) -> SingularTriplets:
@@ -172,23 +180,6 @@ class Batch:
             columns = {column: on_host(value) for column, value in part.columns.items()}
             found.append(Found(columns, part.reasons, time.perf_counter() - start))
         return found
-
-
-def reason_of(error: Exception) -> Reason:
-    """``error`` as a reason: one line, of bounded length."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, Unmeasurable):
-        return error.reason
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(text):
-        return Reason("out_of_memory", "out of memory")
-    if isinstance(error, CouplingError):
-        return Reason("refused", text)
-    return Reason("error", f"{type(error).__name__}: {text}")
-
-
-def off_mps(tensor: Tensor) -> Tensor:
-    """MPS has neither float64 nor a symmetric eigendecomposition."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def on_host(value: Any) -> Any:

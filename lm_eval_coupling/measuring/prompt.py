@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.errors import CouplingError, Reason, reason_of
 from lm_eval_coupling.jacobians.engine import resolve_token
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.formulas.choices import chosen_positions
 from lm_eval_coupling.measures.registry import Found
-from lm_eval_coupling.measuring.batch import DTYPES, Batch, reason_of
+from lm_eval_coupling.measuring.batch import DTYPES, Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.token_ids import token_ids

@@ -27,18 +27,15 @@ def attention_alone(call: BlockCall) -> Iterator[BlockCall]:
     """The block without its MLP.
 
     Raises:
-        Unmeasurable: if the block has no module that is its MLP by name.
+        Unmeasurable: if the block has no module that is its MLP by name, or is not its stream and two such parts.
     """
+    _require_parts(call)
     with _hooked(_child(call.module, _MLPS, "MLP"), _silent):
         yield _bare(call)
 
 
-def require_parts(call: BlockCall) -> None:
-    """Without both a block hands on its stream, but for a constant that a norm may add to nothing.
-
-    Raises:
-        Unmeasurable: if it does not, or has no such modules by name.
-    """
+def _require_parts(call: BlockCall) -> None:
+    """Without both a block hands on its stream, but for a constant that a norm may add to nothing."""
     attention, mlp = _child(call.module, _ATTENTIONS, "attention"), _child(call.module, _MLPS, "MLP")
     with _hooked(attention, _silent), _hooked(mlp, _silent), call.ready(), torch.no_grad():
         left = call(call.resid_pre) - call.resid_pre
