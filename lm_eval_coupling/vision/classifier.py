@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -20,7 +20,7 @@ class Classifier:
 
     name: str
     revision: str
-    model: nn.Module
+    model: Any
     processor: Any
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def run_vision(
     accuracy, error = scored.accuracy()
     words = f"{images.name}: accuracy {accuracy:.4f} ± {error:.4f} over {len(scored.answers)} images"
     words += f", {len(scored.undecodable)} undecodable ones left out" if scored.undecodable else ""
-    return file, "\n".join([words, *([] if info is None else [f"Measured at {measuring.what}", info.closing(results)])])
+    if measuring is not None and info is not None:
+        words += f"\nMeasured at {measuring.what}\n{info.closing(results)}"
+    return file, words
 
 
 def _wrapped(model: nn.Module) -> ResidualModel:
@@ -134,10 +136,11 @@ class _Measuring:
             subjects.append(Subject(UNTRAINED, ResidualModel.wrap(twin)))
         position, what = summary_token(trained)
         if position_given:
-            position, what = options.position, f"token {options.position}, as asked for"
-        options = dataclasses.replace(options, position=position)
+            what = f"token {options.position}, as asked for"
+        else:
+            options = dataclasses.replace(options, position=position)
         logger.info("coupling: measured at %s", what)
-        session = Session(subjects=subjects, settings=options.settings, position=position, store=store)
+        session = Session(subjects=subjects, settings=options.settings, position=options.position, store=store)
         return cls(classifier, options, session, what)
 
     def info(self, images: LabelledImages, answers: Sequence[Answer]) -> CouplingInfo:
@@ -145,20 +148,33 @@ class _Measuring:
         keys = {DocumentKey(images.name, answer.doc_hash, answer.prompt_hash): answer for answer in answers}
         chosen = choose(keys, [images.name], self.options.limit, self.options.seed)
         tokens = {key: self._prompt(images[answer.number]) for key, answer in keys.items() if key in chosen}
-        measured = self.session.measure([*tokens.values()])
-        rows = [
-            self._row(images, key, keys[key], subject.weights, image, measured)
-            for subject in self.session.subjects
-            for key, image in tokens.items()
-            if image in measured.of(subject.weights)
-        ]
-        reused = sum(row.reused for row in rows if row.weights == TRAINED)
-        facts = self._facts(rows, images) | {"reused": reused, "interrupted": measured.interrupted}
+        rows, interrupted = self._rows(images, keys, tokens)
+        reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
+        facts = self._facts(rows, images) | {"reused": reused, "interrupted": interrupted}
         if chosen and not facts["measured"]:
             logger.error("coupling: none of %d images could be measured: %s", len(chosen), reasons(rows))
         elif facts["failed"]:
             logger.warning("coupling: %d images were not measured: %s", facts["failed"], reasons(rows))
         return CouplingInfo(facts, rows, self.options.out)
+
+    def _rows(
+        self, images: LabelledImages, answers: Mapping[DocumentKey, Answer], tokens: Mapping[DocumentKey, Any]
+    ) -> tuple[list[Row], bool]:
+        """Of every image, set of weights and token asked for, those of the trained weights first; whether Ctrl-C cut in."""
+        rows: list[Row] = []
+        interrupted = False
+        for session in self.session.at_every_place():
+            asked = {key: image for key, image in tokens.items() if session.has(image)}
+            measured = session.measure([*asked.values()])
+            rows += [
+                self._row(images, key, answers[key], subject.weights, image, measured, session.place)
+                for subject in session.subjects
+                for key, image in asked.items()
+                if image in measured.of(subject.weights)
+            ]
+            if interrupted := measured.interrupted:
+                break
+        return sorted(rows, key=lambda row: row.weights != TRAINED), interrupted
 
     def _prompt(self, image: LabelledImage) -> tuple[int, ...]:
         """The image as a prompt; its pixel values are made again when they are needed."""
@@ -169,7 +185,14 @@ class _Measuring:
         return self.session.trained.model.image(load(), load)
 
     def _row(
-        self, images: LabelledImages, key: DocumentKey, answer: Answer, weights: str, image: Any, measured: Measured
+        self,
+        images: LabelledImages,
+        key: DocumentKey,
+        answer: Answer,
+        weights: str,
+        image: Any,
+        measured: Measured,
+        place: int,
     ) -> Row:
         label = self.classifier.id2label[answer.target]
         return ImageRow(
@@ -181,6 +204,7 @@ class _Measuring:
             weights=weights,
             measured=measured.of(weights)[image],
             reused=image in measured.reused.get(weights, ()),
+            place=place,
             picture=picture(images[answer.number].decoded()),
         )
 

@@ -22,7 +22,12 @@ def results_of(classifier: Classifier, images: LabelledImages, scored: Scored) -
     task, (accuracy, error) = images.name, scored.accuracy()
     scores = {"name": task, "alias": task, "sample_len": len(scored.answers), "acc,none": accuracy}
     scores["acc_stderr,none"] = "N/A" if math.isnan(error) else error
-    about = {"task": task, "dataset_path": task, "test_split": images.split, "output_type": "image_classification"}
+    about: dict[str, Any] = {
+        "task": task,
+        "dataset_path": task,
+        "test_split": images.split,
+        "output_type": "image_classification",
+    }
     about |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], "num_fewshot": 0}
     return {
         "results": {task: scores},

@@ -190,6 +190,14 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
     )
 
 
+def test_several_tokens_of_an_image(images, classifier, tmp_path):
+    settings = f"ranks=4,limit=2,position=0+5,store={tmp_path / 'store.sqlite'}"
+    file, words = run_vision(classifier, str(images), tmp_path / "out", device="cpu", coupling=settings)
+    rows = pd.read_parquet(next(file.parent.glob("coupling_colours_*.parquet")))
+    assert sorted(rows["position"]) == [0, 0, 5, 5] and len(load_records(file.parent)) == 2
+    assert "as asked for" in words
+
+
 def test_the_same_images_are_chosen_for_every_model(saved, images, tmp_path):
     other = save_classifier(tmp_path / "other", "dinov2")
     file, _ = run_vision(other, str(images), tmp_path / "out", device="cpu", coupling=f"{RANKS},limit=5")
