@@ -10,7 +10,7 @@ from lm_eval_coupling.jacobians.protocol import Call
 
 
 def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
-    """∂F_{output}/∂x_{input} of one block (skip connection included), by one backward pass per output coordinate.
+    """∂f_{output}/∂x_{input} of one block (skip connection excluded), by one backward pass per output coordinate.
 
     Arguments and result as in ``token_local_jacobian``; memory and time grow with the sequence although the result does not.
     """
@@ -20,4 +20,7 @@ def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: i
         resid_pre[0, input_token] = x
         return call(resid_pre)[0, output_token]
 
-    return jacobian_rows(function, call.resid_pre[0, input_token], budget, live=64 * call.seq)
+    jacobian = jacobian_rows(function, call.resid_pre[0, input_token], budget, live=64 * call.seq)
+    if output_token == input_token:
+        jacobian.diagonal().sub_(1)
+    return jacobian

@@ -30,7 +30,7 @@ class _Reached(Exception):
 
 
 def closed_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
-    """∂F_{output}/∂x_{input} of one block (skip connection included).
+    """∂f_{output}/∂x_{input} of one block (skip connection excluded).
 
     Arguments and result as in ``token_local_jacobian``; ``budget`` is not needed: working memory is a few d_ff·d_model.
 
@@ -54,17 +54,17 @@ def closed_row(call: Call, output_token: int, input_tokens: Sequence[int]) -> Fl
 
 
 def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
-    """∂F_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
+    """∂f_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
 
-    The steps are gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot
-    be joined.
+    The skip connection is left out where it stands, not taken off ∂F at the end: a small ∂f keeps its digits. The steps are
+    gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot be joined.
     """
     core = LinearCore.of_each(calls, tokens)
     x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])
     root = Origin(*x.shape)
     tape = Tape(partial(_through, core))
     tape.watch(x, NearIdentity.identity(root, x))
-    return _derivative(tape, _run(tape, calls, x, tokens), root)
+    return _derivative(tape, _run(tape, calls, x, tokens), root, less=1.0)
 
 
 def output_factor(call: Call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
@@ -110,8 +110,16 @@ def _run(
     return out
 
 
-def _derivative(tape: Tape, outcome: Tensor, root: Origin) -> Float[Tensor, "prompt d_out width"]:
-    return lifted(tape.differentiate(outcome), outcome.shape, root).rows(outcome.shape)
+def _derivative(tape: Tape, outcome: Tensor, root: Origin, less: float = 0.0) -> Float[Tensor, "prompt d_out width"]:
+    """Multiplied out, less so many times the identity."""
+    found = lifted(tape.differentiate(outcome), outcome.shape, root)
+    if isinstance(found, NearIdentity):
+        return found.matrix(less)
+    rows = found.rows(outcome.shape)
+    if less:
+        rows = rows.clone()
+        rows.diagonal(dim1=1, dim2=2).sub_(less)
+    return rows
 
 
 def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:

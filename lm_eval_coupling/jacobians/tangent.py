@@ -34,15 +34,17 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NearIdentity:
-    """diag(d) + L Rᵀ, the derivative of a vector as wide as its origin: what residuals and norms leave of the identity.
+    """diag(d) + L Rᵀ + M, the derivative of a vector as wide as its origin: what residuals and norms leave of the identity.
 
-    ``left`` and ``right`` are None where there is no low-rank part; ``exact`` marks the identity itself.
+    ``left`` and ``right`` are None where there is no low-rank part, ``rest`` where there is no M; ``exact`` marks the
+    identity itself. What a block adds to the stream is in M, apart from the 1 beside which its digits would be lost.
     """
 
     origin: Origin
     diagonal: Float[Tensor, "batch width"]
     left: Float[Tensor, "batch width rank"] | None = None
     right: Float[Tensor, "batch width rank"] | None = None
+    rest: Float[Tensor, "batch width width"] | None = None
     exact: bool = False
 
     @classmethod
@@ -59,30 +61,59 @@ class NearIdentity:
         """Derivative of the vector times ``factor``, entry by entry; ``shape`` is that of the vector."""
         f = factor.expand(shape).reshape(self.origin.batch, self.origin.width)
         left = None if self.left is None else self.left * f[..., None]
-        return NearIdentity(self.origin, self.diagonal * f, left, self.right)
+        rest = None if self.rest is None else self.rest * f[..., None]
+        return NearIdentity(self.origin, self.diagonal * f, left, self.right, rest)
 
-    def plus(self, left: Tensor | None, right: Tensor | None, diagonal: Tensor | float = 0) -> NearIdentity:
-        """With diag(d) + L Rᵀ added."""
+    def plus(
+        self,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        diagonal: Tensor | float = 0,
+        rest: Tensor | None = None,
+    ) -> NearIdentity:
+        """With diag(d) + L Rᵀ + M added."""
         if self.left is not None and left is not None:
             left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
         elif left is None:
             left, right = self.left, self.right
-        return NearIdentity(self.origin, self.diagonal + diagonal, left, right)
+        if self.rest is not None:
+            rest = self.rest if rest is None else self.rest + rest
+        return NearIdentity(self.origin, self.diagonal + diagonal, left, right, rest)
 
     def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
-        """``matrix`` @ (diag(d) + L Rᵀ)."""
+        """``matrix`` @ (diag(d) + L Rᵀ + M)."""
         product = matrix * self.diagonal[:, None]
-        return product if self.left is None else product.baddbmm_(matrix @ self.left, self.right.mT)
+        if self.left is not None:
+            product = product.baddbmm_(matrix @ self.left, self.right.mT)
+        return product if self.rest is None else product.baddbmm_(matrix, self.rest)
+
+    def over(self, operator: NearIdentity) -> NearIdentity:
+        """Their product, over the earlier origin of ``operator``, the derivative of this one's."""
+        product = NearIdentity(operator.origin, self.diagonal * operator.diagonal)
+        by_row = self.diagonal[..., None]
+        if operator.left is not None:
+            product = product.plus(by_row * operator.left, operator.right)
+        if operator.rest is not None:
+            product = product.plus(rest=by_row * operator.rest)
+        if self.left is not None:
+            product = product.plus(self.left, operator.after(self.right.mT).mT)
+        return product if self.rest is None else product.plus(rest=operator.after(self.rest))
 
     def total(self) -> Float[Tensor, "batch width"]:
         """Derivative of the sum of the vector's entries."""
-        if self.left is None:
-            return self.diagonal
-        return self.diagonal + (self.right @ self.left.sum(1)[..., None])[..., 0]
+        total = self.diagonal
+        if self.left is not None:
+            total = total + (self.right @ self.left.sum(1)[..., None])[..., 0]
+        return total if self.rest is None else total + self.rest.sum(1)
 
-    def matrix(self) -> Float[Tensor, "batch width width"]:
-        """Multiplied out."""
-        product = torch.diag_embed(self.diagonal)
+    def matrix(self, less: float = 0.0) -> Float[Tensor, "batch width width"]:
+        """Multiplied out, less so many times the identity."""
+        diagonal = self.diagonal - less
+        if self.rest is None:
+            product = torch.diag_embed(diagonal)
+        else:
+            product = self.rest.clone()
+            product.diagonal(dim1=1, dim2=2).add_(diagonal)
         return product if self.left is None else product.baddbmm_(self.left, self.right.mT)
 
 
@@ -140,8 +171,8 @@ def lifted(tangent: Tangent, shape: torch.Size, origin: Origin) -> Tangent:
     """``tangent``, that of a tensor of ``shape``, over ``origin``, an ancestor of its own."""
     while tangent.origin is not origin:
         operator = tangent.origin.operator
-        if isinstance(tangent, NearIdentity) and tangent.exact and isinstance(operator, NearIdentity):
-            tangent = operator
+        if isinstance(tangent, NearIdentity) and isinstance(operator, NearIdentity):
+            tangent = operator if tangent.exact else tangent.over(operator)
             continue
         if isinstance(tangent, NearIdentity) and tangent.exact:
             rows = operator.matrix
@@ -167,16 +198,11 @@ def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shap
     if isinstance(b, NearIdentity):
         a, b = b, a
     if isinstance(b, NearIdentity):
-        return a.plus(b.left, b.right, b.diagonal)
+        return a.plus(b.left, b.right, b.diagonal, b.rest)
     if (factors := b.outer(shape)) is not None:
         return a.plus(*factors)
     rows = b.rows(shape)
-    if a.left is None:
-        total = rows.clone()
-        total.diagonal(dim1=1, dim2=2).add_(a.diagonal)
-    else:
-        total = rows + a.matrix()
-    return NearIdentity.identity(Origin(origin.batch, origin.width, Dense(origin, total)), total)
+    return NearIdentity.identity(Origin(origin.batch, origin.width, a.plus(rest=rows)), rows)
 
 
 def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:

@@ -23,7 +23,7 @@ class _Reached(Exception):
 
 
 def token_local_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
-    """∂F_{output}/∂x_{input} of one block (skip connection included).
+    """∂f_{output}/∂x_{input} of one block (skip connection excluded).
 
     Args:
         call: the block's call, inside its ``ready()`` context.
@@ -43,7 +43,10 @@ def token_local_jacobian(call: Call, output_token: int, input_token: int, budget
         function = _same_token(call, core, output_token)
     else:
         function = _other_token(call, core, output_token, input_token)
-    return jacobian_columns(function, call.resid_pre[0, input_token], budget)
+    jacobian = jacobian_columns(function, call.resid_pre[0, input_token], budget)
+    if core.same_token:
+        jacobian.diagonal().sub_(1)
+    return jacobian
 
 
 def _same_token(call: Call, core: LinearCore, token: int) -> Callable[[Tensor], Tensor]:
