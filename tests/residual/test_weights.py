@@ -348,6 +348,8 @@ from lm_eval_coupling.residual import trace
 from lm_eval_coupling.jacobians.certify import probe, pulled_back
 from lm_eval_coupling.jacobians.engine import LEVELS
 
+mode = FakeTensorMode()  # one for all: directions are made once and kept
+
 def place(module, device):
     for part in module.modules():
         for tensors, kind in ((part._parameters, torch.nn.Parameter), (part._buffers, lambda t, **_: t)):
@@ -357,9 +359,10 @@ def place(module, device):
 
 def walk(case):
     wrapped = residual.ResidualModel.wrap(cases.tiny_model(case, torch.float32))
-    with FakeTensorMode():
+    with mode:
         place(wrapped.model, "cpu")
         place(wrapped.blocks[1], "other:0")
+        wrapped.inputs._row = lambda tokens: tokens  # which looks at the ids
         facts = {"inputs": wrapped.inputs, "n_params": 1, "way": "", "way_reason": ""}
         again = residual.ResidualModel(wrapped.model, wrapped.blocks, **facts)
         traced = again.trace(torch.ones(5, dtype=torch.long), torch.float32, 2, probe)
