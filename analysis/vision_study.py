@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
+from lm_eval_coupling.figures.palette import colours
 from lm_eval_coupling.saved.results import load_runs
 from lm_eval_coupling.statistics import Fit, line_fit
 
@@ -39,9 +40,10 @@ def members_of(runs: pd.DataFrame, rank: int | None) -> tuple[pd.DataFrame, int]
     columns = {"acc,none": "accuracy", "acc_stderr,none": "accuracy_stderr", f"coupling@{rank}": "coupling"}
     columns |= {f"coupling_stderr@{rank}": "coupling_stderr", f"chance@{rank}": "chance"}
     kept = [name for name in ("line_shape_score", "expodistance", "measured", "epochs", "loss") if name in runs]
-    found = runs.dropna(subset=[DEPTH, DECAY]).rename(columns=columns)
+    found = runs.dropna(subset=[DEPTH, DECAY]).drop(columns=[*columns.values()], errors="ignore")  # those of the training
+    found = found.rename(columns=columns)
     found["model"] = [Path(model).name for model in found["model"]]
-    found = found[["model", DEPTH, DECAY, *columns.values(), *kept]].assign(chance=lambda rows: 1 - rows["chance"])
+    found = found[["model", DEPTH, DECAY, *columns.values(), *kept]]
     return found.sort_values([DEPTH, DECAY], ignore_index=True), rank
 
 
@@ -54,7 +56,7 @@ def lines(members: pd.DataFrame) -> dict[str, Fit]:
 def accuracy_over_coupling(members: pd.DataFrame, fits: dict[str, Fit], rank: int) -> Figure:
     """All members in one panel, then those of every stochastic depth with their line."""
     depths = sorted(members[DEPTH].unique())
-    colour = canvas.colours(depths)
+    colour = colours(depths)
     figure, axes = canvas.grid(1 + len(depths), title=f"Accuracy over coupling, K = {rank}; errors are standard errors")
     for depth in depths:
         _points(axes[0], members[members[DEPTH] == depth], "coupling", colour[depth], f"{depth:g}")
@@ -76,7 +78,7 @@ def accuracy_over_coupling(members: pd.DataFrame, fits: dict[str, Fit], rank: in
 
 def over_setting(members: pd.DataFrame, x: str, line: str, rank: int) -> Figure:
     """Coupling and accuracy over one setting, a line for every value of the other."""
-    colour = canvas.colours(sorted(members[line].unique()))
+    colour = colours(sorted(members[line].unique()))
     names = {DEPTH: "stochastic depth", DECAY: "weight decay"}
     figure, axes = canvas.grid(2, title=f"Coupling (K = {rank}) and accuracy over {names[x]}")
     for ax, y in zip(axes, ("coupling", "accuracy"), strict=True):
