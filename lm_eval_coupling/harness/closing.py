@@ -45,7 +45,7 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
                 coupling(trained),
                 coupling(untrained),
                 f"{of_task['measured']} of {_evaluated(results, task)}",
-                str(len(trained)),
+                str(sum(row.place == 0 for row in trained)),
                 "-" if math.isnan(worst) else f"{worst:.0e}",
             )
         )
