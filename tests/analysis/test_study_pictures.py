@@ -1,0 +1,106 @@
+"""The pictures of studies show their numbers."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection
+from studied import CHANCE, PAIRS, quartile_rows, record
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures import coupling_matrices, graph, lines, trajectories
+from lm_eval_coupling.measures.formulas.headline import chance_level
+from lm_eval_coupling.studies import tables
+
+pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+
+
+def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
+    rows = pd.concat([quartile_rows(), quartile_rows(weights="untrained", median=0.05, undefined=2)])
+    (ax,) = lines.curves(rows).axes
+    trained, untrained, chance = ax.lines
+    assert trained.get_ydata().tolist() == [0.1, 0.2, 0.3, 0.4] and trained.get_linestyle() == "-"
+    assert untrained.get_linestyle() == "--" and untrained.get_color() == trained.get_color()
+    assert set(chance.get_ydata()) == {CHANCE}
+    assert chance.get_label() == "chance 0.051" and not ax.texts
+    names = ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)", "chance 0.051"]
+    assert ax.get_legend_handles_labels()[1] == names
+
+
+def test_a_zero_has_a_place_on_a_logarithmic_axis():
+    rows = quartile_rows(level=[0, 0.01, 0.1, 1])
+    (ax,) = lines.curves(rows, x="level", log_x=True).axes
+    places = ax.transData.transform([(level, 0) for level in rows["level"]])[:, 0]
+    assert (np.diff(places) > 0.15 * np.ptp(places)).all()
+    assert ax.get_xlim()[0] > -0.01
+
+
+def test_of_unrelated_layers_no_pair_is_beyond_chance_and_of_coupled_ones_all_are():
+    """About half of all pairs of an untrained model had an edge: those that happened to lie above chance."""
+    rng = np.random.default_rng(0)
+    chance = chance_level(10)
+
+    def records(mean):
+        m = np.float32(mean + 0.01 * rng.normal(size=(12, 2, 8, 8)))
+        rows = [record(i, normalized_miscoupling=m[i]) for i in range(12)]
+        return pd.DataFrame(rows).assign(model="m", revision="main")
+
+    (clear,) = tables.pairs_beyond_chance(records(chance), 10).values()
+    assert clear.shape == (8, 8) and not clear.any()
+    (clear,) = tables.pairs_beyond_chance(records(chance - 0.1), 10).values()
+    assert clear[~np.eye(8, dtype=bool)].all() and not clear.diagonal().any()
+    alone = records(chance - 0.1)
+    (clear,) = tables.pairs_beyond_chance(alone[:1], 10).values()
+    assert not clear.any()  # of one document there is no error
+
+
+def test_edges_are_coupling_above_chance():
+    weights = graph.edge_weights(PAIRS.astype(float), 10)
+    assert weights[0, 1] == weights[1, 0] == pytest.approx(chance_level(10) - 0.4)
+    assert np.isnan(np.diag(weights)).all()
+    matrix = np.full((4, 4), 0.99)  # below chance
+    matrix[0, 1] = matrix[1, 0] = 0.5
+    matrix[2, 3] = np.nan
+    ax = graph.layer_graph({"m": matrix}, rank=10).axes[0]
+    (edges,) = [c for c in ax.collections if isinstance(c, LineCollection)]
+    assert len(edges.get_segments()) == 1
+    assert ax.get_title() == "m\n1 of 6 pairs above chance, 1 undefined"
+    with pytest.raises(CouplingError, match="got no pair of layers"):
+        graph.layer_graph({"m": np.full((3, 3), np.nan)}, rank=10)
+
+
+def test_token_heat_maps_leave_out_what_is_undefined():
+    matrix = np.array([[0, 0.3], [np.nan, 0]])
+    ax = coupling_matrices.token_heatmaps({"m": matrix}, tokens={"m": [-2, -1]}, rank=10).axes[0]
+    assert "1 undefined" in ax.get_title()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "-1"]
+    with pytest.raises(CouplingError, match="got no pair of tokens"):
+        coupling_matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10)
+
+
+def test_coupling_matrices_each_fill_the_scale():
+    A = np.zeros((2, 2, 2, 2))
+    A[0, 1] = [[-4, 1], [0, 2]]
+    axes = coupling_matrices.coupling_matrices(A, rows=["a", "b"], columns=["c", "d"]).axes
+    assert axes[1].images[0].get_array().tolist() == [[1, 0.25], [0, 0.5]]
+    assert axes[1].get_title() == f"m̃ = {1 / math.sqrt(21):.3f}"
+    assert np.isnan(axes[0].images[0].get_array().filled(np.nan)).all(), "zeros have no scale"
+
+
+def test_trajectories_are_split_at_half_depth():
+    ways = np.arange(2 * 5 * 3.0).reshape(2, 5, 3)
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1})
+    parts = [
+        [len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)] for ax in figure.axes[:3]
+    ]
+    assert parts == [[4, 4], [2, 2], [2, 2]]
+    assert "50%" in figure.axes[0].get_xlabel()
+    with pytest.raises(CouplingError, match=r"got components \(1, 2\) without 0 tokens, but m has 1 components of 2 tokens"):
+        trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1}, skip=1, components=(2, 3))
+    (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
+    assert line.get_segments()[0].tolist() == [[16, 17], [19, 20]] and line.get_linewidth() == [2.2]
+    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 0}, skip=1)
+    (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
+    assert line.get_linewidth() == [0.7], "a measured token that is left out makes no other one thick"

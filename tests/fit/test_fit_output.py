@@ -1,0 +1,66 @@
+"""What `fit` finds is saved, drawn and said."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from fitted_runs import QUICK, save_documents, save_model
+
+from lm_eval_coupling import cli
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.fit import output
+from lm_eval_coupling.fit.findings import fit_runs
+
+
+class TestOutput:
+    def test_every_number_is_saved(self, found, tmp_path):
+        files = {file.name for file in output.save(found, tmp_path)}
+        assert files >= {"observations.csv", "correlations.csv", "fits.csv", "subsets.csv", "nested.csv", "fit.json"}
+        assert {
+            f"{name}.{kind}" for name in ("scatter", "scatter_1", "predictors", "ranks") for kind in ("png", "svg")
+        } <= files
+        assert files == {file.name for file in tmp_path.iterdir()}
+        saved = json.loads((tmp_path / "fit.json").read_text(), parse_constant=pytest.fail)
+        assert saved["predictor"] == "coupling@10" and len(saved["tables"]["correlations"]) == len(
+            found.tables["correlations"]
+        )
+        again = pd.read_csv(tmp_path / "correlations.csv")
+        np.testing.assert_allclose(again["coefficient"], found.tables["correlations"]["coefficient"])
+        told = (tmp_path / "finding.txt").read_text()
+        assert all(paragraph in told for paragraph in found.words) and all(note in told for note in found.notes)
+
+    def test_the_command(self, series, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "140")
+        out = tmp_path / "new" / "folder"
+        words = ["fit", str(series[0]), "--x", "coupling@30", "--tasks", "arc", "--out", str(out)]
+        assert cli.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "coupling@30 and the score, across models" in printed and "files in" in printed
+        assert "What coupling@30 says beyond size" in printed and "family a" in printed
+        assert (out / "scatter.svg").is_file() and not (out / "scatter_1.svg").exists()
+
+    def test_mistakes_are_one_sentence(self, series, tmp_path, capsys):
+        assert cli.main(["fit", str(series[0]), "--score", "bleu", "--out", str(tmp_path)]) == 2
+        assert "lm-eval-coupling: got no score 'bleu'" in capsys.readouterr().err
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CouplingError, match="file for the results, which cannot be written"):
+            output.save(fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK), tmp_path / "file")
+
+    def test_documents_are_drawn_and_shown(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "140")
+        rng = np.random.default_rng(0)
+        for model in ("a", "b"):
+            save_documents(tmp_path / "runs", model, rng.uniform(0.1, 0.5, 30), rng.integers(0, 2, 30))
+        found = fit_runs(tmp_path / "runs", x=["coupling@10"], resamples=QUICK)
+        files = {file.name for file in output.save(found, tmp_path / "out")}
+        assert {"auroc.png", "calibration.svg", "documents.csv", "logistic.csv", "graded.csv", "calibration.csv"} <= files
+        output.show(found)
+        assert "coupling@10 and right answers, within each model" in capsys.readouterr().out
+
+    def test_training_is_drawn(self, tmp_path):
+        for i in range(4):
+            save_model(tmp_path / str(i), f"out/a/checkpoint-{10**i}", 0.1 * (i + 1), {"arc": 0.2 * (i + 1)})
+        found = fit_runs(tmp_path, resamples=QUICK)
+        assert "training.png" in {file.name for file in output.save(found, tmp_path / "out")}
+        assert any(words.startswith("Along the training of a: ") for words in found.words)

@@ -1,0 +1,113 @@
+"""Within a model: documents meet their answers."""
+
+import math
+
+import numpy as np
+import pytest
+from fitted_runs import QUICK, save_documents, save_model
+from saved_runs import record, sample, write_samples
+from scipy import stats
+
+from lm_eval_coupling.fit.findings import fit_runs
+from lm_eval_coupling.fit.scores import scored_rows
+from lm_eval_coupling.fit.training import along_training, checkpoints
+from lm_eval_coupling.fit.within import POOLED, load_documents
+from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.run import find_runs
+
+
+class TestDocuments:
+    VALUES, RIGHT = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [0, 0, 1, 0, 1, 0, 1, 1]
+
+    def documents(self, folder):
+        runs = load_runs(folder)
+        return load_documents(find_runs(folder).runs, runs.assign(label=runs["model"]))
+
+    def test_records_meet_their_answers(self, tmp_path):
+        save_documents(tmp_path, "a", self.VALUES, self.RIGHT, likelihoods={1: (-0.5, -4.0), 2: (-9.0, -1.0)})
+        found = self.documents(tmp_path).set_index("doc_hash")
+        order = [f"d{i}" for i in range(8)]
+        np.testing.assert_allclose(found.loc[order, "coupling@10"], self.VALUES, atol=1e-6)
+        assert found.loc[order, "right"].tolist() == self.RIGHT
+        assert found.loc[order, "prompt_tokens"].tolist() == list(range(10, 18))
+        assert found.loc["d1", ["confidence", "margin"]].tolist() == [3.5, -3.5]
+        assert found.loc["d2", ["confidence", "margin"]].tolist() == [8.0, 8.0]
+
+    def test_auroc_by_hand(self, tmp_path):
+        save_documents(tmp_path, "a", self.VALUES, self.RIGHT)
+        found = fit_runs(tmp_path, resamples=QUICK)
+        row = found.tables["auroc"].set_index("predictor").loc["coupling@10"]
+        # Of 16 pairs of a right and a wrong answer, 13 have the higher coupling right.
+        assert row["auroc"] == 13 / 16 and (row["right"], row["wrong"]) == (4, 4)
+        assert found.words[0] == "One model only: nothing to compare across models."
+        assert "4 answers of one kind are too few to conclude anything" in found.words[1]
+
+    def test_several_tasks_are_pooled_within(self, tmp_path):
+        where = save_documents(tmp_path, "a", self.VALUES, self.RIGHT)
+        # A second, easier task of lower coupling, in which it says the opposite.
+        save_documents(tmp_path / "other", "a", [v / 10 for v in self.VALUES], self.RIGHT[::-1], task="easy")
+        found = fit_runs([where.parent], resamples=QUICK).tables["auroc"]
+        areas = found[found["predictor"] == "coupling@10"].set_index("task")["auroc"]
+        assert areas["arc"] == 13 / 16 and areas["easy"] == pytest.approx(3 / 16) and areas[POOLED] == 0.5
+
+    def test_coupling_that_decides_is_found_with_length_and_confidence_fixed(self, tmp_path):
+        rng = np.random.default_rng(0)
+        values = rng.uniform(0.1, 0.5, 200)
+        right = (rng.uniform(size=200) < 1 / (1 + np.exp(-12 * (values - 0.3)))).astype(int)
+        likelihoods = {i: tuple(rng.normal(size=2)) for i in range(200)}
+        save_documents(tmp_path, "a", values, right, likelihoods=likelihoods)
+        found = fit_runs(tmp_path, resamples=QUICK)
+        logistic = found.tables["logistic"].set_index(["predictor", "given"])
+        row = logistic.loc[("coupling@10", "prompt_tokens + confidence")]
+        true = 12 * values.std(ddof=1)
+        assert abs(row["log_odds"] - true) < 3 * row["log_odds_stderr"] and row["p"] < 0.001
+        assert "Higher coupling@10 goes with higher odds of a right answer." in found.words[-1]
+        assert logistic.loc[("line_shape_score", ""), "p"] > 0.01
+
+    def test_answers_that_are_neither_right_nor_wrong(self, tmp_path):
+        where = save_documents(tmp_path, "a", self.VALUES, self.RIGHT)
+        share = [0.1 * i for i in range(8)]
+        write_samples(where, "arc", [sample(f"d{i}", acc=share[i]) for i in range(7)] + [sample("d7", acc=1.0)])
+        found = self.documents(tmp_path)
+        assert found["right"].isna().all() and found["margin"].isna().all() and found["score"].notna().all()
+        assert "it needs lm-eval's --log_samples" in fit_runs(tmp_path, resamples=QUICK).words[-1]
+
+    def test_an_untrained_twin_answers_nothing(self, tmp_path):
+        rows = [record("arc", i) | {"weights": "trained"} for i in range(2)]
+        twins = [record("arc", i, seed=5) | {"weights": "untrained"} for i in range(2)]
+        where = save_model(tmp_path, "a", 0.2, {"arc": 0.5}, rows=[*rows, *twins])
+        write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
+        found = self.documents(tmp_path)
+        assert len(found) == 2
+        assert found["line_shape_score"].tolist() == pytest.approx([row["line_shape_score"] for row in rows])
+
+    def test_tables_of_other_runs_are_left_alone(self, tmp_path):
+        save_documents(tmp_path, "a", self.VALUES, self.RIGHT, run_id="old")
+        save_documents(tmp_path, "a", self.VALUES[::-1], self.RIGHT, run_id="new", date="2025-07-01T00-00-00")
+        assert len(self.documents(tmp_path)) == 8
+
+
+def test_a_failed_measurement_is_no_number(tmp_path):
+    rows = [record("arc", 0), record("arc", 1, reason="out of memory")]
+    where = save_model(tmp_path, "a", 0.2, {"arc": 0.5}, rows=rows)
+    write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
+    runs = load_runs(tmp_path)
+    found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a")).set_index("doc_hash")
+    assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(found.loc["d0", "coupling@10"])
+
+
+class TestTraining:
+    def test_levels_and_changes(self, tmp_path):
+        couplings, scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.5, 0.4, 0.7, 0.6, 0.9]
+        for i, (coupling, score) in enumerate(zip(couplings, scores, strict=True)):
+            save_model(tmp_path / str(i), f"out/a/checkpoint-{10**i}", coupling, {"arc": score})
+        rows = checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10")
+        assert rows["step"].tolist() == [1, 10, 100, 1000, 10_000, 100_000]
+        found = along_training(rows, "coupling@10", resamples=QUICK)
+        levels = found["a", "arc acc", "coupling@10", "levels"]
+        assert levels.coefficient == pytest.approx(stats.spearmanr(couplings, scores)[0]) and levels.n == 6
+        assert found["a", "arc acc", "coupling@10", "changes"].n == 5
+
+    def test_a_single_checkpoint_is_no_curve(self, tmp_path):
+        save_model(tmp_path, "out/a/checkpoint-5", 0.1, {"arc": 0.3})
+        assert checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10").empty
