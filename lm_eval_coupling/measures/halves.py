@@ -12,6 +12,7 @@ from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lm_eval_coupling.jacobians.protocol import Call
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
 
 HALVES = ("attention", "mlp")
@@ -44,7 +45,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
     return Found(columns, tuple(reasons))
 
 
-def _of_block(one: TracedPrompt, call) -> tuple[list[Tensor], list[float]]:
+def _of_block(one: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]:
     """J of attention and MLP at the measured token, and their certificates."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE
     from lm_eval_coupling.jacobians.engine import certified_jacobian
@@ -63,7 +64,7 @@ def _of_block(one: TracedPrompt, call) -> tuple[list[Tensor], list[float]]:
     return jacobians, errors
 
 
-def _require_whole(call, jacobians: list[Tensor], at: int) -> None:
+def _require_whole(call: Call, jacobians: list[Tensor], at: int) -> None:
     """Both halves make the block: one after the other, or side by side."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE, probe, pulled_back
 

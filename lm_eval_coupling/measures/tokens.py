@@ -4,6 +4,7 @@ share their input token (J_{s t} for t after s) or their output token (J_{t T} f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lm_eval_coupling.errors import Reason
@@ -59,7 +60,7 @@ def _context_coupling(one: TracedPrompt) -> Found:
     return Found({"context_tokens": tokens, "context_layers": layers} | found, reasons)
 
 
-def _extra(kinds: int):
+def _extra(kinds: int) -> Callable[[int, int, Settings], tuple[int, int]]:
     def extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
         held = len(chosen_layers(settings.layers, n_layers)) * len(chosen_tokens(settings.tokens, position))
         return kinds * held, held

@@ -14,6 +14,7 @@ from oracles import decoder_layers, oracle
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import closed
 from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.registry import measured_columns, record_columns
 from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
@@ -435,7 +436,7 @@ def test_what_a_measure_depends_on_is_its_own():
         "dtype": "float32",
         "ranks": [10, 30, 50],
         "method": "auto",
-        "version": 1,
+        "version": registry.measures()["depth"].version,
     }
     one, other = Settings(measures=("depth", "regularity")), Settings(measures=("regularity", "depth"), window=5)
     assert one.measures == other.measures and one.of("depth") == other.of("depth")

@@ -16,6 +16,7 @@ from torch import Tensor
 from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.jacobians.certify import TOLERANCE, with_probe_pulled_back
 from lm_eval_coupling.jacobians.pairs import AT_ONCE, jacobians_of_pairs
+from lm_eval_coupling.jacobians.protocol import Call, Trace
 from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling
 from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 
@@ -28,7 +29,7 @@ class Blocks:
     device: torch.device
 
 
-def jacobians_over(trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str) -> Blocks:
+def jacobians_over(trace: Trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str) -> Blocks:
     """As :func:`~lm_eval_coupling.jacobians.pairs.jacobians_of_pairs` for several layers.
 
     Raises:
@@ -54,7 +55,7 @@ def rows_to(
         yield tokens, _certified(call, [(token, t) for t in tokens], method)
 
 
-def _certified(call, pairs: Sequence[tuple[int, int]], method: str) -> Float[Tensor, "pair d_model d_model"]:
+def _certified(call: Call, pairs: Sequence[tuple[int, int]], method: str) -> Float[Tensor, "pair d_model d_model"]:
     J, errors = jacobians_of_pairs(call, pairs, method)
     worst = int(errors.nan_to_num(math.inf).argmax())
     if not errors[worst] <= TOLERANCE[J.dtype]:
