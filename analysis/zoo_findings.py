@@ -38,6 +38,9 @@ def read(folder: Path) -> pd.DataFrame:
     if missing := [task for task in SCORES if task not in set(runs["task"])]:
         raise CouplingError(f"got {folder} without results of {missing[0]}, expected the records of a zoo")
     rows = runs[runs["task"].isin(SCORES)].copy()
+    planned = pd.read_csv(folder / "facts.csv")
+    steps = planned["model"].str.rpartition("-")[2].astype(int).groupby(planned["member"]).max()
+    rows["last_step"] = rows["member"].map(steps)
     rows["score"] = [SCORES[row["task"]][1] * row[SCORES[row["task"]][0]] for row in rows.to_dict("records")]
     bits = rows[rows["task"] == "kept_out"].set_index("model")["bits_per_byte,none"]
     rows["bits"] = rows["model"].map(bits)
@@ -55,8 +58,8 @@ def predictors(rows: pd.DataFrame) -> list[str]:
 
 
 def finished(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last checkpoint of every member."""
-    return rows[rows["step"] == rows.groupby("member")["step"].transform("max")]
+    """The last checkpoint of every member; where its evaluation is missing, there is none."""
+    return rows[rows["step"] == rows["last_step"]]
 
 
 def said_of_scores(last: pd.DataFrame) -> Iterator[dict]:
