@@ -10,7 +10,7 @@ import saved_runs
 
 from lm_eval_coupling.saved.tables import write_tables
 
-ANALYSIS = Path(__file__).parents[2] / "analysis"
+ANALYSIS = Path(__file__).parents[1] / "analysis"
 
 
 CHANCE = 1 - math.sqrt(0.9)  # coupling of unrelated layers, K = 10
