@@ -20,7 +20,7 @@ class Stamp:
     """A model as it stands: where its weights lie, how often each was written to, some of its numbers, and its switches.
 
     Writing through autograd's back door (``p.data``) counts no write: it is seen where it changes one of the sampled
-    entries, as an optimizer's step or another checkpoint does.
+    entries, as an optimizer's step or another checkpoint does. The fingerprint sees the rest, at the cost of reading it all.
     """
 
     places: dict[str, tuple[Any, ...]]

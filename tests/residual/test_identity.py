@@ -75,6 +75,17 @@ def test_a_change_is_seen(model, change):
     assert ResidualModel.wrap(model).change() is None
 
 
+def test_a_few_numbers_written_through_data_are_seen(model):
+    """One entry counts no write and may be none of those that are looked at: the numbers of before the edit were reused."""
+    wrapped = ResidualModel.wrap(model)
+    before = wrapped.identity
+    for weight in (layer.mlp.up_proj.weight for layer in model.model.layers):
+        weight.data[1, 1] += 1
+        weight.data[1, 2] -= 1
+        assert wrapped.change() == "a part of a weight"
+        assert (wrapped := ResidualModel.wrap(model)).identity != before
+
+
 def test_an_adapter_that_is_switched_off_is_seen(model):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
