@@ -25,6 +25,7 @@ from lm_eval_coupling.measuring.session import Measured, Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.saved.prompting import encoding
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
@@ -46,6 +47,7 @@ class CouplingLM(HFLM):
         """
         plugin.install()
         arguments = {"pretrained": pretrained, **kwargs}
+        self.encoding = encoding(arguments)
         options = self.coupling_options = Options.take_from(arguments)
         store = MeasurementStore(options.store or default_store_path()) if options.measures_anything else None
         super().__init__(**arguments)

@@ -25,7 +25,7 @@ def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) ->
     How many documents were evaluated or measured changes no prompt and is not among them.
 
     Args:
-        lm: an `HFLM`, for its chat template.
+        lm: a `CouplingLM`, for its chat template and for how it makes tokens of a text.
         task: as lm-eval loaded it.
         samples: numbers of the documents that ``--samples`` chose of this task, or nothing.
         how: arguments that `lm_eval.evaluate` was called with.
@@ -42,6 +42,7 @@ def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) ->
         "description": config.description or None,
         "task_version": str(task.VERSION),
         "task_texts": _digest({name: _plain(getattr(config, name, None)) for name in _TEXTS}),
+        "encoding": lm.encoding,
         "samples": sorted(set(samples)) if samples else None,
     }
     return found | {"digest": _digest(found)}

@@ -12,6 +12,36 @@ _SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is give
 # Of a task's configuration: what its prompts are rendered from.
 _TEXTS = ("doc_to_text", "doc_to_choice", "description", "gen_prefix", "fewshot_delimiter", "target_delimiter")
 _TEXTS += ("fewshot_split",)
+# Arguments of a model that change the tokens of its prompts.
+_ENCODING = (
+    "tokenizer",
+    "add_bos_token",
+    "prefix_token_id",
+    "max_length",
+    "truncation",
+    "enable_thinking",
+    "chat_template_args",
+)
+
+
+def model_arguments(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the model, as they were given to lm-eval."""
+    given = (results.get("config") or {}).get("model_args")
+    if isinstance(given, str):
+        return dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+    return given or {}
+
+
+def encoding(arguments: Mapping[str, Any]) -> list[str]:
+    """Of a model's arguments those that change the tokens of its prompts, in words such as ``add_bos_token=True``.
+
+    A tokenizer that was handed over as an object is taken for the model's own.
+    """
+    given = {name: arguments.get(name) for name in _ENCODING}
+    given["tokenizer"] = given["tokenizer"] if given["tokenizer"] != arguments.get("pretrained") else None
+    given["chat_template_args"] = _digest(given["chat_template_args"])
+    given["truncation"] = given["truncation"] or None
+    return [f"{name}={value}" for name, value in given.items() if isinstance(value, bool | int | str) and value != ""]
 
 
 def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]) -> str:
@@ -33,6 +63,8 @@ def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mappin
     parts = ["/".join(sorted({of["num_fewshot"] for of in found.values()})) + "-shot"]
     for name in ("chat_template", "turns", "system_instruction", "seed"):
         parts += sorted({of[name] for of in found.values() if of.get(name)})
+    told_by = [of["encoding"] for of in found.values() if of]
+    parts += dict.fromkeys(word for words in told_by for word in words)
     for name, words in (("task_texts", "task text"), ("samples", "chosen samples")):
         told = {task: of[name] for task, of in found.items() if of.get(name)}
         if told:
@@ -40,7 +72,7 @@ def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mappin
     return ", ".join(parts + _token(coupling))
 
 
-def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]) -> dict[str, str | None]:
+def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of one task, digests cut to eight digits. What the run recorded itself goes before lm-eval's results."""
     recorded = coupling.get("prompts") or {}
     recorded = recorded if "num_fewshot" in recorded else recorded.get(task) or {}
@@ -60,6 +92,7 @@ def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any])
         "system_instruction": system and f"system instruction {system}",
         "seed": f"few-shot seed {seed}" if shots != "0" and seed != _SEED else None,
         "task_texts": (texts or "")[:8],
+        "encoding": recorded["encoding"] if "encoding" in recorded else encoding(model_arguments(results)),
         "samples": _digest(recorded.get("samples")) if recorded else _chosen(results, task),
     }
 

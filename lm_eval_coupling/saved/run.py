@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.prompting import prompting
+from lm_eval_coupling.saved.prompting import model_arguments, prompting
 from lm_eval_coupling.saved.tables import frame_of, open_table, read_header
 
 _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.(?:json|parquet)$")
@@ -121,10 +121,7 @@ class SavedRun:
     @functools.cached_property
     def arguments(self) -> Mapping[str, Any]:
         """Those of the model, as they were given to lm-eval."""
-        given = self._config.get("model_args")
-        if isinstance(given, str):
-            return dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-        return given or {}
+        return model_arguments(self.results)
 
     @property
     def model(self) -> str:

@@ -170,18 +170,25 @@ PROMPTS = {
     "system instruction": {"apply_chat_template": True, "system_instruction": "Be brief."},
     "other documents": {"samples": {"tiny_choice": [3, 4]}},
 }
+ENCODING = {"one more token": {"add_bos_token": True}, "fewer tokens": {"max_length": 20}}
 
 
 def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
     """Runs of other prompts went under one name; each way to make them is told apart, in results and in tables."""
     digests = {}
-    for name, options in {"plain": {}, **PROMPTS}.items():
+    for name, options in {
+        "plain": {},
+        **PROMPTS,
+        **{name: {"arguments": given} for name, given in ENCODING.items()},
+    }.items():
         out = tmp_path / name
-        found = evaluate(kinds=("choice",), arguments={"coupling_out": str(out)}, **options)["config"]["coupling"]
+        arguments = {"coupling_out": str(out)} | options.get("arguments", {})
+        found = evaluate(kinds=("choice",), **options | {"arguments": arguments})["config"]["coupling"]
         (table,) = out.glob("*.parquet")
         assert read_provenance(table)["prompts"] == found["prompts"]["tiny_choice"]
         digests[name] = found["prompts"]["tiny_choice"]["digest"]
     assert len(set(digests.values())) == len(digests)
+    assert load_records(tmp_path)["prompting"].nunique() == len(digests)
     fewer = evaluate(kinds=("choice",), limit=3, arguments={"coupling_limit": 1, "coupling_seed": 5})["config"]["coupling"]
     assert fewer["prompts"]["tiny_choice"]["digest"] == digests["plain"]
 

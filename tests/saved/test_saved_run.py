@@ -84,6 +84,24 @@ def test_another_token_is_another_measurement(tmp_path):
         load_runs(tmp_path)
 
 
+@pytest.mark.parametrize("key, value", [("add_bos_token", "True"), ("max_length", "512"), ("enable_thinking", "False")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_how_texts_become_tokens_keeps_runs_apart(tmp_path, key, value, as_text):
+    """With a first token more or a shorter window the same document is another prompt: the newer run only was read."""
+    plain, other = {"pretrained": "org/tiny"}, {"pretrained": "org/tiny", key: value}
+    given = [",".join(f"{k}={v}" for k, v in one.items()) if as_text else one for one in (plain, other)]
+    two_runs(tmp_path, *({"model_args": one} for one in given))
+    runs = load_runs(tmp_path)
+    assert sorted(label_rows(runs)) == ["tiny", f"tiny ({key}={value})"]
+    assert load_records(tmp_path)["prompting"].nunique() == 2
+
+
+def test_the_models_own_tokenizer_by_name_is_no_difference(tmp_path):
+    given = {"pretrained": "org/tiny"}, {"pretrained": "org/tiny", "tokenizer": "org/tiny", "truncation": False}
+    two_runs(tmp_path, *({"model_args": one} for one in given))
+    assert len(load_runs(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("key", ["subfolder", "gguf_file", "peft", "dtype"])
 def test_two_weights_under_one_name_are_two(tmp_path, key):
     """Of two checkpoints in subfolders of one model only the newer was read, and a curve over training was a point."""
