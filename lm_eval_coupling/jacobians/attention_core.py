@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -64,6 +64,12 @@ class Watch(TorchFunctionMode):
         self.stage = "scores"
         self.product: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Queries and transposed keys, once their product has been seen."""
+        assert self.product is not None
+        return self.product
+
     @no_type_check  # runs for every operation
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -78,16 +84,16 @@ class Watch(TorchFunctionMode):
             return self._on_values(func, args, kwargs, *factors)
         return self._on_other(func, args, kwargs)
 
-    def _on_scores(self, func, args, kwargs):
+    def _on_scores(self, func: Callable, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
-    def _on_softmax(self, func, args, kwargs):
+    def _on_softmax(self, func: Callable, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
-    def _on_values(self, func, args, kwargs, weights, values):
+    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
         raise NotImplementedError
 
-    def _on_other(self, func, args, kwargs):
+    def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
@@ -102,8 +108,8 @@ class _Record(Watch):
         """Row of the output token, whether it came alone or among all."""
         return tensor[..., self.token if tensor.shape[-2] > 1 else 0, :]
 
-    def _on_scores(self, func, args, kwargs):
-        q, k_t = self.product
+    def _on_scores(self, func: Callable, args: Any, kwargs: Any) -> Any:
+        q, k_t = self.factors
         self.queries = q.shape[-2]
         self.q = self._row(q)[..., None, :]
         self.raw = torch.matmul(self.q if self.alone else q, k_t).detach().requires_grad_(True)
@@ -111,18 +117,18 @@ class _Record(Watch):
             return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * self.raw
         return self.raw * 1  # in-place steps are not allowed on a leaf
 
-    def _on_other(self, func, args, kwargs):
+    def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
         if self.product is not None and func in _MAXIMA and not any(isinstance(other, Tensor) for other in args[1:]):
             args = (args[0].detach(), *args[1:])  # a stabilising shift is no part of the slope (GPT-OSS)
         return func(*args, **kwargs)
 
-    def _on_softmax(self, func, args, kwargs):
+    def _on_softmax(self, func: Callable, args: Any, kwargs: Any) -> Any:
         scores = args[0] if args else kwargs.pop("input")
         (slope,) = torch.autograd.grad(self._row(scores).sum(), self.raw)
         self.slope = self._row(slope)
         return func(scores.detach(), *args[1:], **kwargs)
 
-    def _on_values(self, func, args, kwargs, weights, values):
+    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
         self.weights, self.values = self._row(weights), values
         raise _Abort
 
@@ -130,12 +136,12 @@ class _Record(Watch):
 class Substitute(Watch):
     """Hands the core's (q, k, v) of a one-token call, each [head, d_head], to ``answer``, whose reply takes their place."""
 
-    def __init__(self, answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, answer: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.answer = answer
 
-    def _on_values(self, func, args, kwargs, weights, values):
-        q, k_t = self.product
+    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+        q, k_t = self.factors
         batch = q.shape[:-2]
         z = self.answer(
             _heads(q, batch)[:, 0],
@@ -211,13 +217,13 @@ class AttentionRecord:
             pass
         else:
             raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
-        k_t = watch.product[1]
+        k_t = watch.factors[1]
         batch = watch.q.shape[:-2]
         found, expected = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], [queries, columns, columns]
         if found != expected or watch.weights.shape[-1] < columns:
             raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {expected}")
 
-        def heads(tensor):
+        def heads(tensor: Tensor) -> Tensor:
             return _heads(tensor, batch).detach().to(dtype)
 
         weights, v = heads(watch.weights[..., None, :columns]), heads(watch.values)  # an attention sink's column is left out
@@ -237,26 +243,26 @@ class _HeadProduct(torch.autograd.Function):
     """y[h] = A[h] x[h]. Written out because vmap over an einsum copies the constant A once per direction."""
 
     @staticmethod
-    def forward(A, x):
+    def forward(A: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(A, x.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
-    def vmap(info, in_dims, A, x):
+    def vmap(info: Any, in_dims: tuple[int | None, int], A: Tensor, x: Tensor) -> tuple[Tensor, int]:
         if in_dims[0] is not None:
             raise NotImplementedError("the matrix of a linearised core is a constant")
         return torch.bmm(A, x.movedim(in_dims[1], -1)), 2
 
     @staticmethod
-    def jvp(ctx, dA, dx):
+    def jvp(ctx: Any, dA: Any, dx: Tensor) -> Tensor:
         return _HeadProduct.apply(ctx.saved_tensors[0], dx)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, _HeadProduct.apply(ctx.saved_tensors[0].transpose(1, 2), grad)
 
 
@@ -315,8 +321,10 @@ class LinearCore:
         """The cores of several prompts as one with as many times the heads."""
         if len(cores) == 1:
             return cores[0]
-        parts = {field.name: [getattr(core, field.name) for core in cores] for field in dataclasses.fields(cls)}
-        return cls(**{name: None if parts[name][0] is None else torch.cat(parts[name]) for name in parts})
+        parts: dict[str, Any] = {
+            field.name: [getattr(core, field.name) for core in cores] for field in dataclasses.fields(cls)
+        }
+        return cls(**{name: None if of[0] is None else torch.cat(of) for name, of in parts.items()})
 
     @property
     def same_token(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.jacobians.rules import NoRule
-from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, common_origin, lifted
+from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, Tangent, common_origin, dense, lifted
 from lm_eval_coupling.jacobians.tape import Tape
 
 
@@ -128,20 +128,20 @@ def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) ->
     return tape.note(_through, partial(_core_tangent, core), (q, k_t, v), {}, z)
 
 
-def _core_tangent(core: LinearCore, tape: Tape, func, z: Tensor, q: Tensor, k_t: Tensor, v: Tensor) -> Dense:
-    tangents = [tape.of(value) for value in (q, k_t, v)]
-    if any(tangent is None for tangent in tangents):
+def _core_tangent(core: LinearCore, tape: Tape, func: Any, z: Tensor, q: Tensor, k_t: Tensor, v: Tensor) -> Dense:
+    tangents = [tangent for value in (q, k_t, v) if (tangent := tape.of(value)) is not None]
+    if len(tangents) < 3:
         raise NoRule("a query, key or value does not depend on its token")
     origin = common_origin(tangents)
     batch = q.shape[:-2]
 
-    def per_head(tangent, value):
-        rows = lifted(tangent, value.shape, origin).values().expand(*value.shape, origin.width)
+    def per_head(tangent: Tangent, value: Tensor) -> Tensor:
+        rows = dense(lifted(tangent, value.shape, origin), value.shape).values().expand(*value.shape, origin.width)
         return rows.expand(*batch, *rows.shape[-3:]).reshape(batch.numel(), -1, origin.width)
 
     dq, dk, dv = (per_head(t, value) for t, value in zip(tangents, (q, k_t, v), strict=True))
     dz = core.weight[:, None, None] * dv
     dz = torch.baddbmm(dz, core.dz_dqk[..., None], core.query[:, None] @ dk)
-    if core.same_token:
+    if core.dz_dq is not None:
         dz = torch.baddbmm(dz, core.dz_dq, dq)
     return Dense(origin, dz.reshape(*z.shape, origin.width))

@@ -34,15 +34,17 @@ def jacobian_columns(
     return _row_by_row(function, x)
 
 
-def _forward_mode(function, x: Tensor, budget: int) -> Tensor:
-    def along(direction):
+def _forward_mode(function: Callable[[Tensor], Tensor], x: Tensor, budget: int) -> Tensor:
+    def along(direction: Tensor) -> Tensor:
         return torch.func.jvp(function, (x,), (direction,))[1]
 
     eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
     return torch.func.vmap(along, chunk_size=_chunk(x, budget))(eye).T
 
 
-def jacobian_rows(function, x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE) -> Float[Tensor, "d_out d_in"]:
+def jacobian_rows(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE
+) -> Float[Tensor, "d_out d_in"]:
     """Batched reverse mode; ``live`` is the memory a row needs, in units of d_in numbers."""
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -52,7 +54,7 @@ def jacobian_rows(function, x: Float[Tensor, " d_in"], budget: int, live: int = 
     return torch.cat(rows)
 
 
-def _row_by_row(function, x: Tensor) -> Tensor:
+def _row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         y = function(x)
@@ -60,6 +62,6 @@ def _row_by_row(function, x: Tensor) -> Tensor:
     return torch.stack([_grad(y, x, row, retain_graph=True) for row in eye])
 
 
-def _grad(y: Tensor, x: Tensor, direction: Tensor, **options) -> Tensor:
+def _grad(y: Tensor, x: Tensor, direction: Tensor, **options: bool) -> Tensor:
     """An output without history, or without ``x`` in it, raises: it is not taken for a derivative of zero."""
     return torch.autograd.grad(y, x, direction, **options)[0]

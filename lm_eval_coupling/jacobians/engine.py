@@ -142,8 +142,8 @@ def _made(
     errors = []
     for layer, of_block in enumerate(calls):
         found, error, why = _closed_together(of_block, pairs) if method in ("auto", "closed") else (None, None, "")
-        if found is None:
-            alone = [certified_jacobian(call, *pair, method, why) for call, pair in zip(of_block, pairs, strict=True)]
+        if found is None or error is None:
+            alone = [certified_jacobian(call, t, s, method, why) for call, (t, s) in zip(of_block, pairs, strict=True)]
             proofs |= {(prompt, layer): one for prompt, one in enumerate(alone)}
             found, error = torch.stack([one.jacobian for one in alone]), like.new_full((len(traces),), torch.nan)
         stack.put(layer, found)
@@ -195,7 +195,9 @@ def certified_jacobians(calls: Sequence[Call], tokens: Sequence[int], method: st
     good = [False] * len(calls) if errors is None else _passes(errors, calls[0].dtype).tolist()
     known = [] if errors is None else errors.tolist()
     return [
-        Certified(found[i], known[i], "closed") if good[i] else certified_jacobian(call, token, token, method, why)
+        Certified(found[i], known[i], "closed")
+        if found is not None and good[i]
+        else certified_jacobian(call, token, token, method, why)
         for i, (call, token) in enumerate(zip(calls, tokens, strict=True))
     ]
 

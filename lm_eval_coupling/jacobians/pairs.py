@@ -48,8 +48,8 @@ def jacobians_of_pairs(
         same = [i for members in rows.values() for i in members if pairs[i][0] == pairs[i][1]]
         for part in _parts(same):
             tokens = [pairs[i][0] for i in part]
-            made = certified_jacobians([pulled[token] for token in tokens], tokens, method)
-            for i, one in zip(part, made, strict=True):
+            alone = certified_jacobians([pulled[token] for token in tokens], tokens, method)
+            for i, one in zip(part, alone, strict=True):
                 found[i], errors[i] = one.jacobian, one.error
         for token, members in rows.items():
             for part in _parts([i for i in members if pairs[i][1] != token]):
@@ -72,10 +72,10 @@ def _row(call: Call, output_token: int, input_tokens: list[int], method: str) ->
             raise
         except Exception:  # alone, each pair finds the level that can, or says what is wrong
             pass
-    found = []
+    found: list[tuple[Tensor, float]] = []
     for jacobian, token in zip(together, input_tokens, strict=True):
         error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)
-        if not error <= TOLERANCE[call.dtype]:
+        if jacobian is None or not error <= TOLERANCE[call.dtype]:
             one = certified_jacobian(call, output_token, token, method)
             jacobian, error = one.jacobian, one.error
         found.append((jacobian, error))

@@ -7,7 +7,8 @@ no rule raises :class:`NoRule`: a wrong derivative is never guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class NoRule(RuntimeError):
 
 
 def _rule(*functions: Callable) -> Callable[[Callable], Callable]:
-    def register(rule):
+    def register(rule: Callable) -> Callable:
         RULES.update(dict.fromkeys(functions, rule))
         return rule
 
@@ -42,7 +43,7 @@ T = Tensor
 @_rule(
     torch.squeeze, T.view_as, T.reshape_as, T.contiguous, T.clone, torch.clone, T.to, T.float, T.double, T.type, T.type_as
 )
-def _same_order(run, func, value, x, *args, **kwargs):
+def _same_order(run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tangent | None:
     """The entries keep their order."""
     tangent = run.of(x)
     if isinstance(tangent, Dense):
@@ -51,21 +52,21 @@ def _same_order(run, func, value, x, *args, **kwargs):
 
 
 @_rule(F.dropout, F.dropout2d)
-def _dropout(run, func, value, x, *args, **kwargs):
+def _dropout(run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tangent | None:
     if value is not x and not torch.equal(value, x):
         raise NoRule("dropout is active")
     return run.of(x)
 
 
 @_rule(T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
-def _transpose(run, func, value, x, dim0, dim1):
+def _transpose(run: Any, func: Callable, value: Any, x: Tensor, dim0: int, dim1: int) -> Tangent:
     order = list(range(x.dim()))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permuted(run.of(x), x, order)
 
 
 @_rule(T.permute, torch.permute)
-def _permute(run, func, value, x, *dims):
+def _permute(run: Any, func: Callable, value: Any, x: Tensor, *dims: Any) -> Tangent:
     order = [d % x.dim() for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     return _permuted(run.of(x), x, order)
 
@@ -78,7 +79,7 @@ def _permuted(tangent: Tangent, x: Tensor, order: list[int]) -> Tangent:
 
 
 @_rule(T.__getitem__)
-def _getitem(run, func, value, x, index):
+def _getitem(run: Any, func: Callable, value: Any, x: Tensor, index: Any) -> Tangent:
     items = index if isinstance(index, tuple) else (index,)
     plain = all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
     if plain and value.numel() == x.numel():
@@ -91,35 +92,36 @@ def _getitem(run, func, value, x, index):
 
 
 @_rule(T.split, torch.split, T.chunk, torch.chunk, T.tensor_split, torch.tensor_split)
-def _split(run, func, value, x, sections, dim=0):
+def _split(run: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: Any = 0) -> list[Dense]:
     tangent, axis, start, cut = dense(run.of(x), x.shape), dim % x.dim(), 0, []
     for part in value:
-        cut.append(tangent.mapped(lambda m, i=start, n=part.shape[axis]: m.narrow(axis, i, n), x.shape))
-        start += part.shape[axis]
+        width = part.shape[axis]
+        cut.append(tangent.mapped(partial(torch.narrow, dim=axis, start=start, length=width), x.shape))
+        start += width
     return cut
 
 
 @_rule(T.unbind, torch.unbind)
-def _unbind(run, func, value, x, dim=0):
+def _unbind(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = 0) -> list[Dense]:
     axis = dim % x.dim()
     tangent = dense(run.of(x), x.shape)
-    return [tangent.mapped(lambda m, i=i: m.select(axis, i), x.shape) for i in range(x.shape[axis])]
+    return [tangent.mapped(partial(torch.select, dim=axis, index=i), x.shape) for i in range(x.shape[axis])]
 
 
 @_rule(T.expand, T.expand_as)
-def _expand(run, func, value, x, *sizes):
+def _expand(run: Any, func: Callable, value: Any, x: Tensor, *sizes: Any) -> Tangent:
     return dense(run.of(x), x.shape).mapped(lambda m: m.expand(*value.shape, m.shape[-1]), x.shape)
 
 
 @_rule(T.repeat_interleave, torch.repeat_interleave)
-def _repeat_interleave(run, func, value, x, repeats, dim=None):
+def _repeat_interleave(run: Any, func: Callable, value: Any, x: Tensor, repeats: Any, dim: Any = None) -> Tangent:
     if dim is None or isinstance(repeats, Tensor):
         raise NoRule("repeat_interleave of a flattened tensor")
     return dense(run.of(x), x.shape).mapped(lambda m: m.repeat_interleave(repeats, dim=dim % x.dim()), x.shape)
 
 
 @_rule(torch.cat, torch.concat, torch.concatenate)
-def _cat(run, func, value, tensors, dim=0):
+def _cat(run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0) -> Tangent:
     parts = [(t, run.of(t)) for t in tensors]
     if all(isinstance(tangent, Dense) for _, tangent in parts):
         return _joined(parts, dim % value.dim())
@@ -127,7 +129,7 @@ def _cat(run, func, value, tensors, dim=0):
 
 
 @_rule(torch.stack)
-def _stack(run, func, value, tensors, dim=0):
+def _stack(run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0) -> Tangent:
     axis = dim % value.dim()
     parts = [(t.unsqueeze(axis), run.of(t)) for t in tensors]
     if not all(isinstance(tangent, Dense) for _, tangent in parts):
@@ -151,19 +153,19 @@ def _joined(parts: list[tuple[Tensor, Dense]], axis: int) -> Dense:
 
 
 @_rule(torch.add, T.add, T.__add__, T.__radd__)
-def _add(run, func, value, a, b):
+def _add(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     return _sum(run, value.shape, a, b)
 
 
 @_rule(T.add_, T.__iadd__)
-def _add_in_place(run, func, value, a, b):
+def _add_in_place(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     if a._is_view():
         raise NoRule("a view is changed in place")
     return _sum(run, value.shape, a, b)
 
 
 @_rule(torch.sub, T.sub, T.__sub__)
-def _sub(run, func, value, a, b):
+def _sub(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     if run.of(b) is None:
         return _sum(run, value.shape, a, b)
     negative = -b
@@ -172,13 +174,13 @@ def _sub(run, func, value, a, b):
 
 
 @_rule(T.__rsub__, torch.rsub)
-def _rsub(run, func, value, a, b):
+def _rsub(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     if run.of(b) is not None:
         raise NoRule("a reversed difference of two things that depend on the token")
     return _scaled(run.of(a), a, -1)
 
 
-def _sum(run, shape: torch.Size, a, b) -> Tangent:
+def _sum(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
     parts = [(run.of(x), x) for x in (a, b) if run.of(x) is not None]
     if len(parts) == 1:
         tangent, x = parts[0]
@@ -188,16 +190,16 @@ def _sum(run, shape: torch.Size, a, b) -> Tangent:
 
 
 @_rule(torch.neg, T.neg, T.__neg__)
-def _neg(run, func, value, x):
+def _neg(run: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
     return _scaled(run.of(x), x, -1)
 
 
 @_rule(torch.mul, T.mul, T.__mul__, T.__rmul__)
-def _mul(run, func, value, a, b):
+def _mul(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     return _product(run, value.shape, a, b)
 
 
-def _product(run, shape: torch.Size, a, b) -> Tangent:
+def _product(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
     ta, tb = run.of(a), run.of(b)
     if tb is None:
         return _scaled(ta, a, b)
@@ -223,7 +225,7 @@ def _fits(small: torch.Size, shape: torch.Size) -> bool:
 
 
 @_rule(torch.div, T.div, T.__truediv__, torch.true_divide)
-def _div(run, func, value, a, b):
+def _div(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     if run.of(b) is None:
         return _scaled(run.of(a), a, 1 / b)
     inverse = 1 / b
@@ -232,16 +234,16 @@ def _div(run, func, value, a, b):
 
 
 @_rule(T.mean, torch.mean)
-def _mean(run, func, value, x, dim=None, keepdim=False):
+def _mean(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tangent:
     return _scaled(_total(run, x, dim, keepdim, value), value, value.numel() / x.numel())
 
 
 @_rule(T.sum, torch.sum)
-def _sum_over(run, func, value, x, dim=None, keepdim=False):
+def _sum_over(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tangent:
     return _total(run, x, dim, keepdim, value)
 
 
-def _total(run, x, dim, keepdim, value) -> Dense:
+def _total(run: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
     tangent = run.of(x)
     axes = tuple(d % x.dim() for d in (range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim))
     batch = tangent.origin.batch
@@ -255,23 +257,23 @@ def _total(run, x, dim, keepdim, value) -> Dense:
 
 
 @_rule(F.linear)
-def _linear(run, func, value, x, weight, bias=None):
+def _linear(run: Any, func: Callable, value: Any, x: Tensor, weight: Any, bias: Any = None) -> Tangent:
     return _projected(run, x, weight)
 
 
 @_rule(torch.addmm)
-def _addmm(run, func, value, bias, x, weight):
+def _addmm(run: Any, func: Callable, value: Any, bias: Any, x: Tensor, weight: Any) -> Tangent:
     if run.of(bias) is not None:
         raise NoRule("a bias that depends on the token")
     return _projected(run, x, weight.mT)
 
 
 @_rule(torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm)
-def _matmul(run, func, value, x, weight):
+def _matmul(run: Any, func: Callable, value: Any, x: Tensor, weight: Any) -> Tangent:
     return _projected(run, x, weight.mT, depends=run.of(weight) is not None)
 
 
-def _projected(run, x: Tensor, weight: Tensor, depends: bool = False) -> Dense:
+def _projected(run: Any, x: Tensor, weight: Tensor, depends: bool = False) -> Dense:
     tangent = run.of(x)
     if tangent is None or depends or run.of(weight) is not None or weight.dim() != 2:
         raise NoRule("a product of two things that depend on the token")
@@ -292,7 +294,7 @@ def _projected(run, x: Tensor, weight: Tensor, depends: bool = False) -> Dense:
 @_rule(torch.tanh, T.tanh, torch.sigmoid, T.sigmoid, F.sigmoid, F.tanh, torch.relu, T.relu, torch.erf, T.erf)
 @_rule(torch.exp, T.exp, torch.sqrt, T.sqrt, torch.square, T.square)
 @_rule(torch.clamp, T.clamp, torch.clip, T.clip, torch.abs, T.abs, torch.reciprocal, T.reciprocal, torch.log, T.log)
-def _entrywise(run, func, value, x, *args, **kwargs):
+def _entrywise(run: Any, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> Tangent:
     """A function of each entry alone."""
     if run.of(x) is None:
         raise NoRule("the second argument of an entrywise function depends on the token")
@@ -303,14 +305,14 @@ def _entrywise(run, func, value, x, *args, **kwargs):
 
 
 @_rule(torch.pow, T.pow, T.__pow__)
-def _pow(run, func, value, x, exponent):
+def _pow(run: Any, func: Callable, value: Any, x: Any, exponent: Any) -> Tangent:
     if isinstance(exponent, Tensor) or isinstance(x, (int, float)):
         return _entrywise(run, func, value, x, exponent)
     return _scaled(run.of(x), x, exponent * x ** (exponent - 1))
 
 
 @_rule(torch.rsqrt, T.rsqrt)
-def _rsqrt(run, func, value, x):
+def _rsqrt(run: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
     return _scaled(run.of(x), x, -0.5 * value**3)
 
 
@@ -318,7 +320,7 @@ def _rsqrt(run, func, value, x):
 
 
 def _composite(*functions: Callable) -> Callable[[Callable], Callable]:
-    def register(steps):
+    def register(steps: Callable) -> Callable:
         COMPOSITES.update(dict.fromkeys(functions, steps))
         return steps
 
@@ -326,14 +328,16 @@ def _composite(*functions: Callable) -> Callable[[Callable], Callable]:
 
 
 @_composite(F.layer_norm)
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     _check_one_axis(normalized_shape)
     result = _over_root_mean_square(x - x.mean(-1, keepdim=True), eps)
     return result if weight is None else result * weight
 
 
 @_composite(F.rms_norm, torch.rms_norm)
-def _rms_norm(x, normalized_shape, weight=None, eps=None):
+def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Tensor:
     _check_one_axis(normalized_shape)
     result = _over_root_mean_square(x, torch.finfo(x.dtype).eps if eps is None else eps)
     return result if weight is None else result * weight
@@ -343,6 +347,6 @@ def _over_root_mean_square(x: Tensor, eps: float) -> Tensor:
     return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def _check_one_axis(normalized_shape) -> None:
+def _check_one_axis(normalized_shape: Sequence[int]) -> None:
     if len(normalized_shape) != 1:
         raise NoRule(f"a norm over {len(normalized_shape)} axes")

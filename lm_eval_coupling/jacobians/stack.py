@@ -60,11 +60,11 @@ class Stack:
             return None
         if self._leaving is None:
             found = self._found(self.jacobians)
-            return found and [
-                SingularTriplets(found.U[i], found.S[i], found.V[i], found.residual[i]) for i in range(len(found.S))
-            ]
-        layers = [self._triplets[layer] for layer in range(self.jacobians.shape[1])]
-        if None in layers:
+            if found is None:
+                return None
+            return [SingularTriplets(found.U[i], found.S[i], found.V[i], found.residual[i]) for i in range(len(found.S))]
+        layers = [found for layer in range(self.jacobians.shape[1]) if (found := self._triplets[layer]) is not None]
+        if len(layers) < self.jacobians.shape[1]:
             return None
         return [
             SingularTriplets(
@@ -74,6 +74,7 @@ class Stack:
         ]
 
     def _found(self, jacobians: Tensor) -> SingularTriplets | None:
+        assert self.rank is not None  # who asked for no triplets does not come here
         try:
             found = top_singular(jacobians, self.rank)
         except CouplingError:  # one that is not finite: whoever asks for each prompt's alone learns whose it is

@@ -72,7 +72,7 @@ class NearIdentity:
         rest: Tensor | None = None,
     ) -> NearIdentity:
         """With diag(d) + L Rᵀ + M added."""
-        if self.left is not None and left is not None:
+        if self.left is not None and self.right is not None and left is not None and right is not None:
             left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
         elif left is None:
             left, right = self.left, self.right
@@ -83,7 +83,7 @@ class NearIdentity:
     def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
         """``matrix`` @ (diag(d) + L Rᵀ + M)."""
         product = matrix * self.diagonal[:, None]
-        if self.left is not None:
+        if self.left is not None and self.right is not None:
             product = product.baddbmm_(matrix @ self.left, self.right.mT)
         return product if self.rest is None else product.baddbmm_(matrix, self.rest)
 
@@ -95,14 +95,14 @@ class NearIdentity:
             product = product.plus(by_row * operator.left, operator.right)
         if operator.rest is not None:
             product = product.plus(rest=by_row * operator.rest)
-        if self.left is not None:
+        if self.left is not None and self.right is not None:
             product = product.plus(self.left, operator.after(self.right.mT).mT)
         return product if self.rest is None else product.plus(rest=operator.after(self.rest))
 
     def total(self) -> Float[Tensor, "batch width"]:
         """Derivative of the sum of the vector's entries."""
         total = self.diagonal
-        if self.left is not None:
+        if self.left is not None and self.right is not None:
             total = total + (self.right @ self.left.sum(1)[..., None])[..., 0]
         return total if self.rest is None else total + self.rest.sum(1)
 
@@ -114,7 +114,7 @@ class NearIdentity:
         else:
             product = self.rest.clone()
             product.diagonal(dim1=1, dim2=2).add_(diagonal)
-        return product if self.left is None else product.baddbmm_(self.left, self.right.mT)
+        return product if self.left is None or self.right is None else product.baddbmm_(self.left, self.right.mT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,10 +171,12 @@ def lifted(tangent: Tangent, shape: torch.Size, origin: Origin) -> Tangent:
     """``tangent``, that of a tensor of ``shape``, over ``origin``, an ancestor of its own."""
     while tangent.origin is not origin:
         operator = tangent.origin.operator
+        assert operator is not None  # only the root has none, and it is everyone's last ancestor
         if isinstance(tangent, NearIdentity) and isinstance(operator, NearIdentity):
             tangent = operator if tangent.exact else tangent.over(operator)
             continue
         if isinstance(tangent, NearIdentity) and tangent.exact:
+            assert isinstance(operator, Dense)  # two of the other kind are multiplied above
             rows = operator.matrix
         else:
             rows = dense(tangent, shape).rows(shape)
@@ -195,8 +197,9 @@ def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shap
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)
     if isinstance(a, Dense) and isinstance(b, Dense):
         return _both_dense(a, b, shape)
-    if isinstance(b, NearIdentity):
+    if isinstance(a, Dense):
         a, b = b, a
+    assert isinstance(a, NearIdentity)  # two dense ones are dealt with above
     if isinstance(b, NearIdentity):
         return a.plus(b.left, b.right, b.diagonal, b.rest)
     if (factors := b.outer(shape)) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Tape(Watch):
     ``core`` answers for the attention core: it gets (tape, q, kᵀ, v) and returns the core's output.
     """
 
-    def __init__(self, core: Callable[[Tape, Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, core: Callable[[Tape, Tensor, Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.core = core
         self.steps: list[Step] = []
@@ -59,10 +59,10 @@ class Tape(Watch):
             self.steps.append(Step(function, rule, inputs, args, kwargs, value, [x._version for x in inputs]))
         return value
 
-    def _on_values(self, func, args, kwargs, weights, values):
-        return self.core(self, *self.product, values)
+    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+        return self.core(self, *self.factors, values)
 
-    def _on_other(self, func, args, kwargs):
+    def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
         if not any(id(value) in self.watched for value in _tensors((*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if func in COMPOSITES:
@@ -91,9 +91,9 @@ class Tape(Watch):
             for x in step.inputs:  # most are as large as a weight matrix, for every prompt of a batch
                 if last[id(x)] == i:
                     self.tangents.pop(id(x), None)
-        if self.of(outcome) is None:
+        if (tangent := self.of(outcome)) is None:
             raise NoRule("the outcome does not depend on the token, or lost its derivative on the way")
-        return self.of(outcome)
+        return tangent
 
     def _on_the_way_to(self, outcome: Tensor) -> list[Step]:
         wanted, found = {id(outcome)}, []
@@ -111,11 +111,11 @@ class Tape(Watch):
             self.watch(value, tangent)
 
 
-def _same(run, func, value, same):
+def _same(run: Tape, func: Callable, value: Tensor, same: Tensor) -> Tangent | None:
     return run.of(same)
 
 
-def _missing(run, func, value, *args, **kwargs):
+def _missing(run: Tape, func: Callable, value: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise NoRule(f"no rule for {getattr(func, '__qualname__', func)}")
 
 
