@@ -3,6 +3,10 @@
 Public names are loaded when they are first used: importing the package imports no torch.
 """
 
+TYPE_CHECKING = False  # `typing` would be half of the start-up cost
+if TYPE_CHECKING:
+    from typing import Any
+
 _PUBLIC = {
     "ResidualModel": "residual",
     "BlockJacobians": "jacobians.engine",
@@ -24,7 +28,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> "Any":
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib  # here, because every interpreter start pays for what stands above

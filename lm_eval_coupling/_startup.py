@@ -4,9 +4,15 @@ lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for a few of its
 find them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from _thread import get_ident  # `threading` would be most of the start-up cost
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MODULES = frozenset(
     {
@@ -22,10 +28,10 @@ MODULES = frozenset(
 
 
 class _Finder:
-    def __init__(self):
-        self._searching = set()
+    def __init__(self) -> None:
+        self._searching: set[tuple[int, str]] = set()
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in MODULES:
             return None
         # Two hooks of this kind that ask each other would recurse for ever.
@@ -44,10 +50,10 @@ class _Finder:
         return spec
 
 
-def _run_after(loader):
+def _run_after(loader: Any) -> None:
     execute = loader.exec_module
 
-    def exec_module(module):
+    def exec_module(module: Any) -> None:
         execute(module)
         try:
             from lm_eval_coupling.harness import plugin
@@ -58,7 +64,7 @@ def _run_after(loader):
     loader.exec_module = exec_module
 
 
-def install(asked=False):
+def install(asked: bool = False) -> None:
     """Put the finder first, once; the environment can forbid it where nobody ``asked``."""
     if os.environ.get("LM_EVAL_COUPLING_NO_HOOK") and not asked:
         return

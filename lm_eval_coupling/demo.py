@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,7 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
     return results
 
 
-def _quieten(setup_logging) -> None:
+def _quieten(setup_logging: Callable[[int], object]) -> None:
     """Of lm-eval's many lines only errors, of ours all."""
     import logging
 
@@ -254,7 +255,7 @@ def _mean_matrix(prompts: Sequence[Record]) -> np.ndarray:
 
     from lm_eval_coupling.measures.depth import miscoupling_at
 
-    return np.mean([miscoupling_at(prompt, RANK) for prompt in prompts], axis=0)
+    return np.mean([np.asarray(miscoupling_at(prompt, RANK)) for prompt in prompts], axis=0)
 
 
 def explanation(trained: Sequence[Record], untrained: Sequence[Record]) -> str:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ RANKS = (10, 30, 50)
 
 @exact_arithmetic()
 def run_coupling_hf(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
     model_name: str,
     prompts: Sequence[str],
     start: int | None = None,
@@ -103,7 +103,7 @@ def run_coupling_hf(
 
 
 @torch.no_grad()
-def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> BlockJacobians:
+def _jacobians(model: ResidualModel, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> BlockJacobians:
     tokens = model.encode(prompt)
     if not tokens:
         raise CouplingError("got a prompt without any token, expected at least one, leave it out")
@@ -123,7 +123,7 @@ def _jacobians(model, prompt: str, dtype: torch.dtype, last_layer_norm: bool) ->
 
 
 def _through_final_norm(
-    model, J: Float[Tensor, "d_model d_model"], resid_final: Float[Tensor, " d_model"]
+    model: ResidualModel, J: Float[Tensor, "d_model d_model"], resid_final: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "d_model d_model"]:
     """∂(norm(F(x)) − x)/∂x, the derivative of the difference of transformers' last two hidden states."""
     eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
@@ -139,10 +139,11 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
     U, S, V = triplets.U, triplets.S, triplets.V
     rank_of_basis = numerical_rank(S)
 
+    norms: dict[str, Literal["p", "trace"]] = {"norm": "p", "trace": "trace"}
+
     def both_norms(A: Tensor, K: int) -> dict[str, Tensor]:
         values = {
-            name: miscoupling_to(A[..., :K, :K], S[:, None, :K], absolute=True, norm=norm)
-            for name, norm in (("norm", "p"), ("trace", "trace"))
+            name: miscoupling_to(A[..., :K, :K], S[:, None, :K], absolute=True, norm=norm) for name, norm in norms.items()
         }
         return {name: value.masked_fill(rank_of_basis < K, torch.nan).float().cpu() for name, value in values.items()}
 
@@ -178,16 +179,19 @@ def _stem(model_name: str, out_path: str | os.PathLike | None) -> Path:
 
 def _save(out: dict[int, dict[str, Any]], stem: Path) -> None:
     """Both files, each complete or not there at all."""
-    for suffix, write in ((".pt", torch.save), (".npz", lambda data, file: np.savez_compressed(file, **_flat(data)))):
+    for suffix, write in (
+        (".pt", torch.save),
+        (".npz", lambda data, file: np.savez_compressed(file, **_flat(data))),
+    ):
         part = Path(f"{stem}{suffix}.part")
         with part.open("wb") as file:
             write(out, file)
         part.replace(f"{stem}{suffix}")
 
 
-def _flat(nested: dict) -> dict[str, np.ndarray]:
+def _flat(nested: dict) -> dict[str, Any]:
     """Path in the nested result, joined by slashes, to array."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             flat |= {f"{key}/{path}": array for path, array in _flat(value).items()}

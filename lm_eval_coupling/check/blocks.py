@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +63,9 @@ def kinds(layers: Sequence[nn.Module], layer_types: Sequence[str] | None = None)
 
 
 @exact_arithmetic()
-def check_blocks(model, original: nn.Module, tokens: Sequence[int], dtype: torch.dtype = torch.float32) -> list[BlockCheck]:
+def check_blocks(
+    model: Any, original: nn.Module, tokens: Sequence[int], dtype: torch.dtype = torch.float32
+) -> list[BlockCheck]:
     """One block of every kind, at the last token of a prompt.
 
     Args:
@@ -78,7 +80,7 @@ def check_blocks(model, original: nn.Module, tokens: Sequence[int], dtype: torch
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(model.d_model, generator=generator)[:ROWS]
     checks = []
-    for kind, members in kinds(layers, getattr(original.config.get_text_config(), "layer_types", None)).items():
+    for kind, members in kinds(layers, getattr(cast(Any, original).config.get_text_config(), "layer_types", None)).items():
         layer = members[0]
         error, problem = None, None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,14 +27,14 @@ class Cost:
     reason: str | None
 
 
-def costs(model, tokens: Sequence[int], settings: Settings) -> list[Cost]:
+def costs(model: Any, tokens: Sequence[int], settings: Settings) -> list[Cost]:
     """Of one prompt, and of the largest batch of prompts as long; each after a first time that does not count."""
     prompts = [list(tokens)] * OFFERED
     largest = len(groups(model, prompts, settings)[0])
     return [_cost(model, prompts[:size], settings) for size in sorted({1, largest})]
 
 
-def _cost(model, prompts: Sequence[Sequence[int]], settings: Settings) -> Cost:
+def _cost(model: Any, prompts: Sequence[Sequence[int]], settings: Settings) -> Cost:
     announced = memory_of(model, rank=settings.ranks[-1], seq=len(prompts[0]), prompts=len(prompts))
     counts = model.device.type == "cuda"
     for _ in range(2):

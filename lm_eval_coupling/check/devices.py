@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lm_eval_coupling.errors import CouplingError
@@ -33,7 +35,7 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
-def require_room(model, *, rank: int, seq: int) -> None:
+def require_room(model: Any, *, rank: int, seq: int) -> None:
     """Refuse a device that cannot hold what one prompt takes beside the model.
 
     Raises:

@@ -81,7 +81,7 @@ def _draw(ax: Axes, weights: Float[np.ndarray, "layer layer"], scale: Normalize)
     )
     edges.set_array(None)
     ax.add_collection(edges)
-    ax.scatter(*at.T, c=np.arange(layers), cmap="cividis", s=28, edgecolors="black", linewidths=0.5, zorder=2)
+    ax.scatter(at[:, 0], at[:, 1], c=np.arange(layers), cmap="cividis", s=28, edgecolors="black", linewidths=0.5, zorder=2)
     for layer in labelled(layers):
         ax.annotate(str(layer), 1.13 * at[layer - 1], ha="center", va="center", fontsize="x-small")
     ax.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")

@@ -8,6 +8,7 @@ weights is dashed.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ def curves(
             ax.set_xscale(**{"value": "symlog", "linthresh": smallest} if (of[x] <= 0).any() else {"value": "log"})
         for (line, weights), curve in of.groupby(["line", "weights"], sort=False):
             curve = curve.sort_values(x)
-            style = {"color": colour[line], "linestyle": _style(weights)}
+            style: dict[str, Any] = {"color": colour[line], "linestyle": _style(weights)}
             marker = "o" if len(curve) <= 12 else None
             ax.plot(
                 curve[x], curve["median"], **style, linewidth=1.3, marker=marker, markersize=3, label=names[line, weights]
@@ -117,7 +118,8 @@ def singular_values(rows: pd.DataFrame, fits: pd.DataFrame, *, title: str | None
     for (run, of), left, right in zip(runs, axes[::2], axes[1::2], strict=True):
         fitted = fits[(fits["line"] == run[0]) & (fits["weights"] == run[1])].set_index("k")
         for k, curve in of.sort_values("depth").groupby("k"):
-            depth, style = curve["depth"], {"color": colour[k], "markersize": 3}
+            depth = curve["depth"]
+            style: dict[str, Any] = {"color": colour[k], "markersize": 3}
             left.plot(depth, curve["median"], "o-", linewidth=1, label=f"k = {k}", **style)
             left.fill_between(depth, curve["q25"], curve["q75"], color=colour[k], alpha=0.18, linewidth=0)
             right.plot(depth, 1 / curve["median"], "o", label=f"k = {k}, R² = {fitted['r2'][k]:.2f}", **style)

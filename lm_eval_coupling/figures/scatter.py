@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from lm_eval_coupling.figures.palette import CATEGORIES, colours
 from lm_eval_coupling.statistics import Fit
 
-_JOINED = {"fmt": "o-", "markersize": 3, "linewidth": 1}
+_JOINED: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1}
 _CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
 _FAMILIES = 12  # more than that are not told apart by colour
 _NAMED = 40  # points; more names than that are not legible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,7 +78,7 @@ def paired_differences(
     for ax, panel in zip(axes, panels, strict=False):
         of = pairs[pairs["panel"] == panel].dropna(subset=["first", "second"])
         for (line, weights), points in of.groupby(["line", "weights"], sort=False):
-            hollow = (
+            hollow: dict[str, Any] = (
                 {"facecolors": "none", "edgecolors": colour[line]} if weights == "untrained" else {"color": colour[line]}
             )
             above = (points["second"] > points["first"]).mean()
@@ -101,7 +102,7 @@ def _diagonal(ax: Axes, chance: float | None) -> None:
         ax.axvline(chance, color="black", linewidth=1, linestyle=":")
 
 
-def _differences(ax: Axes, rows: pd.DataFrame, colour: Mapping[str, str]) -> None:
+def _differences(ax: Axes, rows: pd.DataFrame, colour: Mapping[Any, str]) -> None:
     for (line, weights), of in rows.groupby(["line", "weights"], sort=False):
         of, style = of.sort_values("depth"), "--" if weights == "untrained" else "-"
         name = f"{line}, {weights} (n = {of['n'].max()})"

@@ -71,7 +71,7 @@ def _draw(
     for index, way in enumerate(ways):
         thick = index == token
         steps = LineCollection(
-            np.stack([way[:-1], way[1:]], axis=1),
+            list(np.stack([way[:-1], way[1:]], axis=1)),
             cmap=SCALE,
             norm=depth,
             linewidths=2.2 if thick else 0.7,
@@ -79,6 +79,6 @@ def _draw(
         )
         steps.set_array((layers[:-1] + layers[1:]) / 2)
         ax.add_collection(steps)
-    ax.scatter(*ways[:, -1].T, s=6, color="black", zorder=3)
+    ax.scatter(ways[:, -1, 0], ways[:, -1, 1], s=6, color="black", zorder=3)
     ax.autoscale_view()
     ax.tick_params(labelsize="x-small")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -32,7 +33,7 @@ _SMALLEST_FAMILY = 3
 _COUPLINGS = {"coupling", "swapped"}  # definitions of one thing are no rivals
 
 
-def table(results: Mapping[tuple[str, ...], Result], *keys: str) -> pd.DataFrame:
+def table(results: Mapping[Any, Result], *keys: str) -> pd.DataFrame:
     """One row per result, its key in the columns ``keys``."""
     return pd.DataFrame([dict(zip(keys, key, strict=True)) | result.to_dict() for key, result in results.items()])
 
@@ -58,7 +59,7 @@ def correlation_table(
     rows = table(results, "score", "predictor", "method")
     if found is not None:
         names = [predictor.name for predictor in found.predictors]
-        adjusted = {}
+        adjusted: dict[tuple[str, str, str], float] = {}
         for score, group in found.by_score():
             complete = [name for name in names if group[name].notna().all()]
             p = simultaneous_p_values(group[complete].reset_index(drop=True), group["score"].reset_index(drop=True),

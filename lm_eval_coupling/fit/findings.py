@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -115,7 +116,7 @@ def _across(
         "families": across.table(families, "score", "predictor", "given", "how"),
     }
     pearson = {(score, x): r for (score, x, method), r in correlated.items() if x == main and method == "pearson"}
-    told = [
+    told: list[Mapping[Any, Any]] = [
         {key: fit for key, fit in fits.items() if key[1:] == (main, "exponential", "none")},
         {key: r for key, r in compared.items() if key[2] in found.covariates[:1]},
         nested,
@@ -166,7 +167,7 @@ def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:
     return line
 
 
-def _named(row: Mapping[str, object], score: str) -> str | None:
+def _named(row: Mapping[str, Any], score: str) -> str | None:
     """The metric of this row that is meant, or the one lm-eval lists first."""
     named = [name for name in row if name == score or str(name).startswith(f"{score},")]
     return next((name for name in named if pd.notna(row[name])), row["metric"])

@@ -28,7 +28,7 @@ def reliabilities(
         documents: of all models, as :func:`~lm_eval_coupling.fit.within.load_documents` reads them.
         leaves: single tasks of each task or group; a mean is of all of them.
     """
-    results = {}
+    results: dict[tuple[str, str], Reliability] = {}
     if documents.empty:
         return results
     for score, group in found.by_score():
@@ -53,7 +53,7 @@ def corrected(
     Reliability is that over shared documents where there are some (the score's stepped up to all documents that were
     scored), or else what the standard errors say.
     """
-    results = {}
+    results: dict[tuple[str, str], Reliability] = {}
     for score, group in found.by_score():
         of_score = reliable.get((score, "score"), Reliability())
         y = _stepped_up(of_score, group["n_samples"].median())

@@ -114,7 +114,7 @@ def _mean_of(rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, not
     averaged: dict[str, pd.Series] = {}
     for value, error in [("score", "score_error"), *((p.name, p.error) for p in predictors)]:
         averaged[value] = groups[value].mean()
-        if error in rows:
+        if error is not None and error in rows:
             averaged[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
     rest = groups.first().drop(columns=[*averaged, "score_of", "task", "metric"])
     about = {"score_of": f"mean of {number} {what}", "task": "mean", "metric": "mean"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
         scores = observed.scores if len(observed.scores) <= _SCATTERS else observed.scores[-1:]
         for number, score in enumerate(scores):
             name = f"scatter_{number + 1}" if score != observed.scores[-1] else "scatter"
-            yield name, lambda score=score: _scatter(found, score)
+            yield name, partial(_scatter, found, score)
         yield (
             "predictors",
             lambda: draw.intervals(_compared(found), x_label=f"Pearson correlation with {observed.scores[-1]}", chance=0.0),
@@ -142,12 +143,10 @@ def _areas(rows: pd.DataFrame) -> pd.DataFrame:
 def show(found: Findings, console: Console | None = None) -> None:
     """Print the tables to read and the finding."""
     console = console or Console()
-    for table in filter(
-        None, (make(found) for make in (_score_table, _predictor_table, _rival_table, _subset_table, _nested_table))
-    ):
-        _print(console, *table)
-    if table := _document_table(found):
-        _print(console, *table)
+    makers = (_score_table, _predictor_table, _rival_table, _subset_table, _nested_table, _document_table)
+    for make in makers:
+        if table := make(found):
+            _print(console, *table)
     for paragraph in found.words:
         console.print(escape(paragraph), end="\n\n")
     for note in _noted(found):
@@ -254,7 +253,7 @@ def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
     return _table(f"{rows['predictor'].iloc[0]} and right answers, within each model", headers, cells)
 
 
-def _table(title: str, headers: Sequence[str], cells: list[tuple[str, ...]]) -> tuple[str, list[Column]] | None:
+def _table(title: str, headers: Sequence[str], cells: Sequence[tuple[Any, ...]]) -> tuple[str, list[Column]] | None:
     """Title and columns; the last columns are left out first where the terminal is narrow."""
     if not cells:
         return None

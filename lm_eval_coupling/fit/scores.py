@@ -188,5 +188,5 @@ def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Serie
 
 def some(names: Iterable[object]) -> str:
     """At most five of them, with how many there are besides."""
-    names = list(dict.fromkeys(map(str, names)))
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    each = list(dict.fromkeys(map(str, names)))
+    return ", ".join(each[:5]) + (f" and {len(each) - 5} more" if len(each) > 5 else "")

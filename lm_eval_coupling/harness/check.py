@@ -100,6 +100,7 @@ def _checked(name: str, device: torch.device, dtype: str, tokens: int) -> Checke
         ours = CouplingLM(
             pretrained=name, device=str(device), dtype=dtype, coupling_store=f"{folder}/store.sqlite", coupling_ranks="1"
         )
+        assert ours.session is not None  # it measures
         model = ours.session.trained.model
         settings = Settings(tuple(k for k in RANKS if k <= model.d_model) or (1,))
         prompt = (ours.tok_encode(TEXT) * tokens)[:tokens]

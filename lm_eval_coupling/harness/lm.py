@@ -35,6 +35,9 @@ logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that i
 class CouplingLM(HFLM):
     """Scores exactly as `hf` does, and measures block coupling of a sample of the evaluated documents afterwards."""
 
+    _rank: int
+    _world_size: int
+
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         """Load the model as HFLM does and boot the measuring twin on its weights.
 
@@ -65,9 +68,10 @@ class CouplingLM(HFLM):
         except (OSError, ValueError) as error:
             what = f"model {args[0] if args else kwargs.get('pretrained')!r}, revision {kwargs.get('revision', 'main')!r}"
             raise CouplingError(f"got {what}, which transformers cannot load: {' '.join(str(error).split())}") from error
-        shape = [getattr(self._config.get_text_config(), name, None) for name in ("hidden_size", "num_hidden_layers")]
-        if self.coupling_options.measures_anything and all(shape):
-            self.coupling_options.settings.check_shape(*shape)
+        config = self._config.get_text_config()
+        d_model, n_layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+        if self.coupling_options.measures_anything and d_model and n_layers:
+            self.coupling_options.settings.check_shape(d_model, n_layers)
 
     def _split_data_without_gpus(self) -> None:
         """HFLM shares the documents among processes only where it sees several GPUs."""
@@ -95,6 +99,7 @@ class CouplingLM(HFLM):
 
     def _follow_the_weights(self) -> None:
         """A model that is trained, adapted or reloaded between two evaluations is another one, and measured as such."""
+        assert self.session is not None  # whoever measures nothing has returned
         if (change := self.session.trained.model.change()) is not None:
             logger.info("coupling: %s has changed since the model was last looked at; it is taken as another model", change)
             self.session = self._open_session(self.session.store)
@@ -155,7 +160,7 @@ class CouplingLM(HFLM):
     def _end_dry_run(self, chosen: Collection[Any], documents: list[Document]) -> None:
         """Say what measuring would cost, and end well."""
         prompts = [prompt.tokens for _, _, prompt in self._with_prompts(documents)]
-        told = self.session.try_one(prompts) if prompts else []
+        told = self.session.try_one(prompts) if prompts and self.session is not None else []
         if self.rank == 0:
             print("\n".join([f"Dry run: {len(chosen)} documents would be measured; on this process", *told]))
         raise SystemExit(0)
@@ -168,6 +173,7 @@ class CouplingLM(HFLM):
         """
         rows: list[Row] = []
         interrupted = False
+        assert self.session is not None
         for session in self.session.at_every_place():
             asked = [one for one in prompts if session.has(one[2].tokens)]
             measured = session.measure([prompt.tokens for _, _, prompt in asked])
@@ -229,6 +235,7 @@ class CouplingLM(HFLM):
             "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
             "revision": self.revision,
         }
+        assert self.session is not None
         facts |= about_model(self.session, self.model.config) | about_measurement(rows, tasks, options.settings.ranks)
         if UNTRAINED in facts:
             facts[UNTRAINED]["seed"] = options.untrained

@@ -84,8 +84,15 @@ def _register_model(models: Any) -> None:
 def _add_tasks(manager: Any) -> None:
     """Ours come right after the defaults: later folders override earlier ones, so a user's own tasks win."""
 
-    def with_ours(original):
-        def init(self, verbosity=None, include_path=None, include_defaults=True, *args, **kwargs):
+    def with_ours(original: Callable) -> Callable:
+        def init(
+            self: Any,
+            verbosity: Any = None,
+            include_path: Any = None,
+            include_defaults: Any = True,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
             ours = [tasks_folder()] if include_defaults else []
             theirs = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
             original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
@@ -99,8 +106,8 @@ def _add_tasks(manager: Any) -> None:
 def _refuse_early(config: Any) -> None:
     """A wrong argument on the command line, before tasks are indexed and anything heavy is loaded."""
 
-    def checked(from_cli):
-        def from_cli_checked(cls, *args, **kwargs):
+    def checked(from_cli: Callable) -> Callable:
+        def from_cli_checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
             found = from_cli(cls, *args, **kwargs)
             if found.model == MODEL:
                 from lm_eval_coupling.harness.options import Options
@@ -115,10 +122,10 @@ def _refuse_early(config: Any) -> None:
 
 
 def _record_after_scoring(evaluator: Any) -> None:
-    def recording(evaluate):
+    def recording(evaluate: Callable) -> Callable:
         signature = inspect.signature(evaluate)
 
-        def evaluate_and_record(lm, task_dict, *args, **kwargs):
+        def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
             record = getattr(getattr(lm, "lm", lm), "record_coupling", None)  # a CachingLM holds the model in .lm
             try:
                 results = evaluate(lm, task_dict, *args, **kwargs)
@@ -136,8 +143,8 @@ def _record_after_scoring(evaluator: Any) -> None:
 
         return evaluate_and_record
 
-    def checking(simple_evaluate):
-        def simple_evaluate_checked(model, *args, **kwargs):
+    def checking(simple_evaluate: Callable) -> Callable:
+        def simple_evaluate_checked(model: Any, *args: Any, **kwargs: Any) -> Any:
             if model == MODEL:
                 _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
             return simple_evaluate(model, *args, **kwargs)
@@ -149,8 +156,8 @@ def _record_after_scoring(evaluator: Any) -> None:
 
 
 def _write_tables_with_results(tracking: Any) -> None:
-    def with_tables(save):
-        def save_results_aggregated(self, results, samples=None):
+    def with_tables(save: Callable) -> Callable:
+        def save_results_aggregated(self: Any, results: Any, samples: Any = None) -> None:
             save(self, results, samples)
             _write_tables(results, _results_folder(self), getattr(self, "date_id", _now()))  # no date where nothing is saved
 
@@ -176,8 +183,8 @@ def _require_output(output_path: Any) -> None:
 def _close_under_the_table(utils: Any) -> None:
     """lm-eval prints one table, and one of groups where there are some: ours come under the last."""
 
-    def with_closing(make_table):
-        def make_table_and_close(result_dict, column="results", *args, **kwargs):
+    def with_closing(make_table: Callable) -> Callable:
+        def make_table_and_close(result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any) -> Any:
             table = make_table(result_dict, column, *args, **kwargs)
             last = "groups" if "groups" in result_dict else "results"
             closing = getattr(_carried(result_dict), "closing", None)
@@ -214,8 +221,8 @@ def _now() -> str:
 
 
 def _errors_as_sentences(harness: Any) -> None:
-    def plainly(execute):
-        def execute_plainly(self, args):
+    def plainly(execute: Callable) -> Callable:
+        def execute_plainly(self: Any, args: Any) -> Any:
             try:
                 return execute(self, args)
             except CouplingError as error:

@@ -140,6 +140,7 @@ def _measured(lm: CouplingLM, task: str, documents: list[Document], prompts: lis
 
     asked = [(document, 0, encoded(prompts[document.doc_id])) for document in documents if document.key in chosen]
     if options.dry_run:
+        assert lm.session is not None
         told = lm.session.try_one([prompt.tokens for _, _, prompt in asked])
         print("\n".join(["Dry run: nothing is written", *told]))
         raise SystemExit(0)

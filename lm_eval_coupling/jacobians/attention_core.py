@@ -324,7 +324,8 @@ class LinearCore:
         parts: dict[str, Any] = {
             field.name: [getattr(core, field.name) for core in cores] for field in dataclasses.fields(cls)
         }
-        return cls(**{name: None if of[0] is None else torch.cat(of) for name, of in parts.items()})
+        joined: dict[str, Any] = {name: None if of[0] is None else torch.cat(of) for name, of in parts.items()}
+        return cls(**joined)
 
     @property
     def same_token(self) -> bool:

@@ -151,7 +151,7 @@ def _made(
     certificates = torch.stack(errors, dim=1).cpu().double()  # read from the device once, when all are made
     for prompt, layer in (~_passes(certificates, like.dtype)).nonzero().tolist():
         if (prompt, layer) not in proofs:
-            one = certified_jacobian(calls[layer][prompt], *pairs[prompt], method)
+            one = certified_jacobian(calls[layer][prompt], pairs[prompt][0], pairs[prompt][1], method)
             stack.correct(prompt, layer, one.jacobian)
             proofs[prompt, layer] = one
         certificates[prompt, layer] = proofs[prompt, layer].error

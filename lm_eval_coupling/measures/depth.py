@@ -108,7 +108,9 @@ def miscoupling_at(record: Record, rank: int, column: str = "normalized_miscoupl
 
 def different_layers(record: Record, rank: int) -> np.ndarray:
     """m̃[layer, layer'] in float64 with NaN on the diagonal, which is 0 by definition."""
-    matrix = miscoupling_at(record, rank).astype(np.float64)
+    measured = miscoupling_at(record, rank)
+    assert measured is not None  # records without matrices have no layers to compare
+    matrix = measured.astype(np.float64)
     np.fill_diagonal(matrix, np.nan)
     return matrix
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_coupling.errors import Unmeasurable
+from lm_eval_coupling.errors import Reason, Unmeasurable
 from lm_eval_coupling.measures.depth import coupling_at, undefined_pairs
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading
@@ -34,7 +34,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
     ranks = one.settings.ranks
     found = [_of_block(one, call) for call in one.trace.calls]
     columns: dict[str, object] = {"halves_certificate": [[errors[i] for _, errors in found] for i in range(len(HALVES))]}
-    reasons = []
+    reasons: list[Reason] = []
     for i, half in enumerate(HALVES):
         J = torch.stack([jacobians[i].to(one.trace.resid_final.device) for jacobians, _ in found])
         J = off_mps(J)

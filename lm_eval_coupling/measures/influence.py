@@ -34,6 +34,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
             parts.append(torch.stack([norms, largest_singular_values(J).double()]))
             if one.position in tokens:
                 own = J[tokens.index(one.position)]
+        assert own is not None  # the measured token is one of those up to the last
         S = torch.linalg.svdvals(own.cpu()).double()
         frobenius, spectral = torch.cat(parts, dim=1).cpu().numpy()
         rows["frobenius"].append(frobenius)

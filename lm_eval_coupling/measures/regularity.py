@@ -27,10 +27,11 @@ def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
     from lm_eval_coupling.measures.formulas.trajectory import entropy
     from lm_eval_coupling.numerics.devices import off_mps
 
+    model: Any = batch.model
     try:
         stream = torch.stack([one.trace.trajectory(one.position) for one in batch])
         parts = stream.split(max(1, points // stream.shape[1]))
-        return dict(enumerate(torch.cat([entropy(off_mps(batch.model.logits(part))) for part in parts])))
+        return dict(enumerate(torch.cat([entropy(off_mps(model.logits(part))) for part in parts])))
     except Exception:
         return {}
 
@@ -70,7 +71,8 @@ def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
     from lm_eval_coupling.numerics.devices import off_mps
 
     try:
-        return {"entropy": entropy(off_mps(one.model.logits(one.trace.trajectory(one.position))))}, ()
+        model: Any = one.model
+        return {"entropy": entropy(off_mps(model.logits(one.trace.trajectory(one.position))))}, ()
     except Exception as error:
         reason = reason_of(error)
         return {}, (Reason(reason.code, f"no entropy: {reason.words}"),)
@@ -83,8 +85,9 @@ def _line_shape_scores(one: TracedPrompt, at_once: int = 64) -> Any:
     from lm_eval_coupling.measures.formulas.trajectory import line_shape_score
     from lm_eval_coupling.numerics.devices import off_mps
 
-    starts = range(0, one.trace.resid_final.shape[1], at_once)
-    parts = [line_shape_score(off_mps(one.trace.trajectories(slice(i, i + at_once)))) for i in starts]
+    trace: Any = one.trace
+    starts = range(0, trace.resid_final.shape[1], at_once)
+    parts = [line_shape_score(off_mps(trace.trajectories(slice(i, i + at_once)))) for i in starts]
     return torch.cat([part.cpu() for part in parts])
 
 
@@ -94,7 +97,8 @@ def _trajectories(one: TracedPrompt) -> dict[str, Any]:
 
     if not one.settings.trajectories:
         return {}
-    points, share = principal_trajectories(off_mps(one.trace.trajectories(slice(None))))
+    trace: Any = one.trace
+    points, share = principal_trajectories(off_mps(trace.trajectories(slice(None))))
     return {"trajectories": points, "trajectory_variance": share}
 
 

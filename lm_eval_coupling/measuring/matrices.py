@@ -65,7 +65,7 @@ def load(name: str, untrained: int | None = None) -> Any:
         return ResidualModel.wrap(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
 
 
-def of_layers(model, ids: Sequence[int], layers: Sequence[int] | None, token: int, rank: int) -> Matrices:
+def of_layers(model: Any, ids: Sequence[int], layers: Sequence[int] | None, token: int, rank: int) -> Matrices:
     """Of the blocks ``layers`` (counted from 1; four by default) at one token.
 
     Raises:
@@ -78,7 +78,7 @@ def of_layers(model, ids: Sequence[int], layers: Sequence[int] | None, token: in
     return _matrices(found.jacobians, [f"layer {layer}" for layer in chosen], rank, f"token {place} of {len(ids)}")
 
 
-def of_tokens(model, ids: Sequence[int], layer: int | None, tokens: Sequence[int], rank: int, across: str) -> Matrices:
+def of_tokens(model: Any, ids: Sequence[int], layer: int | None, tokens: Sequence[int], rank: int, across: str) -> Matrices:
     """Of one block at several tokens; ``across`` says which of a Jacobian's two tokens differ, see ``ACROSS``.
 
     The fixed input token is the first of ``tokens``, the fixed output token the last.
@@ -102,7 +102,7 @@ def of_tokens(model, ids: Sequence[int], layer: int | None, tokens: Sequence[int
     return _matrices(torch.stack(J), names, rank, f"{ACROSS[across]}, layer {layer}")
 
 
-def _check_layers(layers: Sequence[int], model) -> None:
+def _check_layers(layers: Sequence[int], model: Any) -> None:
     if bad := [layer for layer in layers if not 1 <= layer <= model.n_layers]:
         raise CouplingError(f"got layer {bad[0]}, expected 1 to {model.n_layers}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ LEVELS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 @exact_arithmetic()
 def noise_robustness(
-    model,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     levels: Sequence[float] = LEVELS,
     *,

@@ -57,7 +57,7 @@ class Settings:
             )
         if n_layers is not None:
             chosen_layers(self.layers, n_layers)
-        if None not in (self.window, n_layers) and self.window > n_layers:
+        if self.window is not None and n_layers is not None and self.window > n_layers:
             raise CouplingError(
                 f"got a window of {self.window} blocks for a model of {n_layers}, give a coupling_window of at most that"
             )

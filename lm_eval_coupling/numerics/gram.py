@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -133,11 +134,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _int(value: int):
+def _int(value: int) -> Any:
     return ctypes.byref(ctypes.c_int(value))
 
 
-def _real(number, value: float = 0.0):
+def _real(number: Callable[[float], Any], value: float = 0.0) -> Any:
     return ctypes.byref(number(value))
 
 
@@ -161,19 +162,19 @@ def _takes_plain_integers(signature: bytes) -> bool:
     return "int *" in kinds and all(kind in ("char *", "int *") or kind.startswith("__pyx_t_") for kind in kinds)
 
 
-def _capsule(name: str, dtype: torch.dtype):
+def _capsule(name: str, dtype: torch.dtype) -> Any:
     module, _ = _ROUTINES[name]
     return module.__pyx_capi__[("s" if dtype == torch.float32 else "d") + name]
 
 
-def _signature(capsule) -> bytes:
+def _signature(capsule: Any) -> bytes:
     name_of = ctypes.pythonapi.PyCapsule_GetName
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
     return name_of(capsule)
 
 
 @functools.cache
-def _routine(name: str, dtype: torch.dtype):
+def _routine(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """A routine as a function that releases the interpreter lock; every argument is a pointer."""
     capsule, (_, arguments) = _capsule(name, dtype), _ROUTINES[name]
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,7 @@ def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
     return found
 
 
-def batches(model, lengths: Sequence[int], *, rank: int, itemsize: int = 4) -> list[list[int]]:
+def batches(model: Any, lengths: Sequence[int], *, rank: int, itemsize: int = 4) -> list[list[int]]:
     """:func:`together` for a :class:`~lm_eval_coupling.residual.ResidualModel`, within what its device has free now."""
     device = model.device
     if device.type == "cpu":
@@ -194,7 +195,7 @@ def memory(
     return Memory(size, place(size, device), 2 * basis * itemsize, working)
 
 
-def memory_of(model, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:
+def memory_of(model: Any, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:
     """:func:`memory` for a :class:`~lm_eval_coupling.residual.ResidualModel`."""
     block_params, largest = model.block_sizes
     return memory(

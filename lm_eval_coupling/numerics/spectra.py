@@ -193,7 +193,8 @@ def _methods(J: Tensor, k: int) -> Iterator[Callable[[Tensor], tuple[Tensor, Ten
 
         def in_float64(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             wide = some.double()
-            return tuple(part.to(J.dtype) for part in _triplets(wide, basis(wide, k, TOLERANCE[J.dtype] / 20)))
+            U, S, V = _triplets(wide, basis(wide, k, TOLERANCE[J.dtype] / 20))
+            return U.to(J.dtype), S.to(J.dtype), V.to(J.dtype)
 
         yield in_float64
     yield lambda some: _by_svd(some, k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,18 @@ from lm_eval_coupling.saved.task_rows import is_score
 DOCUMENTS = 200
 _DOCUMENTS_IN_ALL = 4000
 _DIGITS = 6
-_FACTS = ("model", "revision", "variant", "task", "alias", "n_fewshot", "prompting", "n_samples", "date", "dtype")
+_FACTS: tuple[str, ...] = (
+    "model",
+    "revision",
+    "variant",
+    "task",
+    "alias",
+    "n_fewshot",
+    "prompting",
+    "n_samples",
+    "date",
+    "dtype",
+)
 _FACTS += ("fingerprint", "family")
 _FACTS += ("n_params", "n_layers", "d_model", "coupling_rank", "measured", "failed")
 
@@ -50,7 +61,7 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
         _row(row, used[row["file"]], tables) | {"label": label, "run": list(used).index(row["file"])}
         for label, row in zip(label_rows(found, full_names(found["model"].unique())), found.to_dict("records"), strict=True)
     ]
-    about = {"provenance": [_provenance(run) for run in used.values()]}
+    about: dict[str, Any] = {"provenance": [_provenance(run) for run in used.values()]}
     about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
     about |= {"readings": _readings(found.columns)}
     return _plain({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents))
@@ -77,6 +88,7 @@ def _provenance(run: SavedRun) -> dict[str, Any]:
     about = {name: value for name, value in run.coupling.items() if name != "tasks"}
     reasons = {task: found["reasons"] for task, found in run.coupling.get("tasks", {}).items() if found.get("reasons")}
     lm_eval = {name: run.results.get(name) for name in ("lm_eval_version", "transformers_version", "git_hash")}
+    assert run.file is not None  # a run without results has been refused
     return {"file": f"{run.file.parent.name}/{run.file.name}"} | about | {"reasons": reasons, "lm_eval": lm_eval}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # prompts are other peo
 
 def print_profile(console: Console, table: SavedTable, name: str) -> None:
     """Mean miscoupling of every layer's Jacobian with the bases of the others, over all measured prompts."""
-    rank, total, count = None, 0.0, 0
+    rank: int | None = None
+    total: Any = 0.0
+    count: Any = 0
     for rows in table.batches(["ranks", "normalized_miscoupling"]):
         for ranks, matrices in zip(rows["ranks"], rows["normalized_miscoupling"], strict=True):
             rank = rank or headline_rank(ranks)

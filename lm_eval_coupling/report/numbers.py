@@ -31,7 +31,12 @@ def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
 def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
     values = prompt_values(table, "all")
     trained, untrained = (values[values["weights"] == weights] for weights in ("trained", "untrained"))
-    about = {"folder": str(table.file.parent), "model": run.model, "revision": run.revision, "variant": run.variant}
+    about: dict[str, Any] = {
+        "folder": str(table.file.parent),
+        "model": run.model,
+        "revision": run.revision,
+        "variant": run.variant,
+    }
     about |= {"fingerprint": run.fingerprint, "prompting": run.prompting(table.task), "task": table.task}
     own, twin = document_values(trained), document_values(untrained)
     plain: dict[str, float] = {}
@@ -42,7 +47,8 @@ def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
         "missing": _missing(trained),
         "seed": (table.about.get("untrained") or {}).get("seed"),
     }
-    for rank in ranks_of(trained) or [None]:
+    ranks: Sequence[int | None] = ranks_of(trained) or [None]
+    for rank in ranks:
         yield about | _coupling(own, twin, rank) | plain | rest
 
 

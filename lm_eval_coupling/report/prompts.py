@@ -15,7 +15,17 @@ from lm_eval_coupling.saved.run import SavedTable
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
-_SHOWN = ("doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "n_tokens", "position", "text", "ranks")
+_SHOWN: tuple[str, ...] = (
+    "doc_id",
+    "doc_hash",
+    "prompt_hash",
+    "prompt_index",
+    "kind",
+    "n_tokens",
+    "position",
+    "text",
+    "ranks",
+)
 _SHOWN += ("normalized_miscoupling", "norms", "line_shape_score", "expodistance", "reason", "picture")
 
 
@@ -37,7 +47,8 @@ def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], 
     own, twin = document_values(values), document_values(untrained)
     ranks = ranks_of(values)
     headline = headline_rank(ranks) if ranks else None
-    layers, documents = Layers(ranks, _prompts(values)), []
+    layers = Layers(ranks, _prompts(values))
+    documents: list[dict[str, Any]] = []
     for rows in table.batches(_SHOWN):
         documents += [_document(row, headline, answers) for row in rows.head(limit - len(documents)).to_dict("records")]
         layers.add(rows)
@@ -99,5 +110,6 @@ def _document(row: Mapping[str, Any], headline: int | None, answers: Mapping[str
 def _picture(encoded: bytes | None) -> str | None:
     """A measured image as a URI that holds it; of another kind than pictures are saved in, nothing."""
     kinds = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
-    kind = next((kind for kind, first in kinds.items() if (encoded or b"").startswith(first)), None)
+    encoded = encoded or b""
+    kind = next((kind for kind, first in kinds.items() if encoded.startswith(first)), None)
     return None if kind is None else f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"

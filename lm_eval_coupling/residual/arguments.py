@@ -148,17 +148,19 @@ class Keys:
     """In place of a block's key-value cache: keeps the keys and values that it is given, or puts kept ones before them."""
 
     def __init__(self, kept: tuple[Tensor, Tensor] | None = None) -> None:
-        self.kept, self.given = kept, None
+        self.kept = kept
+        self.given: tuple[Tensor, Tensor] | None = None
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a block calls: the keys and values that it is to attend to."""
         if self.kept is not None:
-            return tuple(torch.cat([old, new], dim=-2) for old, new in zip(self.kept, (key, value), strict=True))
+            keys, values = self.kept
+            return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
         self.given = (key.detach(), value.detach())
         return key, value
 
     @staticmethod
-    def before_each(keys: Sequence[Keys], tokens: Sequence[int]) -> Keys:
+    def before_each(keys: Sequence[Any], tokens: Sequence[int]) -> Keys:
         """A cache that holds those of the tokens before the given one of every prompt of a batch, after zeros."""
         longest = max(tokens)
 
@@ -171,5 +173,6 @@ class Keys:
     def of_prompt(self, prompt: int, seq: int) -> Keys:
         """Those of one prompt of a batch, without the padding."""
         one = Keys()
-        one.given = tuple(tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
+        keys, values = (tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
+        one.given = keys, values
         return one

@@ -33,7 +33,7 @@ def _architecture(model: nn.Module) -> str:
     return (classes[0] if classes else type(model)).__name__
 
 
-def _split_joints_again(bridge: nn.Module) -> None:
+def _split_joints_again(bridge: Any) -> None:
     """TransformerLens cuts joint projections into copies, once: here they are cut whenever they are used, and never kept."""
     joints = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
     for module in bridge.modules():

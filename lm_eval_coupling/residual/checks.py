@@ -109,6 +109,7 @@ def require_chain(trace: ResidualTrace) -> None:
         CouplingError: if it is not.
     """
     for call, following in zip(trace.calls, trace.calls[1:], strict=False):
+        assert call.resid_post is not None  # a trace keeps it
         if not off_by(following.resid_pre, call.resid_post) <= ROUNDED:
             raise CouplingError(
                 f"got a block {call.layer} whose output is not the next one's input, expected a residual stream"
@@ -160,13 +161,13 @@ def _require_skip(name: str, call: BlockCall) -> None:
 def _zeroed(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     weights = [p for p in module.parameters() if p.is_floating_point()]
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    kept = [(tensor, tensor.data) for tensor in [*weights, *buffers]]
+    kept: list[tuple[Tensor, Tensor]] = [(tensor, tensor.data) for tensor in [*weights, *buffers]]
     try:
         for tensor in weights:
             tensor.data = torch.zeros((), dtype=dtype, device=tensor.device).expand(tensor.shape)
-        for tensor in buffers:
-            tensor.data = tensor.data.to(dtype)
+        for buffer in buffers:
+            buffer.data = buffer.data.to(dtype)
         yield
     finally:
-        for tensor, data in kept:
-            tensor.data = data
+        for changed, data in kept:
+            changed.data = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -86,7 +86,7 @@ class Lens:
     def _without_blocks(self, stream: Tensor, outputs: int) -> Iterator[Tensor]:
         """Inside, blocks hand on ``stream``, which is yielded as it is on their device."""
         head = None if self.head is None else innermost(self.head)
-        stream = stream.to(self.device if head is None else head.weight.device)
+        stream = stream.to(self.device if head is None else cast(Tensor, head.weight).device)
         stand_in: Any = (stream, *[None] * (outputs - 1)) if outputs else stream
         with contextlib.ExitStack() as stack:
             rest = [] if head is None else stack.enter_context(head_in_parts(head, stream.dtype))

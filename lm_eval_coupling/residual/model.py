@@ -246,7 +246,7 @@ class ResidualModel:
             return False
         alone = [self.trace(prompt, dtype) for prompt in prompts]
         streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max()) for a, b in streams)
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in streams)
 
     def _decoding_agrees(self, dtype: torch.dtype) -> bool:
         calls = self._traces([[*range(1, 8)]], dtype, keep_keys=True)[0].calls
@@ -359,7 +359,7 @@ def _decodes_rightly(call: BlockCall) -> bool:
     u = u.to(call.resid_pre)
     with call.ready():
         (found,), expected = call.pulled_back_decoding([call], [u], [token]), call.pulled_back(u, token)[token]
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def _tensors_by_name(call: BlockCall) -> list[str]:

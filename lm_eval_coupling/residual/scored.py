@@ -16,9 +16,10 @@ _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DTensor")
 
 def without_compilation(model: nn.Module) -> nn.Module:
     """What torch.compile has wrapped: the same function, without compiling it for a few tokens."""
-    while type(model).__name__ == "OptimizedModule":
-        model = model._orig_mod
-    return model
+    inner: Any = model
+    while type(inner).__name__ == "OptimizedModule":
+        inner = inner._orig_mod
+    return inner
 
 
 def looked_through(model: nn.Module) -> nn.Module:
@@ -27,19 +28,20 @@ def looked_through(model: nn.Module) -> nn.Module:
     Raises:
         CouplingError: for an adapter that is no part of it (virtual tokens), and for weights spread over processes.
     """
+    inner: Any = model
     while True:
-        name = type(model).__name__
+        name = type(inner).__name__
         if name in _SHARDED:
             raise CouplingError(f"got a {name}, whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
         if name == "OptimizedModule":
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            _refuse_virtual_tokens(model)
-            model = model.get_base_model()
+            inner = inner._orig_mod
+        elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):
+            _refuse_virtual_tokens(inner)
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,11 +52,12 @@ def rows_only(tables: dict[nn.Module, nn.Embedding], dtype: torch.dtype) -> Iter
 
 class _Rows:
     def __init__(self, table: nn.Embedding, dtype: torch.dtype) -> None:
-        self.table, self.dtype, self.kept = table, dtype, None
+        self.table, self.dtype = table, dtype
+        self.kept: tuple[Tensor, int | None] | None = None
 
     def take(self, module: nn.Module, args: tuple) -> tuple:
         self.put_back()
-        weight = self.table.weight
+        weight: Any = self.table.weight
         ids, places = torch.unique(args[0], return_inverse=True)
         source = weight.fetch() if is_absent(weight) else weight.data
         self.kept = (weight.data, self.table.padding_idx)
@@ -80,12 +82,13 @@ def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]
 
     def forward(hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocabulary"]:
         rows = max(1, AT_ONCE // head.in_features)
-        source = head.weight.fetch() if is_absent(head.weight) else weight
+        stored: Any = head.weight
+        source = stored.fetch() if is_absent(stored) else weight
         parts = [F.linear(hidden, part.to(hidden.device, dtype)) for part in source.split(rows)]
         logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + fetched(head.bias).to(dtype)
 
-    head.forward = forward
+    vars(head)["forward"] = forward
     head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)  # asked for its dtype
     try:
         yield []

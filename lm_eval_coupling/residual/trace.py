@@ -86,6 +86,7 @@ class Visit:
         self.open.close()
         _without_history(kwargs)
         self.resid_post = hidden(output).detach()
+        assert self.call is not None  # it was entered
         require_stream(self.block.layer, self.call.resid_pre, self.resid_post)
         if not isinstance(output, (tuple, list)):
             return self.resid_post
@@ -95,6 +96,7 @@ class Visit:
     def of_prompt(self, prompt: int, seq: int) -> BlockCall:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""
         call, row = self.call, slice(prompt, prompt + 1)
+        assert call is not None  # the model has run
         args, kwargs = call.args, call.kwargs
         if len(call.resid_pre) > 1:
             args = tuple(of_prompt("", value, prompt, seq, call.seq) for value in args)
@@ -105,7 +107,9 @@ class Visit:
             args=args,
             kwargs=kwargs,
             resid_post=self.resid_post[row, :seq],
-            pullback=None if self.gradient is None else (self.tokens[prompt], self.gradient[prompt, :seq]),
+            pullback=None
+            if self.gradient is None or self.tokens is None
+            else (self.tokens[prompt], self.gradient[prompt, :seq]),
             keys=None if self.keys is None else self.keys.of_prompt(prompt, seq),
         )
 

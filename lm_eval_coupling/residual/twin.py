@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 def computes_eagerly(twin: nn.Module) -> None:
     """Attention, and experts, in steps that can be watched and differentiated in every mode."""
     twin.set_attn_implementation("eager")
+    module: Any
     for module in twin.modules():
         if getattr(module, "fused_attn", None) is True:  # timm's
             module.fused_attn = False
@@ -48,7 +50,7 @@ def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
     Where the configuration says how many there are, and there is a list of so many, others are none. Which one it is, is for
     a pass to say.
     """
-    outer: dict[str, nn.Module] = {}
+    outer: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{other}.") for other in outer):
             outer[name] = module

@@ -41,7 +41,8 @@ def is_absent(tensor: Tensor) -> bool:
 
 def fetched(tensor: Tensor) -> Tensor:
     """The numbers of a weight, absent or not."""
-    return tensor.fetch().to(tensor.device) if is_absent(tensor) else tensor.data
+    fetch: Any = getattr(tensor, "fetch", None)
+    return tensor.data if fetch is None else fetch().to(tensor.device)
 
 
 def absent(like: Tensor, fetch: Callable[[], Tensor], device: Any = None, shape: Sequence[int] | None = None) -> Tensor:
@@ -49,7 +50,8 @@ def absent(like: Tensor, fetch: Callable[[], Tensor], device: Any = None, shape:
     device = like.device if device is None else torch.device(device)
     nothing = torch.zeros((), dtype=like.dtype, device=device).expand(like.shape if shape is None else shape)
     tensor = nn.Parameter(nothing, requires_grad=False) if isinstance(like, nn.Parameter) else nothing
-    tensor.fetch = fetch
+    stand_in: Any = tensor
+    stand_in.fetch = fetch
     return tensor
 
 
@@ -129,7 +131,8 @@ def present(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight, each once, in the order of their names and as numbers: unpacked or fetched, one at a time."""
-    memo, found = sharing(model), {}
+    memo = sharing(model)
+    found: dict[str, Tensor] = {}
     for prefix, module in _modules(model):
         owned = memo[id(module)].named_parameters() if id(module) in memo else module.named_parameters(recurse=False)
         found |= {prefix + name: memo.get(id(p), p) for name, p in owned}
@@ -206,10 +209,10 @@ def _plain_linear(module: nn.Module, fetch: Callable[[], Tensor], dtype: torch.d
     from transformers.pytorch_utils import Conv1D
 
     transposed = getattr(module, "source_cls", None) is Conv1D
-    rows, columns = module.out_features, module.in_features
-    bias = module.bias
+    layer: Any = module
+    rows, columns, bias = layer.out_features, layer.in_features, layer.bias
     with torch.device("meta"):
-        linear = Conv1D(rows, columns) if transposed else nn.Linear(columns, rows, bias=bias is not None)
+        linear: Any = Conv1D(rows, columns) if transposed else nn.Linear(columns, rows, bias=bias is not None)
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     like = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
     linear.weight = absent(like, lambda: fetch().T if transposed else fetch(), shape=linear.weight.shape)
@@ -222,15 +225,16 @@ def _unpacking(module: nn.Module) -> Callable[[], Tensor] | None:
     """How the dense weight [out, in] of a linear layer comes out of its packed form; ``None`` if it has no packed weight."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return None
-    weight = module._parameters.get("weight")  # an adapter around a packed layer shows that layer's as its own
+    layer: Any = module
+    weight = layer._parameters.get("weight")  # an adapter around a packed layer shows that layer's as its own
     if weight is None:
         return None
     if type(weight).__name__ == "Params4bit":
-        return lambda: _four_bit(module.weight.data, module.weight.quant_state)
+        return lambda: _four_bit(layer.weight.data, layer.weight.quant_state)
     if type(weight).__name__ == "Int8Params":
         return lambda: _eight_bit(module)
     if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
-        return lambda: module.weight.dequantize()
+        return lambda: layer.weight.dequantize()
     if weight.is_floating_point() and weight.element_size() == 1:
         return lambda: _scaled_float8(module)
     return None
@@ -248,7 +252,7 @@ def _four_bit(data: Tensor, state: Any) -> Tensor:
     return functional.dequantize_4bit(data, state)
 
 
-def _eight_bit(module: nn.Module) -> Tensor:
+def _eight_bit(module: Any) -> Tensor:
     """Dense weight of a bitsandbytes 8-bit layer, float32."""
     from bitsandbytes import functional
 
@@ -258,7 +262,7 @@ def _eight_bit(module: nn.Module) -> Tensor:
     return functional.int8_vectorwise_dequant(module.weight.data, scale)
 
 
-def _scaled_float8(module: nn.Module) -> Tensor:
+def _scaled_float8(module: Any) -> Tensor:
     """Dense float32 weight of a float8 layer with one scale per tensor or per block."""
     weight, scale = module.weight.data.float(), module.weight_scale_inv.data.float()
     if scale.dim() == 2 and module.block_size is not None:

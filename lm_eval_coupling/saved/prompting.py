@@ -10,8 +10,8 @@ from typing import Any
 UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
 _SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
 # Of a task's configuration: what its prompts are rendered from.
-_TEXTS = ("doc_to_text", "doc_to_choice", "description", "gen_prefix", "fewshot_delimiter", "target_delimiter")
-_TEXTS += ("fewshot_split",)
+_TEXTS: tuple[str, ...] = ("doc_to_text", "doc_to_choice", "description", "gen_prefix", "fewshot_delimiter")
+_TEXTS += ("target_delimiter", "fewshot_split")
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
@@ -60,9 +60,9 @@ def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mappin
     found = {task: _of_task(results, task, coupling) for task in tasks}
     if not any(found.values()):
         return ", ".join([UNKNOWN, *_token(coupling)])
-    parts = ["/".join(sorted({of["num_fewshot"] for of in found.values()})) + "-shot"]
+    parts = ["/".join(sorted({str(of["num_fewshot"]) for of in found.values()})) + "-shot"]
     for name in ("chat_template", "turns", "system_instruction", "seed"):
-        parts += sorted({of[name] for of in found.values() if of.get(name)})
+        parts += sorted({text for of in found.values() if (text := of.get(name))})
     told_by = [of["encoding"] for of in found.values() if of]
     parts += dict.fromkeys(word for words in told_by for word in words)
     for name, words in (("task_texts", "task text"), ("samples", "chosen samples")):

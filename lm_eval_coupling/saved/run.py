@@ -291,7 +291,8 @@ def _joined(results: Sequence[tuple[Path, dict[str, Any]]], tables: Sequence[Sav
         about, folder = table.about, table.file.parent
         number = by_date.get((folder, about.get("date")))  # first, as a run may have been copied
         if number is None or _run_id(results[number][1]) != about.get("run_id"):
-            number = by_run.get(about.get("run_id"), None if about.get("run_id") else number)
+            run_id = about.get("run_id")
+            number = by_run.get(run_id) if run_id else number
         if number is not None:
             own.setdefault(number, []).append(table)
         else:

@@ -46,7 +46,7 @@ def _scores(sample: Mapping[str, Any]) -> dict[str, float]:
 def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
     arguments = sample.get("arguments")
     arguments = list(arguments.values()) if isinstance(arguments, Mapping) else []
-    requests = [(a.get("arg_0"), a.get("arg_1")) for a in arguments if isinstance(a, Mapping)]
+    requests: list[tuple[Any, Any]] = [(a.get("arg_0"), a.get("arg_1")) for a in arguments if isinstance(a, Mapping)]
     responses = sample.get("filtered_resps") or []
     if requests and isinstance(requests[0][1], str):
         options = _options(requests, responses)

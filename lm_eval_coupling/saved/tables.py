@@ -86,7 +86,7 @@ def write_tables(
     """
     files: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        files.setdefault((row["task"], row.get("weights") or TRAINED), []).append({"model": provenance.get("model")} | row)
+        files.setdefault((row["task"], row.get("weights") or TRAINED), []).append({"model": provenance.get("model"), **row})
     written = []
     for (task, weights), members in files.items():
         about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
@@ -252,7 +252,7 @@ def _parts(values: Sequence[np.ndarray | None]) -> Iterator[Sequence[np.ndarray 
         first = after
 
 
-def _array_column(values: list[np.ndarray | None], depth: int) -> pa.Array:
+def _array_column(values: Sequence[np.ndarray | None], depth: int) -> pa.Array:
     """Nested float32 lists, built from one flat buffer; ``None`` becomes null."""
     shapes = [(0,) * depth if v is None else v.shape for v in values]
     flat = [np.asarray(v, np.float32).ravel() for v in values if v is not None]

@@ -6,6 +6,8 @@ more than the numbers do. Every result is a frozen dataclass with ``to_dict()``;
 Regressions need statsmodels, the extra ``analysis``.
 """
 
+from typing import Any
+
 _PUBLIC = {
     "Estimate": "results",
     "as_frame": "results",
@@ -45,7 +47,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib  # here, because correlations are wanted where statsmodels is not installed

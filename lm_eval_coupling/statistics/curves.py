@@ -117,7 +117,7 @@ def exponential_fit(
     straight = (1 - _explained(z[None], y[None], weights[None])[0, 0]) * total
     curvature = max(0.0, straight - residual) / (residual / (n - 3)) if residual > 0 else math.inf
     coefficients = _natural(parameters, covariance, center, half_range, n - 3, confidence)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if np.isnan(covariance).any():
         notes = ("the rate is not determined, as the curve rests on its outermost points",)
     elif coefficients["c"].low <= 0 <= coefficients["c"].high:

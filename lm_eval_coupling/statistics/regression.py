@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -303,7 +303,7 @@ def _undetermined(rows: pd.DataFrame, score: str, predictors: Sequence[str]) -> 
     return None
 
 
-def _describe(fit, y: np.ndarray, X: np.ndarray, families: np.ndarray | None) -> Model:
+def _describe(fit: Any, y: np.ndarray, X: np.ndarray, families: np.ndarray | None) -> Model:
     return Model(
         r2=float(fit.rsquared),
         adjusted_r2=float(fit.rsquared_adj),

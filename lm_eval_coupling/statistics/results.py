@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 
-Values = np.ndarray | pd.Series | Sequence[float | int | bool]
+Values: TypeAlias = np.ndarray | pd.Series | Sequence[float | int | bool]
 
 
 class Result:
@@ -23,7 +23,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """One row: an estimate ``slope`` becomes ``slope, slope_stderr, slope_low, slope_high``; arrays are left out."""
         row: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(cast(Any, self)):  # every kind of result is a dataclass
             if field.repr:
                 row |= _cells(field.name, getattr(self, field.name))
         return row

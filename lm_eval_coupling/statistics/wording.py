@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any
 
 from lm_eval_coupling.statistics.correlations import FEW, Correlation, CorrelationDifference
 from lm_eval_coupling.statistics.curves import Fit
@@ -92,6 +93,7 @@ def _(result: Fit, names: _Names) -> str:
     subject = f"{form} for {names.y} (y) over {names.x} (x){errors}"
     if result.reason:
         return _undefined(subject, result)
+    assert result.parameters is not None  # it has them unless it has a reason
     claim = f"Higher {names.x} goes with {_direction(result.parameters[1])} {names.y}"
     if result.form == "line":
         parameter, steepness = "slope", result.coefficients["slope"]
@@ -192,7 +194,7 @@ class _Evidence:
     null: float
 
 
-def _evidence(result, names: _Names, low: float = math.nan, high: float = math.nan, null: float = 0.0) -> _Evidence:
+def _evidence(result: Any, names: _Names, low: float = math.nan, high: float = math.nan, null: float = 0.0) -> _Evidence:
     """What the test and the interval say; where there is no interval, the test alone."""
     n, of = (
         (min(result.right, result.wrong), "answers of one kind") if isinstance(result, Auroc) else (result.n, "observations")
@@ -225,13 +227,13 @@ def _direction(value: float) -> str:
     return "higher" if value > 0 else "lower"
 
 
-def _interval(result, spec: str = ".2f", confidence: float | None = None) -> str:
+def _interval(result: Any, spec: str = ".2f", confidence: float | None = None) -> str:
     if math.isnan(result.low) or math.isnan(result.high):
         return "no interval"
     return f"{confidence or result.confidence:.0%} interval {result.low:{spec}} to {result.high:{spec}}"
 
 
-def _p(result, names: _Names) -> str:
+def _p(result: Any, names: _Names) -> str:
     p, label = (result.p, "p") if names.p_adjusted is None else (names.p_adjusted, "adjusted p")
     return f"{label} < 0.001" if p < 0.001 else f"{label} = {p:.2g}"
 
@@ -240,13 +242,13 @@ def _list(names: tuple[str, ...]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _undefined(subject: str, result) -> str:
+def _undefined(subject: str, result: Any) -> str:
     return f"{subject}: undefined, as {result.reason}.{_left_out(result)}"
 
 
-def _notes(result) -> str:
+def _notes(result: Any) -> str:
     return f" But {'; '.join(result.notes)}." if result.notes else ""
 
 
-def _left_out(result) -> str:
+def _left_out(result: Any) -> str:
     return f" {result.dropped} observations were left out." if result.dropped else ""

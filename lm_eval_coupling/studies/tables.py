@@ -52,8 +52,8 @@ def read(
     known = sorted({table.task for _, table in tables})
     if unknown := [task for task in tasks or () if task not in known]:
         raise CouplingError(f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}")
-    wanted = [*_KEYS, "window", *(columns or ()), *(readings()[name].column for name in measures or ())]
-    wanted = None if measures is columns is None else wanted
+    chosen = [*_KEYS, "window", *(columns or ()), *(readings()[name].column for name in measures or ())]
+    wanted = None if measures is columns is None else chosen
     records = pd.concat(
         [
             read_table(run, table, wanted, "all").assign(model=name)

@@ -40,7 +40,7 @@ def jacobians_over(trace: Trace, layers: Sequence[int], pairs: Sequence[tuple[in
 
 
 def rows_to(
-    trace, layer: int, token: int, last: int, method: str
+    trace: Trace, layer: int, token: int, last: int, method: str
 ) -> Iterator[tuple[range, Float[Tensor, "part d_model d_model"]]]:
     """The Jacobians of one block from every token up to ``last`` to ``token``, in order, some at a time, on the device.
 
