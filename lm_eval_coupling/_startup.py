@@ -4,8 +4,6 @@ lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for a few of its
 find them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from _thread import get_ident  # `threading` would be most of the start-up cost
@@ -31,7 +29,7 @@ class _Finder:
     def __init__(self) -> None:
         self._searching: set[tuple[int, str]] = set()
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
         if name not in MODULES:
             return None
         # Two hooks of this kind that ask each other would recurse for ever.
@@ -50,10 +48,10 @@ class _Finder:
         return spec
 
 
-def _run_after(loader: Any) -> None:
+def _run_after(loader: "Any") -> None:
     execute = loader.exec_module
 
-    def exec_module(module: Any) -> None:
+    def exec_module(module: "Any") -> None:
         execute(module)
         try:
             from lm_eval_coupling.harness import plugin
