@@ -22,8 +22,8 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 test: setup  ## run all tests
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup  ## lint
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+check: setup  ## lint and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 demo: setup  ## evaluate a small real model, measure its coupling, draw the picture
 	$(BIN)/lm-eval-coupling demo

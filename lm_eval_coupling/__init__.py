@@ -3,7 +3,7 @@
 Public names are loaded when they are first used: importing the package imports no torch.
 """
 
-TYPE_CHECKING = False  # `typing` would be half of the start-up cost
+TYPE_CHECKING = False  # a type checker takes it for true: no interpreter start is to pay for `typing`
 if TYPE_CHECKING:
     from typing import Any
 
