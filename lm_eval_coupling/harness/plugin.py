@@ -46,14 +46,29 @@ def after_import(module: Any) -> None:
 
 
 def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a function of a module or class by ``around(it)``, once; what is reloaded has lost it and gets it again."""
+    """Replace a function of a module or class by ``around(it)``, once; what is reloaded has lost it and gets it again.
+
+    Of a decorated function the one inside is replaced, so that names bound to it before (``from lm_eval import evaluate``)
+    lead to ours, too.
+    """
     original = inspect.getattr_static(owner, name)
     plain = original.__func__ if isinstance(original, classmethod) else original
     if getattr(plain, "_of_coupling", False):
         return
+    if (inside := _decorated_by(plain)) is not None:
+        inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
+        plain._of_coupling = True
+        return
     wrapped = functools.wraps(plain)(around(plain))
     wrapped._of_coupling = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
+
+
+def _decorated_by(function: Any) -> Any:
+    """Where a decorator keeps the function that it was put on; None for a plain function."""
+    inside = getattr(function, "__wrapped__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return next((cell for cell in cells if inside is not None and cell.cell_contents is inside), None)
 
 
 def require_writable(folder: Path) -> None:

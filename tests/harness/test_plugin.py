@@ -114,7 +114,7 @@ def look():
         lm_eval.config.evaluate_config.EvaluatorConfig.from_cli.__func__,
         lm_eval._cli.harness.HarnessCLI.execute,
     )
-    return ["coupling-hf" in model_registry, *(function.__code__.co_filename for function in wrapped)], wrapped
+    return ["coupling-hf" in model_registry, *(hasattr(function, "_of_coupling") for function in wrapped)], wrapped
 
 before = look()
 from lm_eval_coupling.harness import plugin
@@ -122,8 +122,8 @@ plugin.install()
 once = look()
 plugin.install()
 twice = look()
-print(before[0][0], sum("lm_eval_coupling" in file for file in before[0][1:]))
-print(once[0][0], sum("lm_eval_coupling" in file for file in once[0][1:]))
+print(before[0][0], sum(before[0][1:]))
+print(once[0][0], sum(once[0][1:]))
 print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
 """
 
@@ -314,6 +314,20 @@ def test_a_reloaded_module_records_again(installed):
     assert once is not before and once._of_coupling and installed.evaluator.simple_evaluate._of_coupling
     plugin.install()
     assert installed.evaluator.evaluate is once
+
+
+def test_a_name_that_was_bound_before_us_records():
+    """After ``from lm_eval import evaluate``, then this package: scores without coupling, and not a word."""
+    from lm_eval.utils import positional_deprecated
+
+    module = types.SimpleNamespace(evaluate=positional_deprecated(lambda lm, task_dict: {}), simple_evaluate=lambda: {})
+    bound, seen = module.evaluate, []
+    for _ in range(2):
+        plugin._record_after_scoring(module)
+    for evaluate in (bound, module.evaluate):
+        evaluate(types.SimpleNamespace(record_coupling=lambda *given: seen.append(given)), {})
+        assert len(seen) == 1
+        seen.clear()
 
 
 def test_a_failure_to_record_keeps_the_scores(caplog):
