@@ -69,7 +69,9 @@ class TestAgainstRelease:
         script, release, models = (benchmark(name) for name in ("against_release", "release", "models"))
         loaded, tokenizer = models.load(model)
         tokens = models.prompt(7, 100, tokenizer)
-        (record,) = measure_coupling(ResidualModel.wrap(loaded), [tokens], ranks=(4,), progress=False)
+        (record,) = measure_coupling(
+            ResidualModel.wrap(loaded), [tokens], ranks=(4,), measures=("depth", "swapped"), progress=False
+        )
         wrong = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(0))
         their = release.run(loaded, tokens, [4], [0, 1, 2, 3], wrong)
         settings = SimpleNamespace(ranks=(4,))

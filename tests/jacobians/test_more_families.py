@@ -36,6 +36,14 @@ def test_float64_jacobians_are_the_oracles(case, device):
                 assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (seq, t_in, layer, found.method)
 
 
+def test_a_family_that_transformers_cannot_run_in_float64():
+    """XGLM fills a float32 scalar with the least float64: what there is to compare with is its own float32."""
+    model, tokens = every_family.tiny("xglm", torch.float32), cases.tiny_tokens(9)
+    found = block_jacobians(ResidualModel.wrap(model), tokens)
+    for layer, jacobian in enumerate(found.jacobians):
+        assert worst(jacobian, oracle(model, tokens, layer, 8, 8)) < 1e-4
+
+
 def test_what_blocks_hand_to_each_other_is_said():
     """Gemma 4's later blocks attend to the keys and values of earlier ones, which their derivatives hold fixed."""
     assert (
