@@ -22,10 +22,24 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone")
 def exact_arithmetic() -> Iterator[None]:
     """Inside, derivatives can be taken, and float32 is float32; afterwards all is as before, also after an exception.
 
-    Gradients are on (leave them off with ``torch.no_grad`` where none is wanted), inference mode and autocast are off. Works
-    as a decorator too. The precision of products is a setting of the whole process: other threads have it as well meanwhile.
+    Gradients are on (leave them off with ``torch.no_grad`` where none is wanted), inference mode and autocast are off, new
+    tensors lie on the host unless they say where. Works as a decorator too. The precision of products is a setting of the
+    whole process: other threads have it as well meanwhile.
     """
-    with torch.inference_mode(False), torch.enable_grad(), true_float32():
+    with torch.inference_mode(False), torch.enable_grad(), true_float32(), made_on_host():
+        yield
+
+
+@contextlib.contextmanager
+def made_on_host() -> Iterator[None]:
+    """Inside, a tensor that does not say where it is to lie lies on the host, whatever ``torch.set_default_device`` says.
+
+    A generator of random numbers that are the same on every machine is one of the host, and draws nothing elsewhere.
+    """
+    if torch.get_default_device().type == "cpu":  # the usual one; a device's context costs a little at every call of torch
+        yield
+        return
+    with torch.device("cpu"):
         yield
 
 

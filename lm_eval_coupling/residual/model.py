@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.numerics.precision import exact_arithmetic
+from lm_eval_coupling.numerics.precision import exact_arithmetic, made_on_host
 from lm_eval_coupling.residual.arguments import Keys, tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
@@ -107,6 +107,7 @@ class ResidualModel:
         """Remember which model this one was made of, as it stands now, and the stream after the last block for the probe."""
         self._scored = (scored, Stamp.of(scored), probed)
 
+    @made_on_host()
     def change(self) -> str | None:
         """In words, the first thing in which the wrapped model is no longer what it was when it was wrapped, None if it is.
 
@@ -128,6 +129,7 @@ class ResidualModel:
         return fingerprint(self._wrapped()[0])
 
     @cached_property
+    @made_on_host()
     def identity(self) -> str:
         """What measurements of this model are kept under: :attr:`fingerprint`, and what the model gives for the probe."""
         return f"{self.fingerprint}-{digest(self._wrapped()[2])}"

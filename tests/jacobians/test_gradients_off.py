@@ -37,6 +37,18 @@ def test_the_callers_mode_does_not_matter(case, mode):
     np.testing.assert_allclose(found.normalized_miscoupling, expected.normalized_miscoupling, atol=1e-4)
 
 
+def test_a_default_device_elsewhere_does_not_matter():
+    """torch.set_default_device("cuda") made random directions fail, and nothing was recorded; "meta" is as far off."""
+    model = cases.tiny_model("llama", torch.float32)
+    expected = measured(model)
+    with torch.device("meta"):
+        wrapped = ResidualModel.wrap(model)
+        assert wrapped.identity == ResidualModel.wrap(model).identity and wrapped.change() is None
+        found = measured(model)
+        assert torch.get_default_device().type == "meta"
+    np.testing.assert_array_equal(found.normalized_miscoupling, expected.normalized_miscoupling)
+
+
 class _WithoutGradients(torch.nn.Module):
     def __init__(self, inner, how):
         super().__init__()
