@@ -17,7 +17,7 @@ from lm_eval_coupling.measures.formulas.choices import chosen_positions
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.batch import DTYPES, Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
 from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
@@ -28,8 +28,8 @@ def measure_coupling(
     model: Model,
     prompts: Any,
     *,
-    ranks: Sequence[int] = (10, 30, 50),
-    measures: Sequence[str] = ("depth", "regularity"),
+    ranks: Any = (10, 30, 50),
+    measures: Sequence[str] | str = ("depth", "regularity"),
     position: int | str = -1,
     dtype: str = "float32",
     method: str = "auto",
@@ -46,8 +46,9 @@ def measure_coupling(
         prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are, as lists,
             tensors, or what a tokenizer returned; see :func:`~lm_eval_coupling.measuring.token_ids.token_ids`. Of an image
             classifier pixel values [channel, height, width], to be measured at its class token with ``position=0``.
-        ranks: numbers K of top singular vectors.
-        measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``.
+        ranks: numbers K of top singular vectors, one or several, or as on the command line, such as ``10+30``.
+        measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``, or
+            as on the command line, such as ``depth+swapped``.
         position: token whose trajectory is measured, negative counts from the end; or several such as ``-1+0+last4`` or
             ``random8``, which give a record each.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
@@ -66,8 +67,8 @@ def measure_coupling(
         CouplingError: for settings that no prompt could be measured with.
     """
     settings = Settings(
-        ranks=tuple(ranks),
-        measures=tuple(measures),
+        ranks=chosen_ranks(ranks),
+        measures=tuple(measures.split("+") if isinstance(measures, str) else measures),
         dtype=dtype,
         method=method,
         window=window,

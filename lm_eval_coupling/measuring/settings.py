@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
@@ -27,9 +28,7 @@ class Settings:
     trajectories: bool = False
 
     def __post_init__(self) -> None:
-        if not self.ranks or any(not isinstance(k, int) or k < 1 for k in self.ranks):
-            raise CouplingError(f"got coupling_ranks={_plus(self.ranks)}, expected positive whole numbers such as 10+30+50")
-        object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+        object.__setattr__(self, "ranks", chosen_ranks(self.ranks))
         known = measures()
         if unknown := [name for name in self.measures if name not in known]:
             raise CouplingError(
@@ -81,6 +80,22 @@ class Settings:
         counts = [extra(n_layers, position, self) for extra in found if extra is not None]
         held = max((held for _, held in counts), default=0)
         return sum(number for number, _ in counts), held * d_model**2 * BYTES[self.dtype] / 1e6
+
+
+def chosen_ranks(given: Any) -> tuple[int, ...]:
+    """Ranks in ascending order, of one number, of several in any kind of sequence, or as on the command line, ``10+30``."""
+    try:
+        alone = isinstance(given, int) or getattr(given, "ndim", None) == 0
+        several = given.split("+") if isinstance(given, str) else [given] if alone else list(given)
+        if any(isinstance(k, bool) for k in several):
+            raise TypeError
+        found = tuple(sorted({int(k) if isinstance(k, str) else operator.index(k) for k in several}))
+    except (TypeError, ValueError):
+        found = ()
+    if not found or found[0] < 1:
+        told = _plus(given) if isinstance(given, list | tuple) else given
+        raise CouplingError(f"got coupling_ranks={told}, expected positive whole numbers such as 10+30+50")
+    return found
 
 
 def _plain(value: Any) -> Any:

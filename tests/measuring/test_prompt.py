@@ -20,7 +20,7 @@ from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring import settings as settings_module
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
-from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
 from lm_eval_coupling.numerics import memory
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
@@ -233,6 +233,9 @@ def test_methods_agree(model, method):
     [
         ({"ranks": ()}, "expected positive whole numbers"),
         ({"ranks": (0, 3)}, "coupling_ranks=0.3, expected positive whole numbers"),
+        ({"ranks": (True, 2)}, "coupling_ranks=True.2, expected positive whole numbers"),
+        ({"ranks": 2.5}, "coupling_ranks=2.5, expected positive whole numbers"),
+        ({"ranks": "ten"}, "coupling_ranks=ten, expected positive whole numbers"),
         ({"ranks": (2, 25)}, "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24"),
         ({"measures": ("depth", "width")}, "coupling_measures=depth.width .*'width', expected any of depth, regularity"),
         ({"measures": ()}, "no coupling_measures, expected any of depth, regularity"),
@@ -243,6 +246,18 @@ def test_methods_agree(model, method):
 def test_settings_that_cannot_work_are_refused_at_once(model, options, message):
     with pytest.raises(CouplingError, match=message):
         measured(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(2, (2,)), ("5+2", (2, 5)), (np.array([2, 5]), (2, 5)), (np.int64(3), (3,)), ([5, 2, 5], (2, 5))]
+)
+def test_ranks_in_every_form(ranks, expected):
+    """A number alone was a TypeError, a text was taken apart into characters, and NumPy's numbers were refused."""
+    assert chosen_ranks(ranks) == expected
+
+
+def test_measures_as_on_the_command_line(model):
+    assert measured(model, measures="regularity+depth").line_shape_score is not None
 
 
 def test_a_rank_that_was_not_measured_is_named(model):
