@@ -92,6 +92,10 @@ def block_jacobians(
     Raises:
         CouplingError: for a token or layer that does not exist, what is no prompt, or an unknown method or dtype.
     """
+    if dtype not in TOLERANCE:
+        raise CouplingError(
+            f"got dtype {dtype}, expected one of {', '.join(map(str, TOLERANCE))}, whatever the model runs in"
+        )
     is_image = isinstance(tokens, Tensor) and tokens.is_floating_point()
     prompt = model.encode(tokens) if is_image or isinstance(tokens, str) else tokens
     try:
