@@ -57,7 +57,7 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
         return
     if (inside := _decorated_by(plain)) is not None:
         inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
-        plain._of_coupling = True
+        plain._of_coupling = True  # type: ignore[union-attr]
         return
     wrapped = functools.wraps(plain)(around(plain))
     wrapped._of_coupling = True  # type: ignore[attr-defined]

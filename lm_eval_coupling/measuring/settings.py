@@ -93,7 +93,7 @@ def chosen_ranks(given: Any) -> tuple[int, ...]:
     except (TypeError, ValueError):
         found = ()
     if not found or found[0] < 1:
-        told = _plus(given) if isinstance(given, list | tuple) else given
+        told = _plus(tuple(given)) if isinstance(given, list | tuple) else given
         raise CouplingError(f"got coupling_ranks={told}, expected positive whole numbers such as 10+30+50")
     return found
 
