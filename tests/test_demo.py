@@ -228,15 +228,17 @@ def test_from_a_bare_machine_to_table_and_pictures(tmp_path, index):
         said.append(found.stdout)
         newest = max((tmp_path / "coupling_demo").rglob("results_*.json"))
         reused.append(json.loads(newest.read_text())["config"]["coupling"]["reused"])
-    assert "[1/4] Fetching Tiny" in said[0] and "[1/4] Found Tiny" in said[1]
+    assert "[1/3] Fetching Tiny" in said[0] and "[1/3] Found Tiny" in said[1]
     assert reused[0] < reused[1] == 4
-    assert said[0].partition("[4/4]")[2] == said[1].partition("[4/4]")[2] != "", "the same numbers again"
+    assert said[0].partition("[3/3]")[2] == said[1].partition("[3/3]")[2] != "", "the same numbers again"
 
     out = tmp_path / "coupling_demo"
     assert (out / "coupling_demo.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "coupling_demo.svg").read_text()
+    twins = load_records(out, weights="untrained").coupling.map(lambda values: values[0])
+    assert len(twins) == 4 and f"{twins.mean():.4f} ±" in said[0].partition("[3/3]")[2], "what was drawn is kept"
     assert len(load_records(out)) == 4 and len([*out.rglob("samples_coupling_demo_*.jsonl")]) == 4
     row = load_runs(out).set_index("task").loc["coupling_demo"]
     assert row["measured"] == 4
-    assert f"{row['coupling@10']:.4f} ± {row['coupling_stderr@10']:.4f}" in said[0].partition("[4/4]")[2]
-    assert f"{row['coupling,none']:.4f}" in said[0].partition("[3/4]")[0], "lm-eval's own table"
+    assert f"{row['coupling@10']:.4f} ± {row['coupling_stderr@10']:.4f}" in said[0].partition("[3/3]")[2]
+    assert f"{row['coupling,none']:.4f}" in said[0].partition("[3/3]")[0], "lm-eval's own table"
