@@ -160,7 +160,12 @@ def _sha256(file: Path) -> str:
 
 def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
     """Run lm-eval on the model as its command line would: the same files in ``out``, the same tables printed."""
-    arguments = {"pretrained": str(gguf.parent), "gguf_file": gguf.name, "coupling_limit": DOCUMENTS, "coupling_untrained": 0}
+    arguments = {
+        "pretrained": str(gguf.parent),
+        "gguf_file": gguf.name,
+        "coupling_limit": DOCUMENTS,
+        "coupling_untrained": 0,
+    }
     listed = ",".join(f"{name}={value}" for name, value in arguments.items())
     command = ["lm_eval", "--model", "coupling-hf", "--model_args", listed, "--tasks", TASKS, "--batch_size", str(BATCH)]
     by_hand = shlex.join([*command, "--output_path", str(out), "--log_samples"])

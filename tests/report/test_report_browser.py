@@ -17,7 +17,7 @@ from report_pages import BAD_MODEL, NASTY, RECORDS, column, headers, open_row, p
 from saved_runs import CHANCE, record, save, task_summary
 
 from lm_eval_coupling import cli
-from lm_eval_coupling.report.page import write_report
+from lm_eval_coupling.report.page import gather, page, write_report
 from lm_eval_coupling.saved.results import load_runs
 
 
@@ -62,6 +62,19 @@ class TestInABrowser:
         ]
         assert column(opened, "rows", "Score") == [f"{x:.4f} ± 0.0200" for x in runs["acc,none"]]
         assert column(opened, "rows", "Task") == list(runs["task"])
+
+    @pytest.mark.usefixtures("report")  # skips where there is no browser
+    def test_of_a_group_without_a_score_the_tasks_are_seen_at_once(self, saved, tmp_path):
+        """Of such a run the first view was one row without a score and no picture."""
+        gathered = gather(saved)
+        for row in gathered["rows"]:
+            if row["group"]:
+                row["scores"], row["main"] = {}, None
+        (tmp_path / "report.html").write_text(page(gathered))
+        with browser.Browser() as window:
+            window.open(tmp_path / "report.html")
+            assert len(table(window, "rows")) == len(gathered["rows"])
+            assert window.run("document.querySelector('#level').value") == "all"
 
     def test_headers_sort(self, opened):
         set_value(opened, "#level", "all")

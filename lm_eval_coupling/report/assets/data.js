@@ -13,7 +13,8 @@ const state = {
   rank: String((rows.find((row) => row.coupling_rank !== null) || {}).coupling_rank ?? ranks[0] ?? ""),
   score: "",
   axis: "coupling",
-  level: "top",
+  // A group alone says nothing of scores where it has none of its own: then its tasks are seen beside it.
+  level: rows.some((row) => row.group && !known((row.scores[row.main] || [null])[0])) ? "all" : "top",
   filter: "",
   search: "",
   answer: "all",
