@@ -30,6 +30,15 @@ def reason_to_skip():
     return None if ran.returncode == 0 else f"the browser does not start: {ran.stderr.strip()[-500:]}"
 
 
+@functools.cache
+def application():
+    """Qt's application, one for the whole process: a second one after the first is gone takes the process down."""
+    from PyQt6 import QtWebEngineWidgets  # noqa: F401 it must be loaded before the application is made
+    from PyQt6.QtWidgets import QApplication
+
+    return QApplication.instance() or QApplication([sys.argv[0]])
+
+
 class Browser:
     """One page of a given size; what it logs and asks for is kept in ``console`` and ``requests``."""
 
@@ -39,10 +48,9 @@ class Browser:
         os.environ.setdefault("QTWEBENGINE_DISABLE_SANDBOX", "1")
         from PyQt6.QtWebEngineCore import QWebEnginePage, QWebEngineProfile, QWebEngineUrlRequestInterceptor
         from PyQt6.QtWebEngineWidgets import QWebEngineView
-        from PyQt6.QtWidgets import QApplication
 
         self.console, self.requests = [], []
-        self.app = QApplication.instance() or QApplication([sys.argv[0]])
+        self.app = application()
 
         class Interceptor(QWebEngineUrlRequestInterceptor):
             def interceptRequest(_, info):  # noqa: N802, N805

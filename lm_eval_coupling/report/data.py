@@ -144,9 +144,8 @@ def _reading(row: Mapping[str, Any], reading: Reading) -> dict[str | int, list[A
     """Mean and standard error by rank, or under "" where it has none."""
     at: dict[str | int, str] = {rank: f"@{rank}" for rank in _ranks(row)} if reading.of_rank else {"": ""}
     found = {key: (f"{reading.name}{end}", f"{reading.name}_stderr{end}") for key, end in at.items()}
-    return {
-        key: [row[mean], row.get(error)] for key, (mean, error) in found.items() if math.isfinite(row.get(mean, math.nan))
-    }
+    known = {key: (row.get(mean), row.get(error)) for key, (mean, error) in found.items()}
+    return {key: [mean, error] for key, (mean, error) in known.items() if mean is not None and math.isfinite(mean)}
 
 
 def _stderr(name: str) -> str:
