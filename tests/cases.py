@@ -138,7 +138,7 @@ MORE: dict[str, tuple[str, dict]] = {
                 "jamba",
             ),
             *("lfm2", "llama4_text", "mamba", "mamba2", "nemotron", "olmoe", "qwen3_5_text", "recurrent_gemma", "rwkv"),
-            "smollm3",
+            *("smollm3", "xglm"),
         )
     },
 }

@@ -189,7 +189,7 @@ class TestDevice:
     def test_models(self, benchmark, tmp_path):
         code, found = self.run(benchmark, tmp_path, "small", "memory", "profile", "release")
         assert code == 0
-        assert [row["together"] for row in found["small"]["rows"]] == [1, 1, 8, 8, 8, 8]
+        assert [row["together"] for row in found["small"]["rows"]] == [1, 1, 8, 8, 32, 32, 8, 8]
         assert all(row["spectra"] > 0 and row["certificate"] < 1e-4 for row in found["small"]["rows"])
         assert all(row["announced_mb"] > 0 for row in found["memory"]["rows"])
         assert found["profile"]["rows"][0]["longest_on_host"] and found["release"]["rows"][0]["release"]["total"] > 0

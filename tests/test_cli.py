@@ -8,7 +8,7 @@ import types
 import pytest
 from saved_runs import record, save, task_summary
 
-import lm_eval_coupling
+import lm_eval_coupling.harness
 from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
 
@@ -66,7 +66,7 @@ def test_a_mistake_is_one_sentence(tmp_path):
 def test_run_hands_everything_to_lm_eval(monkeypatch):
     seen = []
     plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=lambda: seen.append("installed"))
-    monkeypatch.setattr(lm_eval_coupling, "plugin", plugin, raising=False)
+    monkeypatch.setattr(lm_eval_coupling.harness, "plugin", plugin, raising=False)
     stand_in(monkeypatch, "lm_eval")
     stand_in(monkeypatch, "lm_eval.__main__", cli_evaluate=lambda: seen.append(list(sys.argv)))
     monkeypatch.setattr(sys, "argv", ["lm-eval-coupling"])
@@ -79,9 +79,8 @@ def test_run_reports_a_mistake(monkeypatch, capsys):
     def refuse():
         raise CouplingError("got K = 0, expected 1 or more; choose another")
 
-    monkeypatch.setattr(
-        lm_eval_coupling, "plugin", stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=refuse), raising=False
-    )
+    plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=refuse)
+    monkeypatch.setattr(lm_eval_coupling.harness, "plugin", plugin, raising=False)
     assert cli.main(["run", "--model", "coupling-hf"]) == 2
     assert capsys.readouterr().err == "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n"
 

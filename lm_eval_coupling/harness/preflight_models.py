@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.harness.options import PREFIX, Options
 from lm_eval_coupling.sweep.fields import nearest
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
@@ -41,7 +41,7 @@ def check(
 
 def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) -> tuple[dict[str, Any], list[str]]:
     model, arguments = asked["model"], asked["arguments"]
-    wrong = [*_arguments(model, arguments), *_place(model, arguments)]
+    wrong = [*_arguments(model, arguments, coupling), *_place(model, arguments)]
     if not wrong and not Path(model).is_dir():
         wrong += _revisions(model, asked["revisions"], offline)
     if wrong:
@@ -61,7 +61,7 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
     }, wrong
 
 
-def _arguments(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any]) -> Iterator[str]:
     from lm_eval.models.huggingface import HFLM
 
     known = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
@@ -74,7 +74,12 @@ def _arguments(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
         ):
             yield f"got the argument {name} of {model}, did you mean {nearest(name, known)}?"
     try:
-        Options.take_from({"pretrained": model, **arguments})
+        Options.parse(**coupling)
+    except (CouplingError, TypeError):
+        coupling = {"limit": 0}  # what is wrong there is told once, for all models
+    given = {f"{PREFIX}{name}": value for name, value in coupling.items()}
+    try:
+        Options.take_from({"pretrained": model, **given, **arguments})
     except CouplingError as error:
         yield f"{model}: {error}"
 

@@ -134,7 +134,7 @@ def test_the_whole_error_is_shown(home, tmp_path):
     about |= {"model_type": "not_in_transformers", "auto_map": {"AutoConfig": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(CouplingError, match="trust_remote_code=True") as caught:
-        CouplingLM(str(folder), device="cpu", coupling_store=str(tmp_path / "s"))
+        CouplingLM(str(folder), device="cpu", coupling_store=str(tmp_path / "s"), coupling_ranks="2")
     assert "\n" not in str(caught.value)
 
 

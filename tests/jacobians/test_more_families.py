@@ -18,7 +18,7 @@ def tiny(case, dtype):
     return every_family.tiny(model_type, dtype, **changes)
 
 
-@pytest.mark.parametrize("case", cases.MORE)
+@pytest.mark.parametrize("case", [case for case in cases.MORE if case != "xglm"])
 def test_float64_jacobians_are_the_oracles(case, device):
     """At 1, 2 and 17 tokens, of the last token by itself and by the first."""
     if device.type == "mps":

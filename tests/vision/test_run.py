@@ -154,9 +154,9 @@ def test_the_token_that_the_classifier_reads(case, expected):
         (["--coupling", "rank=4"], "got unknown argument coupling_rank, did you mean coupling_ranks"),
         (["--coupling", "ranks"], "got --coupling with 'ranks', expected name=value,name=value"),
         (["--coupling", "ranks=99"], "99"),
-        (["--batch_size", "0"], "got a batch size of 0"),
-        (["--device", "cuda:77"], "got device 'cuda:77', which this machine or torch does not have"),
-        (["--split", "validation"], "got split 'validation' of"),
+        (["--coupling", RANKS, "--batch_size", "0"], "got a batch size of 0"),
+        (["--coupling", RANKS, "--device", "cuda:77"], "got device 'cuda:77', which this machine or torch does not have"),
+        (["--coupling", RANKS, "--split", "validation"], "got split 'validation' of"),
         (["--model", "/no/such/folder"], "which transformers cannot load as an image classifier"),
     ],
 )
