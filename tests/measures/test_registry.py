@@ -1,7 +1,6 @@
 """One file makes a measure, and everything that is known of it is known everywhere."""
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 
@@ -9,8 +8,8 @@ import cases
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from toy_measure import toy_measure
 
-import lm_eval_coupling.measures as package
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measuring.prompt import measure_coupling
@@ -45,15 +44,8 @@ MEASURES = (
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A measure in a file of its own, as if it stood in the package."""
-    (tmp_path / "measures").mkdir()
-    (tmp_path / "measures" / "toy.py").write_text(TOY)
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "measures")])
-    importlib.invalidate_caches()
-    registry.measures.cache_clear()
-    yield
-    registry.measures.cache_clear()
-    sys.modules.pop(f"{package.__name__}.toy", None)
+    with toy_measure(tmp_path, monkeypatch, TOY):
+        yield
 
 
 def test_a_measure_is_one_file(toy, tmp_path):

@@ -1,17 +1,14 @@
 """A measure is one file: what it records appears in `show`, `fit` and the report without another line anywhere."""
 
-import importlib
 import io
-import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 from saved_runs import record, save, task_summary, value
+from toy_measure import toy_measure
 
-from lm_eval_coupling import measures as package
 from lm_eval_coupling.fit.findings import fit_runs
-from lm_eval_coupling.measures import registry
 from lm_eval_coupling.report.data import gather
 from lm_eval_coupling.report.terminal import show
 
@@ -33,14 +30,8 @@ MEASURES = (
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    (tmp_path / "measures").mkdir()
-    (tmp_path / "measures" / "toy.py").write_text(TOY)
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "measures")])
-    importlib.invalidate_caches()
-    registry.measures.cache_clear()
-    yield
-    registry.measures.cache_clear()
-    sys.modules.pop(f"{package.__name__}.toy", None)
+    with toy_measure(tmp_path, monkeypatch, TOY):
+        yield
 
 
 def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
