@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
+from collections.abc import Sequence
 
 
 class CouplingError(ValueError):
     """A request that cannot be served as asked; the message says what was got, what was expected and what to do."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 # What the codes mean, and whether measuring the same prompt again would end the same way: only then is it worth keeping.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.prompts import READINGS
 from lm_eval_coupling.measures.formulas.choices import positions_at_most
@@ -141,8 +140,9 @@ def _refuse_unknown(taken: Mapping[str, Any]) -> None:
     known = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
     for name in taken:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise CouplingError(f"got unknown argument {name}, did you mean {nearest}? There are {', '.join(known)}")
+            raise CouplingError(
+                f"got unknown argument {name}, did you mean {nearest(name, known)}? There are {', '.join(known)}"
+            )
 
 
 def _shape_on_disk(pretrained: Any, subfolder: Any) -> tuple[int, int] | None:

@@ -18,10 +18,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.options import Options
-from lm_eval_coupling.sweep.fields import nearest
 
 
 def main(question: Path, answer: Path) -> None:

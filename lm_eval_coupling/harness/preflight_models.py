@@ -11,9 +11,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness.options import PREFIX, Options
-from lm_eval_coupling.sweep.fields import nearest
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
 _FROM_PRETRAINED = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, headline_rank
 from lm_eval_coupling.measuring.rows import Row, task_summaries, worst_certificate
 from lm_eval_coupling.measuring.session import Session
 from lm_eval_coupling.saved.tables import SCHEMA_VERSION, TRAINED, UNTRAINED
+from lm_eval_coupling.versions import installed_version
 
 PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "torch")
 
@@ -54,12 +54,5 @@ def about_software() -> dict[str, Any]:
     return {
         "run_id": uuid.uuid4().hex,
         "schema_version": SCHEMA_VERSION,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from scipy.linalg import cython_blas, cython_lapack
 from torch import Tensor
 
+from lm_eval_coupling.numerics.cores import cores
 from lm_eval_coupling.numerics.rotations import eigh_by_rotations
 
 ROTATED = 16  # small problems for each core of the host from which on a GPU is faster
@@ -51,7 +51,7 @@ def small_eigh(
         H: symmetric, in float64.
         roughly: 1e-4 of the largest eigenvalue is near enough, as for the bounds of a first filter.
     """
-    if len(H) >= ROTATED * _cores() and _doubles_at_full_speed(H.device):
+    if len(H) >= ROTATED * cores() and _doubles_at_full_speed(H.device):
         values, vectors = eigh_by_rotations(H.float(), 1e-4) if roughly else eigh_by_rotations(H, 1e-13)
         return values.double(), vectors.double()
     host = H.cpu()
@@ -60,7 +60,7 @@ def small_eigh(
         return values.to(H.device), vectors.to(H.device)
     rows, values = host.clone(memory_format=torch.contiguous_format), host.new_empty(host.shape[:-1])
     # Beside a GPU the host's cores are idle, whatever number of threads torch was given.
-    workers = torch.get_num_threads() if H.device.type == "cpu" else _cores()
+    workers = torch.get_num_threads() if H.device.type == "cpu" else cores()
     _on_every_core(_whole, list(zip(rows, values, strict=True)), workers)
     return values.flip(-1).to(H.device), rows.flip(-2).mT.to(H.device)
 
@@ -128,10 +128,6 @@ def _each_by_torch(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "bat
         except torch.linalg.LinAlgError:
             continue
     return values.flip(-1), vectors.flip(-1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _int(value: int) -> Any:

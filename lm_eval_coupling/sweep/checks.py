@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lm_eval_coupling.sweep.reasons import reason
 from lm_eval_coupling.sweep.request import overrides_folder
 from lm_eval_coupling.sweep.shared_store import locks_work
 from lm_eval_coupling.sweep.source import source
+from lm_eval_coupling.versions import installed_version
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -97,18 +97,11 @@ def _digest(plan: Plan, question: dict[str, Any]) -> str:
     tasks = [file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
     seen = {
         "question": question,
-        "versions": [_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")],
+        "versions": [installed_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")],
         "weights": [source(unit, plan.run.environment) for unit in plan.units],
         "tasks": [[str(file), file.stat().st_mtime] for file in tasks],
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a folder
-        return None
 
 
 def _ask(plan: Plan, question: dict[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lm_eval_coupling.errors import nearest
+
 Check = Callable[[Any], bool]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The known name that was probably meant."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 class Fields:

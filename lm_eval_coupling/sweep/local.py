@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from lm_eval_coupling.numerics.cores import cores
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.plan import Local, Plan
 from lm_eval_coupling.sweep.units import Unit
@@ -110,11 +111,3 @@ def visible_devices() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.errors import nearest
 from lm_eval_coupling.sweep import yaml12
-from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole, nearest
+from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole
 
 # The facts that `fit` knows; any other name is a column of its own.
 FACTS = ("family", "tuned", "training_tokens", "released", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")

@@ -7,13 +7,14 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from lm_eval_coupling.versions import installed_version
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("lm-eval-coupling", "torch", "transformers", "transformer-lens", "lm-eval")
@@ -37,20 +38,12 @@ def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else device,
         "dtype": dtype,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": platform.system(),
         "load_average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    """None where it is used from its folder, without being installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def save(benchmark: str, machine: dict, options: argparse.Namespace, results: Any) -> None:
