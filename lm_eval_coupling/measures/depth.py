@@ -30,15 +30,14 @@ def run(batch: Batch) -> list[Found]:
 def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
-    from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, subspace_overlaps
-    from lm_eval_coupling.numerics.spectra import angle_bound, relative_gap
+    from lm_eval_coupling.measures.formulas.coupling import at_ranks, coupling_matrices, subspace_overlaps
+    from lm_eval_coupling.numerics.spectra import angle_bound, numerical_rank, relative_gap
 
     J, triplets, ranks = one.jacobians, one.triplets, one.settings.ranks
     largest = ranks[-1]
     U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
     A = coupling_matrices(J, U, V)
-    by_rank = [_at_rank(A[..., :k, :k], S) for k in ranks]
-    pairs = {name: torch.stack([at[name] for at in by_rank]) for name in by_rank[0]}
+    pairs = at_ranks(A, numerical_rank(S), ranks, lambda A: _miscouplings(A, S))
     columns = pairs | {
         "subspace_overlap": torch.stack([subspace_overlaps(basis, ranks) for basis in (U, V)], dim=1),
         "singular_values": S,
@@ -68,24 +67,18 @@ def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
     }
 
 
-def _at_rank(A: Tensor, S: Tensor) -> dict[str, Tensor]:
-    """Every coupling quantity at the rank that the matrices were cut to."""
-    import torch
-
+def _miscouplings(A: Tensor, S: Tensor) -> dict[str, Tensor]:
+    """Every kind of miscoupling at the rank that the matrices were cut to."""
     from lm_eval_coupling.measures.formulas.coupling import miscoupling, miscoupling_to, off_diagonal_norm
-    from lm_eval_coupling.numerics.spectra import numerical_rank
 
-    k = A.shape[-1]
-    S1, off = S[:, None, :k], off_diagonal_norm(A)  # S1: broadcast over the layers of the bases
-    found = {
+    S1, off = S[:, None, : A.shape[-1]], off_diagonal_norm(A)  # S1: broadcast over the layers of the bases
+    return {
         "normalized_miscoupling": miscoupling(A, normalized=True, off=off),
         "miscoupling": miscoupling(A, off=off),
         "miscoupling_to": miscoupling_to(A, S1, off=off),
         "miscoupling_to_absolute": miscoupling_to(A, S1, absolute=True, off=off),
         "miscoupling_to_trace": miscoupling_to(A, S1, norm="trace", off=off),
     }
-    too_low = numerical_rank(S) < k  # singular vectors of a zero singular value are arbitrary
-    return {name: values.masked_fill(too_low, torch.nan) for name, values in found.items()}
 
 
 def undefined_pairs(normalized: Tensor, of: str = "") -> tuple[Reason, ...]:

@@ -8,6 +8,8 @@ from lm_eval_coupling.measures.depth import PAIRS, mean_of_pairs
 from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
 
 
@@ -17,21 +19,26 @@ def run(batch: Batch) -> list[Found]:
 
 
 def _of_prompt(one: TracedPrompt) -> Found:
-    import torch
-
-    from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
+    from lm_eval_coupling.measures.formulas.coupling import (
+        at_ranks,
+        coupling_matrices,
+        miscoupling_to,
+        off_diagonal_norm,
+    )
     from lm_eval_coupling.numerics.spectra import numerical_rank
 
-    J, ranks = one.jacobians, one.settings.ranks
+    ranks = one.settings.ranks
     U, S, V = (values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V))
-    A = coupling_matrices(J, V, U)
-    rank = numerical_rank(S)
 
-    def stacked(absolute: bool) -> torch.Tensor:
-        found = [miscoupling_to(A[..., :k, :k], S[:, None, :k], absolute=absolute) for k in ranks]
-        return torch.stack([values.masked_fill(rank < k, torch.nan) for k, values in zip(ranks, found, strict=True)])
+    def both(A: Tensor) -> dict[str, Tensor]:
+        S1, off = S[:, None, : A.shape[-1]], off_diagonal_norm(A)
+        return {
+            "miscoupling_to_vju": miscoupling_to(A, S1, off=off),
+            "miscoupling_to_absolute_vju": miscoupling_to(A, S1, absolute=True, off=off),
+        }
 
-    return Found({"miscoupling_to_vju": stacked(False), "miscoupling_to_absolute_vju": stacked(True)} | one.proof)
+    A = coupling_matrices(one.jacobians, V, U)
+    return Found(at_ranks(A, numerical_rank(S), ranks, both) | one.proof)
 
 
 MEASURES = (

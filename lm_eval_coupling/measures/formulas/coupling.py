@@ -6,12 +6,12 @@ from the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functi
 values are NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
@@ -118,9 +118,26 @@ def normalized_by_rank(
     """
     largest = ranks[-1]
     U, S, V = (part[..., :largest] for part in (triplets.U, triplets.S, triplets.V))
-    A, rank = coupling_matrices(J, U, V), numerical_rank(S)
-    found = [miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan) for k in ranks]
-    return torch.stack(found)
+    A = coupling_matrices(J, U, V)
+    return at_ranks(A, numerical_rank(S), ranks, lambda A: {"m": miscoupling(A, normalized=True)})["m"]
+
+
+def at_ranks(
+    A: Float[Tensor, "*batch basis max_rank max_rank"],
+    rank: Int[Tensor, " basis"],
+    ranks: Sequence[int],
+    of: Callable[[Tensor], Mapping[str, Tensor]],
+) -> dict[str, Float[Tensor, "ranks *batch basis"]]:
+    """Return what is found of A cut to every rank, NaN in bases of lower rank: vectors of a zero σ are arbitrary.
+
+    Args:
+        A: coupling matrices at the largest rank.
+        rank: `numerical_rank` of the Jacobian that each basis is of.
+        ranks: numbers K of singular vectors.
+        of: takes A[..., :K, :K] to one number for each of its matrices, by name.
+    """
+    found = [{name: values.masked_fill(rank < k, torch.nan) for name, values in of(A[..., :k, :k]).items()} for k in ranks]
+    return {name: torch.stack([at[name] for at in found]) for name in found[0]}
 
 
 @true_float32()

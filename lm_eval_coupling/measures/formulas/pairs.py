@@ -17,7 +17,7 @@ from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.jacobians.certify import TOLERANCE, with_probe_pulled_back
 from lm_eval_coupling.jacobians.pairs import AT_ONCE, jacobians_of_pairs
 from lm_eval_coupling.jacobians.protocol import Call, Trace
-from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling
+from lm_eval_coupling.measures.formulas.coupling import at_ranks, coupling_matrices, miscoupling
 from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 
 
@@ -78,8 +78,7 @@ def miscoupling_of_all(blocks: Blocks, ranks: Sequence[int]) -> Float[np.ndarray
     rows = []
     for i in range(len(J)):  # one Jacobian's products at a time: all of them would be large
         A = coupling_matrices(J[i : i + 1], triplets.U, triplets.V)[0]
-        at = [miscoupling(A[..., :k, :k], normalized=True).masked_fill(rank < k, torch.nan) for k in ranks]
-        rows.append(torch.stack(at))
+        rows.append(at_ranks(A, rank, ranks, lambda A: {"m": miscoupling(A, normalized=True)})["m"])
     found = torch.stack(rows, dim=1).double().cpu()
     split = found.reshape(len(ranks), layers, pairs, layers, pairs)
     return split.permute(0, 1, 3, 2, 4).numpy().astype(np.float32)
