@@ -247,8 +247,8 @@ def _mean_matrix(prompts: Sequence[Record]) -> np.ndarray:
 def explanation(trained: Sequence[Record], untrained: Sequence[Record]) -> str:
     """Both models' coupling beside chance, and what that means, in a few plain lines."""
     from lm_eval_coupling.measures.formulas.headline import chance_coupling
+    from lm_eval_coupling.measures.formulas.means import mean_and_error
     from lm_eval_coupling.measures.registry import readings
-    from lm_eval_coupling.measuring.summary import mean_and_error
 
     chance = chance_coupling(RANK)
     lines = [f"{'':<24}{'coupling':>17}{'chance':>9}{'excess':>10}"]

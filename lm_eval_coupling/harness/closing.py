@@ -22,8 +22,8 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
         info: of the run, with its rows and the tables that were written.
         results: of lm-eval, for how many documents were evaluated.
     """
+    from lm_eval_coupling.measures.formulas.means import mean_and_error
     from lm_eval_coupling.measuring.rows import document_couplings, worst_certificate
-    from lm_eval_coupling.measuring.summary import mean_and_error
     from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
     rank = info["headline_rank"]

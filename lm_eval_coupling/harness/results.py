@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.harness.closing import closing_lines
+from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measuring.rows import DocumentKey, Row, document_couplings
-from lm_eval_coupling.measuring.summary import mean_and_error
 from lm_eval_coupling.saved.tables import TRAINED, write_tables
 
 

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, summarised
 from lm_eval_coupling.measuring.record import PromptCoupling
-
-
-def mean_and_error(values: Iterable[float]) -> dict[str, float | int]:
-    """Mean, standard error (``NaN`` below two values) and number of the values that are defined."""
-    known = np.array([v for v in values if not math.isnan(v)], dtype=np.float64)
-    mean = float(known.mean()) if len(known) else math.nan
-    error = float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else math.nan
-    return {"mean": mean, "stderr": error, "n": len(known)}
 
 
 def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lm_eval_coupling.measures.formulas import means
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.measures.registry import Reading, record_columns, summarised
 from lm_eval_coupling.saved.run import SavedTable
@@ -88,12 +89,8 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
     """Mean, standard error (NaN below two values) and number of the values that are defined."""
-    n = int(values.count())
-    return (
-        float(values.mean()) if n else math.nan,
-        float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
-        n,
-    )
+    found = means.mean_and_error(values)
+    return found["mean"], found["stderr"], int(found["n"])
 
 
 def ranks_of(values: pd.DataFrame) -> list[int]:

@@ -8,9 +8,10 @@ import pytest
 
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.formulas.headline import headline_rank
+from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.summary import document_value, mean_and_error, summarize
+from lm_eval_coupling.measuring.summary import document_value, summarize
 
 NAN = math.nan
 PAIR_MEASURES = (
