@@ -13,7 +13,7 @@ that rises linearly over the blocks; no repeated augmentation and no teacher. Me
 side by side as one batched model on the same images in the same order: a group of one by default on a CPU, all of them on a
 GPU. The default size takes about two hours of two cores; --size full is for a GPU (patches of 4 pixels, 8 blocks, bfloat16),
 --size paper has the paper's shape. With --seconds the number of epochs of a group is chosen from its speed, so that it is
-done in time.
+done in time. Commands with other --stochastic-depth may fill one FAMILY side by side.
 """
 
 from __future__ import annotations
@@ -174,13 +174,13 @@ def save(family: Members, facts: list[dict], options: argparse.Namespace) -> Non
     side = family.config.image_size
     processor = ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=list(MEAN), image_std=list(STD))
     for index, about in enumerate(facts):
-        unfinished = options.out / "unfinished"
+        unfinished = options.out / f"unfinished-{about['model']}"
         shutil.rmtree(unfinished, ignore_errors=True)
         family.model_of(index).save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         (unfinished / "facts.json").write_text(json.dumps(about, indent=1) + "\n")
         unfinished.rename(options.out / about["model"])
-    found = [json.loads(file.read_text()) for file in sorted(options.out.glob("*/facts.json"))]
+    found = [json.loads(file.read_text()) for file in sorted(options.out.glob("depth-*/facts.json"))]
     table = pd.DataFrame(found).sort_values(["stochastic_depth", "weight_decay"])
     table.to_csv(options.out / "facts.csv", index=False)
     print(table[["model", "epochs", "loss", "accuracy", "seconds"]].to_string(index=False), flush=True)

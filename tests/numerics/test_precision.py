@@ -10,6 +10,7 @@ NEWER = [
     ("generic", "all"),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
 ]
+TF32_AT_START = [("cuda", "conv"), ("cuda", "rnn")]
 
 
 def settings():
@@ -29,20 +30,21 @@ def settings():
     return found
 
 
+def as_torch_starts():
+    """Put back what any test, of this file or of another that ran in this process before, has switched on."""
+    torch.set_float32_matmul_precision("highest")
+    torch._C._set_cudnn_allow_tf32(True)
+    for place in NEWER if hasattr(torch._C, "_set_fp32_precision_setter") else ():
+        torch._C._set_fp32_precision_setter(*place, "tf32" if place in TF32_AT_START else "none")
+
+
 @pytest.fixture(autouse=True)
 def defaults():
     """Each test begins and ends with torch's own settings."""
+    as_torch_starts()
     before = settings()
     yield
-    for place in NEWER if hasattr(torch._C, "_set_fp32_precision_setter") else ():
-        torch._C._set_fp32_precision_setter(*place, "none")
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
-    for place in NEWER if hasattr(torch._C, "_set_fp32_precision_setter") else ():
-        torch._C._set_fp32_precision_setter(*place, "none")
-    if ("cuda", "conv") in before:
-        torch._C._set_fp32_precision_setter("cuda", "conv", "tf32")
-        torch._C._set_fp32_precision_setter("cuda", "rnn", "tf32")
+    as_torch_starts()
     assert settings() == before
 
 

@@ -200,8 +200,12 @@ def test_mixed_precision_around_the_forward_method():
     """accelerate puts autocast around it, which replays of a block would not have."""
     accelerate = pytest.importorskip("accelerate")
     model = cases.tiny_model("llama", torch.float32)
-    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
-    measured_as_scored(prepared, cases.tiny_model("llama", torch.float32))
+    accelerate.state.AcceleratorState._reset_state()  # one of the process, with the precision of whoever came first
+    try:
+        prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
+        measured_as_scored(prepared, cases.tiny_model("llama", torch.float32))
+    finally:
+        accelerate.state.AcceleratorState._reset_state()
 
 
 def test_another_forward_method_is_seen():
