@@ -94,15 +94,27 @@ def test_an_image_is_named_by_its_pixels():
     assert pickle.loads(pickle.dumps(prompt)) == prompt  # a plain tuple, without its pixels
 
 
-def test_models_of_timm():
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "beit_base_patch16_224",
+        "vit_base_patch16_siglip_224",
+        "vit_relpos_small_patch16_224",
+    ],
+)
+def test_models_of_timm(architecture):
     pytest.importorskip("timm", exc_type=ImportError, reason="timm, which needs torchvision")
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
     torch.manual_seed(0)
-    config = TimmWrapperConfig.from_dict({"architecture": "vit_tiny_patch16_224", "num_labels": 5, "model_args": arguments})
-    model, image = TimmWrapperForImageClassification(config).double().eval(), vision_cases.tiny_images()
-    found = block_jacobians(ResidualModel.wrap(model), image, output_token=0, dtype=torch.float64)
+    about = {"architecture": architecture, "num_classes": 5, "model_args": arguments}  # labels would be asked for by name
+    model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(about)).double().eval()
+    found = block_jacobians(ResidualModel.wrap(model), vision_cases.tiny_images(), output_token=0, dtype=torch.float64)
     assert found.method == ["closed", "closed"] and found.certificate.max() < 1e-10
 
 
