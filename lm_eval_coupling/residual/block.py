@@ -59,7 +59,8 @@ class Block:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Those of the arguments that a block takes by position, none where it takes any."""
+    """Those of the arguments taken by position, none where it takes any; a bridge has those of what it bridges."""
+    module = getattr(module, "original_component", None) or module
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return []

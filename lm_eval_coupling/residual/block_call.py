@@ -26,10 +26,10 @@ class BlockCall:
     """
 
     block: Block
-    resid_pre: Float[Tensor, "1 seq d_model"]
+    resid_pre: Float[Tensor, "batch seq d_model"]
     args: tuple
     kwargs: dict[str, Any]
-    resid_post: Float[Tensor, "1 seq d_model"] | None = None
+    resid_post: Float[Tensor, "batch seq d_model"] | None = None
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
     keys: Keys | None = None
 
@@ -97,7 +97,7 @@ class BlockCall:
         with self.block.ready(self.dtype):
             yield
 
-    def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
+    def __call__(self, resid_pre: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
         return self._run(resid_pre, self.args, self.kwargs)
 

@@ -59,7 +59,10 @@ class PixelValues:
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
         """Images of one size as one pass."""
-        return Batch({"pixel_values": torch.stack([pixels_of(prompt).to(device, dtype) for prompt in prompts])}, None)
+        images = [pixels_of(prompt).to(device, dtype) for prompt in prompts]
+        if len(shapes := {tuple(image.shape) for image in images}) > 1:
+            raise CouplingError(f"got images of shapes {sorted(shapes)} together, expected one [channel, height, width]")
+        return Batch({"pixel_values": torch.stack(images)}, None)
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """An image for each vector, all of whose tokens end as that vector: a class token, or a mean, is the vector then."""

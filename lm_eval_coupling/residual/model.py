@@ -23,7 +23,7 @@ from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.tables import looked_up, rows_only
-from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit
+from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit, told_if_refused
 from lm_eval_coupling.residual.weights import state_of, upcast
 
 # Tensors that a block takes, of which it is known what they are in a padded batch.
@@ -289,7 +289,7 @@ class ResidualModel:
                 stack.callback(visit.close)
                 stack.callback(block.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
-            with contextlib.suppress(_LastBlockDone):
+            with contextlib.suppress(_LastBlockDone), told_if_refused(batch.arguments, visits[0]):
                 self.model(**batch.arguments)
         if missed := [visit.block.layer for visit in visits if visit.call is None]:
             raise CouplingError(f"got a model that leaves out block {missed[0]}, expected a stream through every block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,13 @@ class Visit:
         kwargs = {name: _brought_to(self.block.device, value) for name, value in kwargs.items()}
         self.open.enter_context(self.block.upcast(self.dtype))
         self.call = block_call(self.block, args, kwargs)
-        stream = self.call.resid_pre
+        stream, (_, args, kwargs) = self.call.resid_pre, self.block.by_name(args, kwargs)
         if self.keys is not None:
             kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
         if self.direction is not None and self.tokens is not None:
             stream = self.leaf = stream.clone().requires_grad_(True)
             self.open.enter_context(torch.enable_grad())
-        return ((stream, *args[1:]), kwargs) if args else ((), kwargs | {self.block.stream_name: stream})
+        return (stream, *args), kwargs
 
     def leave(self, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pull back, and hand on an output without history."""
@@ -132,3 +132,18 @@ def _without_history(kwargs: dict[str, Any]) -> None:
         if isinstance(value, (dict, UserDict)):
             for key, item in value.items():
                 value[key] = carried(item)
+
+
+@contextlib.contextmanager
+def told_if_refused(arguments: dict[str, Any], first: Visit) -> Iterator[None]:
+    """Inside, an error of the model before its ``first`` block says what the model was given: an image of another size."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, IndexError) as error:
+        if first.call is not None:
+            raise
+        given = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor))
+        words = " ".join(str(error).split())[:200]
+        raise CouplingError(f"got {given}, which the model does not take ({words}); expected what it is made for") from error

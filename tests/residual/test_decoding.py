@@ -31,7 +31,7 @@ def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
                 assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
-NOT_BY_DECODING = {"falcon-alibi", "mpt", "bloom", "gpt2", "qwen3-next"}  # ALiBi, an unnamed cache, linear attention
+NOT_BY_DECODING = {"falcon-alibi", "mpt", "bloom", "qwen3-next"}  # ALiBi, linear attention
 
 
 @pytest.mark.parametrize("case", cases.CASES)

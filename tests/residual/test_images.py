@@ -129,3 +129,16 @@ def test_what_is_no_image_is_told(wrong):
     wrapped = ResidualModel.wrap(vision_cases.tiny_classifier("vit"))
     with pytest.raises(CouplingError, match=r"as an image, expected pixel values \[channel, height, width\]"):
         wrapped.trace(wrong)
+
+
+@pytest.mark.parametrize(("images", "words"), [((20, 16), "pixel_values .*20, 16.*does not take"), ((8, 8), "pixel_values")])
+def test_an_image_of_another_size_is_told(images, words):
+    wrapped = ResidualModel.wrap(vision_cases.tiny_classifier("vit"))
+    with pytest.raises(CouplingError, match=words):
+        wrapped.trace(torch.zeros(3, *images, dtype=torch.float64))
+
+
+def test_images_of_two_sizes_are_not_put_together():
+    wrapped = ResidualModel.wrap(vision_cases.tiny_classifier("vit"))
+    with pytest.raises(CouplingError, match="of shapes .* together"):
+        wrapped.traces([torch.zeros(3, 16, 16), torch.zeros(3, 8, 8)], torch.float64)
