@@ -27,7 +27,7 @@ from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit, tol
 from lm_eval_coupling.residual.weights import state_of, upcast
 
 # Tensors that a block takes, of which it is known what they are in a padded batch.
-_BATCHABLE = {"attention_mask", "position_ids", "cache_position", "position_embeddings"}
+_BATCHABLE = {"attention_mask", "position_ids", "cache_position", "position_embeddings", "relative_position_bias"}
 _LONG = 64  # tokens from which on a block is pulled back by one more step of decoding, not on the way through the sequence
 
 

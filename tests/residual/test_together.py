@@ -22,7 +22,7 @@ def test_prompts_are_traced_together(case):
         assert torch.allclose(trace.trajectories(slice(None)), alone.trajectories(slice(None)), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", sorted(set(vision_cases.CASES) - {"data2vec-vision"}))
+@pytest.mark.parametrize("case", vision_cases.CASES)
 def test_images_are_traced_together(case):
     wrapped = ResidualModel.wrap(vision_cases.tiny_classifier(case))
     assert wrapped._pads_on_the_right(torch.float64)
