@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.protocol import Call
+from lm_eval_coupling.numerics.devices import has_float64
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -26,33 +28,82 @@ def _probe(layer: int, d_model: int, dtype: torch.dtype, device: torch.device) -
     return torch.randn(d_model, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
-    """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u.
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """∂(u·f)/∂x of one block by backpropagation, u being its fixed random direction: what uᵀJ is compared with.
 
-    J is what remains of ∂F when the identity is taken off. Where it is tiny beside that identity, its rounding is what it
-    is compared with: a certificate below ``TOLERANCE`` then means an absolute error of at most four roundings of 1.
+    ``lost`` is the least size, relative to ‖u‖, that an error is compared with: of anything smaller the identity's rounding
+    says nothing. ``finer`` is the call in float64, where J is so small that float32 would leave it too few digits.
+    """
+
+    u: Float[Tensor, " d_model"]
+    derivative: Float[Tensor, " d_model"]
+    lost: float
+    finer: Call | None = None
+
+    @classmethod
+    def of(cls, call: Call, output_token: int, input_token: int) -> Truth:
+        """One backward pass through the block, and where J_tt is small beside the identity another one in float64.
+
+        Args:
+            call: the block's call, inside its ``ready()`` context.
+            output_token: absolute index.
+            input_token: absolute index.
+        """
+        u, lost = probe(call.layer, call.resid_pre), _lost(call.dtype, call.dtype)
+        pulled = pulled_back(call, output_token, input_token)
+        if output_token != input_token:
+            return cls(u, pulled, lost)
+        if (pulled - u).norm() >= lost * u.norm() or not has_finer(call):
+            return cls(u, pulled - u, lost)
+        finer = call.in_dtype(torch.float64)
+        u = probe(finer.layer, finer.resid_pre)
+        with finer.ready():
+            return cls(u, pulled_back(finer, output_token, input_token) - u, _lost(torch.float64, call.dtype), finer)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether J is so small beside the identity that float32 has too few digits for their sum."""
+        return bool(self.derivative.norm() < _lost(torch.float32, torch.float32) * self.u.norm())
+
+    def error(self, jacobian: Float[Tensor, "d_model d_model"]) -> float:
+        """‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, lost ‖u‖), NaN for a Jacobian that is not finite."""
+        return _relative_errors(self.u, jacobian[None].to(self.u.dtype), self.derivative[None], self.lost).item()
+
+
+def _lost(arithmetic: torch.dtype, dtype: torch.dtype) -> float:
+    """‖J‖ relative to the identity's from which on four roundings of their sum are within the tolerance of ``dtype``."""
+    return 4 * torch.finfo(arithmetic).eps / TOLERANCE[dtype]
+
+
+def has_finer(call: Call) -> bool:
+    """Whether the call can be made again in an arithmetic of more digits."""
+    return call.dtype == torch.float32 and has_float64(call.resid_pre.device)
+
+
+def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
+    """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u; see :class:`Truth`.
 
     Args:
         call: the block's call, inside its ``ready()`` context.
         jacobian: J of the block *without* its skip connection.
         output_token: absolute index.
         input_token: absolute index.
-
-    Returns:
-        ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, 4 eps ‖u‖ / tolerance), NaN for a Jacobian that is not finite.
     """
-    u = probe(call.layer, call.resid_pre)
-    pulled = pulled_back(call, output_token, input_token)
-    truth = pulled - u if output_token == input_token else pulled
-    return _relative_errors(u, jacobian[None], truth[None]).item()
+    return Truth.of(call, output_token, input_token).error(jacobian)
 
 
 def certify_each(
     calls: Sequence[Call], jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]
 ) -> Float[Tensor, " prompt"]:
-    """:func:`certify` of one block's J_tt for several prompts, each at its own token t. Nothing is read from the device."""
-    u = probe(calls[0].layer, calls[0].resid_pre)
-    return _relative_errors(u, jacobians, pulled_back_each(calls, tokens) - u)
+    """:func:`certify` of one block's J_tt for several prompts, each at its own token t. Nothing is read from the device.
+
+    NaN where J is so small that only a finer arithmetic can tell.
+    """
+    u, lost = probe(calls[0].layer, calls[0].resid_pre), _lost(calls[0].dtype, calls[0].dtype)
+    truth = pulled_back_each(calls, tokens) - u
+    errors = _relative_errors(u, jacobians, truth, lost)
+    return torch.where(truth.norm(dim=-1) < lost * u.norm(), torch.nan, errors) if has_finer(calls[0]) else errors
 
 
 def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
@@ -142,7 +193,9 @@ def require_not_constant(call: Call, jacobian: Float[Tensor, "d_model d_model"],
 
 
 def _relative_errors(
-    u: Float[Tensor, " d_model"], jacobians: Float[Tensor, "prompt d_model d_model"], truth: Float[Tensor, "prompt d_model"]
+    u: Float[Tensor, " d_model"],
+    jacobians: Float[Tensor, "prompt d_model d_model"],
+    truth: Float[Tensor, "prompt d_model"],
+    lost: float,
 ) -> Float[Tensor, " prompt"]:
-    rounding = 4 * torch.finfo(u.dtype).eps * u.norm() / TOLERANCE[u.dtype]
-    return (u @ jacobians - truth).norm(dim=-1) / torch.maximum(truth.norm(dim=-1), rounding)
+    return (u @ jacobians - truth).norm(dim=-1) / torch.maximum(truth.norm(dim=-1), lost * u.norm())

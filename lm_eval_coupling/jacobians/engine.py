@@ -26,7 +26,7 @@ from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
     TOLERANCE,
-    certify,
+    Truth,
     certify_each,
     probe,
     require_not_constant,
@@ -41,6 +41,8 @@ from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
+_DIGITS_KEPT = 0.1  # of the tolerance: a level that is as near as that to a small J has formed it without the identity
+_NO_FLOAT64 = "the device has no float64, so that digits of it may be lost"
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
 
 
@@ -237,10 +239,10 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
     if input_token > output_token:
         call = call.without_keys()  # what an attention core is recorded from ends at the output token
     with call.ready():
+        truth = Truth.of(call, output_token, input_token)
         for level in levels:
             try:
-                jacobian = LEVELS[level](call, output_token, input_token, BUDGET)
-                error = certify(call, jacobian, output_token, input_token)
+                jacobian, error, small = _at_level(level, call, truth, (output_token, input_token))
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:
@@ -249,24 +251,41 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
                 why.append(_in_words(level, failure))
                 continue
             if error <= TOLERANCE[call.dtype]:
-                _require_derivative(call, jacobian, error, (output_token, input_token), level)
+                _require_derivative(call, truth, jacobian, error, (output_token, input_token), level)
             if error <= TOLERANCE[call.dtype] or level == levels[-1]:
-                return Certified(jacobian, error, level, "; ".join(why) or None)
+                why += [small] if small else []
+                return Certified(jacobian.to(call.dtype), error, level, "; ".join(why) or None)
             why.append(f"{level}: off by {error:.1e}")
     raise AssertionError("unreachable: the last level returns or raises")
+
+
+def _at_level(level: str, call: Call, truth: Truth, tokens: tuple[int, int]) -> tuple[Tensor, float, str]:
+    """J, its error, and what is to be said of it; in float64 where the identity left it too few digits."""
+    jacobian = LEVELS[level](call, *tokens, BUDGET)
+    error = truth.error(jacobian)
+    if truth.finer is not None and not error <= _DIGITS_KEPT * TOLERANCE[call.dtype]:
+        with truth.finer.ready():
+            jacobian = LEVELS[level](truth.finer, *tokens, BUDGET)
+        return jacobian, truth.error(jacobian.to(call.dtype)), "small beside the identity: in float64"
+    lost = truth.finer is None and level != "closed" and truth.is_small and call.dtype == torch.float32
+    return jacobian, error, f"small beside the identity: {_NO_FLOAT64}" if lost and tokens[0] == tokens[1] else ""
 
 
 def _in_words(level: str, error: Exception) -> str:
     return f"{level}: " + (" ".join(str(error).split())[:120] or type(error).__name__)
 
 
-def _require_derivative(call: Call, jacobian: Tensor, error: float, tokens: tuple[int, int], level: str) -> None:
+def _require_derivative(
+    call: Call, truth: Truth, jacobian: Tensor, error: float, tokens: tuple[int, int], level: str
+) -> None:
     """What agrees with autograd must also be how the block really moves: a part of it may run without gradients."""
     output_token, input_token = tokens
     if output_token == input_token:
         require_not_constant(call, jacobian, error, output_token)
     if level != "closed" and input_token <= output_token:
-        require_true_gradients(call, jacobian, output_token, input_token)
+        call = truth.finer or call  # differences of outputs lose the same digits
+        with call.ready():
+            require_true_gradients(call, jacobian.to(call.dtype), output_token, input_token)
 
 
 def resolve_token(token: int, seq: int) -> int:

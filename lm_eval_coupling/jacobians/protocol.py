@@ -59,6 +59,9 @@ class Call(Protocol):
     def without_keys(self) -> Call:
         """The same call, whose derivatives are all taken of the whole sequence."""
 
+    def in_dtype(self, dtype: torch.dtype) -> Call:
+        """The same call in another arithmetic: what was kept of the trace is cast, and no derivative is known of it."""
+
     def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> Call:
         """The same call, which knows uᵀ ∂F_t/∂X of one output token t already."""
 

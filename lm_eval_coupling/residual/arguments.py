@@ -31,7 +31,7 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     if name in ("position_ids", "cache_position"):
         return value[..., t : t + 1]
     if name in ("alibi", "position_bias"):
-        return value[..., -1:]
+        return value[..., first : t + 1]
     if name == "keys":
         return value[..., first : t + 1, :] if value.dim() > 2 and value.shape[-2] == n else value
     if value.dim() >= 2 and value.shape[-2:] == (n, n):
@@ -127,6 +127,18 @@ def carried(value: Any) -> Any:
     return value
 
 
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments with every floating-point tensor in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        items = [in_dtype(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, _MAPPINGS):
+        return _mapped(value, lambda item: in_dtype(item, dtype))
+    return value
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
     if isinstance(value, UserDict):
@@ -175,4 +187,10 @@ class Keys:
         one = Keys()
         keys, values = (tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
         one.given = keys, values
+        return one
+
+    def in_dtype(self, dtype: torch.dtype) -> Keys:
+        """The same keys and values in another dtype."""
+        one = Keys()
+        one.given = in_dtype(self.given, dtype)
         return one

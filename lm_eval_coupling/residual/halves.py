@@ -62,7 +62,7 @@ def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
     whole, alone = said[0], said[0][:, token : token + 1].clone()
 
     def held(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return _with_hidden(output, lambda y: whole if y.shape == whole.shape else alone.expand(y.shape))
+        return _with_hidden(output, lambda y: (whole if y.shape == whole.shape else alone.expand(y.shape)).to(y.dtype))
 
     with _hooked(attention, held):
         yield _bare(call)
