@@ -31,7 +31,7 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     if name in ("position_ids", "cache_position"):
         return value[..., t : t + 1]
     if name in ("alibi", "position_bias"):
-        return value[..., first : t + 1]
+        return value[..., -1:] if first == t else value[..., first : t + 1]  # weights do not change with a common shift
     if name == "keys":
         return value[..., first : t + 1, :] if value.dim() > 2 and value.shape[-2] == n else value
     if value.dim() >= 2 and value.shape[-2:] == (n, n):

@@ -344,7 +344,7 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
 
 @pytest.mark.parametrize("error", [0.3, math.nan])
 def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, error):
-    monkeypatch.setattr(jacobians, "certify", lambda *args: error)
+    monkeypatch.setattr(jacobians.Truth, "error", lambda *args: error)
     monkeypatch.setattr(jacobians, "certify_each", lambda calls, *args: torch.full((len(calls),), error))
     found = measured(model)
     assert found.reason.startswith("the Jacobian of block 0 (autodiff) is off by") and "own derivative" in found.reason
