@@ -23,7 +23,7 @@ from lm_eval_coupling.residual import ResidualModel
 # of the depth-wise measurement.
 ENTRANCES = {
     "trace": (ResidualModel, "traces"),
-    "certify": (jacobians, "certify"),
+    "certify": (jacobians.Truth, "of"),
     "certify together": (jacobians, "certify_each"),
     "jacobians": (batch, "jacobians_of_traces"),
     "spectra": (stack, "top_singular"),
