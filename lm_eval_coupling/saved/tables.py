@@ -296,7 +296,15 @@ def _arrays(column: pa.ListArray) -> Iterator[np.ndarray | None]:
         inner = inner.values
     flat = inner.to_numpy(zero_copy_only=False)
     sizes = np.diff(ends)
+    if len(column) and not column.null_count and (sizes == sizes[:, :1]).all():  # as in nearly every table
+        numbers = np.array(flat[ends[-1][0] : ends[-1][-1]], dtype=np.float32)
+        yield from numbers.reshape(len(column), *_shape(sizes[:, 0].tolist()))
+        return
     for row, valid in enumerate(column.is_valid().to_pylist()):
-        counts = sizes[:, row]
-        shape = [counts[0], *(size // count if count else 0 for count, size in zip(counts, counts[1:], strict=False))]
-        yield np.array(flat[ends[-1][row] : ends[-1][row + 1]], dtype=np.float32).reshape(shape) if valid else None
+        numbers = np.array(flat[ends[-1][row] : ends[-1][row + 1]], dtype=np.float32)
+        yield numbers.reshape(_shape(sizes[:, row].tolist())) if valid else None
+
+
+def _shape(counts: Sequence[int]) -> list[int]:
+    """Of one row's array, from the numbers of lists at every level and of values."""
+    return [counts[0], *(size // count if count else 0 for count, size in zip(counts, counts[1:], strict=False))]
