@@ -19,6 +19,7 @@ from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
 from lm_eval_coupling.harness.results import CouplingInfo, add_to_results, with_logged_ids
 from lm_eval_coupling.harness.sampling import choose
+from lm_eval_coupling.harness.tokenizers import told_apart
 from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
 from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
 from lm_eval_coupling.measuring.session import Measured, Session, Subject
@@ -50,10 +51,10 @@ class CouplingLM(HFLM):
         """
         plugin.install()
         arguments = {"pretrained": pretrained, **kwargs}
-        self.encoding = encoding(arguments)
         options = self.coupling_options = Options.take_from(arguments)
         store = MeasurementStore(options.store or default_store_path()) if options.measures_anything else None
         super().__init__(**arguments)
+        self.encoding = encoding(arguments | {"tokenizer": told_apart(arguments, self._model)})
         self._split_data_without_gpus()
         self.coupling_info = CouplingInfo({})
         self.session = self._open_session(store) if store is not None else None

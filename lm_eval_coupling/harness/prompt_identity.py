@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
-# Of a task's configuration: what its prompts are rendered from. Functions count by their name.
-_TEXTS = (
-    "doc_to_text",
-    "doc_to_choice",
-    "description",
-    "gen_prefix",
-    "fewshot_delimiter",
-    "target_delimiter",
-    "fewshot_split",
-)
+from lm_eval_coupling.harness.plain import digest
+from lm_eval_coupling.saved.prompting import TEXTS
 
 
 def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,23 +25,14 @@ def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) ->
     chat = how.get("apply_chat_template")
     found: dict[str, Any] = {
         "num_fewshot": shots,
-        "chat_template": _digest(lm.chat_template(chat)) if chat else None,
+        "chat_template": digest(lm.chat_template(chat)) if chat else None,
         "chat_template_name": chat if isinstance(chat, str) else None,
         "fewshot_as_multiturn": bool(how.get("fewshot_as_multiturn")) if chat and shots else None,
         "system_instruction": how.get("system_instruction") or None,
         "description": config.description or None,
         "task_version": str(task.VERSION),
-        "task_texts": _digest({name: _plain(getattr(config, name, None)) for name in _TEXTS}),
+        "task_texts": digest({name: getattr(config, name, None) for name in TEXTS}),
         "encoding": lm.encoding,
         "samples": sorted(set(samples)) if samples else None,
     }
-    return found | {"digest": _digest(found)}
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "__qualname__", str(type(value))) if callable(value) else value
-
-
-def _digest(value: Any) -> str:
-    plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=_plain)
-    return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:16]
+    return found | {"digest": digest(found)}

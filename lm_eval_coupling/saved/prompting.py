@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
 _SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
-# Of a task's configuration: what its prompts are rendered from.
-_TEXTS: tuple[str, ...] = ("doc_to_text", "doc_to_choice", "description", "gen_prefix", "fewshot_delimiter")
-_TEXTS += ("target_delimiter", "fewshot_split")
+# Of a task's configuration: what its prompts are rendered from, and their examples, whose answers stand in them.
+TEXTS: tuple[str, ...] = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix", "process_docs")
+TEXTS += ("fewshot_delimiter", "target_delimiter", "fewshot_config", "fewshot_split", "training_split", "validation_split")
+TEXTS += ("use_prompt",)
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
@@ -35,9 +37,11 @@ def model_arguments(results: Mapping[str, Any]) -> Mapping[str, Any]:
 def encoding(arguments: Mapping[str, Any]) -> list[str]:
     """Of a model's arguments those that change the tokens of its prompts, in words such as ``add_bos_token=True``.
 
-    A tokenizer that was handed over as an object is taken for the model's own.
+    A tokenizer that was handed over as an object is one that says so, or has a digest for a name.
     """
     given = {name: arguments.get(name) for name in _ENCODING}
+    if "(name_or_path=" in str(given["tokenizer"]):  # as lm-eval writes an object
+        given["tokenizer"] = "an object"
     given["tokenizer"] = given["tokenizer"] if given["tokenizer"] != arguments.get("pretrained") else None
     given["chat_template_args"] = _digest(given["chat_template_args"])
     given["truncation"] = given["truncation"] or None
@@ -83,7 +87,7 @@ def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any])
     template = recorded.get("chat_template") or results.get("chat_template_sha") or _digest(results.get("chat_template"))
     turns = recorded.get("fewshot_as_multiturn", results.get("fewshot_as_multiturn"))
     system = _digest(recorded.get("system_instruction") or results.get("system_instruction"))
-    texts = recorded.get("task_texts") or (config and _digest({name: config.get(name) for name in _TEXTS}))
+    texts = recorded.get("task_texts") or (config and _digest({name: config.get(name) for name in TEXTS}))
     seed = (results.get("config") or {}).get("fewshot_seed", _SEED)
     return {
         "num_fewshot": shots,
@@ -130,4 +134,5 @@ def _digest(value: Any) -> str | None:
     if not value:
         return None
     plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    plain = re.sub(r" at 0x[0-9a-fA-F]+", "", plain)  # lm-eval writes functions in nested settings as Python prints them
     return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:8]

@@ -44,6 +44,10 @@ PROMPTS = {
     "system instruction": ({}, {"system_instruction": "Be brief."}),
     "turns": tuple({"chat_template": "x", "fewshot_as_multiturn": turns} for turns in (True, False)),
     "description": tuple({"configs": {"arc": {"description": text}}} for text in ("", "Questions on birds.")),
+    "answers": tuple({"configs": {"arc": {"doc_to_target": text}}} for text in ("gold", "{{answer}}")),
+    "answers of examples": tuple(
+        {"configs": {"arc": {"fewshot_config": {"sampler": "default", "doc_to_target": text}}}} for text in ("gold", "key")
+    ),
     "samples": (
         {},
         {"n-samples": {"arc": {"original": 100, "effective": 2}}, "config": None, "task_hashes": {"arc": "77"}},
@@ -72,6 +76,13 @@ def test_what_makes_the_prompts_keeps_runs_apart(tmp_path, what):
 
 def test_how_many_documents_were_measured_makes_no_other_prompts(tmp_path):
     two_runs(tmp_path, {}, {"n-samples": {"arc": {"original": 100, "effective": 20}}})
+    assert len(load_runs(tmp_path)) == len(load_records(tmp_path)) == 1
+
+
+def test_where_a_function_lay_makes_no_other_prompts(tmp_path):
+    """lm-eval writes the functions of nested settings as Python prints them."""
+    printed = [{"doc_to_target": f"<function answer at 0x7f{number}1c>"} for number in range(2)]
+    two_runs(tmp_path, *({"configs": {"arc": {"fewshot_config": one}}} for one in printed))
     assert len(load_runs(tmp_path)) == len(load_records(tmp_path)) == 1
 
 

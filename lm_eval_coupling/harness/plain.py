@@ -1,0 +1,85 @@
+"""Settings in Python objects as plain data: equal ones for what was written equally, in every process, on every machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import PurePath
+from types import CellType, CodeType
+from typing import Any
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def digest(value: Any) -> str:
+    """Of a text or of nested settings."""
+    written = value if isinstance(value, str) else json.dumps(plain(value), sort_keys=True)
+    return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """JSON-able: functions by their name and source, other objects by their class and what they hold.
+
+    Nothing of a process or a machine is left: no addresses, no folders that files lie in, no order of a set.
+
+    Args:
+        value: anything.
+        inside: ids of the objects that it is a part of.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if id(value) in inside:
+        return "itself"
+    inside = (*inside, id(value))
+    if isinstance(value, PurePath):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): plain(part, inside) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part, inside) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(part, inside) for part in value), key=json.dumps)
+    if isinstance(value, functools.partial):
+        return {"partial": plain([value.func, value.args, value.keywords], inside)}
+    if inspect.ismethod(value):
+        return [plain(value.__func__, inside), plain(value.__self__, inside)]
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return _written(value, inside)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return [type(value).__qualname__, plain(fields, inside)]
+    if callable(getattr(value, "tolist", None)):  # of numpy and torch
+        return plain(value.tolist(), inside)
+    if vars_of := getattr(value, "__dict__", None):
+        return [_written(type(value), inside), plain(vars_of, inside)]
+    return [type(value).__qualname__, _ADDRESS.sub("", repr(value))]
+
+
+def _written(value: Any, inside: tuple[int, ...]) -> Any:
+    """A function or class: its name, its source, and what a function has bound when it was made."""
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    try:
+        source: Any = textwrap.dedent(inspect.getsource(value))
+    except (OSError, TypeError):  # typed in, made by exec, or not written in Python
+        code = getattr(value, "__code__", None)
+        source = None if code is None else _instructions(code)
+    bound = [_contents(cell) for cell in getattr(value, "__closure__", None) or ()]
+    return [name, source, plain(bound, inside)] if bound else [name, source]
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+def _instructions(code: CodeType) -> list[Any]:
+    constants = [_instructions(part) if isinstance(part, CodeType) else plain(part) for part in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), constants]

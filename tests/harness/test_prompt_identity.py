@@ -1,0 +1,185 @@
+"""What makes prompts and their tokens is told apart by what it does, in every process alike."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from lm_eval.config.task import FewshotConfig
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_coupling import CouplingError, load_records, load_runs
+from lm_eval_coupling.fit.findings import fit_runs
+from lm_eval_coupling.harness.plain import digest
+from lm_eval_coupling.report.data import gather
+from lm_eval_coupling.report.terminal import show
+
+ANSWERS = {
+    "as it is": "",
+    "other answers": 'doc_to_target: "{{(gold + 1) % 4}}"\n',
+    "other examples": "fewshot_config:\n  sampler: first_n\n",
+    "answers of examples only": 'fewshot_config:\n  doc_to_target: "{{(gold + 1) % 4}}"\n',
+}
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """Makes a manager of tiny_choice with lines added at its end, which override earlier ones."""
+
+    def make(lines):
+        folder = tmp_path_factory.mktemp("tasks")
+        tiny.save_task(folder, "choice")
+        file = folder / "tiny_choice.yaml"
+        text = file.read_text()
+        file.write_text((text.replace("doc_to_target: gold\n", "") if lines.startswith("doc_to") else text) + lines)
+        return TaskManager(include_path=str(folder), include_defaults=False)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(home, changed, tmp_path_factory):
+    """One model and task twice, in every way to answer its examples; the first way of all a second time."""
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+
+    from lm_eval_coupling.harness import plugin
+
+    plugin.install()
+    out = tmp_path_factory.mktemp("out")
+    digests = []
+    for name, lines in [*ANSWERS.items(), ("again", "")]:
+        arguments = {"pretrained": str(home / "float32"), "coupling_ranks": "2", "coupling_limit": 2, "device": "cpu"}
+        tracker = EvaluationTracker(output_path=str(out / name))
+        found = lm_eval.simple_evaluate(
+            model="coupling-hf",
+            model_args=arguments | {"coupling_store": str(out / "store.sqlite")},
+            tasks=["tiny_choice"],
+            task_manager=changed(lines),
+            num_fewshot=2,
+            bootstrap_iters=2,
+            evaluation_tracker=tracker,
+        )
+        digests.append(found["config"]["coupling"]["prompts"]["tiny_choice"]["digest"])
+        tracker.save_results_aggregated(results=found, samples=found.pop("samples"))
+    return out, digests
+
+
+def test_answers_in_the_examples_keep_runs_apart(runs):
+    """They stand in every prompt; runs that differ in nothing else were one, the newer."""
+    out, digests = runs
+    assert len(set(digests)) == len(ANSWERS) and digests[-1] == digests[0]
+    assert len(load_runs(out)) == len(ANSWERS) == load_records(out)["prompting"].nunique()
+    assert len(gather(out, mixed="keep")["rows"]) == len(ANSWERS)
+    with pytest.raises(CouplingError, match="different prompts .*task text"):
+        fit_runs(out, resamples=9)
+    with Console(width=200, record=True, file=open(os.devnull, "w")) as console:
+        show([out], console=console)
+    assert console.export_text().count("task text") >= len(ANSWERS)
+
+
+SOURCE = """
+def one(doc):
+    return doc["a"]
+
+def other(doc):
+    return doc["b"]
+
+def made(label):
+    def answer(doc):
+        return label
+    return answer
+"""
+
+
+def sources(folder: Path):
+    import importlib.util
+
+    folder.mkdir()
+    (folder / "utils.py").write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location(f"utils_{folder.name}", folder / "utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_functions_are_what_they_say(tmp_path):
+    """By its name alone an edited function was the one before, and a function in nested settings was where it lay."""
+    a, b = sources(tmp_path / "a"), sources(tmp_path / "b")
+    typed = {}
+    exec("def one(doc):\n    return doc['c']\n\ntwo = lambda doc: doc['d']", typed)
+    different = [a.one, a.other, a.made("x"), a.made("y"), functools.partial(a.made, "x"), functools.partial(a.made, "y")]
+    different += [typed["one"], typed["two"], str.upper, FewshotConfig(), FewshotConfig(doc_to_target=a.one)]
+    different += ["one", {"one": 1}, {"one", "two"}, None]
+    assert len({digest([value]) for value in different}) == len(different)
+    assert digest([a.one, a.made({"x"})]) == digest([b.one, b.made({"x"})])
+    assert digest(FewshotConfig(doc_to_target=a.one)) == digest(FewshotConfig(doc_to_target=b.one))
+    assert digest([Path("/here/one")]) == digest([Path("/there/one")])
+    knot = []
+    knot.append(knot)
+    assert digest(knot)
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from lm_eval.config.task import FewshotConfig
+from lm_eval_coupling.harness.plain import digest
+from test_prompt_identity import sources
+found = sources(Path({folder!r}))
+print(digest([FewshotConfig(doc_to_target=found.one), {{"c", "b", "a"}}, found.made(frozenset("abc")), lambda doc: doc]))
+"""
+
+
+def test_digests_are_the_same_in_every_process(tmp_path):
+    """Neither the order of a set nor where an object lies is part of them."""
+    said = []
+    for number in range(2):
+        code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"number{number}"))
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])
+        environment = os.environ | {"PYTHONHASHSEED": str(number), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip().splitlines()[-1])
+    assert said[0] == said[1] and len(said[0]) == 16
+
+
+@pytest.fixture(scope="module")
+def encoding(home):
+    from lm_eval_coupling.harness.lm import CouplingLM
+
+    folder = str(home / "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def made(change=None, pretrained=model):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if change is not None:
+            change(tokenizer)
+        return CouplingLM(pretrained, tokenizer=tokenizer, device="cpu", coupling_limit=0).encoding
+
+    return made
+
+
+def _with_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+
+
+def _with_template(tokenizer):
+    tokenizer.chat_template = "{{ messages[0].content }}"
+
+
+def test_a_tokenizer_object_is_what_it_makes_of_texts(home, encoding):
+    """Any object was taken for the model's own: prompts of one more token went under the same name."""
+    assert encoding() == encoding(pretrained=str(home / "float32")) == []
+    others = {change: encoding(change) for change in (_with_bos, _with_template, lambda t: t.add_tokens(["sky"]))}
+    assert all(len(words) == 1 and words[0].startswith("tokenizer=") and "/" not in words[0] for words in others.values())
+    assert len({words[0] for words in others.values()}) == 3
+    assert encoding(_with_bos) == others[_with_bos]
