@@ -17,7 +17,7 @@ from lm_eval_coupling.fit.across import table
 from lm_eval_coupling.fit.losses import margin_of, right_choice
 from lm_eval_coupling.saved.run import SavedRun
 from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.values import plain_readings, prompt_values, value_names
+from lm_eval_coupling.saved.values import prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
     Correlation,
@@ -78,9 +78,7 @@ def _margin(options: Sequence[tuple[str, float]], expected: str | None, right: f
 
 def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
     """Coupling at each rank and every other number of a prompt, ``main`` first where documents have it."""
-    plain = [reading.name for reading in plain_readings()]
-    names = [name for name in documents if name.startswith("coupling@") or name in plain]
-    names = [name for name in names if documents[name].notna().any()]
+    names = [name for name in value_names(documents) if documents[name].notna().any()]
     return sorted(names, key=lambda name: (name != main, not name.startswith("coupling@")))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lm_eval_coupling.errors import Reason, Unmeasurable
-from lm_eval_coupling.measures.depth import coupling_at, undefined_pairs
-from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading
+from lm_eval_coupling.measures.depth import undefined_pairs
+from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of
+from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         triplets = top_singular(J, ranks[-1])
         pairs = normalized_by_rank(J, triplets, ranks)
         columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
+        columns[f"{half}_coupling"] = couplings_of(pairs.cpu().numpy())
         reasons += undefined_pairs(pairs[-1], f" of the {half} halves")
     return Found(columns, tuple(reasons))
 
@@ -81,10 +83,13 @@ def _require_whole(call: Call, jacobians: list[Tensor], at: int) -> None:
 
 
 def _reading(half: str, label: str) -> Reading:
-    column = f"{half}_miscoupling"
-    return Reading(
-        f"{half}_coupling", label, column, lambda r, k: coupling_at(r, k, column), of_rank=True, chance=chance_coupling
-    )
+    column = f"{half}_coupling"
+
+    def read(record: Record, rank: int) -> float:
+        found = record[column]
+        return math.nan if found is None else float(found[list(record["ranks"]).index(rank)])
+
+    return Reading(column, label, column, read, of_rank=True, chance=chance_coupling)
 
 
 MEASURES = (
@@ -96,11 +101,14 @@ MEASURES = (
         columns=(
             Column("attention_miscoupling", "rank layer layer", "m̃ among the attention halves"),
             Column("mlp_miscoupling", "rank layer layer", "m̃ among the MLP halves"),
+            Column("attention_coupling", "rank", "1 − mean m̃ among the attention halves of different layers"),
+            Column("mlp_coupling", "rank", "1 − mean m̃ among the MLP halves of different layers"),
             Column("attention_singular_values", "layer max_rank", "the largest of ∂a/∂x, descending"),
             Column("mlp_singular_values", "layer max_rank", "the largest of ∂m/∂(its own input), descending"),
             Column("halves_certificate", "2 layer", "relative error of attention, then MLP, along one direction"),
         ),
         run=run,
+        version=2,
         settings=("ranks", "method"),
         readings=(_reading("attention", "coupling of the attention halves"), _reading("mlp", "coupling of the MLP halves")),
         extra=lambda n_layers, position, settings: (2 * n_layers, 2 * n_layers),

@@ -38,12 +38,12 @@ def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
 
     Returns:
         What a record says of its prompt; ``coupling@K`` for every rank K; every other reading that is one number of a prompt
-        and needs no matrix of layers, by its name (:func:`plain_readings`); and ``worst_certificate``, the largest of the
-        blocks. NaN where there is none. Matrices are read, some rows at a time, only of a table that was written before its
-        couplings were kept beside them.
+        and needs no matrix of layers, by its name (:func:`plain_readings`), or by ``NAME@K`` (:func:`ranked_readings`); and
+        ``worst_certificate``, the largest of the blocks. NaN where there is none. Matrices are read, some rows at a time,
+        only of a table that was written before its couplings were kept beside them.
     """
     known = [reading for reading in plain_readings() if reading.column in table.columns]
-    columns = [*_ABOUT, *(reading.column for reading in known)]
+    columns = [*_ABOUT, *(reading.column for reading in (*known, *ranked_readings()))]
     if "coupling" in table.columns:
         return _by_rank(_read(table.read(columns, weights=weights), known))
     parts = []
@@ -59,11 +59,18 @@ def plain_readings() -> tuple[Reading, ...]:
     return tuple(r for r in summarised() if not r.of_rank and len(dimensions.get(r.column, ())) < 2)
 
 
+def ranked_readings() -> tuple[Reading, ...]:
+    """The readings that are one number of a prompt for every rank, kept in a column of their own."""
+    columns = record_columns()
+    return tuple(r for r in summarised() if r.of_rank and columns[r.column].dimensions == ("rank",))
+
+
 def _read(rows: pd.DataFrame, known: Sequence[Reading]) -> pd.DataFrame:
     records = rows.to_dict("records")
     found: dict[str, list[float]] = {reading.name: [_number(reading, record) for record in records] for reading in known}
     found["worst_certificate"] = [_worst(record.get("certificate")) for record in records]
-    kept = [name for name in rows if name in _ABOUT and name != "certificate" and name not in found]
+    wanted = {*_ABOUT, *(reading.column for reading in ranked_readings())} - {"certificate"}
+    kept = [name for name in rows if name in wanted and name not in found]
     return pd.concat([rows[kept], pd.DataFrame(found, rows.index, dtype=float)], axis=1)
 
 
@@ -74,8 +81,8 @@ def _number(reading: Reading, record: Mapping[str, Any]) -> float:
 
 def value_names(values: pd.DataFrame) -> list[str]:
     """The columns of :func:`prompt_values` that are numbers measured of the prompt, coupling first."""
-    plain = [reading.name for reading in plain_readings() if reading.name in values]
-    return [*(f"coupling@{rank}" for rank in ranks_of(values)), *plain]
+    of_rank = [f"{name}@{rank}" for name in ("coupling", *(r.name for r in ranked_readings())) for rank in ranks_of(values)]
+    return [name for name in (*of_rank, *(reading.name for reading in plain_readings())) if name in values]
 
 
 def document_values(values: pd.DataFrame) -> pd.DataFrame:
@@ -100,10 +107,13 @@ def ranks_of(values: pd.DataFrame) -> list[int]:
 
 def _by_rank(rows: pd.DataFrame) -> pd.DataFrame:
     ranks = sorted({int(rank) for own in rows["ranks"] for rank in own or ()})
-    found = {f"coupling@{rank}": np.full(len(rows), np.nan) for rank in ranks}
-    for number, (own, couplings) in enumerate(zip(rows["ranks"], rows.pop("coupling"), strict=True)):
-        for rank, value in zip(own or (), couplings or (), strict=False):
-            found[f"coupling@{rank}"][number] = math.nan if value is None else value
+    names = {"coupling": "coupling"} | {reading.column: reading.name for reading in ranked_readings()}
+    found: dict[str, np.ndarray] = {}
+    for column, name in [(column, name) for column, name in names.items() if column in rows]:
+        found |= {f"{name}@{rank}": np.full(len(rows), np.nan) for rank in ranks}
+        for number, (own, values) in enumerate(zip(rows["ranks"], rows.pop(column), strict=True)):
+            for rank, value in zip(own or (), () if values is None else values, strict=False):
+                found[f"{name}@{rank}"][number] = math.nan if value is None else value
     return pd.concat([rows, pd.DataFrame(found, rows.index)], axis=1)
 
 

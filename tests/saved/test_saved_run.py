@@ -12,7 +12,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.saved.names import label_rows
 from lm_eval_coupling.saved.run import find_runs
-from lm_eval_coupling.saved.values import prompt_values
+from lm_eval_coupling.saved.values import prompt_values, value_names
 
 DAYS = [f"2025-06-0{day}T00-00-00" for day in range(1, 5)]
 
@@ -197,6 +197,19 @@ def test_values_are_those_of_the_matrices_whether_or_not_they_are_kept_beside_th
     pq.write_table(older.drop_columns("coupling").replace_schema_metadata(older.schema.metadata), file)
     (table,) = find_runs(tmp_path).runs[0].tables
     np.testing.assert_array_equal(prompt_values(table)[["coupling@10", "coupling@30"]], expected)
+
+
+def test_what_a_measure_keeps_for_every_rank_is_a_number_of_the_prompt(tmp_path):
+    """Coupling of attention alone was a predictor of runs and none of documents: it had no reliability."""
+    rows = [record(doc_id=i) | {"attention_coupling": np.float32([i / 8, 0.25])} for i in range(3)]
+    rows += [record(doc_id=3), record(doc_id=4, reason="out of memory")]
+    save(tmp_path, {"arc": task_summary()}, rows=rows)
+    (table,) = find_runs(tmp_path).runs[0].tables
+    found = prompt_values(table)
+    np.testing.assert_array_equal(found["attention_coupling@10"], [0, 0.125, 0.25, np.nan, np.nan])
+    np.testing.assert_array_equal(found["attention_coupling@30"], [0.25, 0.25, 0.25, np.nan, np.nan])
+    names = value_names(found)
+    assert names[:2] == ["coupling@10", "coupling@30"] and {"attention_coupling@10", "attention_coupling@30"} <= {*names}
 
 
 def test_bad_files_are_named_and_passed_over(tmp_path, caplog):
