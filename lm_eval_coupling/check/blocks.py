@@ -73,6 +73,9 @@ def check_blocks(
         original: the transformers model as it was loaded.
         tokens: token ids.
         dtype: arithmetic of the measurement.
+
+    Returns:
+        One check per kind, in the order in which the kinds first occur.
     """
     layers, token = list(decoder_layers(original, model.n_layers)), len(tokens) - 1
     (trace,) = model.traces([tokens], dtype, [token], probe)

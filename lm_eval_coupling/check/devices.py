@@ -14,6 +14,9 @@ from lm_eval_coupling.numerics.memory import memory_of
 def device_named(name: str | None) -> torch.device:
     """The device of this name; by default the first GPU, else Apple's, else the CPU.
 
+    Returns:
+        A device that this machine has.
+
     Raises:
         CouplingError: if there is no such device.
     """

@@ -35,6 +35,9 @@ def token_heatmaps(
         axes_names: what rows and columns are.
         title: stands above all panels.
 
+    Returns:
+        The figure, not yet saved.
+
     Raises:
         CouplingError: if there is no panel, or none with a number.
     """
@@ -73,6 +76,9 @@ def coupling_matrices(
         rows: names of the Jacobians.
         columns: names of the bases.
         title: stands above all.
+
+    Returns:
+        The figure, not yet saved.
     """
     figure = Figure(figsize=(1.55 * len(columns) + 1.4, 1.75 * len(rows) + 0.8), dpi=canvas.DPI, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -116,6 +122,9 @@ def influence(
         tokens: names of the columns.
         label: what the number is.
         title: stands above all panels.
+
+    Returns:
+        The figure, not yet saved.
 
     Raises:
         CouplingError: if no number is positive.

@@ -46,6 +46,9 @@ def layer_graph(
         clear: pairs above chance beyond their error, under the same names.
         title: stands above all panels.
 
+    Returns:
+        The figure, not yet saved.
+
     Raises:
         CouplingError: if there is no panel, or none with a number off the diagonal.
     """

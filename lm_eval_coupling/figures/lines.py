@@ -42,6 +42,9 @@ def curves(
         log_x: whether the horizontal axis is logarithmic, too; down to the smallest positive value where it has a 0.
         columns: panels side by side.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     panels = list(dict.fromkeys(rows["panel"]))
     figure, axes = grid(len(panels), columns=columns, title=title)
@@ -78,6 +81,9 @@ def quartile_bars(rows: pd.DataFrame, *, columns: int = 2, title: str | None = N
         rows: as the module says, one per panel, line and weights.
         columns: panels side by side.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     panels, lines = list(dict.fromkeys(rows["panel"])), list(dict.fromkeys(rows["line"]))
     figure, axes = grid(len(panels), width=max(3.4, 0.5 * len(lines) + 2), height=3.6, columns=columns, title=title)

@@ -98,6 +98,9 @@ def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | N
         x_label: what the estimate is.
         chance: its value if there were nothing.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved; the more rows, the higher.
     """
     rows = rows.dropna(subset="value")
     figure, (ax,) = _figure(1, width=6.4, height=1.2 + 0.19 * len(rows), title=title)
@@ -123,6 +126,9 @@ def rank_sweep(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
     Args:
         rows: ``score, rank, coefficient, low, high``.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     figure, (ax,) = _figure(1, width=5.2, height=3.8, title=title)
     ranks = sorted(rows["rank"].unique())
@@ -145,6 +151,9 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         rows: ``model, task, mean`` (of the predictor in the bin), ``accuracy, low, high``.
         x_label: what the predictor is.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     tasks = list(dict.fromkeys(rows["task"]))
     figure, axes = _figure(len(tasks), width=3.2, height=3.2, title=title)
@@ -170,6 +179,9 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         rows: ``lineage, score_of, step, x, score`` in the order of steps.
         x_label: what the predictor is.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     figure = Figure(figsize=(6.0, 5.0), dpi=200, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)

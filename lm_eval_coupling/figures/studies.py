@@ -27,6 +27,9 @@ def against_number(
         x: column of the number.
         x_label: what it is.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     panels = list(dict.fromkeys(rows["panel"]))
     figure, axes = grid(len(panels), width=3.6, title=title)
@@ -71,6 +74,9 @@ def paired_differences(
         names: of the two tasks.
         chance: chance level of those panels that have one.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     panels = list(dict.fromkeys(pairs["panel"]))
     figure, axes = grid(len(panels) + 1, width=3.6, columns=2, title=title)
@@ -122,5 +128,8 @@ def noise(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
     Args:
         rows: ``panel, line, level, median, q25, q75, n, undefined, chance``.
         title: stands above.
+
+    Returns:
+        The figure, not yet saved.
     """
     return curves(rows, x="level", x_label="noise, relative to the embeddings' norm", log_x=True, title=title)

@@ -53,8 +53,9 @@ def correlation_table(
 ) -> pd.DataFrame:
     """With ``p_holm``, adjusted for the many scores, and ``p_bh``, for all predictors and scores, each within a method.
 
-    With the observations also ``p_simultaneous`` of Pearson's: adjusted for all predictors and ranks of a score, by
-    permutations that keep how they hang together; predictors that are not known of every model stay out.
+    Returns:
+        With the observations also ``p_simultaneous`` of Pearson's: adjusted for all predictors and ranks of a score, by
+        permutations that keep how they hang together; predictors that are not known of every model stay out.
     """
     rows = table(results, "score", "predictor", "method")
     if found is not None:
@@ -75,7 +76,8 @@ def correlation_table(
 def fits(found: Observations) -> dict[tuple[str, str, str, str], Fit]:
     """Line and exponential (paper, fig. 7), without errors, weighted by those of the score, and with those of both.
 
-    By score, predictor, form and whose errors.
+    Returns:
+        By score, predictor, form and whose errors.
     """
     return {
         (score, predictor.name, fit.form, fit.errors): fit
@@ -128,6 +130,9 @@ def comparisons(found: Observations) -> dict[tuple[str, str, str], CorrelationDi
 
     Rivals are all predictors of another kind, other definitions of coupling not among them. What is expected to go
     against the score is turned around first; of a rival that nobody has expected anything of, the better direction counts.
+
+    Returns:
+        The comparisons, by score, main predictor and rival.
     """
     return {
         (score, found.main.name, rival.name): compare_correlations(
@@ -157,6 +162,9 @@ def nested(found: Observations) -> dict[tuple[str, str, str], NestedModels]:
 
     Held fixed are the number of parameters, all that is known of size, the compute of training, the loss, and compute
     (or else parameters) with loss: each where it is known of every model and differs.
+
+    Returns:
+        The nested models, by score, predictor and what is held fixed.
     """
     results = {}
     for score, group in found.by_score():

@@ -64,6 +64,9 @@ def fit_runs(
         mixed: ``refuse`` or ``keep`` runs of different settings.
         resamples: of permutation tests and bootstraps.
 
+    Returns:
+        The observations, every table that they allow, and in the notes what was left out and why.
+
     Raises:
         CouplingError: if there is nothing to compare, a name is unknown, or the runs do not compare.
     """

@@ -22,6 +22,9 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
     ``gold_answer_loss``: −log p of the right answer in nats per byte, mean over documents; ``gold_answer_margin``: its
     log-likelihood less that of the best wrong one; both of tasks of choices whose samples were kept. ``bits_per_byte``: mean
     over the rolling tasks of the same run, beside every other task of it.
+
+    Returns:
+        As many rows, in their order, with these columns besides.
     """
     by_file = {str(run.file): run for run in runs}
     found = [_of_row(by_file[row["file"]], row) for row in rows.to_dict("records")]
@@ -55,6 +58,9 @@ def right_choice(options: Sequence[tuple[str, float]], expected: str | None, rig
     """Which of the choices is the right one; None where none of them, or more than one, is.
 
     Winogrande's two choices are told apart by what its target does not say: there the score tells which was right.
+
+    Returns:
+        Its index.
     """
     named = [i for i, (text, _) in enumerate(options) if text == expected]
     if len(named) == 1 and len(options) > 1:

@@ -27,6 +27,9 @@ def reliabilities(
         found: the observations.
         documents: of all models, as :func:`~lm_eval_coupling.fit.within.load_documents` reads them.
         leaves: single tasks of each task or group; a mean is of all of them.
+
+    Returns:
+        The reliabilities; none where there are no documents.
     """
     results: dict[tuple[str, str], Reliability] = {}
     if documents.empty:
@@ -52,6 +55,9 @@ def corrected(
 
     Reliability is that over shared documents where there are some (the score's stepped up to all documents that were
     scored), or else what the standard errors say.
+
+    Returns:
+        With a ``reason`` instead of numbers where a reliability is not known.
     """
     results: dict[tuple[str, str], Reliability] = {}
     for score, group in found.by_score():

@@ -65,6 +65,9 @@ def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = N
         notes: what was left out is added here.
         x: names of the predictors, the one in question first; by default coupling at its headline rank, then all others.
 
+    Returns:
+        What of the rows can be compared, with its predictors and notes.
+
     Raises:
         CouplingError: if there is no such predictor.
     """

@@ -27,7 +27,10 @@ _INPUTS = ("observations", "documents", "checkpoints")
 
 
 def save(found: Findings, out: Path | str) -> list[Path]:
-    """Write ``<table>.csv``, ``fit.json``, ``finding.txt`` and the pictures as PNG and SVG; the files that were written.
+    """Write ``<table>.csv``, ``fit.json``, ``finding.txt`` and the pictures as PNG and SVG.
+
+    Returns:
+        The files that were written.
 
     Raises:
         CouplingError: if the folder cannot be written.

@@ -46,6 +46,9 @@ def choose_predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[s
         x: names; by default coupling at its headline rank, then all others. Size and loss stay among them.
         notes: what was left out is added here.
 
+    Returns:
+        Those that differ between models of a task, and the one in question in any case.
+
     Raises:
         CouplingError: if a name is unknown.
     """

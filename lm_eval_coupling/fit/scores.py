@@ -36,6 +36,9 @@ def scored_rows(
         tasks: the tasks or groups to use, by default groups that have a score, and tasks in none of these.
         mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
 
+    Returns:
+        One row per model and task, with its sizes.
+
     Raises:
         CouplingError: if nothing is left, a name is unknown, or the scores of a task do not compare.
     """
@@ -154,6 +157,9 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
 
 def _is_lower_better(group: pd.DataFrame, metric: str, notes: list[str]) -> bool:
     """As lm-eval says in the runs; guessed from the metric's name where it does not say.
+
+    Returns:
+        Whether a lower score is a better one.
 
     Raises:
         CouplingError: if runs disagree, as versions of a task may.

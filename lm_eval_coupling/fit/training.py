@@ -14,7 +14,8 @@ from lm_eval_coupling.statistics import Correlation, correlation
 def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
     """The rows of trainings that were saved at two steps or more: ``lineage, score_of, step, score, …``, in order.
 
-    ``lineage`` is no more of a training's name than tells it from the others.
+    Returns:
+        ``lineage`` is no more of a training's name than tells it from the others.
     """
     steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
     several = steps.groupby(["lineage", "score_of"])["step"].transform("nunique") > 1
@@ -30,6 +31,9 @@ def along_training(
 
     What grows with training goes together in levels whatever the reason; whether they also move together from one
     checkpoint to the next says more.
+
+    Returns:
+        The correlations, two of each training, score and predictor.
     """
     return {
         (lineage, score, predictor, of): correlation(x, y, method="spearman", resamples=resamples)

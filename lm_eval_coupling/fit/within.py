@@ -39,6 +39,10 @@ def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame
     Args:
         runs: with their tables and samples.
         rows: one per model and task; ``metric`` tells right from wrong.
+
+    Returns:
+        One row per model, task and document: means over its prompts, with ``score``, ``right``, ``confidence`` and
+        ``margin``, NaN where the samples do not say.
     """
     wanted = {(row["file"], row["task"]): row for row in rows.to_dict("records")}
     frames = []

@@ -38,6 +38,9 @@ def about_models(
         found: the observations.
         correlated: Pearson's correlation with the main predictor, by score and predictor.
         results: further findings by score and others, told of the last score: the mean, where there are several.
+
+    Returns:
+        Sentences, in the order of reading.
     """
     adjusted = _adjusted(correlated)
     words, scores = [_observed(found)], found.scores
@@ -88,6 +91,9 @@ def about_many(rows: pd.DataFrame, score: str) -> Iterator[str]:
     Args:
         rows: of :func:`~lm_eval_coupling.fit.across.correlation_table`.
         score: the one told of.
+
+    Yields:
+        One sentence, or none where there are not two predictors to adjust for.
     """
     known = rows[(rows["score"] == score) & rows["p_simultaneous"].notna()]
     if len(known) < 2:

@@ -21,6 +21,9 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
     Args:
         info: of the run, with its rows and the tables that were written.
         results: of lm-eval, for how many documents were evaluated.
+
+    Returns:
+        One text of several lines.
     """
     from lm_eval_coupling.measures.formulas.means import mean_and_error
     from lm_eval_coupling.measuring.rows import document_couplings, worst_certificate

@@ -56,6 +56,9 @@ class Options:
     ) -> Options:
         """Check every argument, without its prefix.
 
+        Returns:
+            Values of the types that the fields have.
+
         Raises:
             CouplingError: naming the argument that is wrong.
         """
@@ -90,6 +93,9 @@ class Options:
     @classmethod
     def take_from(cls, arguments: dict[str, Any]) -> Options:
         """Remove the ``coupling_`` arguments from those of a model and check them, and what rules out measuring at all.
+
+        Returns:
+            The checked arguments; ``arguments`` keeps the others.
 
         Raises:
             CouplingError: naming the argument that is wrong, and for one that is not known the nearest that is.
@@ -126,6 +132,9 @@ class Options:
 
 def settings_of(words: str, option: str = "--coupling") -> dict[str, str]:
     """The arguments of the model that ``name=value,name=value`` on a command line stand for, with their prefix.
+
+    Returns:
+        Texts by name, not checked yet.
 
     Raises:
         CouplingError: if it is not of this form.

@@ -19,6 +19,9 @@ def prompt_identity(lm: Any, task: Any, samples: Any, how: Mapping[str, Any]) ->
         task: as lm-eval loaded it.
         samples: numbers of the documents that ``--samples`` chose of this task, or nothing.
         how: arguments that `lm_eval.evaluate` was called with.
+
+    Returns:
+        The facts by name, with a ``digest`` of them.
     """
     config = task.config
     shots = config.num_fewshot or 0

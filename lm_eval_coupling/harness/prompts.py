@@ -40,6 +40,9 @@ def document_prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str
         requests: the document's `Instance`s.
         target: what the task's ``doc_to_target`` says of the document: names the continuation where there is no context.
         reading: one of `READINGS`.
+
+    Returns:
+        Token ids within the model's window, each prompt once.
     """
     return list(dict.fromkeys(_prompts(lm, requests, target, reading)))
 

@@ -37,6 +37,9 @@ class Ranks:
     def everywhere(self, step: Callable[[], Any]) -> list[Any]:
         """What ``step`` found in every process, in their order, in all of them.
 
+        Returns:
+            One result per process.
+
         Raises:
             CouplingError: in every process, if it failed in one.
         """

@@ -35,6 +35,9 @@ class CouplingInfo(dict):
         """Write the tables into ``coupling_out``, else into ``folder``; nowhere if there is neither.
 
         A run has its tables once: those written before, under an earlier date, are replaced.
+
+        Returns:
+            The files that were written.
         """
         folder = self.out or folder
         if folder is None or not self.rows:
@@ -80,6 +83,9 @@ def with_logged_ids(rows: Sequence[Row], results: Mapping[str, Any], chosen: Map
         rows: with the numbers of the requests.
         results: what `lm_eval.evaluate` returned, with or without samples.
         chosen: ``--samples``, numbers of documents for each task.
+
+    Returns:
+        As many rows, in their order.
     """
     logged = {
         DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]): sample["doc_id"]

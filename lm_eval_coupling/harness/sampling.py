@@ -19,6 +19,9 @@ def choose(keys: Iterable[DocumentKey], roots: Sequence[Any], limit: int | None,
         limit: documents per root.
         seed: of the sample. The order depends on the document alone, not on its task or prompt: every model, every few-shot
             setting and every task that asks the same documents is measured on the same ones.
+
+    Returns:
+        Keys of the documents to measure.
     """
     if limit is None:
         return set(keys)

@@ -76,6 +76,9 @@ def read_prompts(file: Path) -> list[str | list[int]]:
     A line each, as it stands without the end of the line; lines of nothing but spaces are passed over. In a ``.jsonl`` file
     a line is a JSON string, a list of token ids, or an object with one of them under ``prompt``, ``text`` or ``tokens``.
 
+    Returns:
+        One prompt per line that is not passed over, in order.
+
     Raises:
         CouplingError: if there is no such file, or a line is something else, which it names.
     """

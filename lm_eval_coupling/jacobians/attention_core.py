@@ -169,6 +169,9 @@ class AttentionRecord:
         Costs one pass over the keys, and where the call did not keep them the projections of every token to keys and values.
         Kept ones are those up to the output token.
 
+        Returns:
+            The block's query, keys and values as the core sees them.
+
         Raises:
             NoAttentionCore: if the call holds no softmax attention core.
         """
@@ -303,8 +306,12 @@ class LinearCore:
     def of_each(cls, calls: Sequence[Call], tokens: Sequence[int]) -> LinearCore:
         """At each prompt's own token, as input and output; the heads of all prompts one after the other.
 
+        Returns:
+            One core, with as many times the heads.
+
         Raises:
             NoAttentionCore: if the calls hold no softmax attention core.
+            torch.OutOfMemoryError: if the prompts take more memory together than there is.
         """
         if all(call.keys is not None for call in calls):
             try:

@@ -13,6 +13,9 @@ def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: i
     """∂f_{output}/∂x_{input} of one block (skip connection excluded), by one backward pass per output coordinate.
 
     Arguments and result as in ``token_local_jacobian``; memory and time grow with the sequence although the result does not.
+
+    Returns:
+        Row = output coordinate, column = input coordinate, in the call's dtype.
     """
 
     def function(x: Tensor) -> Tensor:

@@ -121,7 +121,11 @@ def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor
 def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model"]:
     """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys.
 
-    NaN where a step of decoding is not the block; alone, such a prompt is pulled back through its whole sequence.
+    Returns:
+        NaN where a step of decoding is not the block; alone, such a prompt is pulled back through its whole sequence.
+
+    Raises:
+        torch.OutOfMemoryError: if the prompts take more memory together than there is.
     """
     if all(call.pullback is None and call.keys is not None for call in calls):
         directions = [probe(call.layer, call.resid_pre) for call in calls]

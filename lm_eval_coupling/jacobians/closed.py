@@ -34,6 +34,9 @@ def closed_jacobian(call: Call, output_token: int, input_token: int, budget: int
 
     Arguments and result as in ``token_local_jacobian``; ``budget`` is not needed: working memory is a few d_ff·d_model.
 
+    Returns:
+        Row = output coordinate, column = input coordinate, in the call's dtype.
+
     Raises:
         NoAttentionCore: if the block holds no softmax attention.
         NoRule: if a step of the block has no rule.
@@ -48,6 +51,9 @@ def closed_row(call: Call, output_token: int, input_tokens: Sequence[int]) -> Fl
     """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
 
     They share the half of the block that comes after the attention core: J = M C with M = ∂F/∂z at the output token.
+
+    Returns:
+        One matrix per input token, in the call's dtype.
     """
     record = AttentionRecord.of(call, output_token)
     return output_factor(call, record, output_token) @ input_factors(call, record, output_token, input_tokens)
@@ -58,6 +64,9 @@ def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
 
     The skip connection is left out where it stands, not taken off ∂F at the end: a small ∂f keeps its digits. The steps are
     gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot be joined.
+
+    Returns:
+        One matrix per call, in the calls' dtype.
     """
     core = LinearCore.of_each(calls, tokens)
     x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])

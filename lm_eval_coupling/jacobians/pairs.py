@@ -29,12 +29,13 @@ def jacobians_of_pairs(
 ) -> tuple[Float[Tensor, "pair d_model d_model"], Float[Tensor, " pair"]]:
     """J of one block for pairs (output token, input token), skip connection excluded, with their certificates.
 
-    Of a causal model exactly zero, and not computed, where the input token comes after the output token.
-
     Args:
         call: one block's call.
         pairs: absolute indices.
         method: as for :func:`~lm_eval_coupling.jacobians.block_jacobians`.
+
+    Returns:
+        Of a causal model exactly zero, and not computed, where the input token comes after the output token.
     """
     d_model = call.resid_pre.shape[-1]
     found = call.resid_pre.new_zeros(len(pairs), d_model, d_model)

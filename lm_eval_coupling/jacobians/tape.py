@@ -78,6 +78,9 @@ class Tape(Watch):
     def differentiate(self, outcome: Tensor) -> Tangent:
         """Tangent of ``outcome``.
 
+        Returns:
+            How it changes with the variables, in whatever form their tangents were given.
+
         Raises:
             NoRule: if a step on the way has no rule, or the outcome depends on no variable.
         """

@@ -67,6 +67,9 @@ class Column:
     def cast(self, value: Any) -> Any:
         """``value`` as a record holds it: a float32 array, a tuple or a single Python value.
 
+        Returns:
+            None stays None.
+
         Raises:
             CouplingError: if it has another number of dimensions.
         """
@@ -116,8 +119,9 @@ class Reading:
     def in_depth(self, record: Record, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Depths and the values that stand there, in float64.
 
-        Depth 0 is the input of the first block, l the output of block l or the block itself, a window stands at its
-        centre, and the whole prompt has the depth NaN.
+        Returns:
+            Depth 0 is the input of the first block, l the output of block l or the block itself, a window stands at its
+            centre, and the whole prompt has the depth NaN.
         """
         values = np.atleast_1d(np.asarray(self.read(record, rank), dtype=np.float64))
         places = np.arange(float(len(values)))
@@ -179,6 +183,9 @@ class Measure:
 
     def cast(self, found: Found) -> Found:
         """``found`` with its columns as records hold them.
+
+        Returns:
+            A new object with the same reasons and seconds.
 
         Raises:
             CouplingError: for a column that this measure does not have, or of another number of dimensions.
@@ -242,6 +249,9 @@ def summarised(names: Iterable[str] | None = None) -> list[Reading]:
     """The readings that are one number of a prompt, of all measures or of those named.
 
     They are what tasks are summarised with and what scores are compared to.
+
+    Returns:
+        In the order in which the measures are registered.
     """
     chosen = measures().values() if names is None else [measures()[name] for name in measures() if name in {*names}]
     return [reading for measure in chosen for reading in measure.readings if reading.over == "prompt"]

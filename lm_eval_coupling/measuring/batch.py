@@ -162,6 +162,9 @@ class Batch:
     def each(self, measure: Callable[[TracedPrompt], Found], name: str) -> list[Found]:
         """What ``measure`` finds for each prompt; a prompt that it fails for has a reason, the others are not touched.
 
+        Returns:
+            As many as there are prompts, in their order.
+
         Raises:
             Exception: if memory runs out while several prompts hold it.
         """

@@ -25,6 +25,9 @@ def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, setti
 
     Several prompts at once take less time than one after the other, so the estimate is on the safe side; the bar knows
     better as soon as a batch is done.
+
+    Returns:
+        Words for the log.
     """
     of_measures = [
         f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"

@@ -44,6 +44,9 @@ class Matrices:
 def load(name: str, untrained: int | None = None) -> Any:
     """The model of a transformers folder or name, wrapped; with a seed, of its architecture with fresh weights.
 
+    Returns:
+        A :class:`~lm_eval_coupling.residual.ResidualModel`.
+
     Raises:
         CouplingError: if there is no such model.
     """
@@ -68,6 +71,9 @@ def load(name: str, untrained: int | None = None) -> Any:
 def of_layers(model: Any, ids: Sequence[int], layers: Sequence[int] | None, token: int, rank: int) -> Matrices:
     """Of the blocks ``layers`` (counted from 1; four by default) at one token.
 
+    Returns:
+        The coupling matrix of every pair of these blocks: one's Jacobian in the other's singular vectors.
+
     Raises:
         CouplingError: if there is no such layer, token or rank.
     """
@@ -82,6 +88,9 @@ def of_tokens(model: Any, ids: Sequence[int], layer: int | None, tokens: Sequenc
     """Of one block at several tokens; ``across`` says which of a Jacobian's two tokens differ, see ``ACROSS``.
 
     The fixed input token is the first of ``tokens``, the fixed output token the last.
+
+    Returns:
+        The coupling matrix of every pair of these tokens: one's Jacobian in the other's singular vectors.
 
     Raises:
         CouplingError: if there is no such layer, token or rank.

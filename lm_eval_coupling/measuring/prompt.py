@@ -107,6 +107,9 @@ def measure_prompts(
     """The records of several prompts, measured together; what fails together is measured in halves, down to one alone.
 
     ``position`` is one token of all prompts, or one for each; negative counts from the end.
+
+    Returns:
+        As many as there are prompts, in their order.
     """
     asked = [position] * len(prompts) if isinstance(position, int) else list(position)
     at: list[int] = []

@@ -75,6 +75,9 @@ class PromptCoupling:
     def coupling(self, rank: int, diagonal: bool = False) -> float:
         """1 − mean of m̃_K over layer pairs l ≠ l' (with ``diagonal``, over all pairs); NaN where not measured.
 
+        Returns:
+            At most 1: every pair's A is diagonal.
+
         Raises:
             CouplingError: if this rank was not measured.
         """

@@ -77,6 +77,9 @@ def worst_certificate(rows: Iterable[Row]) -> float:
     """The largest relative error of a Jacobian that some number of the trained weights rests on; NaN if there is none.
 
     Jacobians that were refused have no number, and an untrained twin's are not the model's.
+
+    Returns:
+        A relative error.
     """
     found = [row.measured.certificate for row in rows if row.weights == TRAINED and rests_on_jacobians(row.measured)]
     return max((float(certificate.max()) for certificate in found), default=math.nan)

@@ -22,6 +22,9 @@ def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
         prompts: one text or several, ids of one prompt or of several as lists, arrays or tensors, or what a tokenizer
             returned, whose ``attention_mask`` tells ids from padding. Pixel values are encoded by the model, too.
 
+    Returns:
+        One sequence for each prompt, in order.
+
     Raises:
         CouplingError: for anything else, and for a text without a tokenizer.
     """

@@ -64,6 +64,9 @@ def direction_words(
         rank: number K of singular vectors.
         words: nearest words of each sign.
 
+    Returns:
+        Token ids of the words, the shares of them that later blocks keep, and the singular values.
+
     Raises:
         CouplingError: if the model has fewer dimensions than ``rank``, or the prompt no such token.
     """
@@ -85,6 +88,9 @@ def nearest_words(model: Any, directions: Float[Tensor, "direction d_model"], wo
         model: whose ``logits`` is asked, final norm included.
         directions: unit vectors; scaled by √d_model, to the size that a norm's epsilon was made for.
         words: how many of each.
+
+    Returns:
+        Those of the direction, then those of its opposite, nearest first.
     """
     scaled = directions * math.sqrt(directions.shape[-1])
     odd = model.logits(scaled) - model.logits(-scaled)
@@ -113,6 +119,9 @@ def chance_kept(model: Any, *, rank: int = 10, words: int = 10, seed: int = 0) -
         rank: directions of a set, orthonormal.
         words: nearest words of each sign.
         seed: of the directions.
+
+    Returns:
+        A share, from 0 to 1.
     """
     with seeded(seed):
         draws = torch.randn(RANDOM, model.d_model, rank)

@@ -50,6 +50,9 @@ def small_eigh(
     Args:
         H: symmetric, in float64.
         roughly: 1e-4 of the largest eigenvalue is near enough, as for the bounds of a first filter.
+
+    Returns:
+        In float64; vectors are columns.
     """
     if len(H) >= ROTATED * cores() and _doubles_at_full_speed(H.device):
         values, vectors = eigh_by_rotations(H.float(), 1e-4) if roughly else eigh_by_rotations(H, 1e-13)

@@ -43,6 +43,9 @@ def place(size: int, device: torch.device) -> str:
 def jacobian_stack(layers: int, like: Tensor, on_host: bool = False) -> Float[Tensor, "layer d_model d_model"]:
     """Room for the Jacobians of ``layers`` blocks whose stream is ``like``, where they fit; not on a device if ``on_host``.
 
+    Returns:
+        Numbers yet to be written, in the dtype of ``like``: on its device, on the host, or in a temporary file.
+
     Raises:
         CouplingError: if they must go to the disk and it has no room.
     """
@@ -79,6 +82,9 @@ def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
         lengths: tokens of each prompt.
         fits: whether so many prompts of so many tokens may be measured together; one alone is never asked about.
         most: prompts of a batch at most.
+
+    Returns:
+        Every index once, short prompts first.
     """
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -118,7 +124,10 @@ def keep_freed_memory() -> bool:
 
     On Linux it hands large blocks back to the system at once, and every block taken again is filled with zeros page by page
     while the other threads wait: a sixth of the time of a Jacobian on a CPU. Blocks of up to 32 MiB are kept, where they are
-    free at the end of the heap up to 2 GiB of them. False, and nothing done, where it is another or the user set it up.
+    free at the end of the heap up to 2 GiB of them.
+
+    Returns:
+        Whether it was told so: no, where it is another allocator or the user set it up.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
@@ -177,6 +186,9 @@ def memory(
         device: where the model computes.
         largest_weight: numbers of the block's largest matrix; a third of its weights unless given.
         cast: whether the weights come in another dtype, so that a block's are copied while it is at work.
+
+    Returns:
+        Bytes, and where the Jacobians will lie.
     """
     device = torch.device(device)
     tokens, square, basis = prompts * seq, d_model**2, prompts * n_layers * d_model * (rank + 1)

@@ -24,6 +24,9 @@ def eigh_by_rotations(
     Args:
         H: symmetric but for rounding, in float64, or in float32 where 1e-5 is near enough.
         settled_at: ‖off-diagonal part‖ / ‖H‖ at which to stop.
+
+    Returns:
+        In the dtype and on the device of H; vectors are columns.
     """
     batch, n, _ = H.shape
     even = n + n % 2
@@ -79,6 +82,9 @@ def _places(n: int) -> Int[Tensor, " entries"]:
     """Where the cosines and sines of a round stand in R, whose columns are already those of the next round.
 
     As in a tournament of n players: the first stays, the others go round the table by one seat.
+
+    Returns:
+        Indices of R read row by row: of the n/2 cosines, −sines, sines and cosines.
     """
     half = n // 2
     ring = [*range(1, half), *range(n - 1, half - 1, -1)]

@@ -133,6 +133,9 @@ def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*bat
 def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """σ_1 of every matrix, to 1e-6 relative, by products alone: its error is that of the residual squared.
 
+    Returns:
+        In the dtype and on the device of J.
+
     Raises:
         CouplingError: as `top_singular` does.
     """
@@ -215,6 +218,9 @@ def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor
     """U and S for right singular vectors V, and V in the order of S. Where σ is rounding, u completes the basis.
 
     The Cholesky factor R of JV = U R has the singular values on its diagonal, and beside it what V is off.
+
+    Returns:
+        U, S and V.
     """
     JV = J @ V
     S = torch.linalg.vector_norm(JV, dim=-2)
@@ -236,6 +242,9 @@ def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Powers of two by which to scale down matrices of these largest entries, 0 where their Gram matrix is safe as it is.
 
     A power of two scales exactly and keeps the Gram matrix from overflow and underflow.
+
+    Returns:
+        Exponents e of the factors 2⁻ᵉ.
     """
     exponent = torch.frexp(peak).exponent
     # The power itself must not overflow either: hence the limit.

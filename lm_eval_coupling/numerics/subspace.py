@@ -41,6 +41,9 @@ def leading_right_vectors(
         J: entries of about the size of 1, so that those of JᵀJ neither overflow nor vanish.
         k: number of vectors.
         tolerance: relative, 1e-6 to 1e-5 for float32.
+
+    Returns:
+        The bases, and for each matrix whether all of its vectors have settled.
     """
     batch, d_model, _ = J.shape
     V, settled = J.new_zeros(batch, d_model, k), torch.zeros(batch, dtype=torch.bool)

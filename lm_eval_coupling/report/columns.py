@@ -42,6 +42,9 @@ def columns(shown: Sequence[Column], width: int, *, sections: Iterable[object] =
         shown: from left to right.
         width: of the terminal.
         sections: a value per row; where it changes, a line is drawn.
+
+    Returns:
+        The table, and the headers of the columns that were left out to keep within the width.
     """
     kept = list(shown)
     for column in sorted((c for c in shown if c.spare), key=lambda c: -c.spare):

@@ -42,9 +42,14 @@ _FACTS += ("n_params", "n_layers", "d_model", "coupling_rank", "measured", "fail
 
 
 def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMENTS, mixed: str = "refuse") -> dict[str, Any]:
-    """Read saved runs; arguments and errors are those of :func:`~lm_eval_coupling.report.write_report`.
+    """Read saved runs; arguments are those of :func:`~lm_eval_coupling.report.write_report`.
 
-    Numbers are those of :func:`~lm_eval_coupling.saved.results.load_runs`, with six digits; what is undefined is ``None``.
+    Returns:
+        Everything that the page shows. Numbers are those of :func:`~lm_eval_coupling.saved.results.load_runs`, with six
+        digits; what is undefined is ``None``.
+
+    Raises:
+        CouplingError: as there.
     """
     if documents < 0:
         raise CouplingError(f"got documents={documents}, expected a whole number that is not negative")

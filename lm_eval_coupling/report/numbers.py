@@ -19,10 +19,12 @@ from lm_eval_coupling.statistics.results import Estimate
 def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
     """One row per table and rank: means over documents with their standard errors, trained beside untrained weights.
 
-    Columns: ``label`` (of the run), ``folder, model, revision, variant, prompting, task, documents, rank, coupling,
-    coupling_stderr, chance, excess``; ``untrained, untrained_stderr, paired`` (documents that both weights have),
-    ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); every other number
-    of a prompt by its name, with its error; ``worst_certificate, missing`` (in words), ``seed`` of the untrained weights.
+    Returns:
+        Columns: ``label`` (of the run), ``folder, model, revision, variant, prompting, task, documents, rank, coupling,
+        coupling_stderr, chance, excess``; ``untrained, untrained_stderr, paired`` (documents that both weights have),
+        ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); every other number
+        of a prompt by its name, with its error; ``worst_certificate, missing`` (in words), ``seed`` of the untrained
+        weights.
     """
     rows = pd.DataFrame([row for run, table in tables for row in _rows(run, table)])
     return rows.assign(label=label_rows(rows, full_names(rows["model"].unique())))
@@ -88,8 +90,9 @@ def _missing(values: pd.DataFrame) -> str:
 def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
     """Every later run against the first, over the documents that both have: base and instruct, 0 and 5 shots.
 
-    Documents are paired by ``doc_hash``: their prompts may differ. Columns: ``label, base, task, rank, coupling`` and
-    ``base_coupling`` (means of the documents that are paired), and those of :func:`paired`.
+    Returns:
+        Documents are paired by ``doc_hash``: their prompts may differ. Columns: ``label, base, task, rank, coupling`` and
+        ``base_coupling`` (means of the documents that are paired), and those of :func:`paired`.
     """
     about = overview(tables).drop_duplicates(["folder", "label", "task"])
     labels = about["label"].tolist()

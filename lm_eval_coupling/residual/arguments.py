@@ -19,6 +19,9 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     """Cut one argument of a block down to position ``t`` of ``n``, which sees the keys from ``first`` on.
 
     The only table about block arguments.
+
+    Returns:
+        A view where it is cut; what does not go by tokens is handed back as it is.
     """
     if isinstance(value, (tuple, list)):
         return type(value)(cut(name, item, t, n, first) for item in value)
@@ -107,6 +110,9 @@ def replayable(name: str, value: Any) -> Any:
 
     Objects that blocks hand on to each other (Gemma 4's shared keys and values) are copied down to their tensors, which are
     held fixed; what is no number, text, tensor or container of such things is handed over as it is.
+
+    Returns:
+        None in place of a cache, False for ``use_cache``, else a copy of the containers over detached tensors.
     """
     if name in CACHES:
         return None

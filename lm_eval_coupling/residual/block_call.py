@@ -64,6 +64,9 @@ class BlockCall:
     ) -> Float[Tensor, "prompt d_model"]:
         """uᵀ ∂F_t / ∂x_t of several prompts by one step of decoding; NaN where it gives another output than the trace.
 
+        Returns:
+            A row per prompt, in the calls' dtype.
+
         Raises:
             ValueError: if the calls' arguments cannot be joined.
         """
@@ -122,6 +125,9 @@ class BlockCall:
     ) -> Float[Tensor, "prompt d_model"]:
         """Run one block on one vector of each prompt, as if it stood at that prompt's token and saw only itself.
 
+        Returns:
+            F at that token, a row per prompt, skip connection included.
+
         Raises:
             ValueError: if the calls' arguments cannot be joined.
         """
@@ -142,6 +148,9 @@ class BlockCall:
         """One block's output at one token of each prompt: the other tokens enter it by their kept keys and values alone.
 
         As when the model generates. Shorter prompts have keys put before their own, which masks hide.
+
+        Returns:
+            F at that token, skip connection included.
 
         Raises:
             ValueError: if the calls' arguments cannot be joined, or nothing would hide those keys.
@@ -178,6 +187,9 @@ def hidden(output: Any) -> Tensor:
 
 def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
     """uᵀ ∂F_t / ∂X of every prompt of a batch, each along its own direction u at its own token t.
+
+    Returns:
+        In the shape of ``resid_pre``.
 
     Raises:
         CouplingError: if no gradient reaches the output: F = X + f(X) always has one.

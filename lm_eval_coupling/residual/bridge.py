@@ -10,7 +10,10 @@ from lm_eval_coupling.residual.weights import split_again
 
 
 def put_bridge_into(twin: nn.Module) -> nn.Module:
-    """Replace the insides of the twin's blocks by TransformerLens' components over the same weights; returns the bridge.
+    """Replace the insides of the twin's blocks by TransformerLens' components over the same weights.
+
+    Returns:
+        TransformerLens' bridge, which runs the twin's blocks.
 
     Raises:
         Exception: whatever TransformerLens raises for a model that it cannot bridge.

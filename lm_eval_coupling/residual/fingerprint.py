@@ -31,6 +31,9 @@ def fingerprint(model: nn.Module) -> str:
 
     The sums are taken in wrapping 64-bit integers where the weights lie, so the result is the same on every device and
     costs one read of the weights.
+
+    Returns:
+        The digits.
     """
     digest = hashlib.sha256(_configuration(model).encode())
     for name, weight in named_weights(model):
@@ -44,6 +47,9 @@ def digest(output: Float[Tensor, "1 seq d_model"]) -> str:
     A version of transformers, TransformerLens or torch, or an option, that computes something else gives another digest. It
     is of projections rounded to 1/500 of their size, so that another order of additions keeps it, but for one model in a
     hundred, which is then measured anew.
+
+    Returns:
+        The digits.
     """
     x = output.detach().flatten().double().cpu()
     generator = torch.Generator().manual_seed(0)

@@ -26,6 +26,9 @@ _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
 def attention_alone(call: BlockCall) -> Iterator[BlockCall]:
     """The block without its MLP.
 
+    Yields:
+        A call that holds no keys and no pullback of the whole block, good within the context.
+
     Raises:
         Unmeasurable: if the block has no module that is its MLP by name, or is not its stream and two such parts.
     """
@@ -47,6 +50,9 @@ def _require_parts(call: BlockCall) -> None:
 @contextlib.contextmanager
 def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
     """The block with its attention's output held at what it is, to be used at ``token``.
+
+    Yields:
+        A call that holds no keys and no pullback of the whole block, good within the context.
 
     Raises:
         Unmeasurable: if the block has no module that is its attention by name.

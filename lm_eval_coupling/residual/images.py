@@ -86,6 +86,9 @@ def takes_images(model: nn.Module) -> bool:
 def pixels_of(prompt: Any) -> Float[Tensor, "channel height width"]:
     """Pixel values of one image, however it is given.
 
+    Returns:
+        Floating-point numbers on whatever device they were given.
+
     Raises:
         CouplingError: for what is none.
     """

@@ -72,6 +72,9 @@ class TokenIds:
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
         """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq].
 
+        Returns:
+            What the model is called with, and how many tokens each prompt has.
+
         Raises:
             CouplingError: for anything else. A GPU that is asked for a row that its embeddings do not have is lost for good.
         """

@@ -114,6 +114,9 @@ class ResidualModel:
 
         To be asked before every evaluation: a changed model needs another fingerprint, one of new storage another twin, so
         wrap it anew. Costs a look at every module and, once the fingerprint has been taken, one read of the weights.
+
+        Returns:
+            Such as ``a part of a weight``.
         """
         if self._scored is None:
             return None
@@ -156,6 +159,9 @@ class ResidualModel:
         Args:
             prompt: text, or of an image classifier pixel values, [channel, height, width] or with a 1 before.
 
+        Returns:
+            Token ids; those of an image stand for it wherever token ids are asked for.
+
         Raises:
             CouplingError: if the model was wrapped without a tokenizer.
         """
@@ -174,6 +180,9 @@ class ResidualModel:
         Args:
             pixels: pixel values [channel, height, width], floating point.
             load: called for them when they are needed; without it they are kept.
+
+        Returns:
+            What stands for the image wherever token ids are asked for.
         """
         pixels = pixels_of(pixels)
         if (shape := pixels.shape) not in self._seq_of:
@@ -213,6 +222,9 @@ class ResidualModel:
 
         Prompts are traced one by one where the model takes arguments that are not known to be padded that way, or where a
         padded pass, tried once, gives another stream than a plain one.
+
+        Returns:
+            One for each prompt, in order, without the padding.
         """
         if len(prompts) > 1 and self._pads_on_the_right(dtype):
             return self._traces(prompts, dtype, output_tokens, direction)
@@ -328,6 +340,9 @@ class ResidualModel:
 
         The model runs with its blocks left out, so that scales and soft-caps are whatever it does with them. In the dtype
         of ``resid``; a head of another dtype is cast a part at a time.
+
+        Returns:
+            In the dtype of ``resid``.
         """
         return self._lens.logits(resid, self._outputs)
 

@@ -25,6 +25,9 @@ def without_compilation(model: nn.Module) -> nn.Module:
 def looked_through(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, data parallelism and PEFT.
 
+    Returns:
+        The model itself where nothing is around it.
+
     Raises:
         CouplingError: for an adapter that is no part of it (virtual tokens), and for weights spread over processes.
     """

@@ -16,6 +16,9 @@ def twin_of(model: nn.Module) -> nn.Module:
     """A second module tree over the same storage, in evaluation mode and without gradients; ``model`` stays untouched.
 
     Forward hooks, adapters, parametrisations and pruning of the model are part of it. Attention is as in the model.
+
+    Returns:
+        Modules of its own over the same parameters and buffers.
     """
     twin = without_hooks(copy.deepcopy(model, sharing(model)).eval())
     for module in twin.modules():
@@ -49,6 +52,9 @@ def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
 
     Where the configuration says how many there are, and there is a list of so many, others are none. Which one it is, is for
     a pass to say.
+
+    Yields:
+        The modules of one list, in their order.
     """
     outer: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():

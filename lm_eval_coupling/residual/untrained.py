@@ -17,6 +17,9 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
 
     The same for the same seed, whatever has drawn random numbers before. Takes the memory of the model once more, unpacked
     where its weights are packed in 4 or 8 bits; an adapter is left out.
+
+    Returns:
+        A model in evaluation mode, with storage of its own.
     """
     base = looked_through(model)
     config = copy.deepcopy(base.config)

@@ -12,6 +12,9 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file, one at a time; none if there is no such file.
 
     A line that is no object, such as the one that a killed run left unfinished, is passed over.
+
+    Yields:
+        One object per line.
     """
     if not file.is_file():
         return

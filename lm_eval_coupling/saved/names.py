@@ -33,6 +33,9 @@ def labels(models: Iterable[str]) -> dict[str, str]:
     """By model, the shortest end of its name, in whole parts, that no other one's has: ``b/base`` beside ``/x/a/base``.
 
     A checkpoint's folder is told by its training, without which it says nothing: ``pythia/checkpoint-1000``.
+
+    Returns:
+        One label per model, by its name.
     """
     lineages = {model: facts_from_name(model, "main")["lineage"] for model in models}
     parts = {lineage: _parts(lineage) for lineage in lineages.values()}
@@ -102,6 +105,9 @@ def facts_from_name(model: str, revision: str) -> dict[str, Any]:
 
     ``EleutherAI/pythia-410m`` at ``step1000`` is step 1000 of the lineage of that name; so is a local folder
     ``pythia/checkpoint-1000``, of the lineage ``pythia``. Names of other habits are for the CSV file.
+
+    Returns:
+        These by name and the ``training_tokens`` of the revision's, NaN where they say nothing of them.
     """
     lineage, checkpoint = model, _STEP.search(revision.lower())
     folder, _, name = model.rstrip("\\/").replace("\\", "/").rpartition("/")
@@ -124,6 +130,9 @@ def facts_beside(results: Path) -> dict[str, Any]:
     """What ``facts.json`` in the folder of results, or in the one above it, says of their model; empty without one.
 
     A sweep writes what its plan tells of a model there: ``family, tuned, training_tokens``, sizes, and columns of its own.
+
+    Returns:
+        Facts by name, as they were written.
     """
     for folder in (results.parent, results.parent.parent):
         try:
@@ -139,6 +148,9 @@ def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
 
     A row counts for the model of that name, or of that last part of its name. The file's word on family, tuned,
     training_tokens and sizes goes before what the run says; its other columns are added.
+
+    Returns:
+        As many rows, in their order.
 
     Raises:
         CouplingError: if the file cannot be read, names a model twice or ambiguously, or has a column of results.

@@ -38,6 +38,9 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
     """Of a model's arguments those that change the tokens of its prompts, in words such as ``add_bos_token=True``.
 
     A tokenizer that was handed over as an object is one that says so, or has a digest for a name.
+
+    Returns:
+        One text per argument.
     """
     given = {name: arguments.get(name) for name in _ENCODING}
     if "(name_or_path=" in str(given["tokenizer"]):  # as lm-eval writes an object

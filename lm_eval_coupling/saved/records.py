@@ -51,6 +51,9 @@ def load_records(
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun, SavedTable]]:
     """The tables at ``path`` with their runs, as :func:`load_records` reads them.
 
+    Returns:
+        Pairs of a run and one of its tables, nothing of which has been read but its header.
+
     Raises:
         CouplingError: if there is none.
     """

@@ -58,6 +58,9 @@ def load_runs(
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
         facts: CSV file with what is known of the models; see :func:`~lm_eval_coupling.saved.names.add_facts`.
 
+    Returns:
+        The rows, a file's in the order of its tasks.
+
     Raises:
         CouplingError: if there is no result file that can be read, or coupling settings differ.
     """
@@ -102,6 +105,9 @@ def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the same weights, task and prompts the newest with coupling, or else the newest.
 
     Weights that only scores were taken of have no fingerprint: they are those of that name, if there is one such model.
+
+    Returns:
+        One row of each.
     """
     rows = list(rows)
     latest: dict[tuple[str, ...], dict[str, Any]] = {}

@@ -75,6 +75,9 @@ class SavedTable:
             weights: ``trained``, ``untrained`` or ``all``.
             places: ``first``, of the tokens that a prompt was measured at, or ``all``.
             rows: at most so many at a time.
+
+        Yields:
+            A frame of the columns asked for.
         """
         wanted = self._wanted(columns)
         for file in self._files(weights):
@@ -211,6 +214,9 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
 
     A table belongs to the results of its ``run_id``, or else to those of its date in its folder. A file that cannot be
     read is named and passed over, as is other people's JSON.
+
+    Returns:
+        The runs, and in words what was passed over.
 
     Raises:
         CouplingError: if a path does not exist, or a file that was named itself cannot be read.

@@ -116,6 +116,9 @@ def _of_one_task(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
 def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | None = None) -> pd.DataFrame:
     """The records that have all of ``columns``, and these ``weights`` (``trained`` or ``untrained``) where given.
 
+    Returns:
+        At least one row.
+
     Raises:
         CouplingError: if there is none; it says which option of a run records what is missing.
     """
@@ -147,6 +150,9 @@ def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFram
 def open_table(file: Path) -> pq.ParquetFile:
     """A table for reading by columns and some rows at a time; close it, or use it in a ``with``.
 
+    Returns:
+        The open file.
+
     Raises:
         CouplingError: if it is not readable.
     """
@@ -163,6 +169,9 @@ def read_provenance(file: Path | str) -> dict[str, Any]:
 
 def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What a table's metadata says about the run that made it, and the names of its columns.
+
+    Returns:
+        The metadata as it was written, and the names in the order of the table.
 
     Raises:
         CouplingError: if it is not one of our tables, or of another schema version.

@@ -72,6 +72,9 @@ def _directions(told: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     """By metric, without its filter, whether higher is better, as lm-eval itself has it; what it does not say is left out.
 
     Of a metric of several numbers each may have a direction: ``{"diff": {"mean": false, "max": false}}``.
+
+    Yields:
+        A metric, and whether higher is better.
     """
     for name, value in told.items():
         inner = dict(_directions(value)) if isinstance(value, Mapping) else {}

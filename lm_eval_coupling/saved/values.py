@@ -90,6 +90,9 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         values: of :func:`prompt_values`.
+
+    Returns:
+        A row per document, a column per number; NaN where no prompt has it.
     """
     return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[value_names(values)].mean()
 

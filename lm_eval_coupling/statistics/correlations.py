@@ -64,6 +64,9 @@ def correlation(
     200 pairs all of it is large-sample theory: scipy's tests, and Fisher's z with the variances of Bonett and Wright (2000).
     Pairs with a missing number are dropped and counted.
 
+    Returns:
+        The coefficient with its interval and p, or a ``reason`` why there is none.
+
     Raises:
         CouplingError: if x and y differ in length or are not numeric, or the method is unknown.
     """
@@ -95,6 +98,9 @@ def partial_correlation(
 ) -> Correlation:
     """Pearson correlation of the columns x and y with the columns ``given`` held fixed (t test, Fisher's z).
 
+    Returns:
+        The correlation of what is left of x and y, or a ``reason`` why there is none.
+
     Raises:
         CouplingError: if a column is missing or not numeric.
     """
@@ -118,6 +124,9 @@ def correlation_within(
     Student's t with one degree of freedom less for every group; the interval is Fisher's z, for ranks with the variance
     of Bonett and Wright (2000).
 
+    Returns:
+        The coefficient with its interval and p, or a ``reason`` why there is none.
+
     Raises:
         CouplingError: if a column is missing or not numeric, or the method is unknown.
     """
@@ -139,6 +148,9 @@ def compare_correlations(score: Values, first: Values, second: Values, *, confid
 
     Signs count: turn a predictor around that is expected to correlate negatively. Williams' t with n − 3 degrees of
     freedom (Steiger 1980, eq. 7); the interval of the difference is Zou's (2007).
+
+    Returns:
+        Both correlations and their difference with its interval and p, or a ``reason`` why there is none.
 
     Raises:
         CouplingError: if the columns differ in length or are not numeric.

@@ -76,6 +76,9 @@ def line_fit(
     where it exceeds them (never narrowed). Errors of x and y are taken as independent. ``r2`` is weighted alike, and
     undefined (NaN) with errors in both.
 
+    Returns:
+        The coefficients and what is known of them, or a ``reason`` why there is no fit.
+
     Raises:
         CouplingError: if columns differ in length, an error is not positive, or x_error comes without y_error.
     """
@@ -92,6 +95,9 @@ def exponential_fit(
 
     Fitted as ``y = m + s·(exp(k·z) − 1)/k`` with z = x scaled to [−1, 1], which has a line (k = 0) in its middle; a and b
     are ill-determined there and the notes say so. No F test of the curve, as c does not exist without a dependence.
+
+    Returns:
+        The coefficients and what is known of them, or a ``reason`` why there is no fit.
 
     Raises:
         CouplingError: if columns differ in length or an error is not positive.

@@ -70,6 +70,9 @@ class LogisticEffect(Result):
 def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
     """Area under the ROC curve with DeLong's variance, the interval on the scale of log odds; p of Mann and Whitney.
 
+    Returns:
+        The area, 0.5 at chance, or a ``reason`` why there is none.
+
     Raises:
         CouplingError: if the columns differ in length, or ``correct`` holds other numbers than 0 and 1.
     """
@@ -89,7 +92,8 @@ def auroc_within(
 ) -> tuple[dict[str, Auroc], Auroc]:
     """The AUROC of every task, and that of all pairs within a task (no document is compared across tasks).
 
-    Tasks with fewer than 2 right or 2 wrong answers have a ``reason``, and their documents count as dropped in the pool.
+    Returns:
+        Tasks with fewer than 2 right or 2 wrong answers have a ``reason``, and their documents count as dropped in the pool.
 
     Raises:
         CouplingError: if a column is missing or not numeric, or ``correct`` holds other numbers than 0 and 1.
@@ -133,6 +137,9 @@ def logistic_effect(
 
     With ``task`` every task has its own level of difficulty; tasks answered all right or all wrong say nothing and their
     documents are dropped and counted. The interval is Wald's, per standard deviation of the predictor.
+
+    Returns:
+        The odds ratio with its interval and p, or a ``reason`` why there is none.
 
     Raises:
         CouplingError: if a column is missing or not numeric, ``correct`` holds other numbers than 0 and 1, or there is no
@@ -184,7 +191,8 @@ def logistic_effect(
 def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10, confidence: float = 0.95) -> pd.DataFrame:
     """Share of right answers in bins of equal numbers of documents, as for calibration, with Wilson's interval.
 
-    Columns: ``bin_low, bin_high, n, mean, accuracy, low, high``; ties may make fewer bins.
+    Returns:
+        Columns: ``bin_low, bin_high, n, mean, accuracy, low, high``; ties may make fewer bins.
 
     Raises:
         CouplingError: if the columns differ in length, ``correct`` holds other numbers than 0 and 1, or bins < 1.
@@ -237,10 +245,8 @@ def _with_interval(found: Auroc, variance: float) -> Auroc:
 
 
 def _separated(X: np.ndarray, y: np.ndarray) -> bool:
-    """Whether a hyperplane has all right answers on one side and all wrong ones on the other, borders allowed.
-
-    Then the likelihood has no maximum (Albert and Anderson 1984; as a linear programme: Konis 2007).
-    """
+    """Whether a hyperplane has all right answers on one side and all wrong ones on the other, borders allowed."""
+    # Then the likelihood has no maximum (Albert and Anderson 1984; as a linear programme: Konis 2007).
     sided = X * np.where(y == 1, 1.0, -1.0)[:, None]
     best = optimize.linprog(-sided.sum(axis=0), A_ub=-sided, b_ub=np.zeros(len(y)), bounds=(-1, 1))
     return best.status == 0 and bool(-best.fun > 1e-7 * np.abs(sided).sum())

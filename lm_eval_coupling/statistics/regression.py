@@ -100,6 +100,10 @@ def nested_models(
 ) -> NestedModels:
     """Whether ``predictor`` says something of ``score`` that ``covariates`` do not, by least squares over the rows.
 
+    Returns:
+        The models without and with it, in the data and left out, and the test between them, or a ``reason`` why there is
+        none.
+
     Raises:
         CouplingError: if a column is missing, named twice or not numeric, or statsmodels is not installed.
     """
@@ -141,6 +145,9 @@ def nested_models(
 def left_out(score: Values, predictor: Values, family: pd.Series | Sequence[str]) -> Model:
     """How well a straight line over one predictor predicts models, and families, that it was not fitted to.
 
+    Returns:
+        r² in the data, and of predictions of what was left out; all NaN where there are too few models.
+
     Raises:
         CouplingError: if columns differ in length or are not numeric.
     """
@@ -172,6 +179,9 @@ def family_effect(
     ``mixed``: every family has its own random level (REML). ``cluster``: least squares with errors that allow for any
     dependence within a family. Both use Student's t with (families − 1) degrees of freedom, as the normal distribution
     that is usual finds too much in few families; the notes say when they are few.
+
+    Returns:
+        The coefficient with its interval and p, or a ``reason`` why there is none.
 
     Raises:
         CouplingError: if a column is missing, named twice or not numeric, the method is unknown, or there is no statsmodels.
@@ -229,7 +239,8 @@ def family_effect(
 def collinearity(frame: pd.DataFrame, predictors: Sequence[str]) -> pd.DataFrame:
     """Variance inflation factor of every predictor, with words where it exceeds 10; index: the predictors.
 
-    ``attrs["condition_number"]`` is that of the standardised predictors (1: independent; above 30: hardly separable).
+    Returns:
+        ``attrs["condition_number"]`` is that of the standardised predictors (1: independent; above 30: hardly separable).
 
     Raises:
         CouplingError: if a column is missing, named twice or not numeric.
@@ -256,6 +267,9 @@ def collinearity(frame: pd.DataFrame, predictors: Sequence[str]) -> pd.DataFrame
 
 def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np.ndarray:
     """p-values of several tests adjusted by Holm or by Benjamini and Hochberg; NaN (no test) stays and does not count.
+
+    Returns:
+        As many values, in their order.
 
     Raises:
         CouplingError: if a value lies outside [0, 1] or the method is unknown.
@@ -317,7 +331,8 @@ def _describe(fit: Any, y: np.ndarray, X: np.ndarray, families: np.ndarray | Non
 def _r2_left_out(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> float:
     """1 − (squared errors of predicting every group from the others) / (the same of their mean), via the hat matrix.
 
-    NaN where the others do not determine the regression.
+    Returns:
+        NaN where the others do not determine the regression.
     """
     return 1 - _squared_errors_left_out(y, X, groups) / _squared_errors_left_out(y, np.ones((len(y), 1)), groups)
 

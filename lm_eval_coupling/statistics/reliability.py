@@ -57,6 +57,9 @@ def document_reliability(values: pd.DataFrame, *, splits: int = 200, confidence:
         splits: random halvings.
         confidence: of the interval.
         seed: of the halvings.
+
+    Returns:
+        Its estimates with an interval, or a ``reason`` why there are none.
     """
     check_confidence(confidence)
     X = values.dropna(axis=1).to_numpy(np.float64)
@@ -98,7 +101,8 @@ def _split_half(X: np.ndarray, splits: int, rng: np.random.Generator) -> float:
 def reliability_from_errors(values: pd.Series, errors: pd.Series) -> float:
     """1 − (mean squared standard error) / (variance between models), at least 0; NaN where either is not known.
 
-    A lower bound where models were measured on the same documents, whose difficulty is part of each one's error.
+    Returns:
+        A lower bound where models were measured on the same documents, whose difficulty is part of each one's error.
     """
     known = values.notna() & errors.notna()
     if known.sum() < 3 or values[known].var(ddof=1) == 0:
@@ -109,7 +113,8 @@ def reliability_from_errors(values: pd.Series, errors: pd.Series) -> float:
 def corrected_for_attenuation(found: Correlation, reliability_x: float, reliability_y: float) -> Corrected:
     """The correlation that there would be without the noise of the documents, its interval stretched by the same factor.
 
-    Values beyond ±1 are cut off. The reliabilities' own uncertainty is not part of the interval.
+    Returns:
+        Values beyond ±1 are cut off. The reliabilities' own uncertainty is not part of the interval.
     """
     made = Corrected(observed=found.coefficient, reliability_x=reliability_x, reliability_y=reliability_y)
     if math.isnan(found.coefficient):

@@ -63,6 +63,9 @@ def as_frame(results: Iterable[Result]) -> pd.DataFrame:
 def complete(**columns: Values | None) -> tuple[dict[str, np.ndarray], int]:
     """The observations that every column has, as float64, and how many were dropped; a column of None stays out.
 
+    Returns:
+        Arrays by name, all of one length, and the number of observations without one of them.
+
     Raises:
         CouplingError: if columns differ in length or one is not numeric.
     """
@@ -76,6 +79,9 @@ def complete(**columns: Values | None) -> tuple[dict[str, np.ndarray], int]:
 
 def complete_rows(frame: pd.DataFrame, numeric: Sequence[str], labels: Sequence[str] = ()) -> tuple[pd.DataFrame, int]:
     """The named columns where all of them are known, numbers as float64, and how many rows were dropped.
+
+    Returns:
+        The rows, numbered from 0, and the number of those that lack one of the columns.
 
     Raises:
         CouplingError: if a column is missing, named twice or not numeric.

@@ -42,6 +42,9 @@ def in_words(
         unit: what the observations are.
         p_adjusted: the p-value after adjusting for many tests; if given, it decides instead of the result's own.
 
+    Returns:
+        Sentences for a reader who has not seen the numbers.
+
     Raises:
         TypeError: if the result is of another kind.
     """

@@ -30,6 +30,9 @@ def paired(rows: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
         first: task, such as one without chain of thought.
         second: task on the same documents, joined by ``doc_hash``.
 
+    Returns:
+        One row per run, measure, depth and document.
+
     Raises:
         CouplingError: if no document is in both.
     """
@@ -47,6 +50,9 @@ def paired(rows: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
 def mean_differences(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """Mean of the paired differences with Student's interval, per run, measure and depth; ``n``, ``undefined``, and the
     share of documents in which it is ``positive``.
+
+    Returns:
+        One row per run, measure and depth.
     """
     found = []
     for key, group in pairs.groupby([*RUN, "measure", "depth"], sort=False, dropna=False):
@@ -65,6 +71,9 @@ def mean_differences(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
 def bins(rows: pd.DataFrame, x: str, number: int = 6) -> pd.DataFrame:
     """Quartiles of ``value`` in bins of ``x`` with about as many documents each, per run, task and measure; ``x`` is the
     bin's mean.
+
+    Returns:
+        One row per bin, in the order of the bins.
     """
     rows = rows.dropna(subset=[x, "value"]).reset_index(drop=True)
     codes = rows.groupby(_GROUP, sort=False)[x].transform(lambda v: _bins(v, number))
@@ -100,6 +109,9 @@ def fields(paths: Iterable[Path | str], column: str, count: str | None = None) -
         paths: folders that lm-eval wrote with ``--log_samples``.
         column: field of the document; of text such as "Level 3" its first number.
         count: take instead how often this text occurs in the field, as "<<" for the steps of a GSM8K solution.
+
+    Returns:
+        By ``doc_hash``, NaN for a document in which there is none.
 
     Raises:
         CouplingError: if there are no samples, no such field, or no number in it.
@@ -141,6 +153,9 @@ def _number(value: Any, count: str | None) -> float:
 def from_csv(file: Path | str, column: str) -> dict[str, float]:
     """A number for every document, by ``doc_hash``, from a CSV file with these two columns.
 
+    Returns:
+        By ``doc_hash``, NaN for what is no number.
+
     Raises:
         CouplingError: if it cannot be read or has no such columns.
     """
@@ -156,7 +171,8 @@ def from_csv(file: Path | str, column: str) -> dict[str, float]:
 def against(rows: pd.DataFrame, numbers: dict[str, float], name: str) -> pd.DataFrame:
     """``rows`` with a column ``name`` of each document's number.
 
-    Left out are documents without one, and tasks whose documents all have the same.
+    Returns:
+        Left out are documents without one, and tasks whose documents all have the same.
 
     Raises:
         CouplingError: if no measured document has one, or all have the same.

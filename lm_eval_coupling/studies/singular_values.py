@@ -19,6 +19,9 @@ def singular_values(records: pd.DataFrame, indices: Sequence[int]) -> pd.DataFra
         records: of prompts.
         indices: k, counted from 1.
 
+    Returns:
+        One row per run, task, document, block and k.
+
     Raises:
         CouplingError: if no singular values were recorded, or not so many.
     """
@@ -61,6 +64,9 @@ def inverse_fits(rows: pd.DataFrame) -> pd.DataFrame:
 
 def document_fits(records: pd.DataFrame, indices: Sequence[int]) -> pd.DataFrame:
     """Medians over documents of the recorded fits of single prompts: ``slope_documents, r2_documents`` per run and k.
+
+    Returns:
+        One row per run and k.
 
     Raises:
         CouplingError: if the spectra were not measured.

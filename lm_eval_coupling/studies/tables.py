@@ -40,6 +40,9 @@ def read(
     ``model`` is no more of a model's name than tells it from all others there, whatever the tasks
     (:func:`~lm_eval_coupling.saved.names.labels`): the same in every table and picture.
 
+    Returns:
+        One row per prompt and token, in the order of the files.
+
     Raises:
         CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records,
             two untrained twins' or two ways of making the prompts.
@@ -117,6 +120,9 @@ def _require_one_twin_a_name(records: pd.DataFrame) -> None:
 def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
     """``rank`` if all records have it; without one 10, or else the smallest that all have.
 
+    Returns:
+        The number K.
+
     Raises:
         CouplingError: if they do not.
     """
@@ -140,6 +146,9 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
     """Every document's values of these measures: ``model, revision, weights, task, doc_hash, prompt_hash, measure, depth,
     value, n_tokens``; of several prompts of a document their mean.
 
+    Returns:
+        One row per measure, document and place in depth; NaN where it is undefined.
+
     Raises:
         CouplingError: if no record has one of the measures.
     """
@@ -157,6 +166,9 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
 def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """``rows`` of :func:`long` summarised over documents: ``mean, stderr, q25, median, q75``, their number ``n``, and how
     many are ``undefined``.
+
+    Returns:
+        One row for each group of ``by``, measure and depth.
     """
     return summary(rows, [*by, "measure", "depth"])
 
@@ -263,6 +275,9 @@ def label(model: str, revision: str | None = None, weights: str | None = None) -
 def of_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
     """The records of :func:`read` that are of the model with this name: the tokens of another would be other words.
 
+    Returns:
+        At least one record.
+
     Raises:
         CouplingError: if there is none, or it may be one of several.
     """
@@ -280,6 +295,9 @@ def of_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
 def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
     """The records of the document with this ``doc_id``; all of them for None.
 
+    Returns:
+        At least one record.
+
     Raises:
         CouplingError: if there is no such document.
     """
@@ -294,6 +312,9 @@ def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
 
 def chosen(wanted: Sequence[int] | None, known: Sequence[int], number: int) -> list[int]:
     """``wanted`` layers, or ``number`` of the ``known`` ones spread evenly.
+
+    Returns:
+        Layers, as they are numbered in ``known``.
 
     Raises:
         CouplingError: if one is not known.

@@ -71,6 +71,9 @@ def token_pairs(records: pd.DataFrame, kind: str, rank: int) -> TokenPairs:
         kind: one of ``KINDS``.
         rank: number K of singular vectors.
 
+    Returns:
+        The mean, with the layers and tokens that it is of and the number of prompts.
+
     Raises:
         CouplingError: if it was not recorded, or prompts differ in layers or number of tokens, so that there is no mean.
     """

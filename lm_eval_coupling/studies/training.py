@@ -11,6 +11,9 @@ from lm_eval_coupling.saved.names import facts_from_name
 def with_steps(rows: pd.DataFrame) -> pd.DataFrame:
     """``rows`` of checkpoints with the columns ``lineage`` (whose they are) and ``step``; others are left out.
 
+    Returns:
+        The rows that are left.
+
     Raises:
         CouplingError: if there are fewer than two checkpoints.
     """

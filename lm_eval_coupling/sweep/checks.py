@@ -30,6 +30,9 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
         plan: the plan.
         download: fetch models and data sets as well.
 
+    Returns:
+        The facts, by model.
+
     Raises:
         PlanError: with everything that is wrong.
     """

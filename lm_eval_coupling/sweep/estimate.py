@@ -17,7 +17,15 @@ def estimates(plan: Plan, found: Sequence[Status], models: Mapping[str, Mapping[
     """By unit ``gigabytes`` (weights and Jacobians) and ``seconds``; None where nothing is known.
 
     Seconds are those of units of this plan that are done, in proportion to the number of parameters: all units have the same
-    documents. Args: ``models`` has ``d_model, n_layers, n_params, dtype`` by model.
+    documents.
+
+    Args:
+        plan: the plan.
+        found: where each unit stands.
+        models: ``d_model, n_layers, n_params, dtype`` by model.
+
+    Returns:
+        Both of every unit, by its name.
     """
     known = [(status.seconds, models[status.unit.model].get("n_params")) for status in found if _timed(status, models)]
     made: dict[str, dict[str, Any]] = {}

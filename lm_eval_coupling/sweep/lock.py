@@ -28,6 +28,9 @@ def lock(file: Path, patience: float = 0.0) -> Iterator[int]:
         file: made if it is missing.
         patience: seconds to wait for it, such as for somebody who only looks whether it is held.
 
+    Yields:
+        The file descriptor.
+
     Raises:
         Held: if another process holds it.
     """

@@ -94,6 +94,9 @@ class Plan:
 def read(file: Path | str) -> Plan:
     """Read a plan; paths in it are seen from the current folder, as lm-eval sees its own.
 
+    Returns:
+        The plan, in which everything is known by name and of its type.
+
     Raises:
         PlanError: with everything that is wrong with it.
         CouplingError: if it cannot be read.

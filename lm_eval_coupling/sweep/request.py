@@ -51,6 +51,9 @@ def configuration(plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any
         unit: the model and revision.
         tasks: those of the plan that are still to be done.
         batch_size: instead of the plan's.
+
+    Returns:
+        Plain values that YAML can hold.
     """
     folder, tasks = plan.folder(unit).absolute(), list(tasks)
     coupling = {f"coupling_{name}": value for name, value in plan.coupling.items()}
@@ -75,6 +78,9 @@ def store_file(folder: Path) -> Path:
     """Where the measurements of a unit are kept: one writer, so that no file system's locks are needed.
 
     Stores of another schema are another file, or a unit that was begun before an update could not go on after it.
+
+    Returns:
+        The file, which may not be there yet.
     """
     from lm_eval_coupling.measuring.store import SCHEMA_VERSION
 

@@ -20,7 +20,8 @@ sys.stdin.read()
 def locks_work(folder: Path) -> bool:
     """Try it: a second process holds a database in ``folder``, and this one must be kept out, then let in.
 
-    It says nothing of other machines that see the same folder.
+    Returns:
+        It says nothing of other machines that see the same folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,9 @@ def source(unit: Unit, environment: Mapping[str, str]) -> str | None:
 
     A folder is known by the names, sizes and times of its files (and of its adapter's), a model of the hub by the commit
     that its revision stands for in this machine's cache.
+
+    Returns:
+        Words that are the same as long as the weights are.
     """
     folders = [Path(unit.model), *(Path(str(unit.arguments[key])) for key in ("peft", "delta") if key in unit.arguments)]
     if folders[0].is_dir():

@@ -36,6 +36,9 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, str] | None = None) -> Stat
         plan: the plan.
         unit: the model and revision.
         queue: the state of every job that the cluster knows, by its name.
+
+    Returns:
+        Its state with the reason, what is there of it, and where its log is.
     """
     folder, found = plan.folder(unit), done(plan, unit)
     said = record.read(folder)

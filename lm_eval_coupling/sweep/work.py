@@ -61,6 +61,9 @@ class Worker:
         Args:
             unit: the model and revision.
             batch_size: instead of the plan's.
+
+        Returns:
+            The state that the unit is left in, and the reason.
         """
         folder = self.plan.folder(unit)
         try:

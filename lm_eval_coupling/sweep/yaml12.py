@@ -43,6 +43,9 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 def load(text: str) -> Any:
     """The content of a YAML document.
 
+    Returns:
+        Mappings, lists and plain values, read as YAML 1.2 says.
+
     Raises:
         yaml.YAMLError: if it is none, or a key stands twice.
     """

@@ -34,6 +34,9 @@ class Classifier:
             device: such as ``cuda``; by default the best there is.
             revision: of a model on the Hub.
 
+        Returns:
+            The classifier, in evaluation mode on its device.
+
         Raises:
             CouplingError: if there is no such device or model, or transformers cannot load it as an image classifier.
         """

@@ -29,6 +29,9 @@ class LabelledImage:
     def decoded(self) -> Image.Image:
         """The image in RGB.
 
+        Returns:
+            A picture of Pillow's.
+
         Raises:
             OSError: if it cannot be decoded; some decoders raise other exceptions.
         """
@@ -87,6 +90,9 @@ def load_images(data: str, split: str | None = None) -> LabelledImages:
     Args:
         data: a folder of images with a subfolder for each label, a file or folder of Parquet, or a name on the Hub.
         split: by default ``test``, or the only one there is.
+
+    Returns:
+        The data set, no image of which has been decoded yet.
 
     Raises:
         CouplingError: if it cannot be loaded, has no such split, no images or no labels.

@@ -21,6 +21,9 @@ def model_labels(classes: Sequence[str] | None, count: int, id2label: Mapping[in
         count: one more than the largest number of a label that occurs.
         id2label: names of the model's labels, as in its configuration.
 
+    Returns:
+        As many numbers of the model's labels as the data set has labels.
+
     Raises:
         CouplingError: if the model does not know a label, or knows two by that name.
     """

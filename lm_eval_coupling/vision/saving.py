@@ -73,12 +73,15 @@ def _sample(answer: Answer, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -> Path:
-    """Write a run into a folder of its model's, the tables first; returns the file of results.
+    """Write a run into a folder of its model's, the tables first.
 
     Args:
         results: from :func:`results_of`.
         info: what was measured, with its rows; ``None`` where nothing was asked for.
         folder: where to; made if missing.
+
+    Returns:
+        The file of results.
 
     Raises:
         CouplingError: if the folder cannot be written.

@@ -71,6 +71,9 @@ def score(
         limit: how many; ``None`` for all.
         batch_size: images in one pass.
 
+    Returns:
+        The answers in the order of the images, and what could not be decoded.
+
     Raises:
         CouplingError: if no image can be decoded.
     """

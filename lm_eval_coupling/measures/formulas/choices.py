@@ -15,6 +15,9 @@ LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
 def chosen_tokens(choice: str, position: int) -> list[int]:
     """The tokens up to ``position`` that ``choice`` names, in order.
 
+    Returns:
+        Indices from 0, each once, ascending.
+
     Raises:
         CouplingError: if it cannot be read, or names a token that is not there.
     """
@@ -42,6 +45,9 @@ def chosen_positions(choice: str | int, seq: int) -> list[int]:
         choice: one token such as ``-1``, or several such as ``-1+0+last4`` or ``random8``.
         seq: tokens of the prompt. A single token that it lacks is among the answers, so that its record can say so.
 
+    Returns:
+        Indices as ``choice`` writes them: negative ones stay negative.
+
     Raises:
         CouplingError: if the choice cannot be read.
     """
@@ -61,6 +67,9 @@ def positions_at_most(choice: str | int) -> int:
 
 def chosen_layers(choice: str, n_layers: int) -> list[int]:
     """The blocks, counted from 0, that ``choice`` names.
+
+    Returns:
+        Each once, ascending.
 
     Raises:
         CouplingError: if it cannot be read, or names a block that is not there.

@@ -32,6 +32,9 @@ class Blocks:
 def jacobians_over(trace: Trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str) -> Blocks:
     """As :func:`~lm_eval_coupling.jacobians.pairs.jacobians_of_pairs` for several layers.
 
+    Returns:
+        The Jacobians, on the host, and the device that they were made on.
+
     Raises:
         Unmeasurable: if one of them fails its certificate at every level.
     """
@@ -45,6 +48,9 @@ def rows_to(
     """The Jacobians of one block from every token up to ``last`` to ``token``, in order, some at a time, on the device.
 
     All of a long prompt at once would take seq · d_model² numbers.
+
+    Yields:
+        Some input tokens, and the Jacobians from these.
 
     Raises:
         Unmeasurable: as :func:`jacobians_over` does.

@@ -68,7 +68,8 @@ def principal_trajectories(
 ) -> tuple[Float[Tensor, "token points component"], Float[Tensor, " component"]]:
     """Trajectories along the principal components of their last points, and each one's share of the variance there.
 
-    Each component's largest loading is positive. At most token − 1 components, and none for a single token.
+    Returns:
+        Each component's largest loading is positive. At most token − 1 components, and none for a single token.
     """
     last = x[:, -1].double()
     centre = last.mean(dim=0)
