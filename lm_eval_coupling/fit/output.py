@@ -17,6 +17,7 @@ from rich.text import Text
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.columns import Column, columns
+from lm_eval_coupling.saved.strict_json import strict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,26 +51,13 @@ def _save_tables(found: Findings, out: Path) -> Iterator[Path]:
         yield out / f"{name}.csv"
     about = {"predictor": found.observations.main.name, "finding": found.words, "notes": found.notes}
     results = {name: rows.to_dict("records") for name, rows in tables.items() if name not in _INPUTS}
-    (out / "fit.json").write_text(json.dumps(_plain(about | {"tables": results}), indent=1), encoding="utf-8")
+    (out / "fit.json").write_text(json.dumps(strict(about | {"tables": results}), indent=1), encoding="utf-8")
     (out / "finding.txt").write_text("\n\n".join([*found.words, *_noted(found)]) + "\n", encoding="utf-8")
     yield from (out / "fit.json", out / "finding.txt")
 
 
 def _noted(found: Findings) -> list[str]:
     return [f"Note: {note}." for note in found.notes]
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able; NaN and infinities, which JSON lacks, as ``None``."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(member) for name, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def _save_figures(found: Findings, out: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.measuring.provenance import about_software
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.saved.strict_json import strict
 
 RANKS = (10, 30, 50)
 TEXT = (
@@ -90,7 +91,7 @@ def check(
     }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        out.write_text(json.dumps(strict(everything), indent=1) + "\n", encoding="utf-8")
     _show(model, name, found)
     return bool(everything["ok"])
 

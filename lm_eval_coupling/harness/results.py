@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval_coupling.harness.closing import closing_lines
 from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measuring.rows import DocumentKey, Row, document_couplings
+from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.tables import TRAINED, write_tables
 
 
@@ -22,7 +23,7 @@ class CouplingInfo(dict):
 
     def __init__(self, facts: Mapping[str, Any], rows: Sequence[Row] = (), out: Path | None = None) -> None:
         """Keep ``rows`` for the tables, which go to ``out`` where that is given."""
-        super().__init__(_strict(facts))
+        super().__init__(strict(facts))
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
@@ -99,15 +100,6 @@ def with_logged_ids(rows: Sequence[Row], results: Mapping[str, Any], chosen: Map
         own = numbers[row.doc_id] if numbers and row.doc_id < len(numbers) else row.doc_id
         found.append(replace(row, doc_id=logged.get(row.document, own)))
     return found
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: what is not known is ``null``, so that every parser reads the results."""
-    if isinstance(value, Mapping):
-        return {name: _strict(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _add_metric(results: dict[str, Any], name: str, found: Mapping[str, float]) -> None:

@@ -52,11 +52,9 @@ def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
     """What each Jacobian is like by itself."""
     import torch
 
-    from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
-
     device, norm = triplets.U.device, triplets.S[:, 0].double()
     parts = J.split(max(1, AT_ONCE // J[0].numel()) if device.type != "cpu" else 1)  # many Jacobians wait on the host
-    found = [[read(part.to(device)) for read in (frobenius, non_normality, symmetric_share)] for part in parts]
+    found = [_of_part(part.to(device)) for part in parts]
     size, normality, symmetry = (torch.cat(some) for some in zip(*found, strict=True))
     return {
         "jacobian_norm": norm,
@@ -65,6 +63,14 @@ def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
         "non_normality": normality,
         "symmetric_share": symmetry,
     }
+
+
+def _of_part(J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Size, non-normality and symmetric share of each of some Jacobians."""
+    from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
+
+    size = frobenius(J)
+    return size, non_normality(J, size), symmetric_share(J, size)
 
 
 def _miscouplings(A: Tensor, S: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError
@@ -20,6 +19,7 @@ from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
 from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
 from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.task_rows import is_score
 
 DOCUMENTS = 200
@@ -69,7 +69,7 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
     about: dict[str, Any] = {"provenance": [_provenance(run) for run in used.values()]}
     about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
     about |= {"readings": _readings(found.columns)}
-    return _plain({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents))
+    return strict({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents), _short)
 
 
 def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
@@ -172,16 +172,6 @@ def _coupling(row: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """JSON-able, with six digits; NaN and infinities, which JSON lacks, as ``None``."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(member) for name, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() else float(f"{value:.{_DIGITS}g}")
-    return value if value is None or isinstance(value, bool | int) else str(value)
+def _short(number: float) -> float:
+    """With six digits, and as few characters as may be."""
+    return int(number) if number.is_integer() else float(f"{number:.{_DIGITS}g}")

@@ -13,18 +13,26 @@ def frobenius(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*bat
     return torch.linalg.vector_norm(J, dim=(-2, -1), dtype=wide)
 
 
-def symmetric_share(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
-    """Return ‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1 for a symmetric matrix, 0 for an antisymmetric one, 1/√2 for a random one."""
-    return frobenius((J + J.mT) / 2) / _nonzero(frobenius(J))
+def symmetric_share(
+    J: Float[Tensor, "*batch d_model d_model"], size: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Return ‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1 for a symmetric matrix, 0 for an antisymmetric one, 1/√2 for a random one.
+
+    ``size`` is `frobenius(J)` where that is known.
+    """
+    return frobenius((J + J.mT) / 2) / _nonzero(frobenius(J) if size is None else size)
 
 
-def non_normality(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
+def non_normality(
+    J: Float[Tensor, "*batch d_model d_model"], size: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch"]:
     """Return ‖JJᵀ − JᵀJ‖_F / ‖J‖_F²: 0 for a normal matrix.
 
     With the symmetric part S and the antisymmetric part K it is 2‖KS + (KS)ᵀ‖_F: one product, and nothing cancels where J is
-    nearly normal.
+    nearly normal. ``size`` is `frobenius(J)` where that is known.
     """
-    J = J / _nonzero(frobenius(J)).to(J.dtype)[..., None, None]  # the square of a small Jacobian may vanish in float32
+    size = _nonzero(frobenius(J) if size is None else size)
+    J = J / size.to(J.dtype)[..., None, None]  # the square of a small Jacobian may vanish in float32
     product = ((J - J.mT) / 2) @ ((J + J.mT) / 2)
     return 2 * frobenius(product + product.mT)
 
