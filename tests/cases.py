@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from random_weights import draw_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _COMMON = {"vocab_size": 61, "max_position_embeddings": 64, "attn_implementation": "eager"}
@@ -161,12 +162,7 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, **changes) -> torc
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **copy.deepcopy(_COMMON | config | changes))
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name and parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    draw_weights(model)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()

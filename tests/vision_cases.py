@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from random_weights import draw_weights
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
@@ -60,12 +61,7 @@ def tiny_classifier(case: str, dtype: torch.dtype = torch.float64, **changes) ->
         config.pop("num_labels", None)  # which would number them
     torch.manual_seed(0)
     model = getattr(transformers, class_name(model_type))(AutoConfig.for_model(model_type, **config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name and parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    draw_weights(model)
     return model.to(dtype).eval()
 
 

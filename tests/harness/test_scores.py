@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from evaluations import KINDS, scores
+from random_weights import with_lora
 
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.jacobians.engine import block_jacobians
@@ -15,17 +16,10 @@ from lm_eval_coupling.residual import ResidualModel
 
 def adapter(home, folder):
     """A LoRA adapter that changes the model's function."""
-    peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(home / "float32")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    with_lora(base, ["q_proj", "v_proj", "down_proj"]).save_pretrained(folder)
     return str(folder)
 
 

@@ -8,6 +8,7 @@ import cases
 import pytest
 import torch
 from oracles import oracle, worst
+from random_weights import with_lora
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -29,18 +30,6 @@ def measured_as_scored(scored, base, tolerance=2e-5):
     for layer, jacobian in enumerate(found.jacobians):
         assert worst(jacobian.double(), oracle(reference, TOKENS, layer, 8, 8)) < tolerance
     return wrapped
-
-
-def with_lora(model, targets, **options):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options)
-    ).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2)
-    return adapted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

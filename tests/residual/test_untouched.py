@@ -5,6 +5,7 @@ import copy
 import cases
 import pytest
 import torch
+from random_weights import with_lora
 from wrapping import tiny
 
 from lm_eval_coupling.jacobians.certify import probe
@@ -106,21 +107,10 @@ def test_an_exception_inside_a_derivative_puts_the_weights_back():
     assert all(torch.equal(now, weights[name]) for name, now in bits(model).items())
 
 
-def adapted(base):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, config).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2)
-    return model
-
-
 def test_an_adapter_is_part_of_the_stream_and_stays_as_it_was():
     base = tiny()
     bare = ResidualModel.wrap(copy.deepcopy(base)).trace(TOKENS).resid_final
-    model = adapted(base)
+    model = with_lora(base, ["q_proj", "v_proj", "down_proj"])
     before, logits = plain(model), behaviour(model)
     found = ResidualModel.wrap(model).trace(TOKENS).resid_final
     assert plain(model) == before and all(map(torch.equal, behaviour(model), logits))

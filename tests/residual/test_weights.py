@@ -13,6 +13,7 @@ import cases
 import pytest
 import torch
 from oracles import oracle
+from random_weights import with_lora
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -130,16 +131,8 @@ def test_one_block_is_unpacked_at_a_time(packed):
 
 
 def test_an_adapter_on_packed_weights(packed):
-    peft = pytest.importorskip("peft")
     dense, model = packed("nf4")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    adapted = []
-    for base in (dense, model):
-        torch.manual_seed(1)
-        adapted.append(peft.get_peft_model(base, config).eval())
-        for name, parameter in adapted[-1].named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.2)
+    adapted = [with_lora(base, ["q_proj", "down_proj"]) for base in (dense, model)]
     expected, found = (block_jacobians(ResidualModel.wrap(m), TOKENS).jacobians for m in adapted)
     assert torch.allclose(found, expected, atol=1e-4)
     with adapted[0].disable_adapter():
