@@ -49,6 +49,9 @@ class Truth:
             call: the block's call, inside its ``ready()`` context.
             output_token: absolute index.
             input_token: absolute index.
+
+        Returns:
+            The derivative in the call's dtype, or in float64 with the call that it is of.
         """
         u, lost = probe(call.layer, call.resid_pre), _lost(call.dtype, call.dtype)
         pulled = pulled_back(call, output_token, input_token)
@@ -89,6 +92,9 @@ def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token
         jacobian: J of the block *without* its skip connection.
         output_token: absolute index.
         input_token: absolute index.
+
+    Returns:
+        As :meth:`Truth.error` has it.
     """
     return Truth.of(call, output_token, input_token).error(jacobian)
 
@@ -98,7 +104,8 @@ def certify_each(
 ) -> Float[Tensor, " prompt"]:
     """:func:`certify` of one block's J_tt for several prompts, each at its own token t. Nothing is read from the device.
 
-    NaN where J is so small that only a finer arithmetic can tell.
+    Returns:
+        NaN where J is so small that only a finer arithmetic can tell.
     """
     u, lost = probe(calls[0].layer, calls[0].resid_pre), _lost(calls[0].dtype, calls[0].dtype)
     truth = pulled_back_each(calls, tokens) - u
