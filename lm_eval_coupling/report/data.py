@@ -172,6 +172,6 @@ def _coupling(row: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def _short(number: float) -> float:
+def _short(number: float) -> float | int:
     """With six digits, and as few characters as may be."""
     return int(number) if number.is_integer() else float(f"{number:.{_DIGITS}g}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def strict(value: Any, number: Callable[[float], float] = float) -> Any:
+def strict(value: Any, number: Callable[[float], float | int] = float) -> Any:
     """Plain dictionaries, lists, texts, numbers and None; what is none of these, such as a path, becomes a text.
 
     Args:
