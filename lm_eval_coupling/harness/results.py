@@ -23,7 +23,7 @@ class CouplingInfo(dict):
 
     def __init__(self, facts: Mapping[str, Any], rows: Sequence[Row] = (), out: Path | None = None) -> None:
         """Keep ``rows`` for the tables, which go to ``out`` where that is given."""
-        super().__init__(strict(facts))
+        super().__init__(strict(facts, name=lambda rank_or_text: rank_or_text))
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
