@@ -31,6 +31,9 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
     Args:
         value: anything.
         inside: ids of the objects that it is a part of.
+
+    Returns:
+        Texts, numbers, None, and lists and dictionaries of them.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -16,6 +16,9 @@ def told_apart(arguments: Mapping[str, Any], model: Any) -> Any:
     Args:
         arguments: those of `hf`.
         model: the loaded one; the name that it has is where its own tokenizer lies.
+
+    Returns:
+        A name, 16 hex digits, or None.
     """
     given = arguments.get("tokenizer")
     if given is None or isinstance(given, str):
