@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import board, checks, local, record, slurm
+from lm_eval_coupling.sweep import board, checks, cluster, local, record, slurm
 from lm_eval_coupling.sweep.estimate import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Local, Plan, Slurm, read
@@ -73,7 +73,7 @@ def sweep(
 
 def survey(plan: Plan) -> list[Status]:
     """Where all units stand."""
-    queue = slurm.jobs() if isinstance(plan.run, Slurm) else None
+    queue = cluster.jobs() if isinstance(plan.run, Slurm) else {}
     return [look(plan, unit, queue) for unit in plan.units]
 
 
@@ -89,7 +89,7 @@ def _report(console: Console, plan: Plan, found: Sequence[Status]) -> int:
 
 def _require(plan: Plan) -> None:
     if isinstance(plan.run, Slurm):
-        slurm.require()
+        cluster.require()
 
 
 @contextmanager

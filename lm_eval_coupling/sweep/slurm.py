@@ -5,58 +5,39 @@ The sweep itself only submits and watches. It may die: the jobs go on, and the s
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
-import shutil
-import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import cluster, record
 from lm_eval_coupling.sweep.board import Board
+from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import done
+from lm_eval_coupling.sweep.job import UnitJob
+from lm_eval_coupling.sweep.lock import held
 from lm_eval_coupling.sweep.plan import Plan, Slurm
 from lm_eval_coupling.sweep.status import look
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import COMMAND, Worker, half
+from lm_eval_coupling.sweep.work import COMMAND, half
 
 _ARRAY = 1000  # clusters allow 1001 elements unless they say otherwise
 _POLL_SECONDS = 2.0
 _SIGNAL_SECONDS = 90
+# Ends that are nobody's wish: the node, the scheduler or the network is to blame as long as the job itself has not said why.
+_LOST = ("BOOT_FAIL", "COMPLETED", "FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT")
 
 
-class UnitJob:
-    """What submitit calls on the node; it comes back to it when the job is asked to leave."""
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """The state that a job ended in, whether the job itself has said why, and whether lm-eval had begun."""
 
-    def __init__(self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] = COMMAND) -> None:
-        """A unit, with a batch size instead of the plan's, and what runs lm-eval."""
-        self.plan, self.unit, self.batch_size, self.command = plan, unit, batch_size, command
-        self._worker: Worker | None = None
-
-    def __call__(self) -> dict[str, Any]:
-        """Work on the unit."""
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-        threads = {"OMP_NUM_THREADS": cpus} if cpus and "OMP_NUM_THREADS" not in self.plan.run.environment else {}
-        self._worker = Worker(self.plan, threads, self.command)
-        try:
-            outcome = self._worker.run(self.unit, self.batch_size)
-        except Exception as error:  # raised by the signal's handler, where the job may not be queued once more
-            record.write(self.plan.folder(self.unit), state="stopped", reason=str(error))
-            raise
-        if outcome.state == "stopped":
-            time.sleep(5)  # the signal that stopped lm-eval is on its way to us, too: then the job is queued again
-        return dataclasses.asdict(outcome)
-
-    def checkpoint(self) -> Any:
-        """Preempted or out of time: end lm-eval, whose measurements are stored, and go on in the job's next life."""
-        from submitit.helpers import DelayedSubmission
-
-        if self._worker is not None:
-            self._worker.kill()
-        return DelayedSubmission(UnitJob(self.plan, self.unit, self.batch_size, self.command))
+    job: str | None
+    said: bool
+    begun: bool
 
 
 def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] = COMMAND) -> None:
@@ -70,38 +51,70 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; the jobs go on.
+        CouplingError: if the cluster takes no jobs.
     """
+    assert isinstance(plan.run, Slurm)
     try:
         sizes: dict[str, Any] = {}
+        tries: Counter[str] = Counter()
         waiting = list(units)
         while waiting:
             now, waiting = waiting[:_ARRAY], waiting[_ARRAY:]
-            queue = jobs() or {}
-            fresh = [unit for unit in now if str(record.read(plan.folder(unit)).get("job")) not in queue]
+            queue = _queue(board)
+            fresh = [unit for unit in now if _job(plan, unit) not in queue and not held(plan.folder(unit) / record.LOCK)]
             _submit(plan, [UnitJob(plan, unit, sizes.get(unit.name), command) for unit in fresh], board)
-            for unit in _watch(plan, now, board):  # memory ran out, and the system killed the job
-                size = plan.lm_eval.get("batch_size", 1)
-                if unit.name not in sizes and (smaller := half(size)) is not None:
-                    sizes[unit.name] = smaller
+            at_work = {unit.name for unit in now if unit in fresh or _job(plan, unit) in queue}
+            for unit, end in _watch(plan, now, board):
+                smaller = half(plan.lm_eval.get("batch_size", 1))
+                if unit.name not in at_work:  # another process had it, and has let it go
+                    waiting.append(unit)
+                elif end.job == "OUT_OF_MEMORY" and unit.name not in sizes and smaller is not None:
+                    sizes[unit.name] = smaller  # the system killed the whole job, which could not try again itself
+                    waiting.append(unit)
+                elif end.job in _LOST and not end.said and tries[unit.name] < (plan.run.requeues if end.begun else 1):
+                    tries[unit.name] += 1
                     waiting.append(unit)
     except KeyboardInterrupt:
         board.say("the jobs go on: the same command shows them again, scancel ends them")
         raise
 
 
+def _job(plan: Plan, unit: Unit) -> str:
+    return str(record.read(plan.folder(unit)).get("job"))
+
+
+def _queue(board: Board) -> Mapping[str, Job]:
+    """The queue. A controller that does not answer says nothing of the jobs: to take them for gone would double them."""
+    said = False
+    while (queue := cluster.jobs()) is None:
+        if not said:
+            board.say("the cluster does not answer (squeue): waiting for it; jobs in its queue go on")
+            said = True
+        time.sleep(_POLL_SECONDS)
+    return queue
+
+
 def _submit(plan: Plan, works: Sequence[UnitJob], board: Board) -> None:
     if not works:
         return
     import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     assert isinstance(plan.run, Slurm)
     executor = submitit.SlurmExecutor(plan.output.absolute() / "slurm", max_num_timeout=plan.run.requeues)
     executor.update_parameters(**parameters(plan.run, len(works)))
-    with executor.batch():
-        submitted = [executor.submit(work) for work in works]
+    try:
+        with executor.batch():
+            submitted = [executor.submit(work) for work in works]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise CouplingError(f"the cluster did not take the jobs: {_last_line(error)}") from None
     for work, job in zip(works, submitted, strict=True):
         record.write(plan.folder(work.unit), state="waiting", job=job.job_id)
         board.set(work.unit, "waiting", f"job {job.job_id}")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def parameters(run: Slurm, count: int) -> dict[str, Any]:
@@ -125,77 +138,41 @@ def parameters(run: Slurm, count: int) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> list[Unit]:
-    """Wait until no unit has a job any more; returns those whose job was killed for its memory."""
-    left, absent, killed = list(units), dict.fromkeys((unit.name for unit in units), 0), []
+def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> Iterator[tuple[Unit, _End]]:
+    """Wait until no unit has a job any more; yields those that are not done."""
+    left, absent = list(units), Counter[str]()
     while left:
         time.sleep(_POLL_SECONDS)
-        if (queue := jobs()) is None:  # the controller does not answer: that says nothing of the jobs
-            continue
+        queue = _queue(board)
         for unit in [*left]:
-            job = str(record.read(plan.folder(unit)).get("job"))
-            if job in queue:
+            job = _job(plan, unit)
+            if (found := queue.get(job)) is not None:
                 absent[unit.name] = 0
-                running = queue[job] in ("RUNNING", "COMPLETING")
-                board.set(unit, "running" if running else "waiting", "" if running else f"job {job} {queue[job]}")
+                board.set(unit, *("running",) if found.running else ("waiting", f"job {job} {found}"))
+                continue
+            if held(plan.folder(unit) / record.LOCK):
+                absent[unit.name] = 0
+                board.set(unit, "running", "in another process")
                 continue
             absent[unit.name] += 1
             if absent[unit.name] < 2 and not done(plan, unit).complete:
                 continue
+            if not cluster.over(ended := cluster.state(job)):  # the list was made between two of its states
+                continue
             left.remove(unit)
-            ended = ended_as(job)
-            if ended == "OUT_OF_MEMORY" and not done(plan, unit).complete:
-                killed.append(unit)
-            _close(plan, unit, job, ended, board)
-    return killed
+            if (end := _close(plan, unit, job, ended, board)) is not None:
+                yield unit, end
 
 
-def _close(plan: Plan, unit: Unit, job: str, ended: str | None, board: Board) -> None:
-    """Say how a job ended that could not say so itself."""
-    status = look(plan, unit, {})
-    # Its own word counts if the job came to an end by itself, well or badly.
-    said = ended in (None, "COMPLETED", "FAILED") and record.read(plan.folder(unit)).get("state") not in (
-        "running",
-        "waiting",
-    )
+def _close(plan: Plan, unit: Unit, job: str, ended: str | None, board: Board) -> _End | None:
+    """Say how a job ended that could not say so itself; returns None if the unit is done."""
+    status, last = look(plan, unit, {}), record.read(plan.folder(unit)).get("state")
+    said = ended in (None, "COMPLETED", "FAILED") and last not in ("running", "waiting")
     if status.state != "done" and not said:
         reason = f"job {job} ended" + (f" as {ended}" if ended else "")
+        log = plan.output / "slurm" / f"{job}_0_log.err"
+        reason += f"; see {log}" if ended in _LOST and log.exists() else ""
         record.write(plan.folder(unit), state="stopped", reason=reason, job=job)
         status = look(plan, unit, {})
     board.set(unit, status.state, status.detail, status.seconds or None)
-
-
-def jobs() -> dict[str, str] | None:
-    """The state of every job of this user, elements of arrays one by one; None if the cluster does not answer."""
-    listed = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %T")
-    return None if listed is None else dict(line.split()[:2] for line in listed.splitlines() if len(line.split()) > 1)
-
-
-def ended_as(job: str) -> str | None:
-    """How a job ended, for as long as the cluster remembers it."""
-    told = _ask("scontrol", "show", "job", "--oneliner", job) or ""
-    return next((word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState=")), None)
-
-
-def require() -> None:
-    """See that jobs can be submitted from here.
-
-    Raises:
-        CouplingError: if not.
-    """
-    if shutil.which("sbatch") is None:
-        raise CouplingError("got run.on: slurm, but there is no sbatch on this machine; call the sweep on a login node")
-    try:
-        import submitit  # noqa: F401
-    except ImportError:
-        raise CouplingError(
-            "got run.on: slurm, which needs submitit; install it with pip install 'lm-eval-coupling[slurm]'"
-        ) from None
-
-
-def _ask(*command: str) -> str | None:
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout if answer.returncode == 0 else None
+    return None if status.state == "done" else _End(job=ended, said=said, begun=last != "waiting")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import Done, done
 from lm_eval_coupling.sweep.lock import held
 from lm_eval_coupling.sweep.plan import Plan
@@ -29,13 +30,13 @@ class Status:
     seconds: float
 
 
-def look(plan: Plan, unit: Unit, queue: Mapping[str, str] | None = None) -> Status:
+def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
     """See where a unit stands.
 
     Args:
         plan: the plan.
         unit: the model and revision.
-        queue: the state of every job that the cluster knows, by its name.
+        queue: the jobs that are not over, by name; none where no cluster is used, None if it does not answer.
 
     Returns:
         Its state with the reason, what is there of it, and where its log is.
@@ -49,14 +50,15 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, str] | None = None) -> Stat
     elif held(folder / record.LOCK):
         state, detail = "running", progress(log)
     elif (job := (queue or {}).get(str(said.get("job")))) is not None:
-        running = job in ("RUNNING", "COMPLETING")
-        state, detail = ("running", progress(log)) if running else ("waiting", f"job {said['job']} {job}")
+        state, detail = ("running", progress(log)) if job.running else ("waiting", f"job {said['job']} {job}")
     elif said.get("state") in ("failed", "stopped"):
         state, detail = said["state"], str(said.get("reason") or "")
     elif said.get("state") in ("running", "waiting"):
-        job = said.get("job")
-        where = f"job {job}" if job else f"process {said.get('pid')} on {said.get('host')}"
+        name = said.get("job")
+        where = f"job {name}" if name else f"process {said.get('pid')} on {said.get('host')}"
         state, detail = "stopped", f"{where} ended before it was done"
+        if name and queue is None:
+            state, detail = said["state"], f"job {name}, as last heard of; the cluster does not answer"
     if state not in ("done", "running", "waiting") and len(found.missing) < len(plan.tasks):
         names = ", ".join(task.name for task in found.missing)
         detail = f"{detail}; " * bool(detail) + f"{len(found.missing)} of {len(plan.tasks)} tasks: {names}"

@@ -42,15 +42,22 @@ class Outcome:
 class Worker:
     """Runs units, one at a time; :meth:`stop` and :meth:`kill` may be called from anywhere."""
 
-    def __init__(self, plan: Plan, environment: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = COMMAND,
+        patience: float = 1.0,
+    ) -> None:
         """Prepare.
 
         Args:
             plan: the plan.
             environment: further variables of the process, such as the device that it may see.
             command: what to run before ``--config FILE``.
+            patience: seconds to wait for a unit that another process holds.
         """
-        self.plan, self.command = plan, command
+        self.plan, self.command, self.patience = plan, command, patience
         self.environment = {**os.environ, **plan.run.environment, **(environment or {}), "PYTHONUNBUFFERED": "1"}
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,7 +74,7 @@ class Worker:
         """
         folder = self.plan.folder(unit)
         try:
-            with lock(folder / record.LOCK, patience=1.0) as descriptor:
+            with lock(folder / record.LOCK, patience=self.patience) as descriptor:
                 outcome = self._run(unit, folder, descriptor, batch_size)
                 record.write(folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds)
         except Held:

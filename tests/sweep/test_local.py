@@ -15,6 +15,7 @@ from stand_in import STAND_IN, calls, wait_for
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.sweep import checks, local, record
 from lm_eval_coupling.sweep.board import Board
+from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey, sweep
 from lm_eval_coupling.sweep.lock import lock
 from lm_eval_coupling.sweep.plan import Local
@@ -37,7 +38,7 @@ def unchecked(monkeypatch):
 def run(plan):
     board = Board(plan, survey(plan), Console(file=open(os.devnull, "w")))
     local.run(plan, plan.units, board, STAND_IN)
-    return {unit.label.split("/")[-1]: look(plan, unit) for unit in plan.units}
+    return {unit.label.split("/")[-1]: look(plan, unit, {}) for unit in plan.units}
 
 
 def command(plan):
@@ -157,7 +158,7 @@ def test_after_kill_9_the_next_sweep_waits_for_what_still_runs(folder_of, make_p
     wait_for(lambda: calls(model))
     head.kill()
     head.wait()
-    assert look(plan, plan.units[0]).state == "running"
+    assert look(plan, plan.units[0], {}).state == "running"
     assert command(plan).wait(30) == 0 and len(calls(model)) == 1
 
 
@@ -165,16 +166,19 @@ def test_states_in_words(folder_of, make_plan):
     plan = make_plan([folder_of("a", seconds=60)])
     (unit,) = plan.units
     folder = plan.folder(unit)
-    assert look(plan, unit).state == "missing"
+    assert look(plan, unit, {}).state == "missing"
     with lock(folder / record.LOCK):
         (folder / record.LOG).write_text("x\rMeasuring coupling:  40%|####      | 4/10 [00:01<00:01]\r")
-        assert (look(plan, unit).state, look(plan, unit).detail) == ("running", "measuring coupling 40 %")
+        assert (look(plan, unit, {}).state, look(plan, unit, {}).detail) == ("running", "measuring coupling 40 %")
     record.write(folder, state="running")
-    assert "ended before it was done" in look(plan, unit).detail
+    assert "ended before it was done" in look(plan, unit, {}).detail
     record.write(folder, state="waiting", job="7_0")
-    assert look(plan, unit, {"7_0": "PENDING"}).state == "waiting"
-    assert look(plan, unit, {"7_0": "RUNNING"}).state == "running"
+    waiting = look(plan, unit, {"7_0": Job("PENDING", "Resources")})
+    assert (waiting.state, waiting.detail) == ("waiting", "job 7_0 PENDING (Resources)")
+    assert look(plan, unit, {"7_0": Job("RUNNING")}).state == "running"
     assert look(plan, unit, {}).state == "stopped"
+    silent = look(plan, unit, None)  # a controller that does not answer says nothing of the job
+    assert silent.state == "waiting" and "does not answer" in silent.detail
 
 
 def test_the_table_shows_those_in_trouble_first_where_there_is_no_room(folder_of, make_plan):
