@@ -11,6 +11,7 @@ import command
 from lm_eval_coupling.figures.studies import paired_differences
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import by_document, tables
+from lm_eval_coupling.studies.left_out import alone, left_out
 
 
 def main(argv=None):
@@ -23,7 +24,8 @@ def main(argv=None):
     records = tables.read(options.runs, names, measures=["coupling", *regularity])
     rank = tables.choose_rank(records, options.rank)
     whole = ["coupling", *tables.recorded(records, regularity)]
-    pairs = by_document.paired(tables.long(records, [*whole, "layer_coupling"], rank), *names)
+    values = tables.long(records, [*whole, "layer_coupling"], rank)
+    pairs = by_document.paired(values, *names)
     means = tables.named(by_document.mean_differences(pairs), rank)
     pairs = tables.named(pairs, rank)
     figure = paired_differences(
@@ -33,8 +35,9 @@ def main(argv=None):
         chance={readings()["coupling"].label: readings()["coupling"].chance_at(rank)},
         title=f"The same documents in {names[0]} and {names[1]}, K = {rank}",
     )
-    command.save(options.out, "chain_of_thought", figure, means)
-    command.save_table(options.out, "chain_of_thought_documents", pairs)
+    name = command.of_tasks("chain_of_thought", records, names)
+    command.save(options.out, name, figure, means, [*left_out(records, whole), *alone(values, *names)])
+    command.save_table(options.out, f"{name}_documents", pairs)
     columns = ["line", "weights", "measure", "difference", "low", "high", "positive", "n"]
     print(means.loc[means["measure"].isin(whole), columns].to_string(index=False))
 

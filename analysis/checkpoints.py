@@ -12,28 +12,31 @@ import command
 
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.studies import tables, training
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
     regularity = ["line_shape_score", "expodistance", "equidistance"]
     records = tables.read(options.runs, options.tasks, measures=["coupling", *regularity])
-    records = training.with_steps(records)
+    everything, records = records, training.with_steps(records)
+    others = sorted({*everything["model"]} - {*records["model"]})
+    missing = [f"{len(others)} models left out (no step in their name: {', '.join(others)})"] if others else []
     rank = tables.choose_rank(records, options.rank)
     measures = ["coupling", *tables.recorded(records, regularity)]
     values = tables.quartiles(tables.long(records, measures, rank), tables.RUN)
     rows = training.with_steps(tables.named(values, rank)).sort_values("step")
     rows["line"] = rows["lineage"]
     title = f"Along training, K = {rank}: median and quartiles over documents"
-    command.save(
-        options.out, "checkpoints", curves(rows, x="step", x_label="step", log_x=True, columns=2, title=title), rows
-    )
+    figure = curves(rows, x="step", x_label="step", log_x=True, columns=2, title=title)
+    name = command.of_tasks("checkpoints", records, options.tasks)
+    command.save(options.out, name, figure, rows, [*missing, *left_out(records, measures)])
     layers = tables.quartiles(tables.long(records, ["layer_coupling"], rank), tables.RUN)
     layers = training.with_steps(tables.named(layers, rank)).sort_values("step")
     layers["line"] = [f"{row.lineage}, step {row.step:.0f}" for row in layers.itertuples()]
-    command.save(
-        options.out, "checkpoints_layers", curves(layers, columns=1, title="Coupling of each layer, by step"), layers
-    )
+    figure = curves(layers, columns=1, title="Coupling of each layer, by step")
+    name = command.of_tasks("checkpoints_layers", records, options.tasks)
+    command.save(options.out, name, figure, layers, [*missing, *left_out(records, ["layer_coupling"])])
 
 
 if __name__ == "__main__":

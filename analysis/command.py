@@ -11,6 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures.canvas import caption
+from lm_eval_coupling.saved.tables import safe_name
+
+_NAMED = 3  # tasks; the names of more are no name of a file
 
 
 def arguments(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
@@ -26,12 +30,31 @@ def arguments(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def save(folder: Path, name: str, figure: Figure, rows: pd.DataFrame) -> None:
+def of_tasks(study: str, records: pd.DataFrame, asked: Sequence[str] | None = None) -> str:
+    """Name of a study's files: with its task, or with those asked for; plainly ``study`` of all there are."""
+    tasks = list(dict.fromkeys(records["task"]))
+    if len(tasks) > 1 and not asked:
+        return study
+    told = "+".join(map(safe_name, tasks)) if len(tasks) <= _NAMED else f"{len(tasks)}_tasks"
+    return f"{study}_{told}"
+
+
+def save(folder: Path, name: str, figure: Figure, rows: pd.DataFrame, left_out: Sequence[str] = ()) -> None:
     """Write ``name.csv``, ``name.png`` and ``name.svg``: the numbers, and the picture made of them.
+
+    Args:
+        folder: where to; made if missing.
+        name: of the files, without a suffix.
+        figure: the picture.
+        rows: its numbers.
+        left_out: sentences that say which documents are not in it; they stand below the title.
 
     Raises:
         CouplingError: if the folder cannot be written.
     """
+    caption(figure, left_out)
+    for sentence in left_out:
+        print(f"{name}: {sentence}")
     save_table(folder, name, rows)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for every format again

@@ -10,6 +10,7 @@ import command
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import tables
+from lm_eval_coupling.studies.left_out import left_out
 
 PROFILES = ["norms", "step_lengths", "windowed_line_shape", "windowed_expodistance", "entropy"]
 SPECTRA = ["effective_rank", "participation_ratio"]  # where these were measured, too
@@ -27,7 +28,8 @@ def main(argv=None):
     rows = tables.named(tables.quartiles(tables.long(records, measures, rank), tables.RUN), rank)
     log = [readings()[name].label for name in measures if readings()[name].log]
     title = "Trajectories with depth: median and quartiles over documents"
-    command.save(options.out, "depth_profiles", curves(rows, log=log, title=title), rows)
+    name = command.of_tasks("depth_profiles", records, options.tasks)
+    command.save(options.out, name, curves(rows, log=log, title=title), rows, left_out(records, measures))
 
 
 if __name__ == "__main__":

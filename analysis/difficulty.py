@@ -16,6 +16,7 @@ import command
 
 from lm_eval_coupling.figures.studies import against_number
 from lm_eval_coupling.studies import by_document, tables
+from lm_eval_coupling.studies.left_out import left_out, without
 
 
 def main(argv=None):
@@ -32,14 +33,17 @@ def main(argv=None):
     else:
         numbers = by_document.fields(options.runs, options.column, options.count)
     measures = ["coupling", *tables.recorded(records, regularity)]
-    rows = tables.named(by_document.against(tables.long(records, measures, rank), numbers, "difficulty"), rank)
+    values = tables.long(records, measures, rank)
+    rows = tables.named(by_document.against(values, numbers, "difficulty"), rank)
+    missing = [*left_out(records, measures), *without(values, rows, options.column)]
     bins = tables.named(by_document.bins(rows, "difficulty"), rank)
     found = tables.named(by_document.correlations(rows, "difficulty"), rank)
-    name = f"{options.column}: times {options.count!r}" if options.count else options.column
+    x_label = f"{options.column}: times {options.count!r}" if options.count else options.column
     title = f"Documents by difficulty, K = {rank}; large: medians and quartiles of bins"
-    figure = against_number(rows, bins, found, x="difficulty", x_label=name, title=title)
-    command.save(options.out, "difficulty", figure, rows)
-    command.save_table(options.out, "difficulty_correlations", found)
+    figure = against_number(rows, bins, found, x="difficulty", x_label=x_label, title=title)
+    name = command.of_tasks("difficulty", records, options.tasks)
+    command.save(options.out, name, figure, rows, missing)
+    command.save_table(options.out, f"{name}_correlations", found)
     print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))
 
 

@@ -11,6 +11,7 @@ import command
 
 from lm_eval_coupling.figures.coupling_matrices import influence as draw
 from lm_eval_coupling.studies import singular_values, tables
+from lm_eval_coupling.studies.left_out import left_out, too_short
 
 
 def main(argv=None):
@@ -30,7 +31,9 @@ def main(argv=None):
     }
     title = "From input token to the measured one: median over documents"
     figure = draw(panels, tokens=names, label=f"{options.norm} norm of the Jacobian", title=title)
-    command.save(options.out, "influence", figure, rows)
+    name = command.of_tasks("influence", records, options.tasks)
+    missing = left_out(records, columns=["frobenius_norms", "spectral_norms"])
+    command.save(options.out, name, figure, rows, [*missing, *too_short(records, options.last)])
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ import command
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.studies import tables
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks, measures=["layer_coupling"])
+    measures = ["layer_coupling", "layer_coupling_as_basis"]
+    records = tables.read(options.runs, options.tasks, measures=measures)
     rank = tables.choose_rank(records, options.rank)
-    values = tables.long(records, ["layer_coupling", "layer_coupling_as_basis"], rank)
+    values = tables.long(records, measures, rank)
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)
     title = f"Coupling of each layer, K = {rank}: median and quartiles over documents"
-    command.save(options.out, "layer_coupling", curves(rows, columns=2, title=title), rows)
+    name = command.of_tasks("layer_coupling", records, options.tasks)
+    command.save(options.out, name, curves(rows, columns=2, title=title), rows, left_out(records, measures))
     known = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
     for line, of in known.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]

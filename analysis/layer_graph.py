@@ -14,6 +14,7 @@ import pandas as pd
 from lm_eval_coupling.figures.graph import edge_weights, layer_graph
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 from lm_eval_coupling.studies import tables
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -25,8 +26,11 @@ def main(argv=None):
     rows = pd.concat([edges(run, matrix, rank, n) for run, (matrix, n) in found.items()])
     title = f"Coupling of layers, K = {rank}, mean over documents"
     clear = dict(zip(panels, tables.pairs_beyond_chance(records, rank).values(), strict=True))
-    command.save(options.out, "layer_graph", layer_graph(panels, rank=rank, clear=clear, title=title), rows)
-    command.save(options.out, "layer_heatmap", layer_heatmaps(panels, rank=rank, title=title), rows)
+    pictures = {"layer_graph": layer_graph(panels, rank=rank, clear=clear, title=title)}
+    pictures["layer_heatmap"] = layer_heatmaps(panels, rank=rank, title=title)
+    for study, figure in pictures.items():
+        name = command.of_tasks(study, records, options.tasks)
+        command.save(options.out, name, figure, rows, left_out(records, ["coupling"]))
 
 
 def edges(run: tuple[str, ...], matrix: np.ndarray, rank: int, n: int) -> pd.DataFrame:

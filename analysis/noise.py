@@ -42,7 +42,8 @@ def main(argv=None):
     found = found.assign(panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained")
     found["chance"] = found["measure"].eq("coupling").map({True: chance_coupling(options.rank), False: float("nan")})
     figure = noise(found, title=f"{name}: noise on the input embeddings of {len(prompts)} prompts")
-    command.save(options.out, "noise", figure, rows)
+    drawn = records[records["tokens"].isin(prompts)]
+    command.save(options.out, command.of_tasks("noise", drawn), figure, rows)
     print(found[["measure", "level", "median", "q25", "q75", "n"]].to_string(index=False))
 
 

@@ -9,6 +9,7 @@ import command
 
 from lm_eval_coupling.figures.studies import against_number
 from lm_eval_coupling.studies import by_document, tables
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -22,8 +23,9 @@ def main(argv=None):
     found = tables.named(by_document.correlations(rows, "n_tokens"), rank)
     title = f"Documents by the length of their prompt, K = {rank}; large: medians and quartiles of bins"
     figure = against_number(rows, bins, found, x="n_tokens", x_label="tokens of the prompt", title=title)
-    command.save(options.out, "prompt_length", figure, rows)
-    command.save_table(options.out, "prompt_length_correlations", found)
+    name = command.of_tasks("prompt_length", records, options.tasks)
+    command.save(options.out, name, figure, rows, left_out(records, measures))
+    command.save_table(options.out, f"{name}_correlations", found)
     print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))
 
 

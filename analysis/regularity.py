@@ -11,6 +11,7 @@ import command
 
 from lm_eval_coupling.figures.lines import quartile_bars
 from lm_eval_coupling.studies import tables
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -22,7 +23,9 @@ def main(argv=None):
     values = tables.long(records, measures, rank)
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)
     title = "Regularity of trajectories: median and quartiles over documents"
-    command.save(options.out, "regularity", quartile_bars(rows, columns=len(measures), title=title), rows)
+    name = command.of_tasks("regularity", records, options.tasks)
+    figure = quartile_bars(rows, columns=len(measures), title=title)
+    command.save(options.out, name, figure, rows, left_out(records, measures))
     print(rows[["line", "weights", "measure", "q25", "median", "q75", "n", "undefined"]].to_string(index=False))
 
 

@@ -12,6 +12,7 @@ import command
 
 from lm_eval_coupling.figures.lines import singular_values as draw
 from lm_eval_coupling.studies import singular_values, tables
+from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -29,7 +30,9 @@ def main(argv=None):
         fits = fits.merge(singular_values.document_fits(records, indices), how="left")  # not every run measured spectra
     rows, fits = tables.with_line(rows), tables.with_line(fits)
     title = "Singular values of the blocks with depth: median and quartiles over documents"
-    command.save(options.out, "singular_values", draw(rows, fits, title=title), rows.merge(fits))
+    name = command.of_tasks("singular_values", records, options.tasks)
+    missing = left_out(records, columns=["singular_values"])
+    command.save(options.out, name, draw(rows, fits, title=title), rows.merge(fits), missing)
     print(fits.drop(columns=[*tables.RUN[:2]]).to_string(index=False))
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from lm_eval_coupling.figures.coupling_matrices import token_heatmaps
 from lm_eval_coupling.saved.tables import require
 from lm_eval_coupling.studies import tables, tokens
+from lm_eval_coupling.studies.left_out import left_out
 
 PANELS = 4  # layers, spread over those measured
 
@@ -30,6 +31,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     kind = tokens.KINDS[options.kind]
     records = tables.read(options.runs, options.tasks, columns=[kind.column, kind.tokens, kind.layers])
+    missing = left_out(records, columns=[kind.column]) if options.doc is None else []
     records = require(records, [kind.column])
     rank = tables.choose_rank(records, options.rank)
     records = tables.of_document(records, options.doc)
@@ -46,7 +48,8 @@ def main(argv=None):
         print(f"{tables.label(*run)}: {kind.label}: {every:.4f} over different tokens, within a layer {within:.4f}")
     title = f"{kind.label}, K = {rank}: miscoupling of tokens within a layer"
     figure = token_heatmaps(panels, tokens=places, rank=rank, title=title)
-    command.save(options.out, f"tokenwise_{options.kind}", figure, pd.concat(rows))
+    name = command.of_tasks(f"tokenwise_{options.kind}", records, options.tasks)
+    command.save(options.out, name, figure, pd.concat(rows), missing)
 
 
 if __name__ == "__main__":

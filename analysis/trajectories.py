@@ -38,7 +38,7 @@ def main(argv=None):
     rows = pd.concat([coordinates(record) for record in of.values()])
     components = tuple(options.components)
     figure = draw(prompts, token=measured, skip=options.skip, components=components, title=title)
-    command.save(options.out, "trajectories", figure, rows)
+    command.save(options.out, command.of_tasks("trajectories", chosen), figure, rows)
 
 
 def coordinates(record: dict) -> pd.DataFrame:

@@ -80,7 +80,9 @@ def save(folder, rows, *, model="org/tiny", revision="main", date=saved_runs.DAT
     return folder
 
 
-def table(out, name):
+def table(out, name, of="_arc"):
+    """The numbers of a study of these tasks, "" for all of several, whose pictures are there."""
+    name += of
     for suffix, start in {"png": b"\x89PNG", "svg": b"<?xml"}.items():
         assert (out / f"{name}.{suffix}").read_bytes().startswith(start)
     return pd.read_csv(out / f"{name}.csv")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from lm_eval_coupling.errors import CouplingError
+
 _TICKS = 8
+_LETTERS = 11  # of a title, in an inch
 DPI = 200  # of the pictures
 
 
@@ -27,6 +32,30 @@ def grid(
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure, axes[:panels]
+
+
+def panels_of(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The panels that have a number in all of these columns, and a sentence for each that has none: no axes stay empty.
+
+    Raises:
+        CouplingError: if none has.
+    """
+    known = rows[list(columns)].notna().all(axis=1).groupby(rows["panel"], sort=False).any()
+    shown, empty = [name for name, any_of in known.items() if any_of], [name for name, any_of in known.items() if not any_of]
+    if not shown:
+        raise CouplingError(
+            f"got no number of {', '.join(empty) or 'anything'} in any document, expected one; "
+            "the column reason of the records says why"
+        )
+    return shown, [f"{name}: undefined in all documents, not drawn" for name in empty]
+
+
+def caption(figure: Figure, sentences: Sequence[str]) -> None:
+    """Sentences below the title of the figure, as wide as it is."""
+    width = int(figure.get_figwidth() * _LETTERS)
+    lines = [line for text in sentences for line in textwrap.wrap(text, width)]
+    if lines:
+        figure.suptitle("\n".join(filter(None, [figure.get_suptitle(), *lines])), fontsize="medium")
 
 
 def chance_line(ax: Axes, chance: float) -> None:

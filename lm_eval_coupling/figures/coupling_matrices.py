@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
-from lm_eval_coupling.figures.canvas import colour_bar, grid, labelled
+from lm_eval_coupling.figures.canvas import caption, colour_bar, grid, labelled
 from lm_eval_coupling.figures.palette import SCALE, UNDEFINED
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
@@ -26,7 +26,7 @@ def token_heatmaps(
 ) -> Figure:
     """Draw normalised miscoupling token by token, panels on one colour scale that marks chance (paper, figs. 18–23).
 
-    What is not a number is grey.
+    What is not a number is grey; a panel without any number is named in the title instead.
 
     Args:
         panels: a matrix m̃[t, t'] under the name that stands above it.
@@ -41,13 +41,15 @@ def token_heatmaps(
     Raises:
         CouplingError: if there is no panel, or none with a number.
     """
-    finite = [matrix[np.isfinite(matrix)] for matrix in panels.values()]
-    if not any(len(values) for values in finite):
+    finite = {name: matrix[np.isfinite(matrix)] for name, matrix in panels.items()}
+    shown = {name: panels[name] for name, values in finite.items() if len(values)}
+    if not shown:
         raise CouplingError("got no pair of tokens with a number, expected at least one token-by-token matrix")
     chance = chance_level(rank)
-    values = np.concatenate([*finite, [chance]])
-    figure, axes = grid(len(panels), width=3.1, height=3.3, columns=4, title=title)
-    for ax, (name, matrix) in zip(axes, panels.items(), strict=True):
+    values = np.concatenate([*finite.values(), [chance]])
+    figure, axes = grid(len(shown), width=3.1, height=3.3, columns=4, title=title)
+    caption(figure, [f"{name}: all undefined, not drawn" for name in panels if name not in shown])
+    for ax, (name, matrix) in zip(axes, shown.items(), strict=True):
         image = ax.imshow(matrix, cmap=SCALE, vmin=values.min(), vmax=values.max(), interpolation="none")
         ax.set_facecolor(UNDEFINED)
         undefined = np.isnan(matrix).sum()

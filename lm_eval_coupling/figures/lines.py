@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import chance_line, grid, labelled, legend_outside
+from lm_eval_coupling.figures.canvas import caption, chance_line, grid, labelled, legend_outside, panels_of
 from lm_eval_coupling.figures.palette import colours
 
 
@@ -31,8 +31,8 @@ def curves(
 ) -> Figure:
     """Draw the median over documents with its quartiles as a band, one panel per measure, one line per run.
 
-    Where nothing is defined the line is interrupted. The legend states the number of documents, and in how many a
-    number of the curve is undefined.
+    Where nothing is defined the line is interrupted; a panel without any number is named in the title instead. The legend
+    states the number of documents, and in how many a number of the curve is undefined.
 
     Args:
         rows: as the module says, with the column ``x``.
@@ -46,8 +46,9 @@ def curves(
     Returns:
         The figure, not yet saved.
     """
-    panels = list(dict.fromkeys(rows["panel"]))
+    panels, empty = panels_of(rows, ["median"])
     figure, axes = grid(len(panels), columns=columns, title=title)
+    caption(figure, empty)
     colour = colours(rows["line"])
     names = legend_names(rows)
     for ax, panel in zip(axes, panels, strict=True):
@@ -85,8 +86,10 @@ def quartile_bars(rows: pd.DataFrame, *, columns: int = 2, title: str | None = N
     Returns:
         The figure, not yet saved.
     """
-    panels, lines = list(dict.fromkeys(rows["panel"])), list(dict.fromkeys(rows["line"]))
+    panels, empty = panels_of(rows, ["median"])
+    lines = list(dict.fromkeys(rows["line"]))
     figure, axes = grid(len(panels), width=max(3.4, 0.5 * len(lines) + 2), height=3.6, columns=columns, title=title)
+    caption(figure, empty)
     shift = {"trained": -0.12, "untrained": 0.12} if rows["weights"].nunique() > 1 else {}
     colour = colours(["trained", "untrained"])
     for ax, panel in zip(axes, panels, strict=True):
@@ -128,7 +131,7 @@ def singular_values(rows: pd.DataFrame, fits: pd.DataFrame, *, title: str | None
             style: dict[str, Any] = {"color": colour[k], "markersize": 3}
             left.plot(depth, curve["median"], "o-", linewidth=1, label=f"k = {k}", **style)
             left.fill_between(depth, curve["q25"], curve["q75"], color=colour[k], alpha=0.18, linewidth=0)
-            right.plot(depth, 1 / curve["median"], "o", label=f"k = {k}, R² = {fitted['r2'][k]:.2f}", **style)
+            right.plot(depth, 1 / curve["median"], "o", label=f"k = {k}{_r2(fitted['r2'][k])}", **style)
             right.plot(depth, fitted["intercept"][k] + fitted["slope"][k] * depth, "-", linewidth=1, color=colour[k])
         left.set_yscale("log")
         left.set_ylabel("singular value σₖ", fontsize="small")
@@ -140,6 +143,10 @@ def singular_values(rows: pd.DataFrame, fits: pd.DataFrame, *, title: str | None
             ax.tick_params(labelsize="small")
             ax.legend(fontsize="xx-small", frameon=False)
     return figure
+
+
+def _r2(value: float) -> str:
+    return "" if np.isnan(value) else f", R² = {value:.2f}"
 
 
 def legend_names(rows: pd.DataFrame) -> dict[tuple[str, str], str]:

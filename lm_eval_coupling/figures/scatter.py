@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lm_eval_coupling.figures.palette import CATEGORIES, colours
 from lm_eval_coupling.statistics import Fit
@@ -76,18 +77,19 @@ def _draw_fit(ax: Axes, fit: Fit, x: pd.Series, style: str) -> None:
 
 
 def _name_points(ax: Axes, points: pd.DataFrame) -> None:
-    """Right of each point, or on another side where a name before it stands there already."""
+    """Above the right bar of each point, or where no name stands yet: bars strike through none, curves shine around it."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     taken: list[tuple[float, float]] = []
     for row in points.sort_values("y").itertuples():
         x, y = (row.x - left) / (right - left), (row.y - bottom) / (top - bottom)
-        sides = ((5, 0, "left"), (-5, 0, "right"), (5, 9, "left"), (5, -9, "left"))
+        sides = ((4, 6, "left"), (-4, 6, "right"), (4, -6, "left"), (-4, -6, "right"), (4, 15, "left"), (4, -15, "left"))
         free = [s for s in sides if all(abs(y + s[1] / 250 - b) > _CLOSE or abs(x + s[0] / 50 - a) > 0.15 for a, b in taken)]
         dx, dy, side = (free or sides)[0]
         taken.append((x + dx / 50, y + dy / 250))
         ax.annotate(
-            row.label, (row.x, row.y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize="xx-small"
-        )
+            row.label, (row.x, row.y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize="xx-small",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
 
 
 def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | None = None) -> Figure:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import chance_line, grid, labelled
+from lm_eval_coupling.figures.canvas import caption, chance_line, grid, labelled, panels_of
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.figures.palette import colours
 
@@ -31,8 +31,9 @@ def against_number(
     Returns:
         The figure, not yet saved.
     """
-    panels = list(dict.fromkeys(rows["panel"]))
+    panels, empty = panels_of(rows, [x, "value"])
     figure, axes = grid(len(panels), width=3.6, title=title)
+    caption(figure, empty)
     colour = colours(rows["line"])
     for ax, panel in zip(axes, panels, strict=True):
         of = rows[rows["panel"] == panel]
@@ -78,8 +79,10 @@ def paired_differences(
     Returns:
         The figure, not yet saved.
     """
-    panels = list(dict.fromkeys(pairs["panel"]))
-    figure, axes = grid(len(panels) + 1, width=3.6, columns=2, title=title)
+    panels, empty = panels_of(pairs, ["first", "second"])
+    by_layer = by_layer.dropna(subset=["depth", "difference"])
+    figure, axes = grid(len(panels) + bool(len(by_layer)), width=3.6, columns=2, title=title)
+    caption(figure, empty)
     colour = colours(pairs["line"])
     for ax, panel in zip(axes, panels, strict=False):
         of = pairs[pairs["panel"] == panel].dropna(subset=["first", "second"])
@@ -96,7 +99,8 @@ def paired_differences(
         ax.set_ylabel(names[1], fontsize="small")
         ax.tick_params(labelsize="small")
         ax.legend(fontsize="xx-small", frameon=False)
-    _differences(axes[-1], by_layer, colour)
+    if len(by_layer):
+        _differences(axes[-1], by_layer, colour)
     return figure
 
 

@@ -18,6 +18,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.columns import Column, columns
 from lm_eval_coupling.saved.strict_json import strict
+from lm_eval_coupling.saved.tables import safe_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +76,9 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
     observed, tables, main = found.observations, found.tables, found.observations.main.name
     if found.fits:
         scores = observed.scores if len(observed.scores) <= _SCATTERS else observed.scores[-1:]
-        for number, score in enumerate(scores):
-            name = f"scatter_{number + 1}" if score != observed.scores[-1] else "scatter"
-            yield name, partial(_scatter, found, score)
+        for score in scores:
+            name = score.replace("−", "minus_").replace(" ", "_")
+            yield f"scatter_{safe_name(name)}", partial(_scatter, found, score)
         yield (
             "predictors",
             lambda: draw.intervals(_compared(found), x_label=f"Pearson correlation with {observed.scores[-1]}", chance=0.0),
@@ -104,7 +105,9 @@ def _scatter(found: Findings, score: str) -> Figure:
         x=rows[main.name], y=rows["score"], x_error=rows.get(main.error, math.nan), y_error=rows["score_error"]
     )
     curves = [found.fits[score, main.name, form, "none"] for form in ("line", "exponential")]
-    return draw.score_scatter(points, curves, x_label=main.name, y_label=score)
+    lacking = points[["x", "y"]].isna().any(axis=1).sum()
+    title = f"{lacking} of {len(points)} models left out (no {main.name} or no score)" if lacking else None
+    return draw.score_scatter(points, curves, x_label=main.name, y_label=score, title=title)
 
 
 def _compared(found: Findings) -> pd.DataFrame:

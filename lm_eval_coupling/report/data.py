@@ -16,6 +16,7 @@ from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_
 from lm_eval_coupling.measures.registry import Reading, summarised
 from lm_eval_coupling.report.prompts import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
+from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
 from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
 from lm_eval_coupling.saved.samples import read_answers
@@ -62,8 +63,11 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
     by_file = {str(run.file): run for run in runs.runs}
     used = {file: by_file[file] for file in dict.fromkeys(found["file"])}
     tables = _Tables()
+    of_task = found.groupby("task")["prompting"].unique()
     rows = [
-        _row(row, used[row["file"]], tables) | {"label": label, "run": list(used).index(row["file"])}
+        _row(row, used[row["file"]], tables)
+        | {"label": label, "run": list(used).index(row["file"])}
+        | {"prompting": readable(row["prompting"], of_task[row["task"]])}
         for label, row in zip(label_rows(found, full_names(found["model"].unique())), found.to_dict("records"), strict=True)
     ]
     about: dict[str, Any] = {"provenance": [_provenance(run) for run in used.values()]}

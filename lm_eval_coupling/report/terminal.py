@@ -17,6 +17,7 @@ from rich.text import Text
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.report import layers, numbers
 from lm_eval_coupling.report.columns import Column, columns
+from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.records import require_tables
 from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
 from lm_eval_coupling.saved.values import plain_readings
@@ -94,6 +95,7 @@ def _print_for_programs(rows: pd.DataFrame, form: str, console: Console) -> None
 
 def _print_runs(console: Console, rows: pd.DataFrame, tables: Tables, task: str | None, doc: int | None) -> None:
     several = rows.groupby("label")["folder"].nunique() > 1
+    rows = rows.assign(prompts=_prompts(rows))
     for (folder, label), own in rows.groupby(["folder", "label"], sort=False):
         _print_overview(console, own, _title(own, tables, folder if several[label] else None))
     for run, table in tables if task is not None else ():
@@ -105,11 +107,17 @@ def _print_runs(console: Console, rows: pd.DataFrame, tables: Tables, task: str 
             layers.print_document(console, table, doc)
 
 
+def _prompts(rows: pd.DataFrame) -> list[str]:
+    """How the prompts of each row were made, in words; digests only where other rows of its task differ in them."""
+    of_task = rows.groupby("task")["prompting"].unique()
+    return [readable(words, of_task[task]) for words, task in zip(rows["prompting"], rows["task"], strict=True)]
+
+
 def _title(rows: pd.DataFrame, tables: Tables, folder: str | None) -> str:
     first = rows.iloc[0]
     about = next(t.about for run, t in tables if (run.model, t.task) == (first["model"], first["task"]))
     size = f", {about['n_layers']} layers of width {about['d_model']}" if "n_layers" in about else ""
-    prompts = "; ".join(dict.fromkeys(rows["prompting"]))
+    prompts = "; ".join(dict.fromkeys(rows["prompts"]))
     where = f", in {folder}" if folder else ""
     return f"{first['label']}{size}{where} ({prompts})"
 
@@ -118,7 +126,10 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
     """Coupling, and where there are any the untrained weights beside it and the regularity of trajectories."""
     ranks = rows.drop_duplicates("rank")
     console.print(Text(title, style="bold"))
-    console.print("coupling = 1 − mean miscoupling of different layers (↑); worst error: largest certificate", style="dim")
+    console.print(
+        "coupling = 1 − mean miscoupling of different layers (↑) ± standard error; worst error: largest certificate",
+        style="dim",
+    )
     found = columns(
         [
             Column("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
@@ -207,7 +218,9 @@ def _with_error(mean: float, error: float, signed: bool = False) -> str:
     if math.isnan(mean):
         return "–"
     value = _signed(mean) if signed else f"{mean:.4f}"
-    return value if math.isnan(error) else f"{value} ± {error:.4f}"
+    if math.isnan(error):
+        return value
+    return f"{value} ± {error:.4f}" if error >= 5e-5 or not error else f"{value} ± {error:.0e}"
 
 
 def _fixed(value: float) -> str:

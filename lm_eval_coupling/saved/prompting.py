@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
+_ALWAYS = "task text"  # every task has one: it says something only beside another
+_DIGESTED = (_ALWAYS, "chosen samples", "chat template", "system instruction")  # parts that end in a digest
 _SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
 # Of a task's configuration: what its prompts are rendered from, and their examples, whose answers stand in them.
 TEXTS: tuple[str, ...] = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix", "process_docs")
@@ -72,7 +74,7 @@ def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mappin
         parts += sorted({text for of in found.values() if (text := of.get(name))})
     told_by = [of["encoding"] for of in found.values() if of]
     parts += dict.fromkeys(word for words in told_by for word in words)
-    for name, words in (("task_texts", "task text"), ("samples", "chosen samples")):
+    for name, words in (("task_texts", _ALWAYS), ("samples", "chosen samples")):
         told = {task: of[name] for task, of in found.items() if of.get(name)}
         if told:
             parts.append(f"{words} {told[tasks[0]] if len(tasks) == 1 else _digest(told)}")
@@ -105,10 +107,36 @@ def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any])
 
 
 def differing(of_runs: Iterable[str]) -> dict[str, str]:
-    """Of each of these descriptions the parts that not all of them have, which may be none."""
-    parts = {words: words.split(", ") for words in of_runs}
+    """Of each of these descriptions of one task the parts that not all of them have, which may be none, for a reader."""
+    of_runs = list(of_runs)
+    parts = {words: readable(words, of_runs).split(", ") for words in of_runs}
     common = set.intersection(*map(set, parts.values())) if parts else set()
     return {words: ", ".join(part for part in own if part not in common) for words, own in parts.items()}
+
+
+def readable(description: str, others: Iterable[str] = ()) -> str:
+    """``description`` for a reader: what its digests stand for, and a digest only where ``others`` do not have the same.
+
+    Args:
+        description: of :func:`prompting`.
+        others: descriptions of the same task; it may be among them.
+    """
+    known = [dict(map(_kind, other.split(", "))) for other in others]
+    told = []
+    for part in description.split(", "):
+        kind, digest = _kind(part)
+        same = (digest,) if kind == _ALWAYS else (digest, None)  # that another has none is told by the kind
+        if digest and any(other.get(kind) not in same for other in known):
+            told.append(part)
+        elif not digest or kind != _ALWAYS:
+            told.append(kind)
+    return ", ".join(told)
+
+
+def _kind(part: str) -> tuple[str, str]:
+    """What a part is of, and its digest, "" if it is no digest."""
+    kind, _, digest = part.rpartition(" ")
+    return (kind, digest) if kind in _DIGESTED else (part, "")
 
 
 def _token(coupling: Mapping[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def write_tables(
     for (task, weights), members in files.items():
         about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
         about |= {"weights": weights}
-        name = _safe(task) if weights == TRAINED else f"{weights}_{_safe(task)}"
+        name = safe_name(task) if weights == TRAINED else f"{weights}_{safe_name(task)}"
         path = Path(folder) / f"coupling_{name}_{date}.parquet"
         table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
         try:
@@ -191,7 +191,7 @@ def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
     return about, tuple(schema.names)
 
 
-def _safe(task: str) -> str:
+def safe_name(task: str) -> str:
     """Task name as part of a file name; names that had to be changed stay distinct by a hash."""
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", task)
     if plain == task and len(task) <= 120 and not task.startswith("untrained_"):  # which is what a twin's file is called

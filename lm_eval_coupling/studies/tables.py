@@ -22,7 +22,7 @@ from lm_eval_coupling.statistics import adjust_p_values
 
 RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
-_KEYS = [*DOCUMENT, "doc_id", "prompt_index", "weights", "n_tokens", "position", "ranks", "measures"]
+_KEYS = [*DOCUMENT, "doc_id", "prompt_index", "weights", "n_tokens", "position", "ranks", "measures", "reason"]
 
 
 def read(

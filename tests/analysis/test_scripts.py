@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 
 import command
@@ -33,7 +34,7 @@ def two_models(tmp_path):
 def drawn(monkeypatch):
     """The figures that scripts made, as they are before they are saved."""
     figures = []
-    monkeypatch.setattr(command, "save", lambda folder, name, figure, rows: figures.append(figure))
+    monkeypatch.setattr(command, "save", lambda folder, name, figure, rows, left_out=(): figures.append(figure))
     return figures
 
 
@@ -93,13 +94,12 @@ def test_a_run_without_spectra_beside_one_with(two_models, tmp_path):
     assert rows.loc["first", "r2_documents"] == pytest.approx(0.9) and np.isnan(rows.loc["second", "r2_documents"])
 
 
-def test_layer_coupling_without_a_defined_pair(tmp_path, capsys):
-    """Regression: the most coupled of no layers was asked for."""
+def test_layer_coupling_without_a_defined_pair(tmp_path):
+    """Regression: the most coupled of no layers was asked for, and the picture had empty axes."""
     undefined = np.full((2, 3, 3), np.nan, np.float32)
     run = save(tmp_path, [record(0, normalized_miscoupling=undefined)])
-    script("layer_coupling")([str(run), "--out", str(tmp_path)])
-    assert table(tmp_path, "layer_coupling")["undefined"].tolist() == [1] * 6
-    assert "most coupled" not in capsys.readouterr().out
+    with pytest.raises(CouplingError, match="got no number of coupling, its Jacobian.* in any document, expected one"):
+        script("layer_coupling")([str(run), "--out", str(tmp_path)])
 
 
 def test_layer_coupling(run, tmp_path, capsys):
@@ -183,12 +183,12 @@ def test_chain_of_thought(tmp_path):
     rows += [record(i, task="gsm8k_cot_zeroshot", shift=-step[i]) for i in range(3)]
     save(tmp_path, rows)
     script("chain_of_thought")([str(tmp_path), "--out", str(tmp_path)])
-    means = table(tmp_path, "chain_of_thought").set_index(["measure", "depth"])
+    means = table(tmp_path, "chain_of_thought", "_gsm8k+gsm8k_cot_zeroshot").set_index(["measure", "depth"])
     whole = means.xs("coupling").iloc[0]
     assert whole["difference"] == pytest.approx(0.04, abs=1e-6) and whole["stderr"] == pytest.approx(0.02 / math.sqrt(3))
     assert whole["positive"] == 1 and whole["n"] == 3
     assert means.xs("layer_coupling")["difference"].tolist() == pytest.approx([0.04] * 3, abs=1e-6)
-    assert len(pd.read_csv(tmp_path / "chain_of_thought_documents.csv")) == 3 * (3 + 3)
+    assert len(pd.read_csv(tmp_path / "chain_of_thought_gsm8k+gsm8k_cot_zeroshot_documents.csv")) == 3 * (3 + 3)
 
 
 def test_prompt_length(tmp_path):
@@ -196,7 +196,7 @@ def test_prompt_length(tmp_path):
     save(tmp_path, rows)
     script("prompt_length")([str(tmp_path), "--out", str(tmp_path)])
     assert sorted(table(tmp_path, "prompt_length")["n_tokens"].unique()) == [10.0 * i for i in range(1, 10)]
-    found = pd.read_csv(tmp_path / "prompt_length_correlations.csv").set_index("measure")["coefficient"]
+    found = pd.read_csv(tmp_path / "prompt_length_arc_correlations.csv").set_index("measure")["coefficient"]
     assert found.round(6).to_dict() == {"coupling": -1, "line_shape_score": 1, "expodistance": 1}
 
 
@@ -245,11 +245,11 @@ def test_coupling_matrices(tmp_path):
     arguments = [tiny.save_model(tmp_path / "model"), "--prompt", "The sky is blue.", "--rank", "4", "--out", str(tmp_path)]
     main = script("coupling_matrices")
     main([*arguments, "--layers", "1", "4"])
-    rows = table(tmp_path, "coupling_matrices_layers")
+    rows = table(tmp_path, "coupling_matrices_layers", "")
     own = rows.query("jacobian == basis")
     assert len(rows) == 4 * 16 and own.query("i != j")["value"].abs().max() < 1e-4 * own["value"].max()
     main([*arguments, "--across", "self", "--tokens", "-2", "-1", "--untrained", "0"])
-    assert set(table(tmp_path, "coupling_matrices_self_untrained")["jacobian"]) == {"token 15", "token 16"}
+    assert set(table(tmp_path, "coupling_matrices_self_untrained", "")["jacobian"]) == {"token 15", "token 16"}
 
 
 def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
@@ -267,10 +267,10 @@ def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
     assert {file.suffix for file in out.iterdir()} == {".csv", ".png"}
     (run,) = pd.read_csv(out / "runs.csv").to_dict("records")
     assert (run["model"], run["weights"], run["documents"], run["prompts"]) == ("tiny", "trained", 3, 4)
-    rows = pd.read_csv(out / "layer_coupling.csv").query("measure == 'layer_coupling'")
+    rows = pd.read_csv(out / "layer_coupling_arc.csv").query("measure == 'layer_coupling'")
     assert rows["median"].tolist() == pytest.approx([0.69, 0.29, 0.24], abs=1e-6) and set(rows["model"]) == {"tiny"}
     assert "/some/where" not in "".join(file.read_text() for file in out.glob("*.csv"))
-    assert {file.name for file in out.glob("*.png")} == {"layer_coupling.png", "tokenwise_context_input.png"}
+    assert {file.name for file in out.glob("*.png")} == {"layer_coupling_arc.png", "tokenwise_context_input_arc.png"}
 
 
 def test_results_of_models_of_one_last_name(namesakes, tmp_path, monkeypatch):
@@ -278,9 +278,52 @@ def test_results_of_models_of_one_last_name(namesakes, tmp_path, monkeypatch):
     main = script("make_results")
     monkeypatch.setitem(main.__globals__, "STUDIES", ["layer_coupling"])
     main([str(namesakes), "--out", str(tmp_path / "results")])
-    for name in ("runs", "layer_coupling"):
+    for name in ("runs", "layer_coupling_arc"):
         rows = pd.read_csv(tmp_path / "results" / f"{name}.csv")
         assert rows["model"].unique().tolist() == ["a/tiny", "b/tiny"]
+
+
+def test_pictures_say_their_task(tmp_path):
+    """The picture of a second task was written over that of the first."""
+    save(tmp_path / "runs", [record(i, task=task) for task in ("arc", "wino") for i in range(2)])
+    for words in ([], ["--tasks", "arc"], ["--tasks", "wino"], ["--tasks", "arc", "wino"]):
+        script("regularity")([str(tmp_path / "runs"), *words, "--out", str(tmp_path)])
+    names = {file.name for file in tmp_path.glob("*.png")}
+    assert names == {f"regularity{of}.png" for of in ("", "_arc", "_wino", "_arc+wino")}
+    many = pd.DataFrame({"task": ["a", "b", "c/d", "e"]})
+    assert command.of_tasks("x", many, ["a", "b", "c/d", "e"]) == "x_4_tasks"
+    assert command.of_tasks("x", many[2:3]).startswith("x_c_d-")
+
+
+def test_documents_that_a_picture_lacks_are_counted_below_its_title(tmp_path, capsys):
+    """They were missing without a word."""
+    rows = [record(i) for i in range(5)]
+    for i, reason in ((0, "out of memory"), (1, "out of memory"), (2, "the stream holds NaN")):
+        rows[i] |= {"normalized_miscoupling": None, "reason": reason}
+    rows[3] |= {"line_shape_score": math.nan}
+    save(tmp_path / "runs", rows)
+    runs = [str(tmp_path / "runs"), "--out", str(tmp_path)]
+    script("layer_coupling")(runs)
+    told = "3 of 5 documents left out (2 × out of memory; 1 × the stream holds NaN)"
+    assert f"layer_coupling_arc: {told}" in capsys.readouterr().out
+    assert told.replace(" ", "") in drawn_text(tmp_path / "layer_coupling_arc.svg")
+    script("regularity")(runs)
+    told = "line-shape score: 1 of 5 documents left out (not measured)"
+    assert f"regularity_arc: {told}\n" in capsys.readouterr().out
+    script("influence")([*runs, "--last", "4"])
+    assert "left out" not in capsys.readouterr().out
+    save(tmp_path / "runs" / "more", [record(9, position=3)])
+    script("influence")([*runs, "--last", "4"])
+    assert "1 of 6 documents left out (at most 4 tokens up to the measured one)" in capsys.readouterr().out
+
+
+def drawn_text(picture):
+    """What stands in an SVG file, without spaces: matplotlib keeps every text in a comment, broken into lines."""
+    return (
+        "".join(re.findall(r"<!--(.*?)-->", picture.read_text(encoding="utf-8"), re.DOTALL))
+        .replace(" ", "")
+        .replace("\n", "")
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,20 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
     assert ax.get_legend_handles_labels()[1] == names
 
 
+def test_what_is_undefined_everywhere_has_no_axes():
+    """Regression: its panel was there, empty, with an axis from 0 to 1."""
+    rows = pd.concat([quartile_rows(), quartile_rows(panel="entropy", median=math.nan)])
+    for figure in (lines.curves(rows, title="t"), lines.quartile_bars(rows[rows["depth"] == 1], title="t")):
+        assert [ax.get_ylabel() for ax in figure.axes] == ["coupling"]
+        assert figure.get_suptitle() == "t\nentropy: undefined in all documents, not drawn"
+    with pytest.raises(CouplingError, match="got no number of coupling, entropy in any document"):
+        lines.curves(rows.assign(median=math.nan))
+    matrices = {"first": np.array([[0, 0.3], [0.2, 0]]), "second": np.full((2, 2), np.nan)}
+    figure = coupling_matrices.token_heatmaps(matrices, tokens=dict.fromkeys(matrices, [1, 2]), rank=10)
+    assert [ax.get_title() for ax in figure.axes if ax.images] == ["first"]
+    assert figure.get_suptitle() == "second: all undefined, not drawn"
+
+
 def test_a_zero_has_a_place_on_a_logarithmic_axis():
     rows = quartile_rows(level=[0, 0.01, 0.1, 1])
     (ax,) = lines.curves(rows, x="level", log_x=True).axes

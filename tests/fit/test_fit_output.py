@@ -17,9 +17,8 @@ class TestOutput:
     def test_every_number_is_saved(self, found, tmp_path):
         files = {file.name for file in output.save(found, tmp_path)}
         assert files >= {"observations.csv", "correlations.csv", "fits.csv", "subsets.csv", "nested.csv", "fit.json"}
-        assert {
-            f"{name}.{kind}" for name in ("scatter", "scatter_1", "predictors", "ranks") for kind in ("png", "svg")
-        } <= files
+        pictures = ("scatter_arc_acc", "scatter_gsm_acc", "scatter_mean_of_2_scores", "predictors", "ranks")
+        assert {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} <= files
         assert files == {file.name for file in tmp_path.iterdir()}
         saved = json.loads((tmp_path / "fit.json").read_text(), parse_constant=pytest.fail)
         assert saved["predictor"] == "coupling@10" and len(saved["tables"]["correlations"]) == len(
@@ -38,7 +37,7 @@ class TestOutput:
         printed = capsys.readouterr().out
         assert "coupling@30 and the score, across models" in printed and "files in" in printed
         assert "What coupling@30 says beyond size" in printed and "family a" in printed
-        assert (out / "scatter.svg").is_file() and not (out / "scatter_1.svg").exists()
+        assert [file.name for file in out.glob("scatter*.svg")] == ["scatter_arc_acc.svg"]
 
     def test_mistakes_are_one_sentence(self, series, tmp_path, capsys):
         assert cli.main(["fit", str(series[0]), "--score", "bleu", "--out", str(tmp_path)]) == 2

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from saved_runs import record, save, task_summary
+from saved_runs import DATE, record, save, task_summary
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
@@ -54,6 +54,28 @@ def test_overview(run):
     assert f"{values.mean() - (1 - 0.9487):+.4f}" in text
     worst = max(row["certificate"].max() for row in rows)
     assert f"{worst:.1e}" in text
+
+
+def test_a_title_has_no_digest_where_runs_do_not_differ(tmp_path):
+    """Regression: "task text 6e6f3c5a" stood above every table."""
+
+    def change(text, folder):
+        file = save(folder, {"arc": task_summary()}, rows=[record()]) / f"results_{DATE}.json"
+        results = json.loads(file.read_text())
+        results["configs"]["arc"] |= {"doc_to_text": text}
+        file.write_text(json.dumps(results))
+
+    change("{{question}}", tmp_path / "a")
+    assert "(0-shot)" in printed(tmp_path)
+    change("Answer! {{question}}", tmp_path / "b")
+    assert len(set(re.findall(r"task text \w{8}", printed(tmp_path)))) == 2
+
+
+def test_an_error_is_never_rounded_to_zero(tmp_path):
+    rows = [record(doc_id=i) for i in range(2)]
+    rows[1]["normalized_miscoupling"] = rows[0]["normalized_miscoupling"] + np.float32(2e-5)
+    save(tmp_path, {"arc": task_summary()}, rows=rows)
+    assert "± 1e-05" in printed(tmp_path) and "± 0.0000" not in printed(tmp_path)
 
 
 def test_one_table_per_model(run):

@@ -9,6 +9,7 @@ import saved_runs
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.names import add_facts, facts_from_name, labels, short_name
+from lm_eval_coupling.saved.prompting import differing, readable
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,19 @@ def test_checkpoints_from_revision_or_folder(model, revision, lineage, step, tok
     facts = facts_from_name(model, revision)
     found = facts["lineage"], facts["step"], facts["training_tokens"]
     assert found == pytest.approx((lineage, step, tokens), nan_ok=True)
+
+
+def test_how_prompts_were_made_is_told_in_words_and_digests_only_where_runs_differ():
+    """`show` named a task text 6e6f3c5a above every table."""
+    first, same = "0-shot, chat template 1f0c22ab, task text 6e6f3c5a", "5-shot, task text 6e6f3c5a"
+    other, unknown = "5-shot, task text 77777777, few-shot seed 12345678", "5-shot"
+    assert readable(first) == readable(first, [first, same]) == "0-shot, chat template"
+    assert readable(same, [first, same]) == "5-shot"
+    assert differing([first, same]) == {first: "0-shot, chat template", same: "5-shot"}
+    assert differing([same, other]) == {same: "task text 6e6f3c5a", other: "task text 77777777, few-shot seed 12345678"}
+    assert differing([same, unknown]) == {same: "task text 6e6f3c5a", unknown: ""}
+    changed = first.replace("1f0c22ab", "2f0c22ab")
+    assert differing([first, changed]) == {first: "chat template 1f0c22ab", changed: "chat template 2f0c22ab"}
 
 
 def test_short_names():
