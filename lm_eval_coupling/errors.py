@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,26 @@ class CouplingError(ValueError):
 def nearest(name: str, known: Sequence[str]) -> str:
     """The known name that was probably meant."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a file or folder, in words and on one line: ``there is no such file`` for ``[Errno 2] …``."""
+    known: dict[type[Exception], str] = {
+        FileNotFoundError: "there is no such file",
+        IsADirectoryError: "it is a folder",
+        NotADirectoryError: "a part of its path is a file",
+        FileExistsError: "a file of that name is there",
+        PermissionError: "it is not permitted",
+        UnicodeDecodeError: "it is no UTF-8 text",
+        json.JSONDecodeError: "it is no JSON",
+    }
+    for kind, words in known.items():
+        if isinstance(error, kind):
+            return words
+    if type(error).__name__ == "EmptyDataError":  # of pandas, which is not needed here
+        return "it is empty"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]
 
 
 # What the codes mean, and whether measuring the same prompt again would end the same way: only then is it worth keeping.

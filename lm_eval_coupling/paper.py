@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
@@ -172,7 +172,9 @@ def _stem(model_name: str, out_path: str | os.PathLike | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CouplingError(f"got out_path={str(out_path)!r}, expected a folder that can be written: {error}") from error
+        raise CouplingError(
+            f"got out_path={str(out_path)!r}, expected a folder that can be written: {why(error)}"
+        ) from error
     name = re.sub(r"[^\w.-]+", "_", model_name).strip("._") or "model"
     return folder / f"{name}_coupling"
 

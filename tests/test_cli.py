@@ -63,6 +63,44 @@ def test_a_mistake_is_one_sentence(tmp_path):
     assert found.stderr.count("\n") == 1 and "does not exist" in found.stderr and "Traceback" not in found.stderr
 
 
+@pytest.fixture
+def bad(tmp_path):
+    """Paths that are not what a command takes, by what they are."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "junk").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "empty", "junk", "columns.csv", "loop"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "show BAD",
+        "fit BAD --out OUT",
+        "fit RUN --facts BAD --out OUT",
+        "report BAD -o OUT",
+        "sweep BAD --dry-run",
+        "measure BAD RUN/prompts.txt --out OUT",
+        "check BAD",
+    ],
+)
+def test_a_path_that_is_something_else_is_one_sentence(words, kind, bad, tmp_path, capsys):
+    """Regression: `[Errno 2] No such file or directory: …` and other people's words for it."""
+    run = tmp_path / "run"
+    save(run, {"arc": task_summary()}, rows=[record()])
+    (run / "prompts.txt").write_text("The sky is")
+    path = str(bad / kind)
+    places = {"BAD": path, "RUN": str(run), "OUT": str(bad / "out"), "RUN/prompts.txt": str(run / "prompts.txt")}
+    code = cli.main([places.get(word, word) for word in words.split()])
+    told = capsys.readouterr().err
+    assert code == 2 and path in told
+    assert "Errno" not in told and "Traceback" not in told and "char 0" not in told
+    assert told.count("\n") == 1 or words.startswith("sweep")  # which tells everything that is wrong
+
+
 def test_run_hands_everything_to_lm_eval(monkeypatch):
     seen = []
     plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=lambda: seen.append("installed"))

@@ -122,4 +122,4 @@ def _mean_of(rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, not
     rest = groups.first().drop(columns=[*averaged, "score_of", "task", "metric"])
     about = {"score_of": f"mean of {number} {what}", "task": "mean", "metric": "mean"}
     told = {name: pd.Series(value, rest.index) for name, value in about.items()}
-    yield pd.concat([rest, pd.DataFrame(averaged | told)], axis=1).reset_index()
+    yield pd.concat([rest, pd.DataFrame(averaged | told)], axis=1).copy().reset_index()  # of many pieces: pandas warns

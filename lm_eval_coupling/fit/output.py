@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.columns import Column, columns
 from lm_eval_coupling.saved.strict_json import strict
@@ -42,7 +42,9 @@ def save(found: Findings, out: Path | str) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         return [*_save_tables(found, out), *_save_figures(found, out)]
     except OSError as error:
-        raise CouplingError(f"got {out} for the results, which cannot be written ({error}); choose another folder") from None
+        raise CouplingError(
+            f"got {out} for the results, which cannot be written ({why(error)}); choose another folder"
+        ) from None
 
 
 def _save_tables(found: Findings, out: Path) -> Iterator[Path]:

@@ -105,6 +105,9 @@ class Options:
         options = cls.parse(**{name.removeprefix(PREFIX): value for name, value in taken.items()})
         if arguments.get("pretrained") is None:
             raise CouplingError("got no pretrained, expected a transformers folder, a name on the hub or a model object")
+        _require_there(arguments["pretrained"], arguments)
+        if options.store and Path(options.store).is_dir():
+            raise CouplingError(f"got the folder {options.store} as the store, expected a file; choose one in it")
         if options.measures_anything and (shape := _shape_on_disk(arguments["pretrained"], arguments.get("subfolder"))):
             options.settings.check_shape(*shape)
         if arguments.get("tp_plan"):
@@ -152,6 +155,23 @@ def _refuse_unknown(taken: Mapping[str, Any]) -> None:
             raise CouplingError(
                 f"got unknown argument {name}, did you mean {nearest(name, known)}? There are {', '.join(known)}"
             )
+
+
+def names_a_folder(model: str) -> bool:
+    """Whether a model's name can only be a folder: the hub's are NAME or ORGANISATION/NAME."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+
+
+def _require_there(pretrained: Any, arguments: Mapping[str, Any]) -> None:
+    """What transformers would only find out once it is loaded, which takes long."""
+    if not isinstance(pretrained, str | Path):
+        return
+    folder = Path(pretrained) / str(arguments.get("subfolder") or "")
+    if not Path(pretrained).exists() and names_a_folder(str(pretrained)):
+        raise CouplingError(f"got pretrained={pretrained}, which is no folder here and no name on the hub")
+    kinds = ("config.json", "adapter_config.json")
+    if folder.is_dir() and not arguments.get("gguf_file") and not any((folder / kind).is_file() for kind in kinds):
+        raise CouplingError(f"got pretrained={pretrained}, a folder without config.json, expected transformers' own")
 
 
 def _shape_on_disk(pretrained: Any, subfolder: Any) -> tuple[int, int] | None:

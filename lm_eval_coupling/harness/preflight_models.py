@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
-from lm_eval_coupling.harness.options import PREFIX, Options
+from lm_eval_coupling.harness.options import PREFIX, Options, names_a_folder
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
 _FROM_PRETRAINED = [
@@ -92,7 +92,7 @@ def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"got the model {model}, a folder without config.json"
         elif not any(any(inner.glob(pattern)) for pattern in _WEIGHTS):
             yield f"got the model {model}, a folder without weights ({', '.join(_WEIGHTS)})"
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+    elif names_a_folder(model):
         yield f"got the model {model}, which is no folder here and no name on the hub"
 
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.options import Options, settings_of
 
@@ -85,7 +85,7 @@ def read_prompts(file: Path) -> list[str | list[int]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CouplingError(f"got {file} for the prompts, which cannot be read as UTF-8 text ({error})") from None
+        raise CouplingError(f"got {file} for the prompts, which cannot be read as UTF-8 text ({why(error)})") from None
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise CouplingError(f"got {file}, which has no prompts; write one a line")

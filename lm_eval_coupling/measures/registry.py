@@ -51,7 +51,7 @@ class Column:
     name: str
     shape: str = ""
     doc: str = ""
-    kind: Literal["number", "double", "whole", "text"] = "number"
+    kind: Literal["number", "double", "whole", "text", "bytes"] = "number"
     option: str = ""
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lm_eval_coupling.cache import cache_folder
-from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.errors import CouplingError, Reason, why
 from lm_eval_coupling.measures.registry import Found
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class MeasurementStore:
         except sqlite3.Error as error:
             self.close()
             raise CouplingError(
-                f"got {self.path} as the store, which is no readable measurement store ({error}); delete it or {_ANOTHER}"
+                f"got {self.path} as the store, which is no readable store ({why(error)}); delete it or {_ANOTHER}"
             ) from None
         except CouplingError:
             self.close()
@@ -127,7 +127,9 @@ class MeasurementStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CouplingError(f"got {self.path} as the store, whose folder cannot be made ({error}); {_ANOTHER}") from None
+            raise CouplingError(
+                f"got {self.path} as the store, whose folder cannot be made ({why(error)}); {_ANOTHER}"
+            ) from None
         if self.path.is_dir():
             raise CouplingError(f"got the folder {self.path} as the store, expected a file; {_ANOTHER}")
         for place in (folder, self.path):  # SQLite writes its journal beside the file
@@ -147,7 +149,7 @@ class MeasurementStore:
             # Autocommit: what is to be one transaction says so. Any thread may close it.
             made = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise CouplingError(f"got {self.path} as the store, which cannot be opened ({error}); {_ANOTHER}") from None
+            raise CouplingError(f"got {self.path} as the store, which cannot be opened ({why(error)}); {_ANOTHER}") from None
         try:
             # A write-ahead log would be faster, but its shared memory does not work on network file systems.
             made.execute("PRAGMA journal_mode = DELETE")

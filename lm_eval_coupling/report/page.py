@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.report.data import DOCUMENTS, gather
 
 _SCRIPTS = ("basics", "data", "tables", "plots", "overview", "layers", "documents", "provenance", "page")
@@ -47,7 +47,9 @@ def write_report(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(html, encoding="utf-8")
     except OSError as error:
-        raise CouplingError(f"got {out} for the report, which cannot be written ({error}); choose another file") from None
+        raise CouplingError(
+            f"got {out} for the report, which cannot be written ({why(error)}); choose another file"
+        ) from None
     return out
 
 

@@ -117,9 +117,9 @@ def _title(rows: pd.DataFrame, tables: Tables, folder: str | None) -> str:
     first = rows.iloc[0]
     about = next(t.about for run, t in tables if (run.model, t.task) == (first["model"], first["task"]))
     size = f", {about['n_layers']} layers of width {about['d_model']}" if "n_layers" in about else ""
-    prompts = "; ".join(dict.fromkeys(rows["prompts"]))
+    prompts = f" ({'; '.join(dict.fromkeys(rows['prompts']))})"
     where = f", in {folder}" if folder else ""
-    return f"{first['label']}{size}{where} ({prompts})"
+    return f"{first['label']}{size}{where}{'' if first['label'].endswith(prompts) else prompts}"
 
 
 def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:

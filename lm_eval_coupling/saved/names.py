@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.prompting import differing
 
 FACTS = ("family", "tuned", "training_tokens", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
@@ -172,7 +172,7 @@ def _read(file: Path | str) -> pd.DataFrame:
     try:
         facts = pd.read_csv(file, dtype={"model": str, "revision": str})
     except (OSError, ValueError) as error:
-        raise CouplingError(f"got {file}, which is no readable CSV file of facts ({error})") from None
+        raise CouplingError(f"got {file}, which is no readable CSV file of facts ({why(error)})") from None
     if "model" not in facts:
         raise CouplingError(f"got {file} with the columns {', '.join(facts)}, expected one named model")
     for name in [name for name in FACTS[2:] if name in facts]:

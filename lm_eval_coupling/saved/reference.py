@@ -20,7 +20,7 @@ from lm_eval_coupling.measures.registry import (
     default_measures,
     measures,
 )
-from lm_eval_coupling.saved.tables import DOCUMENT
+from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE
 
 _SIZES = {
     "rank": "of the numbers K asked for (`coupling_ranks`), ascending",
@@ -75,6 +75,8 @@ def _overview() -> Iterator[str]:
 def _common() -> Iterator[str]:
     yield "## Columns of every table\n"
     yield from _columns((*DOCUMENT, *PROMPT, *OUTCOME))
+    yield "Of images (`lm-eval-coupling vision`) there is besides:\n"
+    yield from _columns(IMAGE)
     yield "Sizes:\n"
     yield from _table(("size", "of what"), [(f"`{name}`", what) for name, what in _SIZES.items()])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.prompting import model_arguments, prompting
 from lm_eval_coupling.saved.tables import frame_of, open_table, read_header
 
@@ -279,7 +279,7 @@ def _results(file: Path, named: bool) -> dict[str, Any] | None:
         run = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CouplingError(
-            f"got {file}, which is no readable results file ({error}); remove it or run the evaluation again"
+            f"got {file}, which is no readable results file ({why(error)}); remove it or run the evaluation again"
         ) from None
     if isinstance(run, dict) and isinstance(run.get("results"), dict):
         return run

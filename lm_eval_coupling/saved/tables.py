@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.measures.registry import Column, argument, option_of, record_columns
 
@@ -48,7 +48,11 @@ DOCUMENT = (
     Column("coupling", "rank", "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it", "double"),
     Column("n_tokens", "", "number of tokens of the prompt", "whole"),
 )
-_KINDS = {"number": pa.float32(), "double": pa.float64(), "whole": pa.int64(), "text": pa.string()}
+# What rows of images have besides.
+IMAGE = (
+    Column("picture", "", "the image, made anew with at most 160 pixels a side: PNG up to 64 of them, else JPEG", "bytes"),
+)
+_KINDS = {"number": pa.float32(), "double": pa.float64(), "whole": pa.int64(), "text": pa.string(), "bytes": pa.binary()}
 
 
 def table_columns() -> dict[str, Column]:
@@ -98,7 +102,7 @@ def write_tables(
             _write_atomically(table, path)
         except OSError as error:
             raise CouplingError(
-                f"got {folder} for the coupling tables, which cannot be written ({error}); choose another"
+                f"got {folder} for the coupling tables, which cannot be written ({why(error)}); choose another"
             ) from None
         written.append(path)
     return written
@@ -159,7 +163,7 @@ def open_table(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise CouplingError(f"got {file}, which cannot be read ({error}); copy it again or measure again") from None
+        raise CouplingError(f"got {file}, which cannot be read ({why(error)}); copy it again or measure again") from None
 
 
 def read_provenance(file: Path | str) -> dict[str, Any]:
@@ -216,6 +220,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     rows = [dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows]
     known = table_columns()
     names = list(known) + [name for name in rows[0] if name not in known]
+    known |= {column.name: column for column in IMAGE}
     kinds = {name: arrow_type(column) for name, column in known.items()}
     arrays = [_column([row.get(name) for row in rows], kinds.get(name)) for name in names]
     fields = [

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.jsonlines import read_json_lines
 from lm_eval_coupling.saved.records import find_tables
 from lm_eval_coupling.saved.run import SavedTable
@@ -162,7 +162,7 @@ def from_csv(file: Path | str, column: str) -> dict[str, float]:
     try:
         table = pd.read_csv(file, dtype={"doc_hash": str})
     except (OSError, ValueError) as error:
-        raise CouplingError(f"got {file}, which is no readable CSV file ({error})") from None
+        raise CouplingError(f"got {file}, which is no readable CSV file ({why(error)})") from None
     if missing := [name for name in ("doc_hash", column) if name not in table]:
         raise CouplingError(f"got {file} with the columns {', '.join(table)}, expected one named {missing[0]}")
     return dict(zip(table["doc_hash"], pd.to_numeric(table[column], errors="coerce").astype(float), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.sweep import board, checks, cluster, local, record, slurm
 from lm_eval_coupling.sweep.estimate import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
@@ -104,7 +104,7 @@ def _alone(plan: Plan) -> Iterator[None]:
             f"got output: {plan.output}, in which another sweep is at work; wait for it, or look with --check"
         ) from None
     except OSError as error:
-        raise CouplingError(f"got output: {plan.output}, which cannot be used ({error}); choose another") from None
+        raise CouplingError(f"got output: {plan.output}, which cannot be used ({why(error)}); choose another") from None
 
 
 @contextmanager

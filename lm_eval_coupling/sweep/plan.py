@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.sweep import yaml12
 from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole
 from lm_eval_coupling.sweep.units import Task, Unit, read_units
@@ -105,7 +105,7 @@ def read(file: Path | str) -> Plan:
     try:
         content = yaml12.load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CouplingError(f"got {file}, which cannot be read ({error}); give a plan in YAML") from None
+        raise CouplingError(f"got {file}, which cannot be read ({why(error)}); give a plan in YAML") from None
     except yaml.YAMLError as error:
         raise CouplingError(f"got {file}, which is no YAML ({_one_line(error)}); mend it") from None
     problems: list[str] = []

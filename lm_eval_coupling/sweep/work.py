@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lm_eval_coupling.errors import why
 from lm_eval_coupling.sweep import record, scores
 from lm_eval_coupling.sweep.done import done, set_aside
 from lm_eval_coupling.sweep.lock import Held, lock
@@ -80,7 +81,7 @@ class Worker:
         except Held:
             return Outcome(state="busy", reason="another process is at work on it")
         except OSError as error:
-            return Outcome(state="failed", reason=f"{folder} cannot be used ({error})")
+            return Outcome(state="failed", reason=f"{folder} cannot be used ({why(error)})")
         return outcome
 
     def stop(self) -> None:

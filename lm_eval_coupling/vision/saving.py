@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.harness.results import CouplingInfo, add_to_results
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.data import LabelledImages
@@ -106,7 +106,7 @@ def save(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -> Pa
         file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
     except OSError as error:
         raise CouplingError(
-            f"got {folder} for the results, which cannot be written ({error}); choose another --out"
+            f"got {folder} for the results, which cannot be written ({why(error)}); choose another --out"
         ) from None
     return file
 

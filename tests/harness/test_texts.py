@@ -91,9 +91,11 @@ def test_a_wrong_argument_is_refused_before_anything_heavy_is_loaded(home, tmp_p
         print(*[name for name in {LATE!r} if name in sys.modules])
         sys.exit(code)
     """
-    for wrong in ("rank=3", "ranks", "measures=deepth", "ranks=10+9999"):
-        words = ["measure", str(home / "float32"), str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
-        words += ["--coupling", wrong]
+    model = str(home / "float32")
+    asked = [(model, wrong) for wrong in ("rank=3", "ranks", "measures=deepth", "ranks=10+9999", f"store={tmp_path}")]
+    asked += [(str(tmp_path / "nowhere"), "ranks=2"), (str(tmp_path), "ranks=2")]
+    for pretrained, wrong in asked:
+        words = ["measure", pretrained, str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--coupling", wrong]
         found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         assert found.returncode == 2 and found.stdout.strip() == ""
         assert found.stderr.count("\n") == 1 and "lm-eval-coupling: got " in found.stderr

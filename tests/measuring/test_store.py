@@ -145,7 +145,7 @@ def test_another_schema_version_is_refused(tmp_path):
 def test_a_file_that_is_no_database_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a database, but long enough to have a header " * 50)
-    with pytest.raises(CouplingError, match=r"notes.txt.*no readable measurement store.*coupling_store"):
+    with pytest.raises(CouplingError, match=r"notes.txt.*no readable store.*coupling_store"):
         MeasurementStore(path)
     assert path.read_text().startswith("not a database")
 

@@ -62,7 +62,7 @@ def test_a_title_has_no_digest_where_runs_do_not_differ(tmp_path):
     def change(text, folder):
         file = save(folder, {"arc": task_summary()}, rows=[record()]) / f"results_{DATE}.json"
         results = json.loads(file.read_text())
-        results["configs"]["arc"] |= {"doc_to_text": text}
+        results["configs"] = {"arc": {"doc_to_text": text}}
         file.write_text(json.dumps(results))
 
     change("{{question}}", tmp_path / "a")

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from coloured_images import COLOURS, save_classifier
@@ -17,6 +18,7 @@ from vision_cases import tiny_classifier
 from lm_eval_coupling import ResidualModel, cli, load_records, load_runs, measure_coupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measuring.session import Session
+from lm_eval_coupling.saved import reference
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.data import load_images
 from lm_eval_coupling.vision.pictures import SIDE, picture
@@ -81,6 +83,13 @@ def test_the_table_has_a_picture_of_every_measured_image(saved, images):
     for row in pd.read_parquet(next(saved.parent.glob("*.parquet"))).to_dict("records"):
         shown = np.asarray(Image.open(io.BytesIO(row["picture"])))
         assert np.array_equal(shown, np.asarray(data[row["doc_id"]].decoded()))
+
+
+def test_every_column_of_the_table_is_described(saved):
+    """The picture was told nowhere: neither in the table nor on the page of columns."""
+    for file in saved.parent.glob("*.parquet"):
+        assert all(field.metadata[b"description"] for field in pq.read_schema(file))
+    assert "| `picture` | bytes |" in reference.page()
 
 
 def test_large_pictures_are_reduced():
