@@ -66,7 +66,7 @@ def test_a_title_has_no_digest_where_runs_do_not_differ(tmp_path):
         file.write_text(json.dumps(results))
 
     change("{{question}}", tmp_path / "a")
-    assert "(0-shot)" in printed(tmp_path)
+    assert "(5-shot)" in printed(tmp_path)
     change("Answer! {{question}}", tmp_path / "b")
     assert len(set(re.findall(r"task text \w{8}", printed(tmp_path)))) == 2
 

@@ -28,9 +28,11 @@ const mean = (values) => {
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const withError = (value, error, digits = 4) => {
   const cell = element("span", {}, fixed(value, digits));
-  if (known(value) && known(error)) cell.append(" ", element("span", { class: "error" }, "± " + fixed(error, digits)));
+  if (known(value) && known(error)) cell.append(" ", element("span", { class: "error" }, "± " + errorText(error, digits)));
   return cell;
 };
+/** An error is never rounded to zero. */
+const errorText = (error, digits) => (error && error < 0.5 * 10 ** -digits ? error.toExponential(0) : fixed(error, digits));
 const ending = (text) => (text.length > 120 ? "… " + text.slice(-120).replace(/^\S*\s/, "") : text);
 const size = (count) =>
   !known(count)

@@ -17,11 +17,17 @@ function renderLayers() {
   at("untrained").textContent = known(difference)
     ? `Trained less untrained weights, over the ${n} documents of both: ${signed(difference)} ± ${fixed(error)}.`
     : "";
-  at("regularity").textContent = DATA.readings
-    .filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]))
-    .map((reading) => `${reading.label} ${short(readingOf(row, reading)[0])} ± ${short(readingOf(row, reading)[1])}`)
-    .join("; ");
+  renderOtherNumbers(row);
   renderLayerNumbers(found);
+}
+
+/** What a task has one number of, beside coupling. */
+function renderOtherNumbers(row) {
+  const there = DATA.readings.filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]));
+  at("regularity").closest("details").hidden = !there.length;
+  const of = (reading) => readingOf(row, reading);
+  const mean = { name: "Mean", numeric: true, value: (one) => of(one)[0], error: (one) => of(one)[1], cell: (one) => withError(...of(one)) };
+  sortable(at("regularity"), [{ name: "Number of a prompt", value: (one) => sentence(one.label) }, mean], there, {});
 }
 
 const SIDES = { jacobian: "its Jacobian, others' bases", basis: "its basis, others' Jacobians" };

@@ -78,7 +78,7 @@ function overviewColumns() {
     },
   ];
 }
-const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+const sentence = (text) => (/^[a-z-]+([ ,]|$)/.test(text) ? text[0].toUpperCase() + text.slice(1) : text); // cos(x) stays
 
 function renderOverview() {
   const shown = shownRows();
@@ -135,7 +135,21 @@ function renderScatter(shown) {
     ? `Drawn is ${metric(name)}; ${others} rows of other metrics are not: choose a score above.`
     : "";
   if (!points.length) return clear(at("scatter"), "No row has both this score and a coupling at this K.");
-  const places = labelPlaces(points.map((row) => [axisOf(row)[0], of(row)[0]]));
+  const chance = { coupling: chanceOf(state.rank).coupling, excess: 0 }[state.axis];
+  const parts = (part, i) => points.map((row) => part(row)[i]);
+  const across = span(parts(axisOf, 0), parts(axisOf, 1), [chance]);
+  const up = span(parts(of, 0), parts(of, 1));
+  const room = [(at("scatter").clientWidth || 600) - 75, 300]; // of the picture within its axes, pixels
+  const places = labelPlaces(
+    points.map((row) => ({
+      x: ((axisOf(row)[0] - across[0]) / (across[1] - across[0])) * room[0],
+      y: ((up[1] - of(row)[0]) / (up[1] - up[0])) * room[1],
+      right: ((axisOf(row)[1] ?? 0) / (across[1] - across[0])) * room[0],
+      up: ((of(row)[1] ?? 0) / (up[1] - up[0])) * room[1],
+      text: row.label,
+    })),
+    room[0],
+  );
   const tasks = [...new Set(points.map((row) => row.task))];
   const traces = tasks.map((task, i) => {
     const members = points.filter((row) => row.task === task);
@@ -149,8 +163,8 @@ function renderScatter(shown) {
       y: members.map((row) => of(row)[0]),
       error_x: bar(members.map((row) => axisOf(row)[1])),
       error_y: bar(members.map((row) => of(row)[1])),
-      text: members.map((row) => plain(row.label)),
-      textposition: members.map((row) => places[points.indexOf(row)]),
+      text: members.map((row) => (places[points.indexOf(row)] ? plain(row.label) : "")),
+      textposition: members.map((row) => places[points.indexOf(row)] ?? "top right"),
       textfont: { size: 11 },
       cliponaxis: false,
       hoverinfo: "text",
@@ -165,13 +179,7 @@ function renderScatter(shown) {
       marker: { size: 10, color: COLOURS[i % COLOURS.length], symbol: SYMBOLS[i % SYMBOLS.length] },
     };
   });
-  const chance = { coupling: chanceOf(state.rank).coupling, excess: 0 }[state.axis];
-  if (known(chance)) {
-    const scores = points.map((row) => of(row)[0]);
-    const [low, high] = [Math.min(...scores), Math.max(...scores)];
-    const room = (high - low || Math.abs(high) || 1) * 0.1;
-    traces.push({ ...levelLine(`chance ${chance.toFixed(3)}`, [chance, chance], [low - room, high + room]), chance: true });
-  }
+  if (known(chance)) traces.push({ ...levelLine(`chance ${chance.toFixed(3)}`, [chance, chance], up), chance: true });
   const unit = state.axis in { coupling: 1, excess: 1, difference: 1 } || READING[state.axis]?.of_rank ? `, K = ${state.rank}` : "";
   draw(
     at("scatter"),
@@ -179,8 +187,8 @@ function renderScatter(shown) {
     {
       height: 480,
       showlegend: true,
-      xaxis: { title: { text: plain(AXES[state.axis]) + unit } },
-      yaxis: { title: { text: plain(metric(name)) } },
+      xaxis: { title: { text: plain(AXES[state.axis]) + unit }, range: across },
+      yaxis: { title: { text: plain(metric(name)) }, range: up },
     },
     `Scatter plot of ${points.length} points, ${metric(name)} against ${AXES[state.axis]}; the numbers are in the table above.`,
   ).then((plot) => {
@@ -192,23 +200,41 @@ function renderScatter(shown) {
   });
 }
 
-/** Where each label stands so that it covers no other one, if one of four places allows that. */
-function labelPlaces(points) {
-  const scale = (axis) => {
-    const values = points.map((point) => point[axis]);
-    const [low, high] = [Math.min(...values), Math.max(...values)];
-    return (value) => (high > low ? (value - low) / (high - low) : 0.5);
-  };
-  const [sx, sy] = [scale(0), scale(1)];
-  const sides = { "top right": [0.07, 0.03], "bottom right": [0.07, -0.03], "top left": [-0.07, 0.03], "bottom left": [-0.07, -0.03] };
-  const taken = [];
-  return points.map(([x, y]) => {
-    const free = Object.entries(sides).find(([, [dx, dy]]) =>
-      taken.every(([a, b]) => Math.abs(sx(x) + dx - a) > 0.16 || Math.abs(sy(y) + dy - b) > 0.045),
+/** Ends of an axis that shows all values with their bars, and some room beside them. */
+function span(values, errors, more = []) {
+  const ends = [...values.flatMap((value, i) => [value - (errors[i] ?? 0), value + (errors[i] ?? 0)]), ...more.filter(known)];
+  const [low, high] = [Math.min(...ends), Math.max(...ends)];
+  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low - room, high + room];
+}
+
+const LETTER = 6.2, LINE = 13, AWAY = 7; // of a label, in pixels
+/**
+ * Where each label stands: of four places the one where least is covered, no place where all leave the picture.
+ * `points` are {x, y, right, up, text} in pixels, y from the top; `right` and `up` are half the lengths of their bars.
+ */
+function labelPlaces(points, width) {
+  const boxes = [];
+  const within = (value, low, high) => value > low && value < high;
+  return points.map((one) => {
+    const long = one.text.length * LETTER;
+    const places = [["top right", 1, -1], ["bottom right", 1, 1], ["top left", -1, -1], ["bottom left", -1, 1]].map(
+      ([side, across, down]) => {
+        const left = one.x + across * AWAY - (across < 0 ? long : 0);
+        const top = one.y + down * AWAY - (down < 0 ? LINE : 0);
+        const [right, bottom] = [left + long, top + LINE];
+        let cost = 10 * boxes.filter((box) => left < box[2] && right > box[0] && top < box[3] && bottom > box[1]).length;
+        for (const other of points) {
+          if (other === one) continue;
+          if (within(other.x, left - 6, right + 6) && other.y + other.up > top && other.y - other.up < bottom) cost += 3;
+          if (within(other.y, top - 6, bottom + 6) && other.x + other.right > left && other.x - other.right < right) cost += 3;
+        }
+        return { side, cost, box: [left, top, right, bottom], out: left < 0 || right > width };
+      },
     );
-    const [side, [dx, dy]] = free || Object.entries(sides)[0];
-    taken.push([sx(x) + dx, sy(y) + dy]);
-    return side;
+    const best = places.filter((place) => !place.out).sort((a, b) => a.cost - b.cost)[0];
+    if (best) boxes.push(best.box);
+    return best ? best.side : null;
   });
 }
 

@@ -96,7 +96,7 @@ function choose(id, change) {
 }
 
 function start() {
-  const models = new Set(rows.map((row) => row.label)).size;
+  const models = new Set(rows.map((row) => [row.model, row.revision, row.variant].join(" "))).size;
   const tasks = new Set(rows.map((row) => row.task)).size;
   const prompts = DATA.tables.reduce((sum, table) => sum + table.total, 0);
   const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
