@@ -79,7 +79,7 @@ def _remarks(info: CouplingInfo) -> list[str]:
         lines.append("Interrupted: what was measured is kept, the same command measures the rest.")
     if info.tables:
         folder = info.tables[0].parent
-        names = info.tables[0].name if len(info.tables) == 1 else f"{len(info.tables)} files coupling_*.parquet"
+        names = info.tables[0].name if len(info.tables) == 1 else f"{len(info.tables)} files *coupling_*.parquet"
         lines.append(f"Tables: {names} in {folder}")
         lines.append(f"Next: {shlex.join(['lm-eval-coupling', 'show', str(folder)])}")
     else:

@@ -39,20 +39,52 @@ _INTRO = """\
 
 <!-- Made by `python -m lm_eval_coupling.saved.reference > docs/measures.md`; a test holds it to the registry. -->
 
-A run writes one Parquet file per task, one row per measured prompt and token; untrained twins have files of their own
-(`coupling_untrained_…`). Every field's metadata repeats its line from here. Numbers are float32 in arrays and float64
-alone. Nested lists are read as arrays by `load_records`; in Python the same names are attributes of a `PromptCoupling`.
-What was not measured is null, what is undefined is NaN, and `reason` says why.
+A run writes one Parquet file per task, `coupling_…`, one row per measured prompt and token; untrained twins have files of
+their own, `untrained_coupling_…`. Every field's metadata repeats its line from here. Numbers are float32 in arrays and
+float64 alone. Nested lists are read as arrays by `load_records`; in Python the same names are attributes of a
+`PromptCoupling`. What was not measured is null, what is undefined is NaN, and `reason` says why.
 
 Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} what block l adds, J^l = ∂f^l/∂x^{l−1} at the
 measured token, J = U S Vᵀ with the K largest singular triplets, A = U_{l'}ᵀ J^l V_{l'}.
 """
 
 
+# Every reader's way to one document's matrices; a test runs them.
+_RECIPES = """\
+## Read elsewhere
+
+One document's matrices, `[rank, layer, layer]`, without this package; `FILE` is a table of the run.
+
+```python
+# pandas
+column = pandas.read_parquet(FILE)["normalized_miscoupling"]
+m = numpy.stack([numpy.stack(of_rank) for of_rank in column[0]])
+```
+
+```python
+# polars
+column = polars.read_parquet(FILE)["normalized_miscoupling"]
+m = numpy.array(column[0].to_list())
+```
+
+```python
+# duckdb; within SQL, normalized_miscoupling[1][2][3] counts from 1
+rows = duckdb.sql(f"SELECT normalized_miscoupling FROM '{FILE}'").fetchall()
+m = numpy.array(rows[0][0])
+```
+
+```r
+# R; its first two dimensions are the layers, the last the rank
+column <- arrow::read_parquet(FILE)$normalized_miscoupling
+m <- simplify2array(lapply(column[[1]], function(of_rank) do.call(rbind, as.list(of_rank))))
+```
+"""
+
+
 def page() -> str:
     """The whole page, Markdown."""
     return "\n".join(
-        [_INTRO, *_overview(), *_common(), *(line for m in measures().values() for line in _measure(m)), *_codes()]
+        [_INTRO, *_overview(), *_common(), *(line for m in measures().values() for line in _measure(m)), *_codes(), _RECIPES]
     )
 
 

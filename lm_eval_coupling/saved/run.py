@@ -18,12 +18,13 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.prompting import model_arguments, prompting
-from lm_eval_coupling.saved.tables import frame_of, open_table, read_header
+from lm_eval_coupling.saved.tables import UNTRAINED, frame_of, open_table, read_header
 
 _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.(?:json|parquet)$")
 # Arguments of the model, besides its name and revision, that make other weights of it.
 _VARIANTS = ("subfolder", "gguf_file", "peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
 _WITHIN = ("subfolder", "gguf_file")  # these are parts of the name itself: a checkpoint is told by its folder
+_TABLES = ("coupling_", f"{UNTRAINED}_coupling_")  # what names of tables start with
 _AT_ONCE = 64  # rows whose matrices are held together
 
 
@@ -262,7 +263,7 @@ def _with_its_own(file: Path) -> Iterator[Path]:
     yield file
     if dated := _DATE.search(file.name):
         yield from sorted(
-            file.parent.glob(f"*_{dated[1]}.json" if file.suffix == ".parquet" else f"coupling_*_{dated[1]}.parquet")
+            file.parent.glob(f"*_{dated[1]}.json" if file.suffix == ".parquet" else f"*coupling_*_{dated[1]}.parquet")
         )
 
 
@@ -270,7 +271,7 @@ def _files(root: Path) -> Iterator[Path]:
     for file in sorted(root.rglob("*")):
         # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
         is_results = file.suffix == ".json" and (file.name.startswith("results") or _DATE.search(file.name))
-        if is_results or (file.suffix == ".parquet" and file.name.startswith("coupling_")):
+        if is_results or (file.suffix == ".parquet" and file.name.startswith(_TABLES)):
             yield file
 
 

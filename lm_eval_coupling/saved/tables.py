@@ -73,8 +73,8 @@ def write_tables(
 ) -> list[Path]:
     """Write ``coupling_<task>_<date>.parquet`` for each task; a reader never sees half a file.
 
-    What was measured of untrained weights goes to ``coupling_untrained_<task>_<date>.parquet``, so that nobody averages
-    over both by accident. Each column's meaning stands in the metadata of its field.
+    What was measured of untrained weights goes to ``untrained_coupling_<task>_<date>.parquet``, which ``coupling_*.parquet``
+    does not find, so that nobody averages over both by accident. Each column's meaning stands in the metadata of its field.
 
     Args:
         rows: the records.
@@ -95,8 +95,8 @@ def write_tables(
     for (task, weights), members in files.items():
         about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
         about |= {"weights": weights}
-        name = safe_name(task) if weights == TRAINED else f"{weights}_{safe_name(task)}"
-        path = Path(folder) / f"coupling_{name}_{date}.parquet"
+        kind = "coupling" if weights == TRAINED else f"{weights}_coupling"
+        path = Path(folder) / f"{kind}_{safe_name(task)}_{date}.parquet"
         table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
         try:
             _write_atomically(table, path)
@@ -198,7 +198,7 @@ def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
 def safe_name(task: str) -> str:
     """Task name as part of a file name; names that had to be changed stay distinct by a hash."""
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", task)
-    if plain == task and len(task) <= 120 and not task.startswith("untrained_"):  # which is what a twin's file is called
+    if plain == task and len(task) <= 120:
         return task
     return f"{plain[:100]}-{hashlib.sha256(task.encode(errors='surrogatepass')).hexdigest()[:8]}"
 

@@ -104,9 +104,11 @@ def _reason(
 def _unfinished(plan: Plan, file: Path, run: Mapping[str, Any]) -> str | None:
     """Tables and samples are written after the results; a kill in between leaves some of them out."""
     date = file.stem.removeprefix("results_")
-    measured = [task for task, found in (_coupling(run).get("tasks") or {}).items() if found.get("measured")]
-    if len(list(file.parent.glob(f"coupling_*_{date}.parquet"))) < len(measured):
-        return "not all tables were written"
+    coupling = _coupling(run)
+    for prefix, of in (("", coupling), ("untrained_", coupling.get("untrained") or {})):
+        measured = [task for task, found in (of.get("tasks") or {}).items() if found.get("measured")]
+        if len(list(file.parent.glob(f"{prefix}coupling_*_{date}.parquet"))) < len(measured):
+            return "not all tables were written"
     if plan.lm_eval.get("log_samples"):
         for task in run.get("configs", {}):
             if not _samples_whole(file.parent / f"samples_{task}_{date}.jsonl", run, task):

@@ -210,7 +210,7 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     assert choice[2] == f"{untrained['mean']:.4f} ± {untrained['stderr']:.4f}"
     assert (choice[3:5], winogrande[3:5]) == (["3 of 5", "3"], ["3 of 5", "6"])
     assert float(choice[5]) < 1e-3 and max(map(len, lines[start:-2])) <= 100
-    assert lines[-2] == f"Tables: 4 files coupling_*.parquet in {out}"  # of the twins apart
+    assert lines[-2] == f"Tables: 4 files *coupling_*.parquet in {out}"  # of the twins apart
     assert lines[-1] == f"Next: lm-eval-coupling show {out}"
     plain = utils.make_table(evaluate("hf", kinds=("choice",), limit=5))
     assert "Coupling" not in plain

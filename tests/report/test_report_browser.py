@@ -1,6 +1,7 @@
 """The report in a real browser: every view, number and picture."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -279,6 +280,39 @@ class TestInABrowser:
             assert window.run(drawn) == ["arc"] and "3 rows of other metrics are not" in window.text("#scatter-note")
             set_value(window, "#score", "word_perplexity,none")
             assert window.run(drawn) == ["wiki"]
+
+    def test_names_of_points_stay_in_the_picture_and_clear_of_each_other(self, tmp_path):
+        """On a phone they were cut off at its edge; error bars went through them, and the line of chance was a stump."""
+        for i in range(6):
+            summary = {"arc": task_summary(0.9 - 0.02 * (i % 3))}
+            save(tmp_path, summary, model=f"org/a-longer-name-{i}", run_id=str(i), fingerprint=f"f{i}")
+        box = "(({left, right, top, bottom}) => [left, right, top, bottom])(e.getBoundingClientRect())"
+        for width in (390, 1300):
+            with browser.Browser(width, 900) as window:
+                window.open(write_report(tmp_path, tmp_path / "page.html"))
+                (plot,) = window.run(f"[...document.querySelectorAll('#scatter')].map(e => {box})")
+                texts = "[...document.querySelectorAll('#scatter .textpoint text')].filter(e => e.textContent)"
+                names = window.run(f"{texts}.map(e => {box})")
+                assert names and all(plot[0] <= left and right <= plot[1] for left, right, *_ in names)
+                apart = [
+                    a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2] for a, b in itertools.combinations(names, 2)
+                ]
+                assert all(apart)
+                chance = window.run("document.querySelector('#scatter').data.find(t => t.chance).y")
+                assert chance == window.run("document.querySelector('#scatter').layout.yaxis.range")
+                assert window.text("#summary").startswith("6 models, 1 task")
+
+    def test_one_model_prompted_in_two_ways_is_one(self, tmp_path):
+        for i, shots in enumerate((0, 5)):
+            where = save(tmp_path / str(i), {"arc": task_summary()}, rows=[record()], run_id=str(i))
+            (file,) = where.glob("results_*.json")
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": {"arc": shots}}))
+        with browser.Browser() as window:
+            window.open(write_report(tmp_path, tmp_path / "page.html"))
+            assert window.count("#rows tbody tr") == 2 and window.text("#summary").startswith("1 model, 1 task")
+            window.click("#tab-layers")
+            window.until("document.querySelector('#regularity tbody tr')")
+            assert "Line-shape score" in window.text("#regularity")
 
     def test_untrained_weights_are_drawn_dashed_and_their_difference_told(self, tmp_path):
         """The untrained twin, half of a run's time, appeared nowhere on the page."""

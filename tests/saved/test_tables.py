@@ -343,8 +343,9 @@ def test_untrained_rows_have_a_file_of_their_own(tmp_path):
     """Plain pandas averaged over trained and untrained weights, and over models, as nothing in the file kept them apart."""
     rows = [record(), record() | {"weights": "untrained"}, record("untrained_arc")]
     files = write_tables(rows, tmp_path, DATE, {"model": "org/a", "run_id": "r"})
-    assert [file.name for file in files[:2]] == [f"coupling_arc_{DATE}.parquet", f"coupling_untrained_arc_{DATE}.parquet"]
+    assert [file.name for file in files[:2]] == [f"coupling_arc_{DATE}.parquet", f"untrained_coupling_arc_{DATE}.parquet"]
     assert len(set(files)) == 3  # a task may be called so, too
+    assert {*tmp_path.glob("coupling_*.parquet")} == {files[0], files[2]}
     for file, weights in zip(files, ("trained", "untrained", "trained"), strict=True):
         plain = pd.read_parquet(file)
         assert set(plain["weights"]) == {weights} and set(plain["model"]) == {"org/a"}

@@ -61,7 +61,7 @@ def test_coupling_is_that_of_the_same_image_alone(saved, images, classifier):
 def test_the_files_are_those_of_an_evaluation(saved):
     date = saved.stem.removeprefix("results_")
     samples_file = saved.with_name(f"samples_colours_{date}.jsonl")
-    tables = {saved.with_name(f"coupling_{weights}colours_{date}.parquet") for weights in ("", "untrained_")}
+    tables = {saved.with_name(f"{weights}coupling_colours_{date}.parquet") for weights in ("", "untrained_")}
     assert {*saved.parent.iterdir()} == {saved, samples_file, *tables}
     results = json.loads(saved.read_text())
     coupling = results["config"]["coupling"]

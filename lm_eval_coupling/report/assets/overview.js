@@ -210,7 +210,8 @@ function span(values, errors, more = []) {
 
 const LETTER = 6.2, LINE = 13, AWAY = 7; // of a label, in pixels
 /**
- * Where each label stands: of four places the one where least is covered, no place where all leave the picture.
+ * Where each label stands: of four places the one that crosses fewest bars; none, but on hover, where all cover a label
+ * or leave the picture.
  * `points` are {x, y, right, up, text} in pixels, y from the top; `right` and `up` are half the lengths of their bars.
  */
 function labelPlaces(points, width) {
@@ -223,13 +224,14 @@ function labelPlaces(points, width) {
         const left = one.x + across * AWAY - (across < 0 ? long : 0);
         const top = one.y + down * AWAY - (down < 0 ? LINE : 0);
         const [right, bottom] = [left + long, top + LINE];
-        let cost = 10 * boxes.filter((box) => left < box[2] && right > box[0] && top < box[3] && bottom > box[1]).length;
+        const covers = boxes.some((box) => left < box[2] && right > box[0] && top < box[3] && bottom > box[1]);
+        let cost = 0;
         for (const other of points) {
           if (other === one) continue;
           if (within(other.x, left - 6, right + 6) && other.y + other.up > top && other.y - other.up < bottom) cost += 3;
           if (within(other.y, top - 6, bottom + 6) && other.x + other.right > left && other.x - other.right < right) cost += 3;
         }
-        return { side, cost, box: [left, top, right, bottom], out: left < 0 || right > width };
+        return { side, cost, box: [left, top, right, bottom], out: covers || left < 0 || right > width };
       },
     );
     const best = places.filter((place) => !place.out).sort((a, b) => a.cost - b.cost)[0];
