@@ -213,7 +213,7 @@ def test_mistakes_are_said(model, tokenizer, tmp_path):
     with pytest.raises(CouplingError, match="prompt 8: got a prompt without any token"):
         run(["Snow", ""], start=7, end=9, ranks=[4])
     (tmp_path / "file").touch()
-    with pytest.raises(CouplingError, match="cannot be written .*expected a folder that can"):
+    with pytest.raises(CouplingError, match="expected a folder that can be written"):
         run(save=True, out_path=tmp_path / "file", ranks=[4])
     torch.nn.init.constant_(model.model.layers[2].mlp.down_proj.weight, torch.nan)
     with pytest.raises(CouplingError, match="prompt 0: got a Jacobian of block 2 that is off by nan"):

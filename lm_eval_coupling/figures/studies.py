@@ -56,7 +56,8 @@ def against_number(
 
 
 def _rho(found: pd.Series) -> str:
-    return f"ρ = {found['coefficient']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}], n = {found['n']}"
+    interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return f"ρ = {found['coefficient']:+.2f}{interval}, n = {found['n']}" if found["n"] > 1 else f"n = {found['n']}"
 
 
 def paired_differences(

@@ -301,6 +301,8 @@ def _require_derivative(
 
 def resolve_token(token: int, seq: int) -> int:
     """Absolute index of ``token``; negative counts from the end."""
+    if not seq:
+        raise CouplingError("got a prompt of no tokens, expected at least one")
     if not -seq <= token < seq:
         raise CouplingError(f"got token {token} of a prompt of {seq} tokens, expected {-seq} to {seq - 1}")
     return token % seq

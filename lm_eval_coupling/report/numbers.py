@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
-from lm_eval_coupling.saved.run import SavedRun, SavedTable
+from lm_eval_coupling.saved.run import SavedRun, SavedTable, identity
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.results import Estimate
 
@@ -90,19 +90,22 @@ def _missing(values: pd.DataFrame) -> str:
 def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
     """Every later run against the first, over the documents that both have: base and instruct, 0 and 5 shots.
 
+    The first is the weights of the first table; of a task that it has in several ways the first way.
+
     Returns:
         Documents are paired by ``doc_hash``: their prompts may differ. Columns: ``label, base, task, rank, coupling`` and
         ``base_coupling`` (means of the documents that are paired), and those of :func:`paired`.
     """
     about = overview(tables).drop_duplicates(["folder", "label", "task"])
-    labels = about["label"].tolist()
+    labels, tasks = about["label"].tolist(), about["task"].tolist()
     couplings = [_by_document(prompt_values(table)) for _, table in tables]
-    runs = list(dict.fromkeys(labels))
+    first = identity(tables[0][0])
+    of_first = [number for number, (run, _) in enumerate(tables) if identity(run) == first]
+    bases = {tasks[number]: number for number in reversed(of_first)}
     found = []
-    for label, task, own in zip(labels, about["task"], couplings, strict=True):
-        for base, base_task, other in zip(labels, about["task"], couplings, strict=True):
-            if base != runs[0] or label == base or task != base_task:
-                continue
+    for number, (label, task, own) in enumerate(zip(labels, tasks, couplings, strict=True)):
+        if bases.get(task, number) != number:
+            base, other = labels[bases[task]], couplings[bases[task]]
             for name in [name for name in own if name in other]:
                 both = pd.concat([own[name], other[name]], axis=1, join="inner").dropna()
                 means = {"coupling": both.iloc[:, 0].mean(), "base_coupling": both.iloc[:, 1].mean()}

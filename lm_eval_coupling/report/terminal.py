@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,14 +49,14 @@ def show(
         CouplingError: if nothing was saved there, or no such task or document; the message names what there is.
     """
     console = console or _stdout()
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if doc is not None and task is None:
         raise CouplingError(f"got document {doc} without a task; add the task's name (--task)")
-    runs = find_runs(paths)
-    tables = runs.newest_tables()
-    require_tables(tables, runs, ", ".join(map(str, paths)))
+    runs = find_runs(roots)
+    tables = sorted(runs.newest_tables(), key=lambda pair: _place(pair[1].file, roots))  # the first folder's first
+    require_tables(tables, runs, ", ".join(map(str, roots)))
     if task is not None:
-        _require(task, {table.task for _, table in tables}, "task", ", ".join(map(str, paths)))
+        _require(task, {table.task for _, table in tables}, "task", ", ".join(map(str, roots)))
         tables = [(run, table) for run, table in tables if table.task == task]
     if doc is not None:
         there = {found for _, table in tables for found in table.read(["doc_id"])["doc_id"]}
@@ -70,6 +70,13 @@ def show(
         _print_comparison(console, rows)
     else:
         _print_runs(console, rows, tables, task, doc)
+
+
+def _place(file: Path, roots: Sequence[Path]) -> int:
+    """Number of the path that a file was found under."""
+    real = file.resolve()
+    under = (number for number, path in enumerate(roots) if path.resolve() in (real, *real.parents))
+    return next(under, len(roots))
 
 
 def _stdout() -> Console:
@@ -195,23 +202,21 @@ def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
 
 
 def _print_comparison(console: Console, rows: pd.DataFrame) -> None:
-    base = rows["base"].iloc[0]
-    console.print(Text(f"Compared with {base}, document by document (95 % interval of the mean difference)", style="bold"))
-    several = rows["label"].nunique() > 1
-    shown = [
-        *([Column("run", rows["label"].where(~rows["label"].duplicated(), ""), name=True)] if several else []),
-        Column("task", rows["task"].where(~rows.duplicated(["label", "task"]), ""), name=True),
-        Column("docs", rows["paired"]),
-        Column("K", rows["rank"]),
-        Column("coupling", rows["coupling"].map(_fixed), spare=1),
-        Column("compared", rows["base_coupling"].map(_fixed), spare=2),
-        Column("difference", rows["difference"].map(_signed)),
-        Column("from", rows["difference_low"].map(_signed)),
-        Column("to", rows["difference_high"].map(_signed)),
-    ]
-    if not several:
-        console.print(Text(rows["label"].iloc[0]))
-    console.print(columns(shown, console.width, sections=rows["task"]).table)
+    console.print("Document by document; from and to: 95 % interval of the mean difference", style="dim")
+    for (label, base), of in rows.groupby(["label", "base"], sort=False):
+        console.print(Text(f"{label} less {base}", style="bold"))
+        shown = [
+            Column("task", of["task"].where(~of["task"].duplicated(), ""), name=True),
+            Column("docs", of["paired"]),
+            Column("K", of["rank"]),
+            Column("coupling", of["coupling"].map(_fixed), spare=1),
+            Column("compared", of["base_coupling"].map(_fixed), spare=2),
+            Column("difference", of["difference"].map(_signed)),
+            Column("from", of["difference_low"].map(_signed)),
+            Column("to", of["difference_high"].map(_signed)),
+        ]
+        console.print(columns(shown, console.width, sections=of["task"]).table)
+        console.print()
 
 
 def _with_error(mean: float, error: float, signed: bool = False) -> str:

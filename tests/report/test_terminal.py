@@ -215,7 +215,7 @@ def test_runs_are_compared_document_by_document(tmp_path):
     show(tmp_path, console=Console(file=out, width=80), compare=True)
     (line,) = [line for line in out.getvalue().splitlines() if re.search(r" 30 ", line)]
     assert line.replace("−", "-").split()[-3:] == [f"{v:+.4f}" for v in ((tuned - base).mean(), *interval)]
-    assert "Compared with base" in out.getvalue() and " 4  30" in line
+    assert "tuned less base" in out.getvalue() and " 4  30" in line
 
 
 def test_numbers_for_other_programs(run):
@@ -227,6 +227,40 @@ def test_numbers_for_other_programs(run):
     show(run, "gsm", console=Console(file=out, width=60), form="json")
     rows = json.loads(out.getvalue(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [row["rank"] for row in rows] == [10, 30]
+
+
+def test_what_is_compared_is_the_first_folder_given_in_every_task(tmp_path):
+    """Folders were taken by name; tasks in which the first run needs a shorter name were lost."""
+    for folder, shots, tasks in (("b", 0, ("arc", "gsm")), ("a", 5, ("arc",))):
+        rows = [record(task, doc_id=i, seed=shots) for task in tasks for i in range(4)]
+        where = save(tmp_path / folder, dict.fromkeys(tasks, task_summary()), rows=rows, run_id=folder)
+        (file,) = where.glob("results_*.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": dict.fromkeys(tasks, shots)}))
+    rows = [record(task, doc_id=i, seed=9) for task in ("arc", "gsm") for i in range(4)]
+    save(
+        tmp_path / "c",
+        dict.fromkeys(("arc", "gsm"), task_summary()),
+        rows=rows,
+        model="org/other",
+        run_id="c",
+        fingerprint="g",
+    )
+
+    def compared(*folders):
+        out = io.StringIO()
+        show([tmp_path / folder for folder in folders], console=Console(file=out, width=60), compare=True, form="csv")
+        found = pd.read_csv(io.StringIO(out.getvalue()))
+        return {(row.label, row.base, row.task) for row in found.itertuples()}
+
+    zero, five, other = "org/tiny (0-shot)", "org/tiny (5-shot)", "org/other"
+    assert compared("b", "a") == {(five, zero, "arc")} and compared("a", "b") == {(zero, five, "arc")}
+    assert compared("b", "a", "c") == {(five, zero, "arc"), (other, zero, "arc"), (other, "org/tiny", "gsm")}
+    out = io.StringIO()
+    show([tmp_path / folder for folder in "bac"], console=Console(file=out, width=60), compare=True)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= 60 for line in lines) and f"{other} less {zero}" in lines
+    numbers = [line.split()[-3:] for line in lines if re.search(r"\d$", line)]
+    assert all(re.fullmatch(r"[+−]0\.\d{4}", number) for line in numbers for number in line), numbers
 
 
 def test_bars_show_how_layers_differ(tmp_path):
