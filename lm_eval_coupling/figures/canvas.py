@@ -35,7 +35,10 @@ def grid(
 
 
 def panels_of(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The panels that have a number in all of these columns, and a sentence for each that has none: no axes stay empty.
+    """Which panels are drawn, so that no axes stay empty.
+
+    Returns:
+        Those that have a number in all of these columns, and a sentence for each of the others.
 
     Raises:
         CouplingError: if none has.

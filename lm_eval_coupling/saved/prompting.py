@@ -115,11 +115,14 @@ def differing(of_runs: Iterable[str]) -> dict[str, str]:
 
 
 def readable(description: str, others: Iterable[str] = ()) -> str:
-    """``description`` for a reader: what its digests stand for, and a digest only where ``others`` do not have the same.
+    """``description`` for a reader.
 
     Args:
         description: of :func:`prompting`.
         others: descriptions of the same task; it may be among them.
+
+    Returns:
+        What its digests stand for, and a digest only where ``others`` do not have the same.
     """
     known = [dict(map(_kind, other.split(", "))) for other in others]
     told = []

@@ -12,7 +12,7 @@ from lm_eval_coupling.studies.tables import DOCUMENT, RUN
 
 
 def left_out(records: pd.DataFrame, measures: Sequence[str] = (), columns: Sequence[str] = ()) -> list[str]:
-    """How many documents lack what is drawn, and why: a sentence for all measures alike, or one each; none if all have it.
+    """How many documents lack what is drawn, and why.
 
     A document counts once for every model and weights of which none of its prompts has the number.
 
@@ -20,6 +20,9 @@ def left_out(records: pd.DataFrame, measures: Sequence[str] = (), columns: Seque
         records: of :func:`~lm_eval_coupling.studies.tables.read`, before any of them were dropped.
         measures: readings that are drawn.
         columns: columns that are drawn.
+
+    Returns:
+        A sentence for all measures alike, or one each; none if all documents have it.
     """
     wanted = {readings()[name].label: readings()[name].column for name in measures} | {name: name for name in columns}
     told: dict[str, list[str]] = {}
