@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -56,9 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("run", help="lm-eval's own command line, with the model class coupling-hf", add_help=False)
+    for add in (_add_demo, _add_show, _add_fit, _add_report, _add_sweep, _add_measure, _add_check, _add_vision):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="from nothing to a table and a picture: a small model on bundled tasks")
     demo.add_argument("--out", type=Path, metavar="DIR", help="folder for results, tables and pictures")
     demo.set_defaults(command=_demo)
+
+
+def _add_show(commands: Any) -> None:
     show = commands.add_parser("show", help="coupling of a saved run, per task; one document's layer-by-layer matrix")
     show.add_argument(
         "folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote, searched recursively"
@@ -69,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--csv", dest="form", action="store_const", const="csv", help="the numbers as CSV")
     show.add_argument("--json", dest="form", action="store_const", const="json", help="the numbers as JSON")
     show.set_defaults(command=_show, form="table")
+
+
+def _add_fit(commands: Any) -> None:
     fit = commands.add_parser("fit", help="does coupling predict the score? Regressions over the saved runs of many models")
     fit.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
     fit.add_argument("--score", metavar="METRIC", help="such as acc_norm; default: the first that lm-eval lists")
@@ -78,12 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, default=Path("coupling_fit"), metavar="DIR", help="default: %(default)s")
     fit.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different settings")
     fit.set_defaults(command=_fit)
+
+
+def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="saved runs as one self-contained page: tables, plots, every document")
     report.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     report.add_argument("--documents", type=int, metavar="N", help="prompts to include per model and task (default: 200)")
     report.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different coupling settings")
     report.set_defaults(command=_report)
+
+
+def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep", help="models × revisions × tasks from a plan, on this machine or on a SLURM cluster"
     )
@@ -95,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     looks.add_argument("--check", action="store_true", help="what is missing or failed, why, and where its log is")
     sweep.set_defaults(command=_sweep)
+
+
+def _add_measure(commands: Any) -> None:
     measure = commands.add_parser("measure", help="coupling of the prompts in a file, without any task")
     measure.add_argument("model", metavar="MODEL", help="a transformers folder or a name on the hub")
     measure.add_argument("prompts", type=Path, metavar="PROMPTS", help="a prompt a line; of a .jsonl file a JSON line each")
@@ -105,12 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,untrained=0; limit: all")
     measure.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
     measure.set_defaults(command=_measure)
+
+
+def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="is this model measured exactly on this machine, and what does it cost here?")
     check.add_argument("model", metavar="MODEL", help="a transformers folder or a name on the hub")
     check.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
     check.add_argument("--dtype", nargs="+", default=["auto"], metavar="T", help="of the weights, such as float32 bfloat16")
     check.add_argument("--out", type=Path, metavar="FILE", help="all that was found, as JSON")
     check.set_defaults(command=_check)
+
+
+def _add_vision(commands: Any) -> None:
     vision = commands.add_parser("vision", help="accuracy and coupling of an image classifier, left as an evaluation's")
     vision.add_argument("--model", required=True, metavar="M", help="what transformers loads as an image classifier")
     vision.add_argument(
@@ -123,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     vision.add_argument("--device", metavar="D", help="such as cuda or cpu (default: the best there is)")
     vision.add_argument("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=50")
     vision.set_defaults(command=_vision)
-    return parser
 
 
 def _run(rest: list[str]) -> int:

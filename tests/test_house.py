@@ -1,4 +1,4 @@
-"""Which rooms of the house may know which: read off the source, nothing is imported."""
+"""Which rooms of the house may know which, and what its files look like: read off the source, nothing is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,3 +124,31 @@ def test_imports_run_in_no_circle():
         for needed in graph.values():
             needed.difference_update(free)
     assert graph == {}
+
+
+def test_a_file_is_one_idea():
+    assert {name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 400} == set()
+
+
+def _definitions(*kinds: type[ast.AST]) -> Iterator[tuple[str, Any]]:
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds):
+                yield module, node
+
+
+def test_a_function_is_read_without_scrolling():
+    """Its docstring and its arguments apart."""
+    found = {}
+    for module, node in _definitions(ast.FunctionDef):
+        first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+        found[f"{module}.{node.name}"] = node.end_lineno - first.lineno + 1
+    assert {name: lines for name, lines in found.items() if lines > 45} == {}
+
+
+def test_what_has_many_fields_is_made_by_name():
+    """Five values in a row are five that can be exchanged."""
+    ours = {node.name for _, node in _definitions(ast.ClassDef)}
+    calls = [(module, node) for module, node in _definitions(ast.Call) if len(node.args) > 4]
+    named = [(module, getattr(node.func, "id", getattr(node.func, "attr", None)), node.lineno) for module, node in calls]
+    assert [call for call in named if call[1] in ours | {"cls"}] == []

@@ -50,4 +50,10 @@ def _cost(model: Any, prompts: Sequence[Sequence[int]], settings: Settings) -> C
     if counts:
         measured = torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(model.device)
     reasons = {record.reason for record in records if record.normalized_miscoupling is None}
-    return Cost(len(prompts), taken / len(prompts), announced.total, measured, "; ".join(map(str, reasons)) or None)
+    return Cost(
+        together=len(prompts),
+        seconds=taken / len(prompts),
+        announced=announced.total,
+        measured=measured,
+        reason="; ".join(map(str, reasons)) or None,
+    )

@@ -232,14 +232,17 @@ class AttentionRecord:
         weights, v = heads(watch.weights[..., None, :columns]), heads(watch.values)  # an attention sink's column is left out
         q, z = heads(watch.q)[:, 0], torch.bmm(weights, v)[:, 0]
         k, slope = heads(k_t).transpose(1, 2), heads(watch.slope[..., None, :])[:, 0]
-        return cls(q, k, v, weights[:, 0], slope, z)
+        return cls(q=q, k=k, v=v, weights=weights[:, 0], slope=slope, z=z)
 
     def split(self, keys: Sequence[int]) -> list[AttentionRecord]:
         """Of each prompt, with the last so many of its keys."""
-        parts = (self.q, self.k, self.v, self.weights, self.slope, self.z)
-        each = zip(keys, *(part.chunk(len(keys)) for part in parts), strict=True)
-        make = type(self)
-        return [make(q, k[:, -n:], v[:, -n:], weights[:, -n:], slope[:, -n:], z) for n, q, k, v, weights, slope, z in each]
+        parts = {field.name: getattr(self, field.name).chunk(len(keys)) for field in dataclasses.fields(self)}
+        own = [{name: part[i] for name, part in parts.items()} for i in range(len(keys))]
+        of_keys = ("k", "v", "weights", "slope")
+        return [
+            dataclasses.replace(self, **one | {name: one[name][:, -n:] for name in of_keys})
+            for n, one in zip(keys, own, strict=True)
+        ]
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -146,7 +146,7 @@ def _made(
     check_method(method)
     like, calls = traces[0].resid_final, [[trace.calls[layer] for trace in traces] for layer in layers]
     scattered = len({of_block[0].resid_pre.device for of_block in calls}) > 1
-    stack = Stack(len(traces), len(calls), like, rank, scattered)
+    stack = Stack(len(traces), len(calls), like, rank=rank, scattered=scattered)
     proofs: dict[tuple[int, int], Certified] = {}
     errors = []
     for layer, of_block in enumerate(calls):

@@ -19,7 +19,7 @@ from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 class Stack:
     """Room for J of ``prompts`` times ``layers``; with ``rank``, their top triplets are found as well."""
 
-    def __init__(self, prompts: int, layers: int, like: Tensor, rank: int | None, scattered: bool = False) -> None:
+    def __init__(self, prompts: int, layers: int, like: Tensor, *, rank: int | None, scattered: bool = False) -> None:
         """``scattered``: blocks lie on several devices, where they are decomposed."""
         self.device, self.rank = torch.device("cpu") if like.device.type == "mps" else like.device, rank
         room = jacobian_stack(prompts * layers, like, on_host=scattered)

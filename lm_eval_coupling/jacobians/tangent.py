@@ -62,7 +62,7 @@ class NearIdentity:
         f = factor.expand(shape).reshape(self.origin.batch, self.origin.width)
         left = None if self.left is None else self.left * f[..., None]
         rest = None if self.rest is None else self.rest * f[..., None]
-        return NearIdentity(self.origin, self.diagonal * f, left, self.right, rest)
+        return NearIdentity(self.origin, self.diagonal * f, left=left, right=self.right, rest=rest)
 
     def plus(
         self,
@@ -78,7 +78,7 @@ class NearIdentity:
             left, right = self.left, self.right
         if self.rest is not None:
             rest = self.rest if rest is None else self.rest + rest
-        return NearIdentity(self.origin, self.diagonal + diagonal, left, right, rest)
+        return NearIdentity(self.origin, self.diagonal + diagonal, left=left, right=right, rest=rest)
 
     def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
         """``matrix`` @ (diag(d) + L Rᵀ + M)."""

@@ -56,7 +56,16 @@ class Tape(Watch):
             self.watch(part)
         if produced:
             inputs = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self.watched]
-            self.steps.append(Step(function, rule, inputs, args, kwargs, value, [x._version for x in inputs]))
+            step = Step(
+                function=function,
+                rule=rule,
+                inputs=inputs,
+                args=args,
+                kwargs=kwargs,
+                value=value,
+                versions=[x._version for x in inputs],
+            )
+            self.steps.append(step)
         return value
 
     def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:

@@ -115,7 +115,13 @@ class Batch:
     """
 
     def __init__(
-        self, model: Model, tokens: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings, derivative: bool
+        self,
+        model: Model,
+        tokens: Sequence[Sequence[int]],
+        positions: Sequence[int],
+        settings: Settings,
+        *,
+        derivative: bool,
     ) -> None:
         """Trace the prompts; ``derivative``: with the pullbacks that certify the Jacobians J_tt.
 

@@ -166,7 +166,7 @@ def _together(
     if model.device.type == "cpu":
         keep_freed_memory()
     derivative = known[names[0]].jacobians
-    batch = Batch(model, prompts, positions, settings, derivative)
+    batch = Batch(model, prompts, positions, settings, derivative=derivative)
     if derivative:
         batch.blocks  # noqa: B018 here, because a failure would be that of the whole batch
     shared = (time.perf_counter() - start) / len(batch)

@@ -281,7 +281,10 @@ class ResidualModel:
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
         if keep_keys and longest >= _LONG:
             direction = None
-        visits = [Visit(block, dtype, output_tokens, direction, Keys() if keep_keys else None) for block in self.block_list]
+        visits = [
+            Visit(block, dtype, output_tokens, direction=direction, keys=Keys() if keep_keys else None)
+            for block in self.block_list
+        ]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self._left_behind.clear)

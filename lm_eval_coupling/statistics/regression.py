@@ -189,7 +189,7 @@ def family_effect(
     if method not in ("mixed", "cluster"):
         raise CouplingError(f"got method={method!r}, expected 'mixed' or 'cluster'")
     check_confidence(confidence)
-    sm = statsmodels("api")
+    statsmodels("api")  # which is missed whether or not there are enough models
     rows, dropped = complete_rows(frame, [score, predictor, *covariates], [family])
     groups, labels = pd.factorize(rows[family])
     found = FamilyEffect(method, predictor, families=len(labels), n=len(rows), dropped=dropped, confidence=confidence)
@@ -206,23 +206,9 @@ def family_effect(
     scale = np.append(1.0, X[:, 1:].std(axis=0))
     X = np.column_stack([X[:, :1], (X[:, 1:] - X[:, 1:].mean(axis=0)) / scale[1:]])
     unit = y.std()
-    share = math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of convergence, which is asked for below
-        if method == "cluster":
-            fit = sm.OLS(y / unit, X).fit(cov_type="cluster", cov_kwds={"groups": groups})
-            settled = True
-        else:
-            try:
-                fit = sm.MixedLM(y / unit, X, groups=groups).fit(
-                    reml=True, method="powell"
-                )  # gradients fail at a share of 0
-            except np.linalg.LinAlgError:  # residuals that are rounding leave no variance to share
-                return dataclasses.replace(found, reason="the fit did not settle")
-            between = float(np.asarray(fit.cov_re)[0, 0])
-            share, settled = between / (between + float(fit.scale)), bool(fit.converged)
-    value, stderr = (float(v[X.shape[1] - 1] * unit / scale[-1]) for v in (np.asarray(fit.params), np.asarray(fit.bse)))
-    if not settled or not 0 < stderr < math.inf:
+    value, stderr, share = (_clustered if method == "cluster" else _mixed)(y / unit, X, groups)
+    value, stderr = value * unit / scale[-1], stderr * unit / scale[-1]
+    if not 0 < stderr < math.inf:
         return dataclasses.replace(found, reason="the fit did not settle")
     if share < 1e-3:
         notes.append("no variance between families was found, so that this is close to plain least squares")
@@ -234,6 +220,29 @@ def family_effect(
         family_share=share,
         notes=tuple(notes),
     )
+
+
+def _clustered(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+    """The last coefficient and its error, which allows for any dependence within a group; no share of variance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = statsmodels("api").OLS(y, X).fit(cov_type="cluster", cov_kwds={"groups": groups})
+    return float(np.asarray(fit.params)[-1]), float(np.asarray(fit.bse)[-1]), math.nan
+
+
+def _mixed(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+    """The last coefficient, its error and the groups' share of the variance; NaN where the fit did not settle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of convergence, which is asked for below
+        try:  # gradients fail at a share of 0
+            fit = statsmodels("api").MixedLM(y, X, groups=groups).fit(reml=True, method="powell")
+        except np.linalg.LinAlgError:  # residuals that are rounding leave no variance to share
+            return math.nan, math.nan, math.nan
+    if not fit.converged:
+        return math.nan, math.nan, math.nan
+    between, size = float(np.asarray(fit.cov_re)[0, 0]), X.shape[1]
+    coefficient, error = (float(np.asarray(values)[size - 1]) for values in (fit.params, fit.bse))
+    return coefficient, error, between / (between + float(fit.scale))
 
 
 def collinearity(frame: pd.DataFrame, predictors: Sequence[str]) -> pd.DataFrame:

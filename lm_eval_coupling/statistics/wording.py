@@ -48,7 +48,7 @@ def in_words(
     Raises:
         TypeError: if the result is of another kind.
     """
-    return _say(result, _Names(x, y, other, unit, p_adjusted))
+    return _say(result, _Names(x=x, y=y, other=other, unit=unit, p_adjusted=p_adjusted))
 
 
 @singledispatch

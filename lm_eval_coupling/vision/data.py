@@ -110,7 +110,7 @@ def load_images(data: str, split: str | None = None) -> LabelledImages:
     rows = rows.filter(_is_labelled, input_columns=label)
     if not len(rows):
         raise CouplingError(f"got {data}, whose split {rows.split} has no labelled image; choose another with --split")
-    return LabelledImages(_name_of(data), str(rows.split), classes, rows, (image, label))
+    return LabelledImages(name=_name_of(data), split=str(rows.split), classes=classes, rows=rows, columns=(image, label))
 
 
 def _loaded(data: str) -> Mapping[str, Any]:
