@@ -166,11 +166,6 @@ def open_table(file: Path) -> pq.ParquetFile:
         raise CouplingError(f"got {file}, which cannot be read ({why(error)}); copy it again or measure again") from None
 
 
-def read_provenance(file: Path | str) -> dict[str, Any]:
-    """What a table's metadata says about the run that made it; see :func:`read_header`."""
-    return read_header(file)[0]
-
-
 def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What a table's metadata says about the run that made it, and the names of its columns.
 

@@ -12,7 +12,7 @@ from evaluations import HOOK, run, written
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.harness.lm import CouplingLM
-from lm_eval_coupling.saved.tables import read_provenance
+from lm_eval_coupling.saved.tables import read_header
 
 
 def test_coupling_is_among_what_wandb_logs(evaluate, tmp_path):
@@ -185,7 +185,7 @@ def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
         arguments = {"coupling_out": str(out)} | options.get("arguments", {})
         found = evaluate(kinds=("choice",), **options | {"arguments": arguments})["config"]["coupling"]
         (table,) = out.glob("*.parquet")
-        assert read_provenance(table)["prompts"] == found["prompts"]["tiny_choice"]
+        assert read_header(table)[0]["prompts"] == found["prompts"]["tiny_choice"]
         digests[name] = found["prompts"]["tiny_choice"]["digest"]
     assert len(set(digests.values())) == len(digests)
     assert load_records(tmp_path)["prompting"].nunique() == len(digests)

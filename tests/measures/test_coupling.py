@@ -12,7 +12,6 @@ from lm_eval_coupling.measures.formulas.coupling import (
     coupling_matrix,
     miscoupling,
     miscoupling_to,
-    subspace_overlap,
     subspace_overlaps,
 )
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level, coupling_of, mean_off_diagonal
@@ -246,14 +245,13 @@ def test_overlaps_against_loops(case):
         found = subspace_overlaps(X, ranks)
         for overlap, k in zip(found, ranks, strict=True):
             assert_matches(overlap, [[reference.subspace_overlap(a[:, :k], b[:, :k]) for b in X] for a in X])
-            torch.testing.assert_close(subspace_overlap(X[:, None, :, :k], X[None, :, :, :k]), overlap)
         assert_matches(found.diagonal(dim1=-2, dim2=-1), torch.ones(len(ranks), LAYERS))
 
 
 def test_overlap_ignores_rotations_within_the_subspace():
     X, R = orthogonal(D, 0)[:, :K], orthogonal(K, 1)
-    assert subspace_overlap(X, X @ R).item() == pytest.approx(1)
-    assert subspace_overlap(X, orthogonal(D, 0)[:, K : 2 * K]).item() == pytest.approx(0, abs=1e-12)
+    bases = torch.stack([X, X @ R, orthogonal(D, 0)[:, K : 2 * K]])
+    assert subspace_overlaps(bases, (K,))[0, 0].tolist() == pytest.approx([1, 1, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

@@ -10,7 +10,6 @@ from lm_eval_coupling.measures.formulas.trajectory import (
     entropy,
     equidistance,
     expodistance,
-    expodistance_is_ill_conditioned,
     line_shape_score,
     norms,
     step_lengths,
@@ -123,14 +122,6 @@ def test_non_finite_points_give_nan():
     x = trajectory()
     x[2, 1] = math.inf
     assert line_shape_score(x).isnan() and expodistance(x).isnan() and equidistance(x).isnan()
-
-
-def test_ill_conditioned_growth_is_named():
-    growing = 1.3 ** torch.arange(12).double()[:, None]
-    wavering = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 1.001])[:, None]
-    assert not expodistance_is_ill_conditioned(expodistance(growing).item(), 11)
-    assert expodistance_is_ill_conditioned(expodistance(wavering).item(), 7)
-    assert not expodistance_is_ill_conditioned(math.nan, 7)
 
 
 @windowed

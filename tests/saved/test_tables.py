@@ -18,7 +18,7 @@ from lm_eval_coupling.measures.formulas.headline import coupling_of
 from lm_eval_coupling.saved import tables
 from lm_eval_coupling.saved.records import find_tables, load_records
 from lm_eval_coupling.saved.results import load_runs
-from lm_eval_coupling.saved.tables import arrow_type, read_provenance, table_columns, write_tables
+from lm_eval_coupling.saved.tables import arrow_type, read_header, table_columns, write_tables
 from lm_eval_coupling.saved.task_rows import pool
 
 TYPES = {name: arrow_type(column) for name, column in table_columns().items()}
@@ -106,7 +106,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 def test_compressed_with_provenance(tmp_path):
     (path,) = write_tables([record()], tmp_path, DATE, coupling_config({}))
     assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
-    about = read_provenance(path)
+    about = read_header(path)[0]
     assert about["task"] == "arc" and about["date"] == DATE and about["schema_version"] == 1 and about["d_model"] == 64
 
 
@@ -115,8 +115,8 @@ def test_a_table_has_the_summary_of_its_own_task_only(tmp_path):
     summaries = {"arc": {"measured": 1}, "gsm": {"measured": 2}}
     provenance = {"model": "a", "tasks": summaries, "untrained": {"seed": 0, "tasks": summaries}}
     arc, gsm = write_tables([record("arc"), record("gsm")], tmp_path, DATE, provenance)
-    assert read_provenance(arc)["tasks"] == {"arc": {"measured": 1}}
-    assert read_provenance(gsm)["untrained"] == {"seed": 0, "tasks": {"gsm": {"measured": 2}}}
+    assert read_header(arc)[0]["tasks"] == {"arc": {"measured": 1}}
+    assert read_header(gsm)[0]["untrained"] == {"seed": 0, "tasks": {"gsm": {"measured": 2}}}
     assert provenance["tasks"] is summaries and len(summaries) == 2
 
 
@@ -146,7 +146,7 @@ def test_wrong_places_and_files_are_refused(tmp_path):
 
 def test_another_schema_version_is_refused(tmp_path):
     (path,) = write_tables([record()], tmp_path, DATE, {})
-    about = read_provenance(path) | {"schema_version": 2}
+    about = read_header(path)[0] | {"schema_version": 2}
     pq.write_table(pq.read_table(path).replace_schema_metadata({b"lm_eval_coupling": json.dumps(about)}), path)
     with pytest.raises(CouplingError, match="schema version 2, expected version 1"):
         load_records(path)

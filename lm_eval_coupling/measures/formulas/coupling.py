@@ -141,18 +141,12 @@ def at_ranks(
 
 
 @true_float32()
-def subspace_overlap(
-    U1: Float[Tensor, "*#batch d_model rank"], U2: Float[Tensor, "*#batch d_model rank"]
-) -> Float[Tensor, "*out"]:
-    """Return ‖U2ᵀ U1‖_F² / K: 1 for equal subspaces, 0 for orthogonal ones, whatever basis spans them."""
-    return reduce((U2.mT @ U1).square(), "... i j -> ...", "sum") / U1.shape[-1]
-
-
-@true_float32()
 def subspace_overlaps(
     U: Float[Tensor, "layer d_model max_rank"], ranks: Sequence[int]
 ) -> Float[Tensor, "ranks layer layer"]:
-    """Return `subspace_overlap` of the leading columns for every rank and all pairs of layers, from one product.
+    """Return ‖U_{l'}ᵀ U_l‖_F² / K of the leading K columns for every rank and all pairs of layers, from one product.
+
+    1 for equal subspaces, 0 for orthogonal ones, whatever basis spans them.
 
     Raises:
         CouplingError: if a rank is outside 1 … number of columns.

@@ -52,7 +52,8 @@ def line_shape_score(x: Float[Tensor, "*batch points d_model"], window: int | No
 def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
     """Return Var_l α^l / (Mean_l α^l)² with α^l = ln(‖x^l‖ / ‖x^{l−1}‖): 0 for exactly exponential growth of the norm.
 
-    NaN where a norm or the mean growth is 0. Large values are ill-conditioned: see `expodistance_is_ill_conditioned`.
+    NaN where a norm or the mean growth is 0. Ill-conditioned above the number of steps, where the mean
+    growth lies within one standard error of zero.
 
     Raises:
         CouplingError: if there is no step, or the window is outside 1 … steps.
@@ -83,11 +84,6 @@ def principal_trajectories(
 def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
     """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
     return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
-
-
-def expodistance_is_ill_conditioned(expodistance: float, steps: int) -> bool:
-    """Return whether the mean growth lies within one standard error of zero, which is ED > number of steps."""
-    return expodistance > steps
 
 
 def _steps(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch steps d_model"]:
