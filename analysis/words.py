@@ -18,7 +18,7 @@ from coupling_matrices import PROMPT
 
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.measuring import matrices
-from lm_eval_coupling.measuring.words import DirectionWords, chance_kept, direction_words
+from lm_eval_coupling.measuring.direction_words import DirectionWords, chance_kept, direction_words
 from lm_eval_coupling.saved.names import labels
 from lm_eval_coupling.studies import tables
 

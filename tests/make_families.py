@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.vision.summary import summary_token
+from lm_eval_coupling.vision.summary_token import summary_token
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _HEAD = """\

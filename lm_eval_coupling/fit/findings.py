@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across, noise, within, words
+from lm_eval_coupling.fit import across, document_noise, within, words
 from lm_eval_coupling.fit.losses import add_losses
 from lm_eval_coupling.fit.observations import Observations, observe
 from lm_eval_coupling.fit.predictors import Predictor
@@ -103,8 +103,8 @@ def _across(
     main = found.main.name
     correlated, fits = across.correlations(found, resamples=resamples), across.fits(found)
     compared, nested, families = across.comparisons(found), across.nested(found), across.families(found)
-    reliable = noise.reliabilities(found, documents, leaves)
-    corrected = noise.corrected(found, correlated, reliable)
+    reliable = document_noise.reliabilities(found, documents, leaves)
+    corrected = document_noise.corrected(found, correlated, reliable)
     swapped = across.swapped_tasks(found, resamples=resamples)
     tables = {
         "correlations": across.correlation_table(correlated, found, resamples=resamples),

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_eval_coupling.check.blocks import BlockCheck, check_blocks
+from lm_eval_coupling.check.chosen_device import device_named, require_room
 from lm_eval_coupling.check.costs import Cost, costs
-from lm_eval_coupling.check.devices import device_named, require_room
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.measuring.provenance import about_software

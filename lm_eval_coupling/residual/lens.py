@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.inputs import Inputs
-from lm_eval_coupling.residual.tables import head_in_parts, innermost, rows_only
+from lm_eval_coupling.residual.vocabulary import head_in_parts, innermost, rows_only
 from lm_eval_coupling.residual.weights import upcast
 
 

@@ -23,8 +23,8 @@ from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_o
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
 from lm_eval_coupling.residual.stamp import Stamp
-from lm_eval_coupling.residual.tables import looked_up, rows_only
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit, told_if_refused
+from lm_eval_coupling.residual.vocabulary import looked_up, rows_only
 from lm_eval_coupling.residual.weights import state_of, upcast
 
 # Tensors that a block takes, of which it is known what they are in a padded batch.

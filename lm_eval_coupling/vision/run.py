@@ -29,7 +29,7 @@ from lm_eval_coupling.vision.labels import model_labels
 from lm_eval_coupling.vision.pictures import picture
 from lm_eval_coupling.vision.saving import results_of, save
 from lm_eval_coupling.vision.scoring import Answer, score
-from lm_eval_coupling.vision.summary import summary_token
+from lm_eval_coupling.vision.summary_token import summary_token
 
 logger = logging.getLogger("lm_eval.coupling")
 

@@ -9,7 +9,7 @@ import torch
 
 from lm_eval_coupling.check import blocks as module
 from lm_eval_coupling.check.blocks import check_blocks, kinds
-from lm_eval_coupling.check.devices import device_named, require_room
+from lm_eval_coupling.check.chosen_device import device_named, require_room
 from lm_eval_coupling.cli import main
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics import limits

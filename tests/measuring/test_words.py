@@ -12,7 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring.words import DirectionWords, chance_kept, direction_words, kept_words, nearest_words
+from lm_eval_coupling.measuring.direction_words import (
+    DirectionWords,
+    chance_kept,
+    direction_words,
+    kept_words,
+    nearest_words,
+)
 from lm_eval_coupling.residual import ResidualModel
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"

@@ -23,7 +23,7 @@ from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.data import load_images
 from lm_eval_coupling.vision.pictures import SIDE, picture
 from lm_eval_coupling.vision.run import run_vision
-from lm_eval_coupling.vision.summary import summary_token
+from lm_eval_coupling.vision.summary_token import summary_token
 
 RANKS = "ranks=4+8"
 
