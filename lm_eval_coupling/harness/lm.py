@@ -223,12 +223,12 @@ class CouplingLM(HFLM):
         found = [part.found for part in parts if part.error is None]
         samples = how.get("samples") or {}
         rows = with_logged_ids([row for rows, _ in found for row in rows], results, samples)
-        facts = self.facts(rows, requested.tasks, [counts for _, counts in found])
+        facts = self.about_run(rows, requested.tasks, [counts for _, counts in found])
         tasks = requested.tasks.items()
         facts["prompts"] = {name: prompt_identity(self, task, samples.get(name), how) for name, task in tasks}
         return CouplingInfo(facts, rows, self.coupling_options.out)
 
-    def facts(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def about_run(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""
         options = self.coupling_options
         facts = about_software() | {

@@ -148,7 +148,7 @@ def _measured(lm: CouplingLM, task: str, documents: list[Document], prompts: lis
         print("\n".join(["Dry run: nothing is written", *told]))
         raise SystemExit(0)
     rows, counts = lm.measure(asked)
-    return CouplingInfo(lm.facts(rows, [task], [counts]) | {"prompts": {task: None}}, rows, options.out)
+    return CouplingInfo(lm.about_run(rows, [task], [counts]) | {"prompts": {task: None}}, rows, options.out)
 
 
 def _results(lm: CouplingLM, task: str, documents: list[Document], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_o
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens
 from lm_eval_coupling.residual.stamp import Stamp
-from lm_eval_coupling.residual.trace import Direction, ResidualTrace, Visit, told_if_refused
+from lm_eval_coupling.residual.trace import Direction, ResidualTrace, TracedBlock, told_if_refused
 from lm_eval_coupling.residual.vocabulary import looked_up, rows_only
 from lm_eval_coupling.residual.weights import state_of, upcast
 
@@ -281,8 +281,8 @@ class ResidualModel:
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
         if keep_keys and longest >= _LONG:
             direction = None
-        visits = [
-            Visit(block, dtype, output_tokens, direction=direction, keys=Keys() if keep_keys else None)
+        traced = [
+            TracedBlock(block, dtype, output_tokens, direction=direction, keys=Keys() if keep_keys else None)
             for block in self.block_list
         ]
         final: list[Tensor] = []
@@ -292,27 +292,29 @@ class ResidualModel:
             stack.enter_context(rows_only(self._tables, dtype))
             stack.enter_context(arithmetic(dtype))
             stack.callback(self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove)
-            for block, visit in zip(self.blocks, visits, strict=True):
+            for block, one in zip(self.blocks, traced, strict=True):
 
-                def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, visit: Visit = visit) -> Any:
-                    output = visit.leave(kwargs, output)
+                def after(
+                    module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, one: TracedBlock = one
+                ) -> Any:
+                    output = one.leave(kwargs, output)
                     self._outputs = len(output) if isinstance(output, (tuple, list)) else 0
-                    if visit.block.layer == self.n_layers - 1:
+                    if one.block.layer == self.n_layers - 1:
                         final.append(hidden(output))
                         raise _LastBlockDone
                     return output
 
-                stack.callback(visit.close)
-                stack.callback(block.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
+                stack.callback(one.close)
+                stack.callback(block.register_forward_pre_hook(one.enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after, with_kwargs=True).remove)
-            with contextlib.suppress(_LastBlockDone), told_if_refused(batch.arguments, visits[0]):
+            with contextlib.suppress(_LastBlockDone), told_if_refused(batch.arguments, traced[0]):
                 self.model(**batch.arguments)
-        if missed := [visit.block.layer for visit in visits if visit.call is None]:
+        if missed := [one.block.layer for one in traced if one.call is None]:
             raise CouplingError(f"got a model that leaves out block {missed[0]}, expected a stream through every block")
         self.d_model = final[0].shape[-1]
         lengths = batch.lengths or [final[0].shape[1]] * len(final[0])
         return [
-            ResidualTrace(tuple(visit.of_prompt(prompt, length) for visit in visits), final[0][prompt : prompt + 1, :length])
+            ResidualTrace(tuple(one.of_prompt(prompt, length) for one in traced), final[0][prompt : prompt + 1, :length])
             for prompt, length in enumerate(lengths)
         ]
 

@@ -39,7 +39,7 @@ class ResidualTrace:
         return torch.stack([*stream, self.resid_final[0, tokens]], dim=1)
 
 
-class Visit:
+class TracedBlock:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
     It is pulled back along ``direction`` from ``tokens``, one index for each prompt of the batch, if both are given. Its
@@ -135,7 +135,7 @@ def _without_history(kwargs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def told_if_refused(arguments: dict[str, Any], first: Visit) -> Iterator[None]:
+def told_if_refused(arguments: dict[str, Any], first: TracedBlock) -> Iterator[None]:
     """Inside, an error of the model before its ``first`` block says what the model was given: an image of another size."""
     try:
         yield
