@@ -17,6 +17,7 @@ from lm_eval_coupling.measures.formulas.choices import positions_at_most
 from lm_eval_coupling.measuring.settings import Settings
 
 PREFIX = "coupling_"
+DOCUMENTS = "a number of documents, 0 (only score) or all"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Options:
                 layers=str(layers),
                 trajectories=_yes("trajectories", trajectories),
             ),
-            limit=None if limit == "all" else _whole("limit", limit),
+            limit=None if limit == "all" else _whole("limit", limit, DOCUMENTS),
             seed=_whole("seed", seed),
             position=_positions(position),
             prompt=_one_of("prompt", prompt, READINGS),
@@ -83,7 +84,7 @@ class Options:
             dry_run=_yes("dry_run", dry_run),
         )
         if options.limit is not None and options.limit < 0:
-            raise CouplingError(f"got coupling_limit={limit}, expected a number of documents, 0 (only score) or all")
+            raise CouplingError(f"got coupling_limit={options.limit}, expected {DOCUMENTS}")
         if options.dry_run and options.limit == 0:
             raise CouplingError("got coupling_dry_run with coupling_limit=0, which measures nothing; leave out one of them")
         if options.out is not None:
@@ -192,7 +193,7 @@ def _several(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: Any, expected: str = "a whole number") -> int:
     """A whole number, also as lm-eval's command line hands over a negative one: as -2.0."""
     try:
         number = float(value) if isinstance(value, str) else value
@@ -200,7 +201,7 @@ def _whole(name: str, value: Any) -> int:
             return int(value) if isinstance(value, int) else int(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise CouplingError(f"got {PREFIX}{name}={value!r}, expected a whole number")
+    raise CouplingError(f"got {PREFIX}{name}={value!r}, expected {expected}")
 
 
 def _positions(value: Any) -> int | str:
