@@ -48,6 +48,24 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
     return answer["models"]
 
 
+def with_the_world(wrong: PlanError) -> PlanError:
+    """A plan whose text is wrong, with what else is wrong with what can be read of it: told at once."""
+    if wrong.plan is None or not wrong.plan.units or not wrong.plan.tasks:
+        return wrong
+    try:
+        check(wrong.plan)
+    except PlanError as further:
+        return PlanError(wrong.plan.file, [*wrong.problems, *further.problems])
+    except CouplingError:
+        pass  # the check itself failed, perhaps upon what is wrong with the text
+    return wrong
+
+
+def writable(plan: Plan) -> bool:
+    """Whether the plan's output is a folder, or can become one, in which files can be made."""
+    return not _output(plan)
+
+
 def _output(plan: Plan) -> list[str]:
     try:
         plan.output.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.sweep import board, checks, cluster, local, record, slurm
 from lm_eval_coupling.sweep.estimate import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
-from lm_eval_coupling.sweep.plan import Local, Plan, Slurm, read
+from lm_eval_coupling.sweep.plan import Local, Plan, PlanError, Slurm, read
 from lm_eval_coupling.sweep.status import Status, look
 from lm_eval_coupling.sweep.work import COMMAND
 
@@ -45,7 +45,10 @@ def sweep(
         CouplingError: if the plan is wrong.
     """
     console = console or Console(soft_wrap=False)
-    plan = read(file)
+    try:
+        plan = read(file)
+    except PlanError as wrong:
+        raise (wrong if check else checks.with_the_world(wrong)) from None
     found = survey(plan)
     if check:
         return _report(console, plan, found)
@@ -57,6 +60,8 @@ def sweep(
             console.print(f"models and data of {len(plan.units)} units are in the caches", highlight=False)
         return 0
     _require(plan)
+    if not checks.writable(plan):
+        checks.check(plan)  # says so, with all else that is wrong
     with _alone(plan):
         for unit in plan.units:
             record.write_json(plan.folder(unit) / record.FACTS, unit.facts)

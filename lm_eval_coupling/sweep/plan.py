@@ -31,9 +31,9 @@ _NOT_FOR_LM_EVAL = {
 class PlanError(CouplingError):
     """Everything that is wrong with a plan, a sentence each."""
 
-    def __init__(self, file: Path, problems: list[str]) -> None:
-        """Say how many there are, and all of them."""
-        self.problems = problems
+    def __init__(self, file: Path, problems: list[str], plan: Plan | None = None) -> None:
+        """Say how many there are, and all of them; ``plan`` is what can be read of it all the same."""
+        self.problems, self.plan = problems, plan
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n  ".join([f"got {file} with {count}:", *problems]))
 
@@ -115,17 +115,20 @@ def read(file: Path | str) -> Plan:
     coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
     output = fields.need("output", is_text, "a folder")
     run = _run(fields)
-    if problems or run is None or output is None:
+    if output is None:
         raise PlanError(file, problems)
-    return Plan(
+    plan = Plan(
         file=file,
         units=tuple(units),
         tasks=tuple(tasks),
         coupling=coupling,
         lm_eval=lm_eval,
         output=Path(output).expanduser(),
-        run=run,
+        run=run or Local(),
     )
+    if problems:
+        raise PlanError(file, problems, plan)
+    return plan
 
 
 def _tasks(fields: Fields) -> list[Task]:
@@ -155,7 +158,7 @@ def _coupling(fields: Fields) -> dict[str, Any]:
         fields.problems.append("got coupling.out, expected tables to lie beside their results; leave it out")
     if "dry_run" in given:
         fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
-    return given
+    return {name: value for name, value in given.items() if not name.startswith("coupling_")}
 
 
 def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
         fields.problems.append(
             "got lm_eval.num_fewshot beside that of a task, which it would override; give it to each task"
         )
-    return {"log_samples": True} | given
+    return {"log_samples": True} | {name: value for name, value in given.items() if name not in _NOT_FOR_LM_EVAL}
 
 
 def _run(fields: Fields) -> Local | Slurm | None:

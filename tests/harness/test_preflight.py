@@ -106,6 +106,7 @@ def lm_eval_model(folder):
     [
         ({"dtpye": "float32"}, {}, "argument dtpye of"),
         ({"coupling_rnks": 3}, {}, "did you mean coupling_ranks?"),
+        ({"dtype": "flot32"}, {}, "did you mean float32?"),
         ({"tp_plan": "auto"}, {}, "splits every weight over processes"),
         ({}, {"ranks": "400"}, "32"),
     ],

@@ -18,7 +18,7 @@ from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey, sweep
 from lm_eval_coupling.sweep.lock import lock
-from lm_eval_coupling.sweep.plan import Local
+from lm_eval_coupling.sweep.plan import Local, PlanError
 from lm_eval_coupling.sweep.status import look
 
 SWEEP = """
@@ -125,6 +125,23 @@ def test_facts_lie_beside_the_results_and_follow_the_plan(folder_of, make_plan, 
         assert sweep(plan.file, command=STAND_IN) == 0
         assert record.read_json(plan.folder(plan.units[0]) / "facts.json") == facts
     assert len(calls(model)) == 1
+
+
+def test_what_is_wrong_with_the_text_and_with_the_world_is_told_at_once(folder_of, make_plan, tmp_path, monkeypatch):
+    """An output that cannot be made was once told alone, and a plan with a slip in its text was not looked at further."""
+    (tmp_path / "file").write_text("")
+    plan = make_plan([folder_of("a")], output=str(tmp_path / "file" / "out"))
+    monkeypatch.setattr(checks, "_ask", lambda plan, question: {"problems": ["no such task"], "models": {}})
+    with pytest.raises(PlanError) as wrong:
+        sweep(plan.file, command=STAND_IN)
+    assert len(wrong.value.problems) == 2 and "cannot be written" in str(wrong.value)
+    plan.file.write_text(plan.file.read_text().replace("lm_eval:", "lm_evil:"))
+    with pytest.raises(PlanError) as wrong:
+        sweep(plan.file, command=STAND_IN)
+    assert len(wrong.value.problems) == 3 and "did you mean lm_eval" in str(wrong.value)
+    with pytest.raises(PlanError) as wrong:
+        sweep(plan.file, check=True)  # which looks at the text only
+    assert len(wrong.value.problems) == 1
 
 
 def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):
