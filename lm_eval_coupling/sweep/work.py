@@ -112,7 +112,8 @@ class Worker:
         if (found := done(self.plan, unit)).complete:
             return Outcome(state="done", seconds=seconds)
         if self._stopping.is_set() or stopped(code):
-            return Outcome(state="stopped", reason=f"stopped ({ending(code)})", seconds=seconds)
+            why = "by Ctrl-C or its like" if self._stopping.is_set() else f"by {ending(code)}"
+            return Outcome(state="stopped", reason=f"{why}; what was measured is kept", seconds=seconds)
         why = reason(text, code) if code else found.why or "lm-eval ended well but left no complete results"
         memory = code != 0 and out_of_memory(text, code)
         if memory:
