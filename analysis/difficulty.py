@@ -41,7 +41,7 @@ def main(argv=None):
     x_label = f"{options.column}: times {options.count!r}" if options.count else options.column
     title = f"Documents by difficulty, K = {rank}; large: medians and quartiles of bins"
     figure = against_number(rows, bins, found, x="difficulty", x_label=x_label, title=title)
-    name = command.of_tasks("difficulty", records, options.tasks)
+    name = command.of_tasks("difficulty", rows, options.tasks)
     command.save(options.out, name, figure, rows, missing)
     command.save_table(options.out, f"{name}_correlations", found)
     print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))

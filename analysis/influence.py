@@ -31,7 +31,7 @@ def main(argv=None):
     }
     title = "From input token to the measured one: median over documents"
     figure = draw(panels, tokens=names, label=f"{options.norm} norm of the Jacobian", title=title)
-    name = command.of_tasks("influence", records, options.tasks)
+    name = command.of_tasks("influence", values, options.tasks)
     missing = left_out(records, columns=["frobenius_norms", "spectral_norms"])
     command.save(options.out, name, figure, rows, [*missing, *too_short(records, options.last)])
 
