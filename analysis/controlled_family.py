@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lm_eval_coupling.errors import why
 from lm_eval_coupling.numerics.randomness import seeded
 
 TEXT = (
@@ -87,8 +88,11 @@ def loss(model: nn.Module, tokenizer) -> float:
 
 def make(options: argparse.Namespace) -> list[dict]:
     """Write the members that are not there, and ``family.json`` and ``facts.csv`` beside them."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    except (OSError, ValueError) as error:
+        sys.exit(f"got {options.model}, which transformers cannot load ({why(error)}); give a folder with its tokenizer")
     known = already_made(options)
     for about, maker in members(model, options):
         if about["name"] in known:

@@ -7,21 +7,22 @@ The same as ``lm-eval-coupling fit``, as a script to start from: what it reads, 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+import command
 
 from lm_eval_coupling.fit import output
 from lm_eval_coupling.fit.findings import fit_runs
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that lm-eval wrote, searched recursively")
-    parser.add_argument("--score", help="a metric of lm-eval such as acc_norm")
-    parser.add_argument("--x", nargs="+", help="predictors, the one in question first")
-    parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--facts", type=Path, help="CSV with a column model, and family, tuned, training_tokens, …")
-    parser.add_argument("--out", type=Path, default=Path("correlate"))
-    options = parser.parse_args()
+
+def main(argv=None):
+    parser = command.arguments(__doc__, runs=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote, searched recursively")
+    parser.add_argument("--score", metavar="METRIC", help="a metric of lm-eval such as acc_norm")
+    parser.add_argument("--x", nargs="+", metavar="PREDICTOR", help="predictors, the one in question first")
+    parser.add_argument("--tasks", nargs="+", metavar="T", help="these tasks only; all by default")
+    parser.add_argument("--facts", type=Path, metavar="CSV", help="a column model, and family, tuned, training_tokens, …")
+    options = parser.parse_args(argv)
 
     found = fit_runs(options.runs, score=options.score, x=options.x, tasks=options.tasks, facts=options.facts)
     output.show(found)
@@ -32,3 +33,7 @@ if __name__ == "__main__":
     if pearson is not None:
         strongest = pearson.loc[pearson["coefficient"].abs().idxmax()]
         print(f"Strongest of {len(pearson)} correlations, hence by chance too: {strongest.predictor} with {strongest.score}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.numerics.randomness import seeded
 
 SIZES = {"layers": 8, "width": 128, "heads": 4, "mlp": 384, "context": 128, "vocabulary": 1024, "windows": 8}
@@ -41,7 +41,7 @@ def documents(file: Path, columns: list[str]) -> list[str]:
             return [file.read_text(encoding="utf-8")]
         rows = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_json(file, lines=True, dtype=False)
     except (OSError, ValueError) as error:
-        raise CouplingError(f"got {file}, expected plain text, .jsonl or .parquet that can be read: {error}") from None
+        raise CouplingError(f"got {file}, expected plain text, .jsonl or .parquet that can be read: {why(error)}") from None
     if not (found := [name for name in columns if name in rows]):
         raise CouplingError(f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with --column")
     return ["\n".join(map(str, row)) for row in rows[found].fillna("").itertuples(index=False)]

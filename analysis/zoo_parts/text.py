@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from zoo_parts.recipes import Recipe
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, why
 
 VOCABULARY = 4096
 CONTEXT = 128
@@ -42,7 +42,7 @@ def prepare(corpus: Path, blimp: Path, data: Path) -> None:
         )
     except (OSError, KeyError) as error:
         raise CouplingError(
-            f"got {corpus}, expected train.parquet and validation.parquet with text in it: {error}"
+            f"got {corpus}, expected train.parquet and validation.parquet with text in it: {why(error)}"
         ) from None
     data.mkdir(parents=True, exist_ok=True)
     documents = dict.fromkeys(filter(None, map(opening, validation)))

@@ -137,6 +137,12 @@ def test_a_family_of_another_model_is_not_added_to(run, model, tmp_path):
         run("--model", model, "--out", tmp_path / "f", "--seed", 1)
 
 
+def test_a_model_that_is_not_there_is_one_sentence(run, tmp_path):
+    """Regression: the traces of four exceptions."""
+    with pytest.raises(SystemExit, match="got .*nowhere, which transformers cannot load"):
+        run("--model", tmp_path / "nowhere", "--out", tmp_path / "f")
+
+
 def test_strengths_are_tried_without_writing(run, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("--model", model, "--blend", 0.5, "--bits", 4)

@@ -344,6 +344,20 @@ def test_a_script_says_what_is_missing(plain, name, needed, capsys, monkeypatch)
     assert error.startswith(f"{name}.py: got 2 records of arc with the measures depth, none with {needed}; ")
 
 
+@pytest.mark.parametrize(
+    "words", ["layer_coupling BAD", "correlate BAD", "checkpoints BAD", "difficulty RUN --column x --csv BAD"]
+)
+def test_a_path_that_is_not_there_is_one_sentence(words, plain, tmp_path, capsys, monkeypatch):
+    """Regression: one script told it with a traceback, another with [Errno 2]."""
+    name, *arguments = words.split()
+    places = {"BAD": str(tmp_path / "nowhere"), "RUN": str(plain)}
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *(places.get(word, word) for word in arguments)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ANALYSIS / f"{name}.py"), run_name="__main__")
+    told = capsys.readouterr().err
+    assert told.startswith(f"{name}.py: got {tmp_path}/nowhere, which ") and told.count("\n") == 1 and "Errno" not in told
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CouplingError, match="which cannot be written"):
