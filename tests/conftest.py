@@ -34,7 +34,13 @@ DEVICES = [
 ]
 
 
-@pytest.fixture(params=["cpu", *DEVICES])
+@pytest.fixture(scope="session", params=["cpu", *DEVICES])
 def device(request) -> torch.device:
     """Each kind of device that this machine has: tests of models go over them all."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", params=["cpu", *(name for name in DEVICES if name != "mps")])
+def float64_device(request) -> torch.device:
+    """Of these the ones that have float64, as Apple's have not."""
     return torch.device(request.param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import cases
@@ -88,9 +89,10 @@ def worst(found, expected, ranks=RANKS):
 
 @pytest.mark.parametrize("last_layer_norm", [False, True], ids=["residual-stream", "release"])
 @pytest.mark.parametrize("case", FINAL_NORMS)
-def test_it_is_the_naive_procedure_on_transformers_hidden_states(case, last_layer_norm, tokenizer):
+def test_it_is_the_naive_procedure_on_transformers_hidden_states(case, last_layer_norm, tokenizer, float64_device):
     model = family(case, tokenizer)
-    out = run_coupling_hf(model, tokenizer, case, PROMPTS[:1], ranks=RANKS, last_layer_norm=last_layer_norm, dtype="float64")
+    there = copy.deepcopy(model).to(float64_device)
+    out = run_coupling_hf(there, tokenizer, case, PROMPTS[:1], ranks=RANKS, last_layer_norm=last_layer_norm, dtype="float64")
     assert list(out) == [0] and out[0]["prompt"] == PROMPTS[0]
     final_norm = None if last_layer_norm else FINAL_NORMS[case]
     expected = oracle_coupling(oracle_jacobians(model, tokenizer, PROMPTS[0], final_norm), RANKS)

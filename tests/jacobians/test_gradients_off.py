@@ -10,10 +10,10 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.certify import require_not_constant
 
 MODES = {
-    "inference_mode": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference_mode": lambda device: torch.inference_mode(),
+    "no_grad": lambda device: torch.no_grad(),
+    "set_grad_enabled": lambda device: torch.set_grad_enabled(False),
+    "autocast": lambda device: torch.autocast(device.type, dtype=torch.bfloat16),
 }
 
 
@@ -25,11 +25,11 @@ def measured(model):
 
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_callers_mode_does_not_matter(case, mode):
+def test_the_callers_mode_does_not_matter(case, mode, device):
     """Inside torch.inference_mode() every coupling came out as 1, with a certificate of exactly 0; autocast failed all."""
-    expected = measured(cases.tiny_model(case, torch.float32))
-    with MODES[mode]():
-        model = cases.tiny_model(case, torch.float32)  # of inference tensors, where the mode makes them
+    expected = measured(cases.tiny_model(case, torch.float32).to(device))
+    with MODES[mode](device):
+        model = cases.tiny_model(case, torch.float32).to(device)  # of inference tensors, where the mode makes them
         found = measured(model)
         on = torch.is_grad_enabled()
     assert on is (mode == "autocast")

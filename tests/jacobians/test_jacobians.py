@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles import decoder_layers, oracle, oracle_by_input, worst
 from torch.nn import functional as F
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import engine, rules
@@ -24,17 +25,17 @@ LINEAR_ATTENTION_CASTS = 1e-4
 
 @pytest.mark.parametrize("seq", PAIRS)
 @pytest.mark.parametrize("case", cases.CASES)
-def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq):
+def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq, float64_device):
     model = cases.tiny_model(case)
     tokens = cases.tiny_tokens(seq)
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     for t_out, inputs in PAIRS[seq].items():
         with TrueDtype(torch.float64):
             expected = [oracle_by_input(model, tokens, layer, t_out) for layer in range(len(decoder_layers(model)))]
         for t_in in inputs:
             found = block_jacobians(wrapped, tokens, output_token=t_out, input_token=t_in, dtype=torch.float64)
             assert found.method == cases.levels(case)
-            for layer, jacobian in enumerate(found.jacobians):
+            for layer, jacobian in enumerate(found.jacobians.cpu()):
                 assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (layer, t_out, t_in)
                 assert found.certificate[layer] < 1e-10
                 if t_in > t_out:
@@ -42,11 +43,12 @@ def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq):
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_jacobian_is_the_unmodified_models(case):
+def test_jacobian_is_the_unmodified_models(case, float64_device):
     model = cases.tiny_model(case)
     tokens = cases.tiny_tokens(9)
-    found = block_jacobians(ResidualModel.wrap(model), tokens, output_token=-1, input_token=4, dtype=torch.float64)
-    for layer, jacobian in enumerate(found.jacobians):
+    wrapped = wrapped_on(float64_device, model)
+    found = block_jacobians(wrapped, tokens, output_token=-1, input_token=4, dtype=torch.float64)
+    for layer, jacobian in enumerate(found.jacobians.cpu()):
         tolerance = LINEAR_ATTENTION_CASTS if found.method[layer] == "autodiff" else SHARED_CASTS
         assert worst(jacobian, oracle(model, tokens, layer, 8, 4)) < tolerance
 
@@ -67,8 +69,8 @@ def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype, device):
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "falcon-alibi", "gemma2"])
-def test_levels_agree(case):
-    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+def test_levels_agree(case, float64_device):
+    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(7)
     for t_in in (6, 2):
         found = [block_jacobians(wrapped, tokens, input_token=t_in, method=m, dtype=torch.float64) for m in engine.LEVELS]
@@ -77,9 +79,9 @@ def test_levels_agree(case):
             assert worst(found[0].jacobians, other.jacobians) < 1e-12
 
 
-def test_tokens_are_mixed_and_causal():
+def test_tokens_are_mixed_and_causal(float64_device):
     """An earlier token moves a later one, never the reverse."""
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(6)
     assert block_jacobians(wrapped, tokens, output_token=5, input_token=2).jacobians.abs().max() > 1e-3
     assert not block_jacobians(wrapped, tokens, output_token=2, input_token=5).jacobians.any()
@@ -149,8 +151,8 @@ def test_layers_can_be_chosen():
     assert torch.equal(every.jacobians[1:], last.jacobians)
 
 
-def test_small_memory_budget_gives_the_same_numbers(monkeypatch):
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+def test_small_memory_budget_gives_the_same_numbers(monkeypatch, float64_device):
+    wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(5)
     whole = block_jacobians(wrapped, tokens, dtype=torch.float64)
     monkeypatch.setattr(engine, "BUDGET", 1)

@@ -6,6 +6,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from wrapping import wrapped_on
 
 from lm_eval_coupling.measures.formulas import geometry as maths
 from lm_eval_coupling.measures.registry import measures, readings
@@ -41,7 +42,7 @@ def procrustes(X, Y):
 
 def naive(x, X):
     """Every column from the stream at the measured token and the states of all tokens [depth][token]."""
-    x, X = x.numpy(), [states.numpy() for states in X]
+    x, X = x.cpu().numpy(), [states.cpu().numpy() for states in X]
     steps = range(1, len(x))
     update = {i: x[i] - x[i - 1] for i in steps}
     found = {
@@ -75,8 +76,8 @@ def naive(x, X):
 
 
 @pytest.mark.parametrize("seq", [3, 7, 40])  # fewer tokens than dimensions, and more
-def test_a_record_is_that_of_the_loops(seq):
-    model = ResidualModel.wrap(cases.tiny_model("llama"))
+def test_a_record_is_that_of_the_loops(seq, float64_device):
+    model = wrapped_on(float64_device, cases.tiny_model("llama"))
     prompt = cases.tiny_tokens(seq)[0].tolist()
     trace = model.trace(prompt, torch.float64)
     states = [*(call.resid_pre[0] for call in trace.calls), trace.resid_final[0]]

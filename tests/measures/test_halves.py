@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from oracles import decoder_layers
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.measures.registry import readings
@@ -95,10 +96,10 @@ def oracles(case, model, tokens):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_halves_are_the_oracles(case):
+def test_halves_are_the_oracles(case, float64_device):
     model, tokens = cases.tiny_model(case), cases.tiny_tokens(SEQ)
     options = {"measures": ["halves"], "ranks": RANKS, "dtype": "float64", "progress": False}
-    (found,) = measure_coupling(ResidualModel.wrap(model), [tokens[0].tolist()], **options)
+    (found,) = measure_coupling(wrapped_on(float64_device, model), [tokens[0].tolist()], **options)
     assert found.reason is None, found.reason
     assert found.halves_certificate.shape == (2, 2) and found.halves_certificate.max() < 1e-10
     with TrueDtype(torch.float64):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from oracles import oracle
+from wrapping import wrapped_on
 
 from lm_eval_coupling.measures.formulas.normality import frobenius, non_normality, symmetric_share
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
-from lm_eval_coupling.residual import ResidualModel, TrueDtype
+from lm_eval_coupling.residual import TrueDtype
 
 
 def matrix(*rows):
@@ -34,10 +35,11 @@ def test_by_hand(J, normality, symmetric):
     assert math.isnan(non_normality(J * 0)) and math.isnan(symmetric_share(J * 0)) and frobenius(J * 0) == 0
 
 
-def test_a_record_has_them():
+def test_a_record_has_them(float64_device):
     llama = cases.tiny_model("llama", num_hidden_layers=4)
     prompt = cases.tiny_tokens(6)
-    (found,) = measure_coupling(ResidualModel.wrap(llama), [prompt[0].tolist()], ranks=(2,), dtype="float64", progress=False)
+    model = wrapped_on(float64_device, llama)
+    (found,) = measure_coupling(model, [prompt[0].tolist()], ranks=(2,), dtype="float64", progress=False)
     with TrueDtype(torch.float64):
         J = [oracle(llama, prompt, layer, 5, 5).numpy() for layer in range(4)]
     for layer, j in enumerate(J):

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from oracles import oracle, worst
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
@@ -20,7 +21,7 @@ from lm_eval_coupling.measures.formulas.spectrum import (
 from lm_eval_coupling.measures.registry import measures
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.residual import ResidualModel, TrueDtype
+from lm_eval_coupling.residual import TrueDtype
 
 SEQ, RANKS = 6, (2, 4)
 PAIRS = [(5, 5), (5, 0), (2, 2), (5, 3), (2, 4), (4, 1)]
@@ -32,8 +33,8 @@ def llama():
 
 
 @pytest.fixture(scope="module")
-def wrapped(llama):
-    return ResidualModel.wrap(llama)
+def wrapped(llama, float64_device):
+    return wrapped_on(float64_device, llama)
 
 
 def tokens():
@@ -52,16 +53,16 @@ def measured(wrapped, *measures, **options):
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2", "gpt-oss", "qwen3-next"])
-def test_jacobians_of_many_pairs_are_the_oracles(case):
+def test_jacobians_of_many_pairs_are_the_oracles(case, float64_device):
     """Whatever the level; exactly zero from a later token to an earlier one."""
     model = cases.tiny_model(case)
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     trace = wrapped.trace(tokens(), torch.float64)
     for layer, call in enumerate(trace.calls):
         with torch.no_grad():
             found, errors = jacobians_of_pairs(call, PAIRS)
         assert errors.max() < 1e-10
-        for (t_out, t_in), J in zip(PAIRS, found, strict=True):
+        for (t_out, t_in), J in zip(PAIRS, found.cpu(), strict=True):
             assert worst(J, exact(model, layer, t_out, t_in)) < 1e-12, (layer, t_out, t_in)
             assert t_in <= t_out or not J.any()
 
@@ -74,7 +75,7 @@ def test_a_broken_row_is_caught_by_its_certificate(wrapped, llama, monkeypatch):
     trace = wrapped.trace(tokens(), torch.float64)
     with torch.no_grad():
         found, errors = jacobians_of_pairs(trace.calls[0], [(5, 1)])
-    assert errors[0] < 1e-10 and worst(found[0], exact(llama, 0, 5, 1)) < 1e-12
+    assert errors[0] < 1e-10 and worst(found[0].cpu(), exact(llama, 0, 5, 1)) < 1e-12
 
 
 def miscoupling(J1, J2, k):
@@ -108,9 +109,9 @@ def test_context_coupling_is_the_oracles(wrapped, llama):
                     assert getattr(found, name)[r, 0, 0, i, j] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
 
 
-def test_what_is_zero_is_undefined_and_counted():
+def test_what_is_zero_is_undefined_and_counted(float64_device):
     """A sliding window of 5 tokens: the first does not reach the last, whatever stands between them."""
-    wrapped = ResidualModel.wrap(cases.tiny_model("mistral"))
+    wrapped = wrapped_on(float64_device, cases.tiny_model("mistral"))
     prompt = cases.tiny_tokens(9).flatten().tolist()
     (found,) = measure_coupling(
         wrapped, [prompt], ranks=(2,), measures=("context",), tokens="0+8", layers="0", dtype="float64", progress=False

@@ -3,18 +3,18 @@
 import cases
 import pytest
 import torch
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measuring.noise import noise_robustness
 from lm_eval_coupling.measuring.prompt import measure_coupling
-from lm_eval_coupling.residual import ResidualModel
 
 PROMPTS = [cases.tiny_tokens(5).flatten().tolist(), cases.tiny_tokens(7).flatten().tolist()]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return ResidualModel.wrap(cases.tiny_model("llama"))
+def model(float64_device):
+    return wrapped_on(float64_device, cases.tiny_model("llama"))
 
 
 def test_no_noise_changes_nothing_and_much_noise_much(model):

@@ -3,6 +3,7 @@
 import cases
 import numpy as np
 import pytest
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.options import Options
@@ -12,7 +13,6 @@ from lm_eval_coupling.measuring.rows import DocumentKey, Row, document_couplings
 from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.store import MeasurementStore
-from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.tables import write_tables
 
@@ -20,8 +20,8 @@ PROMPTS = [tuple(cases.tiny_tokens(seq)[0].tolist()) for seq in (3, 6)]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return ResidualModel.wrap(cases.tiny_model("llama"))
+def model(float64_device):
+    return wrapped_on(float64_device, cases.tiny_model("llama"))
 
 
 @pytest.mark.parametrize(

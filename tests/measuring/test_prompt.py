@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from oracles import decoder_layers, oracle
+from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import closed
@@ -36,8 +37,8 @@ def llama():
 
 
 @pytest.fixture(scope="module")
-def model(llama):
-    return ResidualModel.wrap(llama)
+def model(llama, float64_device):
+    return wrapped_on(float64_device, llama)
 
 
 def tokens(seq=7):
@@ -79,10 +80,10 @@ def trajectory(model, ids, token):
 
 @pytest.mark.parametrize("position", [-1, 3])
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "gpt-neox"])
-def test_a_record_is_the_oracles(case, position):
+def test_a_record_is_the_oracles(case, position, float64_device):
     """Every field, from plain backward passes through the unmodified model, full SVDs and loops over single numbers."""
     plain = cases.tiny_model(case)
-    found = measured(ResidualModel.wrap(plain), position=position)
+    found = measured(wrapped_on(float64_device, plain), position=position)
     token = position % 7
     with TrueDtype(torch.float64):
         J = [oracle(plain, torch.tensor([tokens()]), layer, token, token) for layer in range(2)]
@@ -208,7 +209,7 @@ def test_text_is_tokenised_with_the_tokenizers_own_special_tokens(llama, model):
         def encode(self, text):
             return [1, *map(int, text.split())]
 
-    same(measured(ResidualModel.wrap(llama, Tokenizer()), "5 6 7"), measured(model, [1, 5, 6, 7]))
+    same(measured(wrapped_on(model.device, llama, Tokenizer()), "5 6 7"), measured(model, [1, 5, 6, 7]))
     with pytest.raises(CouplingError, match="without a tokenizer"):
         measured(model, "5 6 7")
 
@@ -345,7 +346,7 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
 @pytest.mark.parametrize("error", [0.3, math.nan])
 def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, error):
     monkeypatch.setattr(jacobians.Truth, "error", lambda *args: error)
-    monkeypatch.setattr(jacobians, "certify_each", lambda calls, *args: torch.full((len(calls),), error))
+    monkeypatch.setattr(jacobians, "certify_each", lambda calls, *args: calls[0].resid_pre.new_full((len(calls),), error))
     found = measured(model)
     assert found.reason.startswith("the Jacobian of block 0 (autodiff) is off by") and "own derivative" in found.reason
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
@@ -354,9 +355,9 @@ def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, e
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2", "bloom", "falcon-alibi", "mixtral", "qwen3-next"])
-def test_prompts_measured_together_are_those_measured_alone(case):
+def test_prompts_measured_together_are_those_measured_alone(case, float64_device):
     """Padding on the right and a batch in the closed level change nothing but rounding, whatever the lengths."""
-    together = ResidualModel.wrap(cases.tiny_model(case))
+    together = wrapped_on(float64_device, cases.tiny_model(case))
     prompts = [cases.tiny_tokens(seq).flatten().tolist() for seq in (3, 17, 9, 3)]
     settings = Settings((2, 4), dtype="float64")
     for position in (-1, 1):

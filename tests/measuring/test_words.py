@@ -69,7 +69,7 @@ def test_lives_end_at_the_first_layer_that_lost_half_the_words():
 
 
 @pytest.fixture(scope="module")
-def writer():
+def writer(device):
     """A Llama whose blocks each write along one word: 5, 5 and 7."""
     config = LlamaConfig(
         vocab_size=2 * D,
@@ -89,7 +89,7 @@ def writer():
             block.mlp.up_proj.weight.normal_()
             block.mlp.down_proj.weight.zero_()
             block.mlp.down_proj.weight[word] = 1.0
-    return ResidualModel.wrap(model)
+    return ResidualModel.wrap(model.to(device))
 
 
 def test_blocks_that_write_words(writer):

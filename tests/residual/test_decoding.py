@@ -5,7 +5,7 @@ import dataclasses
 import cases
 import pytest
 import torch
-from wrapping import tiny
+from wrapping import tiny, wrapped_on
 
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord
 from lm_eval_coupling.jacobians.certify import probe, pulled_back, pulled_back_each
@@ -19,8 +19,8 @@ from lm_eval_coupling.residual.block_call import BlockCall
 TOKENS = cases.tiny_tokens(9)
 
 
-def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards():
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards(float64_device):
+    wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
     with_token, without = wrapped.trace(TOKENS, torch.float64, 6, probe), wrapped.trace(TOKENS, torch.float64)
     assert torch.equal(with_token.resid_final, without.resid_final)
     for on_the_way, afterwards in zip(with_token.calls, without.calls, strict=True):
@@ -36,10 +36,10 @@ NOT_TOGETHER = {"falcon-alibi", "mpt", "bloom"}  # ALiBi has one bias for all pr
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monkeypatch):
+def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monkeypatch, float64_device):
     """In long prompts, with sliding windows shorter than them; where it is another, the whole block is differentiated."""
     monkeypatch.setattr(model_module, "_LONG", 12)
-    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)
     for token in (0, 8, 16):
         trace, without = wrapped.trace(tokens, torch.float64, token, probe), wrapped.trace(tokens, torch.float64)
@@ -69,10 +69,10 @@ def same_record(found, expected, token, kept):
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch):
+def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float64_device):
     """Of different lengths, each at a token of its own, against the whole sequence of each."""
     monkeypatch.setattr(model_module, "_LONG", 12)
-    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 0]
     traces = wrapped.traces(prompts, torch.float64, tokens, probe)
     for calls in zip(*(trace.calls for trace in traces), strict=True):

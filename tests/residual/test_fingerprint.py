@@ -22,14 +22,15 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def test_the_same_weights_have_the_same_fingerprint(folder, tmp_path):
-    """Saved and loaded again elsewhere, with another attention implementation, wrapped or not."""
+def test_the_same_weights_have_the_same_fingerprint(folder, tmp_path, device):
+    """Saved and loaded again elsewhere, with another attention implementation, wrapped or not, wherever they lie."""
     model = load(folder)
     found = fingerprint(model)
     model.save_pretrained(tmp_path / "elsewhere")
     assert len(found) == 32 and int(found, 16)
     assert fingerprint(load(tmp_path / "elsewhere")) == found
     assert fingerprint(load(folder, attn_implementation="eager")) == found
+    assert fingerprint(load(folder).to(device)) == found
     ResidualModel.wrap(model)
     assert fingerprint(model) == found
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import vision_cases
 from oracles import oracle, oracle_by_input, worst
+from wrapping import wrapped_on
 
 from lm_eval_coupling import block_jacobians, measure_coupling
 from lm_eval_coupling.errors import CouplingError
@@ -18,9 +19,9 @@ PAIRS = [(0, 0), (5, 5), (5, 2), (2, 5), (0, 7)]  # output, input; patches see t
 
 
 @pytest.mark.parametrize("case", vision_cases.CASES)
-def test_jacobians_are_those_of_plain_autodiff(case):
+def test_jacobians_are_those_of_plain_autodiff(case, float64_device):
     model, image = vision_cases.tiny_classifier(case), vision_cases.tiny_images()
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     for t_out, t_in in PAIRS:
         options = {"output_token": t_out, "input_token": t_in}
         double = block_jacobians(wrapped, image, dtype=torch.float64, **options)
@@ -30,29 +31,29 @@ def test_jacobians_are_those_of_plain_autodiff(case):
         for layer in range(2):
             expected = oracle(model, image, layer, t_out, t_in)
             assert expected.norm() > 1e-4
-            assert worst(double.jacobians[layer], expected) < 1e-12
-            assert worst(single.jacobians[layer].double(), expected) < 1e-4
+            assert worst(double.jacobians[layer].cpu(), expected) < 1e-12
+            assert worst(single.jacobians[layer].cpu().double(), expected) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["vit", "dinov2"])
-def test_half_precision_weights(case, dtype):
+def test_half_precision_weights(case, dtype, float64_device):
     model, image = vision_cases.tiny_classifier(case, dtype), vision_cases.tiny_images(dtype=dtype)
-    found = block_jacobians(ResidualModel.wrap(model), image, output_token=0, dtype=torch.float64)
-    for layer in range(2):
-        assert worst(found.jacobians[layer], oracle(copy.deepcopy(model).double(), image.double(), layer, 0, 0)) < 1e-9
+    found = block_jacobians(wrapped_on(float64_device, model), image, output_token=0, dtype=torch.float64)
+    for layer, jacobian in enumerate(found.jacobians.cpu()):
+        assert worst(jacobian, oracle(copy.deepcopy(model).double(), image.double(), layer, 0, 0)) < 1e-9
 
 
-def test_all_pairs_at_once_with_later_tokens_as_inputs():
+def test_all_pairs_at_once_with_later_tokens_as_inputs(float64_device):
     model, image = vision_cases.tiny_classifier("dinov2"), vision_cases.tiny_images()
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     (trace,) = wrapped.traces([wrapped.encode(image)], torch.float64)
     pairs = [(3, t) for t in range(17)]
     found, errors = jacobians_of_pairs(trace.calls[1], pairs)
     expected = oracle_by_input(model, image, 1, 3)
     assert errors.max() < 1e-10
     for i, (_, t) in enumerate(pairs):
-        assert worst(found[i], expected[:, t]) < 1e-12
+        assert worst(found[i].cpu(), expected[:, t]) < 1e-12
 
 
 def test_the_model_stays_untouched():
@@ -75,13 +76,13 @@ def test_images_measured_together_are_those_measured_alone():
         assert abs(found.normalized_miscoupling - alone.normalized_miscoupling).max() < 1e-4
 
 
-def test_the_head_reads_vectors_as_if_they_were_the_class_token():
+def test_the_head_reads_vectors_as_if_they_were_the_class_token(float64_device):
     model, image = vision_cases.tiny_classifier("vit"), vision_cases.tiny_images()
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     trace = wrapped.trace(image, torch.float64)
     logits = wrapped.logits(trace.trajectory(0))
     assert logits.shape == (3, 5)
-    torch.testing.assert_close(logits[-1], model(image).logits[0])
+    torch.testing.assert_close(logits[-1].cpu(), model(image).logits[0])
 
 
 def test_an_image_is_named_by_its_pixels():

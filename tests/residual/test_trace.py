@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from oracles import decoder_layers, oracle, worst
-from wrapping import tiny
+from wrapping import tiny, wrapped_on
 
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
@@ -15,7 +15,7 @@ TOKENS = cases.tiny_tokens(9)
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_the_trace_is_the_models_own_stream(case):
+def test_the_trace_is_the_models_own_stream(case, float64_device):
     """Every block's input and output, as hooks on the unmodified model see them."""
     model = cases.tiny_model(case)
     seen = []
@@ -33,26 +33,26 @@ def test_the_trace_is_the_models_own_stream(case):
         model(TOKENS, use_cache=False)
     for handle in handles:
         handle.remove()
-    trace = ResidualModel.wrap(model).trace(TOKENS, torch.float64)
-    found = [call.resid_pre for call in trace.calls] + [trace.resid_final]
+    trace = wrapped_on(float64_device, model).trace(TOKENS, torch.float64)
+    found = [x.cpu() for x in (*(call.resid_pre for call in trace.calls), trace.resid_final)]
     assert len(found) == len(seen) == len(blocks) + 1
     for mine, theirs in zip(found, seen, strict=True):
         assert mine.dtype == torch.float64 and not mine.requires_grad
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()  # transformers' casts to float32
-    assert torch.equal(trace.trajectory(3), torch.stack([x[0, 3] for x in found]))
+    assert torch.equal(trace.trajectory(3).cpu(), torch.stack([x[0, 3] for x in found]))
 
 
-def test_bfloat16_weights_are_traced_in_full_precision():
+def test_bfloat16_weights_are_traced_in_full_precision(float64_device):
     """The stream is that of the same weights in the arithmetic asked for, without the rounding of bf16."""
     model = tiny(dtype=torch.bfloat16)
     upcast = copy.deepcopy(model).float()
     for dtype in (torch.float32, torch.float64):
-        found, expected = (ResidualModel.wrap(m).trace(TOKENS, dtype).resid_final for m in (model, upcast))
+        found, expected = (wrapped_on(float64_device, m).trace(TOKENS, dtype).resid_final for m in (model, upcast))
         assert found.dtype == dtype and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_one_block_is_upcast_at_a_time():
-    wrapped = ResidualModel.wrap(tiny(dtype=torch.bfloat16, num_hidden_layers=3))
+def test_one_block_is_upcast_at_a_time(device):
+    wrapped = wrapped_on(device, tiny(dtype=torch.bfloat16, num_hidden_layers=3))
     seen = []
 
     def look(module, args):
@@ -67,20 +67,19 @@ def test_one_block_is_upcast_at_a_time():
     assert seen == [[full if i == j else half for j in range(3)] for i in range(3)]
 
 
-def test_float64_is_float64_throughout():
+def test_float64_is_float64_throughout(float64_device):
     """transformers computes norms, softmax and rotary embeddings in float32 whatever is asked: not here, nor afterwards."""
     model = cases.tiny_model("llama")
     with torch.no_grad():
         casting = model.model(TOKENS, output_hidden_states=True).hidden_states[1]
-    wrapped = ResidualModel.wrap(model)
-    found = wrapped.trace(TOKENS, torch.float64).calls[1].resid_pre
+    found = wrapped_on(float64_device, model).trace(TOKENS, torch.float64).calls[1].resid_pre.cpu()
     difference = ((found - casting).norm() / casting.norm()).item()
     assert 1e-10 < difference < 1e-6
     assert torch.zeros(1, dtype=torch.float64).float().dtype == torch.float32
 
 
-def test_blocks_can_be_called_again():
-    wrapped = ResidualModel.wrap(tiny("gemma2"))  # TransformerLens' blocks do not outlive their bridge
+def test_blocks_can_be_called_again(device):
+    wrapped = wrapped_on(device, tiny("gemma2"))  # TransformerLens' blocks do not outlive their bridge
     for call in (trace := wrapped.trace(TOKENS)).calls:
         with torch.no_grad(), call.ready():
             again = call(call.resid_pre)
@@ -116,21 +115,21 @@ def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blo
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_logits_of_the_last_stream_are_the_models_own(case):
+def test_logits_of_the_last_stream_are_the_models_own(case, float64_device):
     """Final norm, scales, soft-caps and head are whatever the unmodified model does; blocks work as before afterwards."""
     model, tokens = cases.tiny_model(case), cases.tiny_tokens(9)
-    wrapped = ResidualModel.wrap(model)
+    wrapped = wrapped_on(float64_device, model)
     for _ in range(2):
-        found = wrapped.logits(wrapped.trace(tokens).resid_final[0])
+        found = wrapped.logits(wrapped.trace(tokens).resid_final[0]).cpu()
         expected = model(tokens, use_cache=False).logits[0]
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_logits_in_the_dtype_asked_for():
-    model = cases.tiny_model("llama", torch.bfloat16)
+def test_logits_in_the_dtype_asked_for(float64_device):
+    model = cases.tiny_model("llama", torch.bfloat16).to(float64_device)
     wrapped = ResidualModel.wrap(model)
     resid = wrapped.trace(cases.tiny_tokens(5), torch.float64).resid_final[0]
-    found, expected = wrapped.logits(resid), cases.tiny_model("llama", torch.bfloat16).double()
+    found, expected = wrapped.logits(resid), copy.deepcopy(model).double()
     assert found.dtype == torch.float64 and model.lm_head.weight.dtype == torch.bfloat16
     with TrueDtype(torch.float64):
         normed = expected.model.norm(resid)

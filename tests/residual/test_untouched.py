@@ -19,12 +19,12 @@ TOKENS = cases.tiny_tokens(9)
 
 def behaviour(model):
     """Logits of a left-padded batch and a generation, on the plain model."""
-    batch = torch.cat([TOKENS, cases.tiny_tokens(9).flip(1)])
+    batch = torch.cat([TOKENS, cases.tiny_tokens(9).flip(1)]).to(model.device)
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
     with torch.no_grad():
         logits = model(batch, attention_mask=mask).logits
-        generated = model.generate(TOKENS, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        generated = model.generate(batch[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     return logits, generated
 
 
@@ -46,8 +46,8 @@ def plain(model):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "gemma3", "falcon-alibi"])
-def test_the_wrapped_model_stays_as_it_was(case, dtype):
-    model = tiny(case, dtype)
+def test_the_wrapped_model_stays_as_it_was(case, dtype, device):
+    model = tiny(case, dtype).to(device)
     logits, generated = behaviour(model)
     before, weights = plain(model), bits(model)
     wrapped = ResidualModel.wrap(model)
@@ -60,9 +60,9 @@ def test_the_wrapped_model_stays_as_it_was(case, dtype):
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_weights_are_shared(case):
+def test_weights_are_shared(case, float64_device):
     """No second copy, and a change to the model is a change to what is measured."""
-    model = cases.tiny_model(case)
+    model = cases.tiny_model(case).to(float64_device)
     wrapped = ResidualModel.wrap(model)
     theirs = {p.data_ptr() for p in wrapped.model.parameters()}
     assert all(p.data_ptr() in theirs for p in model.parameters())
