@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_eval_coupling.check.blocks import BlockCheck, check_blocks
-from lm_eval_coupling.check.chosen_device import device_named, require_room
 from lm_eval_coupling.check.costs import Cost, costs
+from lm_eval_coupling.check.room import require_room
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.measuring.provenance import about_software
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.saved.strict_json import strict
 
 RANKS = (10, 30, 50)

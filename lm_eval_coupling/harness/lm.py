@@ -24,12 +24,23 @@ from lm_eval_coupling.measuring.provenance import about_measurement, about_model
 from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
 from lm_eval_coupling.measuring.session import Measured, Session, Subject
 from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
+from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 from lm_eval_coupling.saved.prompting import encoding
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
+
+
+def _device_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The device that HFLM loads the model on: as it was given, if this machine has it, else the best there is."""
+    device = arguments.get("device")
+    if not isinstance(arguments["pretrained"], str):
+        return {}
+    if device is None or str(device).split(":")[0] in ("cuda", "mps"):  # HFLM would end in an error of torch's
+        return {"device": str(device_named(device))}
+    return {}
 
 
 @register_model("coupling-hf")
@@ -53,7 +64,7 @@ class CouplingLM(HFLM):
         arguments = {"pretrained": pretrained, **kwargs}
         options = self.coupling_options = Options.take_from(arguments)
         store = MeasurementStore(options.store or default_store_path()) if options.measures_anything else None
-        super().__init__(**arguments)
+        super().__init__(**arguments | _device_of(arguments))
         self.encoding = encoding(arguments | {"tokenizer": told_apart(arguments, self._model)})
         self._split_data_without_gpus()
         self.coupling_info = CouplingInfo({})

@@ -17,6 +17,7 @@ from lm_eval_coupling.measures.formulas.choices import positions_at_most
 from lm_eval_coupling.measuring.settings import Settings
 
 PREFIX = "coupling_"
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 DOCUMENTS = "a number of documents, 0 (only score) or all"
 
 
@@ -107,6 +108,9 @@ class Options:
         if arguments.get("pretrained") is None:
             raise CouplingError("got no pretrained, expected a transformers folder, a name on the hub or a model object")
         _require_there(arguments["pretrained"], arguments)
+        for name in ("peft", "tokenizer", "delta"):
+            _require_folder(name, arguments.get(name))
+        _require_dtype(arguments.get("dtype"))
         if options.store and Path(options.store).is_dir():
             raise CouplingError(f"got the folder {options.store} as the store, expected a file; choose one in it")
         if options.measures_anything and (shape := _shape_on_disk(arguments["pretrained"], arguments.get("subfolder"))):
@@ -168,11 +172,25 @@ def _require_there(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     if not isinstance(pretrained, str | Path):
         return
     folder = Path(pretrained) / str(arguments.get("subfolder") or "")
-    if not Path(pretrained).exists() and names_a_folder(str(pretrained)):
-        raise CouplingError(f"got pretrained={pretrained}, which is no folder here and no name on the hub")
+    _require_folder("pretrained", pretrained)
     kinds = ("config.json", "adapter_config.json")
     if folder.is_dir() and not arguments.get("gguf_file") and not any((folder / kind).is_file() for kind in kinds):
         raise CouplingError(f"got pretrained={pretrained}, a folder without config.json, expected transformers' own")
+
+
+def _require_folder(name: str, value: Any) -> None:
+    if isinstance(value, str | Path) and not Path(value).exists() and names_a_folder(str(value)):
+        raise CouplingError(f"got {name}={value}, which is no folder here and no name on the hub")
+
+
+def _require_dtype(dtype: Any) -> None:
+    """A name that torch does not have; torch is only asked, which takes long, for one that is not a usual one."""
+    if not isinstance(dtype, str) or dtype in ("auto", *_DTYPES):
+        return
+    import torch
+
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CouplingError(f"got dtype={dtype}, which torch does not have, did you mean {nearest(dtype, _DTYPES)}?")
 
 
 def _shape_on_disk(pretrained: Any, subfolder: Any) -> tuple[int, int] | None:

@@ -19,7 +19,6 @@ _FROM_PRETRAINED = [
     *("attn_implementation", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage"),
     *("device_map", "max_memory", "offload_folder", "variant", "use_safetensors", "token", "experts_implementation"),
 ]
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "training_args.bin")
 
@@ -62,7 +61,6 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
 
 
 def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any]) -> Iterator[str]:
-    import torch
     from lm_eval.models.huggingface import HFLM
 
     known = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
@@ -74,9 +72,6 @@ def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, 
             and SequenceMatcher(None, name, nearest(name, known)).ratio() >= 0.75
         ):
             yield f"got the argument {name} of {model}, did you mean {nearest(name, known)}?"
-    dtype = arguments.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        yield f"got dtype={dtype} for {model}, which torch does not have; did you mean {nearest(dtype, _DTYPES)}?"
     try:
         Options.parse(**coupling)
     except (CouplingError, TypeError):

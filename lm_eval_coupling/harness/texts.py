@@ -49,9 +49,10 @@ def measure_texts(
 
     from lm_eval_coupling.harness.lm import CouplingLM
     from lm_eval_coupling.harness.results import add_to_results
+    from lm_eval_coupling.numerics.devices import device_named
 
     arguments = simple_parse_args_string(model_args) | {"pretrained": model}
-    lm = CouplingLM(**arguments, **settings, device=device or _best_device())
+    lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
     documents = _documents(file.stem, prompts)
     info = _measured(lm, file.stem, documents, prompts)
     results = _results(lm, file.stem, documents, arguments | settings)
@@ -103,12 +104,6 @@ def _prompt(line: str, where: str) -> str | list[int]:
     if is_ids or (isinstance(value, str) and value):
         return value
     raise CouplingError(f"got {where}, expected a JSON string, token ids, or an object with {', '.join(FIELDS)}")
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _documents(task: str, prompts: list[str | list[int]]) -> list[Document]:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.devices import device_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Classifier:
         Raises:
             CouplingError: if there is no such device or model, or transformers cannot load it as an image classifier.
         """
-        where = _device(device)
+        where = device_named(device)
         from transformers import AutoModelForImageClassification
 
         try:
@@ -92,14 +93,3 @@ def _processor(name: str, revision: str) -> Any:
         about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
         kind = about["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
         return getattr(transformers, f"{kind}Pil").from_pretrained(name, revision=revision)
-
-
-def _device(name: str | None) -> torch.device:
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name or best)
-    except (RuntimeError, AssertionError) as error:
-        raise CouplingError(
-            f"got device {name!r}, which this machine or torch does not have: {str(error).splitlines()[0]}"
-        ) from None
-    return torch.device(name or best)

@@ -9,10 +9,11 @@ import torch
 
 from lm_eval_coupling.check import blocks as module
 from lm_eval_coupling.check.blocks import check_blocks, kinds
-from lm_eval_coupling.check.chosen_device import device_named, require_room
+from lm_eval_coupling.check.room import require_room
 from lm_eval_coupling.cli import main
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics import limits
+from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.residual import ResidualModel
 
 KINDS = ["llama", "gemma2", "gpt2", "bloom", "falcon-alibi", "mixtral", "deepseek-v3", "qwen3-next"]

@@ -15,6 +15,7 @@ from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.harness.options import Options
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring.store import default_store_path
+from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.residual import ResidualModel
 
 
@@ -35,12 +36,22 @@ from lm_eval_coupling.residual import ResidualModel
         ({"coupling_limit": -1}, "coupling_limit=-1"),
         ({"coupling_method": "guess"}, "expected one of auto, closed"),
         ({"tp_plan": "auto"}, "got tp_plan, which splits every weight over processes"),
+        ({"dtype": "float31"}, "got dtype=float31, which torch does not have, did you mean float32"),
+        ({"peft": "./adapter"}, "got peft=./adapter, which is no folder here"),
+        ({"tokenizer": "/not/there"}, "got tokenizer=/not/there, which is no folder here"),
+        ({"device": "cuda:99"}, "got device='cuda:99', which this machine does not have, expected one of: cpu"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, message):
     with pytest.raises(CouplingError, match=message):
         given = {"coupling_ranks": "2+4", "coupling_store": str(tmp_path / "s.sqlite")} | arguments
-        CouplingLM(str(home / "float32"), device="cpu", **given)
+        CouplingLM(str(home / "float32"), **{"device": "cpu"} | given)
+
+
+def test_the_best_device_is_taken_if_none_is_given(home, tmp_path):
+    """HFLM's own default is a GPU, there or not."""
+    lm = CouplingLM(str(home / "float32"), coupling_ranks="2", coupling_store=str(tmp_path / "s.sqlite"))
+    assert lm.device == device_named(None)
 
 
 def test_no_model_is_said_in_one_sentence():

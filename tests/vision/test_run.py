@@ -164,7 +164,7 @@ def test_the_token_that_the_classifier_reads(case, expected):
         (["--coupling", "ranks"], "got --coupling with 'ranks', expected name=value,name=value"),
         (["--coupling", "ranks=99"], "99"),
         (["--coupling", RANKS, "--batch_size", "0"], "got a batch size of 0"),
-        (["--coupling", RANKS, "--device", "cuda:77"], "got device 'cuda:77', which this machine or torch does not have"),
+        (["--coupling", RANKS, "--device", "cuda:77"], "got device='cuda:77', which this machine does not have"),
         (["--coupling", RANKS, "--split", "validation"], "got split 'validation' of"),
         (["--model", "/no/such/folder"], "which transformers cannot load as an image classifier"),
     ],
