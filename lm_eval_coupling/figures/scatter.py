@@ -16,6 +16,7 @@ from lm_eval_coupling.statistics import Fit
 
 _JOINED: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1}
 _CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
+_FAR = 0.6  # of the width: names of points beyond it stand on their left, or they would leave the axes
 _FAMILIES = 12  # more than that are not told apart by colour
 _NAMED = 40  # points; more names than that are not legible
 
@@ -82,7 +83,8 @@ def _name_points(ax: Axes, points: pd.DataFrame) -> None:
     taken: list[tuple[float, float]] = []
     for row in points.sort_values("y").itertuples():
         x, y = (row.x - left) / (right - left), (row.y - bottom) / (top - bottom)
-        sides = ((4, 6, "left"), (-4, 6, "right"), (4, -6, "left"), (-4, -6, "right"), (4, 15, "left"), (4, -15, "left"))
+        across, anchor, away = (4, "left", "right") if x < _FAR else (-4, "right", "left")  # into the picture first
+        sides = [(across, dy, anchor) for dy in (6, -6, 15, -15)] + [(-across, dy, away) for dy in (6, -6)]
         free = [s for s in sides if all(abs(y + s[1] / 250 - b) > _CLOSE or abs(x + s[0] / 50 - a) > 0.15 for a, b in taken)]
         dx, dy, side = (free or sides)[0]
         taken.append((x + dx / 50, y + dy / 250))

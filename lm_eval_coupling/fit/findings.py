@@ -154,8 +154,11 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
 
 def _leaves(runs: pd.DataFrame, found: Observations, tasks: Sequence[str] | None, score: str | None) -> pd.DataFrame:
     """The rows of single tasks, of the models that were compared: documents belong to these, not to groups."""
-    labels = found.frame.drop_duplicates("label").set_index(["model", "revision"])["label"]
-    rows = runs.assign(label=[labels.get(key) for key in zip(runs["model"], runs["revision"], strict=True)])
+    frame = found.frame
+    own = dict(zip(zip(frame["file"], frame["task"], strict=True), frame["label"], strict=True))
+    of_file = frame.drop_duplicates("file").set_index("file")["label"].to_dict()  # of the tasks of a group
+    places = zip(runs["file"], runs["task"], strict=True)
+    rows = runs.assign(label=[own.get(place, of_file.get(place[0])) for place in places])
     rows = rows[rows["label"].notna() & ~rows["is_group"]]
     if tasks is not None:
         above = dict(zip(runs["task"], runs["group"], strict=True))

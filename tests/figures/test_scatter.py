@@ -55,6 +55,20 @@ def test_scatter(points):
         assert f"R² = {fit.r2:.2f}" in curve.get_label()
 
 
+def test_names_stay_within_the_axes_and_no_bar_of_their_own_strikes_them_through(points):
+    """Regression: names stood in the middle of their horizontal bars, and those on the right outside of the axes."""
+    points["label"] = [f"a-longer-name-{i}" for i in range(6)]
+    figure = scatter.score_scatter(points, [], x_label="x", y_label="y")
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    frame, known = ax.get_window_extent(), points.set_index("label")
+    for text in ax.texts:
+        box, at = text.get_window_extent(), ax.transData.transform(known.loc[text.get_text(), ["x", "y"]].astype(float))
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+        assert box.y0 > at[1] or box.y1 < at[1], "the horizontal bar goes above or below"
+        assert box.x0 > at[0] or box.x1 < at[0], "the vertical one beside it"
+
+
 def test_a_fit_without_a_solution_is_left_out(points):
     constant = line_fit(points["x"], [0.5] * 6)
     (ax,) = scatter.score_scatter(points, [constant], x_label="x", y_label="y").axes

@@ -50,6 +50,16 @@ class TestDocuments:
         areas = found[found["predictor"] == "coupling@10"].set_index("task")["auroc"]
         assert areas["arc"] == 13 / 16 and areas["easy"] == pytest.approx(3 / 16) and areas[POOLED] == 0.5
 
+    def test_one_model_prompted_in_two_ways_is_told_apart(self, tmp_path):
+        """Regression: its documents had both names at once, and the command ended with a traceback of pandas."""
+        for shots in (0, 5):
+            made_so = {"change": lambda run, shots=shots: run.update({"n-shot": {"arc": shots}})}
+            save_documents(tmp_path / str(shots), "a", self.VALUES, self.RIGHT[::-1] if shots else self.RIGHT, **made_so)
+        rows = fit_runs(tmp_path, mixed="keep", resamples=QUICK).tables["auroc"].query("predictor == 'coupling@10'")
+        areas = rows.set_index("model")["auroc"]
+        assert set(areas.index) == {"a (0-shot)", "a (5-shot)"} and areas["a (0-shot)"] == pytest.approx(13 / 16)
+        assert areas["a (5-shot)"] < 0.5
+
     def test_coupling_that_decides_is_found_with_length_and_confidence_fixed(self, tmp_path):
         rng = np.random.default_rng(0)
         values = rng.uniform(0.1, 0.5, 200)
