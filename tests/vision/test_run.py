@@ -166,7 +166,7 @@ def test_the_token_that_the_classifier_reads(case, expected):
         (["--coupling", RANKS, "--batch_size", "0"], "got a batch size of 0"),
         (["--coupling", RANKS, "--device", "cuda:77"], "got device='cuda:77', which this machine does not have"),
         (["--coupling", RANKS, "--split", "validation"], "got split 'validation' of"),
-        (["--model", "/no/such/folder"], "which transformers cannot load as an image classifier"),
+        (["--model", "/no/such/folder"], "/no/such/folder, which is no folder here and no name on the hub"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(images, classifier, tmp_path, capsys, words, said):
