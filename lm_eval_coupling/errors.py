@@ -5,12 +5,90 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 
 class CouplingError(ValueError):
     """A request that cannot be served as asked; the message says what was got, what was expected and what to do."""
+
+
+def shown(value: object) -> str:
+    """A wrong argument in a message: one line, of bounded length."""
+    return " ".join(repr(value).split())[:80]
+
+
+def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """Return a whole number given in any form that is one, such as 3, ``numpy.int64(3)`` or a tensor of one number.
+
+    Raises:
+        CouplingError: for anything else, and below ``low`` or above ``high``.
+    """
+    try:
+        number = None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
+    except (TypeError, RuntimeError):  # the second of a tensor of several
+        number = None
+    if number is not None and (low is None or number >= low) and (high is None or number <= high):
+        return number
+    limits = {(False, False): "", (True, False): f" from {low}", (True, True): f" from {low} to {high}"}
+    expected = limits.get((low is not None, high is not None), f" of at most {high}")
+    raise CouplingError(f"got {name}={shown(value)}, expected a whole number{expected}")
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    """Return a text that is one of those known.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    if isinstance(value, str) and value in known:
+        return value
+    listed = (
+        f"one of {', '.join(known)}" if len(known) < 20 else f"one of {len(known)}, perhaps {nearest(str(value), known)}"
+    )
+    raise CouplingError(f"got {name}={shown(value)}, expected {listed}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False, in NumPy's or torch's form too. A text is neither: ``"no"`` would count as true.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    alone = getattr(value, "ndim", 0) == 0 and "bool" in str(getattr(value, "dtype", ""))
+    if isinstance(value, bool) or alone or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    raise CouplingError(f"got {name}={shown(value)}, expected True or False")
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path of a file or folder.
+
+    Raises:
+        CouplingError: for what is no text or path.
+    """
+    if isinstance(value, str | Path) or (hasattr(value, "__fspath__") and isinstance(value.__fspath__(), str)):
+        return Path(value)
+    raise CouplingError(f"got {name}={shown(value)}, expected a path")
+
+
+def paths(name: str, value: Any) -> list[Path]:
+    """Return one path or several.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    if isinstance(value, str | Path) or hasattr(value, "__fspath__") or not is_several(value):
+        return [path(name, value)]
+    return [path(name, one) for one in value]
+
+
+def is_several(value: Any) -> bool:
+    """Whether a value is some in a row: no text, mapping, or array or tensor of one number."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and bool(getattr(value, "ndim", 1))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -18,12 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError, flag, shown, whole, why
+from lm_eval_coupling.errors import path as as_path
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.measuring.batch import DTYPES
-from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
+from lm_eval_coupling.numerics.devices import known_device
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 from lm_eval_coupling.residual import ResidualModel
@@ -78,6 +80,13 @@ def run_coupling_hf(
     """
     if isinstance(prompts, str):
         raise CouplingError("got one string as prompts, expected a list of them, pass [prompt]")
+    if not isinstance(prompts, Sequence):
+        raise CouplingError(f"got prompts={shown(prompts)}, expected a list of texts")
+    start, end = (value if value is None else whole(name, value, 0) for name, value in (("start", start), ("end", end)))
+    save, verbose = flag("save", save), flag("verbose", verbose)
+    last_layer_norm = flag("last_layer_norm", last_layer_norm)
+    if not isinstance(model_name, str):
+        raise CouplingError(f"got model_name={shown(model_name)}, expected a text")
     wrapped = ResidualModel.wrap(model, tokenizer)
     settings = _settings(ranks, dtype, wrapped.d_model)
     _check_device(device, wrapped.device)
@@ -154,13 +163,13 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
 def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings:
     if ranks is None and d_model < min(RANKS):
         raise CouplingError(f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]")
-    settings = Settings(tuple(k for k in RANKS if k <= d_model) if ranks is None else tuple(ranks), dtype=dtype)
+    settings = Settings(tuple(k for k in RANKS if k <= d_model) if ranks is None else chosen_ranks(ranks), dtype=dtype)
     settings.check_shape(d_model)
     return settings
 
 
 def _check_device(device: str | torch.device | None, actual: torch.device) -> None:
-    asked = actual if device is None else torch.device(device)
+    asked = actual if device is None else known_device(device, there=False)
     if asked.type != actual.type or asked.index not in (None, actual.index):
         raise CouplingError(
             f"got device={device!r} for a model on {actual}, expected the same, move the model or leave it out"
@@ -168,7 +177,7 @@ def _check_device(device: str | torch.device | None, actual: torch.device) -> No
 
 
 def _stem(model_name: str, out_path: str | os.PathLike | None) -> Path:
-    folder = Path(out_path or ".")
+    folder = as_path("out_path", out_path or ".")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

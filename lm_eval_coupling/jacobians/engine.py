@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, is_several, one_of, shown, whole
 from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
@@ -72,9 +72,9 @@ def block_jacobians(
     *,
     output_token: int = -1,
     input_token: int | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
     method: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> BlockJacobians:
     """Exact Jacobians J^l_{t1 t2} of every block for one prompt (paper, eq. 8).
 
@@ -83,7 +83,7 @@ def block_jacobians(
         tokens: ids of one prompt, [1, seq] or [seq], or its text; or pixel values [1, channel, height, width] of one image.
         output_token: t2; negative counts from the end.
         input_token: t1; ``None`` means t1 = t2. For t1 > t2 a causal model's Jacobian is exactly zero.
-        layers: block indices from 0; ``None`` means all.
+        layers: block indices from 0, one or several; ``None`` means all.
         method: ``auto``, ``closed``, ``token-local`` or ``autodiff``.
         dtype: arithmetic, ``torch.float32`` or ``torch.float64``, whatever dtype the model runs in.
 
@@ -94,24 +94,29 @@ def block_jacobians(
     Raises:
         CouplingError: for a token or layer that does not exist, what is no prompt, or an unknown method or dtype.
     """
-    if dtype not in TOLERANCE:
-        raise CouplingError(
-            f"got dtype {dtype}, expected one of {', '.join(map(str, TOLERANCE))}, whatever the model runs in"
-        )
+    require_model(model)
+    dtype, method = chosen_dtype(dtype), check_method(method)
+    chosen = _chosen_layers(layers, model.n_layers)
     is_image = isinstance(tokens, Tensor) and tokens.is_floating_point()
     prompt = model.encode(tokens) if is_image or isinstance(tokens, str) else tokens
     try:
         seq = torch.as_tensor(prompt).numel()
     except (TypeError, ValueError, RuntimeError):
         raise CouplingError(f"got {str(tokens)[:80]!r} as a prompt, expected its token ids [1, seq] or its text") from None
-    t2 = resolve_token(output_token, seq)
-    t1 = t2 if input_token is None else resolve_token(input_token, seq)
-    check_method(method)
+    t2 = resolve_token(output_token, seq, "output_token")
+    t1 = t2 if input_token is None else resolve_token(input_token, seq, "input_token")
     (trace,) = model.traces([prompt], dtype, [t2], probe)
-    layers = list(range(model.n_layers)) if layers is None else list(layers)
-    if bad := [layer for layer in layers if not -model.n_layers <= layer < model.n_layers]:
-        raise CouplingError(f"got layer {bad[0]}, expected 0 to {model.n_layers - 1}")
-    return jacobians_of_trace(trace, t2, t1, [layer % model.n_layers for layer in layers], method)
+    return jacobians_of_trace(trace, t2, t1, chosen, method)
+
+
+def _chosen_layers(layers: Any, n_layers: int) -> list[int]:
+    if layers is None:
+        return list(range(n_layers))
+    given = layers if is_several(layers) else [layers]
+    found = [whole("layers", layer, -n_layers, n_layers - 1) % n_layers for layer in given]
+    if not found:
+        raise CouplingError(f"got no layers, expected some of 0 to {n_layers - 1}, or None for all")
+    return found
 
 
 @exact_arithmetic()
@@ -299,8 +304,9 @@ def _require_derivative(
             require_true_gradients(call, jacobian.to(call.dtype), output_token, input_token)
 
 
-def resolve_token(token: int, seq: int) -> int:
-    """Absolute index of ``token``; negative counts from the end."""
+def resolve_token(token: int, seq: int, name: str = "position") -> int:
+    """Absolute index of ``token``, the argument ``name``; negative counts from the end."""
+    token = whole(name, token)
     if not seq:
         raise CouplingError("got a prompt of no tokens, expected at least one")
     if not -seq <= token < seq:
@@ -308,7 +314,25 @@ def resolve_token(token: int, seq: int) -> int:
     return token % seq
 
 
-def check_method(method: str) -> None:
+def check_method(method: str) -> str:
     """Refuse an unknown level by name."""
-    if method not in ("auto", *LEVELS):
-        raise CouplingError(f"got method {method!r}, expected one of auto, {', '.join(LEVELS)}")
+    return one_of("method", method, ("auto", *LEVELS))
+
+
+def chosen_dtype(dtype: Any) -> torch.dtype:
+    """Of the arithmetic, also by its name; any other is refused by name."""
+    named = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    found = named.get(dtype) if isinstance(dtype, str) else dtype
+    if isinstance(found, torch.dtype) and found in TOLERANCE:
+        return found
+    raise CouplingError(
+        f"got dtype={shown(dtype)}, expected one of {', '.join(map(str, TOLERANCE))}, whatever the model runs in"
+    )
+
+
+def require_model(model: Any) -> None:
+    """Refuse a model that has not been wrapped."""
+    if not hasattr(model, "traces"):
+        raise CouplingError(
+            f"got a {type(model).__name__} as model, expected a ResidualModel; wrap it with ResidualModel.wrap(model)"
+        )

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError, Reason, reason_of
-from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.errors import CouplingError, Reason, flag, reason_of
+from lm_eval_coupling.jacobians.engine import require_model, resolve_token
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures import registry
-from lm_eval_coupling.measures.formulas.choices import chosen_positions
+from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.batch import DTYPES, Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
+from lm_eval_coupling.measuring.settings import Settings, chosen_measures, chosen_ranks
 from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
@@ -66,9 +66,12 @@ def measure_coupling(
     Raises:
         CouplingError: for settings that no prompt could be measured with.
     """
+    require_model(model)
+    position, progress = written("position", position), flag("progress", progress)
+    chosen_positions(position, 10**6)  # is it one at all?
     settings = Settings(
         ranks=chosen_ranks(ranks),
-        measures=tuple(measures.split("+") if isinstance(measures, str) else measures),
+        measures=chosen_measures(measures),
         dtype=dtype,
         method=method,
         window=window,

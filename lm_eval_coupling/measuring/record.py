@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, Reason
+from lm_eval_coupling.errors import CouplingError, Reason, flag, one_of, whole
 from lm_eval_coupling.measures.formulas.headline import coupling_of
 from lm_eval_coupling.measures.registry import Found, measured_columns, record_columns
 
@@ -67,7 +67,7 @@ class PromptCoupling:
         return column.missing
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
+        return getattr(self, one_of("a column", name, [one for one in dir(self) if one[0] != "_"]))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *measured_columns()})
@@ -81,7 +81,8 @@ class PromptCoupling:
         Raises:
             CouplingError: if this rank was not measured.
         """
-        if rank not in self.ranks:
+        diagonal = flag("diagonal", diagonal)
+        if (rank := whole("rank", rank)) not in self.ranks:
             raise CouplingError(f"got rank {rank}, expected one of the measured ranks {list(self.ranks)}")
         pairs = self.normalized_miscoupling
         return math.nan if pairs is None else coupling_of(pairs[self.ranks.index(rank)], diagonal)

@@ -6,8 +6,8 @@ import dataclasses
 import operator
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
+from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown, whole
+from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens, written
 from lm_eval_coupling.measures.registry import default_measures, measures
 
 BYTES = {"float32": 4, "float64": 8}  # of a number
@@ -38,12 +38,14 @@ class Settings:
         if not self.measures:
             raise CouplingError(f"got no coupling_measures, expected any of {', '.join(known)}")
         object.__setattr__(self, "measures", tuple(name for name in known if name in self.measures))
-        if self.dtype not in BYTES:
-            raise CouplingError(f"got coupling_dtype={self.dtype!r}, expected one of {', '.join(BYTES)}")
-        if self.method not in METHODS:
-            raise CouplingError(f"got coupling_method={self.method!r}, expected one of {', '.join(METHODS)}")
-        if self.window is not None and self.window < 1:
-            raise CouplingError(f"got coupling_window={self.window} blocks, expected at least 1")
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))  # torch's own too
+        one_of("coupling_dtype", self.dtype, tuple(BYTES))
+        one_of("coupling_method", self.method, METHODS)
+        if self.window is not None:
+            object.__setattr__(self, "window", whole("coupling_window", self.window, 1))
+        object.__setattr__(self, "trajectories", flag("coupling_trajectories", self.trajectories))
+        for name in ("tokens", "layers"):
+            object.__setattr__(self, name, written(f"coupling_{name}", getattr(self, name)))
         if self.tokens != "all":
             chosen_tokens(self.tokens, 10**6)  # is it a choice of tokens at all? How long prompts are is seen later
 
@@ -80,6 +82,18 @@ class Settings:
         counts = [extra(n_layers, position, self) for extra in found if extra is not None]
         held = max((held for _, held in counts), default=0)
         return sum(number for number, _ in counts), held * d_model**2 * BYTES[self.dtype] / 1e6
+
+
+def chosen_measures(given: Any) -> tuple[str, ...]:
+    """Return names of measures, of one, several, or as on the command line, ``depth+swapped``.
+
+    Raises:
+        CouplingError: for what is no text.
+    """
+    several = given.split("+") if isinstance(given, str) else list(given) if is_several(given) else [given]
+    if not all(isinstance(name, str) for name in several):
+        raise CouplingError(f"got coupling_measures={shown(given)}, expected any of {', '.join(measures())}")
+    return tuple(several)
 
 
 def chosen_ranks(given: Any) -> tuple[int, ...]:

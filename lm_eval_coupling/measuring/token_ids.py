@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
     if _are_pixels(prompts):
         return [model.encode(prompts)] if prompts.ndim == 3 else [model.encode(image) for image in prompts]
     plain = _plain(prompts)
-    if not isinstance(plain, Sequence | Iterable):
+    if not isinstance(plain, Iterable) or isinstance(plain, bytes | bytearray | Set):
         raise CouplingError(f"got prompts={prompts!r}, expected {EXPECTED}")
     plain = list(plain)
     if plain and all(_is_id(value) for value in plain):
@@ -57,6 +57,10 @@ def _of_tokenizer(found: Mapping[str, Any]) -> list[Sequence[int]]:
     rows = [_ids(row) for row in ids]
     if mask is None:
         return rows
+    if [*map(len, rows)] != [len(own) if isinstance(own, list | tuple) else -1 for own in mask]:
+        raise CouplingError(
+            "got prompts whose attention_mask has another shape than input_ids, expected one number for each id"
+        )
     return [[i for i, kept in zip(row, own, strict=True) if kept] for row, own in zip(rows, mask, strict=True)]
 
 

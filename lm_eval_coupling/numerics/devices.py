@@ -1,11 +1,14 @@
-"""Which devices there are, and what they lack."""
+"""Which devices there are, what they lack, and tensors and devices as they are handed over."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, shown
 
 
 def off_mps(tensor: Tensor) -> Tensor:
@@ -43,3 +46,33 @@ def devices() -> list[str]:
     """Names of the devices of this machine that can be measured on."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """Return a tensor, also of a NumPy array.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    try:
+        if isinstance(value, Tensor | np.ndarray):
+            return torch.as_tensor(value)
+    except TypeError:  # of objects or texts
+        pass
+    raise CouplingError(f"got {name}={shown(value)}, expected a tensor")
+
+
+def known_device(device: Any, there: bool = True) -> torch.device:
+    """Return a device, also by its name.
+
+    Raises:
+        CouplingError: for a name that torch does not know, with ``there`` for a device that this machine does not have.
+    """
+    if not isinstance(device, str | torch.device):
+        raise CouplingError(f"got device={shown(device)}, expected one of: {', '.join(devices())}")
+    if there:
+        return device_named(str(device))
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise CouplingError(f"got device={shown(device)}, which torch does not know, expected one such as cpu") from None

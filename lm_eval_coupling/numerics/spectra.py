@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, whole
+from lm_eval_coupling.numerics.devices import as_tensor, known_device
 from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
 from lm_eval_coupling.numerics.memory import layers_at_once
 from lm_eval_coupling.numerics.precision import exact_arithmetic
@@ -60,7 +61,11 @@ def top_singular(
     Raises:
         CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1 … d_model.
     """
+    J = as_tensor("J", J)
+    if J.ndim < 2 or J.shape[-1] != J.shape[-2] or not J.shape[-1]:
+        raise CouplingError(f"got J of shape {[*J.shape]}, expected square matrices [*batch, d_model, d_model]")
     d_model = J.shape[-1]
+    k = whole("k", k)
     if not 1 <= k <= d_model:
         raise CouplingError(
             f"got k = {k} singular triplets of matrices with d_model = {d_model}, expected 1 to {d_model}, "
@@ -68,7 +73,7 @@ def top_singular(
         )
     if J.dtype not in TOLERANCE:
         raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
-    device = J.device if device is None else torch.device(device)
+    device = J.device if device is None else known_device(device)
     device = torch.device("cpu") if device.type == "mps" else device
     matrices = J.detach().reshape(-1, d_model, d_model)
     parts = matrices.split(layers_at_once(d_model, J.element_size(), device)) if len(matrices) else [matrices]
@@ -176,8 +181,8 @@ def _of_part(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor,
         some = J if len(left) == len(J) else J[left]
         found = method(some)
         errors = _residual(some, *found)
-        for whole, part in zip((U, S, V, residual), (*found, errors), strict=True):
-            whole[left] = part
+        for kept, part in zip((U, S, V, residual), (*found, errors), strict=True):
+            kept[left] = part
         left = left[~(torch.maximum(errors, _orthogonality_loss(found[0], found[2])) <= TOLERANCE[J.dtype])]
     return U, torch.ldexp(S, exponent[:, None]), V, residual
 

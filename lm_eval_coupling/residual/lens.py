@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.devices import as_tensor
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.vocabulary import head_in_parts, innermost, rows_only
@@ -100,3 +101,16 @@ class Lens:
                 stack.callback(vars(block).pop, "forward")
                 block.forward = lambda *args, **kwargs: stand_in
             yield stream
+
+
+def vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:
+    """Return vectors of the stream, ``alone`` only one, as they were given.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    found = as_tensor("resid", resid)
+    if not found.ndim or found.shape[-1] != d_model or not found.is_floating_point() or (alone and found.ndim > 1):
+        what = "one vector" if alone else "vectors"
+        raise CouplingError(f"got resid of shape {[*found.shape]} and {found.dtype}, expected {what} of {d_model} numbers")
+    return found

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, shown
 from lm_eval_coupling.numerics.devices import has_float64
 from lm_eval_coupling.numerics.precision import exact_arithmetic, made_on_host
 from lm_eval_coupling.residual.arguments import Keys, tensors_in
@@ -21,7 +21,7 @@ from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.fingerprint import digest, fingerprint
 from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
-from lm_eval_coupling.residual.lens import Lens
+from lm_eval_coupling.residual.lens import Lens, vectors
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, TracedBlock, told_if_refused
 from lm_eval_coupling.residual.vocabulary import looked_up, rows_only
@@ -102,6 +102,8 @@ class ResidualModel:
         """
         from lm_eval_coupling.residual.ways import wrapped
 
+        if tokenizer is not None and (isinstance(tokenizer, str | bytes) or not hasattr(tokenizer, "encode")):
+            raise CouplingError(f"got tokenizer={shown(tokenizer)}, expected a tokenizer of transformers, or None")
         return wrapped(cls, hf_model, tokenizer)
 
     def measures(self, scored: nn.Module, probed: Float[Tensor, "1 seq d_model"]) -> None:
@@ -276,6 +278,8 @@ class ResidualModel:
         direction: Direction | None = None,
         keep_keys: bool = False,
     ) -> list[ResidualTrace]:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise CouplingError(f"got dtype={shown(dtype)}, expected torch.float32 or torch.float64")
         batch = self.inputs.batch(prompts, self.device, dtype)
         longest = max(batch.lengths or [0])
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
@@ -349,12 +353,12 @@ class ResidualModel:
         Returns:
             In the dtype of ``resid``.
         """
-        return self._lens.logits(resid, self._outputs)
+        return self._lens.logits(vectors(resid, self.d_model), self._outputs)
 
     @exact_arithmetic()
     def norm_jacobian(self, resid: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
         """∂norm(x)/∂x, norm being all that the model does between its last block and its head; I where that is nothing."""
-        return self._lens.norm_jacobian(resid, self._outputs)
+        return self._lens.norm_jacobian(vectors(resid, self.d_model, alone=True), self._outputs)
 
     def answer(self, stream: Float[Tensor, "1 seq d_model"]) -> Tensor:
         """What the model says of ``inputs.probe`` once it has ended as ``stream``; it can be differentiated."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown
+from lm_eval_coupling.errors import path as as_path
 from lm_eval_coupling.saved.run import SavedRun, SavedRuns, SavedTable, find_runs
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,14 @@ def load_records(
     Raises:
         CouplingError: if there is no table, or the only one is not ours or of another schema version.
     """
-    if weights not in ("trained", "untrained", "all"):
-        raise CouplingError(f"got weights={weights!r}, expected trained, untrained or all")
-    if places not in ("first", "all"):
-        raise CouplingError(f"got places={places!r}, expected first or all")
-    found = find_tables(path, newest=newest)
+    one_of("weights", weights, ("trained", "untrained", "all"))
+    one_of("places", places, ("first", "all"))
+    if columns is not None:
+        names: list[Any] = list(columns) if is_several(columns) else [columns]
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise CouplingError(f"got columns={shown(wrong[0])}, expected names of columns")
+        columns = names
+    found = find_tables(as_path("path", path), newest=flag("newest", newest))
     return pd.concat([read_table(run, table, columns, weights, places) for run, table in found], ignore_index=True)
 
 

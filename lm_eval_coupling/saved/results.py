@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, flag, one_of
+from lm_eval_coupling.errors import path as as_path
+from lm_eval_coupling.errors import paths as as_paths
 from lm_eval_coupling.saved.names import add_facts
 from lm_eval_coupling.saved.run import SavedRun, SavedRuns, find_runs
 from lm_eval_coupling.saved.task_rows import rows_of_run
@@ -64,9 +66,9 @@ def load_runs(
     Raises:
         CouplingError: if there is no result file that can be read, or coupling settings differ.
     """
-    if mixed not in ("refuse", "keep"):
-        raise CouplingError(f"got mixed={mixed!r}, expected 'refuse' or 'keep'")
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    one_of("mixed", mixed, ("refuse", "keep"))
+    newest, facts = flag("newest", newest), None if facts is None else as_path("facts", facts)
+    paths = as_paths("paths", paths)
     found = find_runs(paths)
     require_results(found, paths)
     for problem in found.passed_over:

@@ -89,7 +89,7 @@ def test_a_run_keeps_them_apart(model, tmp_path):
         (row.measured.position, row.place) for row in rows
     )
     assert "place" not in load_records(tmp_path / "out", columns=["position"])
-    with pytest.raises(CouplingError, match="got places='some', expected first or all"):
+    with pytest.raises(CouplingError, match="got places='some', expected one of first, all"):
         load_records(tmp_path / "out", places="some")
 
 

@@ -442,7 +442,7 @@ def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):
 def test_a_window_longer_than_the_model_is_named(model):
     with pytest.raises(CouplingError, match="got a window of 4 blocks for a model of 3"):
         measured(model, window=4)
-    with pytest.raises(CouplingError, match="at least 1"):
+    with pytest.raises(CouplingError, match="coupling_window=0, expected a whole number from 1"):
         measured(model, window=0)
 
 

@@ -215,7 +215,7 @@ def test_different_settings_are_not_mixed(tmp_path, key, value):
         load_runs(tmp_path)
     assert repr(settings[key]) in str(error.value) and repr(value) in str(error.value)
     assert len(load_runs(tmp_path, mixed="keep")) == 2
-    with pytest.raises(CouplingError, match="'refuse' or 'keep'"):
+    with pytest.raises(CouplingError, match="mixed='yes', expected one of refuse, keep"):
         load_runs(tmp_path, mixed="yes")
 
 
@@ -335,7 +335,7 @@ def test_the_untrained_twin_is_read_only_where_it_is_wanted(tmp_path):
     assert list(load_records(tmp_path)["doc_id"]) == [0]
     assert list(load_records(tmp_path, weights="untrained", columns=["doc_id"])["doc_id"]) == [1]
     assert list(load_records(tmp_path, weights="all")["weights"]) == ["trained", "untrained"]
-    with pytest.raises(CouplingError, match="got weights='fresh', expected trained"):
+    with pytest.raises(CouplingError, match="got weights='fresh', expected one of trained"):
         load_records(tmp_path, weights="fresh")
 
 

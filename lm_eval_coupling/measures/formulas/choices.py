@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, is_several, shown, whole
 
 TOKENS = "all, lastN, firstN, randomN such as last8, or positions such as 0+3+-1"
 POSITIONS = "a token such as -1, or several such as -1+0+last4 or random8"
 LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
+
+
+def written(name: str, choice: Any) -> str:
+    """Return a choice as it is written on the command line, also where it was given as a number or several.
+
+    Raises:
+        CouplingError: for anything else.
+    """
+    if isinstance(choice, str):
+        return choice
+    parts = choice if is_several(choice) else [choice]
+    found = "+".join(part if isinstance(part, str) else str(whole(name, part)) for part in parts)
+    if not found:
+        raise CouplingError(f"got {name}={shown(choice)}, expected at least one")
+    return found
 
 
 def chosen_tokens(choice: str, position: int) -> list[int]:

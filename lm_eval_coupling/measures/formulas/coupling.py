@@ -6,15 +6,16 @@ from the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functi
 values are NaN.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, flag, one_of, shown
+from lm_eval_coupling.numerics.devices import as_tensor
 from lm_eval_coupling.numerics.memory import PAIRS_AT_ONCE
 from lm_eval_coupling.numerics.precision import true_float32
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank
@@ -26,7 +27,19 @@ def coupling_matrix(
     U2: Float[Tensor, "*#batch d_model rank"],
     V2: Float[Tensor, "*#batch d_model rank"],
 ) -> Float[Tensor, "*out rank rank"]:
-    """Return A = U2ᵀ J1 V2, broadcast over leading dimensions."""
+    """Return A = U2ᵀ J1 V2, broadcast over leading dimensions.
+
+    Raises:
+        CouplingError: if these are no tensors, or their shapes, dtypes or devices do not go together.
+    """
+    J1, U2, V2 = as_tensor("J1", J1), as_tensor("U2", U2), as_tensor("V2", V2)
+    told = ", ".join(f"{name} {[*part.shape]} {part.dtype} on {part.device}" for name, part in _named(J1, U2, V2))
+    wide = min(J1.ndim, U2.ndim, V2.ndim) > 1 and {*J1.shape[-2:], U2.shape[-2]} == {V2.shape[-2]} and U2.shape == V2.shape
+    alike = len({(part.dtype, part.device) for part in (J1, U2, V2)}) == 1 and J1.is_floating_point()
+    if not wide or not alike or not _broadcast(J1.shape[:-2], U2.shape[:-2]):
+        raise CouplingError(
+            f"got {told}, expected J1 [*batch, d_model, d_model] and U2, V2 [*batch, d_model, rank] of one dtype and device"
+        )
     return U2.mT @ (J1 @ V2)
 
 
@@ -70,7 +83,11 @@ def miscoupling(
     """Return m(A) = ‖A − Diag A‖_F, divided by ‖A‖_F where normalized (NaN where that is 0).
 
     ``off`` is `off_diagonal_norm(A)` where that is known.
+
+    Raises:
+        CouplingError: if A is no tensor of square matrices.
     """
+    A, normalized = _matrices(A), flag("normalized", normalized)
     off = off_diagonal_norm(A) if off is None else off
     return (off / torch.hypot(off, _norm(_diagonal(A))) if normalized else off).to(A.dtype)
 
@@ -95,10 +112,17 @@ def miscoupling_to(
         off: `off_diagonal_norm(A)` where that is known.
 
     Raises:
-        CouplingError: if norm is neither "p" nor "trace".
+        CouplingError: if norm is neither "p" nor "trace", p no positive number, or A and S1 do not go together.
     """
-    if norm not in ("p", "trace"):
-        raise CouplingError(f'got norm = "{norm}", expected "p" or "trace", choose one of them')
+    A, S1, absolute = _matrices(A), as_tensor("S1", S1), flag("absolute", absolute)
+    one_of("norm", norm, ("p", "trace"))
+    if isinstance(p, bool) or not isinstance(p, int | float) or not p > 0:
+        raise CouplingError(f"got p={shown(p)}, expected a positive number such as 2, or math.inf")
+    if not S1.ndim or S1.shape[-1] != A.shape[-1] or not _broadcast(A.shape[:-2], S1.shape[:-1]):
+        raise CouplingError(
+            f"got A {[*A.shape]} and S1 {[*S1.shape]}, expected A [*batch, rank, rank] and S1 [*batch, rank], "
+            "for A[layer, basis] of all pairs S[:, None]"
+        )
     off = off_diagonal_norm(A) if off is None else off
     diagonal = _diagonal(A).abs() if absolute else _diagonal(A)
     distance = torch.hypot(off, _norm(diagonal - S1.double()))
@@ -167,3 +191,22 @@ def _diagonal(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch ran
 
 def _norm(x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
     return torch.linalg.vector_norm(x, dim=-1)
+
+
+def _matrices(A: Any) -> Tensor:
+    A = as_tensor("A", A)
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or not A.shape[-1] or not A.is_floating_point():
+        raise CouplingError(f"got A of shape {[*A.shape]} and {A.dtype}, expected square matrices [*batch, rank, rank]")
+    return A
+
+
+def _named(J1: Tensor, U2: Tensor, V2: Tensor) -> Iterable[tuple[str, Tensor]]:
+    return zip(("J1", "U2", "V2"), (J1, U2, V2), strict=True)
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> bool:
+    try:
+        torch.broadcast_shapes(one, other)
+    except RuntimeError:
+        return False
+    return True

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from lm_eval_coupling.errors import whole
+
 
 def headline_rank(ranks: Sequence[int]) -> int:
     """The K of the metric ``coupling``: 10 whenever it was measured, else the smallest. Never mixed with another K."""
@@ -21,8 +23,11 @@ def chance_level(rank: int) -> float:
     """Return √(1 − 1/K), the normalised miscoupling of any A under random pairing of its left with its right indices.
 
     Exactly: the mean of m̃² over all K! pairings is 1 − 1/K.
+
+    Raises:
+        CouplingError: if the rank is no whole number from 1.
     """
-    return math.sqrt(1 - 1 / rank)
+    return math.sqrt(1 - 1 / whole("rank", rank, 1))
 
 
 def chance_coupling(rank: int) -> float:

@@ -1,0 +1,25 @@
+"""Every argument of every public function, given wrongly: one sentence that names it, or what was meant."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval_coupling
+
+
+def test_a_wrong_argument_is_named_in_one_sentence():
+    """One layer as a number was a raw TypeError, a flag given as "no" was true, one column's name was its letters."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(tests / "wrong_arguments.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]
+
+
+def test_no_public_function_is_left_out():
+    """What is exported is in the table above; classes that are only handed out have nothing to be given."""
+    tried = {"block_jacobians", "top_singular", "chance_level", "coupling_matrix", "miscoupling", "miscoupling_to"}
+    tried |= {"measure_coupling", "run_coupling_hf", "load_records", "load_runs", "ResidualModel", "PromptCoupling"}
+    assert set(lm_eval_coupling.__all__) == tried | {"BlockJacobians", "SingularTriplets", "CouplingError"}
