@@ -72,9 +72,9 @@ def _aligned(table: Sequence[Sequence[str]], without: Sequence[str]) -> list[str
 def _remarks(info: CouplingInfo) -> list[str]:
     lines = []
     if info["reused"]:
-        lines.append(f"{info['reused']} prompts had been measured before and were found in the store.")
+        lines.append(f"Prompts measured before and found in the store: {info['reused']}.")
     if info["failed"]:
-        lines.append(f"{info['failed']} documents could not be measured; the tables say why.")
+        lines.append(f"Documents that could not be measured: {info['failed']}; the tables say why.")
     if info["interrupted"]:
         lines.append("Interrupted: what was measured is kept, the same command measures the rest.")
     if info.tables:
