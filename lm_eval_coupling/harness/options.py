@@ -175,7 +175,7 @@ def _require_there(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     _require_folder("pretrained", pretrained)
     kinds = ("config.json", "adapter_config.json")
     if folder.is_dir() and not arguments.get("gguf_file") and not any((folder / kind).is_file() for kind in kinds):
-        raise CouplingError(f"got pretrained={pretrained}, a folder without config.json, expected transformers' own")
+        raise CouplingError(f"got pretrained={pretrained}, a folder without config.json, which every model has")
 
 
 def _require_folder(name: str, value: Any) -> None:

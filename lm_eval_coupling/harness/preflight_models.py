@@ -40,7 +40,8 @@ def check(
 
 def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) -> tuple[dict[str, Any], list[str]]:
     model, arguments = asked["model"], asked["arguments"]
-    wrong = [*_arguments(model, arguments, coupling), *_place(model, arguments)]
+    wrong = [*_place(model, arguments)]
+    wrong = [*_arguments(model, arguments, coupling, there=not wrong), *wrong]
     if not wrong and not Path(model).is_dir():
         wrong += _revisions(model, asked["revisions"], offline)
     if wrong:
@@ -60,7 +61,8 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
     }, wrong
 
 
-def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any]) -> Iterator[str]:
+def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any], there: bool) -> Iterator[str]:
+    """What is wrong with the arguments; that a model is not ``there`` is told elsewhere."""
     from lm_eval.models.huggingface import HFLM
 
     known = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
@@ -78,7 +80,7 @@ def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, 
         coupling = {"limit": 0}  # what is wrong there is told once, for all models
     given = {f"{PREFIX}{name}": value for name, value in coupling.items()}
     try:
-        Options.take_from({"pretrained": model, **given, **arguments})
+        Options.take_from({"pretrained": model if there else "-", **given, **arguments})
     except CouplingError as error:
         yield f"{model}: {error}"
 

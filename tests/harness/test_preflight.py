@@ -117,7 +117,8 @@ def test_arguments_that_would_be_refused(home, arguments, coupling, part):
 
 def test_models_that_are_not_there(home, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "without config.json" in look(tmp_path / "empty")[1][0]
+    (told,) = look(tmp_path / "empty")[1]  # once
+    assert "without config.json" in told
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "without weights" in look(tmp_path / "empty")[1][0]
     assert "no folder here" in look(tmp_path / "nowhere")[1][0]
