@@ -215,7 +215,8 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     plain = utils.make_table(evaluate("hf", kinds=("choice",), limit=5))
     assert "Coupling" not in plain
     again = utils.make_table(evaluate(kinds=("choice",), limit=5, arguments=arguments | {"coupling_out": ""}))
-    assert "Prompts measured before and found in the store: 3." in again and "No tables were written: give --output_path" in again
+    assert "Prompts measured before and found in the store: 3." in again
+    assert "No tables were written: give --output_path" in again
 
 
 def test_the_reading_of_the_last_token_is_recorded(evaluate):
