@@ -9,6 +9,8 @@ may want to differentiate, enter :func:`true_float32`.
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,13 +20,19 @@ _NEWER = [("generic", "all"), *((backend, op) for backend in ("cuda", "mkldnn") 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone")
 
 
+# What is set here is the whole process's, and a block's weights are held in another dtype while it is measured.
+_ONE_AT_A_TIME = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_ONE_AT_A_TIME._at_fork_reinit)  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Inside, derivatives can be taken, and float32 is float32; afterwards all is as before, also after an exception.
 
     Gradients are on (leave them off with ``torch.no_grad`` where none is wanted), inference mode and autocast are off, new
     tensors lie on the host unless they say where. Works as a decorator too. The precision of products is a setting of the
-    whole process: other threads have it as well meanwhile.
+    whole process: other threads have it as well meanwhile, and wait where they enter this.
     """
     with torch.inference_mode(False), torch.enable_grad(), true_float32(), made_on_host():
         yield
@@ -46,17 +54,18 @@ def made_on_host() -> Iterator[None]:
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
     """Inside, float32 products and convolutions have float32 factors on every device, and nothing is autocast."""
-    casting = [device for device in _AUTOCAST if _is_autocast(device)]
-    saved = _taken_off()
-    try:
-        for device in casting:
-            torch.set_autocast_enabled(device, False)
-        _pin()
-        yield
-    finally:
-        _put_back(saved)
-        for device in casting:
-            torch.set_autocast_enabled(device, True)
+    with _ONE_AT_A_TIME:
+        casting = [device for device in _AUTOCAST if _is_autocast(device)]
+        saved = _taken_off()
+        try:
+            for device in casting:
+                torch.set_autocast_enabled(device, False)
+            _pin()
+            yield
+        finally:
+            _put_back(saved)
+            for device in casting:
+                torch.set_autocast_enabled(device, True)
 
 
 def _is_autocast(device: str) -> bool:

@@ -61,6 +61,19 @@ def _refuse_virtual_tokens(model: nn.Module) -> None:
             )
 
 
+def mixed_dtypes(model: nn.Module) -> str | None:
+    """Which weights are in which dtype, in words, None where all are in one."""
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            names.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(name)
+    if len(names) < 2:
+        return None
+    usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
+    told = [f"{len(names[dtype])} in {dtype} ({names[dtype][0]} the first)" for dtype in others]
+    return f"{len(names[usual])} weights in {usual} and {' and '.join(told)}"
+
+
 def refuse_unsupported(model: nn.Module) -> None:
     """Say of what is no causal language model and no image classifier, or has weights that cannot be read, what it is.
 

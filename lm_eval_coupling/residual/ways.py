@@ -18,7 +18,7 @@ from lm_eval_coupling.residual.block_call import hidden
 from lm_eval_coupling.residual.bridge import put_bridge_into
 from lm_eval_coupling.residual.images import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
-from lm_eval_coupling.residual.scored import looked_through, refuse_unsupported, without_compilation
+from lm_eval_coupling.residual.scored import looked_through, mixed_dtypes, refuse_unsupported, without_compilation
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
 from lm_eval_coupling.residual.weights import present
 
@@ -37,6 +37,11 @@ def wrapped(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
         raise
     except Exception as error:
         words = " ".join(str(error).split())[:200]
+        if mixed := mixed_dtypes(base):
+            raise CouplingError(
+                f"got a {name} with {mixed}, which do not run together ({words}), expected one dtype; load it with dtype=…, "
+                "or make it one by model.to(dtype)"
+            ) from error
         raise CouplingError(
             f"got a {name}, whose blocks cannot be run one by one ({type(error).__name__}: {words}), expected a residual "
             "stream; score it with --model hf, or with coupling_limit=0"

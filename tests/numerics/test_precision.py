@@ -1,5 +1,8 @@
 """Whatever is switched on outside, float32 is float32 inside, and everything is put back."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -112,3 +115,22 @@ def test_autocast_does_not_reach_products():
         found = coupling_matrix(J, U, U)
         assert torch.is_autocast_enabled("cpu") and (U @ U).dtype == torch.bfloat16
     assert found.dtype == torch.float32 and torch.equal(found, coupling_matrix(J, U, U)) and found.requires_grad
+
+
+def test_threads_take_turns():
+    """One that left put reduced precision back while another was at work, and found weights in another's dtype."""
+    inside, most = [], []
+
+    def work():
+        with exact_arithmetic(), exact_arithmetic():
+            inside.append(1)
+            time.sleep(0.01)
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
