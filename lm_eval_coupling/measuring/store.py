@@ -49,7 +49,7 @@ class MeasurementStore:
         self._opened: dict[tuple[int, int], sqlite3.Connection] = {}
         try:
             self._prepare()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second where the words of the tables are damaged
             self.close()
             raise CouplingError(
                 f"got {self.path} as the store, which is no readable store ({why(error)}); delete it or {_ANOTHER}"

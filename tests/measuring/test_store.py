@@ -196,3 +196,12 @@ def test_the_default_is_a_file_of_the_user():
 def test_nothing_heavy_is_imported():
     code = "import sys, lm_eval_coupling.measuring.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_store_whose_tables_words_are_damaged_is_told(tmp_path):
+    """SQLite hands them on as they are; a UnicodeDecodeError said nothing of the store."""
+    path = tmp_path / "store.sqlite"
+    MeasurementStore(path).close()
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE meta", b"CREAT\xfa TABLE meta"))
+    with pytest.raises(CouplingError, match="no readable store"):
+        MeasurementStore(path)
