@@ -38,12 +38,13 @@ def require_close(what: str, name: str, found: Tensor, expected: Tensor, toleran
     Raises:
         CouplingError: if ``found`` is not ``expected``.
     """
-    if not expected.isfinite().all() or not expected.any():
+    error = off_by(found, expected)
+    if not error <= tolerance and (not expected.isfinite().all() or not expected.any()):
         raise CouplingError(
             f"got a {name} that gives {what} that are not finite or nothing but zeros when it is scored, expected weights "
             "and activations within the range of their dtype"
         )
-    if not (error := off_by(found, expected)) <= tolerance:
+    if not error <= tolerance:
         raise CouplingError(
             f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected the same; "
             "score it with --model hf, or with coupling_limit=0"

@@ -166,9 +166,9 @@ def test_small_memory_budget_gives_the_same_numbers(monkeypatch, float64_device)
     [
         ({"output_token": 5}, "got token 5 of a prompt of 5 tokens, expected -5 to 4"),
         ({"input_token": -6}, "got token -6"),
-        ({"layers": [2]}, "got layer 2, expected 0 to 1"),
-        ({"dtype": torch.bfloat16}, "got dtype torch.bfloat16, expected one of torch.float32, torch.float64"),
-        ({"method": "guess"}, "got method 'guess', expected one of auto, closed, token-local, autodiff"),
+        ({"layers": [2]}, "got layers=2, expected a whole number from -2 to 1"),
+        ({"dtype": torch.bfloat16}, "got dtype=torch.bfloat16, expected one of torch.float32, torch.float64"),
+        ({"method": "guess"}, "got method='guess', expected one of auto, closed, token-local, autodiff"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
