@@ -82,6 +82,8 @@ def _remarks(info: CouplingInfo) -> list[str]:
         names = info.tables[0].name if len(info.tables) == 1 else f"{len(info.tables)} files *coupling_*.parquet"
         lines.append(f"Tables: {names} in {folder}")
         lines.append(f"Next: {shlex.join(['lm-eval-coupling', 'show', str(folder)])}")
+    elif info.unwritten:
+        lines.append(f"No tables were written: {info.unwritten}. The same command takes what was measured from the store.")
     else:
         lines.append("No tables were written: give --output_path DIR, or coupling_out=DIR among the model arguments.")
     return lines

@@ -223,11 +223,13 @@ def _carried(results: dict[str, Any] | None) -> Any:
 
 def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
     """Write the tables of a run of ours, whose rows its results carry."""
-    write = getattr(_carried(results), "write_tables", None)
+    info = _carried(results)
+    if not hasattr(info, "write_tables"):
+        return
     try:
-        if write is not None:
-            write(folder, date)
-    except Exception:
+        info.write_tables(folder, date)
+    except Exception as error:
+        info.unwritten = str(error)
         logger.exception("coupling tables were not written; measurements are kept in the store")
 
 

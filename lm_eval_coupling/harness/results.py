@@ -27,6 +27,7 @@ class CouplingInfo(dict):
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
+        self.unwritten = ""  # why there are no tables, where there ought to be
 
     def closing(self, results: Mapping[str, Any]) -> str:
         """What is printed under lm-eval's table; nothing where nothing was measured or the rows are gone."""

@@ -11,6 +11,7 @@ import torch
 from evaluations import HOOK, run, written
 
 from lm_eval_coupling import load_records
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.saved.tables import read_header
 
@@ -217,6 +218,19 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     again = utils.make_table(evaluate(kinds=("choice",), limit=5, arguments=arguments | {"coupling_out": ""}))
     assert "Prompts measured before and found in the store: 3." in again
     assert "No tables were written: give --output_path" in again
+
+
+def test_the_end_of_a_run_says_why_there_are_no_tables(evaluate, tmp_path, monkeypatch):
+    """With a full disk one was told to give --output_path, which one had."""
+
+    from lm_eval import utils
+
+    def full(*_):
+        raise CouplingError("got a folder without room")
+
+    monkeypatch.setattr("lm_eval_coupling.harness.results.write_tables", full)
+    found = evaluate(kinds=("choice",), limit=3, arguments={"coupling_out": str(tmp_path / "out")})
+    assert "No tables were written: got a folder without room. The same command" in utils.make_table(found)
 
 
 def test_the_reading_of_the_last_token_is_recorded(evaluate):
