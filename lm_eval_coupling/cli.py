@@ -99,6 +99,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     report.add_argument("--documents", type=int, metavar="N", help="prompts to include per model and task (default: 200)")
     report.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different coupling settings")
+    report.add_argument("--words", type=Path, metavar="FILE", help="words.csv of analysis/words.py: what directions say")
     report.set_defaults(command=_report)
 
 
@@ -200,7 +201,7 @@ def _report(options: argparse.Namespace) -> None:
     from lm_eval_coupling.report.page import DOCUMENTS, write_report
 
     documents = DOCUMENTS if options.documents is None else options.documents
-    page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed)
+    page = write_report(options.folders, options.out, documents=documents, mixed=options.mixed, words=options.words)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
 
 

@@ -41,8 +41,13 @@ class Matrices:
         return pd.DataFrame(places | {"value": self.A.ravel(), "sigma_1": self.scale[a]})
 
 
-def load(name: str, untrained: int | None = None) -> Any:
-    """The model of a transformers folder or name, wrapped; with a seed, of its architecture with fresh weights.
+def load(name: str, untrained: int | None = None, dtype: str = "auto") -> Any:
+    """The model of a transformers folder or name, wrapped; with a seed, of its architecture with fresh float32 weights.
+
+    Args:
+        name: for transformers.
+        untrained: the seed.
+        dtype: of the weights, such as ``float32``; by default as they are stored.
 
     Returns:
         A :class:`~lm_eval_coupling.residual.ResidualModel`.
@@ -57,7 +62,7 @@ def load(name: str, untrained: int | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if untrained is None:
-            return ResidualModel.wrap(AutoModelForCausalLM.from_pretrained(name), tokenizer)
+            return ResidualModel.wrap(AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer)
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -15,6 +15,7 @@ from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 from lm_eval_coupling.measures.registry import Reading, summarised
 from lm_eval_coupling.report.prompts import describe_table
+from lm_eval_coupling.saved.direction_words import SavedWords, read_words
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.results import require_results, rows_of_runs
@@ -42,7 +43,13 @@ _FACTS += ("fingerprint", "family")
 _FACTS += ("n_params", "n_layers", "d_model", "coupling_rank", "measured", "failed")
 
 
-def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMENTS, mixed: str = "refuse") -> dict[str, Any]:
+def gather(
+    paths: Path | str | Iterable[Path | str],
+    *,
+    documents: int = DOCUMENTS,
+    mixed: str = "refuse",
+    words: Path | str | None = None,
+) -> dict[str, Any]:
     """Read saved runs; arguments are those of :func:`~lm_eval_coupling.report.write_report`.
 
     Returns:
@@ -54,6 +61,7 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
     """
     if documents < 0:
         raise CouplingError(f"got documents={documents}, expected a whole number that is not negative")
+    told = None if words is None else read_words(words)
     roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     runs = find_runs(roots)
     require_results(runs, roots)
@@ -73,7 +81,13 @@ def gather(paths: Path | str | Iterable[Path | str], *, documents: int = DOCUMEN
     about: dict[str, Any] = {"provenance": [_provenance(run) for run in used.values()]}
     about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
     about |= {"readings": _readings(found.columns)}
-    return strict({"rows": rows, "chance": _chance(rows)} | about | tables.describe(documents), _short)
+    described = tables.describe(documents, told)
+    if told is not None and not any("words" in one for table in described["tables"] for one in table["documents"]):
+        raise CouplingError(
+            f"got {told.file} with words of {len(told.directions)} prompts, none of them on this page; make it with "
+            "analysis/words.py and --results of one of these runs, or include more with --documents"
+        )
+    return strict({"rows": rows, "chance": _chance(rows)} | about | described, _short)
 
 
 def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
@@ -119,13 +133,13 @@ class _Tables:
         order = list(self._wanted)
         return [order.index(table.file) for table in present]
 
-    def describe(self, documents: int) -> dict[str, Any]:
+    def describe(self, documents: int, words: SavedWords | None) -> dict[str, Any]:
         """What the page shows of each."""
         limit = _limit([pq.read_metadata(file).num_rows for file in self._wanted], documents)
         described = []
         for run, table in self._wanted.values():
             answers = read_answers(run.samples(table.task), _main_score(run, table.task))
-            described.append({"task": table.task} | describe_table(table, answers, limit))
+            described.append({"task": table.task} | describe_table(table, answers, limit, words))
         return {"tables": described, "limit": limit}
 
 

@@ -23,7 +23,12 @@ __all__ = ["DOCUMENTS", "gather", "write_report"]
 
 
 def write_report(
-    paths: Path | str | Iterable[Path | str], out: Path | str, *, documents: int = DOCUMENTS, mixed: str = "refuse"
+    paths: Path | str | Iterable[Path | str],
+    out: Path | str,
+    *,
+    documents: int = DOCUMENTS,
+    mixed: str = "refuse",
+    words: Path | str | None = None,
 ) -> Path:
     """Write the page.
 
@@ -33,15 +38,17 @@ def write_report(
         documents: how many measured prompts of each model and task it may hold, the texts and matrices being what
             makes it large; a page of very many tasks holds fewer, and says so.
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
+        words: the ``words.csv`` of ``analysis/words.py``, shown with the documents that it has words of.
 
     Returns:
         The file.
 
     Raises:
-        CouplingError: if there is no run, plotly is missing, or the page cannot be written.
+        CouplingError: if there is no run, plotly is missing, the page cannot be written, or ``words`` has none of its
+            documents.
     """
     _plotly()  # better missed now than after minutes of reading
-    html = page(gather(paths, documents=documents, mixed=mixed))
+    html = page(gather(paths, documents=documents, mixed=mixed, words=words))
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,12 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import Layers, pack
 from lm_eval_coupling.report.numbers import paired
+from lm_eval_coupling.saved.direction_words import SavedWords
 from lm_eval_coupling.saved.run import SavedTable
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
+_DIRECTIONS = 3  # of each layer whose words are shown
 _SHOWN: tuple[str, ...] = (
     "doc_id",
     "doc_hash",
@@ -29,13 +31,16 @@ _SHOWN: tuple[str, ...] = (
 _SHOWN += ("normalized_miscoupling", "norms", "line_shape_score", "expodistance", "reason", "picture")
 
 
-def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], limit: int) -> dict[str, Any]:
+def describe_table(
+    table: SavedTable, answers: Mapping[str, Mapping[str, Any]], limit: int, words: SavedWords | None = None
+) -> dict[str, Any]:
     """Everything the page shows of a table; its matrices are held some rows at a time.
 
     Args:
         table: of one task.
         answers: what the model answered, by ``doc_hash``.
         limit: how many of the measured prompts to include one by one; the means are over all.
+        words: of the directions of some of the prompts.
 
     Returns:
         ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean`` (packed m̃ by rank), ``profile`` (by
@@ -49,8 +54,11 @@ def describe_table(table: SavedTable, answers: Mapping[str, Mapping[str, Any]], 
     headline = headline_rank(ranks) if ranks else None
     layers = Layers(ranks, _prompts(values))
     documents: list[dict[str, Any]] = []
-    for rows in table.batches(_SHOWN):
-        documents += [_document(row, headline, answers) for row in rows.head(limit - len(documents)).to_dict("records")]
+    for rows in table.batches(_SHOWN if words is None else (*_SHOWN, "tokens")):
+        for row in rows.head(limit - len(documents)).to_dict("records"):
+            told = words and words.of(table.about.get("fingerprint"), row)
+            directions = {"words": [one for one in told if one["k"] <= _DIRECTIONS]} if told else {}
+            documents.append(_document(row, headline, answers) | directions)
         layers.add(rows)
     return {
         "ranks": ranks,

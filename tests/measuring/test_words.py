@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from saved_runs import record, save, task_summary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measuring import matrices
 from lm_eval_coupling.measuring.direction_words import (
     DirectionWords,
     chance_kept,
@@ -20,6 +22,7 @@ from lm_eval_coupling.measuring.direction_words import (
     nearest_words,
 )
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.saved.direction_words import read_words, tokens_hash
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 D = 16
@@ -110,11 +113,17 @@ def test_chance_is_that_of_random_directions(writer):
     assert chance_kept(writer, rank=1, words=4) == chance_kept(writer, rank=1, words=4)
 
 
-def test_the_script_leaves_tables_and_a_picture(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def words(monkeypatch):
+    """The script."""
     monkeypatch.syspath_prepend(ANALYSIS)
     sys.modules.pop("words", None)
     import words
 
+    return words
+
+
+def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
     model = tiny.save_model(tmp_path / "tiny")
     words.main([model, "--prompt", "The sky is", "The sea", "--rank", "3", "--words", "2", "--out", str(tmp_path / "out")])
     rows, kept = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("words", "words_kept"))
@@ -123,3 +132,54 @@ def test_the_script_leaves_tables_and_a_picture(tmp_path, monkeypatch, capsys):
     assert kept["distance"].tolist() == [1, 2, 3] and kept["n"].tolist() == [6, 4, 2] and kept["chance"].nunique() == 1
     assert kept["mean"][0] == pytest.approx(rows["kept_next"].mean())
     assert (tmp_path / "out" / "words_kept.png").exists() and "tiny: The sky is" in capsys.readouterr().out
+    assert set(rows["model"]) == {"tiny"} and set(rows["fingerprint"]) == {matrices.load(model).fingerprint}
+    assert rows["doc_hash"].isna().all() and rows["tokens_hash"].nunique() == 2
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A model and the folder of a run of it, whose documents 0 and 1 were measured at the last but one token."""
+    model = tiny.save_model(tmp_path / "tiny")
+    rows = [record("arc", i) | {"tokens": (3, 4 + i, 5, 9), "position": 2, "n_tokens": 4} for i in range(2)]
+    save(tmp_path / "out", {"arc": task_summary()}, rows=rows, fingerprint=matrices.load(model).fingerprint)
+    return model, str(tmp_path / "out")
+
+
+def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp_path):
+    """The file had no key of a document and the last token's words, wherever coupling was measured."""
+    model, results = measured
+    size = ["--rank", "2", "--words", "3"]
+    words.main([model, "--results", results, "--task", "arc", "--doc", "1", "0", *size, "--out", str(tmp_path)])
+    rows = pd.read_csv(tmp_path / "words.csv")
+    assert list(rows["doc_hash"].unique()) == ["d1", "d0"] and set(rows["position"]) == {2} and set(rows["task"]) == {"arc"}
+    wrapped = matrices.load(model)
+    told = read_words(tmp_path / "words.csv")
+    document = {"doc_hash": "d1", "prompt_hash": "p1", "tokens": (3, 5, 5, 9), "position": 2}
+    shown = told.of(wrapped.fingerprint, document)
+    expected = direction_words(wrapped, [3, 5, 5, 9], position=2, rank=2, words=3)
+    assert [(one["layer"], one["k"]) for one in shown] == [(layer, k) for layer in (1, 2, 3, 4) for k in (1, 2)]
+    np.testing.assert_allclose([one["sigma"] for one in shown], expected.singular_values.ravel(), rtol=1e-5)
+    decoded = [" ".join(repr(wrapped.tokenizer.decode([i])) for i in ids) for ids in expected.ids[:, :, 0].reshape(-1, 3)]
+    assert [one["words"] for one in shown] == decoded
+    assert tokens_hash((3, 5, 5, 9)) == tokens_hash([3, 5, 5, 9]) != tokens_hash((35, 5, 9))
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--results", "OUT", "--task", "arc"], "got --results without --doc"),
+        (["--doc", "0"], "got --doc without --results"),
+        (["--results", "OUT", "--task", "arc", "--doc", "0", "--token", "0"], "got --token with --results"),
+        (["--results", "OUT", "--task", "arc", "--doc", "0", "--untrained", "0"], "got --untrained with --results"),
+        (["--results", "OUT", "--task", "arc", "--doc", "7"], "got document 7, .* choose among 0, 1"),
+        (["--results", "OUT", "--task", "gsm", "--doc", "0"], "got task gsm, .* choose among arc"),
+        (
+            ["--results", "OUT", "--task", "arc", "--doc", "0", "--dtype", "bfloat16"],
+            "got weights of the fingerprint .* expected those that .* measured: tiny",
+        ),
+    ],
+)
+def test_prompts_that_no_run_measured_are_refused(words, measured, tmp_path, given, told):
+    model, results = measured
+    with pytest.raises(CouplingError, match=told):
+        words.main([model, *(results if one == "OUT" else one for one in given), "--out", str(tmp_path)])

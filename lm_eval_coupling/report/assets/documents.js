@@ -111,9 +111,31 @@ function renderDocument(one) {
     ...(answer && known(answer.expected) ? part("Expected", text(answer.expected)) : []),
     ...(answer && answer.options.length > 1 ? part("Choices", choices(answer)) : []),
     ...part(`Miscoupling of every pair of layers, K = ${headline}`, heat),
+    ...(one.words ? directionWords(part, one.words) : []),
   );
   if (one.matrix) heatMap(heat, offDiagonal(unpack(one.matrix)), headline);
   else clear(heat, "No layer-by-layer matrix was measured.");
+}
+
+function directionWords(part, directions) {
+  const attributes = { id: "document-words", class: "wide tall", role: "region", tabindex: "0" };
+  const holder = element("div", { ...attributes, "aria-label": "Words of directions" });
+  const note =
+    "The vocabulary nearest to each layer's top left singular vectors at the measured token, and to their opposites: " +
+    "their signs mean nothing.";
+  sortable(
+    holder,
+    [
+      { name: "Layer", numeric: true, value: (one) => one.layer },
+      { name: "Direction", numeric: true, value: (one) => one.k },
+      { name: "σ", numeric: true, value: (one) => one.sigma },
+      { name: "Words", text: true, value: (one) => one.words },
+      { name: "Of its opposite", text: true, value: (one) => one.opposite },
+    ],
+    directions,
+    {},
+  );
+  return part("Words of the coupled directions", element("p", { class: "note" }, note), holder);
 }
 
 function choices(answer) {
