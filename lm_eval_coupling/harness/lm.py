@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -33,10 +34,13 @@ from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
 
+_UNLESS_GIVEN = "cuda:0"  # lm-eval's command says so where no device is given; HFLM takes the CPU if there is no GPU
+
+
 def _device_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The device that HFLM loads the model on: as it was given, if this machine has it, else the best there is."""
     device = arguments.get("device")
-    if not isinstance(arguments["pretrained"], str):
+    if not isinstance(arguments["pretrained"], str) or (device == _UNLESS_GIVEN and not torch.cuda.is_available()):
         return {}
     if device is None or str(device).split(":")[0] in ("cuda", "mps"):  # HFLM would end in an error of torch's
         return {"device": str(device_named(device))}

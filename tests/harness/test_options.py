@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
@@ -49,9 +50,11 @@ def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, 
 
 
 def test_the_best_device_is_taken_if_none_is_given(home, tmp_path):
-    """HFLM's own default is a GPU, there or not."""
-    lm = CouplingLM(str(home / "float32"), coupling_ranks="2", coupling_store=str(tmp_path / "s.sqlite"))
-    assert lm.device == device_named(None)
+    """HFLM's own default is a GPU, there or not; that of lm-eval's command is the first one, and the CPU without any."""
+    given = {"coupling_ranks": "2", "coupling_store": str(tmp_path / "s.sqlite")}
+    assert CouplingLM(str(home / "float32"), **given).device == device_named(None)
+    there = device_named(None) if device_named(None).type == "cuda" else torch.device("cpu")
+    assert CouplingLM(str(home / "float32"), device="cuda:0", **given).device.type == there.type
 
 
 def test_no_model_is_said_in_one_sentence():
