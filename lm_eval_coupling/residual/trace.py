@@ -139,7 +139,7 @@ def told_if_refused(arguments: dict[str, Any], first: TracedBlock) -> Iterator[N
     """Inside, an error of the model before its ``first`` block says what the model was given: an image of another size."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (CouplingError, torch.OutOfMemoryError):
         raise
     except (ValueError, RuntimeError, IndexError) as error:
         if first.call is not None:

@@ -200,7 +200,11 @@ def test_a_prompt_of_one_token(model):
 @pytest.mark.parametrize(("position", "prompt"), [(7, None), (-8, None), (-1, [])])
 def test_a_token_that_is_not_there_is_a_reason(model, position, prompt):
     found = measured(model, prompt, position=position)
-    assert f"got token {position} of a prompt of" in found.reason
+    assert (
+        "got a prompt of no tokens" in found.reason
+        if prompt == []
+        else f"got token {position} of a prompt of" in found.reason
+    )
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2)) and math.isnan(found.line_shape_score)
 
 
