@@ -123,25 +123,23 @@ def replayable(name: str, value: Any) -> Any:
 
 def carried(value: Any) -> Any:
     """A copy of what one block hands to another, without copying tensors."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, (tuple, list)):
-        items = [carried(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, carried)
-    return value
+    return _each_tensor(value, Tensor.detach)
 
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Arguments with every floating-point tensor in ``dtype``."""
+    return _each_tensor(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers, around what becomes of their tensors; whatever else is in them is handed over as it is."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return function(value)
     if isinstance(value, (tuple, list)):
-        items = [in_dtype(item, dtype) for item in value]
+        items = [_each_tensor(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: in_dtype(item, dtype))
+        return _mapped(value, lambda item: _each_tensor(item, function))
     return value
 
 

@@ -216,9 +216,8 @@ def require_stream(layer: int, entering: Tensor, leaving: Tensor) -> None:
         )
 
 
-def block_call(block: Block, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
+def block_call(block: Block, resid_pre: Tensor, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
     """The call with these arguments, free of side effects."""
-    resid_pre, args, kwargs = block.by_name(args, kwargs)
     require_stream(block.layer, resid_pre, resid_pre)
     kwargs = {name: replayable(name, value) for name, value in kwargs.items()}
     return BlockCall(block, resid_pre.detach(), tuple(replayable("", value) for value in args), kwargs)

@@ -68,8 +68,9 @@ class TracedBlock:
         args = tuple(_brought_to(self.block.device, value) for value in args)
         kwargs = {name: _brought_to(self.block.device, value) for name, value in kwargs.items()}
         self.open.enter_context(self.block.upcast(self.dtype))
-        self.call = block_call(self.block, args, kwargs)
-        stream, (_, args, kwargs) = self.call.resid_pre, self.block.by_name(args, kwargs)
+        resid_pre, args, kwargs = self.block.by_name(args, kwargs)
+        self.call = block_call(self.block, resid_pre, args, kwargs)
+        stream = self.call.resid_pre
         if self.keys is not None:
             kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
         if self.direction is not None and self.tokens is not None:

@@ -21,7 +21,7 @@ def locks_work(folder: Path) -> bool:
     """Try it: a second process holds a database in ``folder``, and this one must be kept out, then let in.
 
     Returns:
-        It says nothing of other machines that see the same folder.
+        Whether it was; that says nothing of other machines that see the same folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
