@@ -141,11 +141,12 @@ class CouplingLM(HFLM):
         """
         if self.session is None:
             return
-        ranks, requested = Ranks(self.rank, self.world_size), Requested.of(task_dict)
-        chosen, mine = self._chosen(ranks, requested)
-        if self.coupling_options.dry_run:
-            self._end_dry_run(chosen, mine)
-        parts = ranks.at_first(lambda: self.measure(self._with_prompts(mine)))
+        requested = Requested.of(task_dict)
+        with Ranks(self.rank, self.world_size) as ranks:
+            chosen, mine = self._chosen(ranks, requested)
+            if self.coupling_options.dry_run:
+                self._end_dry_run(chosen, mine)
+            parts = ranks.at_first(lambda: self.measure(self._with_prompts(mine)))
         if parts is None or results is None:
             return
         info = self.coupling_info = self._info(parts, requested, results, how or {})

@@ -27,12 +27,22 @@ class Part:
 class Ranks:
     """Every process must take the same steps. An error in one of them reaches all instead of leaving them waiting.
 
-    lm-eval gathers with the backend that scores, which on GPUs takes device memory for what lies on the host.
+    lm-eval gathers with the backend that scores, which on GPUs takes device memory for what lies on the host. A context
+    manager: on leaving, the connections are closed.
     """
 
     rank: int = 0
     size: int = 1
     _group: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gloo's threads release tensors; one that does so while Python ends aborts the process (pytorch issue 190489)."""
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
 
     def everywhere(self, step: Callable[[], Any]) -> list[Any]:
         """What ``step`` found in every process, in their order, in all of them.
