@@ -20,7 +20,7 @@ from lm_eval_coupling.errors import CouplingError, why
 VOCABULARY = 4096
 CONTEXT = 128
 BYTES = 480  # of a kept-out document at most: about one context
-SUBSET = 20_000  # seed of the order in which shares of the corpus are taken: smaller shares are part of larger ones
+SUBSET = 20_000  # seed of the order in which the corpus is taken: smaller shares are part of larger ones
 
 
 def prepare(corpus: Path, blimp: Path, data: Path) -> None:
@@ -66,12 +66,12 @@ def opening(text: str, size: int = BYTES) -> str:
     return start[: ends[-1]].strip() if ends else ""
 
 
-def windows_of(recipe: Recipe, data: Path) -> Tensor:
-    """What a member reads: Int[window CONTEXT], a share of the corpus, spoiled as its recipe says."""
+def windows_of(recipe: Recipe, data: Path, most: int) -> Tensor:
+    """What a member reads: Int[window CONTEXT], a share of the ``most`` windows it has time for, spoiled as its recipe says."""
     tokens = torch.from_numpy(np.load(data / "tokens.npz")["tokens"].astype(np.int64))
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(SUBSET))
-    windows = windows[order[: max(1, round(recipe.text * len(windows)))]]
+    windows = windows[order[: max(1, round(recipe.text * min(most, len(windows))))]]
     draws = torch.Generator().manual_seed(recipe.seed)
     if recipe.shuffled:
         chosen = torch.rand(len(windows), generator=draws) < recipe.shuffled

@@ -82,7 +82,7 @@ def train(recipe: Recipe, data: Path, folder: Path, *, steps: int, windows: int,
     last, saved = recipe.steps(steps), set(recipe.saved(steps))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     model = fresh_model(recipe, tokenizer).to(device).train()
-    text = windows_of(recipe, data).to(device)
+    text = windows_of(recipe, data, last * windows).to(device)
     order = reading_order(len(text), last * windows, recipe.seed).view(last, windows).to(device)
     chosen, rate = order[0].clone(), torch.tensor(0.0, device=device)
     step_of = stepper(model, lambda: text[chosen], rate, recipe.decay)

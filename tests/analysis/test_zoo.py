@@ -84,14 +84,15 @@ def test_words_are_shuffled_whole(parts):
 
 def test_spoiled_and_shortened_text(parts, data):
     Recipe, windows_of = parts.recipes.Recipe, parts.text.windows_of
-    whole = windows_of(Recipe("a", "b"), data)
+    whole = windows_of(Recipe("a", "b"), data, 1_000_000)
     tokens = np.load(data / "tokens.npz")["tokens"]
     assert whole.shape == (len(tokens) // 128, 128)
-    half, fewer = (windows_of(Recipe("a", "b", text=share), data) for share in (0.5, 0.25))
+    half, fewer = (windows_of(Recipe("a", "b", text=share), data, 1_000_000) for share in (0.5, 0.25))
     assert torch.equal(half, whole[: len(half)]) and torch.equal(fewer, half[: len(fewer)])
-    noisy = windows_of(Recipe("a", "b", noise=0.5), data)
+    assert torch.equal(windows_of(Recipe("a", "b", text=0.5), data, 4), whole[:2])  # of what there is time for
+    noisy = windows_of(Recipe("a", "b", noise=0.5), data, 1_000_000)
     assert (noisy != whole).double().mean().item() == pytest.approx(0.5, abs=0.05)
-    shuffled = windows_of(Recipe("a", "b", shuffled=1.0), data)
+    shuffled = windows_of(Recipe("a", "b", shuffled=1.0), data, 1_000_000)
     assert torch.equal(shuffled.sort(dim=1).values, whole.sort(dim=1).values) and not torch.equal(shuffled, whole)
 
 
@@ -107,7 +108,7 @@ def test_the_loss_is_that_of_transformers(parts, data, small, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     model = parts.training.fresh_model(small, tokenizer)
     model.save_pretrained(tmp_path)
-    batch = parts.text.windows_of(small, data)[:3]
+    batch = parts.text.windows_of(small, data, 3)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path)(batch, labels=batch).loss
     torch.testing.assert_close(parts.training.loss_of(model, batch), expected)
 
