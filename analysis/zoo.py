@@ -5,8 +5,8 @@ r"""A zoo of small language models trained from scratch: what goes with their sc
     python analysis/checkpoints.py ZOO/results
     python analysis/zoo.py --data DATA --out ZOO --records analysis/results/zoo
 
-Llamas of 3 to 12 blocks of 64 to 256 components learn from the same corpus. They differ in depth, width, shape, repetition of
-the text, the number of steps, weight decay, learning rate and seed, and some read text that was spoiled (see
+Llamas of 3 to 12 blocks of 64 to 256 components learn from the same corpus. They differ in depth, width, shape, repetition
+of the text, the number of steps, weight decay, learning rate and seed, and some read text that was spoiled (see
 zoo_parts/recipes.py). Every checkpoint is an ordinary transformers folder, every evaluation an ordinary run of lm-eval:
 BLiMP and the bits per byte of kept-out text, measured on the same documents. Without --corpus DATA must be there.
 

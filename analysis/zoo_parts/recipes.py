@@ -12,9 +12,9 @@ HEAD = 32  # components of an attention head
 class Recipe:
     """One member. ``family`` is what was changed about the standard recipe: families are left out whole in cross-checks.
 
-    ``text`` is the share of what is read that is read for the first time (0.1: ten passes over a tenth), ``length`` the share
-    of the steps that are made, ``shuffled`` the share of windows whose words are in random order, ``noise`` the share of
-    tokens drawn at random.
+    ``text`` is the share of what is read that is read for the first time (0.1: ten passes over a tenth), ``length`` the
+    share of the steps that are made, ``shuffled`` the share of windows whose words are in random order, ``noise`` the share
+    of tokens drawn at random.
     """
 
     name: str

@@ -67,7 +67,7 @@ def opening(text: str, size: int = BYTES) -> str:
 
 
 def windows_of(recipe: Recipe, data: Path, most: int) -> Tensor:
-    """What a member reads: Int[window CONTEXT], a share of the ``most`` windows it has time for, spoiled as its recipe says."""
+    """What a member reads: Int[window CONTEXT], a share of the ``most`` windows it has time for, spoiled as it says."""
     tokens = torch.from_numpy(np.load(data / "tokens.npz")["tokens"].astype(np.int64))
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(SUBSET))
