@@ -25,6 +25,7 @@ from lm_eval_coupling.numerics.cores import cores
 from lm_eval_coupling.numerics.rotations import eigh_by_rotations
 
 ROTATED = 16  # small problems for each core of the host from which on a GPU is faster
+ROUGH = 1e-4  # relative, from which float32 is near enough
 _DOUBLES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # NVIDIA P100, V100, A100, H100 and H200, B200
 _NUMBERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _ROUTINES = {"syrk": (cython_blas, 10), "syevr": (cython_lapack, 21), "syevd": (cython_lapack, 11)}
@@ -40,7 +41,7 @@ def leading_gram_eigenvectors(J: Float[Tensor, "batch d_model d_model"], k: int)
 
 
 def small_eigh(
-    H: Float[Tensor, "batch n n"], roughly: bool = False
+    H: Float[Tensor, "batch n n"], settled_at: float = 1e-13
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
     """Eigenvalues and eigenvectors of small symmetric matrices, largest first, on the device of H, decomposed on the host.
 
@@ -49,13 +50,13 @@ def small_eigh(
 
     Args:
         H: symmetric, in float64.
-        roughly: 1e-4 of the largest eigenvalue is near enough, as for the bounds of a first filter.
+        settled_at: ‖off-diagonal part‖ / ‖H‖ at which rotations may stop; they take float32 where that is enough.
 
     Returns:
         In float64; vectors are columns.
     """
     if len(H) >= ROTATED * cores() and _doubles_at_full_speed(H.device):
-        values, vectors = eigh_by_rotations(H.float(), 1e-4) if roughly else eigh_by_rotations(H, 1e-13)
+        values, vectors = eigh_by_rotations(H.float() if settled_at >= ROUGH else H, settled_at)
         return values.double(), vectors.double()
     host = H.cpu()
     if not _usable():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_eval_coupling.numerics.gram import small_eigh
@@ -25,8 +25,12 @@ SPREAD = {torch.float32: (3e4, 3e5), torch.float64: (1e9, 1e11)}
 
 
 def block_of(k: int, d_model: int) -> int:
-    """Columns that are carried for k wanted ones: the more, the steeper the filter, and the dearer its small problem."""
-    return min(d_model, 16 * math.ceil(max(1.5 * k, k + 12) / 16))
+    """Columns that are carried for k wanted ones: the more, the steeper the filter, and the dearer its small problem.
+
+    A narrow model waits for the small problems, which on a device cost as the fourth power, a wide one for the products.
+    """
+    spare = 0.25 * k if d_model <= GRAM else 0.5 * k
+    return min(d_model, 16 * math.ceil((k + max(spare, 12)) / 16))
 
 
 def leading_right_vectors(
@@ -52,36 +56,44 @@ def leading_right_vectors(
     filters = 0
     while True:
         GQ = product(Q)
-        theta, Z = small_eigh(Q.double().mT @ GQ.double(), roughly=filters == 0)
+        H = Q.double().mT @ GQ.double()
+        # Rotations end where what they leave is far below what a residual may be; the first only give bounds.
+        theta, Z = small_eigh(H, 1e-2 if filters == 0 else max(1e-13, tolerance / 50))
         Q, GQ = Q @ Z.to(Q), GQ @ Z.to(Q)
         theta = theta.clamp_min(0)
-        excess, noise = _over(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
+        excess, noise, *bounds = _look(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
         done, hopeless = looks.at(excess, noise)
         ends = done | hopeless | (filters >= PASSES)
         if ends.any():
-            here = ends.to(Q.device)
-            V[looks.active[ends].to(Q.device)] = Q[here, :, :k]
+            ending, going = (which.nonzero().flatten() for which in (ends, ~ends))
+            V[looks.active[ending].to(Q.device)] = Q[ending.to(Q.device), :, :k]
             settled[looks.active[done]] = True
-            looks.keep(~ends)
-            if not len(looks.active):
+            looks.keep(going)
+            if not len(going):
                 return V, settled.to(J.device)
-            Q, GQ, theta, product = Q[~here], GQ[~here], theta[~here], product.of(~here)
-        step = _Filter(theta, k, SPREAD[J.dtype][filters > 0])
+            bounds = [bound[going] for bound in bounds]
+            going = going.to(Q.device)
+            Q, GQ, product = Q[going], GQ[going], product.of(going)
+        step = _Filter(*bounds, SPREAD[J.dtype][filters > 0])
         for turn in range(step.turns(looks.excess)):
             Q = orthonormal(step(product, Q, GQ if turn == 0 else product(Q)))
             filters += 1
 
 
-def _over(
+def _look(
     difference: Float[Tensor, "batch d_model columns"], theta: Float[Tensor, "batch columns"], k: int, tolerance: float
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """On the host: the largest residual over what is allowed, and over what rounding alone leaves."""
+) -> Float[Tensor, "5 batch"]:
+    """On the host, in one transfer, as a device waits for each.
+
+    Returns:
+        The largest residual over what is allowed, and over what rounding alone leaves; the first, k-th and last Ritz value.
+    """
     residual, first = difference[..., :k].norm(dim=-2).double(), theta[:, :1]
     rounding = torch.finfo(difference.dtype).eps * first
     allowed = torch.maximum(tolerance * (first * theta[:, :k]).sqrt(), 4 * rounding)
     tiny = torch.finfo(torch.float64).tiny
-    found = torch.stack([(residual / part.clamp_min(tiny)).amax(-1) for part in (allowed, 32 * rounding)])
-    return tuple(found.cpu())
+    over = [(residual / part.clamp_min(tiny)).amax(-1) for part in (allowed, 32 * rounding)]
+    return torch.stack([*over, theta[:, 0], theta[:, k - 1], theta[:, -1]]).cpu()
 
 
 class _Looks:
@@ -97,7 +109,7 @@ class _Looks:
         done = (excess <= 1) | (stuck & (noise <= 1))
         return done, stuck & ~done
 
-    def keep(self, which: Bool[Tensor, " batch"]) -> None:
+    def keep(self, which: Int[Tensor, " some"]) -> None:
         """Only these go on."""
         self.active, self.excess = self.active[which], self.excess[which]
 
@@ -126,18 +138,22 @@ class _Product:
     def __call__(self, X: Tensor) -> Tensor:
         return self.J.mT @ (self.J @ X) if self.gram is None else self.gram @ X
 
-    def of(self, which: Bool[Tensor, " batch"]) -> _Product:
+    def of(self, which: Int[Tensor, " some"]) -> _Product:
         """Of some of the matrices."""
         return _Product(self.J[which], None) if self.gram is None else _Product(self.J[:0], self.gram[which])
 
 
 class _Filter:
-    """p(JᵀJ), of the degree that suits each matrix: |p| ≤ 1 on [0, smallest Ritz value of the block], steep above it."""
+    """p(JᵀJ), of the degree that suits each matrix: |p| ≤ 1 on [0, smallest Ritz value of the block], steep above it.
 
-    def __init__(self, theta: Float[Tensor, "batch columns"], k: int, spread: float) -> None:
-        first, last = theta[:, 0], theta[:, -1]
+    Its coefficients are found on the host, where the bounds are.
+    """
+
+    def __init__(
+        self, first: Float[Tensor, " batch"], wanted: Float[Tensor, " batch"], last: Float[Tensor, " batch"], spread: float
+    ) -> None:
         self.cut = torch.maximum(last, first * (4 / spread)).clamp_min(torch.finfo(torch.float32).tiny)
-        above_first, above_last = (torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, theta[:, k - 1]))
+        above_first, above_last = (torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, wanted))
         degree = math.log(spread) / (above_first - above_last).clamp_min(1e-3)
         self.degree = degree.floor().clamp(1, DEGREE)
         self.gain = self.degree * above_last  # log of what the k-th gains on the unwanted in one turn
@@ -145,7 +161,7 @@ class _Filter:
 
     def turns(self, excess: Float[Tensor, " batch"]) -> int:
         """Filters to apply before looking again: for most matrices as many as bring the residual down, three at most."""
-        needed = excess.log() / self.gain.cpu().clamp_min(0.1)
+        needed = excess.log() / self.gain.clamp_min(0.1)
         return int(needed.median().ceil().clamp(1, 3))
 
     def __call__(self, product: _Product, Q: Tensor, GQ: Tensor) -> Tensor:

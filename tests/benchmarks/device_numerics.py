@@ -69,9 +69,9 @@ def _counted():
     counts: dict[str, Any] = {"small": 0.0, "columns": 0}
     small, product = subspace.small_eigh, subspace._Product.__call__
 
-    def timed(H, roughly=False):
+    def timed(H, settled_at=1e-13):
         out = []
-        counts["small"] += seconds(lambda: out.append(small(H, roughly)))
+        counts["small"] += seconds(lambda: out.append(small(H, settled_at)))
         return out[0]
 
     def counting(self, X):
