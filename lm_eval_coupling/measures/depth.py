@@ -19,46 +19,54 @@ if TYPE_CHECKING:
     from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 PAIRS = "rank layer layer"
-AT_ONCE = 1 << 22  # entries of Jacobians that a device looks at together, with four times as many beside them
+AT_ONCE = 1 << 24  # entries of Jacobians that a device looks at together, with four times as many beside them
 
 
 def run(batch: Batch) -> list[Found]:
     """Miscoupling of all pairs of blocks of every prompt, with the singular values it rests on."""
-    return batch.each(_of_prompt, "depth")
+    from lm_eval_coupling.numerics.memory import prompts_at_once
+
+    like, settings = batch.traces[0].resid_final, batch.settings
+    at_once = prompts_at_once(len(batch.traces[0].calls), settings.ranks[-1], like.element_size(), like.device)
+    return batch.together(_of_prompts, "depth", at_once)
 
 
-def _of_prompt(one: TracedPrompt) -> Found:
+def _of_prompts(prompts: Sequence[TracedPrompt]) -> list[Found]:
     import torch
 
     from lm_eval_coupling.measures.formulas.coupling import at_ranks, coupling_matrices, subspace_overlaps
-    from lm_eval_coupling.numerics.spectra import angle_bound, numerical_rank, relative_gap
+    from lm_eval_coupling.numerics.spectra import SingularTriplets, angle_bound, numerical_rank, relative_gap
+    from lm_eval_coupling.numerics.transfer import rows_on_host, stacked
 
-    J, triplets, ranks = one.jacobians, one.triplets, one.settings.ranks
-    largest = ranks[-1]
-    U, S, V = triplets.U[..., :largest], triplets.S[..., :largest], triplets.V[..., :largest]
-    A = coupling_matrices(J, U, V)
-    pairs = at_ranks(A, numerical_rank(S), ranks, lambda A: _miscouplings(A, S))
-    columns = pairs | {
-        "subspace_overlap": torch.stack([subspace_overlaps(basis, ranks) for basis in (U, V)], dim=1),
-        "singular_values": S,
+    jacobians, each, ranks = [one.jacobians for one in prompts], [one.triplets for one in prompts], prompts[0].settings.ranks
+    triplets = SingularTriplets(*(stacked([getattr(one, name) for one in each]) for name in ("U", "S", "V", "residual")))
+    U, S, V = (part[..., : ranks[-1]] for part in (triplets.U, triplets.S, triplets.V))
+    A = stacked([coupling_matrices(*one) for one in zip(jacobians, U, V, strict=True)])
+    of_rank = at_ranks(A, numerical_rank(S)[:, None], ranks, lambda A: _miscouplings(A, S)) | {
+        "subspace_overlap": torch.stack([subspace_overlaps(basis, ranks) for basis in (U, V)], dim=2),
         "gap": torch.stack([relative_gap(triplets.S, k) for k in ranks]),
-        "svd_residual": triplets.residual,
         "angle_bound": torch.stack([angle_bound(triplets.S, triplets.residual, k) for k in ranks]),
     }
-    return Found(columns | _own(J, triplets) | one.proof, undefined_pairs(pairs["normalized_miscoupling"][-1]))
+    columns = {name: values.transpose(0, 1) for name, values in of_rank.items()} | _own(jacobians, triplets)
+    columns |= {"singular_values": S, "svd_residual": triplets.residual}
+    return [
+        Found(found | one.proof, undefined_pairs(found["normalized_miscoupling"][-1]))
+        for one, found in zip(prompts, rows_on_host(columns), strict=True)
+    ]
 
 
-def _own(J: Tensor, triplets: SingularTriplets) -> dict[str, Tensor]:
-    """What each Jacobian is like by itself."""
+def _own(jacobians: Sequence[Tensor], triplets: SingularTriplets) -> dict[str, Tensor]:
+    """What each Jacobian is like by itself; ``triplets`` are those of all prompts."""
     import torch
 
-    device, norm = triplets.U.device, triplets.S[:, 0].double()
-    parts = J.split(max(1, AT_ONCE // J[0].numel()) if device.type != "cpu" else 1)  # many Jacobians wait on the host
+    device, norm, d_model = triplets.U.device, triplets.S[..., 0].double(), triplets.U.shape[-2]
+    at_once = max(1, AT_ONCE // d_model**2) if device.type != "cpu" else 1
+    parts = [part for J in jacobians for part in J.split(at_once)]  # many Jacobians wait on the host
     found = [_of_part(part.to(device)) for part in parts]
-    size, normality, symmetry = (torch.cat(some) for some in zip(*found, strict=True))
+    size, normality, symmetry = (torch.cat(some).view_as(norm) for some in zip(*found, strict=True))
     return {
         "jacobian_norm": norm,
-        "jacobian_frobenius": size / math.sqrt(J.shape[-1]),
+        "jacobian_frobenius": size / math.sqrt(d_model),
         "stable_rank": (size / norm.masked_fill(norm == 0, torch.nan)) ** 2,
         "non_normality": normality,
         "symmetric_share": symmetry,
@@ -77,7 +85,7 @@ def _miscouplings(A: Tensor, S: Tensor) -> dict[str, Tensor]:
     """Every kind of miscoupling at the rank that the matrices were cut to."""
     from lm_eval_coupling.measures.formulas.coupling import miscoupling, miscoupling_to, off_diagonal_norm
 
-    S1, off = S[:, None, : A.shape[-1]], off_diagonal_norm(A)  # S1: broadcast over the layers of the bases
+    S1, off = S[..., None, : A.shape[-1]], off_diagonal_norm(A)  # S1: broadcast over the layers of the bases
     return {
         "normalized_miscoupling": miscoupling(A, normalized=True, off=off),
         "miscoupling": miscoupling(A, off=off),
@@ -87,15 +95,16 @@ def _miscouplings(A: Tensor, S: Tensor) -> dict[str, Tensor]:
     }
 
 
-def undefined_pairs(normalized: Tensor, of: str = "") -> tuple[Reason, ...]:
+def undefined_pairs(normalized: Tensor | np.ndarray, of: str = "") -> tuple[Reason, ...]:
     """How many layer pairs have no value at the largest rank, and why a shallow model has no coupling."""
     if len(normalized) == 1:
         words = "a model of one block has no pair of different layers, hence no coupling"
         return (Reason("one_layer", words),)
-    undefined = int(normalized.isnan().sum())
+    values = np.asarray(normalized)
+    undefined = int(np.isnan(values).sum())
     if not undefined:
         return ()
-    words = f"{undefined} of {normalized.numel()} layer pairs{of} are undefined: a Jacobian is zero or of rank below K"
+    words = f"{undefined} of {values.size} layer pairs{of} are undefined: a Jacobian is zero or of rank below K"
     return (Reason("zero_or_low_rank", words),)
 
 

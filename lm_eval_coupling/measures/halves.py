@@ -43,7 +43,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         pairs = normalized_by_rank(J, triplets, ranks)
         columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
         columns[f"{half}_coupling"] = couplings_of(pairs.cpu().numpy())
-        reasons += undefined_pairs(pairs[-1], f" of the {half} halves")
+        reasons += undefined_pairs(pairs[-1].cpu(), f" of the {half} halves")
     return Found(columns, tuple(reasons))
 
 

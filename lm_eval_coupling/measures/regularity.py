@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.registry import Column, Found, Measure, of_column
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
 
 WINDOW = 11  # blocks, as in the paper; all of them where a model has fewer
+AT_ONCE = 1 << 24  # numbers of the trajectories that are looked at together
 
 
 def run(batch: Batch) -> list[Found]:
     """Regularity of every prompt's trajectory."""
     entropies = _entropies(batch) if len(batch) > 1 else {}
-    return batch.each(lambda one: _of_prompt(one, entropies.get(one.index)), "regularity")
+    at_once = max(1, AT_ONCE // next(iter(batch)).trajectory.numel())
+    return batch.together(lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once)
 
 
 def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
@@ -26,37 +33,54 @@ def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
 
     from lm_eval_coupling.measures.formulas.trajectory import entropy
     from lm_eval_coupling.numerics.devices import off_mps
+    from lm_eval_coupling.numerics.transfer import on_host
 
     model: Any = batch.model
     try:
         stream = torch.stack([one.trace.trajectory(one.position) for one in batch])
         parts = stream.split(max(1, points // stream.shape[1]))
-        return dict(enumerate(torch.cat([entropy(off_mps(model.logits(part))) for part in parts])))
+        found = torch.cat([entropy(off_mps(model.logits(part))) for part in parts])
+        return dict(enumerate(on_host(found)))
     except Exception:
         return {}
 
 
-def _of_prompt(one: TracedPrompt, known_entropy: Any = None) -> Found:
-    from lm_eval_coupling.measures.formulas import trajectory as maths
+def _of_prompts(prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]) -> list[Found]:
+    """``entropies`` are those that are known already, by the prompt's place in the batch."""
+    import torch
 
-    x, asked = one.trajectory, one.settings.window
-    window = min(WINDOW, len(x) - 1) if asked is None else asked
-    scores = {"line_shape_score": maths.line_shape_score(x).item(), "expodistance": maths.expodistance(x).item()}
-    entropy, reasons = _entropy(one) if known_entropy is None else ({"entropy": known_entropy}, ())
-    columns = (
-        scores
-        | entropy
-        | {
+    x, asked = torch.stack([one.trajectory for one in prompts]), prompts[0].settings.window
+    window = min(WINDOW, x.shape[1] - 1) if asked is None else asked
+    of_token = _line_shape_scores(prompts)
+    return [
+        _found(one, numbers | {"window": window, "line_shape_scores": scores}, entropies.get(one.index))
+        for one, numbers, scores in zip(prompts, _numbers(x, window), of_token, strict=True)
+    ]
+
+
+def _numbers(x: Tensor, window: int) -> list[dict[str, Any]]:
+    """What follows from x^0 … x^L of each prompt at its measured token."""
+    from lm_eval_coupling.measures.formulas import trajectory as maths
+    from lm_eval_coupling.numerics.transfer import rows_on_host
+
+    rows = rows_on_host(
+        {
+            "line_shape_score": maths.line_shape_score(x),
+            "expodistance": maths.expodistance(x),
             "norms": maths.norms(x),
-            "line_shape_scores": _line_shape_scores(one),
-            "window": window,
             "windowed_line_shape": maths.line_shape_score(x, window),
             "windowed_expodistance": maths.expodistance(x, window),
             "step_lengths": maths.step_lengths(x),
-            "equidistance": maths.equidistance(x).item(),
+            "equidistance": maths.equidistance(x),
         }
     )
-    return Found(columns | _trajectories(one), (*_undefined(scores), *reasons))
+    return [{name: value if value.ndim else float(value) for name, value in row.items()} for row in rows]
+
+
+def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> Found:
+    entropy, reasons = _entropy(one) if known_entropy is None else ({"entropy": known_entropy}, ())
+    scores = {name: columns[name] for name in ("line_shape_score", "expodistance")}
+    return Found(columns | entropy | _trajectories(one), (*_undefined(scores), *reasons))
 
 
 def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
@@ -78,17 +102,17 @@ def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
         return {}, (Reason(reason.code, f"no entropy: {reason.words}"),)
 
 
-def _line_shape_scores(one: TracedPrompt, at_once: int = 64) -> Any:
+def _line_shape_scores(prompts: Sequence[TracedPrompt], at_once: int = 64) -> list[Any]:
     """Of every token, so many at once: a double-precision trajectory of all of a long prompt would be large."""
-    import torch
-
     from lm_eval_coupling.measures.formulas.trajectory import line_shape_score
     from lm_eval_coupling.numerics.devices import off_mps
+    from lm_eval_coupling.numerics.transfer import all_on_host
 
-    trace: Any = one.trace
-    starts = range(0, trace.resid_final.shape[1], at_once)
-    parts = [line_shape_score(off_mps(trace.trajectories(slice(i, i + at_once)))) for i in starts]
-    return torch.cat([part.cpu() for part in parts])
+    traces: list[Any] = [one.trace for one in prompts]
+    starts = [range(0, trace.resid_final.shape[1], at_once) for trace in traces]
+    slices = [(trace, slice(i, i + at_once)) for trace, of_trace in zip(traces, starts, strict=True) for i in of_trace]
+    parts = iter(all_on_host([line_shape_score(off_mps(trace.trajectories(tokens))) for trace, tokens in slices]))
+    return [np.concatenate([next(parts).numpy() for _ in of_trace]) for of_trace in starts]
 
 
 def _trajectories(one: TracedPrompt) -> dict[str, Any]:

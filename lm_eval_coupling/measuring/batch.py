@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +21,7 @@ from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
+from lm_eval_coupling.numerics.transfer import on_host
 from lm_eval_coupling.residual import halves
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -131,8 +131,7 @@ class Batch:
         self.model, self.tokens, self.positions, self.settings = model, tokens, positions, settings
         self.traces = model.traces(tokens, DTYPES[settings.dtype], positions if derivative else None, probe)
         self._triplets: dict[int, SingularTriplets] = {}
-        for one in self:
-            _require_finite(one.trajectory)
+        _require_finite([one.trajectory for one in self])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -174,32 +173,51 @@ class Batch:
         Raises:
             Exception: if memory runs out while several prompts hold it.
         """
-        found = []
-        for one in self:
-            start = time.perf_counter()
-            try:
-                part = measure(one)
-            except DoubtfulJacobian as error:  # it says the same for every measure that needs it
-                part = Found(error.proof, (error.reason,))
-            except Exception as error:
-                reason = reason_of(error)
-                if reason.code == "out_of_memory" and len(self) > 1:
-                    raise
-                part = Found({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
-            columns = {column: on_host(value) for column, value in part.columns.items()}
-            found.append(Found(columns, part.reasons, time.perf_counter() - start))
+        return [self._alone(measure, one, name) for one in self]
+
+    def together(self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], name: str, at_once: int) -> list[Found]:
+        """As :meth:`each`, but ``measure`` takes up to ``at_once`` prompts; where it fails, each of them is measured alone.
+
+        Returns:
+            As many as there are prompts, in their order.
+        """
+        prompts, found = list(self), []
+        for first in range(0, len(prompts), at_once):
+            found += self._group(measure, prompts[first : first + at_once], name)
         return found
 
+    def _group(
+        self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], prompts: Sequence[TracedPrompt], name: str
+    ) -> list[Found]:
+        start = time.perf_counter()
+        if len(prompts) > 1:
+            with contextlib.suppress(Exception):
+                parts = measure(prompts)
+                return [_on_host(part, (time.perf_counter() - start) / len(prompts)) for part in parts]
+        return [self._alone(lambda one: measure([one])[0], one, name) for one in prompts]
 
-def on_host(value: Any) -> Any:
-    """A tensor as a NumPy array; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return np.asarray(value.detach().cpu())
+    def _alone(self, measure: Callable[[TracedPrompt], Found], one: TracedPrompt, name: str) -> Found:
+        start = time.perf_counter()
+        try:
+            part = measure(one)
+        except DoubtfulJacobian as error:  # it says the same for every measure that needs it
+            part = Found(error.proof, (error.reason,))
+        except Exception as error:
+            reason = reason_of(error)
+            if reason.code == "out_of_memory" and len(self) > 1:
+                raise
+            part = Found({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
+        return _on_host(part, time.perf_counter() - start)
 
 
-def _require_finite(trajectory: Float[Tensor, "layer_plus_1 d_model"]) -> None:
-    for layer, x in enumerate(trajectory):
-        if not torch.isfinite(x).all():
-            where = "the embeddings are" if layer == 0 else f"the output of block {layer - 1} is"
-            raise Unmeasurable("not_finite", f"{where} not finite")
+def _on_host(part: Found, seconds: float) -> Found:
+    return Found({column: on_host(value) for column, value in part.columns.items()}, part.reasons, seconds)
+
+
+def _require_finite(trajectories: Sequence[Float[Tensor, "layer_plus_1 d_model"]]) -> None:
+    """Read from the device once for all prompts."""
+    finite = torch.stack([torch.isfinite(one).all(dim=-1) for one in trajectories]).cpu()
+    if not finite.all():
+        layer = int((~finite).nonzero()[0, 1])
+        where = "the embeddings are" if layer == 0 else f"the output of block {layer - 1} is"
+        raise Unmeasurable("not_finite", f"{where} not finite")

@@ -29,6 +29,7 @@ ROOM = 0.8  # of what is free on a device: the rest is for what libraries take, 
 PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
 PROMPTS_ON_DEVICE = 256
 SPECTRA_ON_DEVICE = 16 << 30  # the same there: a thousand matrices of a small model, beyond which nothing is gained
+COUPLED_AT_ONCE = 1 << 30  # bytes that the pairs of several prompts may take on a device
 PAIRS_AT_ONCE = 1 << 27  # bytes of J V that a device may hold for several layers
 _DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds on a CPU
 
@@ -199,12 +200,25 @@ def memory(
     jacobian = copied + prompts * max(6 * square, 5 * square // 2 + largest)
     at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
     spectra = at_once * (_DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank))
-    pairs = 3 * basis // prompts + 10 * (n_layers * rank) ** 2 + square  # all bases times one J; pairs, some in float64
+    coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
+    pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square  # all bases times one J
     if device.type != "cpu":
         pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
     size = prompts * n_layers * square * itemsize
     working = (trace + max(forward, jacobian, spectra, pairs)) * itemsize
     return Memory(size, place(size, device), 2 * basis * itemsize, working)
+
+
+def prompts_at_once(n_layers: int, rank: int, itemsize: int, device: str | torch.device) -> int:
+    """Prompts whose pairs of blocks are looked at in the same operations: on a device many, as launches count there."""
+    if torch.device(device).type == "cpu":
+        return 1
+    return max(1, COUPLED_AT_ONCE // (_pairs(n_layers, rank) * itemsize))
+
+
+def _pairs(n_layers: int, rank: int) -> int:
+    """Numbers that all pairs of one prompt take, some of them in float64."""
+    return 10 * (n_layers * rank) ** 2
 
 
 def memory_of(model: Any, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:

@@ -25,10 +25,8 @@ SPREAD = {torch.float32: (3e4, 3e5), torch.float64: (1e9, 1e11)}
 
 
 def block_of(k: int, d_model: int) -> int:
-    """Columns that are carried for k wanted ones: the more, the steeper the filter, and the dearer its small problem.
-
-    A narrow model waits for the small problems, which on a device cost as the fourth power, a wide one for the products.
-    """
+    """Columns that are carried for k wanted ones: the more, the steeper the filter, and the dearer its small problem."""
+    # A narrow model waits for the small problems, which on a device cost as the fourth power, a wide one for the products.
     spare = 0.25 * k if d_model <= GRAM else 0.5 * k
     return min(d_model, 16 * math.ceil((k + max(spare, 12)) / 16))
 
@@ -61,7 +59,8 @@ def leading_right_vectors(
         theta, Z = small_eigh(H, 1e-2 if filters == 0 else max(1e-13, tolerance / 50))
         Q, GQ = Q @ Z.to(Q), GQ @ Z.to(Q)
         theta = theta.clamp_min(0)
-        excess, noise, *bounds = _look(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
+        found = _look(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
+        (excess, noise), bounds = found[:2], found[2:]
         done, hopeless = looks.at(excess, noise)
         ends = done | hopeless | (filters >= PASSES)
         if ends.any():
@@ -71,10 +70,10 @@ def leading_right_vectors(
             looks.keep(going)
             if not len(going):
                 return V, settled.to(J.device)
-            bounds = [bound[going] for bound in bounds]
+            bounds = bounds[:, going]
             going = going.to(Q.device)
             Q, GQ, product = Q[going], GQ[going], product.of(going)
-        step = _Filter(*bounds, SPREAD[J.dtype][filters > 0])
+        step = _Filter(bounds, SPREAD[J.dtype][filters > 0])
         for turn in range(step.turns(looks.excess)):
             Q = orthonormal(step(product, Q, GQ if turn == 0 else product(Q)))
             filters += 1
@@ -149,9 +148,8 @@ class _Filter:
     Its coefficients are found on the host, where the bounds are.
     """
 
-    def __init__(
-        self, first: Float[Tensor, " batch"], wanted: Float[Tensor, " batch"], last: Float[Tensor, " batch"], spread: float
-    ) -> None:
+    def __init__(self, bounds: Float[Tensor, "3 batch"], spread: float) -> None:
+        first, wanted, last = bounds
         self.cut = torch.maximum(last, first * (4 / spread)).clamp_min(torch.finfo(torch.float32).tiny)
         above_first, above_last = (torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, wanted))
         degree = math.log(spread) / (above_first - above_last).clamp_min(1e-3)

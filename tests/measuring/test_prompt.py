@@ -13,16 +13,13 @@ from oracles import decoder_layers, oracle
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import closed
 from lm_eval_coupling.jacobians import engine as jacobians
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.registry import measured_columns, record_columns
 from lm_eval_coupling.measuring import batch
-from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring import settings as settings_module
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
 from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
-from lm_eval_coupling.numerics import memory
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)
@@ -356,55 +353,6 @@ def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, e
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
     assert found.method == ("autodiff",) * 3 and found.certificate.shape == (3,)
     assert found.line_shape_score > 1  # the trajectory is not in doubt
-
-
-@pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2", "bloom", "falcon-alibi", "mixtral", "qwen3-next"])
-def test_prompts_measured_together_are_those_measured_alone(case, float64_device):
-    """Padding on the right and a batch in the closed level change nothing but rounding, whatever the lengths."""
-    together = wrapped_on(float64_device, cases.tiny_model(case))
-    prompts = [cases.tiny_tokens(seq).flatten().tolist() for seq in (3, 17, 9, 3)]
-    settings = Settings((2, 4), dtype="float64")
-    for position in (-1, 1):
-        found = measure.measure_prompts(together, prompts, position, settings)
-        for record, tokens in zip(found, prompts, strict=True):
-            alone = measure_prompt(together, tokens, position, settings)
-            assert record.reason is None and record.tokens == tuple(tokens) and record.position == position % len(tokens)
-            assert record.method == alone.method and record.certificate.max() < 1e-10
-            np.testing.assert_allclose(record.singular_values, alone.singular_values, rtol=1e-5)
-            np.testing.assert_allclose(record.norms, alone.norms, rtol=1e-6)
-            np.testing.assert_allclose(record.miscoupling, alone.miscoupling, rtol=1e-4, atol=1e-6)
-
-
-def test_a_batch_really_is_one(monkeypatch):
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
-    widths = []
-    right = closed.Tape.watch
-
-    def watch(self, value, tangent=None):
-        widths.append(value.shape)
-        return right(self, value, tangent)
-
-    monkeypatch.setattr(closed.Tape, "watch", watch)
-    measure.measure_prompts(wrapped, [[1, 2, 3], [4, 5, 6, 7]], -1, Settings((2,)))
-    assert widths[0] == (2, 24)
-
-
-def test_one_bad_prompt_of_a_batch_costs_the_others_nothing():
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
-    good, empty, unknown = measure.measure_prompts(wrapped, [[1, 2, 3], [], [1, 10**6]], -1, Settings((2,)))
-    assert good.reason is None and good.certificate.max() < 1e-4
-    assert empty.reason and unknown.reason
-
-
-def test_prompts_are_grouped_by_length_within_memory(monkeypatch):
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
-    prompts = [[1] * n for n in (1500, 4, 900, 3, 1000, 5)]
-    settings = Settings((2,))
-    assert measure.groups(wrapped, prompts, settings) == [[3, 1, 5], [2, 4], [0]]
-    monkeypatch.setattr(memory, "PROMPTS", 2)
-    assert measure.groups(wrapped, prompts, settings) == [[3, 1], [5], [2, 4], [0]]
-    monkeypatch.setattr(memory, "BYTES", 1)
-    assert all(len(group) == 1 for group in measure.groups(wrapped, prompts, settings))
 
 
 def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):

@@ -148,7 +148,7 @@ def normalized_by_rank(
 
 def at_ranks(
     A: Float[Tensor, "*batch basis max_rank max_rank"],
-    rank: Int[Tensor, " basis"],
+    rank: Int[Tensor, "*#batch basis"],
     ranks: Sequence[int],
     of: Callable[[Tensor], Mapping[str, Tensor]],
 ) -> dict[str, Float[Tensor, "ranks *batch basis"]]:
@@ -166,8 +166,8 @@ def at_ranks(
 
 @true_float32()
 def subspace_overlaps(
-    U: Float[Tensor, "layer d_model max_rank"], ranks: Sequence[int]
-) -> Float[Tensor, "ranks layer layer"]:
+    U: Float[Tensor, "*batch layer d_model max_rank"], ranks: Sequence[int]
+) -> Float[Tensor, "ranks *batch layer layer"]:
     """Return ‖U_{l'}ᵀ U_l‖_F² / K of the leading K columns for every rank and all pairs of layers, from one product.
 
     1 for equal subspaces, 0 for orthogonal ones, whatever basis spans them.
@@ -175,14 +175,14 @@ def subspace_overlaps(
     Raises:
         CouplingError: if a rank is outside 1 … number of columns.
     """
-    layers, _, columns = U.shape
+    layers, _, columns = U.shape[-3:]
     if bad := [k for k in ranks if not 1 <= k <= columns]:
         raise CouplingError(
             f"got ranks {bad} with {columns} singular vectors, expected 1 to {columns}, ask top_singular for more"
         )
-    all_U = rearrange(U, "layer d k -> d (layer k)")
-    squares = rearrange((all_U.mT @ all_U).square(), "(l1 i) (l2 j) -> l1 l2 i j", l1=layers, l2=layers)
-    return torch.stack([reduce(squares[..., :k, :k], "l1 l2 i j -> l1 l2", "sum") / k for k in ranks])
+    all_U = rearrange(U, "... layer d k -> ... d (layer k)")
+    squares = rearrange((all_U.mT @ all_U).square(), "... (l1 i) (l2 j) -> ... l1 l2 i j", l1=layers, l2=layers)
+    return torch.stack([reduce(squares[..., :k, :k], "... l1 l2 i j -> ... l1 l2", "sum") / k for k in ranks])
 
 
 def _diagonal(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:
