@@ -23,7 +23,7 @@ AT_ONCE = 1 << 24  # numbers of the trajectories that are looked at together
 def run(batch: Batch) -> list[Found]:
     """Regularity of every prompt's trajectory."""
     entropies = _entropies(batch) if len(batch) > 1 else {}
-    at_once = max(1, AT_ONCE // next(iter(batch)).trajectory.numel())
+    at_once = max(1, AT_ONCE // batch.trajectories[0].numel())
     return batch.together(lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once)
 
 
@@ -37,7 +37,7 @@ def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
 
     model: Any = batch.model
     try:
-        stream = torch.stack([one.trace.trajectory(one.position) for one in batch])
+        stream = torch.stack(batch.trajectories).to(batch.traces[0].resid_final.device)
         parts = stream.split(max(1, points // stream.shape[1]))
         found = torch.cat([entropy(off_mps(model.logits(part))) for part in parts])
         return dict(enumerate(on_host(found)))

@@ -58,10 +58,10 @@ class TracedPrompt:
         call = self.trace.calls[0]
         return self.position if call.causal else call.seq - 1
 
-    @functools.cached_property
+    @property
     def trajectory(self) -> Float[Tensor, "layer_plus_1 d_model"]:
         """x^0 … x^L at the measured token, where float64 is to be had."""
-        return off_mps(self.trace.trajectory(self.position))
+        return self._batch.trajectories[self.index]
 
     @property
     def blocks(self) -> BlockJacobians:
@@ -112,6 +112,7 @@ class Batch:
         positions: the measured token of each, from 0.
         settings: what is measured.
         traces: of one padded forward pass.
+        trajectories: x^0 … x^L of every prompt at its measured token, where float64 is to be had.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class Batch:
         self.model, self.tokens, self.positions, self.settings = model, tokens, positions, settings
         self.traces = model.traces(tokens, DTYPES[settings.dtype], positions if derivative else None, probe)
         self._triplets: dict[int, SingularTriplets] = {}
-        _require_finite([one.trajectory for one in self])
+        at_tokens = zip(self.traces, positions, strict=True)
+        self.trajectories = [off_mps(trace.trajectory(position)) for trace, position in at_tokens]
+        _require_finite(self.trajectories)
 
     def __len__(self) -> int:
         return len(self.tokens)
