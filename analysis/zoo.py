@@ -45,7 +45,7 @@ def one_thread() -> None:
 def train_members(options: argparse.Namespace, members: SimpleQueue, finished: SimpleQueue) -> None:
     """Train members until there is none left, a few at a time in turns, and pass on their checkpoints.
 
-    Last checkpoints go first; earlier ones are passed on while no evaluator has anything else to do, the rest in the end.
+    Last checkpoints go first, earlier ones in the end; beside a GPU already while no evaluator has anything else to do.
     """
     one_thread()
     import torch
@@ -62,7 +62,7 @@ def train_members(options: argparse.Namespace, members: SimpleQueue, finished: S
                     training.remove(one)
             for name in one.saved():
                 finished.put(name) if name == one.last else earlier.append(name)
-        if earlier and finished.empty():
+        if earlier and options.device != "cpu" and finished.empty():
             finished.put(earlier.pop(0))
     for name in earlier:
         finished.put(name)
