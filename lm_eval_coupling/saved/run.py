@@ -18,7 +18,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.prompting import model_arguments, prompting
-from lm_eval_coupling.saved.tables import UNTRAINED, frame_of, open_table, read_header
+from lm_eval_coupling.saved.tables import UNTRAINED, frame_of, open_table, read_header, require_schema
 
 _DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.(?:json|parquet)$")
 # Arguments of the model, besides its name and revision, that make other weights of it.
@@ -283,6 +283,8 @@ def _results(file: Path, named: bool) -> dict[str, Any] | None:
             f"got {file}, which is no readable results file ({why(error)}); remove it or run the evaluation again"
         ) from None
     if isinstance(run, dict) and isinstance(run.get("results"), dict):
+        if isinstance(about := (run.get("config") or {}).get("coupling"), dict):
+            require_schema(file, about)
         return run
     if named:
         raise CouplingError(f"got {file}, which has no results; expected a results_*.json that lm-eval wrote")

@@ -182,12 +182,21 @@ def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise CouplingError(
             f"got {file}, which is not a coupling table; expected a file that a coupling-hf run wrote"
         ) from None
-    if about["schema_version"] != SCHEMA_VERSION:
+    require_schema(file, about)
+    return about, tuple(schema.names)
+
+
+def require_schema(file: Path | str, about: Mapping[str, Any]) -> None:
+    """Refuse what another release may have meant otherwise: ``about`` is what a file says of its coupling.
+
+    Raises:
+        CouplingError: if it is of another schema version.
+    """
+    if (version := about.get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
         raise CouplingError(
-            f"got {file} of schema version {about['schema_version']}, expected version {SCHEMA_VERSION}; "
+            f"got {file} of schema version {version}, expected version {SCHEMA_VERSION}; "
             "read it with the release that wrote it or measure again"
         )
-    return about, tuple(schema.names)
 
 
 def safe_name(task: str) -> str:

@@ -12,6 +12,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.saved.names import label_rows
 from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.tables import SCHEMA_VERSION
 from lm_eval_coupling.saved.values import prompt_values, value_names
 
 DAYS = [f"2025-06-0{day}T00-00-00" for day in range(1, 5)]
@@ -221,3 +222,16 @@ def test_bad_files_are_named_and_passed_over(tmp_path, caplog):
     assert "results_broken.json" in caplog.text and "coupling_broken.parquet" in caplog.text
     with pytest.raises(CouplingError, match="not a coupling table"):
         load_records(where / "coupling_broken.parquet")
+
+
+def test_results_of_a_later_release_are_not_read_as_if_they_were_ours(tmp_path, caplog):
+    """Only the tables were held to their version; the summaries beside lm-eval's scores were taken as they stood."""
+    where = save(tmp_path, {"arc": task_summary()}, rows=[record()])
+    (file,) = where.glob("results_*.json")
+    later = json.loads(file.read_text())
+    later["config"]["coupling"]["schema_version"] = SCHEMA_VERSION + 1
+    (where / "results_2030-01-01T00-00-00.000000.json").write_text(json.dumps(later))
+    assert len(load_runs(tmp_path)) == 1
+    assert f"of schema version {SCHEMA_VERSION + 1}, expected version {SCHEMA_VERSION}" in caplog.text
+    with pytest.raises(CouplingError, match="read it with the release that wrote it"):
+        load_runs(where / "results_2030-01-01T00-00-00.000000.json")
