@@ -1,0 +1,112 @@
+r"""What a few real models say: coupling and its rivals, task by task, trained and untrained, beside the score.
+
+    python analysis/real_models.py OUT [OUT …] --out analysis/results/real
+
+Too few models are no sample: nothing is fitted here. models.csv has, for every model, weights and task, the mean over
+documents of each number with its standard error, and the score of the trained weights. The picture has a panel a task, each
+model a point; printed is in how many tasks the models stand in the same order by a number as by the score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import command
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from lm_eval_coupling import load_runs
+from lm_eval_coupling.figures.canvas import grid, legend_outside
+from lm_eval_coupling.figures.palette import CATEGORIES
+from lm_eval_coupling.saved.names import label_weights
+from lm_eval_coupling.studies import tables
+
+NUMBERS = (
+    "coupling",
+    "attention_coupling",
+    "mlp_coupling",
+    "line_shape_score",
+    "expodistance",
+    "mean_jacobian_norm",
+    "mean_stable_rank",
+    "mean_non_normality",
+    "mean_symmetric_share",
+    "mean_block_influence",
+    "mean_linearity",
+    "last_state_effective_rank_centred",
+)
+SCORES = ("acc_norm,none", "acc,none")  # the first that a task has
+
+
+def scores(runs: Sequence, tasks: Sequence[str] | None) -> pd.DataFrame:
+    """One row per model and task: ``score``, its standard error, and documents."""
+    found = load_runs(runs, mixed="keep")
+    found = found[found["task"].isin(tasks) if tasks else ~found["is_group"] & (found["group"] == "")].copy()
+    found["model"] = label_weights(found)
+    rows = []
+    for row in found.sort_values("n_samples").to_dict("records"):
+        metric = next((name for name in SCORES if name in row and pd.notna(row[name])), None)
+        if metric:
+            error = row.get(metric.replace(",", "_stderr,"))
+            about = {"model": row["model"], "task": row["task"], "weights": "trained", "measure": metric}
+            rows.append(about | {"mean": row[metric], "stderr": error, "n": row["n_samples"]})
+    return pd.DataFrame(rows).drop_duplicates(["model", "task"], keep="last")  # of most documents
+
+
+def means(records: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """Mean over documents of each number, by task and over all of them."""
+    values = tables.long(records, tables.recorded(records, NUMBERS), rank)
+    by = ["model", "weights", "task", "measure"]
+    everything = tables.summary(values.assign(task="all"), by)
+    return pd.concat([tables.summary(values, by), everything])[[*by, "mean", "stderr", "n"]]
+
+
+def same_order(found: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """For every number: tasks in which Spearman's correlation over the models with the score is positive, of how many."""
+    trained = found[(found["weights"] == "trained") & (found["task"] != "all")]
+    joined = trained.merge(scored[["model", "task", "mean"]], on=["model", "task"], suffixes=("", "_score"))
+    rows = []
+    for name, of in joined.groupby("measure", sort=False):
+        each = [
+            stats.spearmanr(of_task["mean"], of_task["mean_score"]).statistic
+            for _, of_task in of.groupby("task")
+            if len(of_task) > 2 and of_task["mean"].nunique() > 1
+        ]
+        up = sum(r > 0 for r in each)
+        rows.append({"number": name, "models": of["model"].nunique(), "same_way": up, "tasks": len(each)})
+    return pd.DataFrame(rows)
+
+
+def picture(found: pd.DataFrame, scored: pd.DataFrame, rank: int) -> Figure:
+    """The score over coupling, a panel a task, with standard errors of both."""
+    trained = found[(found["weights"] == "trained") & (found["measure"] == "coupling")]
+    names = [task for task in dict.fromkeys(scored["task"]) if task in set(trained["task"])]
+    figure, axes = grid(len(names), title=f"Score over coupling, K = {rank}, and their standard errors")
+    colour = dict(zip(dict.fromkeys(trained["model"]), CATEGORIES, strict=False))
+    for ax, task in zip(axes, names, strict=True):
+        both = trained[trained["task"] == task].merge(scored[scored["task"] == task], on="model", suffixes=("", "_score"))
+        for row in both.itertuples():
+            errors = {"xerr": row.stderr, "yerr": row.stderr_score}
+            ax.errorbar(row.mean, row.mean_score, **errors, fmt="o", color=colour[row.model], label=row.model, markersize=4)
+        ax.set_title(task, fontsize="small")
+        ax.set_xlabel("coupling", fontsize="small")
+        ax.set_ylabel("score", fontsize="small")
+    legend_outside(figure, axes)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, average, save, and print what goes the way of the score."""
+    options = command.arguments(__doc__).parse_args(argv)
+    records = tables.read(options.runs, options.tasks, measures=NUMBERS)
+    rank = tables.choose_rank(records, options.rank)
+    found, scored = means(records, rank), scores(options.runs, options.tasks)
+    command.save(options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6))
+    overall = found[found["task"] == "all"].pivot(index=["model", "weights"], columns="measure", values="mean")
+    print(overall[[name for name in NUMBERS if name in overall]].T.round(4).to_string())
+    print(same_order(found, scored).to_string(index=False))
+
+
+if __name__ == "__main__":
+    command.run(main)

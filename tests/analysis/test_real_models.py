@@ -1,0 +1,50 @@
+"""A few models beside each other: means over documents, scores, and in how many tasks both go the same way."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import saved_runs
+from studied import record, script
+
+pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+MODELS = {"org/a": (0.1, 0.3), "org/b": (0.2, 0.5), "org/c": (0.3, 0.4)}  # shift of m̃ of all pairs, accuracy
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for model, (shift, accuracy) in MODELS.items():
+        rows = [record(i, task=task, shift=shift + i / 100) for task in ("arc", "piqa") for i in range(3)]
+        rows += [record(i, weights="untrained", shift=0.5) for i in range(3)]
+        summaries = {task: saved_runs.task_summary(n=3) for task in ("arc", "piqa")}
+        where = saved_runs.save(tmp_path, summaries, model=model, rows=rows)
+        (file,) = where.glob("results_*.json")
+        found = json.loads(file.read_text())
+        found["results"]["arc"]["acc,none"] = accuracy
+        found["results"]["piqa"]["acc,none"] = 1 - accuracy
+        file.write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_means_scores_and_what_goes_the_same_way(runs, tmp_path, capsys):
+    script("real_models")([str(runs), "--out", str(tmp_path / "out")])
+    rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["model", "weights", "task", "measure"])
+    each = [_coupling(record(i, shift=0.2 + i / 100)) for i in range(3)]
+    found = rows.loc[("b", "trained", "arc", "coupling")]
+    assert found["mean"] == pytest.approx(np.mean(each), abs=1e-6) and found["n"] == 3
+    assert found["stderr"] == pytest.approx(np.std(each, ddof=1) / 3**0.5, abs=1e-6)
+    assert (
+        rows.loc[("b", "trained", "all", "coupling")]["n"] == 6 and rows.loc[("b", "untrained", "arc", "coupling")]["n"] == 3
+    )
+    assert rows.loc[("b", "trained", "piqa", "acc,none")]["mean"] == pytest.approx(0.5)
+    told = capsys.readouterr().out
+    (line,) = [line.split() for line in told.splitlines() if line.split()[:1] == ["coupling"] and len(line.split()) == 4]
+    # Coupling falls from a to c; accuracy ends higher in arc (0.3, 0.5, 0.4) and lower in piqa.
+    assert line == ["coupling", "3", "1", "2"]
+    assert (tmp_path / "out" / "models.png").exists()
+
+
+def _coupling(row):
+    pairs = row["normalized_miscoupling"][list(row["ranks"]).index(10)].astype(float)
+    return 1 - pairs[~np.eye(len(pairs), dtype=bool)].mean()
