@@ -37,7 +37,7 @@ def leading_right_vectors(
     """Orthonormal bases of the top k right singular vectors, largest first, and which of them have settled.
 
     Settled means ‖JᵀJ v − σ² v‖ ≤ ``tolerance`` · σ_1 σ for each, or as small as rounding lets it be. Deterministic. Costs
-    some 10 to 40 products of JᵀJ with 1.5·k columns, and two to five decompositions of that size on the host.
+    some 10 to 40 products of JᵀJ with :func:`block_of` columns, and two to five decompositions of that size.
 
     Args:
         J: entries of about the size of 1, so that those of JᵀJ neither overflow nor vanish.
