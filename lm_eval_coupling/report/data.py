@@ -14,7 +14,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 from lm_eval_coupling.measures.registry import Reading, summarised
-from lm_eval_coupling.report.prompts import describe_table
+from lm_eval_coupling.report.task_table import describe_table
 from lm_eval_coupling.saved.direction_words import SavedWords, read_words
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.sweep.answers import scores_file
 from lm_eval_coupling.sweep.plan import Plan
-from lm_eval_coupling.sweep.scores import scores_file
 from lm_eval_coupling.sweep.source import source
 from lm_eval_coupling.sweep.units import Task, Unit
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lm_eval_coupling.errors import why
-from lm_eval_coupling.sweep import record, scores
+from lm_eval_coupling.sweep import answers, record
 from lm_eval_coupling.sweep.done import done, set_aside
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Plan
@@ -99,7 +99,7 @@ class Worker:
         if outcome.out_of_memory and (smaller := half(size)) is not None:
             outcome = self._attempt(unit, folder, descriptor, smaller)
         if outcome.state == "done":
-            scores.forget(folder)
+            answers.forget(folder)
             set_aside(self.plan, unit)
         return outcome
 
@@ -122,7 +122,7 @@ class Worker:
 
     def _process_of(self, folder: Path, made: Mapping[str, Any], descriptor: int) -> int:
         """Run lm-eval to its end; returns its exit code."""
-        scores.forget_old(folder, made["metadata"][NOTE])
+        answers.forget_old(folder, made["metadata"][NOTE])
         file = folder / "lm_eval.yaml"
         file.write_text(yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8")
         command = [*self.command, "--config", str(file)]

@@ -24,7 +24,7 @@ from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.data import LabelledImage, LabelledImages, load_images
+from lm_eval_coupling.vision.images import LabelledImage, LabelledImages, load_images
 from lm_eval_coupling.vision.labels import model_labels
 from lm_eval_coupling.vision.pictures import picture
 from lm_eval_coupling.vision.saving import results_of, save

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.harness.results import CouplingInfo, add_to_results
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.data import LabelledImages
+from lm_eval_coupling.vision.images import LabelledImages
 from lm_eval_coupling.vision.scoring import Answer, Scored
 
 

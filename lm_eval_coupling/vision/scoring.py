@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.images import pixel_digest
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.data import LabelledImage, LabelledImages
+from lm_eval_coupling.vision.images import LabelledImage, LabelledImages
 
 logger = logging.getLogger("lm_eval.coupling")
 

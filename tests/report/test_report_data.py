@@ -7,7 +7,7 @@ from saved_runs import CHANCE, record, save, task_summary
 
 from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.page import embeddable_json, gather, page
-from lm_eval_coupling.report.prompts import pack
+from lm_eval_coupling.report.task_table import pack
 from lm_eval_coupling.saved.results import load_runs
 from lm_eval_coupling.saved.run import find_runs
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values

@@ -11,7 +11,7 @@ from coloured_images import save_classifier, save_images
 from PIL import Image
 
 from lm_eval_coupling.report.page import write_report
-from lm_eval_coupling.report.prompts import _picture
+from lm_eval_coupling.report.task_table import _picture
 from lm_eval_coupling.vision.run import run_vision
 
 EVIL = "<img src=x onerror=window.pwned=1>"

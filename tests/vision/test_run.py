@@ -20,7 +20,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measuring.session import Session
 from lm_eval_coupling.saved import reference
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.data import load_images
+from lm_eval_coupling.vision.images import load_images
 from lm_eval_coupling.vision.pictures import SIDE, picture
 from lm_eval_coupling.vision.run import run_vision
 from lm_eval_coupling.vision.summary_token import summary_token

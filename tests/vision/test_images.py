@@ -7,7 +7,7 @@ import pytest
 from coloured_images import save_images
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.vision.data import load_images
+from lm_eval_coupling.vision.images import load_images
 from lm_eval_coupling.vision.labels import model_labels
 
 
