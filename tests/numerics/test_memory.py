@@ -17,7 +17,15 @@ from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.numerics import limits
 from lm_eval_coupling.numerics import memory as module
-from lm_eval_coupling.numerics.memory import jacobian_stack, layers_at_once, memory, memory_of, together
+from lm_eval_coupling.numerics.memory import (
+    COUPLED_AT_ONCE,
+    jacobian_stack,
+    layers_at_once,
+    memory,
+    memory_of,
+    prompts_at_once,
+    together,
+)
 from lm_eval_coupling.residual import ResidualModel
 
 GB = 10**9
@@ -76,6 +84,18 @@ def test_as_many_are_decomposed_together_as_there_is_room_for(free):
     free(100 * GB, 1 * GB)
     assert [layers_at_once(d, 4, gpu) for d in (4096, 8192)] == [4, 2]
     assert [layers_at_once(d, 4, cpu) for d in (576, 8192)] == [4 * torch.get_num_threads(), 1]
+
+
+def test_pairs_of_as_many_prompts_are_held_as_is_announced(free):
+    """On a device several prompts' at a time, one of a deep model; on a CPU always one."""
+    free(100 * GB, 60 * GB)
+    assert [prompts_at_once(n, 50, 4, "cuda") for n in (12, 30, 80)] == [74, 11, 1]
+    assert prompts_at_once(12, 50, 4, "cpu") == 1
+    # Where pairs are what takes most, the announcement holds those of a whole group, and no more.
+    shape = {"n_layers": 30, "d_model": 64, "n_heads": 1, "block_params": 10_000, "rank": 50, "seq": 4}
+    group, beyond = (memory(**shape, prompts=n, device="cuda").working for n in (11, 40))
+    assert 0.8 * COUPLED_AT_ONCE < group < beyond < 1.3 * COUPLED_AT_ONCE
+    assert memory(**shape, prompts=11, device="cpu").working < group / 5
 
 
 def test_it_grows_with_what_is_measured_at_a_time():
