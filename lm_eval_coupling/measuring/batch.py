@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 from lm_eval_coupling.numerics.transfer import on_host
 from lm_eval_coupling.residual import halves
+
+logger = logging.getLogger("lm_eval.coupling")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -194,9 +197,13 @@ class Batch:
     ) -> list[Found]:
         start = time.perf_counter()
         if len(prompts) > 1:
-            with contextlib.suppress(Exception):
+            try:
                 parts = measure(prompts)
                 return [_on_host(part, (time.perf_counter() - start) / len(prompts)) for part in parts]
+            except Exception:
+                logger.debug(
+                    "coupling: %s of %d prompts at once failed, each is measured alone", name, len(prompts), exc_info=True
+                )
         return [self._alone(lambda one: measure([one])[0], one, name) for one in prompts]
 
     def _alone(self, measure: Callable[[TracedPrompt], Found], one: TracedPrompt, name: str) -> Found:
