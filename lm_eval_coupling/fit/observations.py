@@ -102,6 +102,10 @@ def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list
     for kind in dict.fromkeys(types.dropna()) if types.nunique() > 1 else ():
         if (of := rows[types == kind])["score_of"].nunique() > 1:
             yield from _mean_of(of, predictors, f"{kind} scores", [])
+    turned = rows["turned"]
+    if turned.any() and not turned.all():  # an accuracy and a loss are not of one scale
+        notes.append(f"not in the mean of the scores, as lower is better: {some(rows['score_of'][turned])}")
+        rows = rows[~turned]
     if rows["score_of"].nunique() > 1:
         yield from _mean_of(rows, predictors, "scores", notes)
 

@@ -131,7 +131,7 @@ def _differences(rows: pd.DataFrame) -> list[str]:
 
 
 def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd.DataFrame:
-    """Columns ``score``, ``score_error`` and ``score_of``; larger is better, as perplexities change their sign."""
+    """Columns ``score``, ``score_error`` and ``score_of``; larger is better: ``turned`` perplexities change sign."""
     scored = []
     for task, group in rows.groupby("task", sort=False):
         metric = _metric(group, wanted)
@@ -144,6 +144,7 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
         scored.append(
             group.assign(
                 score=-group[metric] if lower else group[metric],
+                turned=lower,
                 score_error=_without_zeros(error, group[metric], group["n_samples"]),
                 score_of=f"{task} {'−' if lower else ''}{name}",
                 metric=metric,

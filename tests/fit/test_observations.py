@@ -136,6 +136,24 @@ class TestObservations:
         with pytest.raises(CouplingError, match="no score 'bleu' in these runs, expected one of acc,none, f1,strict, word"):
             observations(tmp_path, score="bleu")
 
+    def test_accuracies_and_losses_have_no_mean(self, tmp_path):
+        """The mean of an accuracy and of −bits per byte was a score, of which the loss as a rival was the larger part."""
+
+        def add_loss(run):
+            score = {"bits_per_byte,none": run["results"]["text"].pop("acc,none")}
+            for name in ("acc_stderr,none", "f1,strict", "f1_stderr,strict"):
+                run["results"]["text"].pop(name)
+            run["results"]["text"] |= score
+
+        for i in range(3):
+            scores = {"arc": 0.3 + i / 10, "gsm": 0.4, "text": 0.9 - i / 10}
+            save_model(tmp_path, f"m{i}", 0.1 + i / 10, scores, change=add_loss)
+        found = observations(tmp_path)
+        assert found.scores == ["arc acc", "gsm acc", "text −bits_per_byte", "mean of 2 scores"]
+        mean = found.frame.query("task == 'mean'").sort_values("label")
+        np.testing.assert_allclose(mean["score"], [0.35, 0.4, 0.45])
+        assert "not in the mean of the scores, as lower is better: text −bits_per_byte" in found.notes
+
     def test_a_perfect_score_has_an_error_too(self, tmp_path):
         save_model(tmp_path, "a", 0.1, {"arc": 1.0})
         shrunk = 52 / 54  # two right and two wrong answers added
