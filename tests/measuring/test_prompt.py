@@ -1,7 +1,6 @@
 """One prompt from token ids to its record, against naive float64 oracles from end to end; and what it says on failure."""
 
 import copy
-import json
 import math
 
 import cases
@@ -14,12 +13,10 @@ from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import engine as jacobians
-from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.registry import measured_columns, record_columns
 from lm_eval_coupling.measuring import batch
-from lm_eval_coupling.measuring import settings as settings_module
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
-from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
 RANKS = (2, 5)
@@ -230,34 +227,6 @@ def test_methods_agree(model, method):
     assert found.coupling(5) == pytest.approx(measured(model).coupling(5), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ranks": ()}, "expected positive whole numbers"),
-        ({"ranks": (0, 3)}, "coupling_ranks=0.3, expected positive whole numbers"),
-        ({"ranks": (True, 2)}, "coupling_ranks=True.2, expected positive whole numbers"),
-        ({"ranks": 2.5}, "coupling_ranks=2.5, expected positive whole numbers"),
-        ({"ranks": "ten"}, "coupling_ranks=ten, expected positive whole numbers"),
-        ({"ranks": (2, 25)}, "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24"),
-        ({"measures": ("depth", "width")}, "coupling_measures=depth.width .*'width', expected any of depth, regularity"),
-        ({"measures": ()}, "no coupling_measures, expected any of depth, regularity"),
-        ({"dtype": "bfloat16"}, "coupling_dtype='bfloat16', expected one of float32, float64"),
-        ({"method": "fast"}, "coupling_method='fast', expected one of auto, closed"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_at_once(model, options, message):
-    with pytest.raises(CouplingError, match=message):
-        measured(model, **options)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "expected"), [(2, (2,)), ("5+2", (2, 5)), (np.array([2, 5]), (2, 5)), (np.int64(3), (3,)), ([5, 2, 5], (2, 5))]
-)
-def test_ranks_in_every_form(ranks, expected):
-    """A number alone was a TypeError, a text was taken apart into characters, and NumPy's numbers were refused."""
-    assert chosen_ranks(ranks) == expected
-
-
 def test_measures_as_on_the_command_line(model):
     assert measured(model, measures="regularity+depth").line_shape_score is not None
 
@@ -265,19 +234,6 @@ def test_measures_as_on_the_command_line(model):
 def test_a_rank_that_was_not_measured_is_named(model):
     with pytest.raises(CouplingError, match=r"rank 3, expected one of the measured ranks \[2, 5\]"):
         measured(model).coupling(3)
-
-
-def test_settings_are_json_and_tell_measurements_apart():
-    base = Settings((2, 5))
-    assert json.loads(json.dumps(base.as_dict())) == base.as_dict()
-    assert Settings((5, 2, 5)).as_dict() == base.as_dict()
-    others = [
-        Settings((2,)),
-        Settings((2, 5), ("depth",)),
-        Settings((2, 5), dtype="float64"),
-        Settings((2, 5), method="closed"),
-    ]
-    assert len({json.dumps(s.as_dict()) for s in [base, *others]}) == 5
 
 
 def test_a_record_gives_every_column_by_name(model):
@@ -396,24 +352,6 @@ def test_a_window_longer_than_the_model_is_named(model):
         measured(model, window=4)
     with pytest.raises(CouplingError, match="coupling_window=0, expected a whole number from 1"):
         measured(model, window=0)
-
-
-def test_what_a_measure_depends_on_is_its_own():
-    """Depth numbers are found again whatever is asked for beside them, in whatever order."""
-    assert Settings(measures=("depth",)).of("depth") == {
-        "dtype": "float32",
-        "ranks": [10, 30, 50],
-        "method": "auto",
-        "version": registry.measures()["depth"].version,
-    }
-    one, other = Settings(measures=("depth", "regularity")), Settings(measures=("regularity", "depth"), window=5)
-    assert one.measures == other.measures and one.of("depth") == other.of("depth")
-    assert one.of("regularity") != other.of("regularity")
-    assert other.as_dict()["window"] == 5 and other.as_dict()["regularity_version"] == 2
-
-
-def test_levels_are_those_of_the_jacobians():
-    assert settings_module.METHODS == ("auto", *jacobians.LEVELS)
 
 
 def test_a_head_that_fails_costs_the_entropy_only(model, monkeypatch):
