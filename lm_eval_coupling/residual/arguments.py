@@ -96,7 +96,8 @@ def _the_same(a: Tensor, b: Tensor) -> bool:
 
 def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
     """Arguments as they are, masks of different numbers of keys with as many each: those put in front are not to be seen."""
-    missing = [max(mask.shape[-1] for mask in masks) - mask.shape[-1] for mask in masks]
+    longest = max(mask.shape[-1] for mask in masks)
+    missing = [longest - mask.shape[-1] for mask in masks]
     if not any(missing):
         return list(masks)
     if not (masks[0].is_floating_point() or masks[0].dtype == torch.bool):
