@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual import checks
-from lm_eval_coupling.residual.block_call import hidden
 from lm_eval_coupling.residual.bridge import put_bridge_into
 from lm_eval_coupling.residual.images import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
@@ -67,9 +66,10 @@ class _Entrance:
         checks.require_shared_weights(self.twin, self.base)
         self._hold_twin_to_scored()
         self.plain = self._own_blocks()
+        ended = None if self.base.training or not self.runs else self._end()  # by the kernels that score
         self._make_eager()
         trace = self._checked(self.plain)
-        self._hold_end_to_scored(trace.resid_final)
+        self._hold_to_scored(trace.resid_final, ended)
         bridged, reason = self._bridged(trace)
         model = self.plain if bridged is None else bridged
         held = checks.held_fixed(trace)
@@ -86,10 +86,10 @@ class _Entrance:
         if not self.runs or self.base.training:  # dropout
             return
         device = next(self.twin.parameters()).device
-        self.answer = checks.answer_of(self.scored, self.inputs, device)
+        expected = checks.answer_of(self.scored, self.inputs, device)
         found = checks.answer_of(self.twin, self.inputs, device)
         tolerance = checks.ROUNDED if "_original_forward" in vars(self.base) else checks.SAME_KERNELS
-        checks.require_close("logits", self.name, found, self.answer, tolerance if self.rounds else checks.SAME)
+        checks.require_close("logits", self.name, found, expected, tolerance if self.rounds else checks.SAME)
 
     def _own_blocks(self) -> Any:
         """The list of modules that hands a stream on, found by running through it."""
@@ -124,19 +124,25 @@ class _Entrance:
         checks.require_residual_stream(self.name, trace.calls, trace.resid_final)
         return trace
 
-    def _hold_end_to_scored(self, stream: Tensor) -> None:
-        """From the last block on the model only reads the stream; what it says then is what it says when it is scored."""
-        if self.base.training:
-            return
-        if self.runs:
-            found = self.plain.answer(stream)
-            tolerance = checks.HALF if self.rounds else checks.OTHER_KERNELS
-            checks.require_close("logits after the last block", self.name, found, self.answer, tolerance)
-            return
-        names = {id(module): name for name, module in self.twin.named_modules()}  # weights elsewhere: only traces run
-        last = self.base.get_submodule(names[id(self.plain.blocks[-1])])
-        expected = hidden(checks.output_of(self.base, last, self.inputs, self.plain.device))
-        checks.require_close("a residual stream", self.name, stream, expected, checks.PACKED)
+    def _end(self) -> tuple[Tensor, Tensor]:
+        """What the last block hands on in a pass of the twin, and what the twin says in that pass."""
+        return checks.end_of(self.twin, self.plain.blocks[-1], self.inputs, self.plain.device)
+
+    def _hold_to_scored(self, stream: Tensor, ended: tuple[Tensor, Tensor] | None) -> None:
+        """What is measured, in float32, is the stream that is scored but for rounding, and nothing is added after it."""
+        if ended is not None:
+            scored, said = ended
+            tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
+            checks.require_close("logits after the last block", self.name, self.plain.answer(scored), said, tolerance)
+            if self.rounds:
+                checks.require_close_somewhere("a residual stream", self.name, stream[0], scored[0], checks.HALF)
+            else:
+                checks.require_close("a residual stream", self.name, stream, scored, checks.OTHER_KERNELS)
+        elif not self.base.training:  # weights elsewhere: only traces run
+            names = {id(module): name for name, module in self.twin.named_modules()}
+            last = self.base.get_submodule(names[id(self.plain.blocks[-1])])
+            expected, _ = checks.end_of(self.base, last, self.inputs, self.plain.device)
+            checks.require_close("a residual stream", self.name, stream, expected, checks.PACKED)
 
     def _bridged(self, expected: Any) -> tuple[Any, str]:
         """The model by TransformerLens' bridge, or None, and the reason in words."""
