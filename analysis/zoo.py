@@ -161,6 +161,7 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
     for process in evaluators:
         process.start()
     everything = [name for recipe in recipes for name in checkpoints(recipe, options)]
+    earlier: list[str] = []
     for recipe in recipes:
         names = checkpoints(recipe, options)
         if not (options.out / names[-1]).exists():
@@ -168,15 +169,22 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
             continue
         for name in names:
             if not is_there(options.out, name):
-                finished.put(name)
-    for processes, queue in ((trainers, members), (evaluators, finished)):
-        for _ in processes:
-            queue.put(None)
-        for process in processes:
-            process.join()
+                finished.put(name) if name == names[-1] else earlier.append(name)
+    end(trainers, members)
+    for name in earlier:
+        finished.put(name)
+    end(evaluators, finished)
     there = sum(is_there(options.out, name) for name in everything)
     print(f"{there} of {len(everything)} checkpoints have results in {options.out / 'results'}", flush=True)
     return there
+
+
+def end(processes: list[Any], queue: SimpleQueue) -> None:
+    """Let processes finish what is queued, and wait for them."""
+    for _ in processes:
+        queue.put(None)
+    for process in processes:
+        process.join()
 
 
 def copy_records(out: Path, to: Path) -> None:
