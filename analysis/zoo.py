@@ -11,7 +11,7 @@ zoo_parts/recipes.py). Every checkpoint is an ordinary transformers folder, ever
 BLiMP and the bits per byte of kept-out text, measured on the same documents. Without --corpus DATA must be there.
 
 Members are trained by --trainers processes, and evaluated by --evaluators others on the CPU as soon as they are saved. What
-is complete is not made again: the same command goes on after a stop. On two CPU cores take --windows 32 (about three hours).
+is complete is not made again: the same command goes on after a stop. On two CPU cores take --windows 8 (about two hours).
 """
 
 from __future__ import annotations
