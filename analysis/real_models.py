@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import command
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.figures.canvas import grid, legend_outside
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.saved.names import label_weights
+from lm_eval_coupling.statistics import correlation
 from lm_eval_coupling.studies import tables
 
 NUMBERS = (
@@ -69,7 +69,7 @@ def same_order(found: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, of in joined.groupby("measure", sort=False):
         each = [
-            stats.spearmanr(of_task["mean"], of_task["mean_score"]).statistic
+            correlation(of_task["mean"], of_task["mean_score"], method="spearman").coefficient
             for _, of_task in of.groupby("task")
             if len(of_task) > 2 and of_task["mean"].nunique() > 1
         ]

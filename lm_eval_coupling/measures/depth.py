@@ -95,16 +95,15 @@ def _miscouplings(A: Tensor, S: Tensor) -> dict[str, Tensor]:
     }
 
 
-def undefined_pairs(normalized: Tensor | np.ndarray, of: str = "") -> tuple[Reason, ...]:
+def undefined_pairs(normalized: np.ndarray, of: str = "") -> tuple[Reason, ...]:
     """How many layer pairs have no value at the largest rank, and why a shallow model has no coupling."""
     if len(normalized) == 1:
         words = "a model of one block has no pair of different layers, hence no coupling"
         return (Reason("one_layer", words),)
-    values = np.asarray(normalized)
-    undefined = int(np.isnan(values).sum())
+    undefined = int(np.isnan(normalized).sum())
     if not undefined:
         return ()
-    words = f"{undefined} of {values.size} layer pairs{of} are undefined: a Jacobian is zero or of rank below K"
+    words = f"{undefined} of {normalized.size} layer pairs{of} are undefined: a Jacobian is zero or of rank below K"
     return (Reason("zero_or_low_rank", words),)
 
 

@@ -31,6 +31,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
     from lm_eval_coupling.measures.formulas.coupling import normalized_by_rank
     from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import top_singular
+    from lm_eval_coupling.numerics.transfer import on_host
 
     ranks = one.settings.ranks
     found = [_of_block(one, call) for call in one.trace.calls]
@@ -40,10 +41,10 @@ def _of_prompt(one: TracedPrompt) -> Found:
         J = torch.stack([jacobians[i].to(one.trace.resid_final.device) for jacobians, _ in found])
         J = off_mps(J)
         triplets = top_singular(J, ranks[-1])
-        pairs = normalized_by_rank(J, triplets, ranks)
+        pairs = on_host(normalized_by_rank(J, triplets, ranks))
         columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
-        columns[f"{half}_coupling"] = couplings_of(pairs.cpu().numpy())
-        reasons += undefined_pairs(pairs[-1].cpu(), f" of the {half} halves")
+        columns[f"{half}_coupling"] = couplings_of(pairs)
+        reasons += undefined_pairs(pairs[-1], f" of the {half} halves")
     return Found(columns, tuple(reasons))
 
 

@@ -23,7 +23,7 @@ def all_on_host(values: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for kind in dict.fromkeys(kinds):
         places = [i for i, one in enumerate(kinds) if one == kind]
-        packed = torch.cat([values[i].flatten() for i in places]).cpu()
+        packed = torch.cat([values[i].detach().flatten() for i in places]).cpu()
         parts = packed.split([values[i].numel() for i in places])
         found |= {i: part.view(values[i].shape) for i, part in zip(places, parts, strict=True)}
     return [found[i] for i in range(len(values))]
@@ -31,7 +31,7 @@ def all_on_host(values: Sequence[Tensor]) -> list[Tensor]:
 
 def rows_on_host(columns: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """One dictionary of arrays for each prompt, from columns whose first axis is the prompt."""
-    arrays = [np.asarray(column) for column in all_on_host([column.detach() for column in columns.values()])]
+    arrays = [column.numpy() for column in all_on_host([*columns.values()])]
     return [{name: array[i, ...] for name, array in zip(columns, arrays, strict=True)} for i in range(len(arrays[0]))]
 
 

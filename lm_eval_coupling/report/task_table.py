@@ -13,22 +13,11 @@ from lm_eval_coupling.report.layer_means import Layers, pack
 from lm_eval_coupling.report.numbers import paired
 from lm_eval_coupling.saved.direction_words import SavedWords
 from lm_eval_coupling.saved.run import SavedTable
-from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
+from lm_eval_coupling.saved.values import PROMPT, document_values, mean_and_error, prompt_values, ranks_of
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
 _DIRECTIONS = 3  # of each layer whose words are shown
-_SHOWN: tuple[str, ...] = (
-    "doc_id",
-    "doc_hash",
-    "prompt_hash",
-    "prompt_index",
-    "kind",
-    "n_tokens",
-    "position",
-    "text",
-    "ranks",
-)
-_SHOWN += ("normalized_miscoupling", "norms", "line_shape_score", "expodistance", "reason", "picture")
+_SHOWN = (*PROMPT, "text", "picture", "normalized_miscoupling", "norms", "line_shape_score", "expodistance")
 
 
 def describe_table(

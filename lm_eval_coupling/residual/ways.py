@@ -66,10 +66,10 @@ class _Entrance:
         checks.require_shared_weights(self.twin, self.base)
         self._hold_twin_to_scored()
         self.plain = self._own_blocks()
-        ended = None if self.base.training or not self.runs else self._end()  # by the kernels that score
+        ended = self._end()  # by the kernels that score
         self._make_eager()
         trace = self._checked(self.plain)
-        self._hold_to_scored(trace.resid_final, ended)
+        self._hold_to_scored(trace.resid_final, *ended)
         bridged, reason = self._bridged(trace)
         model = self.plain if bridged is None else bridged
         held = checks.held_fixed(trace)
@@ -124,25 +124,29 @@ class _Entrance:
         checks.require_residual_stream(self.name, trace.calls, trace.resid_final)
         return trace
 
-    def _end(self) -> tuple[Tensor, Tensor]:
-        """What the last block hands on in a pass of the twin, and what the twin says in that pass."""
-        return checks.end_of(self.twin, self.plain.blocks[-1], self.inputs, self.plain.device)
-
-    def _hold_to_scored(self, stream: Tensor, ended: tuple[Tensor, Tensor] | None) -> None:
-        """What is measured, in float32, is the stream that is scored but for rounding, and nothing is added after it."""
-        if ended is not None:
-            scored, said = ended
-            tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
-            checks.require_close("logits after the last block", self.name, self.plain.answer(scored), said, tolerance)
-            if self.rounds:
-                checks.require_close_somewhere("a residual stream", self.name, stream[0], scored[0], checks.HALF)
-            else:
-                checks.require_close("a residual stream", self.name, stream, scored, checks.OTHER_KERNELS)
-        elif not self.base.training:  # weights elsewhere: only traces run
+    def _end(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the last block hands on in a pass of the twin, and what the twin says in that pass; None in training."""
+        if self.base.training:
+            return None, None
+        last, model = self.plain.blocks[-1], self.twin
+        if not self.runs:  # weights elsewhere: only traces run it, and the scored model's own pass stands in
             names = {id(module): name for name, module in self.twin.named_modules()}
-            last = self.base.get_submodule(names[id(self.plain.blocks[-1])])
-            expected, _ = checks.end_of(self.base, last, self.inputs, self.plain.device)
-            checks.require_close("a residual stream", self.name, stream, expected, checks.PACKED)
+            last, model = self.base.get_submodule(names[id(last)]), self.base
+        return checks.end_of(model, last, self.inputs, self.plain.device)
+
+    def _hold_to_scored(self, stream: Tensor, scored: Tensor | None, said: Tensor | None) -> None:
+        """What is measured, in float32, is the stream that is scored but for rounding, and nothing is added after it."""
+        if scored is None or said is None:
+            return
+        if not self.runs:
+            checks.require_close("a residual stream", self.name, stream, scored, checks.PACKED)
+            return
+        tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
+        checks.require_close("logits after the last block", self.name, self.plain.answer(scored), said, tolerance)
+        if self.rounds:
+            checks.require_close_somewhere("a residual stream", self.name, stream[0], scored[0], checks.HALF)
+        else:
+            checks.require_close("a residual stream", self.name, stream, scored, checks.OTHER_KERNELS)
 
     def _bridged(self, expected: Any) -> tuple[Any, str]:
         """The model by TransformerLens' bridge, or None, and the reason in words."""

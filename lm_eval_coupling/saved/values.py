@@ -14,19 +14,9 @@ from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.measures.registry import Reading, record_columns, summarised
 from lm_eval_coupling.saved.run import SavedTable
 
-_ABOUT: tuple[str, ...] = (
-    "task",
-    "doc_id",
-    "doc_hash",
-    "prompt_hash",
-    "prompt_index",
-    "kind",
-    "n_tokens",
-    "position",
-    "reason",
-    "ranks",
-)
-_ABOUT += ("window", "certificate", "coupling", "weights")
+# What a table says of a prompt, whoever reads it.
+PROMPT = ("doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "n_tokens", "position", "reason", "ranks")
+_ABOUT = ("task", *PROMPT, "window", "certificate", "coupling", "weights")
 
 
 def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
