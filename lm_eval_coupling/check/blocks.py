@@ -20,7 +20,7 @@ from lm_eval_coupling.jacobians.certify import TOLERANCE, probe
 from lm_eval_coupling.jacobians.engine import jacobians_of_traces
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.residual import TrueDtype
-from lm_eval_coupling.residual.arguments import carried
+from lm_eval_coupling.residual.argument import carried
 from lm_eval_coupling.residual.block_call import hidden
 
 ROWS = 64  # of a Jacobian that are compared where it has more: each takes a backward pass through the whole block
@@ -123,8 +123,8 @@ def oracle(block: nn.Module, call: Any, token: int, rows: Int[Tensor, " row"]) -
     def there(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    arguments = {name: carried(value) for name, value in call.kwargs.items()}
-    args, kwargs = tree_map_only(Tensor, there, (tuple(call.args), arguments))
+    arguments = (carried(call.arguments.args), carried(call.arguments.kwargs))
+    args, kwargs = tree_map_only(Tensor, there, arguments)
     x = there(call.resid_pre).requires_grad_(True)
     with torch.enable_grad(), TrueDtype(dtype):
         contribution = (hidden(plain(x, *args, **kwargs)) - x)[0, token]

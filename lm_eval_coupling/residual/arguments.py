@@ -1,201 +1,110 @@
-"""A block's arguments cut to one token or one prompt, joined for several calls, and freed of side effects."""
+"""What a block was called with beside the stream. Blocks that are given the same share it, and what is cut from it."""
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # "cache" since transformers 5.24
+from lm_eval_coupling.residual import argument
+
+KEPT = 64  # runs on some tokens whose arguments are remembered
 
 
-def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
-    """Cut one argument of a block down to position ``t`` of ``n``, which sees the keys from ``first`` on.
+class Arguments:
+    """The arguments of one block's call, freed of side effects.
 
-    The only table about block arguments.
-
-    Returns:
-        A view where it is cut; what does not go by tokens is handed back as it is.
+    Attributes:
+        args: without a name, in order.
+        kwargs: by name.
     """
-    if isinstance(value, (tuple, list)):
-        return type(value)(cut(name, item, t, n, first) for item in value)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: cut("keys", item, t, n, first))
-    if not isinstance(value, Tensor):
-        return value
-    if name == "position_embeddings":
-        return value[..., t : t + 1, :]
-    if name in ("position_ids", "cache_position"):
-        return value[..., t : t + 1]
-    if name in ("alibi", "position_bias"):
-        return value[..., -1:] if first == t else value[..., first : t + 1]  # weights do not change with a common shift
-    if name == "keys":
-        return value[..., first : t + 1, :] if value.dim() > 2 and value.shape[-2] == n else value
-    if value.dim() >= 2 and value.shape[-2:] == (n, n):
-        return value[..., t : t + 1, first : t + 1]
-    if value.dim() == 3 and value.shape[1] == n:
-        return value[:, t : t + 1]  # something of every token, such as Gemma's embeddings of each layer
-    return value
 
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._of_prompts: dict[tuple[int, int], Arguments] = {}
+        self._at_tokens: dict[Any, tuple[Arguments, Sequence[Arguments]]] = {}
 
-def cut_row(value: Any, t: int, n: int) -> Any:
-    """Masks cut to the row of query ``t``."""
-    square = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-2:] == (n, n)
-    return value[..., t : t + 1, :] if square else value
+    @classmethod
+    def replayable(cls, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        """As they were when the block was called: replaying must neither fill a cache nor see what came later."""
+        named = {name: argument.replayable(name, value) for name, value in kwargs.items()}
+        return cls(tuple(argument.replayable("", value) for value in args), named)
 
+    def same_as(self, other: Arguments) -> bool:
+        """Whether both are the same numbers and the same pieces of memory."""
+        return argument.the_same((self.args, *self.kwargs.items()), (other.args, *other.kwargs.items()))
 
-def of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
-    """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(of_prompt(name, item, prompt, seq, padded) for item in value)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: of_prompt("", item, prompt, seq, padded))
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() > 1 and value.shape[0] > 1:
-        value = value[prompt : prompt + 1]
-    if name == "position_embeddings":
-        return value[..., :seq, :]
-    if name in ("position_ids", "cache_position"):
-        return value[..., :seq]
-    if value.dim() >= 2 and value.shape[-2:] == (padded, padded):
-        return value[..., :seq, :seq]
-    return value
+    def in_dtype(self, dtype: torch.dtype) -> Arguments:
+        """With every floating-point tensor in ``dtype``."""
+        return Arguments(argument.in_dtype(self.args, dtype), argument.in_dtype(self.kwargs, dtype))
 
+    def of_prompt(self, prompt: int, seq: int, padded: int) -> Arguments:
+        """For one of a batch of prompts, ``padded`` tokens long on the right, as they would be of it alone."""
+        if (prompt, seq) not in self._of_prompts:
+            own = self._each(lambda name, value: argument.of_prompt(name, value, prompt, seq, padded))
+            self._of_prompts[prompt, seq] = own
+        return self._of_prompts[prompt, seq]
 
-def joined(values: Sequence[Any]) -> Any:
-    """The same argument of several calls as one: stacked where it differs."""
-    first = values[0]
-    if len(values) == 1:
-        return first
-    if isinstance(first, (tuple, list)):
-        return type(first)(joined(items) for items in zip(*values, strict=True))
-    if isinstance(first, _MAPPINGS):
-        raise ValueError("calls that are handed objects of other blocks cannot be joined")
-    if not isinstance(first, Tensor):
-        if any(value != first for value in values):
-            raise ValueError("calls with different arguments cannot be joined")
-        return first
-    if first.dim() > 1 and first.shape[0] == 1:
-        return torch.cat(_equally_long(values))
-    if any(not _the_same(value, first) and not torch.equal(value, first) for value in values):
-        raise ValueError("calls with different arguments cannot be joined")
-    return first
-
-
-def _the_same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one piece of memory, which is known without asking the device."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Arguments as they are, masks of different numbers of keys with as many each: those put in front are not to be seen."""
-    longest = max(mask.shape[-1] for mask in masks)
-    missing = [longest - mask.shape[-1] for mask in masks]
-    if not any(missing):
-        return list(masks)
-    if not (masks[0].is_floating_point() or masks[0].dtype == torch.bool):
-        raise ValueError(f"masks of {masks[0].dtype} cannot be joined")
-    unseen = torch.finfo(masks[0].dtype).min if masks[0].is_floating_point() else False
-    return [F.pad(mask, (before, 0), value=unseen) for mask, before in zip(masks, missing, strict=True)]
-
-
-def replayable(name: str, value: Any) -> Any:
-    """A block argument as it was when the block was called: replaying must neither fill a cache nor see what came later.
-
-    Objects that blocks hand on to each other (Gemma 4's shared keys and values) are copied down to their tensors, which are
-    held fixed; what is no number, text, tensor or container of such things is handed over as it is.
-
-    Returns:
-        None in place of a cache, False for ``use_cache``, else a copy of the containers over detached tensors.
-    """
-    if name in CACHES:
-        return None
-    if name == "use_cache":
-        return False
-    return carried(value)
-
-
-def carried(value: Any) -> Any:
-    """A copy of what one block hands to another, without copying tensors."""
-    return _each_tensor(value, Tensor.detach)
-
-
-def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Arguments with every floating-point tensor in ``dtype``."""
-    return _each_tensor(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-
-def _each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers, around what becomes of their tensors; whatever else is in them is handed over as it is."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [_each_tensor(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: _each_tensor(item, function))
-    return value
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested arguments."""
-    if isinstance(value, UserDict):
-        value = value.data
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-_MAPPINGS = (dict, UserDict)
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    new = copy.copy(value)
-    for key, item in value.items():
-        new[key] = function(item)
-    return new
-
-
-class Keys:
-    """In place of a block's key-value cache: keeps the keys and values that it is given, or puts kept ones before them."""
-
-    def __init__(self, kept: tuple[Tensor, Tensor] | None = None) -> None:
-        self.kept = kept
-        self.given: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What a block calls: the keys and values that it is to attend to."""
-        if self.kept is not None:
-            keys, values = self.kept
-            return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
-        self.given = (key.detach(), value.detach())
-        return key, value
+    def one_row(self, token: int, seq: int) -> Arguments:
+        """Masks cut to the row of one query."""
+        return self._each(lambda name, value: argument.cut_row(value, token, seq))
 
     @staticmethod
-    def before_each(keys: Sequence[Any], tokens: Sequence[int]) -> Keys:
-        """A cache that holds those of the tokens before the given one of every prompt of a batch, after zeros."""
-        longest = max(tokens)
+    def at_tokens(each: Sequence[Arguments], tokens: Sequence[int], seqs: Sequence[int], firsts: Sequence[int]) -> Arguments:
+        """For one run on a token of each prompt, which sees that prompt's keys from a first one on.
 
-        def joined(which: int) -> Tensor:
-            own = [of.given[which][..., :token, :] for of, token in zip(keys, tokens, strict=True)]
-            return torch.cat([F.pad(kept, (0, 0, longest - kept.shape[-2], 0)) for kept in own])
+        Args:
+            each: the arguments of every prompt's call.
+            tokens: by prompt.
+            seqs: numbers of tokens of the prompts.
+            firsts: the first keys that are seen, by prompt.
 
-        return Keys((joined(0), joined(1)))
+        Returns:
+            Those of all prompts, joined.
 
-    def of_prompt(self, prompt: int, seq: int) -> Keys:
-        """Those of one prompt of a batch, without the padding."""
-        one = Keys()
-        keys, values = (tensor[prompt : prompt + 1, ..., :seq, :] for tensor in self.given)
-        one.given = keys, values
-        return one
+        Raises:
+            ValueError: if they cannot be joined.
+        """
+        known, key = each[0]._at_tokens, (tuple(map(id, each)), tuple(tokens), tuple(seqs), tuple(firsts))
+        if key not in known:
+            if len(known) == KEPT:
+                del known[next(iter(known))]
+            alone = [of._at(*at) for of, *at in zip(each, tokens, seqs, firsts, strict=True)]
+            known[key] = (Arguments._joined(alone), each)  # these are held, since their ids are the key
+        return known[key][0]
 
-    def in_dtype(self, dtype: torch.dtype) -> Keys:
-        """The same keys and values in another dtype."""
-        one = Keys()
-        one.given = in_dtype(self.given, dtype)
-        return one
+    def _at(self, token: int, seq: int, first: int) -> Arguments:
+        return self._each(lambda name, value: argument.cut(name, value, token, seq, first))
+
+    @staticmethod
+    def _joined(alone: Sequence[Arguments]) -> Arguments:
+        args = tuple(argument.joined(values) for values in zip(*(one.args for one in alone), strict=True))
+        return Arguments(args, {name: argument.joined([one.kwargs[name] for one in alone]) for name in alone[0].kwargs})
+
+    def _each(self, change: Callable[[str, Any], Any]) -> Arguments:
+        return Arguments(
+            tuple(change("", value) for value in self.args),
+            {name: change(name, value) for name, value in self.kwargs.items()},
+        )
+
+
+class OnePass:
+    """What the blocks of one pass share: arguments that they are given alike, and indices into the batch.
+
+    Attributes:
+        indices: by whoever made them, of the tokens and the device.
+    """
+
+    def __init__(self) -> None:
+        self.indices: dict[Any, Tensor] = {}
+        self._seen: list[Arguments] = []
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        """The arguments of a call, or the same ones of a block before."""
+        new = Arguments.replayable(args, kwargs)
+        found = next((seen for seen in reversed(self._seen) if new.same_as(seen)), None)
+        if found is None:
+            self._seen.append(new)
+        return found or new

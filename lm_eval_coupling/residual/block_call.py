@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.arguments import CACHES, Keys, carried, cut, cut_row, in_dtype, joined, replayable
+from lm_eval_coupling.residual.argument import CACHES, carried, in_dtype
+from lm_eval_coupling.residual.arguments import Arguments
 from lm_eval_coupling.residual.block import Block
+from lm_eval_coupling.residual.keys import Cache, Keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,7 @@ class BlockCall:
 
     block: Block
     resid_pre: Float[Tensor, "batch seq d_model"]
-    args: tuple
-    kwargs: dict[str, Any]
+    arguments: Arguments
     resid_post: Float[Tensor, "batch seq d_model"] | None = None
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
     keys: Keys | None = None
@@ -42,8 +43,7 @@ class BlockCall:
         return BlockCall(
             block=self.block,
             resid_pre=self.resid_pre.to(dtype),
-            args=in_dtype(self.args, dtype),
-            kwargs=in_dtype(self.kwargs, dtype),
+            arguments=self.arguments.in_dtype(dtype),
             resid_post=in_dtype(self.resid_post, dtype),
             keys=None if self.keys is None else self.keys.in_dtype(dtype),
         )
@@ -113,7 +113,7 @@ class BlockCall:
 
     def __call__(self, resid_pre: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
-        return self._run(resid_pre, self.args, self.kwargs)
+        return self._run(resid_pre, self.arguments)
 
     def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
         """Run the block on the single vector ``x`` as if it stood at position ``token`` and saw only itself."""
@@ -132,14 +132,12 @@ class BlockCall:
             ValueError: if the calls' arguments cannot be joined.
         """
         with torch._C.DisableTorchFunction():  # whoever follows the block need not follow its arguments' preparation
-            args, kwargs = _joined([call._cut(token, token) for call, token in zip(calls, tokens, strict=True)])
-        return calls[0]._run(x[:, None], args, kwargs)[:, 0]
+            arguments = _at_tokens(calls, tokens, firsts=tokens)
+        return calls[0]._run(x[:, None], arguments)[:, 0]
 
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
         """Run the block with masks cut to one query row: only row ``token`` of the output may be used."""
-        args = tuple(cut_row(value, token, self.seq) for value in self.args)
-        kwargs = {name: cut_row(value, token, self.seq) for name, value in self.kwargs.items()}
-        return self._run(self.resid_pre, args, kwargs)
+        return self._run(self.resid_pre, self.arguments.one_row(token, self.seq))
 
     @staticmethod
     def decoded(
@@ -153,31 +151,28 @@ class BlockCall:
             F at that token, skip connection included.
 
         Raises:
-            ValueError: if the calls' arguments cannot be joined, or nothing would hide those keys.
+            ValueError: if the calls' arguments cannot be joined, kept no keys, or nothing would hide those before.
         """
+        kept = [call.keys for call in calls if call.keys is not None]
+        if len(kept) < len(calls):
+            raise ValueError("calls that kept no keys cannot be decoded")
         with torch._C.DisableTorchFunction():
-            args, kwargs = _joined([call._cut(token, first=0) for call, token in zip(calls, tokens, strict=True)])
-            keys = Keys.before_each([call.keys for call in calls], tokens)
-        columns = max(tokens) + 1
+            arguments = _at_tokens(calls, tokens, firsts=[0] * len(calls))
+            cache = Keys.before_each(kept, tokens)
+        columns, kwargs = max(tokens) + 1, arguments.kwargs
         if len(set(tokens)) > 1 and not any(
-            isinstance(value, Tensor) and value.shape[-1:] == (columns,) for value in (*args, *kwargs.values())
+            isinstance(value, Tensor) and value.shape[-1:] == (columns,) for value in (*arguments.args, *kwargs.values())
         ):
             raise ValueError("prompts of different lengths cannot be decoded together without a mask")
-        return calls[0]._run(x, args, kwargs | {name: keys for name in CACHES if name in kwargs})
+        return calls[0]._run(x, arguments, {name: cache for name in CACHES if name in kwargs})
 
-    def _cut(self, token: int, first: int) -> tuple[tuple, dict[str, Any]]:
-        """Arguments of a run on ``token`` alone, which sees the keys from ``first`` on."""
-        args = tuple(cut("", value, token, self.seq, first) for value in self.args)
-        return args, {name: cut(name, value, token, self.seq, first) for name, value in self.kwargs.items()}
-
-    def _run(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return hidden(self.module(x, *args, **{name: carried(value) for name, value in kwargs.items()}))
+    def _run(self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None) -> Tensor:
+        args, kwargs = carried(arguments.args), carried(arguments.kwargs)
+        return hidden(self.module(x, *args, **kwargs | (caches or {})))
 
 
-def _joined(alone: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of several calls as those of one."""
-    args = tuple(joined(values) for values in zip(*(args for args, _ in alone), strict=True))
-    return args, {name: joined([kwargs[name] for _, kwargs in alone]) for name in alone[0][1]}
+def _at_tokens(calls: Sequence[BlockCall], tokens: Sequence[int], firsts: Sequence[int]) -> Arguments:
+    return Arguments.at_tokens([call.arguments for call in calls], tokens, [call.seq for call in calls], firsts)
 
 
 def hidden(output: Any) -> Tensor:
@@ -214,10 +209,3 @@ def require_stream(layer: int, entering: Tensor, leaving: Tensor) -> None:
             f"got block {layer} that hands on a tensor of shape {[*leaving.shape]} for one of shape {[*entering.shape]}, "
             "expected one vector for each token"
         )
-
-
-def block_call(block: Block, resid_pre: Tensor, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
-    """The call with these arguments, free of side effects."""
-    require_stream(block.layer, resid_pre, resid_pre)
-    kwargs = {name: replayable(name, value) for name, value in kwargs.items()}
-    return BlockCall(block, resid_pre.detach(), tuple(replayable("", value) for value in args), kwargs)

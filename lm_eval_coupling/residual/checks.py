@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.arguments import tensors_in
+from lm_eval_coupling.residual.argument import tensors_in
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.inputs import Inputs
@@ -117,7 +117,7 @@ def require_whole_blocks(blocks: Sequence[Block]) -> None:
 
 def held_fixed(trace: ResidualTrace) -> list[str]:
     """Names of the arguments in which blocks hand something to later ones: it is held fixed in their derivatives."""
-    first, last = trace.calls[0].kwargs, trace.calls[-1].kwargs
+    first, last = trace.calls[0].arguments.kwargs, trace.calls[-1].arguments.kwargs
     return [name for name in last if len(tensors_in(last[name])) > len(tensors_in(first.get(name)))]
 
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from lm_eval_coupling.errors import CouplingError, shown
 from lm_eval_coupling.numerics.devices import has_float64
 from lm_eval_coupling.numerics.precision import exact_arithmetic, made_on_host
-from lm_eval_coupling.residual.arguments import Keys, tensors_in
+from lm_eval_coupling.residual.argument import tensors_in
+from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.fingerprint import digest, fingerprint
 from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
+from lm_eval_coupling.residual.keys import Cache
 from lm_eval_coupling.residual.lens import Lens, vectors
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, TracedBlock, told_if_refused
@@ -285,8 +287,9 @@ class ResidualModel:
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
         if keep_keys and longest >= _LONG:
             direction = None
+        shared = OnePass()
         traced = [
-            TracedBlock(block, dtype, output_tokens, direction=direction, keys=Keys() if keep_keys else None)
+            TracedBlock(block, dtype, output_tokens, direction, shared, Cache() if keep_keys else None)
             for block in self.block_list
         ]
         final: list[Tensor] = []
@@ -393,6 +396,6 @@ def _decodes_rightly(call: BlockCall) -> bool:
 
 def _tensors_by_name(call: BlockCall) -> list[str]:
     """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
-    unnamed = ["" if t.dim() > 1 and t.shape[-1] == t.shape[-2] else "?" for t in tensors_in(call.args)]
-    by_name = [name for name, value in call.kwargs.items() if tensors_in(value)]
+    unnamed = ["" if t.dim() > 1 and t.shape[-1] == t.shape[-2] else "?" for t in tensors_in(call.arguments.args)]
+    by_name = [name for name, value in call.arguments.kwargs.items() if tensors_in(value)]
     return [*(name for name in unnamed if name), *by_name]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.arguments import CACHES, Keys, carried, of_prompt, tensors_in
+from lm_eval_coupling.residual.argument import CACHES, carried, tensors_in
+from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.residual.block import Block
-from lm_eval_coupling.residual.block_call import BlockCall, block_call, gradient, hidden, require_stream
+from lm_eval_coupling.residual.block_call import BlockCall, gradient, hidden, require_stream
+from lm_eval_coupling.residual.keys import Cache, Keys
 
 Direction = Callable[[int, Tensor], Tensor]  # (layer, vectors like those of the stream) → u [d_model]
 
@@ -43,7 +45,8 @@ class TracedBlock:
     """One block during a trace: its weights are upcast while it runs, its call is kept, and it is pulled back if wanted.
 
     It is pulled back along ``direction`` from ``tokens``, one index for each prompt of the batch, if both are given. Its
-    arguments are brought to the device that the block's weights lie on. In ``keys`` it leaves its keys and values.
+    arguments are brought to the device that the block's weights lie on. What it has in common with the other blocks of the
+    pass is in ``shared``; in ``cache`` it leaves its keys and values.
     """
 
     def __init__(
@@ -52,9 +55,10 @@ class TracedBlock:
         dtype: torch.dtype,
         tokens: Sequence[int] | None,
         direction: Direction | None,
-        keys: Keys | None,
+        shared: OnePass,
+        cache: Cache | None,
     ) -> None:
-        self.block, self.dtype, self.keys = block, dtype, keys
+        self.block, self.dtype, self.shared, self.cache = block, dtype, shared, cache
         self.tokens, self.direction = tokens, direction
         self.gradient: Tensor | None = None
         self.call: BlockCall | None = None
@@ -69,10 +73,11 @@ class TracedBlock:
         kwargs = {name: _brought_to(self.block.device, value) for name, value in kwargs.items()}
         self.open.enter_context(self.block.upcast(self.dtype))
         resid_pre, args, kwargs = self.block.by_name(args, kwargs)
-        self.call = block_call(self.block, resid_pre, args, kwargs)
-        stream = self.call.resid_pre
-        if self.keys is not None:
-            kwargs = kwargs | {name: self.keys for name in CACHES if name in kwargs}
+        require_stream(self.block.layer, resid_pre, resid_pre)
+        stream = resid_pre.detach()
+        self.call = BlockCall(self.block, stream, self.shared.arguments(args, kwargs))
+        if self.cache is not None:
+            kwargs = kwargs | {name: self.cache for name in CACHES if name in kwargs}
         if self.direction is not None and self.tokens is not None:
             stream = self.leaf = stream.clone().requires_grad_(True)
             self.open.enter_context(torch.enable_grad())
@@ -98,20 +103,16 @@ class TracedBlock:
         """The call as it would have been of one prompt alone, ``seq`` tokens long."""
         call, row = self.call, slice(prompt, prompt + 1)
         assert call is not None  # the model has run
-        args, kwargs = call.args, call.kwargs
-        if len(call.resid_pre) > 1:
-            args = tuple(of_prompt("", value, prompt, seq, call.seq) for value in args)
-            kwargs = {name: of_prompt(name, value, prompt, seq, call.seq) for name, value in kwargs.items()}
+        given = None if self.cache is None else self.cache.given
         return dataclasses.replace(
             call,
             resid_pre=call.resid_pre[row, :seq],
-            args=args,
-            kwargs=kwargs,
+            arguments=call.arguments.of_prompt(prompt, seq, call.seq) if len(call.resid_pre) > 1 else call.arguments,
             resid_post=self.resid_post[row, :seq],
             pullback=None
             if self.gradient is None or self.tokens is None
             else (self.tokens[prompt], self.gradient[prompt, :seq]),
-            keys=None if self.keys is None else self.keys.of_prompt(prompt, seq),
+            keys=None if given is None else Keys(given, prompt, seq, self.shared.indices),
         )
 
 

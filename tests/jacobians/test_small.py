@@ -1,6 +1,7 @@
 """A block that adds next to nothing to the stream keeps the digits of its Jacobian."""
 
 import copy
+import dataclasses
 
 import cases
 import pytest
@@ -95,7 +96,8 @@ def test_keys_of_a_faint_block_are_held_to_what_it_adds():
     model, _ = faint("llama", 1e-6)
     with torch.no_grad():
         (call, *_) = model.traces([cases.tiny_tokens(7)], torch.float32, [6], None)[0].calls
-    call.keys.given = tuple(torch.roll(kept, 1, dims=-2) for kept in call.keys.given)
+    rolled = dataclasses.replace(call.keys, batch=tuple(torch.roll(kept, 1, dims=-2) for kept in call.keys.batch))
+    call = dataclasses.replace(call, keys=rolled)
     with call.ready():
         pulled = call.pulled_back_decoding([call], [probe(0, call.resid_pre)], [6])
     assert pulled.isnan().all()

@@ -13,8 +13,8 @@ from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual import model as model_module
-from lm_eval_coupling.residual.arguments import Keys
 from lm_eval_coupling.residual.block_call import BlockCall
+from lm_eval_coupling.residual.keys import Cache, Keys
 
 TOKENS = cases.tiny_tokens(9)
 
@@ -97,7 +97,7 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     tokens = cases.tiny_tokens(17)
     expected = block_jacobians(wrapped, tokens, dtype=torch.float64)
     before = Keys.before_each
-    monkeypatch.setattr(Keys, "before_each", lambda *batch: Keys(tuple(0 * kept for kept in before(*batch).kept)))
+    monkeypatch.setattr(Keys, "before_each", lambda *batch: Cache(tuple(0 * kept for kept in before(*batch).kept)))
     call = wrapped.trace(tokens, torch.float64, 16).calls[1]
     whole = dataclasses.replace(call, keys=None)
     with call.ready():
