@@ -1,15 +1,19 @@
 r"""What a few real models say: coupling and its rivals, task by task, trained and untrained, beside the score.
 
     python analysis/real_models.py OUT [OUT …] --out analysis/results/real
+    python analysis/real_models.py analysis/results/real --out analysis/results/real    # of what is committed
 
-Too few models are no sample: nothing is fitted here. models.csv has, for every model, weights and task, the mean over
-documents of each number with its standard error, and the score of the trained weights. The picture has a panel a task, each
-model a point; printed is in how many tasks the models stand in the same order by a number as by the score.
+Too few models are no sample: nothing is fitted here. documents.csv has every number of every document; a folder with such a
+file is read from it in place of the tables. models.csv has, for every model, weights and task, the mean over documents of
+each number with its standard error, and the score of the trained weights. The tasks of a group (BLiMP's) count as one. The
+picture has a panel a task, each model a point; printed is in how many tasks the models stand in the same order by a number
+as by the score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import command
 import pandas as pd
@@ -37,12 +41,27 @@ NUMBERS = (
     "last_state_effective_rank_centred",
 )
 SCORES = ("acc_norm,none", "acc,none")  # the first that a task has
+DOCUMENT = ["model", "weights", "task", "doc_hash"]
 
 
-def scores(runs: Sequence, tasks: Sequence[str] | None) -> pd.DataFrame:
+def documents(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -> pd.DataFrame:
+    """One row per model, weights, task (of a group the group) and document: its ``rank`` K, and every number."""
+    kept = [pd.read_csv(file) for folder in folders if (file := folder / "documents.csv").is_file()]
+    if len(kept) == len(folders):
+        return pd.concat(kept)
+    records = tables.read(folders, measures=NUMBERS)
+    rank = tables.choose_rank(records, asked)
+    values = tables.long(records, tables.recorded(records, NUMBERS), rank)
+    grouped = runs[runs["group"] != ""].set_index("task")["group"].to_dict()
+    values["task"] = values["task"].map(lambda task: grouped.get(task, task))
+    wide = values.pivot_table(index=DOCUMENT, columns="measure", values="value", sort=False).reset_index()
+    wide.insert(len(DOCUMENT), "rank", rank)
+    return wide
+
+
+def scores(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per model and task: ``score``, its standard error, and documents."""
-    found = load_runs(runs, mixed="keep")
-    found = found[found["task"].isin(tasks) if tasks else ~found["is_group"] & (found["group"] == "")].copy()
+    found = runs[runs["group"] == ""].copy()
     found["model"] = label_weights(found)
     rows = []
     for row in found.sort_values("n_samples").to_dict("records"):
@@ -54,9 +73,10 @@ def scores(runs: Sequence, tasks: Sequence[str] | None) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(["model", "task"], keep="last")  # of most documents
 
 
-def means(records: pd.DataFrame, rank: int) -> pd.DataFrame:
+def means(of_documents: pd.DataFrame) -> pd.DataFrame:
     """Mean over documents of each number, by task and over all of them."""
-    values = tables.long(records, tables.recorded(records, NUMBERS), rank)
+    numbers = [name for name in NUMBERS if name in of_documents]
+    values = of_documents.melt(DOCUMENT, numbers, var_name="measure").dropna(subset="value")
     by = ["model", "weights", "task", "measure"]
     everything = tables.summary(values.assign(task="all"), by)
     return pd.concat([tables.summary(values, by), everything])[[*by, "mean", "stderr", "n"]]
@@ -99,9 +119,12 @@ def picture(found: pd.DataFrame, scored: pd.DataFrame, rank: int) -> Figure:
 def main(argv: list[str] | None = None) -> None:
     """Read, average, save, and print what goes the way of the score."""
     options = command.arguments(__doc__).parse_args(argv)
-    records = tables.read(options.runs, options.tasks, measures=NUMBERS)
-    rank = tables.choose_rank(records, options.rank)
-    found, scored = means(records, rank), scores(options.runs, options.tasks)
+    runs = load_runs(options.runs, mixed="keep")
+    each, scored = documents(options.runs, runs, options.rank), scores(runs)
+    if options.tasks:
+        each, scored = (rows[rows["task"].isin(options.tasks)] for rows in (each, scored))
+    command.save_table(options.out, "documents", each.round(6))
+    found, rank = means(each), int(each["rank"].iloc[0])
     command.save(options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6))
     overall = found[found["task"] == "all"].pivot(index=["model", "weights"], columns="measure", values="mean")
     print(overall[[name for name in NUMBERS if name in overall]].T.round(4).to_string())

@@ -34,8 +34,8 @@ def load_runs(
     """Scores of lm-eval's ``results_*.json`` joined with coupling: one row per (model, task), groups included.
 
     Rows of one task under one name are apart where the weights (``fingerprint``, ``variant``: further arguments of the model
-    such as ``peft=…``) or what makes the prompts (``prompting``) are not the same; otherwise the newest counts, one with
-    coupling before one without. Columns:
+    such as ``peft=…``) or what makes the prompts (``prompting``) are not the same; otherwise one with coupling counts before
+    one without, then the one of most documents, so that a short trial takes no run's place, then the newest. Columns:
 
     * ``model, revision, variant, fingerprint, task, alias, prompting, is_group, group`` (the group that the task belongs to,
       or ""), ``n_fewshot``, ``n_samples`` of ``n_total`` documents, ``task_version, lm_eval_version, chat_template, date,
@@ -56,7 +56,7 @@ def load_runs(
 
     Args:
         paths: result files, or folders that are searched recursively.
-        newest: of several runs of the same weights, task and prompts only the newest; otherwise all of them.
+        newest: of several runs of the same weights, task and prompts only that one; otherwise all of them.
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
         facts: CSV file with what is known of the models; see :func:`~lm_eval_coupling.saved.names.add_facts`.
 
@@ -104,7 +104,7 @@ def _order(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the same weights, task and prompts the newest with coupling, or else the newest.
+    """Of the same weights, task and prompts one with coupling if there is one, of most documents, the newest of those.
 
     Weights that only scores were taken of have no fingerprint: they are those of that name, if there is one such model.
 
@@ -121,8 +121,9 @@ def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for key, row in latest.items() if key[3] or key[:3] + key[4:] not in known]
 
 
-def _precedence(row: Mapping[str, Any]) -> tuple[bool, str]:
-    return row["measured"] > 0, row["date"]
+def _precedence(row: Mapping[str, Any]) -> tuple[bool, float, str]:
+    scored = row["n_samples"]
+    return row["measured"] > 0, scored if scored and scored == scored else 0, row["date"]
 
 
 def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Mapping[str, Any]]) -> None:

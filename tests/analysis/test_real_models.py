@@ -1,6 +1,7 @@
 """A few models beside each other: means over documents, scores, and in how many tasks both go the same way."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,34 @@ def test_means_scores_and_what_goes_the_same_way(runs, tmp_path, capsys):
     # Coupling falls from a to c; accuracy ends higher in arc (0.3, 0.5, 0.4) and lower in piqa.
     assert line == ["coupling", "3", "1", "2"]
     assert (tmp_path / "out" / "models.png").exists()
+
+
+def test_what_is_committed_gives_the_same_again(runs, tmp_path):
+    """documents.csv stands for the tables, which are too large to be kept."""
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    script("real_models")([str(runs), "--out", str(kept)])
+    for file in list(runs.glob("org__*/results_*.json")):
+        (kept / "runs" / file.parent.name).mkdir(parents=True)
+        shutil.copy(file, kept / "runs" / file.parent.name)
+    assert not list(kept.rglob("*.parquet"))
+    script("real_models")([str(kept), "--out", str(again), "--tasks", "arc"])
+    whole, found = (pd.read_csv(folder / "models.csv").query("task == 'arc'") for folder in (kept, again))
+    pd.testing.assert_frame_equal(whole.reset_index(drop=True), found.reset_index(drop=True), atol=2e-6)
+
+
+def test_tasks_of_a_group_count_as_one(tmp_path):
+    summaries = {"blimp_a": saved_runs.task_summary(n=2), "blimp_b": saved_runs.task_summary(n=2)}
+    rows = [record(i, task=task, shift=i / 10) for task in summaries for i in range(2)]
+    where = saved_runs.save(tmp_path, summaries, rows=rows)
+    (file,) = where.glob("results_*.json")
+    found = json.loads(file.read_text())
+    found["results"]["blimp"] = {"alias": "blimp", "acc,none": 0.7}
+    found["group_subtasks"] = {"blimp": ["blimp_a", "blimp_b"]}
+    file.write_text(json.dumps(found))
+    script("real_models")([str(tmp_path), "--out", str(tmp_path / "out")])
+    rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["task", "measure"])
+    assert set(rows.index.get_level_values("task")) == {"blimp", "all"}
+    assert rows.loc[("blimp", "acc,none"), "mean"] == 0.7 and rows.loc[("blimp", "coupling"), "n"] >= 2
 
 
 def _coupling(row):

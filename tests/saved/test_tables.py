@@ -198,6 +198,17 @@ def test_newest_run_counts_and_coupling_is_not_lost(tmp_path):
     assert math.isnan(runs.loc["gsm", "coupling@10"]) and runs.loc["gsm", "acc,none"] == 0.5
 
 
+def test_a_short_trial_takes_no_place(tmp_path):
+    """Scores of 2 documents stood for those of 50 because their run was the later one."""
+    for date, coupling, scored in (("2025-06-01T00-00-00", 0.1, 50), ("2025-06-02T00-00-00", 0.3, 2)):
+        where = save(tmp_path, {"arc": task_summary(coupling)}, date=date)
+        file = where / f"results_{date}.json"
+        run = json.loads(file.read_text()) | {"n-samples": {"arc": {"original": 100, "effective": scored}}}
+        file.write_text(json.dumps(run))
+    (row,) = load_runs(tmp_path).to_dict("records")
+    assert row["n_samples"] == 50 and row["date"].startswith("2025-06-01")
+
+
 def test_revisions_are_models_of_their_own(tmp_path):
     for i, step in enumerate(("step1", "step1000")):
         run = results({"arc": task_summary(0.1 + i)})
