@@ -89,8 +89,9 @@ def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The same weights under two names are one model, not two."""
     known = rows["fingerprint"].notna()
-    newest = rows.sort_values("date").drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
-    kept = ~known | rows.index.isin(newest)
+    ordered = rows.sort_values(["n_samples", "date"], na_position="first")  # as load_runs chooses among runs of one name
+    chosen = ordered.drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
+    kept = ~known | rows.index.isin(chosen)
     if not kept.all():
         notes.append(f"the same weights under another name, counted once: {some(rows['label'][~kept])}")
     return rows[kept]

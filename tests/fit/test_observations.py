@@ -60,6 +60,9 @@ class TestObservations:
         found = observations(tmp_path)
         assert list(found.frame["label"]) == ["copy"]
         assert "the same weights under another name, counted once: a" in found.notes
+        about = {"n-samples": {"arc": {"original": 99, "effective": 99}}}  # more documents count for more than a later date
+        save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="same", change=lambda run: run.update(about))
+        assert list(observations(tmp_path).frame["label"]) == ["a"]
 
     def test_of_checkpoints_the_last_counts(self, tmp_path):
         for step in (1, 10, 100):
