@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lm_eval_coupling.residual import argument
 
 KEPT = 64  # runs on some tokens whose arguments are remembered
+_NUMBERS = itertools.count()
 
 
 class Arguments:
@@ -23,8 +26,9 @@ class Arguments:
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-        self._of_prompts: dict[tuple[int, int], Arguments] = {}
-        self._at_tokens: dict[Any, tuple[Arguments, Sequence[Arguments]]] = {}
+        self._number = next(_NUMBERS)  # never given again, as an id may be
+        self._of_prompts: dict[tuple[int, int, int], Arguments] = {}
+        self._at_tokens: dict[Any, Arguments] = {}
 
     @classmethod
     def replayable(cls, args: tuple, kwargs: dict[str, Any]) -> Arguments:
@@ -42,10 +46,9 @@ class Arguments:
 
     def of_prompt(self, prompt: int, seq: int, padded: int) -> Arguments:
         """For one of a batch of prompts, ``padded`` tokens long on the right, as they would be of it alone."""
-        if (prompt, seq) not in self._of_prompts:
-            own = self._each(lambda name, value: argument.of_prompt(name, value, prompt, seq, padded))
-            self._of_prompts[prompt, seq] = own
-        return self._of_prompts[prompt, seq]
+        if (key := (prompt, seq, padded)) not in self._of_prompts:
+            self._of_prompts[key] = self._each(lambda name, value: argument.of_prompt(name, value, *key))
+        return self._of_prompts[key]
 
     def one_row(self, token: int, seq: int) -> Arguments:
         """Masks cut to the row of one query."""
@@ -67,13 +70,13 @@ class Arguments:
         Raises:
             ValueError: if they cannot be joined.
         """
-        known, key = each[0]._at_tokens, (tuple(map(id, each)), tuple(tokens), tuple(seqs), tuple(firsts))
+        known, key = each[0]._at_tokens, (tuple(one._number for one in each), *map(tuple, (tokens, seqs, firsts)))
         if key not in known:
             if len(known) == KEPT:
                 del known[next(iter(known))]
             alone = [of._at(*at) for of, *at in zip(each, tokens, seqs, firsts, strict=True)]
-            known[key] = (Arguments._joined(alone), each)  # these are held, since their ids are the key
-        return known[key][0]
+            known[key] = Arguments._joined(alone)
+        return known[key]
 
     def _at(self, token: int, seq: int, first: int) -> Arguments:
         return self._each(lambda name, value: argument.cut(name, value, token, seq, first))
@@ -91,15 +94,21 @@ class Arguments:
 
 
 class OnePass:
-    """What the blocks of one pass share: arguments that they are given alike, and indices into the batch.
-
-    Attributes:
-        indices: by whoever made them, of the tokens and the device.
-    """
+    """What the blocks of one pass share: arguments that they are given alike, and indices, which devices wait for."""
 
     def __init__(self) -> None:
-        self.indices: dict[Any, Tensor] = {}
         self._seen: list[Arguments] = []
+        self._indices: dict[tuple[Any, torch.device], Tensor] = {}
+
+    def indices(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, on the device; made and brought there once for each ``key``."""
+        if (key, device) not in self._indices:
+            self._indices[key, device] = make().to(device)
+        return self._indices[key, device]
+
+    def rows(self, of: Sequence[int], device: torch.device) -> Int[Tensor, " row"]:
+        """Whole numbers as indices."""
+        return self.indices(tuple(of), device, lambda: torch.tensor(of))
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
         """The arguments of a call, or the same ones of a block before."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
@@ -56,7 +56,8 @@ class BlockCall:
         """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block."""
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
-            return gradient([direction], resid_pre, self(resid_pre), [output_token])[0]
+            at = torch.full((1,), output_token, device=resid_pre.device)
+            return gradient(direction[None], resid_pre, self(resid_pre), at)[0]
 
     @staticmethod
     def pulled_back_decoding(
@@ -74,7 +75,7 @@ class BlockCall:
         x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(True)
         with torch.enable_grad():
             output = BlockCall.decoded(calls, x, tokens)
-            pulled = gradient(directions, x, output, [0] * len(calls))
+            pulled = gradient(torch.stack(list(directions)), x, output, x.new_zeros(len(calls), dtype=torch.long))
         found, expected = output.detach()[:, 0], torch.stack([call.resid_post[0, token] for call, token in at])
         added = (expected - x.detach()[:, 0]).abs().amax(-1, keepdim=True)  # it may be little beside the stream
         same = ((found - expected).abs() <= 1e-4 * added + 1e-6 * expected.abs()).all(-1, keepdim=True)
@@ -180,7 +181,12 @@ def hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, tokens: Sequence[int]) -> Tensor:
+def gradient(
+    directions: Float[Tensor, "prompt d_model"],
+    resid_pre: Float[Tensor, "prompt seq d_model"],
+    output: Float[Tensor, "prompt seq d_model"],
+    tokens: Int[Tensor, " prompt"],
+) -> Float[Tensor, "prompt seq d_model"]:
     """uᵀ ∂F_t / ∂X of every prompt of a batch, each along its own direction u at its own token t.
 
     Returns:
@@ -194,8 +200,8 @@ def gradient(directions: Sequence[Tensor], resid_pre: Tensor, output: Tensor, to
             "got a block whose output has no gradient, expected one that autograd follows; "
             "take torch.no_grad or torch.inference_mode out of the model's own code"
         )
-    chosen = output[torch.arange(len(tokens)), torch.as_tensor(tokens)]
-    return torch.autograd.grad((chosen * torch.stack(list(directions))).sum(), resid_pre)[0]
+    chosen = output[torch.arange(len(tokens), device=output.device), tokens]
+    return torch.autograd.grad((chosen * directions).sum(), resid_pre)[0]
 
 
 def require_stream(layer: int, entering: Tensor, leaving: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm_eval_coupling.residual.argument import in_dtype
+from lm_eval_coupling.residual.arguments import OnePass
 
 Pair = tuple[Tensor, Tensor]  # keys and values, [prompt, …, seq, d_head] each
 
@@ -34,12 +35,12 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Those of one prompt in a batch, ``seq`` tokens long; ``indices`` are shared by all blocks of its pass."""
+    """Those of one prompt, ``seq`` tokens long, in the batch of one pass."""
 
     batch: Pair
     prompt: int
     seq: int
-    indices: dict[Any, Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    shared: OnePass = dataclasses.field(default_factory=OnePass)
 
     def in_dtype(self, dtype: torch.dtype) -> Keys:
         """The same keys and values in another dtype, of this prompt alone."""
@@ -53,7 +54,7 @@ class Keys:
         """A cache that holds those of the tokens before the given one of every prompt; shorter ones after others' unseen."""
         if all(one.batch is keys[0].batch for one in keys):
             rows = tuple(one.prompt for one in keys)
-            parts = [_before_each(of_all, rows, tuple(tokens), keys[0].indices) for of_all in keys[0].batch]
+            parts = [_before_each(of_all, rows, tuple(tokens), keys[0].shared) for of_all in keys[0].batch]
         else:
             parts = [_joined([one._own(one.batch[i]) for one in keys], tokens) for i in (0, 1)]
         return Cache((parts[0], parts[1]))
@@ -65,21 +66,14 @@ def _joined(own: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
     return torch.cat([F.pad(kept, (0, 0, longest - kept.shape[-2], 0)) for kept in before])
 
 
-def _before_each(of_all: Tensor, rows: tuple[int, ...], tokens: tuple[int, ...], indices: dict[Any, Tensor]) -> Tensor:
-    """In one step for all prompts of a batch. Every block asks for the same indices, which a device would wait for."""
-
-    def known(key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        key = (*key, of_all.device)
-        if key not in indices:
-            indices[key] = make().to(of_all.device)
-        return indices[key]
-
-    longest, chosen = max(tokens), of_all
-    if rows != tuple(range(len(of_all))):
-        chosen = of_all[known(("rows", rows), lambda: torch.tensor(rows))]
+def _before_each(of_all: Tensor, rows: tuple[int, ...], tokens: tuple[int, ...], shared: OnePass) -> Tensor:
+    """In one step for all prompts of a batch."""
+    longest, device = max(tokens), of_all.device
+    chosen = of_all if rows == tuple(range(len(of_all))) else of_all[shared.rows(rows, device)]
     if len(set(tokens)) == 1:
         return chosen[..., :longest, :]
-    at = known(("before", tokens), lambda: _ending_at(tokens)).view(len(rows), *[1] * (chosen.dim() - 3), longest, 1)
+    at = shared.indices(("before", tokens), device, lambda: _ending_at(tokens))
+    at = at.view(len(rows), *[1] * (chosen.dim() - 3), longest, 1)
     return chosen.gather(-2, at.expand(*chosen.shape[:-2], longest, chosen.shape[-1]))
 
 

@@ -283,15 +283,11 @@ class ResidualModel:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise CouplingError(f"got dtype={shown(dtype)}, expected torch.float32 or torch.float64")
         batch = self.inputs.batch(prompts, self.device, dtype)
-        longest = max(batch.lengths or [0])
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
-        if keep_keys and longest >= _LONG:
+        if keep_keys and max(batch.lengths or [0]) >= _LONG:
             direction = None
-        shared = OnePass()
-        traced = [
-            TracedBlock(block, dtype, output_tokens, direction, shared, Cache() if keep_keys else None)
-            for block in self.block_list
-        ]
+        wanted: dict[str, Any] = {"tokens": output_tokens, "direction": direction, "shared": OnePass()}
+        traced = [TracedBlock(block, dtype, cache=Cache() if keep_keys else None, **wanted) for block in self.block_list]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self._left_behind.clear)

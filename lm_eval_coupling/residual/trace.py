@@ -85,15 +85,16 @@ class TracedBlock:
 
     def leave(self, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pull back, and hand on an output without history."""
+        assert self.call is not None  # it was entered
+        require_stream(self.block.layer, self.call.resid_pre, hidden(output))
         if self.direction is not None and self.tokens is not None:
             u = self.direction(self.block.layer, self.leaf)
-            self.gradient = gradient([u] * len(self.tokens), self.leaf, hidden(output), self.tokens)
+            at = self.shared.rows(self.tokens, self.leaf.device)
+            self.gradient = gradient(u.expand(len(at), -1), self.leaf, hidden(output), at)
             del self.leaf
         self.open.close()
         _without_history(kwargs)
         self.resid_post = hidden(output).detach()
-        assert self.call is not None  # it was entered
-        require_stream(self.block.layer, self.call.resid_pre, self.resid_post)
         if not isinstance(output, (tuple, list)):
             return self.resid_post
         parts = (self.resid_post, *carried(tuple(output[1:])))
@@ -112,7 +113,7 @@ class TracedBlock:
             pullback=None
             if self.gradient is None or self.tokens is None
             else (self.tokens[prompt], self.gradient[prompt, :seq]),
-            keys=None if given is None else Keys(given, prompt, seq, self.shared.indices),
+            keys=None if given is None else Keys(given, prompt, seq, self.shared),
         )
 
 
