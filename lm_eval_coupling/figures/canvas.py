@@ -79,6 +79,11 @@ def legend_outside(figure: Figure, axes: Sequence[Axes]) -> None:
         )
 
 
+def label_beside(ax: Axes, words: str) -> None:
+    """At the y axis, in two lines where one would be longer than a panel is high."""
+    ax.set_ylabel(textwrap.fill(words, 36), fontsize="small")
+
+
 def labelled(layers: int) -> list[int]:
     """The first layer and the multiples of a round number."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= _TICKS * step)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import caption, chance_line, grid, labelled, legend_outside, panels_of
+from lm_eval_coupling.figures.canvas import caption, chance_line, grid, label_beside, labelled, legend_outside, panels_of
 from lm_eval_coupling.figures.palette import colours
 
 
@@ -65,7 +65,7 @@ def curves(
             )
             ax.fill_between(curve[x], curve["q25"], curve["q75"], color=colour[line], alpha=0.18, linewidth=0)
         _finish(ax, of)
-        ax.set_ylabel(panel, fontsize="small")
+        label_beside(ax, panel)
         ax.set_xlabel(x_label, fontsize="small")
         if panel in log:
             ax.set_yscale("log")
@@ -105,7 +105,7 @@ def quartile_bars(rows: pd.DataFrame, *, columns: int = 2, title: str | None = N
         ax.set_xticks(range(len(lines)), [f"{line}\n{_sizes(of[of['line'] == line])}" for line in lines], fontsize="x-small")
         ax.tick_params(axis="x", labelrotation=30 if len(lines) > 3 else 0)
         ax.set_xlim(-0.5, len(lines) - 0.5)
-        ax.set_ylabel(panel, fontsize="small")
+        label_beside(ax, panel)
     legend_outside(figure, axes)
     return figure
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.figures.canvas import caption, chance_line, grid, labelled, panels_of
+from lm_eval_coupling.figures.canvas import caption, chance_line, grid, label_beside, labelled, panels_of
 from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.figures.palette import colours
 
@@ -48,7 +48,7 @@ def against_number(
             )  # fmt: skip
         for chance in of["chance"].dropna().unique():
             chance_line(ax, chance)
-        ax.set_ylabel(panel, fontsize="small")
+        label_beside(ax, panel)
         ax.set_xlabel(x_label, fontsize="small")
         ax.tick_params(labelsize="small")
         ax.legend(fontsize="xx-small", frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
