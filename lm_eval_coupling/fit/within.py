@@ -2,7 +2,8 @@
 
 A row is a measured document: coupling and regularity of its prompt (mean over its prompts), whether the answer was right,
 and from lm-eval's samples the model's own ``confidence`` (log-likelihood of its choice minus that of the runner-up) and
-``margin`` (of the right choice minus that of the best wrong one).
+``margin`` (of the right choice minus that of the best wrong one). Models are also taken together, a document counting
+once whatever number of them answered it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from lm_eval_coupling.statistics import (
     LogisticEffect,
     accuracy_by_bin,
     adjust_p_values,
+    auroc_together,
     auroc_within,
     correlation_within,
     logistic_effect,
+    logistic_together,
 )
 
-POOLED = "all tasks"
+POOLED, TOGETHER = "all tasks", "all models"
 BINS = 5
+_COLUMNS = {"model": "model", "task": "task", "document": "doc_hash"}
 
 
 def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame:
@@ -87,22 +91,31 @@ def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
 
 
 def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str], Auroc]:
-    """By model, task and predictor; :data:`POOLED` are the pairs within each task together."""
+    """By model, task and predictor; :data:`POOLED` are the pairs within each task, :data:`TOGETHER` the mean over models."""
     results = {}
     for model, group in documents.groupby("model", sort=False):
         for predictor in predictors:
             by_task, pooled = auroc_within(group, predictor, "right", "task")
             for task, found in {**by_task, **({POOLED: pooled} if len(by_task) > 1 else {})}.items():
                 results[model, task, predictor] = found
+    if documents["model"].nunique() > 1:
+        for predictor in predictors:
+            results[TOGETHER, POOLED, predictor] = auroc_together(documents, predictor, "right", **_COLUMNS)
     return results
 
 
 def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
-    """With ``p_holm``, adjusted for the many models and tasks of a predictor (the pool apart from its tasks)."""
+    """A row each, with ``p_holm``: p adjusted for many.
+
+    Returns:
+        For the many models and tasks of a predictor, the pool apart from its tasks; of all models together, for the many
+        predictors.
+    """
     rows = table(results, "model", "task", "predictor")
     if len(rows):
-        pooled = rows["task"] == POOLED
-        rows["p_holm"] = rows.groupby([rows["predictor"], pooled])["p"].transform(adjust_p_values)
+        pooled, together = rows["task"] == POOLED, rows["model"] == TOGETHER
+        many = rows["predictor"].mask(together, TOGETHER)
+        rows["p_holm"] = rows.groupby([many, pooled])["p"].transform(adjust_p_values)
     return rows
 
 
@@ -122,7 +135,21 @@ def logistics(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[
                     controls=given,
                     task="task" if task == POOLED else None,
                 )
-    return results
+    return results | _odds_together(documents.dropna(subset="right"), predictors[0])
+
+
+def _odds_together(documents: pd.DataFrame, predictor: str) -> dict[tuple[str, str, str, str], LogisticEffect]:
+    """Of the main predictor alone: with a level for every task of every model these regressions are large."""
+    if documents["model"].nunique() < 2:
+        return {}
+    known = ["prompt_tokens", *(["confidence"] if documents["confidence"].notna().any() else [])]
+    controls = [name for name in known if documents[name].nunique() > 1]
+    return {
+        (TOGETHER, POOLED, predictor, " + ".join(given)): logistic_together(
+            documents, correct="right", predictor=predictor, controls=given, **_COLUMNS
+        )
+        for given in dict.fromkeys([(), tuple(controls)])
+    }
 
 
 def graded(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str, str], Correlation]:

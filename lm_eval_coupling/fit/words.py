@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit.observations import Observations
-from lm_eval_coupling.fit.within import POOLED
+from lm_eval_coupling.fit.within import POOLED, TOGETHER
 from lm_eval_coupling.statistics import (
     Auroc,
     Corrected,
@@ -163,14 +163,14 @@ def about_documents(
     aurocs: Mapping[tuple[str, str, str], Auroc], logistics: Mapping[tuple[str, str, str, str], LogisticEffect], main: str
 ) -> list[str]:
     """Whether coupling tells right from wrong answers within each model: pooled over tasks where there are several."""
-    models = list(dict.fromkeys(model for model, *_ in aurocs))
+    models = [model for model in dict.fromkeys(model for model, *_ in aurocs) if model != TOGETHER]
     of = {model: POOLED if (model, POOLED, main) in aurocs else _only_task(aurocs, model) for model in models}
     pooled = {model: aurocs[model, task, main] for model, task in of.items() if (model, task, main) in aurocs}
     if not pooled:
         return []
-    adjusted = _adjusted(pooled)
+    adjusted, together = _adjusted(pooled), [*_about_models_together(aurocs, logistics, main)]
     if len(pooled) > _MANY:
-        return [_counted_models(pooled, adjusted, main)]
+        return [_counted_models(pooled, adjusted, main), *together]
     words = []
     for model, found in pooled.items():
         sentences = [in_words(found, x=main, p_adjusted=adjusted[model] if len(pooled) > 1 else None)]
@@ -180,7 +180,26 @@ def about_documents(
             if (name, task, predictor) == (model, of[model], main) and given
         ]
         words.append(f"Within {model}, over documents: {' '.join(sentences)}")
-    return words
+    return words + together
+
+
+def _about_models_together(
+    aurocs: Mapping[tuple[str, str, str], Auroc], logistics: Mapping[tuple[str, str, str, str], LogisticEffect], main: str
+) -> Iterator[str]:
+    """What the answers of all models say, which one model's may be too few for; and which other numbers say it as well."""
+    found = {predictor: r for (model, _, predictor), r in aurocs.items() if model == TOGETHER and not math.isnan(r.p)}
+    if main not in found:
+        return
+    adjusted = _adjusted(found)
+    sentences = [in_words(found[main], x=main)]
+    sentences += [in_words(r) for (model, _, x, given), r in logistics.items() if (model, x) == (TOGETHER, main) and given]
+    if len(found) > 1:
+        clear = [f"{name} ({r.auroc:.2f})" for name, r in found.items() if adjusted[name] < 1 - r.confidence]
+        sentences.append(
+            f"Adjusted for all {len(found)} numbers that were asked (Holm), {main} has p = {adjusted[main]:.2g}; beyond "
+            f"chance are {', '.join(clear) or 'none'}."
+        )
+    yield f"All {found[main].models} models together, a document counting once: {' '.join(sentences)}"
 
 
 def _only_task(aurocs: Mapping[tuple[str, str, str], Auroc], model: str) -> str:

@@ -35,6 +35,8 @@ _PUBLIC = {
     "auroc": "documents",
     "auroc_within": "documents",
     "logistic_effect": "documents",
+    "auroc_together": "together",
+    "logistic_together": "together",
     "Corrected": "reliability",
     "Reliability": "reliability",
     "corrected_for_attenuation": "reliability",

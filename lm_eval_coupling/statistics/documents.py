@@ -28,7 +28,7 @@ from lm_eval_coupling.statistics.results import (
 class Auroc(Result):
     """The probability that a right answer has the higher value than a wrong one (ties count half); 0.5 is chance.
 
-    ``tasks``: over how many tasks it is pooled, or 1.
+    ``tasks``, ``models``: over how many it is pooled, or 1.
     """
 
     auroc: float = math.nan
@@ -42,13 +42,15 @@ class Auroc(Result):
     tasks: int = 1
     confidence: float = 0.95
     reason: str | None = None
+    models: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class LogisticEffect(Result):
     """By what factor one standard deviation of ``predictor`` multiplies the odds of a right answer.
 
-    ``p``: of the likelihood ratio; ``deviance_explained``: the predictor's share of the deviance left by the controls.
+    ``p``: of the likelihood ratio (Wald's where there are clusters); ``deviance_explained``: the predictor's share of the
+    deviance left by the controls; ``models``: how many there are together.
     """
 
     predictor: str
@@ -65,6 +67,7 @@ class LogisticEffect(Result):
     confidence: float = 0.95
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    models: int = 1
 
 
 def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
@@ -84,7 +87,7 @@ def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
         return dataclasses.replace(found, reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed")
     area, variance = _delong(right, wrong)
     p = float(stats.mannwhitneyu(right, wrong).pvalue)
-    return _with_interval(dataclasses.replace(found, auroc=area, p=p), variance)
+    return with_interval(dataclasses.replace(found, auroc=area, p=p), variance)
 
 
 def auroc_within(
@@ -118,7 +121,7 @@ def auroc_within(
     weights = pairs / pairs.sum()
     area = float(weights @ [f.auroc for f in used])
     variance = float(weights**2 @ np.square([f.stderr for f in used]))
-    pooled = _with_interval(dataclasses.replace(pooled, auroc=area), variance)
+    pooled = with_interval(dataclasses.replace(pooled, auroc=area), variance)
     # Under the null a task's U has variance pairs·(n + 1)/12 (van Elteren's test with these weights; ties ignored).
     null = sum(w**2 * (f.right + f.wrong + 1) / (12 * f.right * f.wrong) for w, f in zip(weights, used, strict=True))
     return by_task, dataclasses.replace(pooled, p=float(2 * stats.norm.sf(abs(area - 0.5) / math.sqrt(null))))
@@ -131,12 +134,14 @@ def logistic_effect(
     predictor: str,
     controls: Sequence[str] = (),
     task: str | None = None,
+    cluster: str | None = None,
     confidence: float = 0.95,
 ) -> LogisticEffect:
     """Logistic regression of right answers on ``predictor``, with controls such as prompt length and confidence.
 
     With ``task`` every task has its own level of difficulty; tasks answered all right or all wrong say nothing and their
-    documents are dropped and counted. The interval is Wald's, per standard deviation of the predictor.
+    documents are dropped and counted. The interval is Wald's, per standard deviation of the predictor; with ``cluster``
+    rows of one cluster need not be independent (robust error, and ``p`` is Wald's as well).
 
     Returns:
         The odds ratio with its interval and p, or a ``reason`` why there is none.
@@ -147,7 +152,7 @@ def logistic_effect(
     """
     check_confidence(confidence)
     sm = statsmodels("api")
-    rows, dropped = complete_rows(frame, [correct, predictor, *controls], [task] if task else [])
+    rows, dropped = complete_rows(frame, [correct, predictor, *controls], [name for name in (task, cluster) if name])
     _right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
     if task:
         mixed = rows.groupby(task)[correct].transform("nunique") > 1
@@ -170,7 +175,8 @@ def logistic_effect(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence, which is asked for below
-        with_, without = (sm.Logit(y, design).fit(disp=False, maxiter=200) for design in (X, X[:, :-1]))
+        robust = {"cov_type": "cluster", "cov_kwds": {"groups": pd.factorize(rows[cluster])[0]}} if cluster else {}
+        with_, without = (sm.Logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1]))
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
         return dataclasses.replace(found, reason="the fit did not settle")
     effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, confidence)
@@ -182,7 +188,7 @@ def logistic_effect(
         low=math.exp(effect.low),
         high=math.exp(effect.high),
         log_odds=effect,
-        p=float(stats.chi2.sf(ratio, 1)),
+        p=float(with_.pvalues[-1] if cluster else stats.chi2.sf(ratio, 1)),
         deviance_explained=float(ratio / (-2 * without.llf)),
         notes=("fewer than 10 answers of the rarer kind for each coefficient: the effect is overstated",) if few else (),
     )
@@ -226,14 +232,19 @@ def _right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray
 
 def _delong(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
     """AUROC and its variance (DeLong et al. 1988) from midranks (Sun and Xu 2014)."""
+    above, below = placements(right, wrong)
+    return float(above.mean()), float(above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong))
+
+
+def placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each right answer the share of wrong ones below it, of each wrong one the share of right ones above it."""
     m, n = len(right), len(wrong)
     ranks = stats.rankdata(np.concatenate([right, wrong]))
-    above = (ranks[:m] - stats.rankdata(right)) / n  # of each right answer: the share of wrong ones below it
-    below = 1 - (ranks[m:] - stats.rankdata(wrong)) / m
-    return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
+    return (ranks[:m] - stats.rankdata(right)) / n, 1 - (ranks[m:] - stats.rankdata(wrong)) / m
 
 
-def _with_interval(found: Auroc, variance: float) -> Auroc:
+def with_interval(found: Auroc, variance: float) -> Auroc:
+    """``found`` with the standard error of this variance and its interval, which is symmetric on the scale of log odds."""
     area = found.auroc
     if variance <= 0 or not 0 < area < 1:
         reason = "right and wrong answers are separated perfectly" if area in (0, 1) else "all answers have the same value"

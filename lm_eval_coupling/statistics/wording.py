@@ -158,6 +158,7 @@ def _(result: FamilyEffect, names: _Names) -> str:
 @_say.register
 def _(result: Auroc, names: _Names) -> str:
     pooled = f" within {result.tasks} tasks" if result.tasks > 1 else ""
+    pooled += f" of {result.models} models" if result.models > 1 else ""
     subject = f"AUROC of {names.x} for right answers{pooled}"
     if math.isnan(result.auroc):
         return _undefined(subject, result)
@@ -175,7 +176,7 @@ def _(result: Auroc, names: _Names) -> str:
 
 @_say.register
 def _(result: LogisticEffect, names: _Names) -> str:
-    controls = (*result.controls, *(["the task"] if result.tasks > 1 else []))
+    controls = (*result.controls, *(["the task"] if result.tasks > 1 else []), *(["the model"] if result.models > 1 else []))
     given = f", {_list(controls)} held fixed" if controls else ""
     subject = f"Odds of a right answer per standard deviation of {result.predictor}{given}"
     if result.reason:
@@ -185,7 +186,7 @@ def _(result: LogisticEffect, names: _Names) -> str:
         f"Higher {result.predictor} goes with {_direction(result.odds_ratio - 1)} odds of a right answer",
         f"{result.predictor} tells right from wrong answers",
     )
-    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} documents"
+    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} {'answers' if result.models > 1 else 'documents'}"
     return f"{subject}: times {result.odds_ratio:.2f} ({numbers}). {verdict}{_notes(result)}{_left_out(result)}"
 
 

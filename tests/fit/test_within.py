@@ -11,9 +11,10 @@ from scipy import stats
 from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
-from lm_eval_coupling.fit.within import POOLED, load_documents
+from lm_eval_coupling.fit.within import POOLED, TOGETHER, load_documents
 from lm_eval_coupling.saved.results import load_runs
 from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.statistics import adjust_p_values, auroc_together
 
 
 class TestDocuments:
@@ -57,8 +58,27 @@ class TestDocuments:
             save_documents(tmp_path / str(shots), "a", self.VALUES, self.RIGHT[::-1] if shots else self.RIGHT, **made_so)
         rows = fit_runs(tmp_path, mixed="keep", resamples=QUICK).tables["auroc"].query("predictor == 'coupling@10'")
         areas = rows.set_index("model")["auroc"]
-        assert set(areas.index) == {"a (0-shot)", "a (5-shot)"} and areas["a (0-shot)"] == pytest.approx(13 / 16)
+        assert set(areas.index) == {"a (0-shot)", "a (5-shot)", TOGETHER} and areas["a (0-shot)"] == pytest.approx(13 / 16)
         assert areas["a (5-shot)"] < 0.5
+
+    def test_models_are_taken_together_over_the_documents_that_they_share(self, tmp_path):
+        """What each is too few answers for: the numbers are those of ``statistics``, the words name what else says it."""
+        rng = np.random.default_rng(1)
+        for model in "abc":
+            values = rng.uniform(0.1, 0.5, 60)
+            right = (rng.uniform(size=60) < 1 / (1 + np.exp(-6 * (values - 0.3)))).astype(int)
+            save_documents(tmp_path, model, values, right)
+        found = fit_runs(tmp_path, resamples=QUICK)
+        rows = found.tables["auroc"].query("model == @TOGETHER").set_index("predictor")
+        expected = auroc_together(
+            found.tables["documents"], "coupling@10", "right", model="model", task="task", document="doc_hash"
+        )
+        row = rows.loc["coupling@10"]
+        assert (row["auroc"], row["stderr"], row["p"]) == (expected.auroc, expected.stderr, expected.p)
+        assert (row["models"], row["right"] + row["wrong"]) == (3, 180)
+        assert rows["p_holm"].tolist() == pytest.approx(adjust_p_values(rows["p"].to_numpy()).tolist(), nan_ok=True)
+        (said,) = [words for words in found.words if words.startswith("All 3 models together, a document counting once")]
+        assert f"{row['auroc']:.2f}" in said and "the model held fixed" in said and "numbers that were asked (Holm)" in said
 
     def test_coupling_that_decides_is_found_with_length_and_confidence_fixed(self, tmp_path):
         rng = np.random.default_rng(0)

@@ -1,0 +1,104 @@
+"""Several models over the same documents: as many observations as documents, in simulations whose truth is known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from simulations import covers, draws, near, uniform
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.statistics import auroc_together, auroc_within, in_words, logistic_effect, logistic_together
+
+pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+COLUMNS = {"model": "model", "task": "task", "document": "doc"}
+
+
+def answers(rng, *, models=3, documents=80, shift=0.0):
+    """Models agree on what is hard, and on which prompts are coupled; ``shift`` of the right answers' values."""
+    hard, coupled = rng.normal(size=documents), rng.normal(size=documents)
+    frames = []
+    for i in range(models):
+        right = (0.9 * hard + 0.45 * rng.normal(size=documents) + 0.3 * i > 0).astype(int)
+        value = 0.9 * coupled + math.sqrt(1 - 0.81) * rng.normal(size=documents) + shift * right
+        value = (value + 5 * i) * (i + 1)  # models differ in it by more than their documents do
+        frames.append(pd.DataFrame({"value": value, "right": right, "length": rng.normal(size=documents), "model": f"m{i}"}))
+    doc = np.tile(np.arange(documents), models)
+    return pd.concat(frames, ignore_index=True).assign(doc=doc, task=np.where(doc % 2, "odd", "even"))
+
+
+def test_one_model_is_what_it_is_alone():
+    frame = answers(np.random.default_rng(0), models=1, shift=0.5)
+    found = auroc_together(frame, "value", "right", **COLUMNS)
+    _, alone = auroc_within(frame, "value", "right", "task")
+    assert (found.auroc, found.stderr, found.low, found.high) == pytest.approx(
+        (alone.auroc, alone.stderr, alone.low, alone.high)
+    )
+    assert (found.right, found.wrong, found.tasks, found.models) == (alone.right, alone.wrong, 2, 1)
+
+
+def test_copies_of_a_model_are_no_more_evidence():
+    one = answers(np.random.default_rng(1), models=1, shift=0.5)
+    three = pd.concat([one.assign(model=name) for name in "abc"], ignore_index=True)
+    alone, found = (auroc_together(frame, "value", "right", **COLUMNS) for frame in (one, three))
+    assert (found.auroc, found.stderr, found.p) == pytest.approx((alone.auroc, alone.stderr, alone.p))
+    assert found.right == 3 * alone.right and found.models == 3
+    kwargs = COLUMNS | {"correct": "right", "predictor": "value", "controls": ["length"]}
+    alone, found = (logistic_together(frame, **kwargs) for frame in (one, three))
+    assert found.odds_ratio == pytest.approx(alone.odds_ratio, rel=0.01)  # per a standard deviation of n - 1
+    assert found.log_odds.stderr == pytest.approx(alone.log_odds.stderr, rel=0.03)  # but for small-sample factors
+    assert (found.models, found.tasks, found.n) == (3, 2, 240)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.6])
+def test_answers_to_one_document_count_as_one(shift):
+    truth = stats.norm.cdf(shift / math.sqrt(2))
+
+    def one(rng):
+        found = auroc_together(answers(rng, shift=shift), "value", "right", **COLUMNS)
+        return covers(found, truth), found.p, (found.auroc - 0.5) / found.stderr
+
+    covered, p, _ = draws(one, 500)
+    assert near(covered.mean(), 0.95, 500, slack=0.02)  # asymptotic
+    assert uniform(p) if shift == 0 else np.mean(p < 0.05) > 0.75
+
+
+def test_taken_for_independent_they_mislead():
+    """The same answers, each as an observation of its own, find what is not there."""
+
+    def one(rng):
+        frame = answers(rng)
+        _, naive = auroc_within(frame.assign(task=frame["model"] + frame["task"]), "value", "right", "task")
+        return naive.p < 0.05, auroc_together(frame, "value", "right", **COLUMNS).p < 0.05
+
+    naive, robust = draws(one, 400).mean(axis=1)
+    assert naive > 0.12 and near(robust, 0.05, 400, slack=0.02)
+
+
+def test_odds_of_answers_to_one_document_are_robust():
+    def one(rng):
+        frame = answers(rng)
+        kwargs = {"correct": "right", "predictor": "value"}
+        found = logistic_together(frame, **kwargs, **COLUMNS)
+        naive = logistic_effect(frame.assign(level=frame["model"] + frame["task"]), **kwargs, task="level")
+        return found.p < 0.05, found.low <= 1 <= found.high, naive.p
+
+    rejected, covered, _ = draws(one, 300)
+    assert near(rejected.mean(), 0.05, 300, slack=0.02) and near(covered.mean(), 0.95, 300, slack=0.02)
+
+
+def test_what_cannot_be_told_is_said():
+    frame = answers(np.random.default_rng(2))
+    lacking = frame.assign(right=lambda t: t["right"].where(t["model"] != "m1", 1))
+    found = auroc_together(lacking, "value", "right", **COLUMNS)
+    assert (found.models, found.dropped) == (2, 80)
+    assert "within 2 tasks of 2 models" in in_words(found, x="coupling@10")
+    nobody = auroc_together(frame.assign(right=1), "value", "right", **COLUMNS)
+    assert math.isnan(nobody.auroc) and "no model has 2 right and 2 wrong" in nobody.reason
+    with pytest.raises(CouplingError, match="got two rows of model m0, task even, doc 0, expected one of each document"):
+        auroc_together(pd.concat([frame, frame.head(1)]), "value", "right", **COLUMNS)
+    constant = logistic_together(frame.assign(value=1.0), correct="right", predictor="value", **COLUMNS)
+    assert math.isnan(constant.odds_ratio) and constant.reason
+    told = in_words(logistic_together(frame, correct="right", predictor="value", **COLUMNS))
+    assert "the task and the model held fixed" in told and "240 answers" in told
