@@ -3,8 +3,8 @@ r"""What a few real models say: coupling and its rivals, task by task, trained a
     python analysis/real_models.py OUT [OUT …] --out analysis/results/real
     python analysis/real_models.py analysis/results/real --out analysis/results/real    # of what is committed
 
-Too few models are no sample: nothing is fitted here. documents.csv has every number of every document; a folder with such a
-file is read from it in place of the tables. models.csv has, for every model, weights and task, the mean over documents of
+Too few models are no sample: nothing is fitted here. documents.csv has every number of every document; a folder without
+tables is read from such a file. models.csv has, for every model, weights and task, the mean over documents of
 each number with its standard error, and the score of the trained weights. The tasks of a group (BLiMP's) count as one. The
 picture has a panel a task, each model a point; printed is in how many tasks the models stand in the same order by a number
 as by the score.
@@ -12,7 +12,7 @@ as by the score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import command
@@ -20,9 +20,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lm_eval_coupling import load_runs
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid, legend_outside
 from lm_eval_coupling.figures.palette import CATEGORIES
-from lm_eval_coupling.saved.names import label_weights
 from lm_eval_coupling.statistics import correlation
 from lm_eval_coupling.studies import tables
 
@@ -41,28 +41,55 @@ NUMBERS = (
     "last_state_effective_rank_centred",
 )
 SCORES = ("acc_norm,none", "acc,none")  # the first that a task has
-DOCUMENT = ["model", "weights", "task", "doc_hash"]
+NAMES = ["model", "fingerprint", "weights", "task", "leaf", "doc_hash"]  # task: of a group's tasks the topmost group
+KEPT = "documents.csv"
 
 
 def documents(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -> pd.DataFrame:
-    """One row per model, weights, task (of a group the group) and document: its ``rank`` K, and every number."""
-    kept = [pd.read_csv(file) for folder in folders if (file := folder / "documents.csv").is_file()]
-    if len(kept) == len(folders):
-        return pd.concat(kept)
-    records = tables.read(folders, measures=NUMBERS)
+    """One row per model, weights, task and document: its ``rank`` K, and every number.
+
+    Raises:
+        CouplingError: if the ranks differ, or one name has two models.
+    """
+    tabled = [folder for folder in folders if any(folder.rglob("*coupling_*.parquet"))]
+    kept = [folder / KEPT for folder in folders if folder not in tabled]
+    if lacking := [file for file in kept if not file.is_file()]:
+        raise CouplingError(f"got {lacking[0].parent}, which has neither tables of coupling nor {KEPT}")
+    parts = [pd.read_csv(file, dtype=dict.fromkeys(NAMES, str)) for file in kept]
+    parts += [_of_tables(tabled, runs, asked)] if tabled else []
+    found = pd.concat(parts, ignore_index=True).drop_duplicates(NAMES, keep="last")
+    if found["rank"].nunique() > 1 or asked not in (None, found["rank"].iloc[0]):
+        raise CouplingError(
+            f"got numbers at K = {sorted(found['rank'].unique())}, expected one K{f' = {asked}' if asked else ''}"
+        )
+    several = found.groupby("model")["fingerprint"].nunique()
+    if (several > 1).any():
+        raise CouplingError(f"got two models of the name {several.idxmax()}, expected one; give folders of one of them")
+    return found
+
+
+def _of_tables(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -> pd.DataFrame:
+    records = tables.read(folders, measures=NUMBERS, columns=["fingerprint"])
     rank = tables.choose_rank(records, asked)
     values = tables.long(records, tables.recorded(records, NUMBERS), rank)
-    grouped = runs[runs["group"] != ""].set_index("task")["group"].to_dict()
-    values["task"] = values["task"].map(lambda task: grouped.get(task, task))
-    wide = values.pivot_table(index=DOCUMENT, columns="measure", values="value", sort=False).reset_index()
-    wide.insert(len(DOCUMENT), "rank", rank)
-    return wide
+    prints = records.drop_duplicates("model").set_index("model")["fingerprint"]
+    values = values.assign(fingerprint=values["model"].map(prints), leaf=values["task"])
+    above = {(row.fingerprint, row.task): row.group for row in runs.itertuples()}
+    values["task"] = [_topmost(*key, above) for key in zip(values["fingerprint"], values["leaf"], strict=True)]
+    wide = values.pivot_table(index=NAMES, columns="measure", values="value", sort=False).reset_index()
+    wide.insert(len(NAMES), "rank", rank)
+    return wide.round(6)
 
 
-def scores(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per model and task: ``score``, its standard error, and documents."""
-    found = runs[runs["group"] == ""].copy()
-    found["model"] = label_weights(found)
+def _topmost(fingerprint: str, task: str, above: Mapping[tuple[str, str], str]) -> str:
+    group = above.get((fingerprint, task))
+    return _topmost(fingerprint, group, above) if group else task
+
+
+def scores(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """One row per model and task, of the models whose weights have ``names``: score, its standard error, and documents."""
+    found = runs[(runs["group"] == "") & runs["fingerprint"].isin(names)].copy()
+    found["model"] = found["fingerprint"].map(names)
     rows = []
     for row in found.sort_values("n_samples").to_dict("records"):
         metric = next((name for name in SCORES if name in row and pd.notna(row[name])), None)
@@ -76,7 +103,7 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
 def means(of_documents: pd.DataFrame) -> pd.DataFrame:
     """Mean over documents of each number, by task and over all of them."""
     numbers = [name for name in NUMBERS if name in of_documents]
-    values = of_documents.melt(DOCUMENT, numbers, var_name="measure").dropna(subset="value")
+    values = of_documents.melt(NAMES, numbers, var_name="measure").dropna(subset="value")
     by = ["model", "weights", "task", "measure"]
     everything = tables.summary(values.assign(task="all"), by)
     return pd.concat([tables.summary(values, by), everything])[[*by, "mean", "stderr", "n"]]
@@ -120,10 +147,14 @@ def main(argv: list[str] | None = None) -> None:
     """Read, average, save, and print what goes the way of the score."""
     options = command.arguments(__doc__).parse_args(argv)
     runs = load_runs(options.runs, mixed="keep")
-    each, scored = documents(options.runs, runs, options.rank), scores(runs)
-    if options.tasks:
-        each, scored = (rows[rows["task"].isin(options.tasks)] for rows in (each, scored))
-    command.save_table(options.out, "documents", each.round(6))
+    everything = documents(options.runs, runs, options.rank)
+    scored = scores(runs, everything.set_index("fingerprint")["model"].to_dict())
+    if unknown := set(options.tasks or ()) - set(everything["task"]):
+        known = ", ".join(dict.fromkeys(everything["task"]))
+        raise CouplingError(f"got task {sorted(unknown)[0]}, expected some of {known}")
+    command.save_table(options.out, KEPT.removesuffix(".csv"), everything)
+    tasks = options.tasks or [*everything["task"].unique()]
+    each, scored = (rows[rows["task"].isin(tasks)] for rows in (everything, scored))
     found, rank = means(each), int(each["rank"].iloc[0])
     command.save(options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6))
     overall = found[found["task"] == "all"].pivot(index=["model", "weights"], columns="measure", values="mean")

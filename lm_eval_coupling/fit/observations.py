@@ -89,7 +89,9 @@ def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The same weights under two names are one model, not two."""
     known = rows["fingerprint"].notna()
-    ordered = rows.sort_values(["n_samples", "date"], na_position="first")  # as load_runs chooses among runs of one name
+    of_name = rows.groupby(["fingerprint", "label"], dropna=False)  # one name for all tasks that it has, or means lack some
+    ordered = rows.assign(documents=of_name["n_samples"].transform("sum"), newest=of_name["date"].transform("max"))
+    ordered = ordered.sort_values(["documents", "newest", "date"])
     chosen = ordered.drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
     kept = ~known | rows.index.isin(chosen)
     if not kept.all():

@@ -30,7 +30,7 @@ def scored_rows(
     """The rows of ``load_runs`` that have coupling and a score, with ``score, score_error, score_of`` and ``label``.
 
     Args:
-        runs: the newest run of every model and task.
+        runs: of every model and task the run that counts.
         notes: what was left out is added here.
         score: a metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one lm-eval lists first.
         tasks: the tasks or groups to use, by default groups that have a score, and tasks in none of these.

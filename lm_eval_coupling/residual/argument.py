@@ -105,9 +105,20 @@ def the_same(a: Any, b: Any) -> bool:
 
 
 def _one_memory(a: Tensor, b: Tensor) -> bool:
-    if (a.dtype, a.device, a.shape, a.stride()) != (b.dtype, b.device, b.shape, b.stride()):
-        return False
-    return a.data_ptr() == b.data_ptr()
+    """Whether both are the same view of the same memory; of what has none to show, whether they are one object."""
+    if a is b or not a.layout == b.layout == torch.strided or a.is_nested or b.is_nested:
+        return a is b
+    return all(of(a) == of(b) for of in _VIEW) and a.data_ptr() == b.data_ptr()
+
+
+_VIEW: tuple[Callable[[Tensor], Any], ...] = (
+    lambda t: t.dtype,
+    lambda t: t.device,
+    lambda t: t.shape,
+    Tensor.stride,
+    Tensor.is_conj,
+    Tensor.is_neg,
+)
 
 
 def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lm_eval_coupling.residual import argument
 
-KEPT = 64  # runs on some tokens whose arguments are remembered
+KEPT = 64  # runs on some tokens whose arguments are remembered, and their indices
 _NUMBERS = itertools.count()
 
 
@@ -72,8 +72,7 @@ class Arguments:
         """
         known, key = each[0]._at_tokens, (tuple(one._number for one in each), *map(tuple, (tokens, seqs, firsts)))
         if key not in known:
-            if len(known) == KEPT:
-                del known[next(iter(known))]
+            _make_room(known)
             alone = [of._at(*at) for of, *at in zip(each, tokens, seqs, firsts, strict=True)]
             known[key] = Arguments._joined(alone)
         return known[key]
@@ -93,6 +92,12 @@ class Arguments:
         )
 
 
+def _make_room(remembered: dict[Any, Any]) -> None:
+    """The oldest goes where there are many."""
+    if len(remembered) == KEPT:
+        del remembered[next(iter(remembered))]
+
+
 class OnePass:
     """What the blocks of one pass share: arguments that they are given alike, and indices, which devices wait for."""
 
@@ -103,6 +108,7 @@ class OnePass:
     def indices(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, on the device; made and brought there once for each ``key``."""
         if (key, device) not in self._indices:
+            _make_room(self._indices)
             self._indices[key, device] = make().to(device)
         return self._indices[key, device]
 

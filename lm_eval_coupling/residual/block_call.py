@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
@@ -53,11 +53,20 @@ class BlockCall:
         return dataclasses.replace(self, pullback=(output_token, pulled))
 
     def pulled_back(self, direction: Float[Tensor, " d_model"], output_token: int) -> Float[Tensor, "seq d_model"]:
-        """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block."""
+        """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block.
+
+        Returns:
+            NaN where the block gives another output than it did in the trace.
+        """
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
             at = torch.full((1,), output_token, device=resid_pre.device)
-            return gradient(direction[None], resid_pre, self(resid_pre), at)[0]
+            output = self(resid_pre)
+            pulled = gradient(direction[None], resid_pre, output, at)[0]
+        if self.resid_post is None:
+            return pulled
+        entering, found, expected = (of[0, output_token].detach() for of in (resid_pre, output, self.resid_post))
+        return torch.where(_as_traced(entering, found, expected), pulled, torch.nan)
 
     @staticmethod
     def pulled_back_decoding(
@@ -76,10 +85,8 @@ class BlockCall:
         with torch.enable_grad():
             output = BlockCall.decoded(calls, x, tokens)
             pulled = gradient(torch.stack(list(directions)), x, output, x.new_zeros(len(calls), dtype=torch.long))
-        found, expected = output.detach()[:, 0], torch.stack([call.resid_post[0, token] for call, token in at])
-        added = (expected - x.detach()[:, 0]).abs().amax(-1, keepdim=True)  # it may be little beside the stream
-        same = ((found - expected).abs() <= 1e-4 * added + 1e-6 * expected.abs()).all(-1, keepdim=True)
-        return torch.where(same, pulled[:, 0], torch.nan)
+        expected = torch.stack([call.resid_post[0, token] for call, token in at])
+        return torch.where(_as_traced(x.detach()[:, 0], output.detach()[:, 0], expected), pulled[:, 0], torch.nan)
 
     @property
     def layer(self) -> int:
@@ -174,6 +181,16 @@ class BlockCall:
 
 def _at_tokens(calls: Sequence[BlockCall], tokens: Sequence[int], firsts: Sequence[int]) -> Arguments:
     return Arguments.at_tokens([call.arguments for call in calls], tokens, [call.seq for call in calls], firsts)
+
+
+def _as_traced(
+    entering: Float[Tensor, "*prompt d_model"],
+    found: Float[Tensor, "*prompt d_model"],
+    expected: Float[Tensor, "*prompt d_model"],
+) -> Bool[Tensor, "*prompt 1"]:
+    """Whether a block gives the output that it gave in the trace; what it adds may be little beside the stream."""
+    added = (expected - entering).abs().amax(-1, keepdim=True)
+    return ((found - expected).abs() <= 1e-4 * added + 1e-6 * expected.abs()).all(-1, keepdim=True)
 
 
 def hidden(output: Any) -> Tensor:

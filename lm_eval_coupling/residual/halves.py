@@ -75,8 +75,8 @@ def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
 
 
 def _bare(call: BlockCall) -> BlockCall:
-    """Without what the trace knows of the whole block's derivative."""
-    return dataclasses.replace(call, pullback=None, keys=None)
+    """Without what the trace knows of the whole block: its derivative and its output."""
+    return dataclasses.replace(call, pullback=None, keys=None, resid_post=None)
 
 
 def _child(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:

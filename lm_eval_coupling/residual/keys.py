@@ -69,9 +69,11 @@ def _joined(own: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
 def _before_each(of_all: Tensor, rows: tuple[int, ...], tokens: tuple[int, ...], shared: OnePass) -> Tensor:
     """In one step for all prompts of a batch."""
     longest, device = max(tokens), of_all.device
-    chosen = of_all if rows == tuple(range(len(of_all))) else of_all[shared.rows(rows, device)]
+    chosen = of_all[..., :longest, :]
+    if rows != tuple(range(len(of_all))):
+        chosen = chosen[shared.rows(rows, device)]
     if len(set(tokens)) == 1:
-        return chosen[..., :longest, :]
+        return chosen
     at = shared.indices(("before", tokens), device, lambda: _ending_at(tokens))
     at = at.view(len(rows), *[1] * (chosen.dim() - 3), longest, 1)
     return chosen.gather(-2, at.expand(*chosen.shape[:-2], longest, chosen.shape[-1]))

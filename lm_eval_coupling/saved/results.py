@@ -13,14 +13,12 @@ from lm_eval_coupling.errors import CouplingError, flag, one_of
 from lm_eval_coupling.errors import path as as_path
 from lm_eval_coupling.errors import paths as as_paths
 from lm_eval_coupling.saved.names import add_facts
+from lm_eval_coupling.saved.precedence import DEPTH_SETTINGS, Standing, setting, takes_place
 from lm_eval_coupling.saved.run import SavedRun, SavedRuns, find_runs
 from lm_eval_coupling.saved.task_rows import rows_of_run
 
 logger = logging.getLogger(__name__)
 
-# What the numbers of depth coupling depend on: runs that measured other things besides are not different in these.
-_DEPTH_SETTINGS = ("ranks", "dtype", "method", "depth_version", "position", "prompt")
-_DEFAULTS = {"prompt": "scored"}  # of settings that older runs do not have
 _SAMPLE_SETTINGS = ("limit", "seed")  # which documents of a task; other tasks may have had others
 
 
@@ -35,7 +33,8 @@ def load_runs(
 
     Rows of one task under one name are apart where the weights (``fingerprint``, ``variant``: further arguments of the model
     such as ``peft=…``) or what makes the prompts (``prompting``) are not the same; otherwise one with coupling counts before
-    one without, then the one of most documents, so that a short trial takes no run's place, then the newest. Columns:
+    one without, and the newest, unless an older one holds more documents that were measured alike: a short trial takes no
+    run's place. Columns:
 
     * ``model, revision, variant, fingerprint, task, alias, prompting, is_group, group`` (the group that the task belongs to,
       or ""), ``n_fewshot``, ``n_samples`` of ``n_total`` documents, ``task_version, lm_eval_version, chat_template, date,
@@ -90,8 +89,8 @@ def rows_of_runs(
     """:func:`load_runs` of runs that were found already."""
     runs = [run for run in runs if run.file]
     settings = {str(run.file): run.settings for run in runs}
-    rows = [row for run in runs for row in rows_of_run(run)]
-    kept = sorted(_newest(rows) if newest else rows, key=_order)
+    rows = [row for run in sorted(runs, key=lambda run: run.date) for row in rows_of_run(run)]
+    kept = sorted(_newest(rows, settings) if newest else rows, key=_order)
     if mixed == "refuse":
         _require_equal_settings(kept, settings)
     frame = pd.DataFrame(kept)
@@ -103,27 +102,25 @@ def _order(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in names)
 
 
-def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the same weights, task and prompts one with coupling if there is one, of most documents, the newest of those.
+def _newest(rows: Iterable[dict[str, Any]], settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the same weights, task and prompts the one that counts (precedence.py), of ``rows`` in the order of their dates.
 
     Weights that only scores were taken of have no fingerprint: they are those of that name, if there is one such model.
 
     Returns:
         One row of each.
     """
-    rows = list(rows)
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         key = (*(row[name] for name in ("model", "revision", "variant", "fingerprint", "task", "prompting")),)
-        if key not in latest or _precedence(row) >= _precedence(latest[key]):
+        if key not in latest or takes_place(*(_standing(one, settings) for one in (row, latest[key]))):
             latest[key] = row
     known = {key[:3] + key[4:] for key in latest if key[3]}
     return [row for key, row in latest.items() if key[3] or key[:3] + key[4:] not in known]
 
 
-def _precedence(row: Mapping[str, Any]) -> tuple[bool, float, str]:
-    scored = row["n_samples"]
-    return row["measured"] > 0, scored if scored and scored == scored else 0, row["date"]
+def _standing(row: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Standing:
+    return Standing.of(settings[row["file"]], row["measured"], row["n_samples"])
 
 
 def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -132,7 +129,7 @@ def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping
     for row in rows:
         if settings[row["file"]]:
             files.setdefault(row["task"], []).append(row["file"])
-    _require_equal([file for of_task in files.values() for file in of_task], settings, _DEPTH_SETTINGS)
+    _require_equal([file for of_task in files.values() for file in of_task], settings, DEPTH_SETTINGS)
     for of_task in files.values():
         _require_equal(of_task, settings, _SAMPLE_SETTINGS)
 
@@ -140,7 +137,7 @@ def _require_equal_settings(rows: Sequence[Mapping[str, Any]], settings: Mapping
 def _require_equal(files: Sequence[str], settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> None:
     for file in files:
         for key in keys:
-            first, other = (settings[name].get(key, _DEFAULTS.get(key)) for name in (files[0], file))
+            first, other = (setting(settings[name], key) for name in (files[0], file))
             if first != other:
                 raise CouplingError(
                     f"got runs with different coupling settings: {key} is {first!r} in {files[0]} but {other!r} in {file}; "

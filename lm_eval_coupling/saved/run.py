@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.saved.precedence import Standing, takes_place
 from lm_eval_coupling.saved.prompting import model_arguments, prompting
 from lm_eval_coupling.saved.tables import UNTRAINED, frame_of, open_table, read_header, require_schema
 
@@ -48,6 +50,12 @@ class SavedTable:
     def task(self) -> str:
         """The task whose documents it holds."""
         return self.about["task"]
+
+    @property
+    def standing(self) -> Standing:
+        """What it has beside other tables of its task."""
+        summary = (self.about.get("tasks") or {}).get(self.task) or {}
+        return Standing.of(self.about.get("settings") or {}, summary.get("measured", 0), math.nan)
 
     def _files(self, weights: str) -> list[Path]:
         """Those that may have rows of these weights; the first is there in any case, for its columns."""
@@ -198,10 +206,12 @@ class SavedRuns:
         return sorted(((run, table) for run in self.runs for table in run.tables), key=lambda pair: pair[1].file)
 
     def newest_tables(self) -> list[tuple[SavedRun, SavedTable]]:
-        """Of the same weights, prompts and task in the same folder only the newest table."""
+        """Of the same weights, prompts and task in the same folder only the table that counts (precedence.py)."""
         latest: dict[tuple[Any, ...], tuple[SavedRun, SavedTable]] = {}
         for run, table in sorted(self.with_tables(), key=lambda pair: str(pair[1].about.get("date"))):
-            latest[(table.file.parent, *identity(run), run.prompting(table.task), table.task)] = (run, table)
+            key = (table.file.parent, *identity(run), run.prompting(table.task), table.task)
+            if key not in latest or takes_place(table.standing, latest[key][1].standing):
+                latest[key] = (run, table)
         return sorted(latest.values(), key=lambda pair: pair[1].file)
 
 

@@ -42,7 +42,7 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
             | {"model": run.model, "revision": run.revision, "variant": run.variant, "fingerprint": run.fingerprint}
             | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "prompting": run.prompting(task)}
             | {"is_group": bool(run.leaves.get(task)), "group": above.get(task, "")}
-            | {"n_fewshot": _shots(run, task), **_samples(results, task, found)}
+            | {"n_fewshot": _shots(run, task), **_samples(run, task, found)}
             | {"output_type": _output_type(run, task)}
             | {"task_version": _number((results.get("versions") or {}).get(task))}
             | origin
@@ -95,8 +95,14 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _samples(run: Mapping[str, Any], task: str, found: Mapping[str, Any]) -> dict[str, float]:
-    count = (run.get("n-samples") or {}).get(task)
+def _samples(run: SavedRun, task: str, found: Mapping[str, Any]) -> dict[str, float]:
+    """Of a group those of its tasks, where lm-eval does not say."""
+    counts = run.results.get("n-samples") or {}
+    if task not in counts and found.get("sample_len") is None and (leaves := run.leaves.get(task)):
+        members = [counts[leaf] for leaf in leaves if isinstance(counts.get(leaf), Mapping)]
+        told = {name: sum(_number(count.get(name)) for count in members) for name in ("effective", "original")}
+        return {"n_samples": told["effective"] or math.nan, "n_total": told["original"] or math.nan}
+    count = counts.get(task)
     count = count if isinstance(count, Mapping) else {"effective": found.get("sample_len")}
     return {"n_samples": _number(count.get("effective")), "n_total": _number(count.get("original"))}
 

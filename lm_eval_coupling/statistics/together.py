@@ -121,11 +121,11 @@ def logistic_together(
 class _OfModel:
     """``parts``: what each document adds to the error of the model's area."""
 
-    area: float
-    right: int
-    wrong: int
     dropped: int
-    parts: pd.Series
+    area: float = math.nan
+    right: int = 0
+    wrong: int = 0
+    parts: pd.Series | None = None
 
 
 def _of_model(rows: pd.DataFrame, value: str, correct: str, task: str, document: str) -> _OfModel:
@@ -145,10 +145,10 @@ def _of_model(rows: pd.DataFrame, value: str, correct: str, task: str, document:
         pairs.append(m * n)
         parts.append(pd.Series(errors, index=names.to_numpy()))
     if not pairs:
-        return _OfModel(math.nan, 0, 0, dropped, pd.Series(dtype=float))
+        return _OfModel(dropped)
     weights = np.array(pairs, dtype=float) / sum(pairs)
     weighed = pd.concat([weight * part for weight, part in zip(weights, parts, strict=True)])
-    return _OfModel(float(weights @ areas), right, wrong, dropped, weighed)
+    return _OfModel(dropped, area=float(weights @ areas), right=right, wrong=wrong, parts=weighed)
 
 
 def _require_once(rows: pd.DataFrame, keys: Sequence[str]) -> None:

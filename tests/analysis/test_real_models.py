@@ -9,6 +9,8 @@ import pytest
 import saved_runs
 from studied import record, script
 
+from lm_eval_coupling.errors import CouplingError
+
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 MODELS = {"org/a": (0.1, 0.3), "org/b": (0.2, 0.5), "org/c": (0.3, 0.4)}  # shift of m̃ of all pairs, accuracy
 
@@ -19,7 +21,7 @@ def runs(tmp_path):
         rows = [record(i, task=task, shift=shift + i / 100) for task in ("arc", "piqa") for i in range(3)]
         rows += [record(i, weights="untrained", shift=0.5) for i in range(3)]
         summaries = {task: saved_runs.task_summary(n=3) for task in ("arc", "piqa")}
-        where = saved_runs.save(tmp_path, summaries, model=model, rows=rows)
+        where = saved_runs.save(tmp_path, summaries, model=model, rows=rows, fingerprint=model)
         (file,) = where.glob("results_*.json")
         found = json.loads(file.read_text())
         found["results"]["arc"]["acc,none"] = accuracy
@@ -55,6 +57,11 @@ def test_what_is_committed_gives_the_same_again(runs, tmp_path):
         shutil.copy(file, kept / "runs" / file.parent.name)
     assert not list(kept.rglob("*.parquet"))
     script("real_models")([str(kept), "--out", str(again), "--tasks", "arc"])
+    with pytest.raises(CouplingError, match="got task typo, expected some of arc, piqa"):
+        script("real_models")([str(kept), "--out", str(again), "--tasks", "typo"])
+    with pytest.raises(CouplingError, match="expected one K = 30"):
+        script("real_models")([str(kept), "--out", str(again), "--rank", "30"])
+    assert len(pd.read_csv(again / "documents.csv")) == len(pd.read_csv(kept / "documents.csv"))  # whatever was asked
     whole, found = (pd.read_csv(folder / "models.csv").query("task == 'arc'") for folder in (kept, again))
     pd.testing.assert_frame_equal(whole.reset_index(drop=True), found.reset_index(drop=True), atol=2e-6)
 
@@ -71,7 +78,7 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
     script("real_models")([str(tmp_path), "--out", str(tmp_path / "out")])
     rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["task", "measure"])
     assert set(rows.index.get_level_values("task")) == {"blimp", "all"}
-    assert rows.loc[("blimp", "acc,none"), "mean"] == 0.7 and rows.loc[("blimp", "coupling"), "n"] >= 2
+    assert rows.loc[("blimp", "acc,none"), "mean"] == 0.7 and rows.loc[("blimp", "coupling"), "n"] == 4
 
 
 def _coupling(row):

@@ -13,6 +13,7 @@ from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual import model as model_module
+from lm_eval_coupling.residual.arguments import Arguments
 from lm_eval_coupling.residual.block_call import BlockCall
 from lm_eval_coupling.residual.keys import Cache, Keys
 
@@ -105,6 +106,22 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     found = block_jacobians(wrapped, tokens, dtype=torch.float64)
     assert expected.method == ["closed"] * len(expected.method) and found.method == ["autodiff"] * len(found.method)
     assert torch.allclose(found.jacobians, expected.jacobians, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_run_as_it_was_traced_certifies_nothing(monkeypatch):
+    """The last resort replays a block; with other arguments than the trace's it would agree with itself, and be wrong."""
+    monkeypatch.setattr(model_module, "_LONG", 12)
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    call = wrapped.trace(cases.tiny_tokens(17), torch.float64, 16).calls[1]
+    turned = {
+        name: tuple(-part for part in value) if name == "position_embeddings" else value
+        for name, value in call.arguments.kwargs.items()
+    }
+    other = dataclasses.replace(call, arguments=Arguments(call.arguments.args, turned), keys=None)
+    with call.ready():
+        assert pulled_back(dataclasses.replace(call, keys=None), 16, 16).isfinite().all()
+        assert pulled_back(other, 16, 16).isnan().all()
+        assert pulled_back(dataclasses.replace(other, resid_post=None), 16, 16).isfinite().all()
 
 
 def test_long_prompts_are_measured_as_short_ones(monkeypatch):

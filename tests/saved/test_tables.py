@@ -198,15 +198,47 @@ def test_newest_run_counts_and_coupling_is_not_lost(tmp_path):
     assert math.isnan(runs.loc["gsm", "coupling@10"]) and runs.loc["gsm", "acc,none"] == 0.5
 
 
-def test_a_short_trial_takes_no_place(tmp_path):
-    """Scores of 2 documents stood for those of 50 because their run was the later one."""
-    for date, coupling, scored in (("2025-06-01T00-00-00", 0.1, 50), ("2025-06-02T00-00-00", 0.3, 2)):
-        where = save(tmp_path, {"arc": task_summary(coupling)}, date=date)
-        file = where / f"results_{date}.json"
-        run = json.loads(file.read_text()) | {"n-samples": {"arc": {"original": 100, "effective": scored}}}
-        file.write_text(json.dumps(run))
+def trial(folder, day, *, scored, measured, **settings):
+    """A run of this day of June with tables, of so many documents."""
+    date, summary = f"2025-06-0{day}T00-00-00", task_summary(day / 10, n=measured)
+    config = coupling_config({"arc": summary})["settings"] | settings
+    rows = [record("arc", i) for i in range(measured)]
+    where = save(folder, {"arc": summary}, date=date, rows=rows, settings=config)
+    file = where / f"results_{date}.json"
+    run = json.loads(file.read_text()) | {"n-samples": {"arc": {"original": 100, "effective": scored}}}
+    file.write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counts"),
+    [
+        (dict(scored=50, measured=7), dict(scored=2, measured=2), 1),
+        (dict(scored=50, measured=7), dict(scored=50, measured=2), 1),  # interrupted
+        (dict(scored=50, measured=7), dict(scored=20, measured=7), 1),
+        (dict(scored=50, measured=7), dict(scored=50, measured=7), 2),
+        (dict(scored=50, measured=2), dict(scored=20, measured=7), 2),  # coupling of 2 documents says nothing
+        (dict(scored=50, measured=7), dict(scored=20, measured=2, depth_version=99), 2),
+        (dict(scored=50, measured=7), dict(scored=20, measured=2, measures=["depth", "halves"]), 2),
+    ],
+)
+def test_a_short_trial_takes_no_place(tmp_path, first, second, counts):
+    """Scores and tables of 2 documents stood for those of 50 because their run was the later one."""
+    trial(tmp_path, 1, **first)
+    trial(tmp_path, 2, **second)
     (row,) = load_runs(tmp_path).to_dict("records")
-    assert row["n_samples"] == 50 and row["date"].startswith("2025-06-01")
+    documents = (first, second)[counts - 1]
+    assert row["date"].startswith(f"2025-06-0{counts}") and row["n_samples"] == documents["scored"]
+    if first["measured"] != second["measured"]:
+        assert len(load_records(tmp_path)) == documents["measured"]
+    assert len(load_runs(tmp_path, newest=False, mixed="keep")) == 2
+
+
+def test_documents_of_a_group_are_those_of_its_tasks_where_lm_eval_does_not_say(tmp_path):
+    run = results({"a": task_summary(), "b": task_summary()}, groups={"both": ["a", "b"]})
+    del run["results"]["both"]["sample_len"]
+    counts = {name: {"original": 90, "effective": n} for name, n in (("a", 30), ("b", 20))}
+    (tmp_path / "results_2025-06-01T00-00-00.json").write_text(json.dumps(run | {"n-samples": counts}))
+    assert load_runs(tmp_path).set_index("task")["n_samples"].to_dict() == {"a": 30, "b": 20, "both": 50}
 
 
 def test_revisions_are_models_of_their_own(tmp_path):
