@@ -16,6 +16,7 @@ from lm_eval_coupling.errors import CouplingError
 
 _TICKS = 8
 _LETTERS = 11  # of a title, in an inch
+_LEGEND_ROWS, _LEGEND_ROW = 4, 0.17  # that a figure has room for, and inches of one more
 DPI = 200  # of the pictures
 
 
@@ -67,13 +68,15 @@ def chance_line(ax: Axes, chance: float) -> None:
 
 
 def legend_outside(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, below them, each name once."""
+    """One legend for all panels, below them, each name once; a long one makes the figure higher, not the panels lower."""
     entries: dict[str, Any] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
     if entries:
         columns = 1 if max(map(len, entries)) > 60 or len(entries) < 3 else 2
+        longer = math.ceil(len(entries) / columns) - _LEGEND_ROWS
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, longer))
         figure.legend(
             entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize="x-small", frameon=False
         )

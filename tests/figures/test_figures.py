@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.figures.canvas import grid, legend_outside
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
 
@@ -28,6 +30,22 @@ def colour_at(figure, ax, x, y):
     pixels = np.asarray(canvas.buffer_rgba())
     column, row = ax.transData.transform((x, y))
     return pixels[pixels.shape[0] - 1 - round(row), round(column)] / 255
+
+
+@pytest.mark.parametrize("lines", [2, 24, 120])
+def test_long_legends_take_no_room_of_the_panels(lines):
+    """With four models and six tasks the legend was larger than the figure, and not drawn at all."""
+    figure, axes = grid(3, title="many")
+    for i in range(lines):
+        axes[0].plot([0, 1], [i, i], label=f"some-model-{i}, some_task")
+    legend_outside(figure, axes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that cannot be made
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.y0 and box.y1 < axes[0].get_window_extent().y0
+    assert axes[0].get_window_extent().height > 1.5 * figure.dpi
 
 
 def test_values_are_those_given_and_the_diagonal_is_blank():
