@@ -141,7 +141,8 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
             "lm-eval's --log_samples, and a task that has such answers)."
         ]
     predictors = within.document_predictors(read, main)
-    aurocs, logistics = within.aurocs(read, predictors), within.logistics(read, predictors)
+    aurocs = within.aurocs(read, [*predictors, *within.yardsticks(read)])
+    logistics = within.logistics(read, predictors)
     tables = {
         "documents": read,
         "auroc": within.auroc_table(aurocs),

@@ -90,6 +90,11 @@ def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
     return sorted(names, key=lambda name: (name != main, not name.startswith("coupling@")))
 
 
+def yardsticks(documents: pd.DataFrame) -> list[str]:
+    """What is known of an answer without looking inside: the length of its prompt, and the model's own confidence."""
+    return [name for name in ("prompt_tokens", "confidence") if documents[name].nunique() > 1]
+
+
 def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str], Auroc]:
     """By model, task and predictor; :data:`POOLED` are the pairs within each task, :data:`TOGETHER` the mean over models."""
     results = {}
@@ -124,8 +129,7 @@ def logistics(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[
     results = {}
     for (model, task), group in _by_task_and_pooled(documents):
         group = group.dropna(subset="right")
-        known = ["prompt_tokens", *(["confidence"] if group["confidence"].notna().any() else [])]
-        controls = [name for name in known if group[name].nunique() > 1]
+        controls = yardsticks(group)
         for predictor in predictors:
             for given in dict.fromkeys([(), tuple(controls)]):
                 results[model, task, predictor, " + ".join(given)] = logistic_effect(
@@ -142,8 +146,7 @@ def _odds_together(documents: pd.DataFrame, predictor: str) -> dict[tuple[str, s
     """Of the main predictor alone: with a level for every task of every model these regressions are large."""
     if documents["model"].nunique() < 2:
         return {}
-    known = ["prompt_tokens", *(["confidence"] if documents["confidence"].notna().any() else [])]
-    controls = [name for name in known if documents[name].nunique() > 1]
+    controls = yardsticks(documents)
     return {
         (TOGETHER, POOLED, predictor, " + ".join(given)): logistic_together(
             documents, correct="right", predictor=predictor, controls=given, **_COLUMNS
