@@ -18,6 +18,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.documents import Auroc, LogisticEffect, logistic_effect, placements, with_interval
 from lm_eval_coupling.statistics.results import check_confidence, complete_rows
 
+LEVELS = 400  # of a regression: memory goes as their square
+
 
 def auroc_together(
     frame: pd.DataFrame,
@@ -101,6 +103,9 @@ def logistic_together(
         spread = rows.groupby(model)[name].transform("std")
         rows[name] = (rows[name] - rows.groupby(model)[name].transform("mean")) / spread.where(spread > 0)
     rows["level"] = rows[model].astype(str) + "\0" + rows[task].astype(str)
+    if (levels := rows["level"].nunique()) > LEVELS:
+        told = f"{levels} tasks of models have a level each, which is more than {LEVELS}"
+        return LogisticEffect(predictor, tuple(controls), n=len(rows), dropped=dropped, confidence=confidence, reason=told)
     found = logistic_effect(
         rows,
         correct=correct,
@@ -110,8 +115,8 @@ def logistic_together(
         cluster=document,
         confidence=confidence,
     )
-    levels = rows.groupby("level")[correct].nunique() > 1  # the others say nothing and are dropped
-    used = rows[rows["level"].isin(levels[levels].index)]
+    mixed = rows.groupby("level")[correct].transform("nunique") > 1  # the others say nothing and are dropped
+    used = rows[mixed]
     return dataclasses.replace(
         found, dropped=found.dropped + dropped, tasks=int(used[task].nunique()), models=int(used[model].nunique())
     )

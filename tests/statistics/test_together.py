@@ -9,7 +9,7 @@ from scipy import stats
 from simulations import covers, draws, near, uniform
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics import auroc_together, auroc_within, in_words, logistic_effect, logistic_together
+from lm_eval_coupling.statistics import auroc_together, auroc_within, in_words, logistic_effect, logistic_together, together
 
 pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
 COLUMNS = {"model": "model", "task": "task", "document": "doc"}
@@ -88,7 +88,7 @@ def test_odds_of_answers_to_one_document_are_robust():
     assert near(rejected.mean(), 0.05, 300, slack=0.02) and near(covered.mean(), 0.95, 300, slack=0.02)
 
 
-def test_what_cannot_be_told_is_said():
+def test_what_cannot_be_told_is_said(monkeypatch):
     frame = answers(np.random.default_rng(2))
     lacking = frame.assign(right=lambda t: t["right"].where(t["model"] != "m1", 1))
     found = auroc_together(lacking, "value", "right", **COLUMNS)
@@ -98,6 +98,10 @@ def test_what_cannot_be_told_is_said():
     assert math.isnan(nobody.auroc) and "no model has 2 right and 2 wrong" in nobody.reason
     with pytest.raises(CouplingError, match="got two rows of model m0, task even, doc 0, expected one of each document"):
         auroc_together(pd.concat([frame, frame.head(1)]), "value", "right", **COLUMNS)
+    monkeypatch.setattr(together, "LEVELS", 5)
+    many = logistic_together(frame, correct="right", predictor="value", **COLUMNS)
+    assert many.reason == "6 tasks of models have a level each, which is more than 5" and many.n == 240
+    monkeypatch.undo()
     constant = logistic_together(frame.assign(value=1.0), correct="right", predictor="value", **COLUMNS)
     assert math.isnan(constant.odds_ratio) and constant.reason
     told = in_words(logistic_together(frame, correct="right", predictor="value", **COLUMNS))
