@@ -23,12 +23,10 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     Returns:
         A view where it is cut; what does not go by tokens is handed back as it is.
     """
-    if isinstance(value, (tuple, list)):
-        return type(value)(cut(name, item, t, n, first) for item in value)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: cut("keys", item, t, n, first))
-    if not isinstance(value, Tensor):
-        return value
+    return _each_tensor(value, lambda name, tensor: _cut(name, tensor, t, n, first), name, inside="keys")
+
+
+def _cut(name: str, value: Tensor, t: int, n: int, first: int) -> Tensor:
     if name == "position_embeddings":
         return value[..., t : t + 1, :]
     if name in ("position_ids", "cache_position"):
@@ -52,12 +50,10 @@ def cut_row(value: Any, t: int, n: int) -> Any:
 
 def of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
     """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(of_prompt(name, item, prompt, seq, padded) for item in value)
-    if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: of_prompt("", item, prompt, seq, padded))
-    if not isinstance(value, Tensor):
-        return value
+    return _each_tensor(value, lambda name, tensor: _of_prompt(name, tensor, prompt, seq, padded), name)
+
+
+def _of_prompt(name: str, value: Tensor, prompt: int, seq: int, padded: int) -> Tensor:
     if value.dim() > 1 and value.shape[0] > 1:
         value = value[prompt : prompt + 1]
     if name == "position_embeddings":
@@ -151,23 +147,24 @@ def replayable(name: str, value: Any) -> Any:
 
 def carried(value: Any) -> Any:
     """A copy of what one block hands to another, without copying tensors."""
-    return _each_tensor(value, Tensor.detach)
+    return _each_tensor(value, lambda _, tensor: tensor.detach())
 
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Arguments with every floating-point tensor in ``dtype``."""
-    return _each_tensor(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return _each_tensor(value, lambda _, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def _each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _each_tensor(value: Any, function: Callable[[str, Tensor], Tensor], name: str = "", inside: str = "") -> Any:
     """The same containers, around what becomes of their tensors; whatever else is in them is handed over as it is."""
+    # name: of the argument; inside: for what is in objects that blocks hand on to each other.
     if isinstance(value, Tensor):
-        return function(value)
+        return function(name, value)
     if isinstance(value, (tuple, list)):
-        items = [_each_tensor(item, function) for item in value]
+        items = [_each_tensor(item, function, name, inside) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, _MAPPINGS):
-        return _mapped(value, lambda item: _each_tensor(item, function))
+        return _mapped(value, lambda item: _each_tensor(item, function, inside, inside))
     return value
 
 
