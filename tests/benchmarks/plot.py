@@ -42,7 +42,8 @@ def against_release(found: dict, figure) -> None:
     axes.plot(tokens, ours, "o-", color="#0072b2", label=f"this package, {together[0]['together']} prompts at a time")
     for at, their, we, ratio in zip(tokens, theirs, ours, (we["ratio"]["total"] for we in together), strict=True):
         axes.plot([at] * 2, [we, their], ":", color="#8c8c8c")
-        axes.annotate(f" {ratio:.0f}×", (at, (their * we) ** 0.5), va="center")
+        side = "right" if at == tokens[-1] else "left"  # inside the axes
+        axes.annotate(f" {ratio:.0f}× ", (at, (their * we) ** 0.5), va="center", ha=side)
     _finish(axes, AXES["tokens"], tokens)
     axes.set_ylabel("seconds a prompt")
     axes.legend(frameon=False)
