@@ -116,6 +116,8 @@ def overhead(report: Any, options: SimpleNamespace) -> None:
             synchronize()
             taken[kind] = time.perf_counter() - start
         info = found["config"]["coupling"]
+    if info["measured"] < documents:
+        raise SystemExit(f"got {info['measured']} measured prompts, expected those of {documents} documents")
     report.add(
         documents=documents,
         measured=info["measured"],
@@ -132,7 +134,7 @@ def _save_task(folder: Path, documents: int) -> None:
     words = models._TEXT.split()
     rows = []
     for i in range(documents):
-        text = " ".join((words * 3)[5 * i % 60 :])
+        text = f"{i} " + " ".join((words * 3)[5 * i % 60 :])  # no two alike: a prompt is measured once
         choices = [text[j : j + 28] for j in (100, 140, 180, 220)]
         rows.append({"question": text[: 75 + i % 30], "choices": choices, "gold": i % 4})
     data = folder / "long.jsonl"
