@@ -38,6 +38,19 @@ def results(script, out, *arguments):
     return found["results"]
 
 
+@pytest.mark.slow
+def test_two_checkouts_in_turn(benchmark, model, tmp_path):
+    script = benchmark("in_turn")
+    found = results(script, tmp_path / "i.json", script.HERE, "--model", model, "--tokens", 5, "--prompts", 2, "--ranks", 4)
+    assert [row[""] for row in found["rows"]] == ["5 tokens, 1 together", "5 tokens, 2 together"]
+    assert all(row["here / other"] == row["here, s"] / row["other, s"] > 0 for row in found["rows"])
+
+
+def test_what_is_no_checkout_is_refused(benchmark, model, tmp_path):
+    with pytest.raises(SystemExit, match="expected the folder of another checkout"):
+        benchmark("in_turn").main([str(tmp_path), "--model", str(model)])
+
+
 class TestAgainstRelease:
     def test_both_find_the_same(self, benchmark, model, tmp_path):
         script = benchmark("against_release")
