@@ -156,6 +156,12 @@ class Unmeasurable(Exception):
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
+def pass_on_lack_of_memory(error: Exception) -> None:
+    """Raise ``error`` if memory ran out, whatever its class: fewer prompts at once are the remedy, no slower way."""
+    if reason_of(error).code == "out_of_memory":
+        raise error
+
+
 def reason_of(error: Exception) -> Reason:
     """``error`` as a reason: one line, of bounded length."""
     if isinstance(error, Unmeasurable):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lm_eval_coupling.errors import pass_on_lack_of_memory
 from lm_eval_coupling.jacobians.protocol import Call
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -183,9 +184,8 @@ class AttentionRecord:
         if all(call.keys is not None for call in calls):
             try:
                 return cls._by_decoding(calls, tokens).split([token + 1 for token in tokens])
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError) as error:
+                pass_on_lack_of_memory(error)
                 if len(calls) > 1:
                     return [cls.of(call, token) for call, token in zip(calls, tokens, strict=True)]
         return [cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)]
@@ -202,9 +202,8 @@ class AttentionRecord:
         try:
             watch = _Record(output_token, alone=True)
             return cls._watched(watch, lambda: call.one_query(output_token), call.seq, call.seq, call.dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError):  # some blocks (Falcon's with ALiBi, XGLM's) count on as many queries as keys
+        except (RuntimeError, ValueError) as error:  # some blocks (Falcon's with ALiBi, XGLM's) want as many queries as keys
+            pass_on_lack_of_memory(error)
             watch = _Record(output_token, alone=False)
             return cls._watched(watch, lambda: call(call.resid_pre), call.seq, call.seq, call.dtype)
 
@@ -319,10 +318,8 @@ class LinearCore:
         if all(call.keys is not None for call in calls):
             try:
                 return cls.at(AttentionRecord._by_decoding(calls, tokens), -1, -1)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError):
-                pass
+            except (RuntimeError, ValueError) as error:
+                pass_on_lack_of_memory(error)
         records = AttentionRecord.of_each(calls, tokens)
         return cls.joined([cls.at(record, token, token) for record, token in zip(records, tokens, strict=True)])
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.numerics.devices import has_float64
 
@@ -138,10 +138,8 @@ def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
         directions = [probe(call.layer, call.resid_pre) for call in calls]
         try:
             return calls[0].pulled_back_decoding(calls, directions, tokens)
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, RuntimeError):
-            pass
+        except (ValueError, RuntimeError) as error:
+            pass_on_lack_of_memory(error)
     return torch.stack([pulled_back(call, token, token) for call, token in zip(calls, tokens, strict=True)])
 
 

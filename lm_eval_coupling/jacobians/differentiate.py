@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_eval_coupling.errors import pass_on_lack_of_memory
+
 # Bytes alive per direction, in units of d_model numbers: inputs, gated MLP of width 4 d_model, and their tangents.
 _LIVE = 64
 
@@ -33,10 +35,8 @@ def jacobian_columns(
     for attempt in (_forward_mode, jacobian_rows):
         try:
             return attempt(function, x, budget)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            continue
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            pass_on_lack_of_memory(error)
     return _row_by_row(function, x)
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError, is_several, one_of, shown, whole
+from lm_eval_coupling.errors import CouplingError, is_several, one_of, pass_on_lack_of_memory, shown, whole
 from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
@@ -227,9 +227,8 @@ def _closed_together(
         try:
             found = closed_jacobians(calls, tokens)
             return found, certify_each(calls, found, tokens), ""
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # alone, each prompt finds the level that can, or says what is wrong
+            pass_on_lack_of_memory(error)
             # What no rule is known for is not known for one prompt either.
             return None, None, _in_words("closed", error) if isinstance(error, (NoRule, NoAttentionCore)) else ""
 
@@ -259,9 +258,8 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
         for level in levels:
             try:
                 jacobian, error, small = _at_level(level, call, truth, (output_token, input_token))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as failure:
+                pass_on_lack_of_memory(failure)
                 if level == levels[-1]:
                     raise
                 why.append(_in_words(level, failure))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_eval_coupling.errors import pass_on_lack_of_memory
 from lm_eval_coupling.jacobians.certify import certify, with_probe_pulled_back
 from lm_eval_coupling.jacobians.closed import closed_row
 from lm_eval_coupling.jacobians.engine import TOLERANCE, certified_jacobian, certified_jacobians
@@ -69,10 +70,8 @@ def _row(call: Call, output_token: int, input_tokens: list[int], method: str) ->
     if method in ("auto", "closed"):
         try:
             together = list(closed_row(call, output_token, input_tokens))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # alone, each pair finds the level that can, or says what is wrong
-            pass
+        except Exception as failure:  # alone, each pair finds the level that can, or says what is wrong
+            pass_on_lack_of_memory(failure)
     found: list[tuple[Tensor, float]] = []
     for jacobian, token in zip(together, input_tokens, strict=True):
         error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)

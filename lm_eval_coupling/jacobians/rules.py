@@ -210,7 +210,7 @@ def _product(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
 
 def _scaled(tangent: Tangent, x: Tensor, factor: Any) -> Tangent:
     """Tangent of x times ``factor``, a constant."""
-    factor = factor if isinstance(factor, Tensor) else torch.as_tensor(factor, dtype=x.dtype, device=x.device)
+    factor = factor if isinstance(factor, Tensor) else x.new_full((), factor)  # no transfer, which would be waited for
     if isinstance(tangent, NearIdentity) and not _fits(factor.shape, x.shape):
         tangent = dense(tangent, x.shape)
     return tangent.scaled(factor, x.shape)

@@ -1,7 +1,7 @@
 """Jacobians of several prompts as they are made, block by block, and their singular triplets.
 
 Where they fit they stay on the device, and are decomposed there all at once. Larger ones are decomposed while they are on
-the device that made them, and leave it once: into one of two buffers that the device writes to by itself, and from there,
+the device that made them, and leave it once: into one of a few buffers that the device writes to by itself, and from there,
 while the next block is at work, to where they will lie.
 """
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.memory import jacobian_stack
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
+
+PIECE, WAITING = 256 << 20, 8  # bytes of a buffer, and how many: torch never gives memory back that devices write to
 
 
 class Stack:
@@ -89,18 +91,21 @@ class _Leaving:
         self.waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         self.free: list[Tensor] = []
 
-    def put(self, place: Tensor, values: Tensor) -> None:
+    def put(self, place: Float[Tensor, "prompt d_model d_model"], values: Float[Tensor, "prompt d_model d_model"]) -> None:
         """Begin to bring ``values`` to ``place``."""
         if values.device.type != "cuda":
             place.copy_(values)
             return
-        if len(self.waiting) == 2:
-            self._arrive()
-        buffer = self.free.pop() if self.free else torch.empty_like(values, device="cpu", pin_memory=True)
-        buffer.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(values.device))
-        self.waiting.append((place, buffer, event))
+        at_once = max(1, PIECE // (values[0].numel() * values.element_size()))
+        for part, piece in zip(place.split(at_once), values.split(at_once), strict=True):
+            if len(self.waiting) == WAITING:
+                self._arrive()
+            size = (at_once, *values.shape[1:])
+            buffer = self.free.pop() if self.free else torch.empty(size, dtype=values.dtype, pin_memory=True)
+            buffer[: len(piece)].copy_(piece, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(values.device))
+            self.waiting.append((part, buffer, event))
 
     def finish(self) -> None:
         """Wait for all that has begun."""
@@ -110,5 +115,5 @@ class _Leaving:
     def _arrive(self) -> None:
         place, buffer, event = self.waiting.pop(0)
         event.synchronize()
-        place.copy_(buffer)
+        place.copy_(buffer[: len(place)])
         self.free.append(buffer)

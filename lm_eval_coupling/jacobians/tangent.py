@@ -55,7 +55,10 @@ class NearIdentity:
     @cached_property
     def as_origin(self) -> Origin:
         """The vector itself as an origin, the same one for every weight that is applied to it."""
-        return self.origin if self.exact else Origin(self.origin.batch, self.origin.width, self)
+        if self.exact:
+            return self.origin
+        # Of a copy: an origin that led back to where it is kept would hold a matrix per prompt until the next collection.
+        return Origin(self.origin.batch, self.origin.width, dataclasses.replace(self))
 
     def scaled(self, factor: Tensor, shape: torch.Size) -> NearIdentity:
         """Derivative of the vector times ``factor``, entry by entry; ``shape`` is that of the vector."""

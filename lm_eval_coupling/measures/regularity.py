@@ -27,18 +27,19 @@ def run(batch: Batch) -> list[Found]:
     return batch.together(lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once)
 
 
-def _entropies(batch: Batch, points: int = 512) -> dict[int, Any]:
+def _entropies(batch: Batch) -> dict[int, Any]:
     """Entropy at every depth of each prompt, a few prompts in one pass; none where that fails, then each alone says why."""
     import torch
 
     from lm_eval_coupling.measures.formulas.trajectory import entropy
     from lm_eval_coupling.numerics.devices import off_mps
+    from lm_eval_coupling.numerics.memory import POINTS
     from lm_eval_coupling.numerics.transfer import on_host
 
     model: Any = batch.model
     try:
         stream = torch.stack(batch.trajectories).to(batch.traces[0].resid_final.device)
-        parts = stream.split(max(1, points // stream.shape[1]))
+        parts = stream.split(max(1, POINTS // stream.shape[1]))
         found = torch.cat([entropy(off_mps(model.logits(part))) for part in parts])
         return dict(enumerate(on_host(found)))
     except Exception:

@@ -226,7 +226,7 @@ def _on_host(part: Found, seconds: float) -> Found:
 
 def _require_finite(trajectories: Sequence[Float[Tensor, "layer_plus_1 d_model"]]) -> None:
     """Read from the device once for all prompts."""
-    finite = torch.stack([torch.isfinite(one).all(dim=-1) for one in trajectories]).cpu()
+    finite = torch.isfinite(torch.stack(list(trajectories))).all(dim=-1).cpu()
     if not finite.all():
         layer = int((~finite).nonzero()[0, 1])
         where = "the embeddings are" if layer == 0 else f"the output of block {layer - 1} is"

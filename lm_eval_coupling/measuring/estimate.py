@@ -1,4 +1,4 @@
-"""What measuring costs, told before it is spent: memory from the shapes, seconds from a first prompt."""
+"""What measuring costs, told before it is spent: memory from the shapes, seconds from the first prompts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def memory_needed(model: ResidualModel, batches: Sequence[Sequence[Sequence[int]
     return f"measuring takes {max(needed, key=lambda memory: memory.total)}"
 
 
-def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, settings: Settings) -> str:
-    """In words, what each measure took of a first prompt, and about how long ``left`` more will take.
+def seconds_needed(model: ResidualModel, measured: Sequence[PromptCoupling], left: int, settings: Settings) -> str:
+    """In words, what each measure took of the prompt or prompts measured first, and how long ``left`` more will take.
 
     Several prompts at once take less time than one after the other, so the estimate is on the safe side; the bar knows
     better as soon as a batch is done.
@@ -29,12 +29,14 @@ def seconds_needed(model: ResidualModel, first: PromptCoupling, left: int, setti
     Returns:
         Words for the log.
     """
+    first = measured[0]
     of_measures = [
         f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"
         for name, found in first.found.items()
         if found.seconds > 0
     ]
-    what = f"a first prompt of {len(first.tokens)} tokens took {_duration(first.seconds)} ({', '.join(of_measures)})"
+    who = "a first prompt" if len(measured) == 1 else f"each of the first {len(measured)} prompts"
+    what = f"{who} of {len(first.tokens)} tokens took {_duration(first.seconds)} ({', '.join(of_measures)})"
     return f"{what}; the other {left} take up to {_duration(left * first.seconds)}" if left else what
 
 

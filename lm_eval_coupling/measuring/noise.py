@@ -60,7 +60,8 @@ def noise_robustness(
             with model.first_block_given(partial(torch.add, other=noise, alpha=level)):
                 stream = model.trace(tokens, DTYPES[dtype]).trajectory(token)
                 record = measure_prompt(model, tokens, position, settings)
-            first, last = (torch.cosine_similarity(stream[i].double(), clean[i].double(), dim=0).item() for i in (1, -1))
+            ends = ((stream[i].cpu().double(), clean[i].cpu().double()) for i in (1, -1))  # some devices have no float64
+            first, last = (torch.cosine_similarity(*pair, dim=0).item() for pair in ends)
             about = {"prompt": number, "level": level, "cosine_first": first, "cosine_last": last}
             rows.append(about | {"coupling": record.coupling(rank)})
     return pd.DataFrame(rows)

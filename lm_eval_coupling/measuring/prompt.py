@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -146,8 +147,10 @@ def _measured(
     except Exception as error:
         reason = reason_of(error)
     # Out of the handler: what failed is held by its traceback, and would leave the halves less memory.
-    if reason.code == "out_of_memory" and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if reason.code == "out_of_memory":
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if len(prompts) == 1:
         return [_nothing(settings, reason, time.perf_counter() - start)]
     half = len(prompts) // 2

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError
@@ -146,33 +147,40 @@ class Session:
         position = resolve_token(self._asked(tokens), len(tokens))
         return PromptCoupling(tokens, position, self.settings.ranks, {n: found[n] for n in self.settings.measures})
 
-    def _keep(self, subject: Subject, record: PromptCoupling) -> None:
-        """Store what measuring again would find again; memory that ran out may be there the next time."""
-        settled = {name: found for name, found in record.found.items() if found.settled}
-        if not settled:
-            return
+    def _keep(self, subject: Subject, records: Sequence[PromptCoupling]) -> None:
+        """Store what measuring again would find again, at once; memory that ran out may be there the next time."""
+        settled = [
+            (self._key(subject, name, record.tokens), found)
+            for record in records
+            for name, found in record.found.items()
+            if found.settled
+        ]
         try:
-            self.store.put({self._key(subject, name, record.tokens): found for name, found in settled.items()})
+            if settled:
+                self.store.put(dict(settled))
         except Exception as error:
-            logger.warning("coupling: a measurement could not be stored (%s); it stays in this run's tables", error)
+            if len(records) == 1:
+                logger.warning("coupling: a measurement could not be stored (%s); it stays in this run's tables", error)
+                return
+            for record in records:  # what is wrong with one is not to cost the others
+                self._keep(subject, [record])
 
     def _measure_missing(self, subject: Subject, known: Known, records: dict[Tokens, PromptCoupling]) -> None:
         """Fill ``records``, a few prompts of about the same length at a time, of each only the measures that are missing."""
         batches = self._batches(subject, known)
         waiting = sum(len(batch) for _, batch in batches)
         if batches and not self.quiet:
-            batches = _one_first(batches)
+            batches = _in_order(batches, subject.model.device)
             logger.info("coupling: %s", memory_needed(subject.model, [batch for _, batch in batches], self.settings))
         what = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
         with tqdm(total=waiting, desc=what, unit="prompt", disable=self.quiet or not waiting) as bar:
             for number, (settings, batch) in enumerate(batches):
                 found = measure_prompts(subject.model, batch, list(map(self._asked, batch)), settings)
-                for record in found:
-                    self._keep(subject, record)
-                    records[record.tokens] = self._with_known(record, known)
+                self._keep(subject, found)
+                records.update({record.tokens: self._with_known(record, known) for record in found})
                 bar.update(len(batch))
                 if number == 0 and not self.quiet:
-                    told = seconds_needed(subject.model, found[0], waiting - 1, self.settings)
+                    told = seconds_needed(subject.model, found, waiting - len(found), self.settings)
                     logger.info("coupling: %s", told)
 
     def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
@@ -186,9 +194,9 @@ class Session:
                 continue
             settings, batch = batches[0]
             (record,) = measure_prompts(subject.model, batch, list(map(self._asked, batch)), settings)
-            self._keep(subject, record)
+            self._keep(subject, [record])
             left = sum(len(batch) for _, batch in batches[1:])
-            told.append(seconds_needed(subject.model, record, left, self.settings))
+            told.append(seconds_needed(subject.model, [record], left, self.settings))
             told.append(memory_needed(subject.model, [batch for _, batch in batches], self.settings))
         return told
 
@@ -211,6 +219,14 @@ class Session:
             settings = dataclasses.replace(self.settings, measures=missing)
             batches += [(settings, [prompts[i] for i in group]) for group in groups(subject.model, prompts, settings)]
         return batches
+
+
+def _in_order(batches: list[tuple[Settings, list[Tokens]]], device: torch.device) -> list[tuple[Settings, list[Tokens]]]:
+    """What tells soonest what all cost comes first: one prompt, or on a device, where one takes as long as many, a batch."""
+    if device.type == "cpu":
+        return _one_first(batches)
+    middle = len(batches) // 2
+    return [batches[middle], *batches[:middle], *batches[middle + 1 :]]
 
 
 def _one_first(batches: list[tuple[Settings, list[Tokens]]]) -> list[tuple[Settings, list[Tokens]]]:

@@ -193,7 +193,7 @@ def _encode(found: Found) -> bytes:
     order = list(columns)
     text = json.dumps([order, plain], default=lambda scalar: scalar.item()).encode()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **{_PLAIN: np.frombuffer(text, dtype=np.uint8)}, **arrays)
+    np.savez(buffer, allow_pickle=False, **{_PLAIN: np.frombuffer(text, dtype=np.uint8)}, **arrays)
     return buffer.getvalue()
 
 

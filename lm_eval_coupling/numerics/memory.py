@@ -31,14 +31,17 @@ PROMPTS_ON_DEVICE = 256
 SPECTRA_ON_DEVICE = 16 << 30  # the same there: a thousand matrices of a small model, beyond which nothing is gained
 COUPLED_AT_ONCE = 1 << 30  # bytes that the pairs of several prompts may take on a device
 PAIRS_AT_ONCE = 1 << 27  # bytes of J V that a device may hold for several layers
+POINTS = 512  # of the stream, whose logits are decoded together
 _DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds on a CPU
 
 
-def place(size: int, device: torch.device) -> str:
-    """Where ``size`` bytes of Jacobians go: ``device``, ``host`` or ``disk``."""
-    if device.type != "cpu" and size <= limits.free(device) // 2:
-        return "device"
-    return "host" if size <= limits.free_on_host() // 2 else "disk"
+def place(size: int, device: torch.device, held: int = 0) -> str:
+    """Where ``size`` bytes of Jacobians go, ``device``, ``host`` or ``disk``, once ``held`` more are taken on the device."""
+    if device.type != "cpu":
+        if size <= (limits.free(device) - held) // 2:
+            return "device"
+        held = 0
+    return "host" if size <= (limits.free_on_host() - held) // 2 else "disk"
 
 
 def jacobian_stack(layers: int, like: Tensor, on_host: bool = False) -> Float[Tensor, "layer d_model d_model"]:
@@ -64,16 +67,16 @@ def layers_at_once(d_model: int, itemsize: int, device: torch.device, rank: int 
     if device.type == "cpu":
         most, room, each = 4 * torch.get_num_threads(), SPECTRA, _DECOMPOSITION * d_model**2
     else:
-        # Some may be done again in float64, from a copy of twice the size.
+        # Some may be done again in float64, a quarter at a time, from a copy of twice the size.
         room = min(limits.free(device) // 3, SPECTRA_ON_DEVICE)
-        most, each = 4096, 4 * _by_products(d_model, rank)
+        most, each = 4096, 4 * _by_products(d_model, rank) + d_model**2
     return max(1, min(most, room // (each * itemsize)))
 
 
 def _by_products(d_model: int, rank: int) -> int:
-    """Numbers that the decomposition of a matrix holds beside it: its Gram matrix, a dozen blocks of columns, small ones."""
+    """Numbers that a matrix's decomposition holds beside it: its Gram matrix twice, a dozen blocks of columns."""
     columns = block_of(min(rank, d_model), d_model)
-    return (d_model**2 if d_model <= GRAM else 0) + 12 * columns * (d_model + columns)
+    return (2 * d_model**2 if d_model <= GRAM else 0) + 12 * columns * (d_model + columns)
 
 
 def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int) -> list[list[int]]:
@@ -100,16 +103,17 @@ def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
 
 def batches(model: Any, lengths: Sequence[int], *, rank: int, itemsize: int = 4) -> list[list[int]]:
     """:func:`together` for a :class:`~lm_eval_coupling.residual.ResidualModel`, within what its device has free now."""
-    device = model.device
-    if device.type == "cpu":
+    shape = shape_of(model, itemsize)
+    if shape["device"].type == "cpu":
         jacobians = model.n_layers * model.d_model**2 * itemsize
         most = max(1, min(PROMPTS, BYTES // jacobians))
         return together(lengths, lambda prompts, seq: prompts * seq <= TOKENS, most)
-    room = ROOM * limits.free(device)
+    room = ROOM * min(map(limits.free, model.devices))
+    where = "host" if shape["scattered"] else "device"
 
     def fits(prompts: int, seq: int) -> bool:
-        found = memory_of(model, rank=rank, seq=seq, prompts=prompts, itemsize=itemsize)
-        return found.where == "device" and found.total <= room
+        found = memory(**shape, rank=rank, seq=seq, prompts=prompts)
+        return found.where == where and found.on_device <= room
 
     return together(lengths, fits, PROMPTS_ON_DEVICE)
 
@@ -153,6 +157,11 @@ class Memory:
         """All of it together, wherever it lies."""
         return self.jacobians + self.bases + self.working
 
+    @property
+    def on_device(self) -> int:
+        """What of it lies where the model computes."""
+        return self.total - (0 if self.where == "device" else self.jacobians)
+
     def __str__(self) -> str:
         where = {"device": "on the device", "host": "on the host", "disk": f"in a file in {tempfile.gettempdir()}"}
         jacobians = f"{_in_words(self.jacobians)} of Jacobians {where[self.where]}"
@@ -172,6 +181,9 @@ def memory(
     device: str | torch.device = "cpu",
     largest_weight: int | None = None,
     cast: bool = True,
+    d_head: int | None = None,
+    vocabulary: int = 0,
+    scattered: bool = False,
 ) -> Memory:
     """What measuring takes; measured peaks lie below, the more so the more heads share keys.
 
@@ -187,6 +199,9 @@ def memory(
         device: where the model computes.
         largest_weight: numbers of the block's largest matrix; a third of its weights unless given.
         cast: whether the weights come in another dtype, so that a block's are copied while it is at work.
+        d_head: width of an attention head; ``d_model / n_heads`` unless given.
+        vocabulary: number of words, for the logits that are decoded at every depth.
+        scattered: whether the blocks lie on several devices, so that their Jacobians go to the host.
 
     Returns:
         Bytes, and where the Jacobians will lie.
@@ -197,16 +212,19 @@ def memory(
     copied, scores = block_params if cast else 0, n_heads * prompts * seq**2
     trace = 3 * n_layers * tokens * d_model + prompts * seq**2  # inputs, keys and values of every block; a mask
     forward = copied + 2 * scores + (3 if seq >= 64 else 8) * tokens * (largest // d_model + d_model)
-    jacobian = copied + prompts * max(6 * square, 5 * square // 2 + largest)
+    wide = max(d_model, n_heads * (d_head or d_model // n_heads))
+    jacobian = copied + prompts * max(13 * d_model * wide // 2, 5 * square // 2 + largest)
     at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
     spectra = at_once * (_DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank))
     coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
     pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square  # all bases times one J
     if device.type != "cpu":
         pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
+    logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     size = prompts * n_layers * square * itemsize
-    working = (trace + max(forward, jacobian, spectra, pairs)) * itemsize
-    return Memory(size, place(size, device), 2 * basis * itemsize, working)
+    working = (trace + max(forward, jacobian, spectra, pairs, logits)) * itemsize
+    where = place(size, torch.device("cpu") if scattered else device, 0 if scattered else trace * itemsize)
+    return Memory(size, where, 2 * basis * itemsize, working)
 
 
 def prompts_at_once(n_layers: int, rank: int, itemsize: int, device: str | torch.device) -> int:
@@ -223,20 +241,25 @@ def _pairs(n_layers: int, rank: int) -> int:
 
 def memory_of(model: Any, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:
     """:func:`memory` for a :class:`~lm_eval_coupling.residual.ResidualModel`."""
+    return memory(**shape_of(model, itemsize), rank=rank, seq=seq, prompts=prompts)
+
+
+def shape_of(model: Any, itemsize: int) -> dict[str, Any]:
+    """What :func:`memory` asks of a model; its weights are looked through for it."""
     block_params, largest = model.block_sizes
-    return memory(
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        block_params=block_params,
-        rank=rank,
-        seq=seq,
-        prompts=prompts,
-        itemsize=itemsize,
-        device=model.device,
-        largest_weight=largest,
-        cast=model.dtype.itemsize != itemsize,
-    )
+    return {
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "n_heads": model.n_heads,
+        "d_head": model.d_head,
+        "vocabulary": model.vocabulary,
+        "block_params": block_params,
+        "itemsize": itemsize,
+        "device": model.device,
+        "largest_weight": largest,
+        "cast": model.dtype.itemsize != itemsize,
+        "scattered": len(model.devices) > 1,
+    }
 
 
 def _in_words(size: int) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -25,6 +26,17 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(host)
         for put_back in devices:
             put_back()
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Inside, new `nn.Linear` layers are left as memory is: for those whose weights are set right away, in no time."""
+    drawn = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = drawn  # type: ignore[method-assign]
 
 
 def _device_states() -> list[Callable[[], None]]:

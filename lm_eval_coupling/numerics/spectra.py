@@ -76,7 +76,7 @@ def top_singular(
     device = J.device if device is None else known_device(device)
     device = torch.device("cpu") if device.type == "mps" else device
     matrices = J.detach().reshape(-1, d_model, d_model)
-    parts = matrices.split(layers_at_once(d_model, J.element_size(), device)) if len(matrices) else [matrices]
+    parts = matrices.split(layers_at_once(d_model, J.element_size(), device, k)) if len(matrices) else [matrices]
     found = [_of_part(part.to(device), k) for part in parts]
     U, S, V, residual = (torch.cat(some) for some in zip(*found, strict=True))
     batch = J.shape[:-2]
@@ -149,7 +149,7 @@ def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float
     if J.device.type == "mps" or not len(matrices) or 2 * block_of(1, d_model) > d_model:
         return top_singular(J, 1).S[..., 0]
     found = []
-    for part in matrices.split(layers_at_once(d_model, J.element_size(), J.device)):
+    for part in matrices.split(layers_at_once(d_model, J.element_size(), J.device, 1)):
         scale = torch.linalg.vector_norm(part.flatten(1), ord=math.inf, dim=-1)
         scaled = part / torch.where(scale == 0, 1, scale)[:, None, None]
         v, settled = leading_right_vectors(scaled, 1, 3e-4)
@@ -174,16 +174,18 @@ def _of_part(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor,
         J = torch.ldexp(J, -exponent[:, None, None])
     U, S, V = _zeros(J, k)
     residual = J.new_zeros(len(J))
-    left = peak.nonzero().flatten()
+    left, at_once = peak.nonzero().flatten(), len(J)
     for method in _methods(J, k):
-        if not len(left):
-            break
-        some = J if len(left) == len(J) else J[left]
-        found = method(some)
-        errors = _residual(some, *found)
-        for kept, part in zip((U, S, V, residual), (*found, errors), strict=True):
-            kept[left] = part
-        left = left[~(torch.maximum(errors, _orthogonality_loss(found[0], found[2])) <= TOLERANCE[J.dtype])]
+        failed = []
+        for part in left.split(at_once) if len(left) else ():
+            some = J if len(part) == len(J) else J[part]
+            found = method(some)
+            errors = _residual(some, *found)
+            for kept, new in zip((U, S, V, residual), (*found, errors), strict=True):
+                kept[part] = new
+            failed.append(part[~(torch.maximum(errors, _orthogonality_loss(found[0], found[2])) <= TOLERANCE[J.dtype])])
+        left = torch.cat(failed) if failed else left
+        at_once = max(1, len(J) // 4)  # the other methods take copies of twice the size
     return U, torch.ldexp(S, exponent[:, None]), V, residual
 
 

@@ -9,6 +9,7 @@ as the block, on the host's cores (Zhou, Saad, Tiago and Chelikowsky, 2006).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,9 +71,9 @@ def leading_right_vectors(
             looks.keep(going)
             if not len(going):
                 return V, settled.to(J.device)
-            bounds = bounds[:, going]
+            bounds, product = bounds[:, going], product.of(going)
             going = going.to(Q.device)
-            Q, GQ, product = Q[going], GQ[going], product.of(going)
+            Q, GQ = Q[going], GQ[going]
         step = _Filter(bounds, SPREAD[J.dtype][filters > 0])
         for turn in range(step.turns(looks.excess)):
             Q = orthonormal(step(product, Q, GQ if turn == 0 else product(Q)))
@@ -128,18 +129,34 @@ def orthonormal(Y: Float[Tensor, "batch d_model columns"]) -> Float[Tensor, "bat
 
 
 class _Product:
-    """X → JᵀJ X for a batch."""
+    """X → JᵀJ X for a batch, or for ``some`` of it. Wide matrices are not copied, however few are still at work."""
 
-    def __init__(self, J: Float[Tensor, "batch d_model d_model"], gram: Tensor | None = None) -> None:
-        self.J = J
+    def __init__(
+        self, J: Float[Tensor, "batch d_model d_model"], gram: Tensor | None = None, some: list[int] | None = None
+    ) -> None:
+        self.J, self.some = J, some
         self.gram = J.mT @ J if gram is None and J.shape[-1] <= GRAM else gram
 
     def __call__(self, X: Tensor) -> Tensor:
-        return self.J.mT @ (self.J @ X) if self.gram is None else self.gram @ X
+        if self.gram is not None:
+            return self.gram @ X
+        if self.some is None:
+            return self.J.mT @ (self.J @ X)
+        return torch.stack([self.J[i].mT @ (self.J[i] @ x) for i, x in zip(self.some, X, strict=True)])
+
+    def recurrence(self, scale: Float[Tensor, "batch 1 1"]) -> Callable[[Tensor, Tensor], Tensor]:
+        """(Y, Z) → 2 (scale · JᵀJ − 1) Y − Z, in one step where JᵀJ is at hand."""
+        if self.gram is None:
+            return lambda Y, Z: 2 * (self(Y) * scale - Y) - Z
+        tilted = self.gram * (2 * scale)
+        tilted.diagonal(dim1=1, dim2=2).sub_(2)
+        return lambda Y, Z: torch.baddbmm(Z, tilted, Y, beta=-1)
 
     def of(self, which: Int[Tensor, " some"]) -> _Product:
-        """Of some of the matrices."""
-        return _Product(self.J[which], None) if self.gram is None else _Product(self.J[:0], self.gram[which])
+        """Of some of the matrices, whose indices are on the host."""
+        if self.gram is not None:
+            return _Product(self.J, self.gram[which.to(self.gram.device)])
+        return _Product(self.J, None, [i if self.some is None else self.some[i] for i in which.tolist()])
 
 
 class _Filter:
@@ -155,7 +172,7 @@ class _Filter:
         degree = math.log(spread) / (above_first - above_last).clamp_min(1e-3)
         self.degree = degree.floor().clamp(1, DEGREE)
         self.gain = self.degree * above_last  # log of what the k-th gains on the unwanted in one turn
-        self.last = int(self.degree.max())
+        self.ends = {int(degree) for degree in self.degree.tolist()}
 
     def turns(self, excess: Float[Tensor, " batch"]) -> int:
         """Filters to apply before looking again: for most matrices as many as bring the residual down, three at most."""
@@ -166,10 +183,11 @@ class _Filter:
         scale = (2 / self.cut).to(Q)[:, None, None]
         degree = self.degree.to(Q)[:, None, None]
         before, now = Q, GQ * scale - Q
-        found = now
-        for step in range(2, self.last + 1):
-            before, now = now, 2 * (product(now) * scale - now) - before
-            found = torch.where(degree >= step, now, found)
+        found, onwards = now, product.recurrence(scale)
+        for step in range(2, max(self.ends) + 1):
+            before, now = now, onwards(now, before)
+            if step in self.ends:
+                found = torch.where(degree == step, now, found)
         return found
 
 

@@ -65,10 +65,10 @@ def _of_prompt(name: str, value: Tensor, prompt: int, seq: int, padded: int) -> 
     return value
 
 
-def joined(values: Sequence[Any]) -> Any:
+def joined(values: Sequence[Any], name: str = "") -> Any:
     """The same argument of several calls as one: stacked where it differs."""
     first = values[0]
-    if len(values) == 1:
+    if len(values) == 1 or name == "cache_position":  # which tells a cache where to write, in transformers below 5.4
         return first
     if isinstance(first, (tuple, list)):
         return type(first)(joined(items) for items in zip(*values, strict=True))

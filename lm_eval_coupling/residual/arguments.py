@@ -83,7 +83,9 @@ class Arguments:
     @staticmethod
     def _joined(alone: Sequence[Arguments]) -> Arguments:
         args = tuple(argument.joined(values) for values in zip(*(one.args for one in alone), strict=True))
-        return Arguments(args, {name: argument.joined([one.kwargs[name] for one in alone]) for name in alone[0].kwargs})
+        return Arguments(
+            args, {name: argument.joined([one.kwargs[name] for one in alone], name) for name in alone[0].kwargs}
+        )
 
     def _each(self, change: Callable[[str, Any], Any]) -> Arguments:
         return Arguments(
@@ -98,11 +100,17 @@ def _make_room(remembered: dict[Any, Any]) -> None:
         del remembered[next(iter(remembered))]
 
 
+def _make_room_in(remembered: list[Any]) -> None:
+    if len(remembered) == KEPT:
+        del remembered[0]
+
+
 class OnePass:
     """What the blocks of one pass share: arguments that they are given alike, and indices, which devices wait for."""
 
     def __init__(self) -> None:
         self._seen: list[Arguments] = []
+        self._brought: list[tuple[Tensor, int, Tensor]] = []  # what it was made of is held: its memory is not used again
         self._indices: dict[tuple[Any, torch.device], Tensor] = {}
 
     def indices(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -115,6 +123,18 @@ class OnePass:
     def rows(self, of: Sequence[int], device: torch.device) -> Int[Tensor, " row"]:
         """Whole numbers as indices."""
         return self.indices(tuple(of), device, lambda: torch.tensor(of))
+
+    def brought(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The tensor on the device: one that several blocks are given alike is brought there once."""
+        if tensor.device == device:
+            return tensor
+        for seen, version, there in self._brought:
+            if there.device == device and version == tensor._version and argument.the_same(seen, tensor):
+                return there
+        _make_room_in(self._brought)
+        there = tensor.to(device)
+        self._brought.append((tensor, tensor._version, there))
+        return there
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
         """The arguments of a call, or the same ones of a block before."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual.weights import split_again
 
 
@@ -22,7 +23,8 @@ def put_bridge_into(twin: nn.Module) -> nn.Module:
 
     architecture = _architecture(twin)
     twin.config.architectures = [architecture]
-    bridge = build_bridge_from_module(twin, architecture, hf_config=twin.config, tokenizer=None)
+    with seeded(0):  # its layers draw weights before they are given the model's
+        bridge = build_bridge_from_module(twin, architecture, hf_config=twin.config, tokenizer=None)
     _split_joints_again(bridge)
     _take_caches_as_named_now(bridge)
     for parameter in bridge.parameters():

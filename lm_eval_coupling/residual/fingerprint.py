@@ -51,7 +51,7 @@ def digest(output: Float[Tensor, "1 seq d_model"]) -> str:
     Returns:
         The digits.
     """
-    x = output.detach().flatten().double().cpu()
+    x = output.detach().flatten().cpu().double()  # in this order: some devices have no float64
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(_PROJECTIONS, x.numel(), generator=generator, dtype=torch.float64)
     rounded = (directions @ x / (x.norm() + 1e-300) * 500).round().nan_to_num().to(torch.int64)

@@ -78,8 +78,8 @@ class TokenIds:
         Raises:
             CouplingError: for anything else. A GPU that is asked for a row that its embeddings do not have is lost for good.
         """
-        rows = [self._row(tokens).to(device, torch.long) for tokens in prompts]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        rows = [self._row(tokens).to("cpu", torch.long) for tokens in prompts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # in one transfer
         return Batch({"input_ids": ids, **self.options}, [len(row) for row in rows])
 
     def _row(self, tokens: Any) -> Tensor:

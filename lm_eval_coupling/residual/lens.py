@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.devices import as_tensor
@@ -96,11 +97,28 @@ class Lens:
             tables = {module: table for module, table in self.tables.items() if id(table.weight) not in weights}
             stack.enter_context(rows_only(tables, stream.dtype))
             stack.enter_context(arithmetic(stream.dtype))
+            for module in self._outside_modules() if len({t.device for t in weights.values()}) > 1 else ():
+                stack.callback(module.register_forward_pre_hook(_bring_inputs, with_kwargs=True).remove)
             for block in self.blocks:
                 stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
                 stack.callback(vars(block).pop, "forward")
                 block.forward = lambda *args, **kwargs: stand_in
             yield stream
+
+    def _outside_modules(self) -> list[nn.Module]:
+        """Those outside the blocks that have weights of their own."""
+        inside = {id(part) for block in self.blocks for part in block.modules()}
+        return [part for part in self.model.modules() if id(part) not in inside and next(_own_device(part), None)]
+
+
+def _own_device(module: nn.Module) -> Iterator[torch.device]:
+    yield from (t.device for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _bring_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: where the head is tied to the embeddings, the norm before it may lie on another device."""
+    device = next(_own_device(module))
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
 
 
 def vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:

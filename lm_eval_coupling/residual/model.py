@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError, shown
+from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory, shown
 from lm_eval_coupling.numerics.devices import has_float64
 from lm_eval_coupling.numerics.precision import exact_arithmetic, made_on_host
 from lm_eval_coupling.residual.argument import tensors_in
@@ -43,6 +44,7 @@ class ResidualModel:
 
     Attributes: ``model`` (the measuring module tree), ``blocks`` (modules of it; ``block_list`` with their weights),
     ``way`` (``bridge`` or ``blocks``) and ``way_reason`` (why, in words), ``n_layers``, ``d_model``, ``n_heads``,
+    ``d_head`` (None where the configuration does not say), ``vocabulary`` (its size),
     ``n_params``, ``block_sizes`` (numbers of the largest block, and of its largest matrix), ``inputs`` (what it is run on),
     ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
     """
@@ -62,7 +64,10 @@ class ResidualModel:
         self.inputs, self.tokenizer, self.n_params = inputs, tokenizer, n_params
         self.way, self.way_reason = way, way_reason
         self.n_layers = len(self.blocks)
-        self.n_heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 1
+        config = model.config.get_text_config()
+        self.n_heads = getattr(config, "num_attention_heads", None) or 1
+        self.d_head = getattr(config, "head_dim", None)
+        self.vocabulary = (getattr(config, "vocab_size", None) or 0) if inputs.causal else 0
         self.d_model = 0  # the first trace tells
         self.block_list = [Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)]
         inside = {id(part) for module in self.blocks for part in module.modules()}
@@ -150,7 +155,12 @@ class ResidualModel:
     @property
     def device(self) -> torch.device:
         """Where the stream begins: the device of the first weight, that of the embeddings."""
-        return next(t.device for t in state_of(self.model))
+        return next(t.device for t in itertools.chain(self.model.parameters(), self.model.buffers()))
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Those that the blocks lie on, each once."""
+        return list(dict.fromkeys(block.device for block in self.block_list))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,9 +261,8 @@ class ResidualModel:
         change, self._change = self._change, None  # which may be meant for prompts of one length only
         try:
             return trial(dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            pass_on_lack_of_memory(error)
             return False
         finally:
             self._change = change

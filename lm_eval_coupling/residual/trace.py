@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.residual.argument import CACHES, carried, tensors_in
 from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.residual.block import Block
@@ -69,8 +70,9 @@ class TracedBlock:
         """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
         if self.call is not None:
             raise CouplingError(f"got a model that runs block {self.block.layer} more than once, expected a residual stream")
-        args = tuple(_brought_to(self.block.device, value) for value in args)
-        kwargs = {name: _brought_to(self.block.device, value) for name, value in kwargs.items()}
+        bring = partial(self.shared.brought, device=self.block.device)
+        args = tuple(_each_brought(value, bring) for value in args)
+        kwargs = {name: _each_brought(value, bring) for name, value in kwargs.items()}
         self.open.enter_context(self.block.upcast(self.dtype))
         resid_pre, args, kwargs = self.block.by_name(args, kwargs)
         require_stream(self.block.layer, resid_pre, resid_pre)
@@ -117,15 +119,15 @@ class TracedBlock:
         )
 
 
-def _brought_to(device: torch.device, value: Any) -> Any:
-    """Every tensor in nested arguments on ``device``; what blocks write to for each other stays the same object."""
+def _each_brought(value: Any, bring: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor in nested arguments where it is to be; what blocks write to for each other stays the same object."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return bring(value)
     if isinstance(value, (dict, UserDict)):
         for key, item in value.items():
-            value[key] = _brought_to(device, item)
-    elif isinstance(value, (tuple, list)) and any(tensor.device != device for tensor in tensors_in(value)):
-        return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+            value[key] = _each_brought(item, bring)
+    elif isinstance(value, (tuple, list)) and any(bring(tensor) is not tensor for tensor in tensors_in(value)):
+        return tree_map_only(Tensor, bring, value)
     return value
 
 
@@ -142,9 +144,10 @@ def told_if_refused(arguments: dict[str, Any], first: TracedBlock) -> Iterator[N
     """Inside, an error of the model before its ``first`` block says what the model was given: an image of another size."""
     try:
         yield
-    except (CouplingError, torch.OutOfMemoryError):
+    except CouplingError:
         raise
     except (ValueError, RuntimeError, IndexError) as error:
+        pass_on_lack_of_memory(error)
         if first.call is not None:
             raise
         given = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.residual import checks
 from lm_eval_coupling.residual.bridge import put_bridge_into
 from lm_eval_coupling.residual.images import PixelValues, takes_images
@@ -32,9 +32,10 @@ def wrapped(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
     name = type(base).__name__
     try:
         return _Entrance(kind, without_compilation(hf_model), base, tokenizer).taken()
-    except (CouplingError, torch.OutOfMemoryError, MemoryError):
+    except CouplingError:
         raise
     except Exception as error:
+        pass_on_lack_of_memory(error)
         words = " ".join(str(error).split())[:200]
         if mixed := mixed_dtypes(base):
             raise CouplingError(
@@ -163,9 +164,8 @@ class _Entrance:
             )
             points = expected.resid_final[0]
             error = max(error, checks.off_by(model.logits(points), self.plain.logits(points)))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as problem:
+            pass_on_lack_of_memory(problem)
             words = " ".join(str(problem).split())[:200]
             return None, f"TransformerLens does not bridge {self.name} ({type(problem).__name__}: {words})"
         if not error <= checks.SAME:

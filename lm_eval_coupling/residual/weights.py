@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_eval_coupling.numerics.randomness import undrawn
+
 
 def state_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
@@ -91,14 +93,14 @@ def without_hooks(twin: nn.Module) -> nn.Module:
 def split_again(part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module]], pieces: Sequence[nn.Module]) -> None:
     """Make ``pieces``, cut by ``split`` out of ``part``, absent: cut anew whenever they are fetched, never kept.
 
-    ``split`` is TransformerLens' own; the pieces' order is that of its result.
+    ``split`` is TransformerLens' own, which makes new layers every time; the pieces' order is that of its result.
     """
     away = [t for t in state_of(part) if is_absent(t)]
     cut: dict[tuple[int, str], Tensor] = {}
 
     def fetch(index: int, name: str, dtype: torch.dtype) -> Tensor:
         if (index, name) not in cut:
-            with upcast(away, dtype):
+            with upcast(away, dtype), undrawn():
                 parts = [dict(one.named_parameters()) for one in split(part)]
                 cut.update(
                     {(i, n): p.data.clone() if away else p.data for i, one in enumerate(parts) for n, p in one.items()}

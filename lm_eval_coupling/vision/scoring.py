@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, reason_of
 from lm_eval_coupling.residual.images import pixel_digest
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.images import LabelledImage, LabelledImages
@@ -109,7 +109,9 @@ def _answers(
         return
     try:
         log_probabilities = classifier.log_probabilities([pixels for _, pixels in decoded])
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if reason_of(error).code != "out_of_memory":
+            raise
         raise CouplingError(
             f"got out of memory with {len(decoded)} images in one pass, expected fewer; choose a smaller --batch_size"
         ) from None

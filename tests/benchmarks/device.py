@@ -30,7 +30,7 @@ import torch
 PARTS: dict[str, tuple[Callable[..., Any], float]] = {  # with the share of a process's seconds that each may take at most
     "spectra": (device_numerics.spectra, 0.3),
     "tf32": (device_numerics.tf32, 0.2),
-    "exactness": (device_numerics.exactness, 0.9),
+    "exactness": (device_numerics.exactness, 0.97),
     "small": (device_models.small, 0.45),
     "memory": (device_models.memory, 0.2),
     "profile": (device_models.profile, 0.3),
@@ -93,9 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="that this process may take")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("got --device cuda where torch sees no GPU, expected one; give --device cpu --quick to try the script")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"got --device {options.device} where torch sees no GPU, expected one; --device cpu --quick is a trial")
         return 2
+    if torch.device(options.device).index is not None:
+        torch.cuda.set_device(options.device)  # whose time and memory are looked at
     options.out.mkdir(parents=True, exist_ok=True)
     end = psutil.Process().create_time() + options.seconds - 6  # the imports count as well
     failed = 0

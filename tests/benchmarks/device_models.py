@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -194,6 +195,7 @@ def _stages(report: Any, model: ResidualModel, tokens: int, prompts: int, runs: 
 
 
 def _forget_peak(model: ResidualModel) -> None:
+    gc.collect()  # what the run before has left is no part of what this one is measured against
     if model.device.type == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()

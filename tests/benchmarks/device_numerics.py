@@ -135,7 +135,10 @@ def _error_of_a_product(device: str) -> float | None:
 
 
 def exactness(report: Any, options: SimpleNamespace) -> None:
-    """Every family: the device's Jacobians against plain automatic differentiation in float64 on the CPU."""
+    """Every family: the device's Jacobians against plain automatic differentiation in float64 on the CPU.
+
+    In float32 from a token to itself and to another one, in float64 to itself.
+    """
     names = ["llama", "bloom", "mixtral"] if options.quick else list(cases.CASES)
     tokens = cases.tiny_tokens(9)
     for name in names:
@@ -147,7 +150,7 @@ def exactness(report: Any, options: SimpleNamespace) -> None:
             for dtype in (torch.float32, torch.float64):
                 wrapped = ResidualModel.wrap(cases.tiny_model(name).to(options.device, dtype))
                 worst, certificate, methods = 0.0, 0.0, set()
-                for (t_out, t_in), oracle in expected.items():
+                for (t_out, t_in), oracle in expected.items() if dtype == torch.float32 else [*expected.items()][:1]:
                     found = block_jacobians(wrapped, tokens, output_token=t_out, input_token=t_in, dtype=dtype)
                     errors = (oracles.worst(J.double().cpu(), o) for J, o in zip(found.jacobians, oracle, strict=True))
                     worst = max(worst, *errors)

@@ -275,6 +275,8 @@ def test_weights_that_are_not_finite_are_a_reason():
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory"),
         (RuntimeError("line one\nline two " + "x" * 400), "RuntimeError: line one line two x"),
         (CouplingError("got this, expected that"), "got this, expected that"),
     ],

@@ -7,6 +7,7 @@ import torch
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measuring import session as session_module
+from lm_eval_coupling.measuring import store as store_module
 from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.measuring.store import MeasurementStore
@@ -162,3 +163,39 @@ def test_why_a_block_was_slower_is_in_the_record_and_once_in_the_log(store, capl
         assert all(why.startswith("closed: ") and len(why) > 12 for why in record.slower_because)
     (told,) = [line for line in caplog.messages if "slower level" in line]
     assert "4 Jacobians came from a slower level than the fastest: " in told and " × closed: " in told
+
+
+def test_a_batch_is_one_transaction(model, store, monkeypatch):
+    """It was one a prompt: with a hundred prompts a second, most of the time was the disk's."""
+    sizes, right = [], MeasurementStore.put
+
+    def put(self, entries):
+        sizes.append(len(entries))
+        right(self, entries)
+
+    monkeypatch.setattr(MeasurementStore, "put", put)
+    records(model, store, "depth", "regularity")
+    assert sizes == [2 * len(PROMPTS)] and len(store) == 4
+
+
+def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkeypatch, caplog):
+    right, (first, _) = store_module._encode, PROMPTS
+
+    def encode(found):
+        if len(found.columns.get("line_shape_scores", ())) == len(first):
+            raise TypeError("no such thing")
+        return right(found)
+
+    monkeypatch.setattr(store_module, "_encode", encode)
+    found = records(model, store, "regularity")
+    assert len(found) == 2 and len(store) == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "coupling: a measurement could not be stored (no such thing); it stays in this run's tables"
+    ]
+
+
+def test_a_device_is_not_kept_waiting_for_one_prompt():
+    """There one takes as long as many do; on a CPU what one costs is known sooner."""
+    batches = [(Settings(ranks=(2,)), [(i,) * n for i in range(m)]) for n, m in ((3, 2), (5, 3), (9, 1))]
+    assert session_module._in_order(batches, torch.device("cuda")) == [batches[1], batches[0], batches[2]]
+    assert [len(batch) for _, batch in session_module._in_order(batches, torch.device("cpu"))] == [1, 2, 2, 1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_eval_coupling.numerics import gram
+from lm_eval_coupling.numerics import gram, subspace
 from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
 
 
@@ -37,6 +37,28 @@ def test_what_has_settled_is_the_leading_subspace(dtype):
     assert torch.allclose(V.mT @ V, torch.eye(12, dtype=dtype), atol=100 * torch.finfo(dtype).eps)
     found = (J.double() @ V.double()).norm(dim=-2)
     for sizes, S in zip(found, spectra, strict=True):
+        assert torch.allclose(sizes.sort(descending=True)[0], S[:12], atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_matrices_are_multiplied_where_they_lie(dtype, monkeypatch):
+    """Those still at work were copied, as many times as others had settled; of 70 billion weights a card held no copy."""
+    monkeypatch.setattr(subspace, "GRAM", 0)
+    i, right = torch.arange(150, dtype=torch.float64), subspace._Product.of
+    spectra = [torch.where(i < 12, 1.0, 1e-3).double(), 1 - 0.9 * i / 150, (1 + i) ** -0.5, torch.exp(-i / 20)]
+    J, some = torch.stack([with_spectrum(S) for S in spectra]).to(dtype), []
+
+    def of(self, which):
+        found = right(self, which)
+        assert found.J.data_ptr() == J.data_ptr() and found.gram is None
+        some.append(found.some)
+        return found
+
+    monkeypatch.setattr(subspace._Product, "of", of)
+    tolerance = 5e-6 if dtype == torch.float32 else 5e-12
+    V, settled = leading_right_vectors(J, 12, tolerance)
+    assert settled.all() and some[0] and len(some[-1]) < 4
+    for sizes, S in zip((J.double() @ V.double()).norm(dim=-2), spectra, strict=True):
         assert torch.allclose(sizes.sort(descending=True)[0], S[:12], atol=10 * tolerance)
 
 

@@ -48,6 +48,25 @@ def test_what_differs_is_not_shared(other):
     assert ("shared" in changed) == (found is not shared.arguments((), changed))
 
 
+def test_what_lies_elsewhere_is_brought_once():
+    """A mask for each block of another device was made anew, and held, so that blocks shared nothing there."""
+    shared, given, there = OnePass(), mask(5), torch.device("meta")
+    brought = shared.brought(given, there)
+    assert brought.device == there and shared.brought(given, there) is brought
+    assert shared.brought(given[:], there) is brought  # the same piece of memory
+    assert shared.brought(given, given.device) is given
+    assert shared.brought(given[:1], there) is not brought
+    given.add_(1)
+    assert shared.brought(given, there) is not brought
+
+
+def test_where_a_cache_writes_does_not_keep_calls_apart():
+    """transformers 5.0 hands blocks the places of their tokens in a cache, which ours has not."""
+    each = [Arguments((), {"attention_mask": mask(n)[:1], "cache_position": torch.arange(n)}) for n in (5, 3)]
+    found = Arguments.at_tokens(each, [4, 2], [5, 3], [0, 0])
+    assert found.kwargs["cache_position"].tolist() == [4] and found.kwargs["attention_mask"].shape == (2, 1, 1, 5)
+
+
 def test_tokens_and_prompts_are_told_apart():
     whole = Arguments((), {"attention_mask": mask(5), "position_ids": torch.arange(10).view(2, 5)})
     a, b = whole.of_prompt(0, 5, 5), whole.of_prompt(1, 3, 5)

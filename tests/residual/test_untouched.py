@@ -116,3 +116,14 @@ def test_an_adapter_is_part_of_the_stream_and_stays_as_it_was():
     assert plain(model) == before and all(map(torch.equal, behaviour(model), logits))
     merged = ResidualModel.wrap(model.merge_and_unload()).trace(TOKENS).resid_final
     assert torch.allclose(found, merged, atol=1e-5) and not torch.allclose(found, bare, atol=1e-1)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "phi3"])
+def test_nothing_is_drawn(case):
+    """TransformerLens cuts joint projections into new layers, whose weights were drawn: a run sampled other texts."""
+    model = cases.tiny_model(case, torch.float32)
+    before = torch.get_rng_state()
+    wrapped = ResidualModel.wrap(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    measure_coupling(wrapped, [TOKENS[0].tolist(), TOKENS[0, :5].tolist()], ranks=(2,), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -337,7 +337,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("other")
 import cases
 from lm_eval_coupling import residual
-from lm_eval_coupling.residual import trace
 from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.jacobians.certify import probe, pulled_back
 from lm_eval_coupling.jacobians.engine import LEVELS
@@ -356,7 +355,8 @@ def walk(case):
     wrapped = residual.ResidualModel.wrap(cases.tiny_model(case, torch.float32))
     with mode:
         place(wrapped.model, "cpu")
-        place(wrapped.blocks[1], "other:0")
+        for part in (wrapped.blocks[1], wrapped.model.model.norm):
+            place(part, "other:0")
         wrapped.inputs._row = lambda tokens: tokens  # which looks at the ids
         facts = {"inputs": wrapped.inputs, "n_params": 1, "way": "", "way_reason": ""}
         again = residual.ResidualModel(wrapped.model, wrapped.blocks, **facts)
@@ -367,9 +367,10 @@ def walk(case):
                 for level in ("token-local", "autodiff"):
                     assert str(LEVELS[level](call, 2, 2, 1 << 20).device) == device
         assert str(traced.trajectory(1).device) == "other:0"
+        assert str(again.logits(traced.trajectory(1)).device) == "cpu"  # of a head tied to the embeddings
 
 walk("llama")
-trace._brought_to = lambda device, arguments: arguments
+OnePass.brought = lambda self, tensor, device: tensor
 try:
     walk("llama")
 except RuntimeError as error:
