@@ -68,10 +68,11 @@ def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
             found["linearity"] = maths.procrustes_similarity(before, states)
             found["linearity_of_update"] = maths.procrustes_similarity(before, states.minus(before))
         for name, value in found.items():
-            rows.setdefault(name, []).append(value.cpu())
+            rows.setdefault(name, []).append(value)
         before = states
-    last = {"matrix_nuclear_norm": maths.matrix_nuclear_norm(states.X).cpu()}
-    return {name: torch.stack(values) for name, values in rows.items()} | last
+    last = {"matrix_nuclear_norm": maths.matrix_nuclear_norm(states.X)}
+    # Read from the device when all are there.
+    return {name: torch.stack(values).cpu() for name, values in rows.items()} | {n: v.cpu() for n, v in last.items()}
 
 
 def _summary(name: str, label: str, column: str, take: Any) -> Reading:
