@@ -165,13 +165,15 @@ def _run(rest: list[str]) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace) -> None:
+def _measure(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.harness import plugin
     from lm_eval_coupling.harness.texts import measure_texts
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     chosen = {name: getattr(options, name) for name in ("out", "model_args", "coupling", "device")}
     print(measure_texts(options.model, options.prompts, **chosen))
+    return 130 if plugin.interrupted.is_set() else 0
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -242,7 +242,8 @@ def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
     for row in rows.to_dict("records"):
         key = row["model"], row["task"], row["predictor"]
         effect = odds.loc[key].to_dict() if key in odds.index else {}
-        answers = f"{row['right']}/{row['wrong']}"
+        # Without two of each in any task there is no area; the odds are of all answers together.
+        answers = f"{row['right']}/{row['wrong']}" if row["right"] + row["wrong"] else "–"
         area, times = _estimate(row, "auroc"), _estimate(effect, "odds_ratio") if effect else "–"
         cells.append((row["model"], row["task"], answers, area, _p(row["p_holm"]), times))
     headers = ("model", "task", "right/wrong", "AUROC", "p Holm", "odds ratio, controlled")

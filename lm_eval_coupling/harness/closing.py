@@ -60,7 +60,7 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
 
 
 def _evaluated(results: Mapping[str, Any], task: str) -> Any:
-    return (results.get("n-samples", {}).get(task) or {}).get("effective", "?")
+    return (results.get("n-samples", {}).get(task) or {}).get("effective") or "?"  # with --predict_only lm-eval counts none
 
 
 def _aligned(table: Sequence[Sequence[str]], without: Sequence[str]) -> list[str]:

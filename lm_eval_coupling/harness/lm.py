@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +152,9 @@ class CouplingLM(HFLM):
             return
         info = self.coupling_info = self._info(parts, requested, results, how or {})
         add_to_results(results, info, requested.members)
-        if chosen and not info["measured"]:
+        if info["interrupted"]:
+            plugin.interrupted.set()
+        elif chosen and not info["measured"]:
             logger.error("coupling: none of %d documents could be measured: %s", len(chosen), reasons(info.rows))
         elif info["failed"]:
             logger.warning("coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows))
@@ -244,13 +247,19 @@ class CouplingLM(HFLM):
         facts["prompts"] = {name: prompt_identity(self, task, samples.get(name), how) for name, task in tasks}
         return CouplingInfo(facts, rows, self.coupling_options.out)
 
+    @property
+    def _revision(self) -> str:
+        """That of the weights: of a folder transformers takes whatever there is, and no notice of a revision."""
+        name = str(getattr(self.pretrained, "name_or_path", self.pretrained))
+        return "main" if Path(name).expanduser().is_dir() else self.revision
+
     def about_run(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""
         options = self.coupling_options
         facts = about_software() | {
             "settings": options.as_dict(),
             "model": str(getattr(self.pretrained, "name_or_path", self.pretrained)),
-            "revision": self.revision,
+            "revision": self._revision,
         }
         assert self.session is not None
         facts |= about_model(self.session, self.model.config) | about_measurement(rows, tasks, options.settings.ranks)

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from lm_eval_coupling.errors import CouplingError
 MODEL = "coupling-hf"
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 
+interrupted = threading.Event()  # by Ctrl-C while it measured, in the run that has just ended
 logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
 
 
@@ -240,11 +242,15 @@ def _now() -> str:
 def _errors_as_sentences(harness: Any) -> None:
     def plainly(execute: Callable) -> Callable:
         def execute_plainly(self: Any, args: Any) -> Any:
+            interrupted.clear()
             try:
-                return execute(self, args)
+                found = execute(self, args)
             except CouplingError as error:
                 print(f"lm-eval-coupling: {error}", file=sys.stderr)
                 raise SystemExit(2) from None
+            if interrupted.is_set():  # the results are written; who waits for the command is not to take them for complete
+                raise SystemExit(130)
+            return found
 
         return execute_plainly
 

@@ -42,7 +42,9 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
     model, arguments = asked["model"], asked["arguments"]
     wrong = [*_place(model, arguments)]
     wrong = [*_arguments(model, arguments, coupling, there=not wrong), *wrong]
-    if not wrong and not Path(model).is_dir():
+    if not wrong and Path(model).expanduser().is_dir():
+        wrong += _of_folder(model, asked["revisions"])
+    elif not wrong:
         wrong += _revisions(model, asked["revisions"], offline)
     if wrong:
         return {}, wrong
@@ -96,6 +98,15 @@ def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"got the model {model}, a folder without weights ({', '.join(_WEIGHTS)})"
     elif names_a_folder(model):
         yield f"got the model {model}, which is no folder here and no name on the hub"
+
+
+def _of_folder(model: str, revisions: Sequence[str]) -> Iterator[str]:
+    """A folder holds one checkpoint: transformers takes no notice of a revision, so that all would be the same weights."""
+    if named := [revision for revision in revisions if revision != "main"]:
+        yield (
+            f"got revision {named[0]} of the folder {model}, where transformers looks for none; "
+            "name the folder of each checkpoint as a model"
+        )
 
 
 def _revisions(model: str, revisions: Sequence[str], offline: bool) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def measure_texts(
     settings = {"coupling_limit": "all"} | settings_of(coupling)
     Options.take_from({"pretrained": model} | settings)
     plugin.require_writable(out)
+    plugin.interrupted.clear()
     prompts = read_prompts(file)
     plugin.install()
     from lm_eval.loggers import EvaluationTracker
@@ -107,17 +109,19 @@ def _prompt(line: str, where: str) -> str | list[int]:
 
 
 def _documents(task: str, prompts: list[str | list[int]]) -> list[Document]:
-    """One for each distinct prompt, under the number of its first line that has one, from 0."""
+    """One for each line that has a prompt, from 0; equal ones are told apart by how many there were before."""
     from lm_eval.utils import hash_string
 
     from lm_eval_coupling.harness.documents import Document, doc_hash
     from lm_eval_coupling.measuring.rows import DocumentKey
 
-    found: dict[DocumentKey, Document] = {}
+    found, seen = [], Counter[str]()
     for number, prompt in enumerate(prompts):
-        key = DocumentKey(task, doc_hash({"prompt": prompt}), hash_string(str(prompt)))
-        found.setdefault(key, Document(key=key, doc_id=number, requests=[], target=None))
-    return [*found.values()]
+        repeat = {"repeat": seen[str(prompt)]} if seen[str(prompt)] else {}
+        key = DocumentKey(task, doc_hash({"prompt": prompt} | repeat), hash_string(str(prompt)))
+        found.append(Document(key=key, doc_id=number, requests=[], target=None))
+        seen[str(prompt)] += 1
+    return found
 
 
 def _measured(lm: CouplingLM, task: str, documents: list[Document], prompts: list[str | list[int]]) -> CouplingInfo:
@@ -130,19 +134,28 @@ def _measured(lm: CouplingLM, task: str, documents: list[Document], prompts: lis
 
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
 
-    def encoded(prompt: str | list[int]) -> Prompt:
+    def encoded(prompt: str | list[int]) -> list[int]:
         ids = lm.tok_encode(prompt) if isinstance(prompt, str) else prompt
         if ids and max(ids) >= vocabulary:
             raise CouplingError(f"got token {max(ids)} among the prompts, expected ids below {vocabulary} for this model")
-        return Prompt(tuple(ids[-lm.max_length :]), "text")
+        return ids
 
-    asked = [(document, 0, encoded(prompts[document.doc_id])) for document in documents if document.key in chosen]
+    every = [(document, encoded(prompts[document.doc_id])) for document in documents if document.key in chosen]
+    asked = [(document, 0, Prompt(tuple(ids[-lm.max_length :]), "text")) for document, ids in every]
+    cut = sum(len(ids) > lm.max_length for _, ids in every)
+    if cut:
+        logger.warning(
+            "coupling: %d of %d prompts are longer than the model's %d tokens; the last of these are measured",
+            *(cut, len(asked), lm.max_length),
+        )
     if options.dry_run:
         assert lm.session is not None
         told = lm.session.try_one([prompt.tokens for _, _, prompt in asked])
         print("\n".join(["Dry run: nothing is written", *told]))
         raise SystemExit(0)
     rows, counts = lm.measure(asked)
+    if counts["interrupted"]:
+        plugin.interrupted.set()
     return CouplingInfo(lm.about_run(rows, [task], [counts]) | {"prompts": {task: None}}, rows, options.out)
 
 

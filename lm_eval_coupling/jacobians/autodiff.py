@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.jacobians.differentiate import jacobian_rows
+from lm_eval_coupling.jacobians.differentiate import jacobian_row_parts, jacobian_rows
 from lm_eval_coupling.jacobians.protocol import Call
 
 
@@ -27,3 +30,22 @@ def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: i
     if output_token == input_token:
         jacobian.diagonal().sub_(1)
     return jacobian
+
+
+def autodiff_row(
+    call: Call, output_token: int, input_tokens: Sequence[int], budget: int
+) -> Float[Tensor, "token d_model d_model"]:
+    """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
+
+    A backward pass leads to all tokens, so that many cost about as much as one: one pass per output coordinate.
+
+    Returns:
+        One matrix per input token, in the call's dtype.
+    """
+
+    def function(x: Tensor) -> Tensor:
+        return call(x.view_as(call.resid_pre))[0, output_token]
+
+    x, tokens = call.resid_pre.reshape(-1), list(input_tokens)
+    parts = [rows.view(len(rows), call.seq, -1)[:, tokens] for rows in jacobian_row_parts(function, x, budget, live=64)]
+    return torch.cat(parts).transpose(0, 1)

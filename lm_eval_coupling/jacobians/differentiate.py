@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -52,12 +52,19 @@ def jacobian_rows(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE
 ) -> Float[Tensor, "d_out d_in"]:
     """Batched reverse mode; ``live`` is the memory a row needs, in units of d_in numbers."""
+    return torch.cat(list(jacobian_row_parts(function, x, budget, live)))
+
+
+def jacobian_row_parts(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE
+) -> Iterator[Float[Tensor, "some d_in"]]:
+    """:func:`jacobian_rows` some rows at a time, for who needs a part of each."""
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         y = function(x)
     eye = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
-    rows = [_grad(y, x, some, is_grads_batched=True, retain_graph=True) for some in eye.split(_chunk(x, budget, live))]
-    return torch.cat(rows)
+    for some in eye.split(_chunk(x, budget, live)):
+        yield _grad(y, x, some, is_grads_batched=True, retain_graph=True)
 
 
 def _row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ the block after its attention core, and one backward pass certifies them all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import pass_on_lack_of_memory
-from lm_eval_coupling.jacobians.certify import certify, with_probe_pulled_back
+from lm_eval_coupling.jacobians.autodiff import autodiff_row
+from lm_eval_coupling.jacobians.certify import certify, require_true_gradients, with_probe_pulled_back
 from lm_eval_coupling.jacobians.closed import closed_row
-from lm_eval_coupling.jacobians.engine import TOLERANCE, certified_jacobian, certified_jacobians
+from lm_eval_coupling.jacobians.engine import BUDGET, TOLERANCE, certified_jacobian, certified_jacobians
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 
@@ -54,10 +55,10 @@ def jacobians_of_pairs(
             for i, one in zip(part, alone, strict=True):
                 found[i], errors[i] = one.jacobian, one.error
         for token, members in rows.items():
-            for part in _parts([i for i in members if pairs[i][1] != token]):
-                made = _row(pulled[token], token, [pairs[i][1] for i in part], method)
-                for i, (jacobian, error) in zip(part, made, strict=True):
-                    found[i], errors[i] = jacobian, error
+            others = [i for i in members if pairs[i][1] != token]
+            made = _row(pulled[token], token, [pairs[i][1] for i in others], method)
+            for i, (jacobian, error) in zip(others, made, strict=True):
+                found[i], errors[i] = jacobian, error
     return found, errors
 
 
@@ -66,17 +67,33 @@ def _parts(items: list[int]) -> list[list[int]]:
 
 
 def _row(call: Call, output_token: int, input_tokens: list[int], method: str) -> list[tuple[Tensor, float]]:
-    together: list[Tensor | None] = [None] * len(input_tokens)
+    """Each with its certificate: all together where a level has a way to that and the result is certified, else alone."""
+    if not input_tokens:
+        return []
+    together: list[Tensor | None] | None = None
+    slowly = False
     if method in ("auto", "closed"):
-        try:
-            together = list(closed_row(call, output_token, input_tokens))
-        except Exception as failure:  # alone, each pair finds the level that can, or says what is wrong
-            pass_on_lack_of_memory(failure)
+        together = _all_or_none(lambda: [J for part in _parts(input_tokens) for J in closed_row(call, output_token, part)])
+    if together is None:
+        first, rest = certified_jacobian(call, output_token, input_tokens[0], method), input_tokens[1:]
+        slowly = bool(rest) and first.level == "autodiff"
+        of_rest = _all_or_none(lambda: autodiff_row(call, output_token, rest, BUDGET)) if slowly else None
+        together = [first.jacobian, *(of_rest or [None] * len(rest))]
     found: list[tuple[Tensor, float]] = []
     for jacobian, token in zip(together, input_tokens, strict=True):
         error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)
         if jacobian is None or not error <= TOLERANCE[call.dtype]:
             one = certified_jacobian(call, output_token, token, method)
             jacobian, error = one.jacobian, one.error
+        elif slowly and token < output_token:
+            require_true_gradients(call, jacobian, output_token, token)
         found.append((jacobian, error))
     return found
+
+
+def _all_or_none(make: Callable[[], Iterable[Tensor]]) -> list[Tensor | None] | None:
+    try:
+        return [*make()]
+    except Exception as failure:  # alone, each pair finds the level that can, or says what is wrong
+        pass_on_lack_of_memory(failure)
+        return None

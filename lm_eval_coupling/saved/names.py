@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ import pandas as pd
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.prompting import differing
 
+logger = logging.getLogger("lm_eval.coupling")
+
 FACTS = ("family", "tuned", "training_tokens", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(?:\d+x)?\d+(?:[._]\d+)?[kmb]|nano|tiny|mini|small|base|medium|large|x+l)(?![a-z0-9])")
@@ -22,6 +25,9 @@ _TUNED = re.compile(r"(?<![a-z])(?:instruct|chat|it|sft|dpo|ppo|rlhf|orpo|tuned|
 _LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 _STEP = re.compile(r"(?:global_?step|step|iter|checkpoint|ckpt)[-_]?(\d+)")
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([mbt])")
+
+
+_Key = tuple[str, str | None]  # model and revision, or any of its revisions
 
 
 def short_name(model: str) -> str:
@@ -160,10 +166,15 @@ def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
         raise CouplingError(f"got {file} with a column {taken[0]!r}, which the runs have themselves; rename it")
     by_model = {key: row for key, row in zip(_keys(facts, file), facts.to_dict("records"), strict=True)}
     _require_clear({model for model, _ in by_model}, set(runs["model"]), file)
-    found = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
+    keys = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
+    for model, revision in by_model.keys() - set(keys):
+        of = model if revision is None else f"{model} at {revision}"
+        logger.warning("%s has facts of %s, of which there is no run; the runs are of %s", file, of, _some(runs["model"]))
     runs = runs.copy()
     for name in facts.columns.drop(["model", "revision"], errors="ignore"):
-        told = pd.Series([row.get(name) for row in found], index=runs.index)
+        told = pd.Series([None if key is None else by_model[key][name] for key in keys], index=runs.index)
+        if pd.api.types.is_numeric_dtype(facts[name]) and not pd.api.types.is_bool_dtype(facts[name]):
+            told = told.astype(float)  # of nothing but None it would be one of objects
         runs[name] = told.where(told.notna(), runs[name]) if name in runs else told
     return runs
 
@@ -199,6 +210,11 @@ def _require_clear(named: set[str], models: set[str], file: Path | str) -> None:
             raise CouplingError(f"got {short} in {file}, which may be {' or '.join(meant)}; give the full name")
 
 
-def _lookup(by_model: Mapping[tuple[str, str | None], dict[str, Any]], model: str, revision: str) -> dict[str, Any]:
+def _lookup(by_model: Mapping[_Key, dict[str, Any]], model: str, revision: str) -> _Key | None:
     keys = [(name, at) for name in (model, short_name(model)) for at in (revision, None)]
-    return next((by_model[key] for key in keys if key in by_model), {})
+    return next((key for key in keys if key in by_model), None)
+
+
+def _some(names: pd.Series) -> str:
+    known = sorted(set(names))
+    return ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")

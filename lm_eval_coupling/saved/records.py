@@ -28,7 +28,8 @@ def load_records(
 
     Args:
         path: one table, or a folder that is searched recursively.
-        newest: of the same weights, prompts and task in the same folder only the newest table.
+        newest: of the same weights, prompts and task in the same folder only the newest table, or an older one of more
+            documents measured alike.
         columns: only those columns of the record that are named here, which saves most of the time.
         weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``, told apart in a column.
         places: ``first``, the token that the run's values are of, or ``all`` that ``coupling_position`` named.

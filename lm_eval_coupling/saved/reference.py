@@ -41,7 +41,7 @@ _INTRO = """\
 
 A run writes one Parquet file per task, `coupling_…`, one row per measured prompt and token; untrained twins have files of
 their own, `untrained_coupling_…`. Every field's metadata repeats its line from here. Numbers are float32 in arrays and
-float64 alone. Nested lists are read as arrays by `load_records`; in Python the same names are attributes of a
+float64 alone. Nested lists are read as arrays by `load_records`; in Python those of what was measured are attributes of a
 `PromptCoupling`. What was not measured is null, what is undefined is NaN, and `reason` says why.
 
 Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} what block l adds, J^l = ∂f^l/∂x^{l−1} at the

@@ -157,7 +157,7 @@ def _label_column(rows: Any, data: str) -> str:
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     named = [name for name in ("label", "labels", "class", "target") if name in rows.features]
     plain = [name for name in named if re.search("int|string", getattr(rows.features[name], "dtype", ""))]
-    return _the_one(labels or plain, "column of class labels (a folder needs a subfolder for each label)", rows, data)
+    return _the_one(labels or plain, "column of class labels (of a folder: two subfolders or more)", rows, data)
 
 
 def _the_one(found: Sequence[str], what: str, rows: Any, data: str) -> str:

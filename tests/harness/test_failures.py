@@ -6,6 +6,8 @@ import sqlite3
 import torch
 from evaluations import scores
 
+from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness.closing import closing_lines
 from lm_eval_coupling.jacobians import engine as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
@@ -70,4 +72,20 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))
     info = found["config"]["coupling"]
-    assert info["interrupted"] and 0 < info["measured"] < 8
+    assert info["interrupted"] and 0 < info["measured"] < 8 and plugin.interrupted.is_set()
+
+
+def test_interrupted_before_the_first_is_no_failure(evaluate, monkeypatch, caplog):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm_eval_coupling.measuring.session.measure_prompts", interrupted)
+    found = evaluate(kinds=("choice",))
+    assert found["config"]["coupling"]["interrupted"] and not found["config"]["coupling"]["measured"]
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "Interrupted: what was measured is kept" in closing_lines(found["config"]["coupling"], found)
+
+
+def test_a_revision_of_a_folder_is_not_taken_for_one(evaluate):
+    """transformers reads the folder as it is."""
+    assert evaluate(kinds=("choice",), arguments={"revision": "step1"})["config"]["coupling"]["revision"] == "main"

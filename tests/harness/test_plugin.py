@@ -103,6 +103,15 @@ def test_a_mistake_is_one_sentence(installed, capsys):
     assert capsys.readouterr() == ("", "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n")
 
 
+def test_who_waits_for_an_interrupted_run_is_told(installed):
+    """It ended as if all had been measured, and a loop over models went on."""
+    harness = installed._cli.harness.HarnessCLI()
+    with pytest.raises(SystemExit) as ended:
+        harness.execute(argparse.Namespace(func=lambda _: plugin.interrupted.set()))
+    assert ended.value.code == 130
+    harness.execute(argparse.Namespace(func=lambda _: None))  # a run after it is one of its own
+
+
 @pytest.mark.parametrize("by_file", [False, True])
 def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypatch, capfd, by_file):
     """Before lm-eval indexes its tasks, which takes ten seconds, and whether it stands on the line or in a file."""

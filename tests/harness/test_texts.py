@@ -56,17 +56,18 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
     told = measure_texts(str(home / "float32"), file, out, coupling=coupling, device="cpu")
     records = load_records(out)
     model = ResidualModel.wrap(AutoModelForCausalLM.from_pretrained(home / "float32"))
-    encoded = [AutoTokenizer.from_pretrained(home / "float32").encode(text) for text in TEXTS]
+    lines = [*TEXTS, TEXTS[0]]
+    encoded = [AutoTokenizer.from_pretrained(home / "float32").encode(text) for text in lines]
     expected = measure_coupling(model, encoded, ranks=(2, 4), progress=False)
-    assert list(records.text) == TEXTS and list(records.doc_id) == [0, 1, 2] and set(records.kind) == {"text"}
+    assert list(records.text) == lines and list(records.doc_id) == [0, 1, 2, 3] and set(records.kind) == {"text"}
     for found, right in zip(records.normalized_miscoupling, expected, strict=True):
         assert np.allclose(found, right.normalized_miscoupling, atol=1e-5)
     mean = np.mean([one.coupling(2) for one in expected])
     assert written(out)["results"]["sky"]["coupling,none"] == pytest.approx(mean, abs=1e-6)
     (run,) = load_runs([out]).to_dict("records")
     assert run["task"] == "sky" and run["coupling@2"] == pytest.approx(mean, abs=1e-6)
-    assert "Coupling at K = 2" in told and "3 of 3" in told and f"Next: lm-eval-coupling show {out}" in told
-    assert len(load_records(out, weights="untrained")) == 3
+    assert "Coupling at K = 2" in told and "4 of 4" in told and f"Next: lm-eval-coupling show {out}" in told
+    assert len(load_records(out, weights="untrained")) == 4
 
 
 def test_token_ids_of_another_model_are_refused(home, tmp_path):
@@ -99,3 +100,13 @@ def test_a_wrong_argument_is_refused_before_anything_heavy_is_loaded(home, tmp_p
         found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         assert found.returncode == 2 and found.stdout.strip() == ""
         assert found.stderr.count("\n") == 1 and "lm-eval-coupling: got " in found.stderr
+
+
+def test_what_is_cut_is_told(home, tmp_path, caplog):
+    file = tmp_path / "long.txt"
+    file.write_text("short\n" + "a long line " * 20)
+    arguments = {"model_args": "max_length=32", "coupling": f"ranks=2,store={tmp_path / 's'}", "device": "cpu"}
+    measure_texts(str(home / "float32"), file, tmp_path / "out", **arguments)
+    told = "coupling: 1 of 2 prompts are longer than the model's 32 tokens; the last of these are measured"
+    assert told in caplog.messages
+    assert sorted(load_records(tmp_path / "out").n_tokens) == [5, 32]

@@ -67,6 +67,35 @@ def test_jacobians_of_many_pairs_are_the_oracles(case, float64_device):
             assert t_in <= t_out or not J.any()
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt-oss"])
+def test_a_row_by_autodiff_is_the_oracles(case, float64_device, monkeypatch):
+    """In one backward pass per coordinate for all tokens: it was one for each of them, and hours for a prompt."""
+    from lm_eval_coupling.jacobians import pairs
+
+    alone, right = [], pairs.certified_jacobian
+    monkeypatch.setattr(pairs, "certified_jacobian", lambda *args: alone.append(args) or right(*args))
+    model = cases.tiny_model(case)
+    wrapped = wrapped_on(float64_device, model)
+    with torch.no_grad():
+        found, errors = jacobians_of_pairs(
+            wrapped.trace(tokens(), torch.float64).calls[1], [(5, t) for t in range(5)], "autodiff"
+        )
+    assert errors.max() < 1e-10 and len(alone) == 1
+    for t, J in enumerate(found.cpu()):
+        assert worst(J, exact(model, 1, 5, t)) < 1e-12
+
+
+def test_a_broken_row_by_autodiff_is_caught_by_its_certificate(wrapped, llama, monkeypatch):
+    from lm_eval_coupling.jacobians import pairs
+
+    right = pairs.autodiff_row
+    monkeypatch.setattr(pairs, "autodiff_row", lambda *args: right(*args) * 1.001)
+    trace = wrapped.trace(tokens(), torch.float64)
+    with torch.no_grad():
+        found, errors = jacobians_of_pairs(trace.calls[0], [(5, 1), (5, 2)], "autodiff")
+    assert errors.max() < 1e-10 and worst(found[1].cpu(), exact(llama, 0, 5, 2)) < 1e-12
+
+
 def test_a_broken_row_is_caught_by_its_certificate(wrapped, llama, monkeypatch):
     from lm_eval_coupling.jacobians import pairs
 

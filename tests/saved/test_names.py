@@ -123,6 +123,18 @@ def test_the_file_goes_before_the_name_and_adds_columns(tmp_path):
     assert list(found["n_params"]) == [5, 5, 5]
 
 
+def test_facts_of_no_run_are_told_and_leave_numbers_numbers(tmp_path, caplog):
+    """With a typo in every name the column held objects, which `fit` could not take the logarithm of."""
+    file = csv(tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nb-2b,1e9,3,blue\n")
+    found = add_facts(runs("org/a-1b", "org/b-2b"), file)
+    assert [m.split(" has ")[1] for m in caplog.messages] == [
+        "facts of org/A, of which there is no run; the runs are of org/a-1b, org/b-2b"
+    ]
+    assert found["training_tokens"].tolist() == pytest.approx([math.nan, 1e9], nan_ok=True)
+    nothing = add_facts(runs("org/c"), file)
+    assert nothing["training_tokens"].dtype == nothing["loss"].dtype == float and nothing["loss"].isna().all()
+
+
 def test_a_revision_in_the_file_is_of_that_revision_only(tmp_path):
     file = csv(tmp_path, "model,revision,training_tokens\na,step1,10\na,,99\n")
     both = pd.concat([runs("org/a", revision="step1"), runs("org/a", revision="step2")])
