@@ -134,7 +134,7 @@ def test_a_folder_has_no_revisions(home):
     """transformers takes no notice of them: the same weights were measured as checkpoints of a training."""
     assert not look(home / "model")[1]
     (found,) = look(home / "model", revisions=["main", "step1"])[1]
-    assert f"got revision step1 of the folder {home / 'float32'}, where transformers looks for none" in found
+    assert f"got revision step1 of the folder {home / 'model'}, where transformers looks for none" in found
 
 
 def test_models_of_the_hub(monkeypatch, tmp_path):
