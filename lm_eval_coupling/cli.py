@@ -176,10 +176,12 @@ def _measure(options: argparse.Namespace) -> int:
     return 130 if plugin.interrupted.is_set() else 0
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     from lm_eval_coupling import demo
+    from lm_eval_coupling.harness import plugin
 
     demo.main(out=options.out)
+    return 130 if plugin.interrupted.is_set() else 0
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -219,13 +221,15 @@ def _sweep(options: argparse.Namespace) -> int:
     return sweep(options.plan, dry_run=options.dry_run, download=options.download, check=options.check)
 
 
-def _vision(options: argparse.Namespace) -> None:
+def _vision(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.harness import plugin
     from lm_eval_coupling.vision.run import run_vision
 
     logging.basicConfig(format="%(message)s")
     chosen = {name: getattr(options, name) for name in ("split", "limit", "batch_size", "device", "coupling")}
     file, words = run_vision(options.model, options.data, options.out, **chosen)
     print(words, file, sep="\n")
+    return 130 if plugin.interrupted.is_set() else 0
 
 
 if __name__ == "__main__":

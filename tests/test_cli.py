@@ -1,5 +1,6 @@
 """The command: quick help, one sentence for a mistake, and lm-eval's own arguments handed on untouched."""
 
+import importlib
 import logging
 import os
 import subprocess
@@ -133,3 +134,31 @@ def test_demo(monkeypatch, out):
     monkeypatch.setattr(lm_eval_coupling, "demo", demo, raising=False)
     assert cli.main(["demo", *(["--out", out] if out else [])]) == 0
     assert seen == [out]
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "name", "answer"),
+    [
+        (["measure", "M", "p.txt", "--out", "o"], "lm_eval_coupling.harness.texts", "measure_texts", "a table"),
+        (
+            ["vision", "--model", "M", "--data", "D", "--out", "o"],
+            "lm_eval_coupling.vision.run",
+            "run_vision",
+            ("f", "words"),
+        ),
+        (["demo"], "lm_eval_coupling.demo", "main", None),
+    ],
+    ids=["measure", "vision", "demo"],
+)
+def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(monkeypatch, words, module, name, answer):
+    """What was measured is kept and told, but a loop over models is to know."""
+    from lm_eval_coupling.harness import plugin
+
+    for interrupted, code in ((True, 130), (False, 0)):
+
+        def ran(*_, interrupted=interrupted, **__):
+            (plugin.interrupted.set if interrupted else plugin.interrupted.clear)()
+            return answer
+
+        monkeypatch.setattr(importlib.import_module(module), name, ran)
+        assert cli.main(words) == code

@@ -142,6 +142,7 @@ class CouplingLM(HFLM):
         """
         if self.session is None:
             return
+        plugin.interrupted.clear()
         requested = Requested.of(task_dict)
         with Ranks(self.rank, self.world_size) as ranks:
             chosen, mine = self._chosen(ranks, requested)
@@ -250,8 +251,9 @@ class CouplingLM(HFLM):
     @property
     def _revision(self) -> str:
         """That of the weights: of a folder transformers takes whatever there is, and no notice of a revision."""
-        name = str(getattr(self.pretrained, "name_or_path", self.pretrained))
-        return "main" if Path(name).expanduser().is_dir() else self.revision
+        # An adapter, or a delta, may be of a revision itself.
+        whole = isinstance(self.pretrained, str) and not self.peft and not self.delta
+        return "main" if whole and Path(self.pretrained).expanduser().is_dir() else self.revision
 
     def about_run(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""

@@ -313,7 +313,7 @@ class LinearCore:
 
         Raises:
             NoAttentionCore: if the calls hold no softmax attention core.
-            torch.OutOfMemoryError: if the prompts take more memory together than there is.
+            RuntimeError: as the device has it, if the prompts take more memory together than there is.
         """
         if all(call.keys is not None for call in calls):
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,6 +45,9 @@ def autodiff_row(
     def function(x: Tensor) -> Tensor:
         return call(x.view_as(call.resid_pre))[0, output_token]
 
-    x, tokens = call.resid_pre.reshape(-1), list(input_tokens)
-    parts = [rows.view(len(rows), call.seq, -1)[:, tokens] for rows in jacobian_row_parts(function, x, budget, live=64)]
-    return torch.cat(parts).transpose(0, 1)
+    d_model, tokens, done = call.resid_pre.shape[-1], list(input_tokens), 0
+    found = call.resid_pre.new_empty(len(tokens), d_model, d_model)
+    for rows in jacobian_row_parts(function, call.resid_pre.reshape(-1), budget, live=64):
+        found[:, done : done + len(rows)] = rows.view(len(rows), call.seq, d_model)[:, tokens].transpose(0, 1)
+        done += len(rows)
+    return found

@@ -132,7 +132,7 @@ def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
         NaN where a step of decoding is not the block; alone, such a prompt is pulled back through its whole sequence.
 
     Raises:
-        torch.OutOfMemoryError: if the prompts take more memory together than there is.
+        RuntimeError: as the device has it, if the prompts take more memory together than there is.
     """
     if all(call.pullback is None and call.keys is not None for call in calls):
         directions = [probe(call.layer, call.resid_pre) for call in calls]

@@ -30,7 +30,7 @@ def jacobian_columns(
         Row = output coordinate, column = input coordinate, in the dtype and on the device of ``x``.
 
     Raises:
-        torch.OutOfMemoryError: if memory runs out, in whatever mode.
+        RuntimeError: as the device has it, if memory runs out, in whatever mode.
     """
     for attempt in (_forward_mode, jacobian_rows):
         try:

@@ -242,7 +242,7 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
         J without the skip connection, its relative error, the level that made it, and in words why levels before it did not.
 
     Raises:
-        torch.OutOfMemoryError: if memory runs out, whatever the level.
+        RuntimeError: as the device has it, if memory runs out, whatever the level.
         CouplingError: if the block does not move as its gradients say.
         Exception: whatever the last level failed with.
     """

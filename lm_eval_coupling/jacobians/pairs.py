@@ -7,7 +7,8 @@ the block after its attention core, and one backward pass certifies them all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -66,34 +67,40 @@ def _parts(items: list[int]) -> list[list[int]]:
     return [items[i : i + AT_ONCE] for i in range(0, len(items), AT_ONCE)]
 
 
-def _row(call: Call, output_token: int, input_tokens: list[int], method: str) -> list[tuple[Tensor, float]]:
-    """Each with its certificate: all together where a level has a way to that and the result is certified, else alone."""
-    if not input_tokens:
-        return []
-    together: list[Tensor | None] | None = None
-    slowly = False
-    if method in ("auto", "closed"):
-        together = _all_or_none(lambda: [J for part in _parts(input_tokens) for J in closed_row(call, output_token, part)])
-    if together is None:
-        first, rest = certified_jacobian(call, output_token, input_tokens[0], method), input_tokens[1:]
-        slowly = bool(rest) and first.level == "autodiff"
-        of_rest = _all_or_none(lambda: autodiff_row(call, output_token, rest, BUDGET)) if slowly else None
-        together = [first.jacobian, *(of_rest or [None] * len(rest))]
-    found: list[tuple[Tensor, float]] = []
-    for jacobian, token in zip(together, input_tokens, strict=True):
+def _row(call: Call, output_token: int, input_tokens: list[int], method: str) -> Iterator[tuple[Tensor, float]]:
+    """Each with its certificate: some together where a level has a way to that and the result is certified, else alone."""
+    while input_tokens:
+        part, input_tokens = input_tokens[:AT_ONCE], input_tokens[AT_ONCE:]
+        together = _or_none(closed_row, call, output_token, part) if method in ("auto", "closed") else None
+        if together is not None:
+            yield from _certified(call, output_token, part, together, method)
+            continue
+        first, rest = certified_jacobian(call, output_token, part[0], method), part[1:]
+        yield first.jacobian, first.error
+        if first.level == "autodiff":  # which takes no longer for all of them
+            rest, input_tokens = rest + input_tokens, []
+            together = _or_none(autodiff_row, call, output_token, rest, BUDGET) if rest else None
+        yield from _certified(call, output_token, rest, together, method, slowly=together is not None)
+
+
+def _or_none(row: Callable[..., Float[Tensor, "token d_model d_model"]], *arguments: Any) -> Tensor | None:
+    try:
+        return row(*arguments)
+    except Exception as failure:  # alone, each pair finds the level that can, or says what is wrong
+        pass_on_lack_of_memory(failure)
+        return None
+
+
+def _certified(
+    call: Call, output_token: int, input_tokens: list[int], together: Tensor | None, method: str, slowly: bool = False
+) -> Iterator[tuple[Tensor, float]]:
+    """Those made ``together`` that pass, by autodiff if ``slowly``; the others, or all, alone."""
+    for number, token in enumerate(input_tokens):
+        jacobian = None if together is None else together[number]
         error = torch.inf if jacobian is None else certify(call, jacobian, output_token, token)
         if jacobian is None or not error <= TOLERANCE[call.dtype]:
             one = certified_jacobian(call, output_token, token, method)
             jacobian, error = one.jacobian, one.error
         elif slowly and token < output_token:
             require_true_gradients(call, jacobian, output_token, token)
-        found.append((jacobian, error))
-    return found
-
-
-def _all_or_none(make: Callable[[], Iterable[Tensor]]) -> list[Tensor | None] | None:
-    try:
-        return [*make()]
-    except Exception as failure:  # alone, each pair finds the level that can, or says what is wrong
-        pass_on_lack_of_memory(failure)
-        return None
+        yield jacobian, error

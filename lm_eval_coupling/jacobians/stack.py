@@ -96,7 +96,7 @@ class _Leaving:
         if values.device.type != "cuda":
             place.copy_(values)
             return
-        at_once = max(1, PIECE // (values[0].numel() * values.element_size()))
+        at_once = max(1, min(len(values), PIECE // (values[0].numel() * values.element_size())))
         for part, piece in zip(place.split(at_once), values.split(at_once), strict=True):
             if len(self.waiting) == WAITING:
                 self._arrive()

@@ -29,14 +29,16 @@ def seconds_needed(model: ResidualModel, measured: Sequence[PromptCoupling], lef
     Returns:
         Words for the log.
     """
-    first = measured[0]
+    first = max(measured, key=lambda record: record.seconds)
     of_measures = [
         f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"
         for name, found in first.found.items()
         if found.seconds > 0
     ]
-    who = "a first prompt" if len(measured) == 1 else f"each of the first {len(measured)} prompts"
-    what = f"{who} of {len(first.tokens)} tokens took {_duration(first.seconds)} ({', '.join(of_measures)})"
+    who = "a first prompt" if len(measured) == 1 else f"each of the first {len(measured)} prompts, together"
+    shortest, longest = (of(len(record.tokens) for record in measured) for of in (min, max))
+    tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    what = f"{who} of {tokens} tokens took {_duration(first.seconds)} ({', '.join(of_measures)})"
     return f"{what}; the other {left} take up to {_duration(left * first.seconds)}" if left else what
 
 

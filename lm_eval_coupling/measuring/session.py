@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,8 +160,9 @@ class Session:
             if settled:
                 self.store.put(dict(settled))
         except Exception as error:
-            if len(records) == 1:
-                logger.warning("coupling: a measurement could not be stored (%s); it stays in this run's tables", error)
+            if len(records) == 1 or isinstance(error, sqlite3.Error):  # of the file, whatever is written to it
+                told = "coupling: what was measured of %d prompts could not be stored (%s); it stays in this run's tables"
+                logger.warning(told, len(records), error)
                 return
             for record in records:  # what is wrong with one is not to cost the others
                 self._keep(subject, [record])

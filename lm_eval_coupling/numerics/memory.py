@@ -159,7 +159,7 @@ class Memory:
 
     @property
     def on_device(self) -> int:
-        """What of it lies where the model computes."""
+        """What of it lies on a device that the model computes on."""
         return self.total - (0 if self.where == "device" else self.jacobians)
 
     def __str__(self) -> str:

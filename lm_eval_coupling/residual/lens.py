@@ -97,7 +97,8 @@ class Lens:
             tables = {module: table for module, table in self.tables.items() if id(table.weight) not in weights}
             stack.enter_context(rows_only(tables, stream.dtype))
             stack.enter_context(arithmetic(stream.dtype))
-            for module in self._outside_modules() if len({t.device for t in weights.values()}) > 1 else ():
+            outside = self._outside_modules()
+            for module in outside if len({*map(_own_device, outside)}) > 1 else ():
                 stack.callback(module.register_forward_pre_hook(_bring_inputs, with_kwargs=True).remove)
             for block in self.blocks:
                 stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
@@ -108,16 +109,18 @@ class Lens:
     def _outside_modules(self) -> list[nn.Module]:
         """Those outside the blocks that have weights of their own."""
         inside = {id(part) for block in self.blocks for part in block.modules()}
-        return [part for part in self.model.modules() if id(part) not in inside and next(_own_device(part), None)]
+        return [part for part in self.model.modules() if id(part) not in inside and _own_device(part) is not None]
 
 
-def _own_device(module: nn.Module) -> Iterator[torch.device]:
-    yield from (t.device for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+def _own_device(module: nn.Module) -> torch.device | None:
+    """Of its own weights, or of those of the module that it stands for and does not call."""
+    inner = innermost(module)
+    return next((t.device for t in (*inner.parameters(recurse=False), *inner.buffers(recurse=False))), None)
 
 
 def _bring_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook: where the head is tied to the embeddings, the norm before it may lie on another device."""
-    device = next(_own_device(module))
+    device = _own_device(module)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
 
 

@@ -25,6 +25,7 @@ from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_o
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.keys import Cache
 from lm_eval_coupling.residual.lens import Lens, vectors
+from lm_eval_coupling.residual.sizes import block_sizes, sizes_told
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace, TracedBlock, told_if_refused
 from lm_eval_coupling.residual.vocabulary import looked_up, rows_only
@@ -64,10 +65,7 @@ class ResidualModel:
         self.inputs, self.tokenizer, self.n_params = inputs, tokenizer, n_params
         self.way, self.way_reason = way, way_reason
         self.n_layers = len(self.blocks)
-        config = model.config.get_text_config()
-        self.n_heads = getattr(config, "num_attention_heads", None) or 1
-        self.d_head = getattr(config, "head_dim", None)
-        self.vocabulary = (getattr(config, "vocab_size", None) or 0) if inputs.causal else 0
+        self.n_heads, self.d_head, self.vocabulary = sizes_told(model.config, inputs.causal)
         self.d_model = 0  # the first trace tells
         self.block_list = [Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)]
         inside = {id(part) for module in self.blocks for part in module.modules()}
@@ -82,7 +80,7 @@ class ResidualModel:
             outside=self._outside_weights,
             device=self.device,
         )
-        self.block_sizes = _block_sizes(self.blocks)
+        self.block_sizes = block_sizes(self.blocks)
         self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
         self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
@@ -380,13 +378,6 @@ class ResidualModel:
         head = self.model.get_output_embeddings() if self.inputs.causal else None
         inside |= tables | ({id(t) for t in state_of(head)} - words if head is not None else set())
         return [t for t in state_of(self.model) if id(t) not in inside]
-
-
-def _block_sizes(blocks: Sequence[nn.Module]) -> tuple[int, int]:
-    """Numbers of the largest block, and of the largest matrix that a token meets in a block (one expert's, of many)."""
-    weights = [list(block.parameters()) for block in blocks]
-    matrices = [p.shape[-1] * p.shape[-2] for some in weights for p in some if p.dim() > 1]
-    return max(sum(p.numel() for p in some) for some in weights), max(matrices, default=0)
 
 
 def _decodes_rightly(call: BlockCall) -> bool:

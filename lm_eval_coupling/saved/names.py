@@ -167,14 +167,14 @@ def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
     by_model = {key: row for key, row in zip(_keys(facts, file), facts.to_dict("records"), strict=True)}
     _require_clear({model for model, _ in by_model}, set(runs["model"]), file)
     keys = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
-    for model, revision in by_model.keys() - set(keys):
-        of = model if revision is None else f"{model} at {revision}"
-        logger.warning("%s has facts of %s, of which there is no run; the runs are of %s", file, of, _some(runs["model"]))
+    if unknown := {model for model, _ in by_model} - set(runs["model"]) - set(map(short_name, runs["model"])):
+        there = _some(runs["model"])
+        logger.warning("%s has facts of %s, of which there is no run; the runs are of %s", file, _some(unknown), there)
     runs = runs.copy()
     for name in facts.columns.drop(["model", "revision"], errors="ignore"):
         told = pd.Series([None if key is None else by_model[key][name] for key in keys], index=runs.index)
-        if pd.api.types.is_numeric_dtype(facts[name]) and not pd.api.types.is_bool_dtype(facts[name]):
-            told = told.astype(float)  # of nothing but None it would be one of objects
+        if told.isna().all() and pd.api.types.is_numeric_dtype(facts[name]):
+            told = told.astype(float)  # of nothing but None it is a column of objects
         runs[name] = told.where(told.notna(), runs[name]) if name in runs else told
     return runs
 
@@ -215,6 +215,6 @@ def _lookup(by_model: Mapping[_Key, dict[str, Any]], model: str, revision: str) 
     return next((key for key in keys if key in by_model), None)
 
 
-def _some(names: pd.Series) -> str:
+def _some(names: Iterable[str]) -> str:
     known = sorted(set(names))
     return ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")

@@ -146,7 +146,8 @@ class SavedRun:
     @property
     def revision(self) -> str:
         """Of the model on the hub; ``main`` where there is none."""
-        return str(self._config.get("model_revision") or self.coupling.get("revision") or "main")
+        # lm-eval has what was asked for, also of a folder, where transformers looks for none.
+        return str(self.coupling.get("revision") or self._config.get("model_revision") or "main")
 
     @property
     def variant(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.options import Options, settings_of
 from lm_eval_coupling.harness.plugin import require_writable
 from lm_eval_coupling.harness.results import CouplingInfo
@@ -148,10 +149,13 @@ class _Measuring:
         keys = {DocumentKey(images.name, answer.doc_hash, answer.prompt_hash): answer for answer in answers}
         chosen = choose(keys, [images.name], self.options.limit, self.options.seed)
         tokens = {key: self._prompt(images[answer.number]) for key, answer in keys.items() if key in chosen}
+        plugin.interrupted.clear()
         rows, interrupted = self._rows(images, keys, tokens)
         reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
         facts = self._facts(rows, images) | {"reused": reused, "interrupted": interrupted}
-        if chosen and not facts["measured"]:
+        if interrupted:
+            plugin.interrupted.set()
+        elif chosen and not facts["measured"]:
             logger.error("coupling: none of %d images could be measured: %s", len(chosen), reasons(rows))
         elif facts["failed"]:
             logger.warning("coupling: %d images were not measured: %s", facts["failed"], reasons(rows))

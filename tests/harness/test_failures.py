@@ -88,4 +88,5 @@ def test_interrupted_before_the_first_is_no_failure(evaluate, monkeypatch, caplo
 
 def test_a_revision_of_a_folder_is_not_taken_for_one(evaluate):
     """transformers reads the folder as it is."""
-    assert evaluate(kinds=("choice",), arguments={"revision": "step1"})["config"]["coupling"]["revision"] == "main"
+    found = evaluate(kinds=("choice",), arguments={"revision": "step1"})["config"]
+    assert found["coupling"]["revision"] == "main" and found["model_revision"] == "step1"

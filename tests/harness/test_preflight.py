@@ -134,6 +134,7 @@ def test_a_folder_has_no_revisions(home):
     """transformers takes no notice of them: the same weights were measured as checkpoints of a training."""
     assert not look(home / "model")[1]
     (found,) = look(home / "model", revisions=["main", "step1"])[1]
+    assert not look(home / "model", {"peft": "some/adapter"}, revisions=["step1"])[1]
     assert f"got revision step1 of the folder {home / 'model'}, where transformers looks for none" in found
 
 

@@ -1,5 +1,7 @@
 """What the store spares: each measure of each prompt is measured once, and what failed for the moment is tried again."""
 
+import sqlite3
+
 import cases
 import numpy as np
 import pytest
@@ -190,7 +192,7 @@ def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkey
     found = records(model, store, "regularity")
     assert len(found) == 2 and len(store) == 1
     assert [r.getMessage() for r in caplog.records] == [
-        "coupling: a measurement could not be stored (no such thing); it stays in this run's tables"
+        "coupling: what was measured of 1 prompts could not be stored (no such thing); it stays in this run's tables"
     ]
 
 
@@ -199,3 +201,18 @@ def test_a_device_is_not_kept_waiting_for_one_prompt():
     batches = [(Settings(ranks=(2,)), [(i,) * n for i in range(m)]) for n, m in ((3, 2), (5, 3), (9, 1))]
     assert session_module._in_order(batches, torch.device("cuda")) == [batches[1], batches[0], batches[2]]
     assert [len(batch) for _, batch in session_module._in_order(batches, torch.device("cpu"))] == [1, 2, 2, 1]
+
+
+def test_a_store_that_takes_nothing_is_asked_once(model, store, monkeypatch, caplog):
+    """One that is locked lets everyone wait for a minute."""
+    tried = []
+
+    def put(self, entries):
+        tried.append(len(entries))
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(MeasurementStore, "put", put)
+    records(model, store, "depth")
+    assert tried == [2] and [r.getMessage().split(";")[0] for r in caplog.records] == [
+        "coupling: what was measured of 2 prompts could not be stored (database is locked)"
+    ]

@@ -355,7 +355,8 @@ def walk(case):
     wrapped = residual.ResidualModel.wrap(cases.tiny_model(case, torch.float32))
     with mode:
         place(wrapped.model, "cpu")
-        for part in (wrapped.blocks[1], wrapped.model.model.norm):
+        inner = getattr(wrapped.model, "model", None) or wrapped.model.transformer
+        for part in (wrapped.blocks[1], getattr(inner, "norm", None) or inner.ln_f):
             place(part, "other:0")
         wrapped.inputs._row = lambda tokens: tokens  # which looks at the ids
         facts = {"inputs": wrapped.inputs, "n_params": 1, "way": "", "way_reason": ""}
@@ -370,6 +371,7 @@ def walk(case):
         assert str(again.logits(traced.trajectory(1)).device) == "cpu"  # of a head tied to the embeddings
 
 walk("llama")
+walk("gpt2")  # whose norm TransformerLens does not call
 OnePass.brought = lambda self, tensor, device: tensor
 try:
     walk("llama")

@@ -125,10 +125,10 @@ def test_the_file_goes_before_the_name_and_adds_columns(tmp_path):
 
 def test_facts_of_no_run_are_told_and_leave_numbers_numbers(tmp_path, caplog):
     """With a typo in every name the column held objects, which `fit` could not take the logarithm of."""
-    file = csv(tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nb-2b,1e9,3,blue\n")
+    file = csv(tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nzz,1,1,x\nb-2b,1e9,3,blue\n")
     found = add_facts(runs("org/a-1b", "org/b-2b"), file)
     assert [m.split(" has ")[1] for m in caplog.messages] == [
-        "facts of org/A, of which there is no run; the runs are of org/a-1b, org/b-2b"
+        "facts of org/A, zz, of which there is no run; the runs are of org/a-1b, org/b-2b"
     ]
     assert found["training_tokens"].tolist() == pytest.approx([math.nan, 1e9], nan_ok=True)
     nothing = add_facts(runs("org/c"), file)

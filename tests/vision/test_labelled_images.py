@@ -61,7 +61,7 @@ def test_a_folder_without_labels(tmp_path):
     for file in (tmp_path / "plain" / "all").iterdir():
         file.rename(tmp_path / "plain" / file.name)
     (tmp_path / "plain" / "all").rmdir()
-    with pytest.raises(CouplingError, match=r"columns image, expected one column of class labels \(a folder needs a"):
+    with pytest.raises(CouplingError, match=r"columns image, expected one column of class labels \(of a folder: two"):
         load_images(str(tmp_path / "plain"))
 
 
