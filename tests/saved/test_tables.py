@@ -244,9 +244,17 @@ def test_documents_of_a_group_are_those_of_its_tasks_where_lm_eval_does_not_say(
 def test_revisions_are_models_of_their_own(tmp_path):
     for i, step in enumerate(("step1", "step1000")):
         run = results({"arc": task_summary(0.1 + i)})
-        run["config"]["model_revision"] = step
+        run["config"]["model_revision"] = run["config"]["coupling"]["revision"] = step
         (tmp_path / f"results_2025-06-0{i + 1}T00-00-00.json").write_text(json.dumps(run))
     assert list(load_runs(tmp_path)["revision"]) == ["step1", "step1000"]
+
+
+def test_a_revision_that_was_asked_of_a_folder_is_none(tmp_path):
+    """lm-eval writes down what was asked for; the weights are those of the folder, whatever that was."""
+    run = results({"arc": task_summary()})
+    run["config"]["model_revision"], run["config"]["coupling"]["revision"] = "step1", "main"
+    (tmp_path / "results_2025-06-01T00-00-00.json").write_text(json.dumps(run))
+    assert list(load_runs(tmp_path)["revision"]) == ["main"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("position", 0), ("seed", 1), ("ranks", [10, 30, 50])])
