@@ -166,21 +166,26 @@ def _run(rest: list[str]) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from lm_eval_coupling.harness import plugin
     from lm_eval_coupling.harness.texts import measure_texts
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     chosen = {name: getattr(options, name) for name in ("out", "model_args", "coupling", "device")}
     print(measure_texts(options.model, options.prompts, **chosen))
-    return 130 if plugin.interrupted.is_set() else 0
+    return _code_of_measuring()
 
 
 def _demo(options: argparse.Namespace) -> int:
     from lm_eval_coupling import demo
-    from lm_eval_coupling.harness import plugin
 
     demo.main(out=options.out)
+    return _code_of_measuring()
+
+
+def _code_of_measuring() -> int:
+    """130 where Ctrl-C cut it short, though what was measured is there."""
+    from lm_eval_coupling.harness import plugin
+
     return 130 if plugin.interrupted.is_set() else 0
 
 
@@ -222,14 +227,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _vision(options: argparse.Namespace) -> int:
-    from lm_eval_coupling.harness import plugin
     from lm_eval_coupling.vision.run import run_vision
 
     logging.basicConfig(format="%(message)s")
     chosen = {name: getattr(options, name) for name in ("split", "limit", "batch_size", "device", "coupling")}
     file, words = run_vision(options.model, options.data, options.out, **chosen)
     print(words, file, sep="\n")
-    return 130 if plugin.interrupted.is_set() else 0
+    return _code_of_measuring()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,17 +101,13 @@ def _make_room(remembered: dict[Any, Any]) -> None:
         del remembered[next(iter(remembered))]
 
 
-def _make_room_in(remembered: list[Any]) -> None:
-    if len(remembered) == KEPT:
-        del remembered[0]
-
-
 class OnePass:
     """What the blocks of one pass share: arguments that they are given alike, and indices, which devices wait for."""
 
     def __init__(self) -> None:
         self._seen: list[Arguments] = []
-        self._brought: list[tuple[Tensor, int, Tensor]] = []  # what it was made of is held: its memory is not used again
+        # What it was made of is held: its memory is not used again.
+        self._brought: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=KEPT)
         self._indices: dict[tuple[Any, torch.device], Tensor] = {}
 
     def indices(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -131,7 +128,6 @@ class OnePass:
         for seen, version, there in self._brought:
             if there.device == device and version == tensor._version and argument.the_same(seen, tensor):
                 return there
-        _make_room_in(self._brought)
         there = tensor.to(device)
         self._brought.append((tensor, tensor._version, there))
         return there

@@ -27,9 +27,6 @@ _STEP = re.compile(r"(?:global_?step|step|iter|checkpoint|ckpt)[-_]?(\d+)")
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([mbt])")
 
 
-_Key = tuple[str, str | None]  # model and revision, or any of its revisions
-
-
 def short_name(model: str) -> str:
     """The last part of a hub name or a path."""
     return _parts(model)[-1]
@@ -166,13 +163,13 @@ def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
         raise CouplingError(f"got {file} with a column {taken[0]!r}, which the runs have themselves; rename it")
     by_model = {key: row for key, row in zip(_keys(facts, file), facts.to_dict("records"), strict=True)}
     _require_clear({model for model, _ in by_model}, set(runs["model"]), file)
-    keys = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
+    found = [_lookup(by_model, model, revision) for model, revision in zip(runs["model"], runs["revision"], strict=True)]
     if unknown := {model for model, _ in by_model} - set(runs["model"]) - set(map(short_name, runs["model"])):
         there = _some(runs["model"])
         logger.warning("%s has facts of %s, of which there is no run; the runs are of %s", file, _some(unknown), there)
     runs = runs.copy()
     for name in facts.columns.drop(["model", "revision"], errors="ignore"):
-        told = pd.Series([None if key is None else by_model[key][name] for key in keys], index=runs.index)
+        told = pd.Series([row.get(name) for row in found], index=runs.index)
         if told.isna().all() and pd.api.types.is_numeric_dtype(facts[name]):
             told = told.astype(float)  # of nothing but None it is a column of objects
         runs[name] = told.where(told.notna(), runs[name]) if name in runs else told
@@ -210,9 +207,9 @@ def _require_clear(named: set[str], models: set[str], file: Path | str) -> None:
             raise CouplingError(f"got {short} in {file}, which may be {' or '.join(meant)}; give the full name")
 
 
-def _lookup(by_model: Mapping[_Key, dict[str, Any]], model: str, revision: str) -> _Key | None:
+def _lookup(by_model: Mapping[tuple[str, str | None], dict[str, Any]], model: str, revision: str) -> dict[str, Any]:
     keys = [(name, at) for name in (model, short_name(model)) for at in (revision, None)]
-    return next((key for key in keys if key in by_model), None)
+    return next((by_model[key] for key in keys if key in by_model), {})
 
 
 def _some(names: Iterable[str]) -> str:
