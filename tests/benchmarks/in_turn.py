@@ -8,7 +8,6 @@ together. Seconds are those of a prompt, the least of all rounds.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -25,10 +24,7 @@ def of_checkout(folder: Path, arguments: list[str], threads: int) -> dict[str, f
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, str(Path(__file__).with_name("one_checkout.py")), *arguments]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{folder.name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return machine.found_by(command, folder.name, env=environment, cwd=folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

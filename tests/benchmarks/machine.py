@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def found_by(command: list[str], what: str, **how: Any) -> Any:
+    """What a process of its own prints last, as JSON; where it fails, the benchmark ends with what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    if done.returncode:
+        raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def save(benchmark: str, machine: dict, options: argparse.Namespace, results: Any) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,10 +84,7 @@ def in_a_process(options: argparse.Namespace, procedure: str, tokens: int) -> di
     for name in ("model", "threads", "device", "dtype"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--ranks", *map(str, options.ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{procedure} with {tokens} tokens failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return machine.found_by(command, f"{procedure} with {tokens} tokens")
 
 
 def main(arguments: list[str] | None = None) -> None:
