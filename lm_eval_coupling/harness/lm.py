@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.documents import Document, Requested
-from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.harness.options import Options, has_revisions
 from lm_eval_coupling.harness.prompt_identity import prompt_identity
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
@@ -250,10 +249,9 @@ class CouplingLM(HFLM):
 
     @property
     def _revision(self) -> str:
-        """That of the weights: of a folder transformers takes whatever there is, and no notice of a revision."""
-        # An adapter, or a delta, may be of a revision itself.
-        whole = isinstance(self.pretrained, str) and not self.peft and not self.delta
-        return "main" if whole and Path(self.pretrained).expanduser().is_dir() else self.revision
+        """That of the weights; a model that was given as one is of the revision that it is said to be."""
+        named = not isinstance(self.pretrained, str) or has_revisions(self.pretrained, self.peft, self.delta)
+        return self.revision if named else "main"
 
     def about_run(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""

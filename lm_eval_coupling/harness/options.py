@@ -138,6 +138,11 @@ class Options:
         )
 
 
+def has_revisions(model: str, peft: Any = None, delta: Any = None) -> bool:
+    """Whether a revision names weights: not of a folder, but of an adapter or a delta that goes with it."""
+    return bool(peft or delta) or not Path(model).expanduser().is_dir()
+
+
 def settings_of(words: str, option: str = "--coupling") -> dict[str, str]:
     """The arguments of the model that ``name=value,name=value`` on a command line stand for, with their prefix.
 

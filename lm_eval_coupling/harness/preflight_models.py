@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
-from lm_eval_coupling.harness.options import PREFIX, Options, names_a_folder
+from lm_eval_coupling.harness.options import PREFIX, Options, has_revisions, names_a_folder
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
 _FROM_PRETRAINED = [
@@ -43,7 +43,8 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
     wrong = [*_place(model, arguments)]
     wrong = [*_arguments(model, arguments, coupling, there=not wrong), *wrong]
     if not wrong and Path(model).expanduser().is_dir():
-        wrong += _of_folder(model, asked["revisions"], arguments)
+        if not has_revisions(model, arguments.get("peft"), arguments.get("delta")):
+            wrong += _of_folder(model, asked["revisions"])
     elif not wrong:
         wrong += _revisions(model, asked["revisions"], offline)
     if wrong:
@@ -100,10 +101,9 @@ def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
         yield f"got the model {model}, which is no folder here and no name on the hub"
 
 
-def _of_folder(model: str, revisions: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[str]:
-    """A folder holds one checkpoint: transformers takes no notice of a revision, so that all would be the same weights."""
-    named = [revision for revision in revisions if revision != "main"]
-    if named and not arguments.get("peft") and not arguments.get("delta"):  # which a revision is of as well
+def _of_folder(model: str, revisions: Sequence[str]) -> Iterator[str]:
+    """A folder holds one checkpoint: all of its revisions would be the same weights."""
+    if named := [revision for revision in revisions if revision != "main"]:
         yield (
             f"got revision {named[0]} of the folder {model}, where transformers looks for none; "
             "name the folder of each checkpoint as a model"
