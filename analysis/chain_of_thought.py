@@ -7,17 +7,22 @@ python analysis/chain_of_thought.py OUT --first gsm8k --second gsm8k_cot_zerosho
 from __future__ import annotations
 
 import command
+from coupling_analysis import by_document
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import alone, left_out
+from coupling_analysis.study_figures import paired_differences
 
-from lm_eval_coupling.figures.studies import paired_differences
 from lm_eval_coupling.measures.registry import readings
-from lm_eval_coupling.studies import by_document, tables
-from lm_eval_coupling.studies.left_out import alone, left_out
 
 
 def main(argv=None):
     parser = command.arguments(__doc__)
-    parser.add_argument("--first", default="gsm8k", metavar="T", help="task without it (%(default)s)")
-    parser.add_argument("--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)")
+    parser.add_argument(
+        "--first", default="gsm8k", metavar="T", help="task without it (%(default)s)"
+    )
+    parser.add_argument(
+        "--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)"
+    )
     options = parser.parse_args(argv)
     names = options.first, options.second
     regularity = ["line_shape_score", "expodistance"]
@@ -36,7 +41,9 @@ def main(argv=None):
         title=f"The same documents in {names[0]} and {names[1]}, K = {rank}",
     )
     name = command.of_tasks("chain_of_thought", records, names)
-    command.save(options.out, name, figure, means, [*left_out(records, whole), *alone(values, *names)])
+    command.save(
+        options.out, name, figure, means, [*left_out(records, whole), *alone(values, *names)]
+    )
     command.save_table(options.out, f"{name}_documents", pairs)
     columns = ["line", "weights", "measure", "difference", "low", "high", "positive", "n"]
     print(means.loc[means["measure"].isin(whole), columns].to_string(index=False))

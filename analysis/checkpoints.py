@@ -9,10 +9,10 @@ Steps are read from revisions such as step1000 and from folders such as checkpoi
 from __future__ import annotations
 
 import command
-
-from lm_eval_coupling.figures.lines import curves
-from lm_eval_coupling.studies import tables, training
-from lm_eval_coupling.studies.left_out import left_out
+from coupling_analysis import checkpoints_table as training
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import left_out
+from coupling_analysis.line_figures import curves
 
 
 def main(argv=None):
@@ -21,7 +21,11 @@ def main(argv=None):
     records = tables.read(options.runs, options.tasks, measures=["coupling", *regularity])
     everything, records = records, training.with_steps(records)
     others = sorted({*everything["model"]} - {*records["model"]})
-    missing = [f"{len(others)} models left out (no step in their name: {', '.join(others)})"] if others else []
+    missing = (
+        [f"{len(others)} models left out (no step in their name: {', '.join(others)})"]
+        if others
+        else []
+    )
     rank = tables.choose_rank(records, options.rank)
     measures = ["coupling", *tables.recorded(records, regularity)]
     values = tables.quartiles(tables.long(records, measures, rank), tables.RUN)
@@ -36,7 +40,9 @@ def main(argv=None):
     layers["line"] = [f"{row.lineage}, step {row.step:.0f}" for row in layers.itertuples()]
     figure = curves(layers, columns=1, title="Coupling of each layer, by step")
     name = command.of_tasks("checkpoints_layers", records, options.tasks)
-    command.save(options.out, name, figure, layers, [*missing, *left_out(records, ["layer_coupling"])])
+    command.save(
+        options.out, name, figure, layers, [*missing, *left_out(records, ["layer_coupling"])]
+    )
 
 
 if __name__ == "__main__":

@@ -19,13 +19,28 @@ _NAMED = 3  # tasks; the names of more are no name of a file
 
 def arguments(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
     """A parser with ``--out``, and with what chooses saved records: folders, ``--tasks``, ``--rank``."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if runs:
-        parser.add_argument("runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
-        parser.add_argument("--tasks", nargs="+", metavar="T", help="these tasks only; all by default")
-        parser.add_argument("--rank", type=int, metavar="K", help="number of singular vectors (default: 10 if measured)")
+        parser.add_argument(
+            "runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote"
+        )
+        parser.add_argument(
+            "--tasks", nargs="+", metavar="T", help="these tasks only; all by default"
+        )
+        parser.add_argument(
+            "--rank",
+            type=int,
+            metavar="K",
+            help="number of singular vectors (default: 10 if measured)",
+        )
     parser.add_argument(
-        "--out", type=Path, default=Path("figures"), metavar="DIR", help="folder of what is made (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("figures"),
+        metavar="DIR",
+        help="folder of what is made (%(default)s)",
     )
     return parser
 
@@ -39,7 +54,9 @@ def of_tasks(study: str, records: pd.DataFrame, asked: Sequence[str] | None = No
     return f"{study}_{told}"
 
 
-def save(folder: Path, name: str, figure: Figure, rows: pd.DataFrame, left_out: Sequence[str] = ()) -> None:
+def save(
+    folder: Path, name: str, figure: Figure, rows: pd.DataFrame, left_out: Sequence[str] = ()
+) -> None:
     """Write ``name.csv``, ``name.png`` and ``name.svg``: the numbers, and the picture made of them.
 
     Args:
@@ -73,7 +90,9 @@ def save_table(folder: Path, name: str, rows: pd.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows.to_csv(folder / f"{name}.csv", index=False)
     except OSError as error:
-        raise CouplingError(f"got {folder}, which cannot be written ({why(error)}); choose another with --out") from None
+        raise CouplingError(
+            f"got {folder}, which cannot be written ({why(error)}); choose another with --out"
+        ) from None
     print(f"{folder / name}.csv: {len(rows)} rows")
 
 

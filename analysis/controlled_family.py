@@ -45,7 +45,9 @@ def blend(weight: Tensor, random: Tensor, strength: float) -> Tensor:
 
 def round_to_bits(weight: Tensor, bits: int, channel: int = 0) -> Tensor:
     """The nearest of 2^b − 1 evenly spaced values around zero that span each output channel."""
-    largest = weight.abs().amax(dim=1 - channel, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    largest = (
+        weight.abs().amax(dim=1 - channel, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    )
     step = largest / (2 ** (bits - 1) - 1)
     return (weight / step).round() * step
 
@@ -66,15 +68,22 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
     member = copy.deepcopy(model)
     for module in member.base_model.modules():  # not the head, which is often the embedding
         if isinstance(module, (nn.Linear, Conv1D)):
-            module.weight.copy_(round_to_bits(module.weight, bits, channel=int(isinstance(module, Conv1D))))
+            module.weight.copy_(
+                round_to_bits(module.weight, bits, channel=int(isinstance(module, Conv1D)))
+            )
     return member
 
 
-def members(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], nn.Module]]]:
+def members(
+    model: nn.Module, options: argparse.Namespace
+) -> Iterator[tuple[dict, Callable[[], nn.Module]]]:
     """What each member is, and the function that makes it."""
     yield {"name": "intact", "kind": "intact", "strength": 0.0}, lambda: model
     for s in options.blend:
-        yield {"name": f"blend-{s:g}", "kind": "blend", "strength": s}, lambda s=s: blended(model, s, options.seed)
+        yield (
+            {"name": f"blend-{s:g}", "kind": "blend", "strength": s},
+            lambda s=s: blended(model, s, options.seed),
+        )
     for b in options.bits:
         yield {"name": f"bits-{b}", "kind": "bits", "strength": b}, lambda b=b: rounded(model, b)
 
@@ -92,7 +101,9 @@ def make(options: argparse.Namespace) -> list[dict]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     except (OSError, ValueError) as error:
-        sys.exit(f"got {options.model}, which transformers cannot load ({why(error)}); give a folder with its tokenizer")
+        sys.exit(
+            f"got {options.model}, which transformers cannot load ({why(error)}); give a folder with its tokenizer"
+        )
     known = already_made(options)
     for about, maker in members(model, options):
         if about["name"] in known:
@@ -114,7 +125,9 @@ def already_made(options: argparse.Namespace) -> dict[str, dict]:
         return {}
     about = json.loads(file.read_text())
     if (about["model"], about["seed"]) != (options.model.name, options.seed):
-        sys.exit(f"got {options.out}, made from {about['model']} with seed {about['seed']}; choose another folder")
+        sys.exit(
+            f"got {options.out}, made from {about['model']} with seed {about['seed']}; choose another folder"
+        )
     return {member["name"]: member for member in about["members"]}
 
 
@@ -126,15 +139,20 @@ def describe(options: argparse.Namespace, made: list[dict]) -> None:
         rows = csv.DictWriter(file, ["model", "family", "kind", "strength", "loss"])
         rows.writeheader()
         rows.writerows(
-            {"model": m["name"], "family": options.model.name} | {key: m[key] for key in ("kind", "strength", "loss")}
+            {"model": m["name"], "family": options.model.name}
+            | {key: m[key] for key in ("kind", "strength", "loss")}
             for m in made
         )
 
 
 def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="TASKS", help="evaluate every model on these, separated by commas")
+    parser.add_argument(
+        "--run", metavar="TASKS", help="evaluate every model on these, separated by commas"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="documents scored per task")
-    parser.add_argument("--coupling-limit", default="100", metavar="N", help="documents measured per task")
+    parser.add_argument(
+        "--coupling-limit", default="100", metavar="N", help="documents measured per task"
+    )
     parser.add_argument("--batch-size", default=1, metavar="B")
     parser.add_argument("--output-path", type=Path, default=Path("results"), metavar="RESULTS")
 
@@ -148,12 +166,31 @@ def evaluate_all(members: list[str], options: argparse.Namespace) -> None:
 def evaluate(member: str, options: argparse.Namespace) -> bool:
     """Run lm-eval on one member, unless its results are there; whether they are there then."""
     out = options.output_path / member
-    if any(is_the_same(json.loads(file.read_text()), options) for file in out.rglob("results_*.json")):
+    if any(
+        is_the_same(json.loads(file.read_text()), options) for file in out.rglob("results_*.json")
+    ):
         print(f"{member}: results are there", flush=True)
         return True
     arguments = f"pretrained={options.out / member},coupling_limit={options.coupling_limit}"
-    command = [sys.executable, "-m", "lm_eval_coupling.cli", "run", "--model", "coupling-hf", "--model_args", arguments]
-    command += ["--tasks", options.run, "--batch_size", str(options.batch_size), "--output_path", str(out), "--log_samples"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval_coupling.cli",
+        "run",
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        arguments,
+    ]
+    command += [
+        "--tasks",
+        options.run,
+        "--batch_size",
+        str(options.batch_size),
+        "--output_path",
+        str(out),
+        "--log_samples",
+    ]
     print(f"{member}: {options.run}", flush=True)
     command += ["--limit", str(options.limit)] if options.limit else []
     return subprocess.run(command, check=False).returncode == 0
@@ -161,14 +198,27 @@ def evaluate(member: str, options: argparse.Namespace) -> bool:
 
 def is_the_same(results: dict, options: argparse.Namespace) -> bool:
     """Whether saved results are of these tasks and this many documents."""
-    return set(options.run.split(",")) <= set(results["results"]) and results["config"]["limit"] == options.limit
+    return (
+        set(options.run.split(",")) <= set(results["results"])
+        and results["config"]["limit"] == options.limit
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="transformers folder, with its tokenizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="transformers folder, with its tokenizer",
+    )
     parser.add_argument("--out", type=Path, metavar="FAMILY", help="folder of the members")
-    parser.add_argument("--blend", type=float, nargs="*", default=[], metavar="S", help="strengths between 0 and 1")
+    parser.add_argument(
+        "--blend", type=float, nargs="*", default=[], metavar="S", help="strengths between 0 and 1"
+    )
     parser.add_argument("--bits", type=int, nargs="*", default=[], metavar="B", help="2 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     evaluation_arguments(parser)

@@ -10,9 +10,9 @@ column the singular vectors it is written in.
 from __future__ import annotations
 
 import command
+from coupling_analysis import token_matrices as matrices
+from coupling_analysis.matrix_figures import coupling_matrices as draw
 
-from lm_eval_coupling.figures.coupling_matrices import coupling_matrices as draw
-from lm_eval_coupling.measuring import matrices
 from lm_eval_coupling.saved.names import short_name
 
 PROMPT = "What is the capital of France? The capital is"
@@ -22,14 +22,32 @@ def main(argv=None):
     parser = command.arguments(__doc__, runs=False)
     parser.add_argument("model", metavar="MODEL", help="folder or name for transformers")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT")
-    parser.add_argument("--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)")
     parser.add_argument(
-        "--across", choices=[*matrices.ACROSS], default="layers", help="what the Jacobians differ in (%(default)s)"
+        "--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)"
     )
-    parser.add_argument("--layers", type=int, nargs="+", metavar="l", help="from 1 (default: four, spread over the model)")
-    parser.add_argument("--layer", type=int, metavar="l", help="where tokens differ (default: the middle one)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[-4, -3, -2, -1], metavar="t", help="negative: from the end"
+        "--across",
+        choices=[*matrices.ACROSS],
+        default="layers",
+        help="what the Jacobians differ in (%(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="l",
+        help="from 1 (default: four, spread over the model)",
+    )
+    parser.add_argument(
+        "--layer", type=int, metavar="l", help="where tokens differ (default: the middle one)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[-4, -3, -2, -1],
+        metavar="t",
+        help="negative: from the end",
     )
     parser.add_argument("--untrained", type=int, metavar="SEED", help="with fresh weights instead")
     options = parser.parse_args(argv)
@@ -38,11 +56,15 @@ def main(argv=None):
     if options.across == "layers":
         found = matrices.of_layers(model, ids, options.layers, options.tokens[-1], options.rank)
     else:
-        found = matrices.of_tokens(model, ids, options.layer, options.tokens, options.rank, options.across)
+        found = matrices.of_tokens(
+            model, ids, options.layer, options.tokens, options.rank, options.across
+        )
     weights = "" if options.untrained is None else ", untrained"
     title = f"{short_name(options.model)}{weights}: {found.about}"
     figure = draw(found.A, rows=found.names, columns=found.names, title=title)
-    name = f"coupling_matrices_{options.across}" + ("" if options.untrained is None else "_untrained")
+    name = f"coupling_matrices_{options.across}" + (
+        "" if options.untrained is None else "_untrained"
+    )
     command.save(options.out, name, figure, found.rows())
 
 

@@ -13,20 +13,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import command
-
-from lm_eval_coupling.figures.studies import against_number
-from lm_eval_coupling.studies import by_document, tables
-from lm_eval_coupling.studies.left_out import left_out, without
+from coupling_analysis import by_document
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import left_out, without
+from coupling_analysis.study_figures import against_number
 
 
 def main(argv=None):
     parser = command.arguments(__doc__)
-    parser.add_argument("--column", required=True, metavar="NAME", help="field of the documents, or column of the CSV file")
+    parser.add_argument(
+        "--column",
+        required=True,
+        metavar="NAME",
+        help="field of the documents, or column of the CSV file",
+    )
     parser.add_argument("--count", metavar="TEXT", help="how often TEXT occurs in the field")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="with the columns doc_hash and NAME")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="with the columns doc_hash and NAME"
+    )
     options = parser.parse_args(argv)
     regularity = ["line_shape_score", "expodistance"]
-    records = tables.read(options.runs, options.tasks, weights="trained", measures=["coupling", *regularity])
+    records = tables.read(
+        options.runs, options.tasks, weights="trained", measures=["coupling", *regularity]
+    )
     rank = tables.choose_rank(records, options.rank)
     if options.csv:
         numbers = by_document.from_csv(options.csv, options.column)
@@ -44,7 +53,11 @@ def main(argv=None):
     name = command.of_tasks("difficulty", rows, options.tasks)
     command.save(options.out, name, figure, rows, missing)
     command.save_table(options.out, f"{name}_correlations", found)
-    print(found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(index=False))
+    print(
+        found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(
+            index=False
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,25 +8,35 @@ The runs must have measured spectra (coupling_measures=depth+regularity+spectra)
 from __future__ import annotations
 
 import command
-
-from lm_eval_coupling.figures.coupling_matrices import influence as draw
-from lm_eval_coupling.studies import singular_values, tables
-from lm_eval_coupling.studies.left_out import left_out, too_short
+from coupling_analysis import spectra_by_layer as singular_values
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import left_out, too_short
+from coupling_analysis.matrix_figures import influence as draw
 
 
 def main(argv=None):
     parser = command.arguments(__doc__)
-    parser.add_argument("--last", type=int, default=16, metavar="N", help="tokens up to the measured one (%(default)s)")
+    parser.add_argument(
+        "--last",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens up to the measured one (%(default)s)",
+    )
     parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
     options = parser.parse_args(argv)
-    records = tables.read(options.runs, options.tasks, columns=["frobenius_norms", "spectral_norms"])
+    records = tables.read(
+        options.runs, options.tasks, columns=["frobenius_norms", "spectral_norms"]
+    )
     values = singular_values.influence(records, options.last)
-    rows = tables.summary(values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"])
+    rows = tables.summary(
+        values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"]
+    )
     names = list(dict.fromkeys(rows["token"]))
     panels = {
-        f"{tables.label(*run)} (n = {of['n'].max()})": of.pivot(index="depth", columns="token", values="median")[
-            names
-        ].to_numpy()
+        f"{tables.label(*run)} (n = {of['n'].max()})": of.pivot(
+            index="depth", columns="token", values="median"
+        )[names].to_numpy()
         for run, of in rows.groupby(tables.RUN, sort=False)
     }
     title = "From input token to the measured one: median over documents"

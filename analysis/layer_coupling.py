@@ -6,11 +6,11 @@ python analysis/layer_coupling.py OUT [OUT …] --tasks gsm8k --out figures
 from __future__ import annotations
 
 import command
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import left_out
+from coupling_analysis.line_figures import curves
 
-from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.measures.registry import readings
-from lm_eval_coupling.studies import tables
-from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -22,12 +22,16 @@ def main(argv=None):
     rows = tables.named(tables.quartiles(values, tables.RUN), rank)
     title = f"Coupling of each layer, K = {rank}: median and quartiles over documents"
     name = command.of_tasks("layer_coupling", records, options.tasks)
-    command.save(options.out, name, curves(rows, columns=2, title=title), rows, left_out(records, measures))
+    command.save(
+        options.out, name, curves(rows, columns=2, title=title), rows, left_out(records, measures)
+    )
     known = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
     for line, of in known.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]
         chance = readings()["layer_coupling"].chance_at(rank)
-        print(f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})")
+        print(
+            f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})"
+        )
 
 
 if __name__ == "__main__":

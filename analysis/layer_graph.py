@@ -10,11 +10,11 @@ from __future__ import annotations
 import command
 import numpy as np
 import pandas as pd
+from coupling_analysis import study_tables as tables
+from coupling_analysis.graph_figures import edge_weights, layer_graph
+from coupling_analysis.left_out import left_out
 
-from lm_eval_coupling.figures.graph import edge_weights, layer_graph
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
-from lm_eval_coupling.studies import tables
-from lm_eval_coupling.studies.left_out import left_out
 
 
 def main(argv=None):
@@ -37,7 +37,11 @@ def edges(run: tuple[str, ...], matrix: np.ndarray, rank: int, n: int) -> pd.Dat
     """One row for every ordered pair of layers."""
     jacobian, basis = np.nonzero(~np.eye(len(matrix), dtype=bool))
     about = dict(zip(tables.RUN, run, strict=True)) | {"rank": rank, "n": n}
-    columns = {"jacobian_layer": jacobian + 1, "basis_layer": basis + 1, "miscoupling": matrix[jacobian, basis]}
+    columns = {
+        "jacobian_layer": jacobian + 1,
+        "basis_layer": basis + 1,
+        "miscoupling": matrix[jacobian, basis],
+    }
     return pd.DataFrame(about | columns | {"edge": edge_weights(matrix, rank)[jacobian, basis]})
 
 

@@ -16,12 +16,20 @@ from pathlib import Path
 
 import command
 import pandas as pd
+from coupling_analysis import study_tables as tables
 from PIL import Image
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.studies import tables
 
-STUDIES = ["layer_coupling", "layer_graph", "regularity", "depth_profiles", "singular_values", "influence", "trajectories"]
+STUDIES = [
+    "layer_coupling",
+    "layer_graph",
+    "regularity",
+    "depth_profiles",
+    "singular_values",
+    "influence",
+    "trajectories",
+]
 STUDIES += [f"tokenwise --kind {kind}" for kind in ("self", "context_input", "context_output")]
 STUDIES += ["prompt_length", "chain_of_thought", "checkpoints"]
 SCALE = 0.6  # of a picture: 120 dots an inch
@@ -29,7 +37,9 @@ SCALE = 0.6  # of a picture: 120 dots an inch
 
 def main(argv=None):
     parser = command.arguments(__doc__)
-    parser.add_argument("--difficulty", metavar="NAME", help="field of the documents, see difficulty.py")
+    parser.add_argument(
+        "--difficulty", metavar="NAME", help="field of the documents, see difficulty.py"
+    )
     parser.add_argument("--count", metavar="TEXT", help="how often TEXT occurs in it")
     options = parser.parse_args(argv)
     common = [*map(str, options.runs)]
@@ -38,7 +48,12 @@ def main(argv=None):
     studies = [study.split() for study in STUDIES]
     if options.difficulty:
         studies.append(
-            ["difficulty", "--column", options.difficulty, *(["--count", options.count] if options.count else [])]
+            [
+                "difficulty",
+                "--column",
+                options.difficulty,
+                *(["--count", options.count] if options.count else []),
+            ]
         )
     command.save_table(options.out, "runs", measured(tables.read(options.runs, options.tasks)))
     with tempfile.TemporaryDirectory() as full:
@@ -50,7 +65,9 @@ def main(argv=None):
             except CouplingError as error:
                 print(f"left out {' '.join([name, *arguments])}: {error}")
         for file in sorted(Path(full).iterdir()):
-            {".csv": slim, ".png": shrink}.get(file.suffix, lambda *_: None)(file, options.out / file.name)
+            {".csv": slim, ".png": shrink}.get(file.suffix, lambda *_: None)(
+                file, options.out / file.name
+            )
 
 
 def measured(records: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +89,9 @@ def shrink(picture: Path, to: Path) -> None:
     image = Image.open(picture).convert("RGB")
     image = image.resize([round(SCALE * side) for side in image.size], Image.Resampling.LANCZOS)
     # The default palette favours frequent colours, which robs colour bars of their ends.
-    image.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(to, optimize=True)
+    image.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        to, optimize=True
+    )
     print(f"{to}: {to.stat().st_size // 1000} kB")
 
 

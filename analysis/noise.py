@@ -9,12 +9,12 @@ block.
 from __future__ import annotations
 
 import command
+from coupling_analysis import study_tables as tables
+from coupling_analysis import token_matrices as matrices
+from coupling_analysis.noise_robustness import LEVELS, noise_robustness
+from coupling_analysis.study_figures import noise
 
-from lm_eval_coupling.figures.studies import noise
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.measuring import matrices
-from lm_eval_coupling.measuring.noise import LEVELS, noise_robustness
-from lm_eval_coupling.studies import tables
 
 PANELS = {
     "cosine_first": "cosine with the clean stream, block 1",
@@ -26,10 +26,27 @@ PANELS = {
 def main(argv=None):
     parser = command.arguments(__doc__, runs=False)
     parser.add_argument("model", metavar="MODEL", help="folder or name for transformers")
-    parser.add_argument("runs", nargs="+", metavar="OUT", help="folders that lm-eval wrote, for their prompts")
-    parser.add_argument("--prompts", type=int, default=20, metavar="N", help="the first so many distinct ones (%(default)s)")
-    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, metavar="X", help="over the embeddings' norm")
-    parser.add_argument("--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="OUT", help="folders that lm-eval wrote, for their prompts"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=20,
+        metavar="N",
+        help="the first so many distinct ones (%(default)s)",
+    )
+    parser.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        default=LEVELS,
+        metavar="X",
+        help="over the embeddings' norm",
+    )
+    parser.add_argument(
+        "--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args(argv)
     records = tables.of_model(tables.read(options.runs, columns=["tokens"]), options.model)
@@ -39,8 +56,14 @@ def main(argv=None):
     rows = noise_robustness(model, prompts, options.levels, rank=options.rank, seed=options.seed)
     long = rows.melt(["prompt", "level"], list(PANELS), "measure")
     found = tables.summary(long, ["measure", "level"])
-    found = found.assign(panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained")
-    found["chance"] = found["measure"].eq("coupling").map({True: chance_coupling(options.rank), False: float("nan")})
+    found = found.assign(
+        panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained"
+    )
+    found["chance"] = (
+        found["measure"]
+        .eq("coupling")
+        .map({True: chance_coupling(options.rank), False: float("nan")})
+    )
     figure = noise(found, title=f"{name}: noise on the input embeddings of {len(prompts)} prompts")
     drawn = records[records["tokens"].isin(prompts)]
     command.save(options.out, command.of_tasks("noise", drawn), figure, rows)

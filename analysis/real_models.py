@@ -17,6 +17,7 @@ from pathlib import Path
 
 import command
 import pandas as pd
+from coupling_analysis import study_tables as tables
 from matplotlib.figure import Figure
 
 from lm_eval_coupling import load_runs
@@ -24,7 +25,6 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import grid, legend_outside
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.statistics import correlation
-from lm_eval_coupling.studies import tables
 
 NUMBERS = (
     "coupling",
@@ -41,7 +41,14 @@ NUMBERS = (
     "last_state_effective_rank_centred",
 )
 SCORES = ("acc_norm,none", "acc,none")  # the first that a task has
-NAMES = ["model", "fingerprint", "weights", "task", "leaf", "doc_hash"]  # task: of a group's tasks the topmost group
+NAMES = [
+    "model",
+    "fingerprint",
+    "weights",
+    "task",
+    "leaf",
+    "doc_hash",
+]  # task: of a group's tasks the topmost group
 KEPT = "documents.csv"
 
 
@@ -54,7 +61,9 @@ def documents(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) ->
     tabled = [folder for folder in folders if any(folder.rglob("*coupling_*.parquet"))]
     kept = [folder / KEPT for folder in folders if folder not in tabled]
     if lacking := [file for file in kept if not file.is_file()]:
-        raise CouplingError(f"got {lacking[0].parent}, which has neither tables of coupling nor {KEPT}")
+        raise CouplingError(
+            f"got {lacking[0].parent}, which has neither tables of coupling nor {KEPT}"
+        )
     parts = [pd.read_csv(file, dtype=dict.fromkeys(NAMES, str)) for file in kept]
     parts += [_of_tables(tabled, runs, asked)] if tabled else []
     found = pd.concat(parts, ignore_index=True).drop_duplicates(NAMES, keep="last")
@@ -64,7 +73,9 @@ def documents(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) ->
         )
     several = found.groupby("model")["fingerprint"].nunique()
     if (several > 1).any():
-        raise CouplingError(f"got two models of the name {several.idxmax()}, expected one; give folders of one of them")
+        raise CouplingError(
+            f"got two models of the name {several.idxmax()}, expected one; give folders of one of them"
+        )
     return found
 
 
@@ -75,8 +86,12 @@ def _of_tables(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -
     prints = records.drop_duplicates("model").set_index("model")["fingerprint"]
     values = values.assign(fingerprint=values["model"].map(prints), leaf=values["task"])
     above = {(row.fingerprint, row.task): row.group for row in runs.itertuples()}
-    values["task"] = [_topmost(*key, above) for key in zip(values["fingerprint"], values["leaf"], strict=True)]
-    wide = values.pivot_table(index=NAMES, columns="measure", values="value", sort=False).reset_index()
+    values["task"] = [
+        _topmost(*key, above) for key in zip(values["fingerprint"], values["leaf"], strict=True)
+    ]
+    wide = values.pivot_table(
+        index=NAMES, columns="measure", values="value", sort=False
+    ).reset_index()
     wide.insert(len(NAMES), "rank", rank)
     return wide.round(6)
 
@@ -95,7 +110,12 @@ def scores(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
         metric = next((name for name in SCORES if name in row and pd.notna(row[name])), None)
         if metric:
             error = row.get(metric.replace(",", "_stderr,"))
-            about = {"model": row["model"], "task": row["task"], "weights": "trained", "measure": metric}
+            about = {
+                "model": row["model"],
+                "task": row["task"],
+                "weights": "trained",
+                "measure": metric,
+            }
             rows.append(about | {"mean": row[metric], "stderr": error, "n": row["n_samples"]})
     return pd.DataFrame(rows).drop_duplicates(["model", "task"], keep="last")  # of most documents
 
@@ -112,7 +132,9 @@ def means(of_documents: pd.DataFrame) -> pd.DataFrame:
 def same_order(found: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
     """For every number: tasks in which Spearman's correlation over the models with the score is positive, of how many."""
     trained = found[(found["weights"] == "trained") & (found["task"] != "all")]
-    joined = trained.merge(scored[["model", "task", "mean"]], on=["model", "task"], suffixes=("", "_score"))
+    joined = trained.merge(
+        scored[["model", "task", "mean"]], on=["model", "task"], suffixes=("", "_score")
+    )
     rows = []
     for name, of in joined.groupby("measure", sort=False):
         each = [
@@ -121,7 +143,9 @@ def same_order(found: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
             if len(of_task) > 2 and of_task["mean"].nunique() > 1
         ]
         up = sum(r > 0 for r in each)
-        rows.append({"number": name, "models": of["model"].nunique(), "same_way": up, "tasks": len(each)})
+        rows.append(
+            {"number": name, "models": of["model"].nunique(), "same_way": up, "tasks": len(each)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -129,13 +153,25 @@ def picture(found: pd.DataFrame, scored: pd.DataFrame, rank: int) -> Figure:
     """The score over coupling, a panel a task, with standard errors of both."""
     trained = found[(found["weights"] == "trained") & (found["measure"] == "coupling")]
     names = [task for task in dict.fromkeys(scored["task"]) if task in set(trained["task"])]
-    figure, axes = grid(len(names), title=f"Score over coupling, K = {rank}, and their standard errors")
+    figure, axes = grid(
+        len(names), title=f"Score over coupling, K = {rank}, and their standard errors"
+    )
     colour = dict(zip(dict.fromkeys(trained["model"]), CATEGORIES, strict=False))
     for ax, task in zip(axes, names, strict=True):
-        both = trained[trained["task"] == task].merge(scored[scored["task"] == task], on="model", suffixes=("", "_score"))
+        both = trained[trained["task"] == task].merge(
+            scored[scored["task"] == task], on="model", suffixes=("", "_score")
+        )
         for row in both.itertuples():
             errors = {"xerr": row.stderr, "yerr": row.stderr_score}
-            ax.errorbar(row.mean, row.mean_score, **errors, fmt="o", color=colour[row.model], label=row.model, markersize=4)
+            ax.errorbar(
+                row.mean,
+                row.mean_score,
+                **errors,
+                fmt="o",
+                color=colour[row.model],
+                label=row.model,
+                markersize=4,
+            )
         ax.set_title(task, fontsize="small")
         ax.set_xlabel("coupling", fontsize="small")
         ax.set_ylabel("score", fontsize="small")
@@ -156,8 +192,12 @@ def main(argv: list[str] | None = None) -> None:
     tasks = options.tasks or [*everything["task"].unique()]
     each, scored = (rows[rows["task"].isin(tasks)] for rows in (everything, scored))
     found, rank = means(each), int(each["rank"].iloc[0])
-    command.save(options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6))
-    overall = found[found["task"] == "all"].pivot(index=["model", "weights"], columns="measure", values="mean")
+    command.save(
+        options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6)
+    )
+    overall = found[found["task"] == "all"].pivot(
+        index=["model", "weights"], columns="measure", values="mean"
+    )
     print(overall[[name for name in NUMBERS if name in overall]].T.round(4).to_string())
     print(same_order(found, scored).to_string(index=False))
 

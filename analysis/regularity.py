@@ -8,10 +8,9 @@ The untrained bars are there if the runs measured the twin (coupling_untrained=0
 from __future__ import annotations
 
 import command
-
-from lm_eval_coupling.figures.lines import quartile_bars
-from lm_eval_coupling.studies import tables
-from lm_eval_coupling.studies.left_out import left_out
+from coupling_analysis import study_tables as tables
+from coupling_analysis.left_out import left_out
+from coupling_analysis.line_figures import quartile_bars
 
 
 def main(argv=None):
@@ -26,7 +25,11 @@ def main(argv=None):
     name = command.of_tasks("regularity", records, options.tasks)
     figure = quartile_bars(rows, columns=len(measures), title=title)
     command.save(options.out, name, figure, rows, left_out(records, measures))
-    print(rows[["line", "weights", "measure", "q25", "median", "q75", "n", "undefined"]].to_string(index=False))
+    print(
+        rows[["line", "weights", "measure", "q25", "median", "q75", "n", "undefined"]].to_string(
+            index=False
+        )
+    )
 
 
 if __name__ == "__main__":

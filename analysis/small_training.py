@@ -29,7 +29,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.numerics.randomness import seeded
 
-SIZES = {"layers": 8, "width": 128, "heads": 4, "mlp": 384, "context": 128, "vocabulary": 1024, "windows": 8}
+SIZES = {
+    "layers": 8,
+    "width": 128,
+    "heads": 4,
+    "mlp": 384,
+    "context": 128,
+    "vocabulary": 1024,
+    "windows": 8,
+}
 RECIPE = ("column", "steps", *SIZES, "rate", "seed")
 END = "<|endoftext|>"  # of every document; also the prefix token of the harness
 
@@ -39,33 +47,60 @@ def documents(file: Path, columns: list[str]) -> list[str]:
     try:
         if file.suffix not in (".parquet", ".jsonl"):
             return [file.read_text(encoding="utf-8")]
-        rows = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_json(file, lines=True, dtype=False)
+        rows = (
+            pd.read_parquet(file)
+            if file.suffix == ".parquet"
+            else pd.read_json(file, lines=True, dtype=False)
+        )
     except (OSError, ValueError) as error:
-        raise CouplingError(f"got {file}, expected plain text, .jsonl or .parquet that can be read: {why(error)}") from None
+        raise CouplingError(
+            f"got {file}, expected plain text, .jsonl or .parquet that can be read: {why(error)}"
+        ) from None
     if not (found := [name for name in columns if name in rows]):
-        raise CouplingError(f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with --column")
+        raise CouplingError(
+            f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with --column"
+        )
     return ["\n".join(map(str, row)) for row in rows[found].fillna("").itertuples(index=False)]
 
 
 def learn_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special, alphabet = [END], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
+    )
 
 
 def cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
     """All documents in one row of tokens, cut into windows of one context."""
-    ids = [token for document in tokenizer(texts).input_ids for token in (*document, tokenizer.eos_token_id)]
+    ids = [
+        token
+        for document in tokenizer(texts).input_ids
+        for token in (*document, tokenizer.eos_token_id)
+    ]
     if (count := len(ids) // size) < 2:
-        raise CouplingError(f"got {len(ids)} tokens, expected two contexts of {size}; give more text or a smaller --context")
+        raise CouplingError(
+            f"got {len(ids)} tokens, expected two contexts of {size}; give more text or a smaller --context"
+        )
     return torch.tensor(ids[: count * size]).view(count, size)
 
 
-def fresh_model(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> LlamaForCausalLM:
-    shape = {"hidden_size": options.width, "intermediate_size": options.mlp, "num_hidden_layers": options.layers}
+def fresh_model(
+    tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace
+) -> LlamaForCausalLM:
+    shape = {
+        "hidden_size": options.width,
+        "intermediate_size": options.mlp,
+        "num_hidden_layers": options.layers,
+    }
     shape |= {"num_attention_heads": options.heads, "max_position_embeddings": options.context}
     special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
     config = LlamaConfig(vocab_size=len(tokenizer), **shape, **special)
@@ -84,31 +119,46 @@ def save(folder: Path, model, tokenizer, optimizer) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Write the checkpoints that are not there."""
-    recipe = {"texts": [str(file) for file in options.texts]} | {name: getattr(options, name) for name in RECIPE}
+    recipe = {"texts": [str(file) for file in options.texts]} | {
+        name: getattr(options, name) for name in RECIPE
+    }
     about = options.out / "training.json"
     if about.exists() and json.loads(about.read_text()) != recipe:
-        raise CouplingError(f"got {options.out}, a training of other texts or settings (see {about}); choose another --out")
+        raise CouplingError(
+            f"got {options.out}, a training of other texts or settings (see {about}); choose another --out"
+        )
     folders = {step: options.out / f"checkpoint-{step}" for step in options.steps}
     done, last = [step for step, folder in folders.items() if folder.exists()], max(folders)
     if len(done) == len(folders):
         return print(f"{options.out}: all checkpoints are there", flush=True)
     texts = [text for file in options.texts for text in documents(file, options.column)]
     tokenizer = learn_tokenizer(texts, options.vocabulary)
-    windows, draws = cut(texts, tokenizer, options.context), torch.Generator().manual_seed(options.seed)
+    windows, draws = (
+        cut(texts, tokenizer, options.context),
+        torch.Generator().manual_seed(options.seed),
+    )
     windows = windows[torch.randperm(len(windows), generator=draws)]
     kept_out, windows = windows.tensor_split([min(32, len(windows) // 2)])
     batches = torch.randint(len(windows), (last + 1, options.windows), generator=draws)
 
     start, rows = max(done, default=0), []
-    model = LlamaForCausalLM.from_pretrained(folders[start]).train() if done else fresh_model(tokenizer, options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    model = (
+        LlamaForCausalLM.from_pretrained(folders[start]).train()
+        if done
+        else fresh_model(tokenizer, options)
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     if done:
         optimizer.load_state_dict(torch.load(folders[start] / "optimizer.pt"))
         rows = pd.read_csv(options.out / "training.csv").query("step < @start").to_dict("records")
     options.out.mkdir(parents=True, exist_ok=True)
     about.write_text(json.dumps(recipe, indent=1) + "\n")
     print(f"{model.num_parameters():,} parameters, {windows.numel():,} tokens of text", flush=True)
-    for step in (progress := tqdm(range(start, last + 1), initial=start, total=last + 1, unit="step")):
+    for step in (
+        progress := tqdm(range(start, last + 1), initial=start, total=last + 1, unit="step")
+    ):
         batch = windows[batches[step]]
         loss = model(batch, labels=batch).loss
         rows.append({"step": step, "tokens": step * batch.numel(), "loss": loss.item()})
@@ -116,32 +166,65 @@ def train(options: argparse.Namespace) -> None:
         if step in folders:
             with torch.no_grad():
                 rows[-1]["loss_kept_out"] = model(kept_out, labels=kept_out).loss.item()
-            pd.DataFrame(rows).to_csv(options.out / "training.csv", index=False, float_format="%.5g")
-            tqdm.write(f"checkpoint-{step}: loss {loss:.3f}, kept out {rows[-1]['loss_kept_out']:.3f}")
+            pd.DataFrame(rows).to_csv(
+                options.out / "training.csv", index=False, float_format="%.5g"
+            )
+            tqdm.write(
+                f"checkpoint-{step}: loss {loss:.3f}, kept out {rows[-1]['loss_kept_out']:.3f}"
+            )
             if not folders[step].exists():
                 save(folders[step], model, tokenizer, optimizer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        falling = (1 + math.cos(math.pi * step / last)) / 2  # after a warm-up over a twentieth of the steps
+        falling = (
+            1 + math.cos(math.pi * step / last)
+        ) / 2  # after a warm-up over a twentieth of the steps
         optimizer.param_groups[0]["lr"] = options.rate * min(1.0, 20 * (step + 1) / last) * falling
         optimizer.step()
         optimizer.zero_grad()
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
-    parser.add_argument("--column", nargs="+", default=["text"], metavar="NAME", help="of tables; of each those that it has")
-    parser.add_argument("--out", type=Path, required=True, metavar="TRAINING", help="folder of the checkpoints")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 30, 100, 300, 1000], metavar="N", help="to save")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet"
+    )
+    parser.add_argument(
+        "--column",
+        nargs="+",
+        default=["text"],
+        metavar="NAME",
+        help="of tables; of each those that it has",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="TRAINING", help="folder of the checkpoints"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[0, 10, 30, 100, 300, 1000],
+        metavar="N",
+        help="to save",
+    )
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="%(default)s by default")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at its height (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the text")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help="%(default)s by default"
+        )
+    parser.add_argument(
+        "--rate", type=float, default=2e-3, help="of learning, at its height (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first weights and of the order of the text"
+    )
     evaluation_arguments(parser)
     options = parser.parse_args(argv)
     if min(options.steps) < 0 or max(options.steps) < 1:
-        parser.error(f"got --steps {' '.join(map(str, options.steps))}, expected none below 0 and a last one of 1 or more")
+        parser.error(
+            f"got --steps {' '.join(map(str, options.steps))}, expected none below 0 and a last one of 1 or more"
+        )
     train(options)
     evaluate_all([f"checkpoint-{step}" for step in sorted(set(options.steps))], options)
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import command
 import numpy as np
 import pandas as pd
+from coupling_analysis import study_tables as tables
+from coupling_analysis import token_tables as tokens
+from coupling_analysis.left_out import left_out
+from coupling_analysis.matrix_figures import token_heatmaps
 
-from lm_eval_coupling.figures.coupling_matrices import token_heatmaps
 from lm_eval_coupling.saved.tables import require
-from lm_eval_coupling.studies import tables, tokens
-from lm_eval_coupling.studies.left_out import left_out
 
 PANELS = 4  # layers, spread over those measured
 
@@ -24,13 +25,21 @@ PANELS = 4  # layers, spread over those measured
 def main(argv=None):
     parser = command.arguments(__doc__)
     parser.add_argument("--kind", choices=[*tokens.KINDS], default="self")
-    parser.add_argument("--doc", type=int, metavar="N", help="of the document with this doc_id only, not the mean")
     parser.add_argument(
-        "--layers", type=int, nargs="+", metavar="l", help=f"to draw, from 1 (default: {PANELS} of those measured)"
+        "--doc", type=int, metavar="N", help="of the document with this doc_id only, not the mean"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="l",
+        help=f"to draw, from 1 (default: {PANELS} of those measured)",
     )
     options = parser.parse_args(argv)
     kind = tokens.KINDS[options.kind]
-    records = tables.read(options.runs, options.tasks, columns=[kind.column, kind.tokens, kind.layers])
+    records = tables.read(
+        options.runs, options.tasks, columns=[kind.column, kind.tokens, kind.layers]
+    )
     missing = left_out(records, columns=[kind.column]) if options.doc is None else []
     records = require(records, [kind.column])
     rank = tables.choose_rank(records, options.rank)
@@ -45,7 +54,9 @@ def main(argv=None):
         rows.append(found.rows().assign(**dict(zip(tables.RUN, run, strict=True))))
         pairs = found.by_layers()
         every, within = 1 - np.nanmean(pairs), 1 - np.nanmean(np.diag(pairs))
-        print(f"{tables.label(*run)}: {kind.label}: {every:.4f} over different tokens, within a layer {within:.4f}")
+        print(
+            f"{tables.label(*run)}: {kind.label}: {every:.4f} over different tokens, within a layer {within:.4f}"
+        )
     title = f"{kind.label}, K = {rank}: miscoupling of tokens within a layer"
     figure = token_heatmaps(panels, tokens=places, rank=rank, title=title)
     name = command.of_tasks(f"tokenwise_{options.kind}", records, options.tasks)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.figures.palette import colours
-from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.statistics import Fit, line_fit
 
 DEPTH, DECAY = "stochastic_depth", "weight_decay"
@@ -31,16 +31,28 @@ ALL = "all members"
 def members_of(runs: pd.DataFrame, rank: int | None) -> tuple[pd.DataFrame, int]:
     """One row per member: how it was trained, ``accuracy`` and ``coupling`` with standard errors; and the rank."""
     if missing := [name for name in (DEPTH, DECAY) if name not in runs or runs[name].isna().all()]:
-        raise CouplingError(f"got no {missing[0]} of the members, expected a facts.csv with it; see vision_training.py")
+        raise CouplingError(
+            f"got no {missing[0]} of the members, expected a facts.csv with it; see vision_training.py"
+        )
     ranks = sorted(int(name.split("@")[1]) for name in runs if str(name).startswith("coupling@"))
     if rank is None and ranks:
         rank = 10 if 10 in ranks else ranks[0]
     if rank not in ranks:
         raise CouplingError(f"got rank {rank}, expected one of the measured ranks {ranks}")
-    columns = {"acc,none": "accuracy", "acc_stderr,none": "accuracy_stderr", f"coupling@{rank}": "coupling"}
+    columns = {
+        "acc,none": "accuracy",
+        "acc_stderr,none": "accuracy_stderr",
+        f"coupling@{rank}": "coupling",
+    }
     columns |= {f"coupling_stderr@{rank}": "coupling_stderr", f"chance@{rank}": "chance"}
-    kept = [name for name in ("line_shape_score", "expodistance", "measured", "epochs", "loss") if name in runs]
-    found = runs.dropna(subset=[DEPTH, DECAY]).drop(columns=[*columns.values()], errors="ignore")  # those of the training
+    kept = [
+        name
+        for name in ("line_shape_score", "expodistance", "measured", "epochs", "loss")
+        if name in runs
+    ]
+    found = runs.dropna(subset=[DEPTH, DECAY]).drop(
+        columns=[*columns.values()], errors="ignore"
+    )  # those of the training
     found = found.rename(columns=columns)
     found["model"] = [Path(model).name for model in found["model"]]
     found = found[["model", DEPTH, DECAY, *columns.values(), *kept]]
@@ -49,7 +61,10 @@ def members_of(runs: pd.DataFrame, rank: int | None) -> tuple[pd.DataFrame, int]
 
 def lines(members: pd.DataFrame) -> dict[str, Fit]:
     """Accuracy over coupling, by least squares: at every stochastic depth, and over all."""
-    found = {f"{DEPTH} {depth:g}": line_fit(of["coupling"], of["accuracy"]) for depth, of in members.groupby(DEPTH)}
+    found = {
+        f"{DEPTH} {depth:g}": line_fit(of["coupling"], of["accuracy"])
+        for depth, of in members.groupby(DEPTH)
+    }
     return found | {ALL: line_fit(members["coupling"], members["accuracy"])}
 
 
@@ -57,16 +72,26 @@ def accuracy_over_coupling(members: pd.DataFrame, fits: dict[str, Fit], rank: in
     """All members in one panel, then those of every stochastic depth with their line."""
     depths = sorted(members[DEPTH].unique())
     colour = colours(depths)
-    figure, axes = canvas.grid(1 + len(depths), title=f"Accuracy over coupling, K = {rank}; errors are standard errors")
+    figure, axes = canvas.grid(
+        1 + len(depths), title=f"Accuracy over coupling, K = {rank}; errors are standard errors"
+    )
     for depth in depths:
         _points(axes[0], members[members[DEPTH] == depth], "coupling", colour[depth], f"{depth:g}")
     axes[0].set_title(_titled(ALL, fits[ALL]), fontsize="small")
-    axes[0].legend(title="stochastic depth", fontsize="x-small", title_fontsize="x-small", frameon=False)
+    axes[0].legend(
+        title="stochastic depth", fontsize="x-small", title_fontsize="x-small", frameon=False
+    )
     for ax, depth in zip(axes[1:], depths, strict=True):
         of, fit = members[members[DEPTH] == depth], fits[f"{DEPTH} {depth:g}"]
         _points(ax, of, "coupling", colour[depth], None)
         for row in of.itertuples():
-            ax.annotate(f"{row.weight_decay:g}", (row.coupling, row.accuracy), (4, 4), textcoords="offset points", size=6)
+            ax.annotate(
+                f"{row.weight_decay:g}",
+                (row.coupling, row.accuracy),
+                (4, 4),
+                textcoords="offset points",
+                size=6,
+            )
         if fit.parameters is not None:
             at = np.linspace(of["coupling"].min(), of["coupling"].max(), 50)
             ax.plot(at, fit.predict(at), color="0.3", linewidth=1)
@@ -85,7 +110,16 @@ def over_setting(members: pd.DataFrame, x: str, line: str, rank: int) -> Figure:
         for value, of in members.sort_values(x).groupby(line):
             label = f"{names[line]} {value:g}"
             error = of[f"{y}_stderr"].fillna(0)
-            ax.errorbar(of[x], of[y], error, fmt="o-", color=colour[value], markersize=3, linewidth=1, label=label)
+            ax.errorbar(
+                of[x],
+                of[y],
+                error,
+                fmt="o-",
+                color=colour[value],
+                markersize=3,
+                linewidth=1,
+                label=label,
+            )
         ax.set(xlabel=names[x], ylabel=y)
         if x == DECAY:
             ax.set_xscale("log")
@@ -97,7 +131,16 @@ def over_setting(members: pd.DataFrame, x: str, line: str, rank: int) -> Figure:
 
 def _points(ax: Axes, of: pd.DataFrame, x: str, colour: str, label: str | None) -> None:
     errors = {"xerr": of[f"{x}_stderr"].fillna(0), "yerr": of["accuracy_stderr"].fillna(0)}
-    ax.errorbar(of[x], of["accuracy"], **errors, fmt="o", color=colour, markersize=4, elinewidth=0.8, label=label)
+    ax.errorbar(
+        of[x],
+        of["accuracy"],
+        **errors,
+        fmt="o",
+        color=colour,
+        markersize=4,
+        elinewidth=0.8,
+        label=label,
+    )
 
 
 def _titled(name: str, fit: Fit) -> str:
@@ -106,7 +149,9 @@ def _titled(name: str, fit: Fit) -> str:
 
 def main(argv=None) -> None:
     parser = command.arguments(__doc__)
-    parser.add_argument("--facts", type=Path, required=True, metavar="CSV", help="facts.csv of the family")
+    parser.add_argument(
+        "--facts", type=Path, required=True, metavar="CSV", help="facts.csv of the family"
+    )
     options = parser.parse_args(argv)
     runs = load_runs(options.runs, facts=options.facts)
     if options.tasks:
@@ -115,10 +160,16 @@ def main(argv=None) -> None:
     fits = lines(members)
     table = pd.DataFrame([{"members": name} | fit.to_dict() for name, fit in fits.items()])
     command.save_table(options.out, "vision_fits", table)
-    command.save(options.out, "vision_accuracy", accuracy_over_coupling(members, fits, rank), members)
+    command.save(
+        options.out, "vision_accuracy", accuracy_over_coupling(members, fits, rank), members
+    )
     command.save(options.out, "vision_depth", over_setting(members, DEPTH, DECAY, rank), members)
     command.save(options.out, "vision_decay", over_setting(members, DECAY, DEPTH, rank), members)
-    print(table[["members", "n", "r2", "slope", "p"]].to_string(index=False) if "slope" in table else table.to_string())
+    print(
+        table[["members", "n", "r2", "slope", "p"]].to_string(index=False)
+        if "slope" in table
+        else table.to_string()
+    )
 
 
 if __name__ == "__main__":

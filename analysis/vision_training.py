@@ -40,14 +40,48 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from vit_members import MEAN, STD, Member, Members, Optimiser, augmented, fresh_model, mixed, normalised
+from vit_members import (
+    MEAN,
+    STD,
+    Member,
+    Members,
+    Optimiser,
+    augmented,
+    fresh_model,
+    mixed,
+    normalised,
+)
 
 from lm_eval_coupling.errors import CouplingError
 
 SIZES = {
-    "small": {"width": 96, "depth": 8, "heads": 3, "patch": 8, "epochs": 10, "batch": 128, "rate": 1e-3},
-    "full": {"width": 128, "depth": 8, "heads": 4, "patch": 4, "epochs": 100, "batch": 256, "rate": 1e-3},
-    "paper": {"width": 192, "depth": 12, "heads": 3, "patch": 4, "epochs": 100, "batch": 256, "rate": 1e-3},
+    "small": {
+        "width": 96,
+        "depth": 8,
+        "heads": 3,
+        "patch": 8,
+        "epochs": 10,
+        "batch": 128,
+        "rate": 1e-3,
+    },
+    "full": {
+        "width": 128,
+        "depth": 8,
+        "heads": 4,
+        "patch": 4,
+        "epochs": 100,
+        "batch": 256,
+        "rate": 1e-3,
+    },
+    "paper": {
+        "width": 192,
+        "depth": 12,
+        "heads": 3,
+        "patch": 4,
+        "epochs": 100,
+        "batch": 256,
+        "rate": 1e-3,
+    },
 }
 RECIPE = (*SIZES["small"], "images", "seconds", "cutmix", "smoothing", "dtype", "seed")
 WARM_UP = 100  # steps
@@ -70,20 +104,34 @@ def read_images(folder: Path, split: str, device: torch.device, limit: int | Non
         raise CouplingError(f"got {folder}, expected a folder with {split}*.parquet")
     table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     first = table.iloc[0]
-    image = next((name for name in table if isinstance(first[name], dict) and first[name].get("bytes")), None)
+    image = next(
+        (name for name in table if isinstance(first[name], dict) and first[name].get("bytes")), None
+    )
     label = next((name for name in table if pd.api.types.is_integer_dtype(table[name])), None)
     if image is None or label is None:
-        raise CouplingError(f"got {files[0]} with {', '.join(table)}, expected a column of images and one of labels")
+        raise CouplingError(
+            f"got {files[0]} with {', '.join(table)}, expected a column of images and one of labels"
+        )
     table = table[:limit]
     with ThreadPoolExecutor() as threads:
         pixels = list(
-            threads.map(lambda cell: np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")), table[image])
+            threads.map(
+                lambda cell: np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")),
+                table[image],
+            )
         )
-    if len(shapes := {array.shape for array in pixels}) > 1 or pixels[0].shape[0] != pixels[0].shape[1]:
-        raise CouplingError(f"got images of {len(shapes)} sizes such as {pixels[0].shape[:2]}, expected one square size")
+    if (
+        len(shapes := {array.shape for array in pixels}) > 1
+        or pixels[0].shape[0] != pixels[0].shape[1]
+    ):
+        raise CouplingError(
+            f"got images of {len(shapes)} sizes such as {pixels[0].shape[:2]}, expected one square size"
+        )
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return Images(
-        stacked.to(device), torch.tensor(table[label].to_numpy(), device=device), class_names(files[0], label, table)
+        stacked.to(device),
+        torch.tensor(table[label].to_numpy(), device=device),
+        class_names(files[0], label, table),
     )
 
 
@@ -123,7 +171,10 @@ def train(
                 elapsed, timed = time.perf_counter() - begun - timed, time.perf_counter() - begun
             if step == 2 * TIMED and options.seconds:
                 steps = max(step + 1, step + int(TIMED * (options.seconds - timed) / elapsed))
-                print(f"{elapsed / TIMED:.3f} s a step: {steps} steps, {steps / batches:.1f} epochs", flush=True)
+                print(
+                    f"{elapsed / TIMED:.3f} s a step: {steps} steps, {steps / batches:.1f} epochs",
+                    flush=True,
+                )
         progress(step, steps, losses, time.perf_counter() - begun)
     accuracies = accuracy(family, test_on, dtype, options.batch).tolist()
     return family, [
@@ -164,7 +215,9 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def accuracy(family: Members, images: Images, dtype: torch.dtype, batch: int) -> torch.Tensor:
     right = [
         family.logits(normalised(pixels), dtype).argmax(-1) == labels
-        for pixels, labels in zip(images.pixels.split(batch), images.labels.split(batch), strict=True)
+        for pixels, labels in zip(
+            images.pixels.split(batch), images.labels.split(batch), strict=True
+        )
     ]
     return torch.cat(right, 1).double().mean(1)
 
@@ -172,7 +225,9 @@ def accuracy(family: Members, images: Images, dtype: torch.dtype, batch: int) ->
 def save(family: Members, facts: list[dict], options: argparse.Namespace) -> None:
     """Every member under its name once it is complete, then the table of facts."""
     side = family.config.image_size
-    processor = ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=list(MEAN), image_std=list(STD))
+    processor = ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=list(MEAN), image_std=list(STD)
+    )
     for index, about in enumerate(facts):
         unfinished = options.out / f"unfinished-{about['model']}"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -180,26 +235,37 @@ def save(family: Members, facts: list[dict], options: argparse.Namespace) -> Non
         processor.save_pretrained(unfinished)
         (unfinished / "facts.json").write_text(json.dumps(about, indent=1) + "\n")
         unfinished.rename(options.out / about["model"])
-    found = [json.loads(file.read_text()) for file in sorted(options.out.glob("depth-*/facts.json"))]
+    found = [
+        json.loads(file.read_text()) for file in sorted(options.out.glob("depth-*/facts.json"))
+    ]
     table = pd.DataFrame(found).sort_values(["stochastic_depth", "weight_decay"])
     table.to_csv(options.out / "facts.csv", index=False)
-    print(table[["model", "epochs", "loss", "accuracy", "seconds"]].to_string(index=False), flush=True)
+    print(
+        table[["model", "epochs", "loss", "accuracy", "seconds"]].to_string(index=False), flush=True
+    )
 
 
 def train_all(options: argparse.Namespace) -> list[str]:
     """Train the members that are not there; the names of all."""
-    members = [Member(d, w) for d, w in itertools.product(options.stochastic_depth, options.weight_decay)]
+    members = [
+        Member(d, w) for d, w in itertools.product(options.stochastic_depth, options.weight_decay)
+    ]
     recipe = {"data": str(options.data)} | {name: getattr(options, name) for name in RECIPE}
     about = options.out / "training.json"
     if about.exists() and json.loads(about.read_text()) != recipe:
-        raise CouplingError(f"got {options.out}, a family of other data or settings (see {about}); choose another --out")
+        raise CouplingError(
+            f"got {options.out}, a family of other data or settings (see {about}); choose another --out"
+        )
     missing = [member for member in members if not (options.out / member.name).exists()]
     if missing:
         begun = time.perf_counter()
         device = torch.device(options.device)
         train_on = read_images(options.data, "train", device, options.images)
         test_on = read_images(options.data, "test", device)
-        print(f"{len(train_on.labels)} + {len(test_on.labels)} images in {time.perf_counter() - begun:.0f} s", flush=True)
+        print(
+            f"{len(train_on.labels)} + {len(test_on.labels)} images in {time.perf_counter() - begun:.0f} s",
+            flush=True,
+        )
         options.out.mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(recipe, indent=1) + "\n")
         together = options.together or (1 if device.type == "cpu" else len(missing))
@@ -212,7 +278,9 @@ def train_all(options: argparse.Namespace) -> list[str]:
 
 def measure_all(names: list[str], options: argparse.Namespace) -> None:
     """One `lm-eval-coupling vision` for every member that has no results, a few at a time."""
-    waiting = [name for name in names if not any((options.output_path / name).rglob("results_*.json"))]
+    waiting = [
+        name for name in names if not any((options.output_path / name).rglob("results_*.json"))
+    ]
     with ThreadPoolExecutor(options.processes) as threads:
         done = list(threads.map(lambda name: measure(name, options), waiting))
     if failed := [name for name, code in zip(waiting, done, strict=True) if code]:
@@ -223,40 +291,122 @@ def measure(name: str, options: argparse.Namespace) -> int:
     """Exit code of one run; its output goes into a file beside its results."""
     out = options.output_path / name
     out.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "lm_eval_coupling.cli", "vision", "--model", str(options.out / name), "--out", str(out)]
-    words += ["--data", str(options.data), "--split", "test", "--device", options.device, "--coupling", options.coupling]
+    words = [
+        sys.executable,
+        "-m",
+        "lm_eval_coupling.cli",
+        "vision",
+        "--model",
+        str(options.out / name),
+        "--out",
+        str(out),
+    ]
+    words += [
+        "--data",
+        str(options.data),
+        "--split",
+        "test",
+        "--device",
+        options.device,
+        "--coupling",
+        options.coupling,
+    ]
     words += ["--limit", str(options.limit)] if options.limit else []
     begun = time.perf_counter()
     with (out / "log.txt").open("w") as log:
         code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     last = (out / "log.txt").read_text().strip().splitlines()[-1:] if code else []
-    print(f"{name}: {'measured' if not code else f'failed, {last}'}, {time.perf_counter() - begun:.0f} s", flush=True)
+    print(
+        f"{name}: {'measured' if not code else f'failed, {last}'}, {time.perf_counter() - begun:.0f} s",
+        flush=True,
+    )
     return code
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder with train*.parquet and test*.parquet")
-    parser.add_argument("--out", type=Path, required=True, metavar="FAMILY", help="folder of the members")
-    parser.add_argument("--output-path", type=Path, metavar="RESULTS", help="measure every member, into this folder")
-    parser.add_argument("--stochastic-depth", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3], metavar="P")
-    parser.add_argument("--weight-decay", type=float, nargs="+", default=[0.005, 0.05, 0.1, 0.2], metavar="W")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models and of their training (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, metavar="DATA", help="folder with train*.parquet and test*.parquet"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FAMILY", help="folder of the members"
+    )
+    parser.add_argument(
+        "--output-path", type=Path, metavar="RESULTS", help="measure every member, into this folder"
+    )
+    parser.add_argument(
+        "--stochastic-depth", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3], metavar="P"
+    )
+    parser.add_argument(
+        "--weight-decay", type=float, nargs="+", default=[0.005, 0.05, 0.1, 0.2], metavar="W"
+    )
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="of the models and of their training (%(default)s)",
+    )
     for name, value in SIZES["small"].items():
-        parser.add_argument(f"--{name}", type=type(value), metavar="N", help="instead of what --size says")
-    parser.add_argument("--images", type=int, metavar="N", help="to train on, the first ones; all by default")
-    parser.add_argument("--seconds", type=float, metavar="S", help="a group's training is to take, instead of --epochs")
-    parser.add_argument("--cutmix", type=float, default=0.5, metavar="P", help="share of batches with it (%(default)s)")
-    parser.add_argument("--smoothing", type=float, default=0.1, metavar="E", help="of labels (%(default)s)")
-    parser.add_argument("--together", type=int, metavar="M", help="members trained side by side; one on a CPU, else all")
+        parser.add_argument(
+            f"--{name}", type=type(value), metavar="N", help="instead of what --size says"
+        )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="to train on, the first ones; all by default"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="a group's training is to take, instead of --epochs",
+    )
+    parser.add_argument(
+        "--cutmix",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="share of batches with it (%(default)s)",
+    )
+    parser.add_argument(
+        "--smoothing", type=float, default=0.1, metavar="E", help="of labels (%(default)s)"
+    )
+    parser.add_argument(
+        "--together",
+        type=int,
+        metavar="M",
+        help="members trained side by side; one on a CPU, else all",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; bfloat16 on a GPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights, the order and the changes of images")
-    parser.add_argument("--coupling", default="limit=100", metavar="SETTINGS", help="of the measurement (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="test images to score when measuring; all by default")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="members measured at a time (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the products; bfloat16 on a GPU"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first weights, the order and the changes of images",
+    )
+    parser.add_argument(
+        "--coupling",
+        default="limit=100",
+        metavar="SETTINGS",
+        help="of the measurement (%(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="test images to score when measuring; all by default"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="members measured at a time (%(default)s)",
+    )
     options = parser.parse_args(argv)
-    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    options.dtype = options.dtype or (
+        "bfloat16" if options.device.startswith("cuda") else "float32"
+    )
     for name, value in SIZES[options.size].items():
         setattr(options, name, getattr(options, name) or value)
     if not all(0 <= p < 1 for p in options.stochastic_depth):

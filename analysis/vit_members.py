@@ -36,7 +36,9 @@ class Member:
         return f"depth-{self.stochastic_depth:g}-decay-{self.weight_decay:g}"
 
 
-def fresh_model(width: int, depth: int, heads: int, patch: int, side: int, classes: list[str], seed: int):
+def fresh_model(
+    width: int, depth: int, heads: int, patch: int, side: int, classes: list[str], seed: int
+):
     """The ViT that every member starts from."""
     config = ViTConfig(
         hidden_size=width,
@@ -60,20 +62,31 @@ class Members:
     Shapes: [layer, member, …] in blocks, [member, …] elsewhere; float32 on ``device``.
     """
 
-    def __init__(self, model: ViTForImageClassification, members: list[Member], device: torch.device) -> None:
+    def __init__(
+        self, model: ViTForImageClassification, members: list[Member], device: torch.device
+    ) -> None:
         self.config, self.members, self.device = model.config, members, device
         self.weights: dict[str, Tensor] = {}
         own = {name: p.detach() for name, p in model.named_parameters()}
         for name in own:
             if name.startswith(f"{_LAYERS}0."):
                 role = name.removeprefix(f"{_LAYERS}0.")
-                stacked = torch.stack([own[f"{_LAYERS}{layer}.{role}"] for layer in range(self.config.num_hidden_layers)])
-                self.weights[role] = stacked[:, None].repeat(1, len(members), *[1] * own[name].dim())
+                stacked = torch.stack(
+                    [
+                        own[f"{_LAYERS}{layer}.{role}"]
+                        for layer in range(self.config.num_hidden_layers)
+                    ]
+                )
+                self.weights[role] = stacked[:, None].repeat(
+                    1, len(members), *[1] * own[name].dim()
+                )
             elif not name.startswith(_LAYERS):
                 self.weights[name] = own[name][None].repeat(len(members), *[1] * own[name].dim())
         self.weights = {name: w.to(device).requires_grad_(True) for name, w in self.weights.items()}
         rates = torch.tensor([member.stochastic_depth for member in members])
-        self.rates = (torch.linspace(0, 1, self.config.num_hidden_layers)[:, None] * rates).to(device)
+        self.rates = (torch.linspace(0, 1, self.config.num_hidden_layers)[:, None] * rates).to(
+            device
+        )
         self.decay = torch.tensor([member.weight_decay for member in members], device=device)
 
     def decayed(self) -> list[str]:
@@ -81,13 +94,18 @@ class Members:
         return [name for name in self.weights if not any(part in name for part in _NOT_DECAYED)]
 
     def logits(
-        self, images: Float[Tensor, "image channel side side"], dtype: torch.dtype, draws: torch.Generator | None = None
+        self,
+        images: Float[Tensor, "image channel side side"],
+        dtype: torch.dtype,
+        draws: torch.Generator | None = None,
     ) -> Float[Tensor, "member image label"]:
         """What every member says of the same images, with stochastic depth where ``draws`` are given."""
         w = {name: weight.to(dtype) for name, weight in self.weights.items()}
         x = self._embedded(images.to(dtype), w)
         kept = self._kept(len(images), dtype, draws)
-        blocks = {name: w[name].unbind(0) for name in w if not name.startswith(("vit.", "classifier"))}
+        blocks = {
+            name: w[name].unbind(0) for name in w if not name.startswith(("vit.", "classifier"))
+        }
         for layer in range(self.config.num_hidden_layers):
             x = self._block(x, {name: parts[layer] for name, parts in blocks.items()}, kept[layer])
         return _linear(_normed(x[:, :, 0]), *_after_norm(w, "vit.layernorm", "classifier")).float()
@@ -95,7 +113,11 @@ class Members:
     def _embedded(self, images: Tensor, w: dict[str, Tensor]) -> Tensor:
         size, name = self.config.patch_size, "vit.embeddings.patch_embeddings.projection"
         patches = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=size, q=size)
-        x = _linear(patches.expand(len(self.members), -1, -1), w[f"{name}.weight"].flatten(2), w[f"{name}.bias"])
+        x = _linear(
+            patches.expand(len(self.members), -1, -1),
+            w[f"{name}.weight"].flatten(2),
+            w[f"{name}.bias"],
+        )
         x = rearrange(x, "m (b t) d -> m b t d", b=len(images))
         classes = w["vit.embeddings.cls_token"].expand(-1, len(images), -1, -1)
         return torch.cat([classes, x], 2) + w["vit.embeddings.position_embeddings"]
@@ -117,9 +139,14 @@ class Members:
     def _attention(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
         joint = _after_norm(w, "layernorm_before", *(f"attention.{part}_proj" for part in "qkv"))
         heads = rearrange(
-            _linear(x, *joint), "m b t (three h d) -> three (m b) h t d", three=3, h=self.config.num_attention_heads
+            _linear(x, *joint),
+            "m b t (three h d) -> three (m b) h t d",
+            three=3,
+            h=self.config.num_attention_heads,
         )
-        mixed = rearrange(F.scaled_dot_product_attention(*heads), "(m b) h t d -> m b t (h d)", m=len(x))
+        mixed = rearrange(
+            F.scaled_dot_product_attention(*heads), "(m b) h t d -> m b t (h d)", m=len(x)
+        )
         return _linear(mixed, w["attention.o_proj.weight"], w["attention.o_proj.bias"])
 
     def model_of(self, index: int) -> ViTForImageClassification:
@@ -129,7 +156,9 @@ class Members:
             for name, parameter in model.named_parameters():
                 layer, _, role = name.removeprefix(_LAYERS).partition(".")
                 of_block = name.startswith(_LAYERS)
-                parameter.copy_(self.weights[role][int(layer), index] if of_block else self.weights[name][index])
+                parameter.copy_(
+                    self.weights[role][int(layer), index] if of_block else self.weights[name][index]
+                )
         return model
 
 
@@ -140,15 +169,24 @@ class Optimiser:
         self.members, self.clip = members, clip
         weights = [*members.weights.values()]
         self.adam = torch.optim.AdamW(
-            weights, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=members.device.type != "mps"
+            weights,
+            lr=0.0,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            fused=members.device.type != "mps",
         )
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step with this learning rate, from the gradients that are there."""
         members = self.members
-        gradients = {name: self._by_member(name, weight.grad) for name, weight in members.weights.items()}
-        squares = sum(g.float().square().sum(dim=[i for i in range(g.dim()) if i != 0]) for g in gradients.values())
+        gradients = {
+            name: self._by_member(name, weight.grad) for name, weight in members.weights.items()
+        }
+        squares = sum(
+            g.float().square().sum(dim=[i for i in range(g.dim()) if i != 0])
+            for g in gradients.values()
+        )
         factor = (self.clip / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
         for gradient in gradients.values():
             gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
@@ -164,13 +202,17 @@ class Optimiser:
         return tensor if name.startswith(("vit.", "classifier")) else tensor.transpose(0, 1)
 
 
-def normalised(images: UInt8[Tensor, "image channel side side"]) -> Float[Tensor, "image channel side side"]:
+def normalised(
+    images: UInt8[Tensor, "image channel side side"],
+) -> Float[Tensor, "image channel side side"]:
     """Colours with mean 0 and standard deviation 1."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
-def augmented(images: UInt8[Tensor, "image channel side side"], pad: int, draws: torch.Generator) -> Tensor:
+def augmented(
+    images: UInt8[Tensor, "image channel side side"], pad: int, draws: torch.Generator
+) -> Tensor:
     """Every image moved by up to ``pad`` pixels each way (zeros come in), and mirrored or not; normalised."""
     count, side, device = len(images), images.shape[-1], images.device
     padded = F.pad(normalised(images), [pad] * 4)
@@ -178,8 +220,17 @@ def augmented(images: UInt8[Tensor, "image channel side side"], pad: int, draws:
     along = torch.arange(side, device=device)
     mirrored = torch.rand(count, 1, generator=draws, device=device) < 0.5
     columns = left + torch.where(mirrored, side - 1 - along, along)
-    rows, image, channel = top + along, torch.arange(count, device=device), torch.arange(3, device=device)
-    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    rows, image, channel = (
+        top + along,
+        torch.arange(count, device=device),
+        torch.arange(3, device=device),
+    )
+    return padded[
+        image[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None],
+    ]
 
 
 def mixed(images: Tensor, targets: Tensor, draws: random.Random) -> tuple[Tensor, Tensor]:
@@ -208,5 +259,7 @@ def _after_norm(w: dict[str, Tensor], norm: str, *linear: str) -> tuple[Tensor, 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[member, …, in] → [member, …, out]."""
-    flat = torch.baddbmm(bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
+    flat = torch.baddbmm(
+        bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2)
+    )
     return flat.view(*x.shape[:-1], -1)

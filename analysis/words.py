@@ -21,16 +21,16 @@ from typing import Any
 import command
 import numpy as np
 import pandas as pd
+from coupling_analysis import study_tables as tables
+from coupling_analysis import token_matrices as matrices
+from coupling_analysis.direction_words import DirectionWords, chance_kept, direction_words
+from coupling_analysis.line_figures import curves
 from coupling_matrices import PROMPT
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.lines import curves
 from lm_eval_coupling.jacobians.engine import resolve_token
-from lm_eval_coupling.measuring import matrices
-from lm_eval_coupling.measuring.direction_words import DirectionWords, chance_kept, direction_words
-from lm_eval_coupling.saved.direction_words import tokens_hash
 from lm_eval_coupling.saved.names import labels
-from lm_eval_coupling.studies import tables
+from lm_eval_coupling.saved.words import tokens_hash
 
 _DOCUMENT = ("task", "doc_id", "doc_hash", "prompt_hash")
 
@@ -62,7 +62,9 @@ def of_run(model: Any, results: Path, task: str, docs: Sequence[int]) -> list[Pr
     records = tables.read([results], [task], weights="trained", columns=["tokens"])
     own = records[records["fingerprint"] == model.fingerprint]
     if own.empty:
-        others = ", ".join(sorted(set(records["model"] + " (" + records["fingerprint"].fillna("unknown") + ")")))
+        others = ", ".join(
+            sorted(set(records["model"] + " (" + records["fingerprint"].fillna("unknown") + ")"))
+        )
         raise CouplingError(
             f"got weights of the fingerprint {model.fingerprint}, expected those that {results} measured: {others}; give "
             "that model, with --dtype as the run loaded it"
@@ -70,7 +72,11 @@ def of_run(model: Any, results: Path, task: str, docs: Sequence[int]) -> list[Pr
     found = []
     for row in pd.concat([tables.of_document(own, doc) for doc in docs]).to_dict("records"):
         document = {key: row[key] for key in _DOCUMENT}
-        found.append(Prompt(row["tokens"], row["position"], f"{row['task']}, document {row['doc_id']}", document))
+        found.append(
+            Prompt(
+                row["tokens"], row["position"], f"{row['task']}, document {row['doc_id']}", document
+            )
+        )
     return found
 
 
@@ -80,7 +86,10 @@ def table(found: DirectionWords, tokenizer) -> pd.DataFrame:
     following = np.full(found.ids.shape[:3], np.nan)
     following[:-1] = found.kept[np.arange(layers - 1), np.arange(1, layers)]
     layer, k, sign = (index.ravel() for index in np.indices(found.ids.shape[:3]))
-    words = [" ".join(repr(tokenizer.decode([i])) for i in ids) for ids in found.ids.reshape(len(layer), -1).tolist()]
+    words = [
+        " ".join(repr(tokenizer.decode([i])) for i in ids)
+        for ids in found.ids.reshape(len(layer), -1).tolist()
+    ]
     return pd.DataFrame(
         {
             "layer": layer + 1,
@@ -99,7 +108,10 @@ def by_distance(found: DirectionWords) -> pd.DataFrame:
     """One row per layer and later layer: ``distance`` between them, and the share of words kept, mean over directions."""
     layers = len(found.kept)
     share = found.kept.mean(axis=(2, 3))
-    parts = [pd.DataFrame({"distance": d, "value": np.diagonal(share, offset=d)}) for d in range(1, layers)]
+    parts = [
+        pd.DataFrame({"distance": d, "value": np.diagonal(share, offset=d)})
+        for d in range(1, layers)
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -112,12 +124,16 @@ def study(name: str, label: str, options: argparse.Namespace) -> tuple[pd.DataFr
         asked = of_texts(model, options.prompt or [PROMPT], token)
     else:
         asked = of_run(model, options.results, options.task, options.doc)
-    found = [direction_words(model, prompt.tokens, position=prompt.position, **size) for prompt in asked]
+    found = [
+        direction_words(model, prompt.tokens, position=prompt.position, **size) for prompt in asked
+    ]
     about = {"model": label, "weights": "trained" if options.untrained is None else "untrained"}
     about |= {"fingerprint": model.fingerprint}
     words = pd.concat(
         [
-            table(one, model.tokenizer).assign(prompt=i + 1, prompt_name=prompt.name, **prompt.about)
+            table(one, model.tokenizer).assign(
+                prompt=i + 1, prompt_name=prompt.name, **prompt.about
+            )
             for i, (prompt, one) in enumerate(zip(asked, found, strict=True))
         ],
         ignore_index=True,
@@ -129,23 +145,57 @@ def study(name: str, label: str, options: argparse.Namespace) -> tuple[pd.DataFr
 def main(argv: list[str] | None = None) -> None:
     """Decode, draw, save, and print the first words of the first direction of every layer."""
     parser = command.arguments(__doc__, runs=False)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names for transformers")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folders or names for transformers"
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help=f"one or more (default: {PROMPT})")
-    source.add_argument("--results", type=Path, metavar="OUT", help="a run's folder: its prompts of --task and --doc")
+    source.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help=f"one or more (default: {PROMPT})"
+    )
+    source.add_argument(
+        "--results",
+        type=Path,
+        metavar="OUT",
+        help="a run's folder: its prompts of --task and --doc",
+    )
     parser.add_argument("--task", metavar="T", help="of --results")
-    parser.add_argument("--doc", type=int, nargs="+", metavar="N", help="documents of --results, by lm-eval's numbers")
-    parser.add_argument("--rank", type=int, default=10, metavar="K", help="singular vectors of a layer (%(default)s)")
-    parser.add_argument("--words", type=int, default=10, metavar="N", help="of each side of a direction (%(default)s)")
-    parser.add_argument("--token", type=int, metavar="t", help="negative: from the end (-1, or the measured one)")
+    parser.add_argument(
+        "--doc",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="documents of --results, by lm-eval's numbers",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=10,
+        metavar="K",
+        help="singular vectors of a layer (%(default)s)",
+    )
+    parser.add_argument(
+        "--words",
+        type=int,
+        default=10,
+        metavar="N",
+        help="of each side of a direction (%(default)s)",
+    )
+    parser.add_argument(
+        "--token", type=int, metavar="t", help="negative: from the end (-1, or the measured one)"
+    )
     parser.add_argument("--untrained", type=int, metavar="SEED", help="with fresh weights instead")
     parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights (as stored)"
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (as stored)",
     )
     options = parser.parse_args(argv)
     _require_one_source(options)
     names = labels(options.models)
-    words, kept = map(pd.concat, zip(*(study(name, names[name], options) for name in options.models), strict=True))
+    words, kept = map(
+        pd.concat, zip(*(study(name, names[name], options) for name in options.models), strict=True)
+    )
     kept["line"] = kept["model"]
     kept["panel"] = kept["line"] + f": share of {options.words} words kept"
     title = f"Words of the top {options.rank} directions: median, quartiles over layers"
@@ -164,10 +214,14 @@ def _require_one_source(options: argparse.Namespace) -> None:
     given = [name for name, value in of_run.items() if value is not None]
     if given and len(given) < len(of_run):
         lacking = next(name for name in of_run if name not in given)
-        raise CouplingError(f"got {given[0]} without {lacking}, expected all of {', '.join(of_run)}, or --prompt")
+        raise CouplingError(
+            f"got {given[0]} without {lacking}, expected all of {', '.join(of_run)}, or --prompt"
+        )
     own = {"--token": options.token, "--untrained": options.untrained}
     if given and (extra := [name for name, value in own.items() if value is not None]):
-        raise CouplingError(f"got {extra[0]} with --results, whose weights and tokens are those measured; leave it out")
+        raise CouplingError(
+            f"got {extra[0]} with --results, whose weights and tokens are those measured; leave it out"
+        )
 
 
 if __name__ == "__main__":

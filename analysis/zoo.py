@@ -57,7 +57,9 @@ def train_members(options: argparse.Namespace, members: SimpleQueue, finished: S
             if waiting := (recipe := members.get()) is not None:
                 training.append(Training(recipe, options, size))
         for one in list(training):
-            with torch.cuda.stream(one.stream):  # kernels of small models leave room for those of others
+            with torch.cuda.stream(
+                one.stream
+            ):  # kernels of small models leave room for those of others
                 if not one.go_on():
                     training.remove(one)
             for name in one.saved():
@@ -89,7 +91,10 @@ class Training:
                 self._saved.append(name_of(self.recipe, checkpoint))
             return True
         except StopIteration:
-            print(f"{self.recipe.name}: trained in {time.perf_counter() - self.start:.0f} s", flush=True)
+            print(
+                f"{self.recipe.name}: trained in {time.perf_counter() - self.start:.0f} s",
+                flush=True,
+            )
         except Exception:
             print(f"{self.recipe.name}: training failed", flush=True)
             traceback.print_exc()
@@ -128,7 +133,11 @@ def write_facts(recipes: list[Recipe], options: argparse.Namespace) -> None:
     from zoo_parts.text import CONTEXT
 
     rows = [
-        {"model": name, "training_tokens": int(name.rpartition("-")[2]) * options.windows * CONTEXT, "member": recipe.name}
+        {
+            "model": name,
+            "training_tokens": int(name.rpartition("-")[2]) * options.windows * CONTEXT,
+            "member": recipe.name,
+        }
         | {fact: getattr(recipe, fact) for fact in FACTS}
         for recipe in recipes
         for name in checkpoints(recipe, options)
@@ -140,7 +149,10 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
     """Train and evaluate what is not there; how many checkpoints have results in the end, and say so."""
     spawning, forking = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
     members, finished = spawning.SimpleQueue(), spawning.SimpleQueue()
-    trainers = [spawning.Process(target=train_members, args=(options, members, finished)) for _ in range(options.trainers)]
+    trainers = [
+        spawning.Process(target=train_members, args=(options, members, finished))
+        for _ in range(options.trainers)
+    ]
     for process in trainers:
         process.start()
     # From here on nothing of this process or of the evaluators, which are forks of it, may touch the GPU.
@@ -157,7 +169,9 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
         ranks=options.ranks,
     )
     given = (evaluation, options, finished)
-    evaluators = [forking.Process(target=evaluate_checkpoints, args=given) for _ in range(options.evaluators)]
+    evaluators = [
+        forking.Process(target=evaluate_checkpoints, args=given) for _ in range(options.evaluators)
+    ]
     for process in evaluators:
         process.start()
     everything = [name for recipe in recipes for name in checkpoints(recipe, options)]
@@ -175,7 +189,10 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
         finished.put(name)
     end(evaluators, finished)
     there = sum(is_there(options.out, name) for name in everything)
-    print(f"{there} of {len(everything)} checkpoints have results in {options.out / 'results'}", flush=True)
+    print(
+        f"{there} of {len(everything)} checkpoints have results in {options.out / 'results'}",
+        flush=True,
+    )
     return there
 
 
@@ -193,7 +210,9 @@ def copy_records(out: Path, to: Path) -> None:
 
     count = write_small(out / "results", to / "runs")
     (to / "facts.csv").write_text((out / "facts.csv").read_text())
-    losses = {file.parent.name: pd.read_csv(file) for file in sorted(out.glob(f"{FOLDER}/*/training.csv"))}
+    losses = {
+        file.parent.name: pd.read_csv(file) for file in sorted(out.glob(f"{FOLDER}/*/training.csv"))
+    }
     if losses:
         rows = pd.concat(losses, names=["member"]).reset_index(level="member")
         rows.to_csv(to / "training.csv", index=False)
@@ -202,24 +221,66 @@ def copy_records(out: Path, to: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare, train, evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="train.parquet and validation.parquet with text")
-    parser.add_argument("--blimp", type=Path, metavar="DIR", help="a folder of Parquet for each paradigm of BLiMP")
-    parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="tokens and documents, made once")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="train.parquet and validation.parquet with text"
+    )
+    parser.add_argument(
+        "--blimp", type=Path, metavar="DIR", help="a folder of Parquet for each paradigm of BLiMP"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DATA", help="tokens and documents, made once"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="ZOO")
     parser.add_argument("--members", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="of the standard recipe (%(default)s)")
-    parser.add_argument("--windows", type=int, default=128, metavar="N", help="of 128 tokens, in a batch (%(default)s)")
-    parser.add_argument("--device", default="cpu", metavar="D", help="of the training: cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=600, metavar="N", help="of the standard recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of 128 tokens, in a batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="of the training: cpu or cuda (%(default)s)"
+    )
     cores = os.cpu_count() or 1
-    parser.add_argument("--trainers", type=int, metavar="N", help="processes; 4 on a GPU, else one a core")
-    parser.add_argument("--turns", type=int, metavar="N", help="members that a trainer has in hand; 2 on a GPU, else 1")
-    parser.add_argument("--evaluators", type=int, metavar="N", help="processes; a core each is left for them on a GPU")
-    parser.add_argument("--pairs", type=int, default=20, metavar="N", help="scored of a paradigm of BLiMP (%(default)s)")
-    parser.add_argument("--measured", type=int, default=48, metavar="N", help="documents of each task (%(default)s)")
-    parser.add_argument("--measures", default="depth+regularity", help="as coupling_measures (%(default)s)")
+    parser.add_argument(
+        "--trainers", type=int, metavar="N", help="processes; 4 on a GPU, else one a core"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        metavar="N",
+        help="members that a trainer has in hand; 2 on a GPU, else 1",
+    )
+    parser.add_argument(
+        "--evaluators",
+        type=int,
+        metavar="N",
+        help="processes; a core each is left for them on a GPU",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="scored of a paradigm of BLiMP (%(default)s)",
+    )
+    parser.add_argument(
+        "--measured", type=int, default=48, metavar="N", help="documents of each task (%(default)s)"
+    )
+    parser.add_argument(
+        "--measures", default="depth+regularity", help="as coupling_measures (%(default)s)"
+    )
     parser.add_argument("--ranks", default="10+30", help="as coupling_ranks (%(default)s)")
-    parser.add_argument("--records", type=Path, metavar="DIR", help="copy results and facts, small, to be committed")
+    parser.add_argument(
+        "--records", type=Path, metavar="DIR", help="copy results and facts, small, to be committed"
+    )
     options = parser.parse_args(argv)
     on_gpu = options.device != "cpu"
     options.trainers = options.trainers or (4 if on_gpu else cores)
@@ -235,10 +296,14 @@ def main(argv: list[str] | None = None) -> None:
         from zoo_parts.text import prepare
 
         if options.blimp is None:
-            raise CouplingError("got --corpus without --blimp, expected the folder of its paradigms beside it")
+            raise CouplingError(
+                "got --corpus without --blimp, expected the folder of its paradigms beside it"
+            )
         prepare(options.corpus, options.blimp, options.data)
     if not (options.data / "tokens.npz").exists():
-        raise CouplingError(f"got {options.data}, which is not prepared; give --corpus and --blimp once")
+        raise CouplingError(
+            f"got {options.data}, which is not prepared; give --corpus and --blimp once"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     write_facts(chosen, options)
     run(chosen, options)

@@ -3,7 +3,9 @@
 Public names are loaded when they are first used: importing the package imports no torch.
 """
 
-TYPE_CHECKING = False  # a type checker takes it for true: no interpreter start is to pay for `typing`
+TYPE_CHECKING = (
+    False  # a type checker takes it for true: no interpreter start is to pay for `typing`
+)
 if TYPE_CHECKING:
     from typing import Any
 
@@ -14,15 +16,15 @@ _PUBLIC = {
     "SingularTriplets": "numerics.spectra",
     "top_singular": "numerics.spectra",
     "chance_level": "measures.formulas.headline",
-    "coupling_matrix": "measures.formulas.coupling",
-    "miscoupling": "measures.formulas.coupling",
-    "miscoupling_to": "measures.formulas.coupling",
+    "coupling_matrix": "measures.formulas.miscoupling",
+    "miscoupling": "measures.formulas.miscoupling",
+    "miscoupling_to": "measures.formulas.miscoupling",
     "CouplingError": "errors",
     "PromptCoupling": "measuring.record",
     "measure_coupling": "measuring.prompt",
     "run_coupling_hf": "paper",
     "load_records": "saved.records",
-    "load_runs": "saved.results",
+    "load_runs": "saved.scores_table",
 }
 
 __all__ = [*_PUBLIC]

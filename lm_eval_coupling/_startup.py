@@ -8,7 +8,9 @@ import os
 import sys
 from _thread import get_ident  # `threading` would be most of the start-up cost
 
-TYPE_CHECKING = False  # a type checker takes it for true: no interpreter start is to pay for `typing`
+TYPE_CHECKING = (
+    False  # a type checker takes it for true: no interpreter start is to pay for `typing`
+)
 if TYPE_CHECKING:
     from typing import Any
 

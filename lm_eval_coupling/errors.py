@@ -28,12 +28,20 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
         CouplingError: for anything else, and below ``low`` or above ``high``.
     """
     try:
-        number = None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
+        number = (
+            None
+            if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+            else operator.index(value)
+        )
     except (TypeError, RuntimeError):  # the second of a tensor of several
         number = None
     if number is not None and (low is None or number >= low) and (high is None or number <= high):
         return number
-    limits = {(False, False): "", (True, False): f" from {low}", (True, True): f" from {low} to {high}"}
+    limits = {
+        (False, False): "",
+        (True, False): f" from {low}",
+        (True, True): f" from {low} to {high}",
+    }
     expected = limits.get((low is not None, high is not None), f" of at most {high}")
     raise CouplingError(f"got {name}={shown(value)}, expected a whole number{expected}")
 
@@ -47,7 +55,9 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
     if isinstance(value, str) and value in known:
         return value
     listed = (
-        f"one of {', '.join(known)}" if len(known) < 20 else f"one of {len(known)}, perhaps {nearest(str(value), known)}"
+        f"one of {', '.join(known)}"
+        if len(known) < 20
+        else f"one of {len(known)}, perhaps {nearest(str(value), known)}"
     )
     raise CouplingError(f"got {name}={shown(value)}, expected {listed}")
 
@@ -70,7 +80,9 @@ def path(name: str, value: Any) -> Path:
     Raises:
         CouplingError: for what is no text or path.
     """
-    if isinstance(value, str | Path) or (hasattr(value, "__fspath__") and isinstance(value.__fspath__(), str)):
+    if isinstance(value, str | Path) or (
+        hasattr(value, "__fspath__") and isinstance(value.__fspath__(), str)
+    ):
         return Path(value)
     raise CouplingError(f"got {name}={shown(value)}, expected a path")
 
@@ -88,7 +100,11 @@ def paths(name: str, value: Any) -> list[Path]:
 
 def is_several(value: Any) -> bool:
     """Whether a value is some in a row: no text, mapping, or array or tensor of one number."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and bool(getattr(value, "ndim", 1))
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, str | bytes | Mapping)
+        and bool(getattr(value, "ndim", 1))
+    )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -112,7 +128,11 @@ def why(error: Exception) -> str:
             return words
     if type(error).__name__ == "EmptyDataError":  # of pandas, which is not needed here
         return "it is empty"
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    text = (
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )
     return " ".join(text.split())[:300]
 
 
@@ -153,7 +173,9 @@ class Unmeasurable(Exception):
 
 
 # torch raises a plain RuntimeError for it on the host and on some devices.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE
+)
 
 
 def pass_on_lack_of_memory(error: Exception) -> None:

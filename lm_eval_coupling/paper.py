@@ -22,7 +22,7 @@ from lm_eval_coupling.errors import CouplingError, flag, shown, whole, why
 from lm_eval_coupling.errors import path as as_path
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
-from lm_eval_coupling.measures.formulas.coupling import coupling_matrices, miscoupling_to
+from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrices, miscoupling_to
 from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
 from lm_eval_coupling.numerics.devices import known_device
@@ -82,7 +82,10 @@ def run_coupling_hf(
         raise CouplingError("got one string as prompts, expected a list of them, pass [prompt]")
     if not isinstance(prompts, Sequence):
         raise CouplingError(f"got prompts={shown(prompts)}, expected a list of texts")
-    start, end = (value if value is None else whole(name, value, 0) for name, value in (("start", start), ("end", end)))
+    start, end = (
+        value if value is None else whole(name, value, 0)
+        for name, value in (("start", start), ("end", end))
+    )
     save, verbose = flag("save", save), flag("verbose", verbose)
     last_layer_norm = flag("last_layer_norm", last_layer_norm)
     if not isinstance(model_name, str):
@@ -112,7 +115,9 @@ def run_coupling_hf(
 
 
 @torch.no_grad()
-def _jacobians(model: ResidualModel, prompt: str, dtype: torch.dtype, last_layer_norm: bool) -> BlockJacobians:
+def _jacobians(
+    model: ResidualModel, prompt: str, dtype: torch.dtype, last_layer_norm: bool
+) -> BlockJacobians:
     tokens = model.encode(prompt)
     if not tokens:
         raise CouplingError("got a prompt without any token, expected at least one, leave it out")
@@ -132,13 +137,17 @@ def _jacobians(model: ResidualModel, prompt: str, dtype: torch.dtype, last_layer
 
 
 def _through_final_norm(
-    model: ResidualModel, J: Float[Tensor, "d_model d_model"], resid_final: Float[Tensor, " d_model"]
+    model: ResidualModel,
+    J: Float[Tensor, "d_model d_model"],
+    resid_final: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "d_model d_model"]:
     """∂(norm(F(x)) − x)/∂x, the derivative of the difference of transformers' last two hidden states."""
     eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
     J_norm = model.norm_jacobian(resid_final).to(J.device)
     if torch.equal(J_norm, eye):
-        raise CouplingError("got last_layer_norm=True for a model without a final norm, leave it out")
+        raise CouplingError(
+            "got last_layer_norm=True for a model without a final norm, leave it out"
+        )
     return J_norm @ (J + eye) - eye
 
 
@@ -152,18 +161,30 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
 
     def both_norms(A: Tensor, K: int) -> dict[str, Tensor]:
         values = {
-            name: miscoupling_to(A[..., :K, :K], S[:, None, :K], absolute=True, norm=norm) for name, norm in norms.items()
+            name: miscoupling_to(A[..., :K, :K], S[:, None, :K], absolute=True, norm=norm)
+            for name, norm in norms.items()
         }
-        return {name: value.masked_fill(rank_of_basis < K, torch.nan).float().cpu() for name, value in values.items()}
+        return {
+            name: value.masked_fill(rank_of_basis < K, torch.nan).float().cpu()
+            for name, value in values.items()
+        }
 
-    matrices = {"coupling_ujv": coupling_matrices(J, U, V), "coupling_vju": coupling_matrices(J, V, U)}
+    matrices = {
+        "coupling_ujv": coupling_matrices(J, U, V),
+        "coupling_vju": coupling_matrices(J, V, U),
+    }
     return {variant: {K: both_norms(A, K) for K in ranks} for variant, A in matrices.items()}
 
 
 def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings:
     if ranks is None and d_model < min(RANKS):
-        raise CouplingError(f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]")
-    settings = Settings(tuple(k for k in RANKS if k <= d_model) if ranks is None else chosen_ranks(ranks), dtype=dtype)
+        raise CouplingError(
+            f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]"
+        )
+    settings = Settings(
+        tuple(k for k in RANKS if k <= d_model) if ranks is None else chosen_ranks(ranks),
+        dtype=dtype,
+    )
     settings.check_shape(d_model)
     return settings
 

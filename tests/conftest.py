@@ -30,7 +30,12 @@ def pytest_collection_modifyitems(items):
 
 
 DEVICES = [
-    name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there
+    name
+    for name, there in (
+        ("cuda", torch.cuda.is_available()),
+        ("mps", torch.backends.mps.is_available()),
+    )
+    if there
 ]
 
 

@@ -10,9 +10,13 @@ import lm_eval_coupling
 
 def test_a_wrong_argument_is_named_in_one_sentence():
     """One layer as a number was a raw TypeError, a flag given as "no" was true, one column's name was its letters."""
-    tests = Path(__file__).parent
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    tests = Path(__file__).parent / "support"
+    paths = os.pathsep.join([str(tests.parents[1]), str(tests)])
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [sys.executable, str(tests / "wrong_arguments.py")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]
@@ -20,6 +24,24 @@ def test_a_wrong_argument_is_named_in_one_sentence():
 
 def test_no_public_function_is_left_out():
     """What is exported is in the table above; classes that are only handed out have nothing to be given."""
-    tried = {"block_jacobians", "top_singular", "chance_level", "coupling_matrix", "miscoupling", "miscoupling_to"}
-    tried |= {"measure_coupling", "run_coupling_hf", "load_records", "load_runs", "ResidualModel", "PromptCoupling"}
-    assert set(lm_eval_coupling.__all__) == tried | {"BlockJacobians", "SingularTriplets", "CouplingError"}
+    tried = {
+        "block_jacobians",
+        "top_singular",
+        "chance_level",
+        "coupling_matrix",
+        "miscoupling",
+        "miscoupling_to",
+    }
+    tried |= {
+        "measure_coupling",
+        "run_coupling_hf",
+        "load_records",
+        "load_runs",
+        "ResidualModel",
+        "PromptCoupling",
+    }
+    assert set(lm_eval_coupling.__all__) == tried | {
+        "BlockJacobians",
+        "SingularTriplets",
+        "CouplingError",
+    }

@@ -62,7 +62,11 @@ def test_show(tmp_path, capsys):
 def test_a_mistake_is_one_sentence(tmp_path):
     found = command("show", str(tmp_path / "nowhere"))
     assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr.count("\n") == 1 and "does not exist" in found.stderr and "Traceback" not in found.stderr
+    assert (
+        found.stderr.count("\n") == 1
+        and "does not exist" in found.stderr
+        and "Traceback" not in found.stderr
+    )
 
 
 @pytest.fixture
@@ -89,7 +93,9 @@ def bad(tmp_path):
         "check BAD",
     ],
 )
-def test_a_path_that_is_something_else_is_one_sentence(words, kind, bad, tmp_path, capsys, monkeypatch):
+def test_a_path_that_is_something_else_is_one_sentence(
+    words, kind, bad, tmp_path, capsys, monkeypatch
+):
     """Regression: `[Errno 2] No such file or directory: …` and other people's words for it."""
     # transformers logs to the standard error of the test that first imported it, which is closed by now.
     monkeypatch.setattr(logging, "raiseExceptions", False)
@@ -97,17 +103,26 @@ def test_a_path_that_is_something_else_is_one_sentence(words, kind, bad, tmp_pat
     save(run, {"arc": task_summary()}, rows=[record()])
     (run / "prompts.txt").write_text("The sky is")
     path = str(bad / kind)
-    places = {"BAD": path, "RUN": str(run), "OUT": str(bad / "out"), "RUN/prompts.txt": str(run / "prompts.txt")}
+    places = {
+        "BAD": path,
+        "RUN": str(run),
+        "OUT": str(bad / "out"),
+        "RUN/prompts.txt": str(run / "prompts.txt"),
+    }
     code = cli.main([places.get(word, word) for word in words.split()])
     told = capsys.readouterr().err
     assert code == 2 and path in told
     assert "Errno" not in told and "Traceback" not in told and "char 0" not in told
-    assert told.count("\n") == 1 or words.startswith("sweep")  # which tells everything that is wrong
+    assert told.count("\n") == 1 or words.startswith(
+        "sweep"
+    )  # which tells everything that is wrong
 
 
 def test_run_hands_everything_to_lm_eval(monkeypatch):
     seen = []
-    plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=lambda: seen.append("installed"))
+    plugin = stand_in(
+        monkeypatch, "lm_eval_coupling.harness.plugin", install=lambda: seen.append("installed")
+    )
     monkeypatch.setattr(lm_eval_coupling.harness, "plugin", plugin, raising=False)
     stand_in(monkeypatch, "lm_eval")
     stand_in(monkeypatch, "lm_eval.__main__", cli_evaluate=lambda: seen.append(list(sys.argv)))
@@ -124,13 +139,18 @@ def test_run_reports_a_mistake(monkeypatch, capsys):
     plugin = stand_in(monkeypatch, "lm_eval_coupling.harness.plugin", install=refuse)
     monkeypatch.setattr(lm_eval_coupling.harness, "plugin", plugin, raising=False)
     assert cli.main(["run", "--model", "coupling-hf"]) == 2
-    assert capsys.readouterr().err == "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n"
+    assert (
+        capsys.readouterr().err
+        == "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n"
+    )
 
 
 @pytest.mark.parametrize("out", [None, "somewhere"])
 def test_demo(monkeypatch, out):
     seen = []
-    demo = stand_in(monkeypatch, "lm_eval_coupling.demo", main=lambda out: seen.append(out and str(out)))
+    demo = stand_in(
+        monkeypatch, "lm_eval_coupling.demo", main=lambda out: seen.append(out and str(out))
+    )
     monkeypatch.setattr(lm_eval_coupling, "demo", demo, raising=False)
     assert cli.main(["demo", *(["--out", out] if out else [])]) == 0
     assert seen == [out]
@@ -139,10 +159,15 @@ def test_demo(monkeypatch, out):
 @pytest.mark.parametrize(
     ("words", "module", "name", "answer"),
     [
-        (["measure", "M", "p.txt", "--out", "o"], "lm_eval_coupling.harness.texts", "measure_texts", "a table"),
+        (
+            ["measure", "M", "p.txt", "--out", "o"],
+            "lm_eval_coupling.texts",
+            "measure_texts",
+            "a table",
+        ),
         (
             ["vision", "--model", "M", "--data", "D", "--out", "o"],
-            "lm_eval_coupling.vision.run",
+            "lm_eval_coupling.vision.evaluate",
             "run_vision",
             ("f", "words"),
         ),

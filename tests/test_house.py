@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lm_eval_coupling"
-READERS = ("saved", "statistics", "fit", "studies", "figures", "report")
-DOORS = ("harness", "cli", "demo", "check", "vision", "sweep")
+READERS = ("saved", "statistics", "fit", "figures", "report")
+DOORS = ("harness", "texts", "cli", "demo", "check", "vision", "sweep")
 
 
 def modules() -> dict[str, Path]:
@@ -61,7 +61,11 @@ def _at_the_top(body: list[ast.stmt]) -> list[ast.stmt]:
     found: list[ast.stmt] = []
     for node in body:
         if isinstance(node, ast.If):
-            found += [] if "TYPE_CHECKING" in ast.unparse(node.test) else _at_the_top([*node.body, *node.orelse])
+            found += (
+                []
+                if "TYPE_CHECKING" in ast.unparse(node.test)
+                else _at_the_top([*node.body, *node.orelse])
+            )
         elif isinstance(node, ast.Try):
             found += _at_the_top([*node.body, *node.orelse, *node.finalbody])
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -88,7 +92,8 @@ def test_what_reads_and_draws_loads_no_torch(module):
 
 
 @pytest.mark.parametrize(
-    ("library", "rooms"), [("lm_eval", DOORS), ("transformer_lens", ("residual",)), ("matplotlib", ("figures",))]
+    ("library", "rooms"),
+    [("lm_eval", DOORS), ("transformer_lens", ("residual",)), ("matplotlib", ("figures",))],
 )
 def test_a_library_is_known_in_its_rooms_alone(library, rooms):
     knowing = {name for name in MODULES if library in imports(name, everywhere=False)}
@@ -96,7 +101,9 @@ def test_a_library_is_known_in_its_rooms_alone(library, rooms):
 
 
 def test_lm_eval_is_named_by_its_doors_alone():
-    assert {name for name in MODULES if "lm_eval" in imports(name) and room(name) not in DOORS} == set()
+    assert {
+        name for name in MODULES if "lm_eval" in imports(name) and room(name) not in DOORS
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -112,12 +119,21 @@ def test_lm_eval_is_named_by_its_doors_alone():
     ],
 )
 def test_rooms_know_no_more_than_they_need(of, allowed):
-    known = {(name, other) for name in MODULES if room(name) == of for other in imports(name) if other in MODULES}
+    known = {
+        (name, other)
+        for name in MODULES
+        if room(name) == of
+        for other in imports(name)
+        if other in MODULES
+    }
     assert {pair for pair in known if room(pair[1]) not in {*allowed, ""}} == set()
 
 
 def test_imports_run_in_no_circle():
-    graph = {name: {other for other in imports(name, everywhere=False) if other in MODULES} - {name} for name in MODULES}
+    graph = {
+        name: {other for other in imports(name, everywhere=False) if other in MODULES} - {name}
+        for name in MODULES
+    }
     while free := [name for name, needed in graph.items() if not needed]:
         for name in free:
             del graph[name]
@@ -127,7 +143,11 @@ def test_imports_run_in_no_circle():
 
 
 def test_a_file_is_one_idea():
-    assert {name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 400} == set()
+    assert {
+        name
+        for name, path in MODULES.items()
+        if len(path.read_text(encoding="utf-8").splitlines()) > 400
+    } == set()
 
 
 def _definitions(*kinds: type[ast.AST]) -> Iterator[tuple[str, Any]]:
@@ -150,5 +170,8 @@ def test_what_has_many_fields_is_made_by_name():
     """Five values in a row are five that can be exchanged."""
     ours = {node.name for _, node in _definitions(ast.ClassDef)}
     calls = [(module, node) for module, node in _definitions(ast.Call) if len(node.args) > 4]
-    named = [(module, getattr(node.func, "id", getattr(node.func, "attr", None)), node.lineno) for module, node in calls]
+    named = [
+        (module, getattr(node.func, "id", getattr(node.func, "attr", None)), node.lineno)
+        for module, node in calls
+    ]
     assert [call for call in named if call[1] in ours | {"cls"}] == []

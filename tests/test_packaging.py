@@ -26,9 +26,13 @@ def run(*command, **environment):
     """What the command prints, which must succeed; it sees neither the checkout nor the settings of the tests."""
     hidden = (OPT_OUT, "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
     inherited = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment = inherited | {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+    environment = (
+        inherited | {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+    )
     command = [*map(str, command)]
-    found = subprocess.run(command, env=environment, cwd=ROOT / "hook", capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, env=environment, cwd=ROOT / "hook", capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, f"{' '.join(command)}\n{found.stdout}\n{found.stderr}"
     return found.stdout
 
@@ -71,7 +75,9 @@ class Environment:
         run(sys.executable, "-m", "venv", "--without-pip", folder)
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         self.scripts = self.python.parent
-        self.packages = Path(self.run("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        self.packages = Path(
+            self.run("import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+        )
         # Lines of a .pth come last on the path and the .pth files in the folders they name are not read.
         borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (self.packages / "borrowed.pth").write_text("\n".join(borrowed))
@@ -108,19 +114,29 @@ def editable(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_the_tasks_and_the_hook(wheel):
     package = {f"lm_eval_coupling/{name}": content for name, content in sources(SOURCES).items()}
-    tasks = {f"lm_eval_coupling/_tasks/{name}": content for name, content in sources(ROOT / "tasks").items()}
+    tasks = {
+        f"lm_eval_coupling/_tasks/{name}": content
+        for name, content in sources(ROOT / "tasks").items()
+    }
     expected = package | tasks | sources(ROOT / "hook")
-    assert {"lm_eval_coupling/_startup.py", "lm_eval_coupling/_tasks/arc.yaml"} | HOOK <= expected.keys()
+    assert {
+        "lm_eval_coupling/_startup.py",
+        "lm_eval_coupling/_tasks/arc.yaml",
+    } | HOOK <= expected.keys()
     found = contents(wheel)
     about = {Path(name).name: found.pop(name) for name in [*found] if ".dist-info/" in name}
     assert found.keys() == expected.keys() and found == expected
     assert sum(map(len, found.values())) < 2_000_000
     metadata = email.message_from_bytes(about["METADATA"])
-    assert metadata["Name"] == "lm-eval-coupling" and "lm-eval[hf]>=0.4.13" in metadata.get_all("Requires-Dist")
+    assert metadata["Name"] == "lm-eval-coupling" and "lm-eval[hf]>=0.4.13" in metadata.get_all(
+        "Requires-Dist"
+    )
 
 
 def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
-    hatchling_build = pytest.importorskip("hatchling.build", reason="the build backend is not installed")
+    hatchling_build = pytest.importorskip(
+        "hatchling.build", reason="the build backend is not installed"
+    )
     code = f"import os; os.chdir({str(ROOT)!r}); import {hatchling_build.__name__} as b; b.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -175,8 +191,22 @@ def test_lm_evals_own_command_measures(installed, tmp_path):
     task = tiny.save_task(tmp_path / "tasks", "choice")
     model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)
     options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={tmp_path / 'store.sqlite'}"
-    words = ["--model", "coupling-hf", "--model_args", f"pretrained={model},{options}", "--tasks", task]
-    words += ["--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out", "--device", "cpu"]
+    words = [
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        f"pretrained={model},{options}",
+        "--tasks",
+        task,
+    ]
+    words += [
+        "--include_path",
+        tmp_path / "tasks",
+        "--output_path",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     printed = run(installed.python, "-m", "lm_eval", *words)
     (results,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(results.read_text())["results"][task]
@@ -190,10 +220,26 @@ def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
     pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
     model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)
     options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={tmp_path / 'store.sqlite'}"
-    words = ["--model", "coupling-hf", "--model_args", f"pretrained={model},{options}", "--tasks", task]
-    words += ["--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out", "--device", "cpu"]
+    words = [
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        f"pretrained={model},{options}",
+        "--tasks",
+        task,
+    ]
+    words += [
+        "--include_path",
+        tmp_path / "tasks",
+        "--output_path",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=str(folder))
-    assert "Coupling at K = 4" in printed and [*(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")]
+    assert "Coupling at K = 4" in printed and [
+        *(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")
+    ]
 
 
 @pytest.mark.parametrize("words", [[], ["--editable"]], ids=["wheel", "editable"])

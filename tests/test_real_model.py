@@ -20,7 +20,9 @@ TASKS = ["arc_easy", "gsm8k", "hellaswag", "winogrande"]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (REAL / "hf").is_dir(), reason=f"no benchmark data in {REAL}: set LM_EVAL_COUPLING_REAL"),
+    pytest.mark.skipif(
+        not (REAL / "hf").is_dir(), reason=f"no benchmark data in {REAL}: set LM_EVAL_COUPLING_REAL"
+    ),
 ]
 
 EVALUATE = """
@@ -53,8 +55,14 @@ def smollm2(tmp_path_factory):
 
 
 def test_a_real_model_on_real_benchmarks(smollm2, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment["OMP_NUM_THREADS"] = "1"  # other tests run beside it, and threads that wait for each other spin
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    environment["OMP_NUM_THREADS"] = (
+        "1"  # other tests run beside it, and threads that wait for each other spin
+    )
     done = subprocess.run(
         [sys.executable, "-c", EVALUATE, str(smollm2), str(tmp_path / "store.sqlite"), *TASKS],
         cwd=REAL / "hf",

@@ -13,7 +13,9 @@ import transformers
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from lm_eval_coupling.harness import lm as _measured  # with torch and TransformerLens: once, not in every evaluator
+from lm_eval_coupling.harness import (
+    lm as _measured,  # with torch and TransformerLens: once, not in every evaluator
+)
 from lm_eval_coupling.harness import plugin
 
 TASKS = ("blimp", "kept_out")
@@ -42,16 +44,22 @@ class Evaluation:
         ranks: as ``coupling_ranks``.
     """
 
-    def __init__(self, data: Path, out: Path, *, pairs: int, measured: int, measures: str, ranks: str) -> None:
+    def __init__(
+        self, data: Path, out: Path, *, pairs: int, measured: int, measures: str, ranks: str
+    ) -> None:
         """Load the tasks."""
         plugin.install()
         self.out, self.measured, self.measures, self.ranks = out, measured, measures, ranks
         with inside(data):
             self.tasks = LoadedTasks(include_path=str(Path(__file__).parent))
             for name, task in self.tasks.load(list(TASKS))["tasks"].items():
-                if name != "kept_out":  # lm-eval goes through all documents at every evaluation, whatever the limit
+                if (
+                    name != "kept_out"
+                ):  # lm-eval goes through all documents at every evaluation, whatever the limit
                     split = task.config.validation_split
-                    task.dataset[split] = task.dataset[split].select(range(min(pairs, len(task.dataset[split]))))
+                    task.dataset[split] = task.dataset[split].select(
+                        range(min(pairs, len(task.dataset[split])))
+                    )
 
     def run(self, model: str) -> None:
         """Evaluate the checkpoint in the folder ``out/model`` and write what lm-eval writes into ``out/results``."""

@@ -47,7 +47,9 @@ def zoo() -> list[Recipe]:
 
 
 def _members() -> Iterator[Recipe]:
-    yield from (Recipe(f"standard-{seed}", "standard", seed=seed, along=seed == 0) for seed in range(3))
+    yield from (
+        Recipe(f"standard-{seed}", "standard", seed=seed, along=seed == 0) for seed in range(3)
+    )
     yield Recipe("shuffled-1", "spoiled", shuffled=1.0, along=True)
     yield Recipe("width-256", "width", width=256, along=True)
     yield Recipe("width-64", "width", width=64, along=True)

@@ -30,16 +30,25 @@ def made_small(run: Mapping[str, Any]) -> dict[str, Any]:
     tasks = {name: groups.get(name, [name]) for name in run["results"] if name not in grouped}
     coupling = run["config"]["coupling"]
     summaries = {
-        name: pooled(coupling["tasks"][leaf] for leaf in of if leaf in coupling["tasks"]) for name, of in tasks.items()
+        name: pooled(coupling["tasks"][leaf] for leaf in of if leaf in coupling["tasks"])
+        for name, of in tasks.items()
     }
     told = coupling.get("prompts", {})
-    prompts = {name: _common([told[leaf] for leaf in of if leaf in told]) for name, of in tasks.items()}
+    prompts = {
+        name: _common([told[leaf] for leaf in of if leaf in told]) for name, of in tasks.items()
+    }
     arguments = {key: run["config"]["model_args"][key] for key in ("pretrained", "dtype")}
     about = {key: coupling[key] for key in coupling if key not in ("tasks", "prompts")}
     return {
         "results": {name: run["results"][name] for name in tasks},
-        **{key: {name: run[key][name] for name in tasks if name in run[key]} for key in PER_TASK if key in run},
-        "n-samples": {name: _counted(run["n-samples"][leaf] for leaf in of) for name, of in tasks.items()},
+        **{
+            key: {name: run[key][name] for name in tasks if name in run[key]}
+            for key in PER_TASK
+            if key in run
+        },
+        "n-samples": {
+            name: _counted(run["n-samples"][leaf] for leaf in of) for name, of in tasks.items()
+        },
         "config": {
             "model": run["config"]["model"],
             "model_args": arguments,
@@ -58,7 +67,9 @@ def pooled(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         else {rank: pool([part["measures"][name][rank] for part in parts]) for rank in first}
         for name, first in (parts[0]["measures"] if parts else {}).items()
     }
-    return {key: sum(part[key] for part in parts) for key in ("measured", "failed")} | {"measures": measures}
+    return {key: sum(part[key] for part in parts) for key in ("measured", "failed")} | {
+        "measures": measures
+    }
 
 
 def _counted(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

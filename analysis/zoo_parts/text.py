@@ -20,7 +20,9 @@ from lm_eval_coupling.errors import CouplingError, why
 VOCABULARY = 4096
 CONTEXT = 128
 BYTES = 480  # of a kept-out document at most: about one context
-SUBSET = 20_000  # seed of the order in which the corpus is taken: smaller shares are part of larger ones
+SUBSET = (
+    20_000  # seed of the order in which the corpus is taken: smaller shares are part of larger ones
+)
 
 
 def prepare(corpus: Path, blimp: Path, data: Path) -> None:
@@ -38,7 +40,8 @@ def prepare(corpus: Path, blimp: Path, data: Path) -> None:
         return
     try:
         train, validation = (
-            pd.read_parquet(corpus / f"{part}.parquet")["text"].tolist() for part in ("train", "validation")
+            pd.read_parquet(corpus / f"{part}.parquet")["text"].tolist()
+            for part in ("train", "validation")
         )
     except (OSError, KeyError) as error:
         raise CouplingError(
@@ -46,15 +49,21 @@ def prepare(corpus: Path, blimp: Path, data: Path) -> None:
         ) from None
     data.mkdir(parents=True, exist_ok=True)
     documents = dict.fromkeys(filter(None, map(opening, validation)))
-    (data / "kept_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (data / "kept_out.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    )
     shutil.copytree(blimp, data / "nyu-mll" / "blimp", dirs_exist_ok=True)
     tokenizer = learn_tokenizer(train, VOCABULARY)
     tokenizer.save_pretrained(data / "tokenizer")
-    tokens = [token for ids in tokenizer(train).input_ids for token in (*ids, tokenizer.eos_token_id)]
+    tokens = [
+        token for ids in tokenizer(train).input_ids for token in (*ids, tokenizer.eos_token_id)
+    ]
     unfinished = data / "unfinished.npz"
     np.savez_compressed(unfinished, tokens=np.array(tokens, dtype=np.uint16))
     unfinished.rename(data / "tokens.npz")
-    print(f"{data}: {len(tokens):,} tokens of text, {len(documents)} kept-out documents", flush=True)
+    print(
+        f"{data}: {len(tokens):,} tokens of text, {len(documents)} kept-out documents", flush=True
+    )
 
 
 def opening(text: str, size: int = BYTES) -> str:

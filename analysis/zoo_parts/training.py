@@ -67,7 +67,9 @@ def rate_at(step: int, steps: int, highest: float) -> float:
     return highest * min(1.0, 20 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(recipe: Recipe, data: Path, folder: Path, *, steps: int, windows: int, device: str) -> Iterator[str | None]:
+def train(
+    recipe: Recipe, data: Path, folder: Path, *, steps: int, windows: int, device: str
+) -> Iterator[str | None]:
     """Train one member: yields after every step, and the name of each checkpoint as soon as its folder is complete.
 
     Args:
@@ -90,7 +92,9 @@ def train(recipe: Recipe, data: Path, folder: Path, *, steps: int, windows: int,
     for step in range(last + 1):
         if step in saved:
             tokens = step * windows * CONTEXT
-            rows.append({"step": step, "tokens": tokens, "loss": math.nan if loss is None else loss.item()})
+            rows.append(
+                {"step": step, "tokens": tokens, "loss": math.nan if loss is None else loss.item()}
+            )
             pd.DataFrame(rows).to_csv(folder / "training.csv", index=False, float_format="%.5g")
             save(model, tokenizer, folder / f"checkpoint-{step}")
             yield f"checkpoint-{step}"
@@ -108,7 +112,9 @@ def reading_order(windows: int, needed: int, seed: int) -> Tensor:
     return torch.cat(passes)[:needed]
 
 
-def stepper(model: LlamaForCausalLM, batch: Callable[[], Tensor], rate: Tensor, decay: float) -> Callable[[], Tensor]:
+def stepper(
+    model: LlamaForCausalLM, batch: Callable[[], Tensor], rate: Tensor, decay: float
+) -> Callable[[], Tensor]:
     """A function that makes one step on ``batch()`` at ``rate`` and returns the loss before it.
 
     On a GPU its kernels are captured once and replayed: small models wait for Python more than for the GPU.
@@ -117,10 +123,14 @@ def stepper(model: LlamaForCausalLM, batch: Callable[[], Tensor], rate: Tensor, 
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate.clone(), betas=(0.9, 0.95), capturable=cuda, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=rate.clone(), betas=(0.9, 0.95), capturable=cuda, fused=True
+    )
 
     def plain() -> Tensor:
-        half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if cuda else nullcontext()
+        half = (
+            torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if cuda else nullcontext()
+        )
         optimizer.zero_grad(set_to_none=True)
         with half:
             loss = loss_of(model, batch())
@@ -157,7 +167,10 @@ def _graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             loss = step()
     except RuntimeError as error:
-        warnings.warn(f"no graph of a step could be captured ({error}); every step waits for Python", stacklevel=2)
+        warnings.warn(
+            f"no graph of a step could be captured ({error}); every step waits for Python",
+            stacklevel=2,
+        )
         torch.cuda.synchronize()
         return None
 

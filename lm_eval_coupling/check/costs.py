@@ -48,7 +48,9 @@ def _cost(model: Any, prompts: Sequence[Sequence[int]], settings: Settings) -> C
         taken = time.perf_counter() - start
     measured = None
     if counts:
-        measured = torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(model.device)
+        measured = torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(
+            model.device
+        )
     reasons = {record.reason for record in records if record.normalized_miscoupling is None}
     return Cost(
         together=len(prompts),

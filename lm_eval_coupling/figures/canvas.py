@@ -21,12 +21,19 @@ DPI = 200  # of the pictures
 
 
 def grid(
-    panels: int, *, width: float = 3.4, height: float = 3.0, columns: int = 3, title: str | None = None
+    panels: int,
+    *,
+    width: float = 3.4,
+    height: float = 3.0,
+    columns: int = 3,
+    title: str | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with as many axes as asked for, ``columns`` in a row; inches of one panel."""
     columns = min(panels, columns)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(width * columns + 0.6, height * rows + 0.6), dpi=DPI, layout="constrained"
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[panels:]:
         ax.remove()
@@ -45,7 +52,10 @@ def panels_of(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str], li
         CouplingError: if none has.
     """
     known = rows[list(columns)].notna().all(axis=1).groupby(rows["panel"], sort=False).any()
-    shown, empty = [name for name, any_of in known.items() if any_of], [name for name, any_of in known.items() if not any_of]
+    shown, empty = (
+        [name for name, any_of in known.items() if any_of],
+        [name for name, any_of in known.items() if not any_of],
+    )
     if not shown:
         raise CouplingError(
             f"got no number of {', '.join(empty) or 'anything'} in any document, expected one; "
@@ -72,13 +82,22 @@ def legend_outside(figure: Figure, axes: Sequence[Axes]) -> None:
     entries: dict[str, Any] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
-        entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
+        entries |= {
+            label: handle
+            for handle, label in zip(handles, labels, strict=True)
+            if label not in entries
+        }
     if entries:
         columns = 1 if max(map(len, entries)) > 60 or len(entries) < 3 else 2
         longer = math.ceil(len(entries) / columns) - _LEGEND_ROWS
         figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, longer))
         figure.legend(
-            entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize="x-small", frameon=False
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            fontsize="x-small",
+            frameon=False,
         )
 
 
@@ -93,9 +112,19 @@ def labelled(layers: int) -> list[int]:
     return sorted({1, *range(step, layers + 1, step)})
 
 
-def colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], rank: int, chance: float) -> None:
+def colour_bar(
+    figure: Figure, image: AxesImage, axes: Sequence[Axes], rank: int, chance: float
+) -> None:
     """Beside the panels, with the chance level marked."""
     bar = figure.colorbar(image, ax=axes, shrink=0.9, label=f"normalised miscoupling, K = {rank}")
     bar.ax.axhline(chance, color="black", linewidth=2)
     beside = bar.ax.get_yaxis_transform()  # x in widths of the bar, y on its scale
-    bar.ax.text(-0.2, chance, f"chance\n{chance:.3f}", transform=beside, ha="right", va="center", fontsize="small")
+    bar.ax.text(
+        -0.2,
+        chance,
+        f"chance\n{chance:.3f}",
+        transform=beside,
+        ha="right",
+        va="center",
+        fontsize="small",
+    )

@@ -20,7 +20,9 @@ from lm_eval_coupling.figures.palette import SCALE
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
-def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None) -> Figure:
+def layer_heatmaps(
+    panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, rank: int, title: str | None = None
+) -> Figure:
     """Draw normalised miscoupling layer by layer, panels side by side on one colour scale.
 
     A row is the layer of the Jacobian, a column that of the singular vectors, both counted from 1. The diagonal, which
@@ -43,7 +45,11 @@ def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, ra
     chance = chance_level(rank)
     low = min(chance, *(matrix.min() for matrix in masked.values()))
     high = max(chance, *(matrix.max() for matrix in masked.values()))
-    figure = Figure(figsize=(3.6 * len(masked) + 1.2, 4.1 if title else 3.8), dpi=canvas.DPI, layout="constrained")
+    figure = Figure(
+        figsize=(3.6 * len(masked) + 1.2, 4.1 if title else 3.8),
+        dpi=canvas.DPI,
+        layout="constrained",
+    )
     axes = list(figure.subplots(1, len(masked), squeeze=False)[0])
     for ax, (name, matrix) in zip(axes, masked.items(), strict=True):
         image = _layer_image(ax, matrix, low, high)
@@ -58,13 +64,17 @@ def layer_heatmaps(panels: Mapping[str, Float[np.ndarray, "layer layer"]], *, ra
 def _off_diagonal(name: str, matrix: Float[np.ndarray, "layer layer"]) -> np.ma.MaskedArray:
     blank = np.eye(len(matrix), dtype=bool) | ~np.isfinite(matrix)
     if blank.all():
-        raise CouplingError(f"got no number off the diagonal of {name!r}, expected a measured layer-by-layer matrix")
+        raise CouplingError(
+            f"got no number off the diagonal of {name!r}, expected a measured layer-by-layer matrix"
+        )
     return np.ma.array(matrix, dtype=np.float64, mask=blank)
 
 
 def _layer_image(ax: Axes, matrix: np.ma.MaskedArray, low: float, high: float) -> AxesImage:
     edges = 0.5, len(matrix) + 0.5  # cell l is centred on l
-    image = ax.imshow(matrix, cmap=SCALE, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1]))
+    image = ax.imshow(
+        matrix, cmap=SCALE, vmin=low, vmax=high, interpolation="none", extent=(*edges, *edges[::-1])
+    )
     ticks = labelled(len(matrix))
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)

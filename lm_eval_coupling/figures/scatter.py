@@ -16,13 +16,20 @@ from lm_eval_coupling.statistics import Fit
 
 _JOINED: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1}
 _CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
-_FAR = 0.6  # of the width: names of points beyond it stand on their left, or they would leave the axes
+_FAR = (
+    0.6  # of the width: names of points beyond it stand on their left, or they would leave the axes
+)
 _FAMILIES = 12  # more than that are not told apart by colour
 _NAMED = 40  # points; more names than that are not legible
 
 
 def score_scatter(
-    points: pd.DataFrame, fits: Sequence[Fit], *, x_label: str, y_label: str, title: str | None = None
+    points: pd.DataFrame,
+    fits: Sequence[Fit],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
 ) -> Figure:
     """Draw one point per model with its errors, its name and the colour of its family; fits with their bands.
 
@@ -72,7 +79,9 @@ def _draw_fit(ax: Axes, fit: Fit, x: pd.Series, style: str) -> None:
     low, high = fit.band(at)
     r2 = "" if np.isnan(fit.r2) else f", R² = {fit.r2:.2f}"
     weights = {"none": "", "y": ", weighted", "x and y": ", errors in both"}[fit.errors]
-    ax.plot(at, fit.predict(at), style, color="0.3", linewidth=1.2, label=f"{fit.form}{weights}{r2}")
+    ax.plot(
+        at, fit.predict(at), style, color="0.3", linewidth=1.2, label=f"{fit.form}{weights}{r2}"
+    )
     if fit.form == "line" and np.isfinite(low).all():
         ax.fill_between(at, low, high, color="0.5", alpha=0.15, linewidth=0)
 
@@ -83,9 +92,19 @@ def _name_points(ax: Axes, points: pd.DataFrame) -> None:
     taken: list[tuple[float, float]] = []
     for row in points.sort_values("y").itertuples():
         x, y = (row.x - left) / (right - left), (row.y - bottom) / (top - bottom)
-        across, anchor, away = (4, "left", "right") if x < _FAR else (-4, "right", "left")  # into the picture first
-        sides = [(across, dy, anchor) for dy in (6, -6, 15, -15)] + [(-across, dy, away) for dy in (6, -6)]
-        free = [s for s in sides if all(abs(y + s[1] / 250 - b) > _CLOSE or abs(x + s[0] / 50 - a) > 0.15 for a, b in taken)]
+        across, anchor, away = (
+            (4, "left", "right") if x < _FAR else (-4, "right", "left")
+        )  # into the picture first
+        sides = [(across, dy, anchor) for dy in (6, -6, 15, -15)] + [
+            (-across, dy, away) for dy in (6, -6)
+        ]
+        free = [
+            s
+            for s in sides
+            if all(
+                abs(y + s[1] / 250 - b) > _CLOSE or abs(x + s[0] / 50 - a) > 0.15 for a, b in taken
+            )
+        ]
         dx, dy, side = (free or sides)[0]
         taken.append((x + dx / 50, y + dy / 250))
         ax.annotate(
@@ -94,7 +113,9 @@ def _name_points(ax: Axes, points: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | None = None) -> Figure:
+def intervals(
+    rows: pd.DataFrame, *, x_label: str, chance: float, title: str | None = None
+) -> Figure:
     """Draw an estimate with its interval per row, from top to bottom; the line marks chance.
 
     Args:
@@ -114,7 +135,16 @@ def intervals(rows: pd.DataFrame, *, x_label: str, chance: float, title: str | N
         of = rows.iloc[at]
         sides = np.abs(of[["low", "high"]].sub(of["value"], axis=0)).fillna(0).T.to_numpy()
         colour = _colour(index, len(kinds))
-        ax.errorbar(of["value"], at, xerr=sides, fmt="o", color=colour, elinewidth=1, markersize=4, label=kind)
+        ax.errorbar(
+            of["value"],
+            at,
+            xerr=sides,
+            fmt="o",
+            color=colour,
+            elinewidth=1,
+            markersize=4,
+            label=kind,
+        )
     ax.axvline(chance, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(rows)), rows["label"], fontsize="x-small")
     ax.invert_yaxis()
@@ -166,13 +196,21 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
             sides = np.abs(of[["low", "high"]].sub(of["accuracy"], axis=0)).T.to_numpy()
             colour = _colour(models.index(model), len(models))
-            ax.errorbar(of["mean"], of["accuracy"], yerr=sides, color=colour, label=model, **_JOINED)
+            ax.errorbar(
+                of["mean"], of["accuracy"], yerr=sides, color=colour, label=model, **_JOINED
+            )
         ax.set_title(task, fontsize="small")
         ax.set_xlabel(x_label, fontsize="small")
         ax.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of right answers")
-    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside right upper", fontsize="xx-small", frameon=False)
+    named = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        named.values(), named, loc="outside right upper", fontsize="xx-small", frameon=False
+    )
     return figure
 
 
@@ -189,9 +227,13 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     """
     figure = Figure(figsize=(6.0, 5.0), dpi=200, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    for index, ((lineage, score), of) in enumerate(rows.groupby(["lineage", "score_of"], sort=False)):
+    for index, ((lineage, score), of) in enumerate(
+        rows.groupby(["lineage", "score_of"], sort=False)
+    ):
         for ax, column in ((above, "x"), (below, "score")):
-            ax.errorbar(of["step"], of[column], color=_colour(index), label=f"{lineage}: {score}", **_JOINED)
+            ax.errorbar(
+                of["step"], of[column], color=_colour(index), label=f"{lineage}: {score}", **_JOINED
+            )
     if (rows["step"] > 0).all() and rows["step"].max() > 100 * rows["step"].min():
         below.set_xscale("log")
     above.set_ylabel(x_label)
@@ -203,7 +245,9 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     return figure
 
 
-def _figure(panels: int, *, width: float, height: float, title: str | None) -> tuple[Figure, list[Axes]]:
+def _figure(
+    panels: int, *, width: float, height: float, title: str | None
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * panels, height), dpi=200, layout="constrained")
     if title:
         figure.suptitle(title, fontsize="medium")
@@ -212,4 +256,8 @@ def _figure(panels: int, *, width: float, height: float, title: str | None) -> t
 
 def _colour(index: int, of: int = 0) -> str:
     """One of a few that are told apart without colour vision; of more than these, a place on a scale."""
-    return list(colours(range(of)).values())[index] if of > len(CATEGORIES) else CATEGORIES[index % len(CATEGORIES)]
+    return (
+        list(colours(range(of)).values())[index]
+        if of > len(CATEGORIES)
+        else CATEGORIES[index % len(CATEGORIES)]
+    )

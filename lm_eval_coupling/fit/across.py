@@ -26,7 +26,7 @@ from lm_eval_coupling.statistics import (
     nested_models,
     simultaneous_p_values,
 )
-from lm_eval_coupling.statistics.results import Result
+from lm_eval_coupling.statistics.outcomes import Result
 
 METHODS = ("pearson", "spearman", "kendall")
 _SMALLEST_FAMILY = 3
@@ -35,13 +35,19 @@ _COUPLINGS = {"coupling", "swapped"}  # definitions of one thing are no rivals
 
 def table(results: Mapping[Any, Result], *keys: str) -> pd.DataFrame:
     """One row per result, its key in the columns ``keys``."""
-    return pd.DataFrame([dict(zip(keys, key, strict=True)) | result.to_dict() for key, result in results.items()])
+    return pd.DataFrame(
+        [dict(zip(keys, key, strict=True)) | result.to_dict() for key, result in results.items()]
+    )
 
 
-def correlations(found: Observations, *, resamples: int = 1999) -> dict[tuple[str, str, str], Correlation]:
+def correlations(
+    found: Observations, *, resamples: int = 1999
+) -> dict[tuple[str, str, str], Correlation]:
     """Pearson, Spearman and Kendall of every predictor with every score, by score, predictor and method."""
     return {
-        (score, name, method): correlation(group[name], group["score"], method=method, resamples=resamples)
+        (score, name, method): correlation(
+            group[name], group["score"], method=method, resamples=resamples
+        )
         for score, group in found.by_score()
         for name in [predictor.name for predictor in found.predictors]
         for method in METHODS
@@ -49,7 +55,10 @@ def correlations(found: Observations, *, resamples: int = 1999) -> dict[tuple[st
 
 
 def correlation_table(
-    results: Mapping[tuple[str, str, str], Correlation], found: Observations | None = None, *, resamples: int = 1999
+    results: Mapping[tuple[str, str, str], Correlation],
+    found: Observations | None = None,
+    *,
+    resamples: int = 1999,
 ) -> pd.DataFrame:
     """With ``p_holm``, adjusted for the many scores, and ``p_bh``, for all predictors and scores, each within a method.
 
@@ -67,7 +76,9 @@ def correlation_table(
                                       resamples=resamples)  # fmt: skip
             adjusted |= {(score, name, "pearson"): value for name, value in p.items()}
         keys = zip(rows["score"], rows["predictor"], rows["method"], strict=True)
-        rows["p_simultaneous"] = pd.Series([adjusted.get(key, math.nan) for key in keys], rows.index, dtype=float)
+        rows["p_simultaneous"] = pd.Series(
+            [adjusted.get(key, math.nan) for key in keys], rows.index, dtype=float
+        )
     rows["p_holm"] = rows.groupby(["predictor", "method"])["p"].transform(adjust_p_values)
     rows["p_bh"] = rows.groupby("method")["p"].transform(lambda p: adjust_p_values(p, "fdr_bh"))
     return rows
@@ -108,8 +119,16 @@ def subsets(found: Observations) -> pd.DataFrame:
             x, y = members[found.main.name], members["score"]
             curves = {"line": line_fit(x, y), "exponential": exponential_fit(x, y)}
             found_there = correlation(x, y).to_dict()
-            measures = {f"{form}_{part}": getattr(fit, part) for form, fit in curves.items() for part in ("r2", "p")}
-            rows.append({"score": score, "subset": name, "predictor": found.main.name} | found_there | measures)
+            measures = {
+                f"{form}_{part}": getattr(fit, part)
+                for form, fit in curves.items()
+                for part in ("r2", "p")
+            }
+            rows.append(
+                {"score": score, "subset": name, "predictor": found.main.name}
+                | found_there
+                | measures
+            )
     return pd.DataFrame(rows)
 
 
@@ -136,7 +155,9 @@ def comparisons(found: Observations) -> dict[tuple[str, str, str], CorrelationDi
     """
     return {
         (score, found.main.name, rival.name): compare_correlations(
-            group["score"], found.main.sign * group[found.main.name], _turned(rival, group) * group[rival.name]
+            group["score"],
+            found.main.sign * group[found.main.name],
+            _turned(rival, group) * group[rival.name],
         )
         for score, group in found.by_score()
         for rival in found.predictors
@@ -154,7 +175,11 @@ def _turned(rival: Predictor, group: pd.DataFrame) -> int:
 def comparison_table(results: Mapping[tuple[str, str, str], CorrelationDifference]) -> pd.DataFrame:
     """With ``p_holm``, adjusted for the many rivals of a score."""
     rows = table(results, "score", "predictor", "other")
-    return rows.assign(p_holm=rows.groupby("score")["p"].transform(adjust_p_values)) if len(rows) else rows
+    return (
+        rows.assign(p_holm=rows.groupby("score")["p"].transform(adjust_p_values))
+        if len(rows)
+        else rows
+    )
 
 
 def nested(found: Observations) -> dict[tuple[str, str, str], NestedModels]:
@@ -182,7 +207,11 @@ def nested(found: Observations) -> dict[tuple[str, str, str], NestedModels]:
 
 
 def _held_fixed(found: Observations, group: pd.DataFrame) -> list[tuple[str, ...]]:
-    known = {p.name for p in found.of_kind("size", "loss") if group[p.name].notna().all() and group[p.name].nunique() > 1}
+    known = {
+        p.name
+        for p in found.of_kind("size", "loss")
+        if group[p.name].notna().all() and group[p.name].nunique() > 1
+    }
     size = next((name for name in ("log10_compute", "log10_params") if name in known), None)
     sets = [tuple(found.covariates[:1]), tuple(found.covariates), ("log10_compute",)]
     sets += [(loss,) for loss in ("gold_answer_loss", "bits_per_byte")]
@@ -197,11 +226,19 @@ def alone(found: Observations) -> pd.DataFrame:
         for predictor in found.predictors:
             model = left_out(group["score"], group[predictor.name], group["family"])
             about = {"score": score, "predictor": predictor.name, "kind": predictor.kind}
-            rows.append(about | {name: getattr(model, name) for name in ("r2", "r2_left_out", "r2_left_out_family")})
+            rows.append(
+                about
+                | {
+                    name: getattr(model, name)
+                    for name in ("r2", "r2_left_out", "r2_left_out_family")
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def swapped_tasks(found: Observations, *, resamples: int = 1999) -> dict[tuple[str, str, str], Correlation]:
+def swapped_tasks(
+    found: Observations, *, resamples: int = 1999
+) -> dict[tuple[str, str, str], Correlation]:
     """The main predictor measured on the documents of one task against the score of another, by score, predictor, task."""
     single = found.frame[found.frame["task"] != "mean"]
     results = {}
@@ -209,7 +246,9 @@ def swapped_tasks(found: Observations, *, resamples: int = 1999) -> dict[tuple[s
         for task, other in single.groupby("task", sort=False):
             if task != group["task"].iloc[0]:
                 pairs = (
-                    group.set_index("label")["score"].to_frame().join(other.set_index("label")[found.main.name], how="inner")
+                    group.set_index("label")["score"]
+                    .to_frame()
+                    .join(other.set_index("label")[found.main.name], how="inner")
                 )
                 results[score, found.main.name, task] = correlation(
                     pairs[found.main.name], pairs["score"], resamples=resamples
@@ -223,7 +262,9 @@ def families(found: Observations) -> dict[tuple[str, str, str, str], FamilyEffec
     for score, group in found.by_score():
         if not 1 < group["family"].nunique() < len(group):
             continue
-        for covariates in dict.fromkeys([(), tuple(c for c in found.covariates[:1] if c != found.main.name)]):
+        for covariates in dict.fromkeys(
+            [(), tuple(c for c in found.covariates[:1] if c != found.main.name)]
+        ):
             for method in ("mixed", "cluster"):
                 results[score, found.main.name, " + ".join(covariates), method] = family_effect(
                     group,

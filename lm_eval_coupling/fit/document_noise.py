@@ -69,7 +69,9 @@ def corrected(
             if math.isnan(x) and predictor.error in group:
                 x = reliability_from_errors(group[predictor.name], group[predictor.error])
             results[score, predictor.name] = corrected_for_attenuation(
-                correlated[score, predictor.name, "pearson"], max(0.0, x) if not math.isnan(x) else x, y
+                correlated[score, predictor.name, "pearson"],
+                max(0.0, x) if not math.isnan(x) else x,
+                y,
             )
     return results
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across, document_noise, within, words
+from lm_eval_coupling.fit import across, document_noise, within
+from lm_eval_coupling.fit import summary as words
 from lm_eval_coupling.fit.losses import add_losses
 from lm_eval_coupling.fit.observations import Observations, observe
 from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
-from lm_eval_coupling.saved.results import require_results, rows_of_runs
-from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.statistics import Fit
 
 __all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
@@ -96,13 +97,20 @@ def fit_runs(
 
 
 def _across(
-    found: Observations, documents: pd.DataFrame, leaves: Mapping[str, Sequence[str]], resamples: int
+    found: Observations,
+    documents: pd.DataFrame,
+    leaves: Mapping[str, Sequence[str]],
+    resamples: int,
 ) -> tuple[dict[str, pd.DataFrame], dict, list[str]]:
     if found.models < 2:
         return {}, {}, ["One model only: nothing to compare across models."]
     main = found.main.name
     correlated, fits = across.correlations(found, resamples=resamples), across.fits(found)
-    compared, nested, families = across.comparisons(found), across.nested(found), across.families(found)
+    compared, nested, families = (
+        across.comparisons(found),
+        across.nested(found),
+        across.families(found),
+    )
     reliable = document_noise.reliabilities(found, documents, leaves)
     corrected = document_noise.corrected(found, correlated, reliable)
     swapped = across.swapped_tasks(found, resamples=resamples)
@@ -118,7 +126,11 @@ def _across(
         "nested": across.table(nested, "score", "predictor", "given"),
         "families": across.table(families, "score", "predictor", "given", "how"),
     }
-    pearson = {(score, x): r for (score, x, method), r in correlated.items() if x == main and method == "pearson"}
+    pearson = {
+        (score, x): r
+        for (score, x, method), r in correlated.items()
+        if x == main and method == "pearson"
+    }
     told: list[Mapping[Any, Any]] = [
         {key: fit for key, fit in fits.items() if key[1:] == (main, "exponential", "none")},
         {key: r for key, r in compared.items() if key[2] in found.covariates[:1]},
@@ -128,7 +140,9 @@ def _across(
     said = words.about_models(found, pearson, told)
     last = found.scores[-1]
     said += words.about_many(tables["correlations"], last)
-    said += words.about_rivals({key[2]: r for key, r in compared.items() if key[0] == last}, main, last)
+    said += words.about_rivals(
+        {key[2]: r for key, r in compared.items() if key[0] == last}, main, last
+    )
     said += words.about_noise(reliable.get((last, main)), corrected.get((last, main)), main, last)
     said += words.about_tasks(found, pearson, swapped)
     return tables, fits, said
@@ -153,18 +167,26 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
     return tables, words.about_documents(aurocs, logistics, predictors[0])
 
 
-def _leaves(runs: pd.DataFrame, found: Observations, tasks: Sequence[str] | None, score: str | None) -> pd.DataFrame:
+def _leaves(
+    runs: pd.DataFrame, found: Observations, tasks: Sequence[str] | None, score: str | None
+) -> pd.DataFrame:
     """The rows of single tasks, of the models that were compared: documents belong to these, not to groups."""
     frame = found.frame
     own = dict(zip(zip(frame["file"], frame["task"], strict=True), frame["label"], strict=True))
-    of_file = frame.drop_duplicates("file").set_index("file")["label"].to_dict()  # of the tasks of a group
+    of_file = (
+        frame.drop_duplicates("file").set_index("file")["label"].to_dict()
+    )  # of the tasks of a group
     places = zip(runs["file"], runs["task"], strict=True)
     rows = runs.assign(label=[own.get(place, of_file.get(place[0])) for place in places])
     rows = rows[rows["label"].notna() & ~rows["is_group"]]
     if tasks is not None:
         above = dict(zip(runs["task"], runs["group"], strict=True))
         rows = rows[[not set(tasks).isdisjoint(_ancestors(task, above)) for task in rows["task"]]]
-    return rows if score is None else rows.assign(metric=[_named(row, score) for row in rows.to_dict("records")])
+    return (
+        rows
+        if score is None
+        else rows.assign(metric=[_named(row, score) for row in rows.to_dict("records")])
+    )
 
 
 def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:

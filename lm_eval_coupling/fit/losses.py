@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.saved.run import SavedRun
 from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.values import mean_and_error
 
 # With the direction in which each is expected to go with a score.
@@ -39,9 +39,13 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
 def _of_row(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
     metric = row["metric"]
     leaves = run.leaves.get(row["task"]) or [row["task"]]
-    documents = [found for leaf in leaves for found in gold_answers(read_answers(run.samples(leaf), metric))]
+    documents = [
+        found for leaf in leaves for found in gold_answers(read_answers(run.samples(leaf), metric))
+    ]
     values = pd.DataFrame(documents, columns=["loss", "margin"], dtype=float)
-    (loss, loss_error, _), (margin, margin_error, _) = (mean_and_error(values[name]) for name in values)
+    (loss, loss_error, _), (margin, margin_error, _) = (
+        mean_and_error(values[name]) for name in values
+    )
     return loss, loss_error, margin, margin_error
 
 
@@ -54,7 +58,9 @@ def gold_answers(answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[flo
             yield -options[right][1] / sizes[right], margin_of(options, right)
 
 
-def right_choice(options: Sequence[tuple[str, float]], expected: str | None, right: bool | None) -> int | None:
+def right_choice(
+    options: Sequence[tuple[str, float]], expected: str | None, right: bool | None
+) -> int | None:
     """Which of the choices is the right one; None where none of them, or more than one, is.
 
     Winogrande's two choices are told apart by what its target does not say: there the score tells which was right.

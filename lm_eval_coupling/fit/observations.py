@@ -11,7 +11,11 @@ import pandas as pd
 from lm_eval_coupling.fit.predictors import COVARIATES, Predictor, choose_predictors
 from lm_eval_coupling.fit.scores import some
 
-_TYPES = {"generate_until": "generation", "loglikelihood": "log-likelihood", "multiple_choice": "log-likelihood"}
+_TYPES = {
+    "generate_until": "generation",
+    "loglikelihood": "log-likelihood",
+    "multiple_choice": "log-likelihood",
+}
 _TYPES |= {"loglikelihood_rolling": "rolling"}
 
 
@@ -57,7 +61,9 @@ class Observations:
         return [name for name in COVARIATES if name in sizes and self.frame[name].notna().all()]
 
 
-def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None) -> Observations:
+def observe(
+    rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None
+) -> Observations:
     """Make observations of :func:`~.scores.scored_rows`: one per model, and the mean of the scores as one more score.
 
     Args:
@@ -80,26 +86,38 @@ def observe(rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = N
 def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Checkpoints of one training are no models of their own: the last one counts, or the finished model."""
     order = rows["step"].fillna(np.inf)
-    last = order == order.groupby([rows["lineage"], rows["task"], rows["prompting"]]).transform("max")
+    last = order == order.groupby([rows["lineage"], rows["task"], rows["prompting"]]).transform(
+        "max"
+    )
     if not last.all():
-        notes.append(f"of {rows['lineage'][~last].nunique()} models the last checkpoint counts, {(~last).sum()} rows do not")
+        notes.append(
+            f"of {rows['lineage'][~last].nunique()} models the last checkpoint counts, {(~last).sum()} rows do not"
+        )
     return rows[last]
 
 
 def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The same weights under two names are one model, not two."""
     known = rows["fingerprint"].notna()
-    of_name = rows.groupby(["fingerprint", "label"], dropna=False)  # one name for all tasks that it has, or means lack some
-    ordered = rows.assign(documents=of_name["n_samples"].transform("sum"), newest=of_name["date"].transform("max"))
+    of_name = rows.groupby(
+        ["fingerprint", "label"], dropna=False
+    )  # one name for all tasks that it has, or means lack some
+    ordered = rows.assign(
+        documents=of_name["n_samples"].transform("sum"), newest=of_name["date"].transform("max")
+    )
     ordered = ordered.sort_values(["documents", "newest", "date"])
     chosen = ordered.drop_duplicates(["fingerprint", "prompting", "task"], keep="last").index
     kept = ~known | rows.index.isin(chosen)
     if not kept.all():
-        notes.append(f"the same weights under another name, counted once: {some(rows['label'][~kept])}")
+        notes.append(
+            f"the same weights under another name, counted once: {some(rows['label'][~kept])}"
+        )
     return rows[kept]
 
 
-def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]) -> Iterator[pd.DataFrame]:
+def _mean_score(
+    rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]
+) -> Iterator[pd.DataFrame]:
     """Scores and predictors averaged over tasks, for the models that have them all: by output type, then all of them."""
     types = rows["output_type"].map(_TYPES)
     for kind in dict.fromkeys(types.dropna()) if types.nunique() > 1 else ():
@@ -107,17 +125,23 @@ def _mean_score(rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list
             yield from _mean_of(of, predictors, f"{kind} scores", [])
     turned = rows["turned"]
     if turned.any() and not turned.all():  # an accuracy and a loss are not of one scale
-        notes.append(f"not in the mean of the scores, as lower is better: {some(rows['score_of'][turned])}")
+        notes.append(
+            f"not in the mean of the scores, as lower is better: {some(rows['score_of'][turned])}"
+        )
         rows = rows[~turned]
     if rows["score_of"].nunique() > 1:
         yield from _mean_of(rows, predictors, "scores", notes)
 
 
-def _mean_of(rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, notes: list[str]) -> Iterator[pd.DataFrame]:
+def _mean_of(
+    rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, notes: list[str]
+) -> Iterator[pd.DataFrame]:
     number = rows["score_of"].nunique()
     complete = rows.groupby("label")["score_of"].transform("nunique") == number
     if not complete.all():
-        notes.append(f"not in the mean, as a score is missing: {some(sorted(set(rows['label'][~complete])))}")
+        notes.append(
+            f"not in the mean, as a score is missing: {some(sorted(set(rows['label'][~complete])))}"
+        )
     if not complete.any():
         return
     groups = rows[complete].groupby("label", sort=False)
@@ -125,8 +149,12 @@ def _mean_of(rows: pd.DataFrame, predictors: Sequence[Predictor], what: str, not
     for value, error in [("score", "score_error"), *((p.name, p.error) for p in predictors)]:
         averaged[value] = groups[value].mean()
         if error is not None and error in rows:
-            averaged[error] = groups[error].agg(lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e))
+            averaged[error] = groups[error].agg(
+                lambda e: np.sqrt((e**2).sum(skipna=False)) / len(e)
+            )
     rest = groups.first().drop(columns=[*averaged, "score_of", "task", "metric"])
     about = {"score_of": f"mean of {number} {what}", "task": "mean", "metric": "mean"}
     told = {name: pd.Series(value, rest.index) for name, value in about.items()}
-    yield pd.concat([rest, pd.DataFrame(averaged | told)], axis=1).copy().reset_index()  # of many pieces: pandas warns
+    yield (
+        pd.concat([rest, pd.DataFrame(averaged | told)], axis=1).copy().reset_index()
+    )  # of many pieces: pandas warns

@@ -52,10 +52,20 @@ def _save_tables(found: Findings, out: Path) -> Iterator[Path]:
     for name, rows in tables.items():
         rows.to_csv(out / f"{name}.csv", index=False)
         yield out / f"{name}.csv"
-    about = {"predictor": found.observations.main.name, "finding": found.words, "notes": found.notes}
-    results = {name: rows.to_dict("records") for name, rows in tables.items() if name not in _INPUTS}
-    (out / "fit.json").write_text(json.dumps(strict(about | {"tables": results}), indent=1), encoding="utf-8")
-    (out / "finding.txt").write_text("\n\n".join([*found.words, *_noted(found)]) + "\n", encoding="utf-8")
+    about = {
+        "predictor": found.observations.main.name,
+        "finding": found.words,
+        "notes": found.notes,
+    }
+    results = {
+        name: rows.to_dict("records") for name, rows in tables.items() if name not in _INPUTS
+    }
+    (out / "fit.json").write_text(
+        json.dumps(strict(about | {"tables": results}), indent=1), encoding="utf-8"
+    )
+    (out / "finding.txt").write_text(
+        "\n\n".join([*found.words, *_noted(found)]) + "\n", encoding="utf-8"
+    )
     yield from (out / "fit.json", out / "finding.txt")
 
 
@@ -83,7 +93,11 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield f"scatter_{safe_name(name)}", partial(_scatter, found, score)
         yield (
             "predictors",
-            lambda: draw.intervals(_compared(found), x_label=f"Pearson correlation with {observed.scores[-1]}", chance=0.0),
+            lambda: draw.intervals(
+                _compared(found),
+                x_label=f"Pearson correlation with {observed.scores[-1]}",
+                chance=0.0,
+            ),
         )
         swept = _swept(found)
         if swept["rank"].nunique() > 1:
@@ -91,11 +105,23 @@ def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
     areas = _areas(tables.get("auroc", pd.DataFrame()))
     if 0 < len(areas) <= _ROWS:
         within = areas["predictor"].iloc[0]
-        yield "auroc", lambda: draw.intervals(areas, x_label=f"AUROC of {within} for right answers", chance=0.5)
-        binned = tables["calibration"].merge(areas[["model", "task"]])  # where there are right and wrong answers
+        yield (
+            "auroc",
+            lambda: draw.intervals(
+                areas, x_label=f"AUROC of {within} for right answers", chance=0.5
+            ),
+        )
+        binned = tables["calibration"].merge(
+            areas[["model", "task"]]
+        )  # where there are right and wrong answers
         yield "calibration", lambda: draw.accuracy_curves(binned, x_label=within)
     if len(tables["checkpoints"]):
-        yield "training", lambda: draw.training_curves(tables["checkpoints"].assign(x=lambda t: t[main]), x_label=main)
+        yield (
+            "training",
+            lambda: draw.training_curves(
+                tables["checkpoints"].assign(x=lambda t: t[main]), x_label=main
+            ),
+        )
 
 
 def _scatter(found: Findings, score: str) -> Figure:
@@ -104,11 +130,18 @@ def _scatter(found: Findings, score: str) -> Figure:
     main = found.observations.main
     rows = dict(found.observations.by_score())[score]
     points = rows.assign(
-        x=rows[main.name], y=rows["score"], x_error=rows.get(main.error, math.nan), y_error=rows["score_error"]
+        x=rows[main.name],
+        y=rows["score"],
+        x_error=rows.get(main.error, math.nan),
+        y_error=rows["score_error"],
     )
     curves = [found.fits[score, main.name, form, "none"] for form in ("line", "exponential")]
     lacking = points[["x", "y"]].isna().any(axis=1).sum()
-    title = f"{lacking} of {len(points)} models left out (no {main.name} or no score)" if lacking else None
+    title = (
+        f"{lacking} of {len(points)} models left out (no {main.name} or no score)"
+        if lacking
+        else None
+    )
     return draw.score_scatter(points, curves, x_label=main.name, y_label=score, title=title)
 
 
@@ -117,14 +150,24 @@ def _compared(found: Findings) -> pd.DataFrame:
     rows = found.tables["correlations"].query("method == 'pearson'")
     rows = rows[rows["score"] == found.observations.scores[-1]]
     kinds = {predictor.name: predictor.kind for predictor in found.observations.predictors}
-    return rows.assign(label=rows["predictor"], value=rows["coefficient"], kind=rows["predictor"].map(kinds))
+    return rows.assign(
+        label=rows["predictor"], value=rows["coefficient"], kind=rows["predictor"].map(kinds)
+    )
 
 
 def _swept(found: Findings) -> pd.DataFrame:
     definition = found.observations.main.name.partition("@")[0]
-    ranks = {p.name: p.rank for p in found.observations.predictors if p.rank and p.name.startswith(f"{definition}@")}
+    ranks = {
+        p.name: p.rank
+        for p in found.observations.predictors
+        if p.rank and p.name.startswith(f"{definition}@")
+    }
     rows = found.tables["correlations"].query("method == 'pearson'")
-    return rows.assign(rank=rows["predictor"].map(ranks)).dropna(subset=["rank", "coefficient"]).astype({"rank": int})
+    return (
+        rows.assign(rank=rows["predictor"].map(ranks))
+        .dropna(subset=["rank", "coefficient"])
+        .astype({"rank": int})
+    )
 
 
 def _areas(rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +182,14 @@ def _areas(rows: pd.DataFrame) -> pd.DataFrame:
 def show(found: Findings, console: Console | None = None) -> None:
     """Print the tables to read and the finding."""
     console = console or Console()
-    makers = (_score_table, _predictor_table, _rival_table, _subset_table, _nested_table, _document_table)
+    makers = (
+        _score_table,
+        _predictor_table,
+        _rival_table,
+        _subset_table,
+        _nested_table,
+        _document_table,
+    )
     for make in makers:
         if table := make(found):
             _print(console, *table)
@@ -162,10 +212,21 @@ def _score_table(found: Findings) -> tuple[str, list[Column]] | None:
     main = found.observations.main.name
     cells = []
     for score in found.observations.scores if found.fits else ():
-        pearson, *ranks = (_correlation(found, score, main, method) for method in ("pearson", "spearman", "kendall"))
+        pearson, *ranks = (
+            _correlation(found, score, main, method)
+            for method in ("pearson", "spearman", "kendall")
+        )
         r2 = [found.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
         numbers = map(_number, [*(rank["coefficient"] for rank in ranks), *r2])
-        cells.append((score, str(pearson["n"]), _estimate(pearson, "coefficient"), _p(pearson["p_holm"]), *numbers))
+        cells.append(
+            (
+                score,
+                str(pearson["n"]),
+                _estimate(pearson, "coefficient"),
+                _p(pearson["p_holm"]),
+                *numbers,
+            )
+        )
     headers = ("score", "models", "Pearson r", "p Holm", "Spearman", "Kendall", "R² line", "R² exp")
     return _table(f"{main} and the score, across models", headers, cells)
 
@@ -182,13 +243,37 @@ def _predictor_table(found: Findings) -> tuple[str, list[Column]] | None:
     alone = found.tables["alone"].query("score == @score").set_index("predictor")
     cells = []
     for predictor in [p.name for p in found.observations.predictors]:
-        pearson, spearman = (_correlation(found, score, predictor, method) for method in ("pearson", "spearman"))
-        corrected = found.tables["corrected"].query("score == @score and predictor == @predictor")["coefficient"]
-        numbers = spearman["coefficient"], alone["r2_left_out"][predictor], alone["r2_left_out_family"][predictor]
+        pearson, spearman = (
+            _correlation(found, score, predictor, method) for method in ("pearson", "spearman")
+        )
+        corrected = found.tables["corrected"].query("score == @score and predictor == @predictor")[
+            "coefficient"
+        ]
+        numbers = (
+            spearman["coefficient"],
+            alone["r2_left_out"][predictor],
+            alone["r2_left_out_family"][predictor],
+        )
         noiseless = corrected.iloc[0] if len(corrected) else math.nan
         ps = _p(pearson["p_bh"]), _p(pearson["p_simultaneous"])
-        cells.append((predictor, _estimate(pearson, "coefficient"), *ps, *map(_number, (noiseless, *numbers))))
-    headers = ("predictor", "Pearson r", "p BH", "p all", "without noise", "Spearman", "R² left out", "R² family left out")
+        cells.append(
+            (
+                predictor,
+                _estimate(pearson, "coefficient"),
+                *ps,
+                *map(_number, (noiseless, *numbers)),
+            )
+        )
+    headers = (
+        "predictor",
+        "Pearson r",
+        "p BH",
+        "p all",
+        "without noise",
+        "Spearman",
+        "R² left out",
+        "R² family left out",
+    )
     return _table(f"Every predictor and {score}", headers, cells)
 
 
@@ -196,13 +281,22 @@ def _rival_table(found: Findings) -> tuple[str, list[Column]] | None:
     rows = found.tables.get("comparisons", pd.DataFrame())
     if not len(rows):
         return None
-    rows = rows[(rows["score"] == found.observations.scores[-1]) & rows["p"].notna()].sort_values("second", ascending=False)
+    rows = rows[(rows["score"] == found.observations.scores[-1]) & rows["p"].notna()].sort_values(
+        "second", ascending=False
+    )
     cells = [
-        (row["other"], *map(_number, (row["first"], row["second"])), _estimate(row, "difference"), _p(row["p_holm"]))
+        (
+            row["other"],
+            *map(_number, (row["first"], row["second"])),
+            _estimate(row, "difference"),
+            _p(row["p_holm"]),
+        )
         for row in rows.to_dict("records")
     ]
     main = found.observations.main.name
-    return _table(f"{main} against each rival", ("rival", main, "rival's r", "difference", "p Holm"), cells)
+    return _table(
+        f"{main} against each rival", ("rival", main, "rival's r", "difference", "p Holm"), cells
+    )
 
 
 def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
@@ -210,7 +304,13 @@ def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
     if not len(rows) or rows["subset"].nunique() == 1:
         return None
     cells = [
-        (row["subset"], str(row["n"]), _estimate(row, "coefficient"), _p(row["p"]), _number(row["line_r2"]))
+        (
+            row["subset"],
+            str(row["n"]),
+            _estimate(row, "coefficient"),
+            _p(row["p"]),
+            _number(row["line_r2"]),
+        )
         for row in rows[rows["score"] == found.observations.scores[-1]].to_dict("records")
     ]
     title = f"Subsets: {found.observations.main.name} and {found.observations.scores[-1]}"
@@ -219,7 +319,13 @@ def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
 
 def _nested_table(found: Findings) -> tuple[str, list[Column]] | None:
     cells = [
-        (row["score"], row["given"], *map(_number, _pair(row, "r2")), _p(row["p"]), *map(_number, _pair(row, "r2_left_out")))
+        (
+            row["score"],
+            row["given"],
+            *map(_number, _pair(row, "r2")),
+            _p(row["p"]),
+            *map(_number, _pair(row, "r2_left_out")),
+        )
         for row in found.tables.get("nested", pd.DataFrame()).to_dict("records")
         if not row["reason"]
     ]
@@ -247,10 +353,14 @@ def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
         area, times = _estimate(row, "auroc"), _estimate(effect, "odds_ratio") if effect else "–"
         cells.append((row["model"], row["task"], answers, area, _p(row["p_holm"]), times))
     headers = ("model", "task", "right/wrong", "AUROC", "p Holm", "odds ratio, controlled")
-    return _table(f"{rows['predictor'].iloc[0]} and right answers, within each model", headers, cells)
+    return _table(
+        f"{rows['predictor'].iloc[0]} and right answers, within each model", headers, cells
+    )
 
 
-def _table(title: str, headers: Sequence[str], cells: Sequence[tuple[Any, ...]]) -> tuple[str, list[Column]] | None:
+def _table(
+    title: str, headers: Sequence[str], cells: Sequence[tuple[Any, ...]]
+) -> tuple[str, list[Column]] | None:
     """Title and columns; the last columns are left out first where the terminal is narrow."""
     if not cells:
         return None

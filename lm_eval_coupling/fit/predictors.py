@@ -13,7 +13,9 @@ from lm_eval_coupling.measures.registry import measures
 
 COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
 _SIZES = (*COVARIATES, "log10_compute", "n_heads", "vocab_size")
-_COUPLING = {"depth": "coupling"}  # the kind of this measure's readings; of others it is the measure's name
+_COUPLING = {
+    "depth": "coupling"
+}  # the kind of this measure's readings; of others it is the measure's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Predictor:
         return f"{name}_stderr@{rank}" if rank else f"{name}_stderr"
 
 
-def choose_predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]) -> list[Predictor]:
+def choose_predictors(
+    rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]
+) -> list[Predictor]:
     """The predictors of these rows, the one in question first.
 
     Args:
@@ -59,30 +63,49 @@ def choose_predictors(rows: pd.DataFrame, x: Sequence[str] | None, notes: list[s
                 f"got no predictor {unknown[0]!r}, expected one of {', '.join(known)} or a number of the facts"
             )
         # Whether coupling says more than size and loss is asked in any case.
-        names = [*dict.fromkeys([*x, *(name for name, p in known.items() if p.kind in ("size", "loss"))])]
+        names = [
+            *dict.fromkeys([*x, *(name for name, p in known.items() if p.kind in ("size", "loss"))])
+        ]
         chosen = [known.get(name, Predictor(name, "fact")) for name in names]
     else:
         chosen = list(known.values())
     varying = [p for p in chosen if _varies(rows, p)]
-    if rows["label"].nunique() > 1 and (same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]):
+    if rows["label"].nunique() > 1 and (
+        same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]
+    ):
         notes.append(f"the same for all models: {', '.join(same)}")
     partly = [p.name for p in varying if p.kind == "size" and rows[p.name].isna().any()]
     if partly:
         notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
-    return [chosen[0], *(p for p in varying if p != chosen[0])]  # the one in question in any case, if only to say so
+    return [
+        chosen[0],
+        *(p for p in varying if p != chosen[0]),
+    ]  # the one in question in any case, if only to say so
 
 
 def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
     """Those that the runs have, coupling at its headline rank first."""
-    ranks = sorted({int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")})
+    ranks = sorted(
+        {int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")}
+    )
     ranks.sort(key=lambda rank: rank != rows["coupling_rank"].mode()[0])
     for measure in measures().values():
         kind = _COUPLING.get(measure.name, measure.name)
         for reading in [reading for reading in measure.readings if reading.over == "prompt"]:
             at = ranks if reading.of_rank else [None]
-            names = {rank: reading.name if rank is None else f"{reading.name}@{rank}" for rank in at}
-            yield from (Predictor(name, kind, reading.sign, rank) for rank, name in names.items() if name in rows)
-    yield from (Predictor(name, "loss", sign) for name, sign in LOSSES.items() if name in rows and rows[name].notna().any())
+            names = {
+                rank: reading.name if rank is None else f"{reading.name}@{rank}" for rank in at
+            }
+            yield from (
+                Predictor(name, kind, reading.sign, rank)
+                for rank, name in names.items()
+                if name in rows
+            )
+    yield from (
+        Predictor(name, "loss", sign)
+        for name, sign in LOSSES.items()
+        if name in rows and rows[name].notna().any()
+    )
     yield from (Predictor(name, "size") for name in _SIZES if rows[name].notna().any())
 
 

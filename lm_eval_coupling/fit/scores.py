@@ -14,7 +14,9 @@ from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import proportion_error
 
-_LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])")
+_LOWER_IS_BETTER = re.compile(
+    r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])"
+)
 _LOGARITHMS = {"log10_params": "n_params", "log10_training_tokens": "training_tokens"}
 _FLOPS_PER_TOKEN = 6  # and parameter, of training
 
@@ -46,8 +48,12 @@ def scored_rows(
     _require_comparable(rows, mixed)
     notes += _differences(rows)
     rows = _with_scores(rows, score, notes)
-    sizes = {name: np.log10(rows[column].where(rows[column] > 0)) for name, column in _LOGARITHMS.items()}
-    sizes["log10_compute"] = np.log10(_FLOPS_PER_TOKEN) + sizes["log10_params"] + sizes["log10_training_tokens"]
+    sizes = {
+        name: np.log10(rows[column].where(rows[column] > 0)) for name, column in _LOGARITHMS.items()
+    }
+    sizes["log10_compute"] = (
+        np.log10(_FLOPS_PER_TOKEN) + sizes["log10_params"] + sizes["log10_training_tokens"]
+    )
     return pd.concat([rows, pd.DataFrame(sizes, rows.index)], axis=1)
 
 
@@ -64,7 +70,9 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
     """Groups that have a score of their own, and tasks that are in none of these."""
     keys = list(zip(runs["file"], runs["task"], strict=True))
     above = dict(zip(keys, runs["group"], strict=True))
-    scored = {key for key, has in zip(keys, runs["is_group"] & runs["metric"].notna(), strict=True) if has}
+    scored = {
+        key for key, has in zip(keys, runs["is_group"] & runs["metric"].notna(), strict=True) if has
+    }
 
     def beneath(file: str, task: str) -> bool:
         line = [task]
@@ -73,7 +81,10 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
         return any((file, group) in scored for group in line[1:])
 
     groups = runs["is_group"].tolist()
-    return [(key in scored or not group) and not beneath(*key) for key, group in zip(keys, groups, strict=True)]
+    return [
+        (key in scored or not group) and not beneath(*key)
+        for key, group in zip(keys, groups, strict=True)
+    ]
 
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +95,9 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Predictors are compared over the same models: those without coupling stay out."""
     measured = rows["measured"] > 0
     if not measured.any():
-        raise CouplingError("got runs without coupling only; evaluate the models with --model coupling-hf")
+        raise CouplingError(
+            "got runs without coupling only; evaluate the models with --model coupling-hf"
+        )
     if without := sorted(set(rows["label"]) - set(rows["label"][measured])):
         notes.append(f"without coupling and left out: {some(without)}")
     if interrupted := sorted(set(rows["label"][rows["interrupted"] & measured])):
@@ -94,11 +107,16 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
     _require_one_way_of_prompting(rows, mixed)
-    for column, what in (("n_fewshot", "few-shot examples"), ("task_version", "as version of the task")):
+    for column, what in (
+        ("n_fewshot", "few-shot examples"),
+        ("task_version", "as version of the task"),
+    ):
         for task, group in rows.groupby("task", sort=False):
             values = group.dropna(subset=column).drop_duplicates(column)
             if len(values) > 1 and mixed == "refuse":
-                (first, file), (second, other) = values[[column, "file"]].iloc[:2].itertuples(index=False)
+                (first, file), (second, other) = (
+                    values[[column, "file"]].iloc[:2].itertuples(index=False)
+                )
                 raise CouplingError(
                     f"got {task} with {first:g} and {second:g} {what} ({file} and {other}), whose scores do not compare; "
                     "give runs made alike, choose other tasks, or pass mixed='keep' (--mixed keep)"
@@ -107,7 +125,9 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
 
 def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
     """A model with and without a chat template is one model, not two: with ``keep`` each counts under a label of its own."""
-    weights = [rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")]
+    weights = [
+        rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")
+    ]
     for (model, *_, task), group in rows.groupby(weights, sort=False):
         if len(told := differing(group["prompting"].unique())) > 1 and mixed == "refuse":
             ways = " and ".join(words or "without" for words in told.values())
@@ -127,7 +147,9 @@ def _differences(rows: pd.DataFrame) -> list[str]:
         if differ.any():
             notes.append(f"models differ in the {what} of {some(differ.index[differ])}")
     versions = sorted(set(rows["lm_eval_version"].dropna()))
-    return [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
+    return (
+        [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes
+    )
 
 
 def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd.DataFrame:
@@ -151,8 +173,12 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
             )
         )
     if not scored:
-        metrics = sorted({name for name in rows.columns if is_score(name) and rows[name].notna().any()})
-        raise CouplingError(f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}")
+        metrics = sorted(
+            {name for name in rows.columns if is_score(name) and rows[name].notna().any()}
+        )
+        raise CouplingError(
+            f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}"
+        )
     return pd.concat(scored)
 
 
@@ -170,11 +196,15 @@ def _is_lower_better(group: pd.DataFrame, metric: str, notes: list[str]) -> bool
     found = {direction for direction in known if direction is not None}
     if len(found) > 1:
         first, other = (group["file"].iloc[known.index(direction)] for direction in (True, False))
-        raise CouplingError(f"got {name}, better when higher in {first} and when lower in {other}; choose another score")
+        raise CouplingError(
+            f"got {name}, better when higher in {first} and when lower in {other}; choose another score"
+        )
     if found:
         return not found.pop()
     lower = bool(_LOWER_IS_BETTER.search(metric))
-    notes.append(f"lm-eval does not say whether {name} is better when higher; taken as {'lower' if lower else 'higher'}")
+    notes.append(
+        f"lm-eval does not say whether {name} is better when higher; taken as {'lower' if lower else 'higher'}"
+    )
     return lower
 
 
@@ -189,7 +219,10 @@ def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
 def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Series:
     """lm-eval's standard error of a proportion of 0 or 1 is 0, as if it were known exactly."""
     proportion = (error == 0) & score.between(0, 1) & (n > 0)
-    known = score.where(proportion, 0.5), n.where(proportion, 1)  # anything valid where it is not used
+    known = (
+        score.where(proportion, 0.5),
+        n.where(proportion, 1),
+    )  # anything valid where it is not used
     return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
 
 

@@ -42,6 +42,8 @@ def along_training(
     }
 
 
-def _levels_and_changes(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _levels_and_changes(
+    x: np.ndarray, y: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     yield "levels", x, y
     yield "changes", np.diff(x), np.diff(y)

@@ -16,8 +16,8 @@ import pandas as pd
 
 from lm_eval_coupling.fit.across import table
 from lm_eval_coupling.fit.losses import margin_of, right_choice
-from lm_eval_coupling.saved.run import SavedRun
 from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.values import prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
@@ -59,18 +59,26 @@ def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _documents(prompts: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str) -> pd.DataFrame:
+def _documents(
+    prompts: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str
+) -> pd.DataFrame:
     values = prompts[value_names(prompts)].assign(prompt_tokens=prompts["n_tokens"])
     documents = values.groupby([prompts["task"], prompts["doc_hash"]]).mean().reset_index()
     found = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
     score = [answer.get("scores", {}).get(metric, math.nan) for answer in found]
-    score = pd.Series([answer.get("scores", {}).get(metric, math.nan) for answer in found], dtype=float)
-    plain = score.dropna().isin((0, 1)).all()  # unlike, for instance, the probability of all true answers
+    score = pd.Series(
+        [answer.get("scores", {}).get(metric, math.nan) for answer in found], dtype=float
+    )
+    plain = (
+        score.dropna().isin((0, 1)).all()
+    )  # unlike, for instance, the probability of all true answers
     right = score if plain else score * math.nan
     options = [answer.get("options", ()) for answer in found]
     expected = [answer.get("expected") for answer in found]
     margin = [_margin(*given) for given in zip(options, expected, right, strict=True)]
-    return documents.assign(score=score, right=right, confidence=list(map(_confidence, options)), margin=margin)
+    return documents.assign(
+        score=score, right=right, confidence=list(map(_confidence, options)), margin=margin
+    )
 
 
 def _confidence(options: Sequence[tuple[str, float]]) -> float:
@@ -101,11 +109,16 @@ def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str
     for model, group in documents.groupby("model", sort=False):
         for predictor in predictors:
             by_task, pooled = auroc_within(group, predictor, "right", "task")
-            for task, found in {**by_task, **({POOLED: pooled} if len(by_task) > 1 else {})}.items():
+            for task, found in {
+                **by_task,
+                **({POOLED: pooled} if len(by_task) > 1 else {}),
+            }.items():
                 results[model, task, predictor] = found
     if documents["model"].nunique() > 1:
         for predictor in predictors:
-            results[TOGETHER, POOLED, predictor] = auroc_together(documents, predictor, "right", **_COLUMNS)
+            results[TOGETHER, POOLED, predictor] = auroc_together(
+                documents, predictor, "right", **_COLUMNS
+            )
     return results
 
 
@@ -124,7 +137,9 @@ def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
     return rows
 
 
-def logistics(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str, str], LogisticEffect]:
+def logistics(
+    documents: pd.DataFrame, predictors: Sequence[str]
+) -> dict[tuple[str, str, str, str], LogisticEffect]:
     """By model, task, predictor and what is held fixed: nothing, or prompt length and, where known, confidence."""
     results = {}
     for (model, task), group in _by_task_and_pooled(documents):
@@ -142,7 +157,9 @@ def logistics(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[
     return results | _odds_together(documents.dropna(subset="right"), predictors[0])
 
 
-def _odds_together(documents: pd.DataFrame, predictor: str) -> dict[tuple[str, str, str, str], LogisticEffect]:
+def _odds_together(
+    documents: pd.DataFrame, predictor: str
+) -> dict[tuple[str, str, str, str], LogisticEffect]:
     """Of the main predictor alone: with a level for every task of every model these regressions are large."""
     if documents["model"].nunique() < 2:
         return {}
@@ -155,10 +172,14 @@ def _odds_together(documents: pd.DataFrame, predictor: str) -> dict[tuple[str, s
     }
 
 
-def graded(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str, str], Correlation]:
+def graded(
+    documents: pd.DataFrame, predictors: Sequence[str]
+) -> dict[tuple[str, str, str, str], Correlation]:
     """Spearman with the margin and with the score, within tasks. By model, task, predictor and which of the two."""
     return {
-        (model, task, predictor, of): correlation_within(group, predictor, of, "task", method="spearman")
+        (model, task, predictor, of): correlation_within(
+            group, predictor, of, "task", method="spearman"
+        )
         for (model, task), group in _by_task_and_pooled(documents)
         for predictor in predictors
         for of in ("margin", "score")
@@ -170,7 +191,9 @@ def calibration(documents: pd.DataFrame, predictor: str) -> pd.DataFrame:
     """Share of right answers in bins of the predictor, by model and task."""
     known = documents.dropna(subset=["right", predictor])
     parts = [
-        accuracy_by_bin(group[predictor], group["right"], bins=BINS).assign(model=model, task=task, predictor=predictor)
+        accuracy_by_bin(group[predictor], group["right"], bins=BINS).assign(
+            model=model, task=task, predictor=predictor
+        )
         for (model, task), group in known.groupby(["model", "task"], sort=False)
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from lm_eval_coupling.measuring.rows import DocumentKey
+from lm_eval_coupling.runs.rows import DocumentKey
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Requested:
             groups, tasks = _handle_back_comp(dict(task_dict))
         inner = {g.name for group in groups.values() for g in group.get_all_groups()}
         roots: list[Any] = [_nested(group) for name, group in groups.items() if name not in inner]
-        members = {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
+        members = {
+            name: [task.task_name for task in group.get_all_tasks()]
+            for name, group in groups.items()
+        }
         grouped = {name for names in members.values() for name in names}
         return cls(dict(tasks), roots + [name for name in tasks if name not in grouped], members)
 
@@ -59,11 +62,15 @@ class Requested:
 
 def doc_hash(doc: Any) -> str:
     """lm-eval's own hash of a document: what samples and tables are joined on."""
-    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    return hash_string(
+        json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    )
 
 
 def _nested(group: Any) -> list[Any]:
-    return [member.task_name if hasattr(member, "task_name") else _nested(member) for member in group]
+    return [
+        member.task_name if hasattr(member, "task_name") else _nested(member) for member in group
+    ]
 
 
 def _documents(name: str, task: Any) -> Iterable[Document]:

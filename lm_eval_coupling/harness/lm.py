@@ -14,24 +14,26 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.harness.documents import Document, Requested
-from lm_eval_coupling.harness.options import Options, has_revisions
-from lm_eval_coupling.harness.prompt_identity import prompt_identity
+from lm_eval_coupling.harness.identity import prompt_identity
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
-from lm_eval_coupling.harness.results import CouplingInfo, add_to_results, with_logged_ids
-from lm_eval_coupling.harness.sampling import choose
 from lm_eval_coupling.harness.tokenizers import told_apart
-from lm_eval_coupling.measuring.provenance import about_measurement, about_model, about_software
-from lm_eval_coupling.measuring.rows import DocumentKey, Row, reasons
-from lm_eval_coupling.measuring.session import Measured, Session, Subject
-from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
 from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.runs.options import Options, has_revisions
+from lm_eval_coupling.runs.provenance import about_measurement, about_model, about_software
+from lm_eval_coupling.runs.results import CouplingInfo, add_to_results, with_logged_ids
+from lm_eval_coupling.runs.rows import DocumentKey, Row, reasons
+from lm_eval_coupling.runs.sampling import choose
+from lm_eval_coupling.runs.session import Measured, Session, Subject
+from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 from lm_eval_coupling.saved.prompting import encoding
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
-logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
+logger = logging.getLogger(
+    "lm_eval.coupling"
+)  # below lm-eval's own, so that its verbosity and handler apply
 
 
 _UNLESS_GIVEN = "cuda:0"  # lm-eval's command says so where no device is given; HFLM takes the CPU if there is no GPU
@@ -40,9 +42,14 @@ _UNLESS_GIVEN = "cuda:0"  # lm-eval's command says so where no device is given; 
 def _device_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The device that HFLM loads the model on: as it was given, if this machine has it, else the best there is."""
     device = arguments.get("device")
-    if not isinstance(arguments["pretrained"], str) or (device == _UNLESS_GIVEN and not torch.cuda.is_available()):
+    if not isinstance(arguments["pretrained"], str) or (
+        device == _UNLESS_GIVEN and not torch.cuda.is_available()
+    ):
         return {}
-    if device is None or str(device).split(":")[0] in ("cuda", "mps"):  # HFLM would end in an error of torch's
+    if device is None or str(device).split(":")[0] in (
+        "cuda",
+        "mps",
+    ):  # HFLM would end in an error of torch's
         return {"device": str(device_named(device))}
     return {}
 
@@ -67,7 +74,11 @@ class CouplingLM(HFLM):
         plugin.install()
         arguments = {"pretrained": pretrained, **kwargs}
         options = self.coupling_options = Options.take_from(arguments)
-        store = MeasurementStore(options.store or default_store_path()) if options.measures_anything else None
+        store = (
+            MeasurementStore(options.store or default_store_path())
+            if options.measures_anything
+            else None
+        )
         super().__init__(**arguments | _device_of(arguments))
         self.encoding = encoding(arguments | {"tokenizer": told_apart(arguments, self._model)})
         self._split_data_without_gpus()
@@ -83,9 +94,14 @@ class CouplingLM(HFLM):
             super()._get_config(*args, **kwargs)
         except (OSError, ValueError) as error:
             what = f"model {args[0] if args else kwargs.get('pretrained')!r}, revision {kwargs.get('revision', 'main')!r}"
-            raise CouplingError(f"got {what}, which transformers cannot load: {' '.join(str(error).split())}") from error
+            raise CouplingError(
+                f"got {what}, which transformers cannot load: {' '.join(str(error).split())}"
+            ) from error
         config = self._config.get_text_config()
-        d_model, n_layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+        d_model, n_layers = (
+            getattr(config, "hidden_size", None),
+            getattr(config, "num_hidden_layers", None),
+        )
         if self.coupling_options.measures_anything and d_model and n_layers:
             self.coupling_options.settings.check_shape(d_model, n_layers)
 
@@ -102,7 +118,9 @@ class CouplingLM(HFLM):
                 f"got a {self.backend} model, expected a decoder-only one; use --model hf or coupling_limit=0"
             )
         if self._device.type == "mps" and options.settings.dtype == "float64":
-            raise CouplingError("got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu")
+            raise CouplingError(
+                "got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu"
+            )
         trained = ResidualModel.wrap(self._model, self.tokenizer)
         options.settings.check_shape(trained.d_model, trained.n_layers)
         subjects = [Subject(TRAINED, trained)]
@@ -110,14 +128,21 @@ class CouplingLM(HFLM):
             twin = untrained_twin(self._model, options.untrained)
             subjects.append(Subject(UNTRAINED, ResidualModel.wrap(twin, self.tokenizer)))
         return Session(
-            subjects=subjects, settings=options.settings, position=options.position, store=store, quiet=self.rank != 0
+            subjects=subjects,
+            settings=options.settings,
+            position=options.position,
+            store=store,
+            quiet=self.rank != 0,
         )
 
     def _follow_the_weights(self) -> None:
         """A model that is trained, adapted or reloaded between two evaluations is another one, and measured as such."""
         assert self.session is not None  # whoever measures nothing has returned
         if (change := self.session.trained.model.change()) is not None:
-            logger.info("coupling: %s has changed since the model was last looked at; it is taken as another model", change)
+            logger.info(
+                "coupling: %s has changed since the model was last looked at; it is taken as another model",
+                change,
+            )
             self.session = self._open_session(self.session.store)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -125,7 +150,10 @@ class CouplingLM(HFLM):
         return super().get_model_info() | ({"coupling": self.coupling_info} if self.session else {})
 
     def record_coupling(
-        self, task_dict: Mapping[str, Any], results: dict[str, Any] | None, how: Mapping[str, Any] | None = None
+        self,
+        task_dict: Mapping[str, Any],
+        results: dict[str, Any] | None,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
         """Measure the chosen documents of an evaluation that has just been scored, and add the values to its results.
 
@@ -155,11 +183,19 @@ class CouplingLM(HFLM):
         if info["interrupted"]:
             plugin.interrupted.set()
         elif chosen and not info["measured"]:
-            logger.error("coupling: none of %d documents could be measured: %s", len(chosen), reasons(info.rows))
+            logger.error(
+                "coupling: none of %d documents could be measured: %s",
+                len(chosen),
+                reasons(info.rows),
+            )
         elif info["failed"]:
-            logger.warning("coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows))
+            logger.warning(
+                "coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows)
+            )
 
-    def _chosen(self, ranks: Ranks, requested: Requested) -> tuple[set[DocumentKey], list[Document]]:
+    def _chosen(
+        self, ranks: Ranks, requested: Requested
+    ) -> tuple[set[DocumentKey], list[Document]]:
         """All documents that are to be measured, and those of this process."""
         documents: list[Document] = []
 
@@ -169,7 +205,12 @@ class CouplingLM(HFLM):
             return [document.key for document in documents]
 
         by_rank = ranks.everywhere(keys)
-        chosen = choose(chain(*by_rank), requested.roots, self.coupling_options.limit, self.coupling_options.seed)
+        chosen = choose(
+            chain(*by_rank),
+            requested.roots,
+            self.coupling_options.limit,
+            self.coupling_options.seed,
+        )
         elsewhere = set(chain(*by_rank[: self.rank]))
         return chosen, [d for d in documents if d.key in chosen and d.key not in elsewhere]
 
@@ -182,10 +223,16 @@ class CouplingLM(HFLM):
         prompts = [prompt.tokens for _, _, prompt in self._with_prompts(documents)]
         told = self.session.try_one(prompts) if prompts and self.session is not None else []
         if self.rank == 0:
-            print("\n".join([f"Dry run: {len(chosen)} documents would be measured; on this process", *told]))
+            print(
+                "\n".join(
+                    [f"Dry run: {len(chosen)} documents would be measured; on this process", *told]
+                )
+            )
         raise SystemExit(0)
 
-    def measure(self, prompts: Sequence[tuple[Document, int, Prompt]]) -> tuple[list[Row], dict[str, Any]]:
+    def measure(
+        self, prompts: Sequence[tuple[Document, int, Prompt]]
+    ) -> tuple[list[Row], dict[str, Any]]:
         """Measure prompts, each with its document and its number there.
 
         Returns:
@@ -210,16 +257,35 @@ class CouplingLM(HFLM):
         return rows, {"reused": reused, "interrupted": interrupted}
 
     def _with_prompts(self, documents: Sequence[Document]) -> list[tuple[Document, int, Prompt]]:
-        return [(document, index, prompt) for document in documents for index, prompt in enumerate(self._prompts(document))]
+        return [
+            (document, index, prompt)
+            for document in documents
+            for index, prompt in enumerate(self._prompts(document))
+        ]
 
     def _prompts(self, document: Document) -> list[Prompt]:
         try:
-            return document_prompts(self, document.requests, document.target, self.coupling_options.prompt)
+            return document_prompts(
+                self, document.requests, document.target, self.coupling_options.prompt
+            )
         except Exception as error:
-            logger.warning("coupling: no prompt for document %s of %s: %s", document.doc_id, document.key.task, error)
+            logger.warning(
+                "coupling: no prompt for document %s of %s: %s",
+                document.doc_id,
+                document.key.task,
+                error,
+            )
             return []
 
-    def _row(self, document: Document, index: int, prompt: Prompt, weights: str, measured: Measured, place: int) -> Row:
+    def _row(
+        self,
+        document: Document,
+        index: int,
+        prompt: Prompt,
+        weights: str,
+        measured: Measured,
+        place: int,
+    ) -> Row:
         return Row(
             document=document.key,
             doc_id=document.doc_id,
@@ -233,27 +299,41 @@ class CouplingLM(HFLM):
         )
 
     def _info(
-        self, parts: list[Part], requested: Requested, results: Mapping[str, Any], how: Mapping[str, Any]
+        self,
+        parts: list[Part],
+        requested: Requested,
+        results: Mapping[str, Any],
+        how: Mapping[str, Any],
     ) -> CouplingInfo:
         """What all processes found, with how it came about."""
         for rank, part in enumerate(parts):
             if part.error:
-                logger.error("coupling: process %d failed, its documents are not measured: %s", rank, part.error)
+                logger.error(
+                    "coupling: process %d failed, its documents are not measured: %s",
+                    rank,
+                    part.error,
+                )
         found = [part.found for part in parts if part.error is None]
         samples = how.get("samples") or {}
         rows = with_logged_ids([row for rows, _ in found for row in rows], results, samples)
         facts = self.about_run(rows, requested.tasks, [counts for _, counts in found])
         tasks = requested.tasks.items()
-        facts["prompts"] = {name: prompt_identity(self, task, samples.get(name), how) for name, task in tasks}
+        facts["prompts"] = {
+            name: prompt_identity(self, task, samples.get(name), how) for name, task in tasks
+        }
         return CouplingInfo(facts, rows, self.coupling_options.out)
 
     @property
     def _revision(self) -> str:
         """That of the weights; a model that was given as one is of the revision that it is said to be."""
-        named = not isinstance(self.pretrained, str) or has_revisions(self.pretrained, self.peft, self.delta)
+        named = not isinstance(self.pretrained, str) or has_revisions(
+            self.pretrained, self.peft, self.delta
+        )
         return self.revision if named else "main"
 
-    def about_run(self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def about_run(
+        self, rows: Sequence[Row], tasks: Iterable[str], counts: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """What results and tables say of these rows and of how they came about; ``counts`` are those of every process."""
         options = self.coupling_options
         facts = about_software() | {
@@ -262,7 +342,9 @@ class CouplingLM(HFLM):
             "revision": self._revision,
         }
         assert self.session is not None
-        facts |= about_model(self.session, self.model.config) | about_measurement(rows, tasks, options.settings.ranks)
+        facts |= about_model(self.session, self.model.config) | about_measurement(
+            rows, tasks, options.settings.ranks
+        )
         if UNTRAINED in facts:
             facts[UNTRAINED]["seed"] = options.untrained
         return facts | {

@@ -84,5 +84,8 @@ def _contents(cell: CellType) -> Any:
 
 
 def _instructions(code: CodeType) -> list[Any]:
-    constants = [_instructions(part) if isinstance(part, CodeType) else plain(part) for part in code.co_consts]
+    constants = [
+        _instructions(part) if isinstance(part, CodeType) else plain(part)
+        for part in code.co_consts
+    ]
     return [code.co_code.hex(), list(code.co_names), constants]

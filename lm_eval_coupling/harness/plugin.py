@@ -22,7 +22,9 @@ MODEL = "coupling-hf"
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 
 interrupted = threading.Event()  # by Ctrl-C while it measured, in the run that has just ended
-logger = logging.getLogger("lm_eval.coupling")  # below lm-eval's own, so that its verbosity and handler apply
+logger = logging.getLogger(
+    "lm_eval.coupling"
+)  # below lm-eval's own, so that its verbosity and handler apply
 
 
 class DryRun(Exception):
@@ -44,10 +46,14 @@ def after_import(module: Any) -> None:
     try:
         _STEPS[module.__name__](module)
     except Exception as error:
-        logger.warning("lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error)
+        logger.warning(
+            "lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error
+        )
 
 
-def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(
+    owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     """Replace a function of a module or class by ``around(it)``, once; what is reloaded has lost it and gets it again.
 
     Of a decorated function the one inside is replaced, so that names bound to it before (``from lm_eval import evaluate``)
@@ -70,7 +76,9 @@ def _decorated_by(function: Any) -> Any:
     """Where a decorator keeps the function that it was put on; None for a plain function."""
     inside = getattr(function, "__wrapped__", None)
     cells = getattr(function, "__closure__", None) or ()
-    return next((cell for cell in cells if inside is not None and cell.cell_contents is inside), None)
+    return next(
+        (cell for cell in cells if inside is not None and cell.cell_contents is inside), None
+    )
 
 
 def require_writable(folder: Path) -> None:
@@ -111,7 +119,13 @@ def _add_tasks(manager: Any) -> None:
             **kwargs: Any,
         ) -> None:
             ours = [tasks_folder()] if include_defaults else []
-            theirs = include_path if isinstance(include_path, (list, tuple)) else [include_path] if include_path else []
+            theirs = (
+                include_path
+                if isinstance(include_path, (list, tuple))
+                else [include_path]
+                if include_path
+                else []
+            )
             original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
             self.include_path = include_path
 
@@ -127,7 +141,7 @@ def _refuse_early(config: Any) -> None:
         def from_cli_checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
             found = from_cli(cls, *args, **kwargs)
             if found.model == MODEL:
-                from lm_eval_coupling.harness.options import Options
+                from lm_eval_coupling.runs.options import Options
 
                 Options.take_from(dict(found.model_args or {}))
                 _require_output(found.output_path)
@@ -143,7 +157,9 @@ def _record_after_scoring(evaluator: Any) -> None:
         signature = inspect.signature(evaluate)
 
         def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
-            record = getattr(getattr(lm, "lm", lm), "record_coupling", None)  # a CachingLM holds the model in .lm
+            record = getattr(
+                getattr(lm, "lm", lm), "record_coupling", None
+            )  # a CachingLM holds the model in .lm
             try:
                 results = evaluate(lm, task_dict, *args, **kwargs)
             except DryRun:
@@ -155,7 +171,9 @@ def _record_after_scoring(evaluator: Any) -> None:
                     record(task_dict, results, how.arguments)
                 except Exception:
                     logger.exception("coupling was not recorded; the scores are complete")
-                _write_tables(results, None, _now())  # into coupling_out; who saves the results writes them with its date
+                _write_tables(
+                    results, None, _now()
+                )  # into coupling_out; who saves the results writes them with its date
             return results
 
         return evaluate_and_record
@@ -176,7 +194,9 @@ def _write_tables_with_results(tracking: Any) -> None:
     def with_tables(save: Callable) -> Callable:
         def save_results_aggregated(self: Any, results: Any, samples: Any = None) -> None:
             save(self, results, samples)
-            _write_tables(results, _results_folder(self), getattr(self, "date_id", _now()))  # no date where nothing is saved
+            _write_tables(
+                results, _results_folder(self), getattr(self, "date_id", _now())
+            )  # no date where nothing is saved
 
         return save_results_aggregated
 
@@ -187,7 +207,10 @@ def _results_folder(tracker: Any) -> Path | None:
     """Where a tracker writes results; it takes the name of a JSON file for one in its folder."""
     if not tracker.output_path:
         return None
-    path, model = Path(tracker.output_path), str(tracker.general_config_tracker.model_name_sanitized)
+    path, model = (
+        Path(tracker.output_path),
+        str(tracker.general_config_tracker.model_name_sanitized),
+    )
     return path.parent if path.suffix == ".json" else path / model
 
 
@@ -201,7 +224,9 @@ def _close_under_the_table(utils: Any) -> None:
     """lm-eval prints one table, and one of groups where there are some: ours come under the last."""
 
     def with_closing(make_table: Callable) -> Callable:
-        def make_table_and_close(result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any) -> Any:
+        def make_table_and_close(
+            result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any
+        ) -> Any:
             table = make_table(result_dict, column, *args, **kwargs)
             last = "groups" if "groups" in result_dict else "results"
             closing = getattr(_carried(result_dict), "closing", None)

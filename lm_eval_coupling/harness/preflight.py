@@ -20,7 +20,7 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness import plugin
-from lm_eval_coupling.harness.options import Options
+from lm_eval_coupling.runs.options import Options
 
 
 def main(question: Path, answer: Path) -> None:
@@ -35,16 +35,29 @@ def main(question: Path, answer: Path) -> None:
     problems: list[str] = []
     given = asked["lm_eval"].get("include_path") or []
     include = given if isinstance(given, list) else [given]
-    problems += [f"got lm_eval.include_path: {path!r}, which is no folder" for path in include if not Path(path).is_dir()]
+    problems += [
+        f"got lm_eval.include_path: {path!r}, which is no folder"
+        for path in include
+        if not Path(path).is_dir()
+    ]
     manager = TaskManager(include_path=[*include])
     problems += _tasks(manager, [name for name, _ in asked["tasks"]])
     problems += [*_lm_eval(asked["lm_eval"]), *_coupling(asked["coupling"])]
     if asked["lm_eval"].get("trust_remote_code"):  # which lm-eval hands on to the model
-        asked["models"] = [{**m, "arguments": {"trust_remote_code": True, **m["arguments"]}} for m in asked["models"]]
-    models, of_models = preflight_models.check(asked["models"], asked["coupling"], offline=asked["offline"])
+        asked["models"] = [
+            {**m, "arguments": {"trust_remote_code": True, **m["arguments"]}}
+            for m in asked["models"]
+        ]
+    models, of_models = preflight_models.check(
+        asked["models"], asked["coupling"], offline=asked["offline"]
+    )
     problems += of_models
     if not problems:
-        _override(manager, {name: shots for name, shots in asked["tasks"] if shots is not None}, Path(asked["overrides"]))
+        _override(
+            manager,
+            {name: shots for name, shots in asked["tasks"] if shots is not None},
+            Path(asked["overrides"]),
+        )
         if asked["download"]:
             problems += _download(TaskManager(include_path=[*include, asked["overrides"]]), asked)
     answer.write_text(json.dumps({"problems": problems, "models": models}), encoding="utf-8")
@@ -76,8 +89,17 @@ def _leaves(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) ->
     if entry.kind.name != "GROUP":
         return {name}
     children = (entry.cfg or {}).get("task") or []
-    named = [c if isinstance(c, str) else c.get("task") or c.get("group") for c in children if isinstance(c, str | dict)]
-    return {leaf for child in named if isinstance(child, str) for leaf in _leaves(index, child, (*above, name))}
+    named = [
+        c if isinstance(c, str) else c.get("task") or c.get("group")
+        for c in children
+        if isinstance(c, str | dict)
+    ]
+    return {
+        leaf
+        for child in named
+        if isinstance(child, str)
+        for leaf in _leaves(index, child, (*above, name))
+    }
 
 
 def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
@@ -87,16 +109,27 @@ def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
     unknown = [name for name in given if name not in known]
     for name in unknown:
         yield f"got lm_eval.{name}, which lm-eval does not know; did you mean {nearest(name, known)}?"
-    for name, expected in (("limit", "a number"), ("num_fewshot", "a whole number"), ("max_batch_size", "a whole number")):
+    for name, expected in (
+        ("limit", "a number"),
+        ("num_fewshot", "a whole number"),
+        ("max_batch_size", "a whole number"),
+    ):
         value = given.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float if name == "limit" else int)):
+        if value is not None and (
+            isinstance(value, bool)
+            or not isinstance(value, int | float if name == "limit" else int)
+        ):
             yield f"got lm_eval.{name}: {value!r}, expected {expected}"
     size = given.get("batch_size", 1)
-    if not (isinstance(size, int) and size > 0) and not (isinstance(size, str) and size.removeprefix("auto") != size):
+    if not (isinstance(size, int) and size > 0) and not (
+        isinstance(size, str) and size.removeprefix("auto") != size
+    ):
         yield f"got lm_eval.batch_size: {size!r}, expected a whole number of 1 or more, or auto"
     if not unknown:
         try:
-            EvaluatorConfig(**{**given, "tasks": ["-"], "output_path": "-", "model_args": {}})._configure()
+            EvaluatorConfig(
+                **{**given, "tasks": ["-"], "output_path": "-", "model_args": {}}
+            )._configure()
         except (ValueError, TypeError) as error:
             yield f"got lm_eval as lm-eval refuses it: {' '.join(str(error).split())}"
 
@@ -130,7 +163,12 @@ def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:
         for entry in _entries(manager, name):
             kind = "group" if entry.kind.name == "GROUP" else "task"
             # Without its tags: the index would else know the tag for this task alone.
-            made = {"include": str(Path(entry.yaml_path).resolve()), kind: entry.name, "tag": None, "num_fewshot": number}
+            made = {
+                "include": str(Path(entry.yaml_path).resolve()),
+                kind: entry.name,
+                "tag": None,
+                "num_fewshot": number,
+            }
             file = folder / f"{entry.name.replace('/', '-')}.yaml"
             file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
 
@@ -138,13 +176,19 @@ def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:
 def _entries(manager: Any, name: str) -> Iterable[Any]:
     for match in manager.match_tasks([name]):
         entry = manager.task_index[match]
-        yield from (manager.task_index[tagged] for tagged in sorted(entry.tags)) if entry.kind.name == "TAG" else [entry]
+        yield from (
+            (manager.task_index[tagged] for tagged in sorted(entry.tags))
+            if entry.kind.name == "TAG"
+            else [entry]
+        )
 
 
 def _download(manager: Any, asked: Mapping[str, Any]) -> Iterator[str]:
     from lm_eval_coupling.harness import preflight_models
 
-    for name in [match for task, _ in asked["tasks"] for match in manager.match_tasks([task]) or [task]]:
+    for name in [
+        match for task, _ in asked["tasks"] for match in manager.match_tasks([task]) or [task]
+    ]:
         print(f"data of {name} …", file=sys.stderr, flush=True)
         try:
             manager.load([name])

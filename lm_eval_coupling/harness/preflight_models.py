@@ -12,15 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
-from lm_eval_coupling.harness.options import PREFIX, Options, has_revisions, names_a_folder
+from lm_eval_coupling.runs.options import PREFIX, Options, has_revisions, names_a_folder
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
 _FROM_PRETRAINED = [
-    *("attn_implementation", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage"),
-    *("device_map", "max_memory", "offload_folder", "variant", "use_safetensors", "token", "experts_implementation"),
+    *(
+        "attn_implementation",
+        "torch_dtype",
+        "quantization_config",
+        "load_in_4bit",
+        "load_in_8bit",
+        "low_cpu_mem_usage",
+    ),
+    *(
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "variant",
+        "use_safetensors",
+        "token",
+        "experts_implementation",
+    ),
 ]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-_LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite", "training_args.bin")
+_LEFT_OUT = (
+    "original/*",
+    "onnx/*",
+    "consolidated*",
+    "*.msgpack",
+    "*.h5",
+    "*.ot",
+    "*.onnx",
+    "*.tflite",
+    "training_args.bin",
+)
 
 
 def check(
@@ -38,7 +63,9 @@ def check(
     return facts, problems
 
 
-def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) -> tuple[dict[str, Any], list[str]]:
+def _look(
+    asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool
+) -> tuple[dict[str, Any], list[str]]:
     model, arguments = asked["model"], asked["arguments"]
     wrong = [*_place(model, arguments)]
     wrong = [*_arguments(model, arguments, coupling, there=not wrong), *wrong]
@@ -51,8 +78,12 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
         return {}, wrong
     try:
         config = _config(model, asked["revisions"][0], arguments)
-    except Exception as error:  # transformers, the hub and the model's own code raise what they like
-        return {}, [f"got the model {model}, which transformers cannot load: {str(error).strip().splitlines()[0]}"]
+    except (
+        Exception
+    ) as error:  # transformers, the hub and the model's own code raise what they like
+        return {}, [
+            f"got the model {model}, which transformers cannot load: {str(error).strip().splitlines()[0]}"
+        ]
     text = config.get_text_config()
     width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     wrong = [*_shape(model, config, width, depth, coupling)]
@@ -64,7 +95,9 @@ def _look(asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool) 
     }, wrong
 
 
-def _arguments(model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any], there: bool) -> Iterator[str]:
+def _arguments(
+    model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any], there: bool
+) -> Iterator[str]:
     """What is wrong with the arguments; that a model is not ``there`` is told elsewhere."""
     from lm_eval.models.huggingface import HFLM
 
@@ -117,7 +150,9 @@ def _revisions(model: str, revisions: Sequence[str], offline: bool) -> Iterator[
     if not unseen:
         return
     if offline:
-        missing = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        missing = ", ".join(unseen[:3]) + (
+            f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+        )
         yield f"got the model {model}, of which {missing} is not in the cache, with the hub switched off; --download first"
         return
     if unseen == ["main"]:
@@ -131,7 +166,9 @@ def _revisions(model: str, revisions: Sequence[str], offline: bool) -> Iterator[
         return
     names = [ref.name for ref in [*refs.branches, *refs.tags]]
     for revision in unseen:
-        if revision not in names and not (len(revision) == 40 and set(revision) <= set("0123456789abcdef")):
+        if revision not in names and not (
+            len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+        ):
             yield f"got revision {revision} of {model}, which it does not have; did you mean {nearest(revision, names)}?"
 
 
@@ -139,12 +176,16 @@ def _config(model: str, revision: str, arguments: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     further = {
-        name: arguments[name] for name in ("trust_remote_code", "subfolder", "gguf_file", "token") if name in arguments
+        name: arguments[name]
+        for name in ("trust_remote_code", "subfolder", "gguf_file", "token")
+        if name in arguments
     }
     return AutoConfig.from_pretrained(model, revision=revision, **further)
 
 
-def _shape(model: str, config: Any, width: Any, depth: Any, coupling: Mapping[str, Any]) -> Iterator[str]:
+def _shape(
+    model: str, config: Any, width: Any, depth: Any, coupling: Mapping[str, Any]
+) -> Iterator[str]:
     if getattr(config, "is_encoder_decoder", False):
         yield f"got the model {model}, an encoder-decoder, expected a decoder-only one"
         return
@@ -197,7 +238,9 @@ def download(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def needed(names: Sequence[str]) -> list[str]:
     """Of the files of a repository those that transformers loads: safetensors where there are any, else other weights."""
-    kept = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OUT)]
+    kept = [
+        name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OUT)
+    ]
     if any(name.endswith(".safetensors") for name in kept):
         kept = [name for name in kept if not name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     return kept

@@ -32,7 +32,9 @@ class Prompt:
     kind: str
 
 
-def document_prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str = "scored") -> list[Prompt]:
+def document_prompts(
+    lm: Any, requests: Sequence[Any], target: Any, reading: str = "scored"
+) -> list[Prompt]:
     """The distinct prompts of one document, in the order of its requests.
 
     Args:
@@ -51,7 +53,11 @@ def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Ite
     scored = [r for r in requests if r.request_type == "loglikelihood"]
     with_context = [r for r in scored if r.args[0]]
     for request in with_context:
-        context = _scored_context(lm, *request.args) if reading == "scored" else _whole_context(lm, request.args[0])
+        context = (
+            _scored_context(lm, *request.args)
+            if reading == "scored"
+            else _whole_context(lm, request.args[0])
+        )
         yield Prompt(context, "context")
     if scored and not with_context:
         yield Prompt(_bare_continuation(lm, _of_target(scored, target).args[1]), "continuation")
@@ -86,7 +92,9 @@ def _generation_context(lm: Any, context: str, gen_kwargs: dict) -> tuple[int, .
     from lm_eval.models.utils import normalize_gen_kwargs
 
     room = normalize_gen_kwargs(dict(gen_kwargs), lm.max_gen_toks)["max_gen_toks"]
-    ids, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - room, truncation=lm.truncation)
+    ids, _ = lm.tok_batch_encode(
+        [context], left_truncate_len=lm.max_length - room, truncation=lm.truncation
+    )
     return tuple(ids[0].tolist())
 
 
@@ -94,7 +102,10 @@ def _last_window(lm: Any, text: str) -> tuple[int, ...]:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     windows = get_rolling_token_windows(
-        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
+        token_list=lm.tok_encode(text),
+        prefix_token=lm.prefix_token_id,
+        max_seq_len=lm.max_length,
+        context_len=1,
     )
     *_, last = map(make_disjoint_window, windows)
     return tuple([*last[0], *last[1]][-lm.max_length :])

@@ -57,8 +57,12 @@ class Ranks:
             return [step()]
         parts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(parts, _attempt(step), group=self._on_host())
-        if failed := [f"process {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]:
-            raise CouplingError(f"got an error in {'; '.join(failed)}; run again with fewer processes or report this")
+        if failed := [
+            f"process {rank}: {part.error}" for rank, part in enumerate(parts) if part.error
+        ]:
+            raise CouplingError(
+                f"got an error in {'; '.join(failed)}; run again with fewer processes or report this"
+            )
         return [part.found for part in parts]
 
     def at_first(self, step: Callable[[], Any]) -> list[Part] | None:
@@ -70,7 +74,9 @@ class Ranks:
         return parts
 
     def _on_host(self) -> Any:
-        if self._group is None:  # without a time limit some process would give up while another measures
+        if (
+            self._group is None
+        ):  # without a time limit some process would give up while another measures
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(weeks=52))
         return self._group
 

@@ -33,7 +33,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Of the tokens of a fixed text with and without special ones, of those that are special, and of the chat template."""
     return digest(
         {
-            "tokens": [tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)],
+            "tokens": [
+                tokenizer.encode(_PROBE),
+                tokenizer.encode(_PROBE, add_special_tokens=False),
+            ],
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "chat_template": getattr(tokenizer, "chat_template", None),
             "size": len(tokenizer),
@@ -45,7 +48,11 @@ def _digest_of_own(name: str, arguments: Mapping[str, Any]) -> str | None:
     """None where it cannot be had without the network."""
     from transformers import AutoTokenizer
 
-    kept = {key: arguments[key] for key in ("revision", "subfolder", "trust_remote_code") if arguments.get(key)}
+    kept = {
+        key: arguments[key]
+        for key in ("revision", "subfolder", "trust_remote_code")
+        if arguments.get(key)
+    }
     try:
         return tokenizer_digest(AutoTokenizer.from_pretrained(name, local_files_only=True, **kept))
     except Exception:

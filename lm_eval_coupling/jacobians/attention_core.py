@@ -91,7 +91,9 @@ class Watch(TorchFunctionMode):
     def _on_softmax(self, func: Callable, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
-    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+    def _on_values(
+        self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor
+    ) -> Any:
         raise NotImplementedError
 
     def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -119,8 +121,15 @@ class _Record(Watch):
         return self.raw * 1  # in-place steps are not allowed on a leaf
 
     def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
-        if self.product is not None and func in _MAXIMA and not any(isinstance(other, Tensor) for other in args[1:]):
-            args = (args[0].detach(), *args[1:])  # a stabilising shift is no part of the slope (GPT-OSS)
+        if (
+            self.product is not None
+            and func in _MAXIMA
+            and not any(isinstance(other, Tensor) for other in args[1:])
+        ):
+            args = (
+                args[0].detach(),
+                *args[1:],
+            )  # a stabilising shift is no part of the slope (GPT-OSS)
         return func(*args, **kwargs)
 
     def _on_softmax(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -129,7 +138,9 @@ class _Record(Watch):
         self.slope = self._row(slope)
         return func(scores.detach(), *args[1:], **kwargs)
 
-    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+    def _on_values(
+        self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor
+    ) -> Any:
         self.weights, self.values = self._row(weights), values
         raise _Abort
 
@@ -141,7 +152,9 @@ class Substitute(Watch):
         super().__init__()
         self.answer = answer
 
-    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+    def _on_values(
+        self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor
+    ) -> Any:
         q, k_t = self.factors
         batch = q.shape[:-2]
         z = self.answer(
@@ -188,28 +201,44 @@ class AttentionRecord:
                 pass_on_lack_of_memory(error)
                 if len(calls) > 1:
                     return [cls.of(call, token) for call, token in zip(calls, tokens, strict=True)]
-        return [cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)]
+        return [
+            cls._by_whole_sequence(call, token) for call, token in zip(calls, tokens, strict=True)
+        ]
 
     @classmethod
     def _by_decoding(cls, calls: Sequence[Call], tokens: Sequence[int]) -> AttentionRecord:
         """Of all prompts, their heads one after the other; each ends at its own token, what stands before is unseen."""
-        x = torch.stack([call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)])
+        x = torch.stack(
+            [call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)]
+        )
         watch = _Record(0, alone=True)
-        return cls._watched(watch, lambda: calls[0].decoded(calls, x, tokens), 1, max(tokens) + 1, x.dtype)
+        return cls._watched(
+            watch, lambda: calls[0].decoded(calls, x, tokens), 1, max(tokens) + 1, x.dtype
+        )
 
     @classmethod
     def _by_whole_sequence(cls, call: Call, output_token: int) -> AttentionRecord:
         try:
             watch = _Record(output_token, alone=True)
-            return cls._watched(watch, lambda: call.one_query(output_token), call.seq, call.seq, call.dtype)
-        except (RuntimeError, ValueError) as error:  # some blocks (Falcon's with ALiBi, XGLM's) want as many queries as keys
+            return cls._watched(
+                watch, lambda: call.one_query(output_token), call.seq, call.seq, call.dtype
+            )
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # some blocks (Falcon's with ALiBi, XGLM's) want as many queries as keys
             pass_on_lack_of_memory(error)
             watch = _Record(output_token, alone=False)
             return cls._watched(watch, lambda: call(call.resid_pre), call.seq, call.seq, call.dtype)
 
     @classmethod
     def _watched(
-        cls, watch: _Record, run: Callable[[], object], queries: int, columns: int, dtype: torch.dtype
+        cls,
+        watch: _Record,
+        run: Callable[[], object],
+        queries: int,
+        columns: int,
+        dtype: torch.dtype,
     ) -> AttentionRecord:
         """What is recorded of a run that should have so many queries and keys."""
         try:
@@ -218,24 +247,37 @@ class AttentionRecord:
         except _Abort:
             pass
         else:
-            raise NoAttentionCore(f"stopped while looking for the {watch.stage} of an attention core")
+            raise NoAttentionCore(
+                f"stopped while looking for the {watch.stage} of an attention core"
+            )
         k_t = watch.factors[1]
         batch = watch.q.shape[:-2]
-        found, expected = [watch.queries, k_t.shape[-1], watch.values.shape[-2]], [queries, columns, columns]
+        found, expected = (
+            [watch.queries, k_t.shape[-1], watch.values.shape[-2]],
+            [queries, columns, columns],
+        )
         if found != expected or watch.weights.shape[-1] < columns:
-            raise NoAttentionCore(f"got queries, keys and values of lengths {found}, expected {expected}")
+            raise NoAttentionCore(
+                f"got queries, keys and values of lengths {found}, expected {expected}"
+            )
 
         def heads(tensor: Tensor) -> Tensor:
             return _heads(tensor, batch).detach().to(dtype)
 
-        weights, v = heads(watch.weights[..., None, :columns]), heads(watch.values)  # an attention sink's column is left out
+        weights, v = (
+            heads(watch.weights[..., None, :columns]),
+            heads(watch.values),
+        )  # an attention sink's column is left out
         q, z = heads(watch.q)[:, 0], torch.bmm(weights, v)[:, 0]
         k, slope = heads(k_t).transpose(1, 2), heads(watch.slope[..., None, :])[:, 0]
         return cls(q=q, k=k, v=v, weights=weights[:, 0], slope=slope, z=z)
 
     def split(self, keys: Sequence[int]) -> list[AttentionRecord]:
         """Of each prompt, with the last so many of its keys."""
-        parts = {field.name: getattr(self, field.name).chunk(len(keys)) for field in dataclasses.fields(self)}
+        parts = {
+            field.name: getattr(self, field.name).chunk(len(keys))
+            for field in dataclasses.fields(self)
+        }
         own = [{name: part[i] for name, part in parts.items()} for i in range(len(keys))]
         of_keys = ("k", "v", "weights", "slope")
         return [
@@ -257,7 +299,9 @@ class _HeadProduct(torch.autograd.Function):
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int], A: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int], A: Tensor, x: Tensor
+    ) -> tuple[Tensor, int]:
         if in_dims[0] is not None:
             raise NotImplementedError("the matrix of a linearised core is a constant")
         return torch.bmm(A, x.movedim(in_dims[1], -1)), 2
@@ -321,7 +365,9 @@ class LinearCore:
             except (RuntimeError, ValueError) as error:
                 pass_on_lack_of_memory(error)
         records = AttentionRecord.of_each(calls, tokens)
-        return cls.joined([cls.at(record, token, token) for record, token in zip(records, tokens, strict=True)])
+        return cls.joined(
+            [cls.at(record, token, token) for record, token in zip(records, tokens, strict=True)]
+        )
 
     @classmethod
     def joined(cls, cores: Sequence[LinearCore]) -> LinearCore:
@@ -329,9 +375,12 @@ class LinearCore:
         if len(cores) == 1:
             return cores[0]
         parts: dict[str, Any] = {
-            field.name: [getattr(core, field.name) for core in cores] for field in dataclasses.fields(cls)
+            field.name: [getattr(core, field.name) for core in cores]
+            for field in dataclasses.fields(cls)
         }
-        joined: dict[str, Any] = {name: None if of[0] is None else torch.cat(of) for name, of in parts.items()}
+        joined: dict[str, Any] = {
+            name: None if of[0] is None else torch.cat(of) for name, of in parts.items()
+        }
         return cls(**joined)
 
     @property

@@ -11,7 +11,9 @@ from lm_eval_coupling.jacobians.differentiate import jacobian_row_parts, jacobia
 from lm_eval_coupling.jacobians.protocol import Call
 
 
-def autodiff_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def autodiff_jacobian(
+    call: Call, output_token: int, input_token: int, budget: int
+) -> Float[Tensor, "d_model d_model"]:
     """∂f_{output}/∂x_{input} of one block (skip connection excluded), by one backward pass per output coordinate.
 
     Arguments and result as in ``token_local_jacobian``; memory and time grow with the sequence although the result does not.
@@ -48,6 +50,8 @@ def autodiff_row(
     d_model, tokens, done = call.resid_pre.shape[-1], list(input_tokens), 0
     found = call.resid_pre.new_empty(len(tokens), d_model, d_model)
     for rows in jacobian_row_parts(function, call.resid_pre.reshape(-1), budget, live=64):
-        found[:, done : done + len(rows)] = rows.view(len(rows), call.seq, d_model)[:, tokens].transpose(0, 1)
+        found[:, done : done + len(rows)] = rows.view(len(rows), call.seq, d_model)[
+            :, tokens
+        ].transpose(0, 1)
         done += len(rows)
     return found

@@ -22,8 +22,12 @@ def probe(layer: int, like: Float[Tensor, "*shape d_model"]) -> Float[Tensor, " 
     return _probe(layer, like.shape[-1], like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=512)  # it is asked for several times a block and prompt, and comes from the host
-def _probe(layer: int, d_model: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " d_model"]:
+@functools.lru_cache(
+    maxsize=512
+)  # it is asked for several times a block and prompt, and comes from the host
+def _probe(
+    layer: int, d_model: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " d_model"]:
     generator = torch.Generator().manual_seed(layer)
     return torch.randn(d_model, generator=generator, dtype=torch.float64).to(device, dtype)
 
@@ -62,7 +66,12 @@ class Truth:
         finer = call.in_dtype(torch.float64)
         u = probe(finer.layer, finer.resid_pre)
         with finer.ready():
-            return cls(u, pulled_back(finer, output_token, input_token) - u, _lost(torch.float64, call.dtype), finer)
+            return cls(
+                u,
+                pulled_back(finer, output_token, input_token) - u,
+                _lost(torch.float64, call.dtype),
+                finer,
+            )
 
     @property
     def is_small(self) -> bool:
@@ -71,7 +80,9 @@ class Truth:
 
     def error(self, jacobian: Float[Tensor, "d_model d_model"]) -> float:
         """‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, lost ‖u‖), NaN for a Jacobian that is not finite."""
-        return _relative_errors(self.u, jacobian[None].to(self.u.dtype), self.derivative[None], self.lost).item()
+        return _relative_errors(
+            self.u, jacobian[None].to(self.u.dtype), self.derivative[None], self.lost
+        ).item()
 
 
 def _lost(arithmetic: torch.dtype, dtype: torch.dtype) -> float:
@@ -84,7 +95,9 @@ def has_finer(call: Call) -> bool:
     return call.dtype == torch.float32 and has_float64(call.resid_pre.device)
 
 
-def certify(call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int) -> float:
+def certify(
+    call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int
+) -> float:
     """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u; see :class:`Truth`.
 
     Args:
@@ -110,7 +123,11 @@ def certify_each(
     u, lost = probe(calls[0].layer, calls[0].resid_pre), _lost(calls[0].dtype, calls[0].dtype)
     truth = pulled_back_each(calls, tokens) - u
     errors = _relative_errors(u, jacobians, truth, lost)
-    return torch.where(truth.norm(dim=-1) < lost * u.norm(), torch.nan, errors) if has_finer(calls[0]) else errors
+    return (
+        torch.where(truth.norm(dim=-1) < lost * u.norm(), torch.nan, errors)
+        if has_finer(calls[0])
+        else errors
+    )
 
 
 def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
@@ -125,7 +142,9 @@ def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor
     return call.pulled_back(u, output_token)[input_token]
 
 
-def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model"]:
+def pulled_back_each(
+    calls: Sequence[Call], tokens: Sequence[int]
+) -> Float[Tensor, "prompt d_model"]:
     """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys.
 
     Returns:
@@ -140,7 +159,9 @@ def pulled_back_each(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
             return calls[0].pulled_back_decoding(calls, directions, tokens)
         except (ValueError, RuntimeError) as error:
             pass_on_lack_of_memory(error)
-    return torch.stack([pulled_back(call, token, token) for call, token in zip(calls, tokens, strict=True)])
+    return torch.stack(
+        [pulled_back(call, token, token) for call, token in zip(calls, tokens, strict=True)]
+    )
 
 
 def with_probe_pulled_back(call: Call, output_token: int) -> Call:
@@ -148,7 +169,9 @@ def with_probe_pulled_back(call: Call, output_token: int) -> Call:
     if call.pullback is not None and call.pullback[0] == output_token:
         return call
     with call.ready():
-        return call.with_pullback(output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token))
+        return call.with_pullback(
+            output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token)
+        )
 
 
 STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, in units of the vector that is moved
@@ -188,13 +211,19 @@ def require_true_gradients(
     )
 
 
-def require_not_constant(call: Call, jacobian: Float[Tensor, "d_model d_model"], error: float, token: int) -> None:
+def require_not_constant(
+    call: Call, jacobian: Float[Tensor, "d_model d_model"], error: float, token: int
+) -> None:
     """Refuse a J_tt of exactly zero, with a perfect certificate, of a block that changes its token.
 
     Raises:
         CouplingError: naming the block.
     """
-    if error == 0 and not jacobian.any() and not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token]):
+    if (
+        error == 0
+        and not jacobian.any()
+        and not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token])
+    ):
         raise CouplingError(
             f"got a Jacobian of block {call.layer} that is exactly zero though the block changes its token, expected "
             "derivatives of it; take torch.no_grad and detach out of the model's own code"

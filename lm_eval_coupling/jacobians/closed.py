@@ -21,7 +21,15 @@ from torch import Tensor
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.jacobians.rules import NoRule
-from lm_eval_coupling.jacobians.tangent import Dense, NearIdentity, Origin, Tangent, common_origin, dense, lifted
+from lm_eval_coupling.jacobians.tangent import (
+    Dense,
+    NearIdentity,
+    Origin,
+    Tangent,
+    common_origin,
+    dense,
+    lifted,
+)
 from lm_eval_coupling.jacobians.tape import Tape
 
 
@@ -29,7 +37,9 @@ class _Reached(Exception):
     """The attention core was reached; nothing after it is needed."""
 
 
-def closed_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def closed_jacobian(
+    call: Call, output_token: int, input_token: int, budget: int
+) -> Float[Tensor, "d_model d_model"]:
     """∂f_{output}/∂x_{input} of one block (skip connection excluded).
 
     Arguments and result as in ``token_local_jacobian``; ``budget`` is not needed: working memory is a few d_ff·d_model.
@@ -47,7 +57,9 @@ def closed_jacobian(call: Call, output_token: int, input_token: int, budget: int
     return closed_row(call, output_token, [input_token])[0]
 
 
-def closed_row(call: Call, output_token: int, input_tokens: Sequence[int]) -> Float[Tensor, "token d_model d_model"]:
+def closed_row(
+    call: Call, output_token: int, input_tokens: Sequence[int]
+) -> Float[Tensor, "token d_model d_model"]:
     """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
 
     They share the half of the block that comes after the attention core: J = M C with M = ∂F/∂z at the output token.
@@ -56,10 +68,14 @@ def closed_row(call: Call, output_token: int, input_tokens: Sequence[int]) -> Fl
         One matrix per input token, in the call's dtype.
     """
     record = AttentionRecord.of(call, output_token)
-    return output_factor(call, record, output_token) @ input_factors(call, record, output_token, input_tokens)
+    return output_factor(call, record, output_token) @ input_factors(
+        call, record, output_token, input_tokens
+    )
 
 
-def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tensor, "prompt d_model d_model"]:
+def closed_jacobians(
+    calls: Sequence[Call], tokens: Sequence[int]
+) -> Float[Tensor, "prompt d_model d_model"]:
     """∂f_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
 
     The skip connection is left out where it stands, not taken off ∂F at the end: a small ∂f keeps its digits. The steps are
@@ -76,7 +92,9 @@ def closed_jacobians(calls: Sequence[Call], tokens: Sequence[int]) -> Float[Tens
     return _derivative(tape, _run(tape, calls, x, tokens), root, less=1.0)
 
 
-def output_factor(call: Call, record: AttentionRecord, output_token: int) -> Float[Tensor, "d_model head_value"]:
+def output_factor(
+    call: Call, record: AttentionRecord, output_token: int
+) -> Float[Tensor, "d_model head_value"]:
     """M = ∂F_{output}/∂z, z being what the attention core hands on at the output token: shared by all input tokens."""
     root = Origin(1, record.z.numel())
 
@@ -85,7 +103,9 @@ def output_factor(call: Call, record: AttentionRecord, output_token: int) -> Flo
         return tape.watch(z, NearIdentity.identity(root, z))
 
     tape = Tape(start)
-    return _derivative(tape, _run(tape, [call], call.resid_pre[:, output_token], [output_token]), root)[0]
+    return _derivative(
+        tape, _run(tape, [call], call.resid_pre[:, output_token], [output_token]), root
+    )[0]
 
 
 def input_factors(
@@ -115,11 +135,15 @@ def _run(
     with tape:
         out = calls[0].one_token_each(calls, x, tokens)
     if tape.stage != "done":
-        raise NoRule(f"the run on one token stopped while looking for the {tape.stage} of the attention core")
+        raise NoRule(
+            f"the run on one token stopped while looking for the {tape.stage} of the attention core"
+        )
     return out
 
 
-def _derivative(tape: Tape, outcome: Tensor, root: Origin, less: float = 0.0) -> Float[Tensor, "prompt d_out width"]:
+def _derivative(
+    tape: Tape, outcome: Tensor, root: Origin, less: float = 0.0
+) -> Float[Tensor, "prompt d_out width"]:
     """Multiplied out, less so many times the identity."""
     found = lifted(tape.differentiate(outcome), outcome.shape, root)
     if isinstance(found, NearIdentity):
@@ -137,7 +161,9 @@ def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) ->
     return tape.note(_through, partial(_core_tangent, core), (q, k_t, v), {}, z)
 
 
-def _core_tangent(core: LinearCore, tape: Tape, func: Any, z: Tensor, q: Tensor, k_t: Tensor, v: Tensor) -> Dense:
+def _core_tangent(
+    core: LinearCore, tape: Tape, func: Any, z: Tensor, q: Tensor, k_t: Tensor, v: Tensor
+) -> Dense:
     tangents = [tangent for value in (q, k_t, v) if (tangent := tape.of(value)) is not None]
     if len(tangents) < 3:
         raise NoRule("a query, key or value does not depend on its token")
@@ -145,7 +171,11 @@ def _core_tangent(core: LinearCore, tape: Tape, func: Any, z: Tensor, q: Tensor,
     batch = q.shape[:-2]
 
     def per_head(tangent: Tangent, value: Tensor) -> Tensor:
-        rows = dense(lifted(tangent, value.shape, origin), value.shape).values().expand(*value.shape, origin.width)
+        rows = (
+            dense(lifted(tangent, value.shape, origin), value.shape)
+            .values()
+            .expand(*value.shape, origin.width)
+        )
         return rows.expand(*batch, *rows.shape[-3:]).reshape(batch.numel(), -1, origin.width)
 
     dq, dk, dv = (per_head(t, value) for t, value in zip(tangents, (q, k_t, v), strict=True))

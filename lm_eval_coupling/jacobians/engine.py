@@ -21,7 +21,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError, is_several, one_of, pass_on_lack_of_memory, shown, whole
+from lm_eval_coupling.errors import (
+    CouplingError,
+    is_several,
+    one_of,
+    pass_on_lack_of_memory,
+    shown,
+    whole,
+)
 from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
@@ -40,7 +47,11 @@ from lm_eval_coupling.jacobians.token_local import token_local_jacobian
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.spectra import SingularTriplets
 
-LEVELS = {"closed": closed_jacobian, "token-local": token_local_jacobian, "autodiff": autodiff_jacobian}
+LEVELS = {
+    "closed": closed_jacobian,
+    "token-local": token_local_jacobian,
+    "autodiff": autodiff_jacobian,
+}
 _DIGITS_KEPT = 0.1  # of the tolerance: a level that is as near as that to a small J has formed it without the identity
 _NO_FLOAT64 = "the device has no float64, so that digits of it may be lost"
 BUDGET = 1 << 30  # bytes that the directions differentiated at once may take
@@ -102,7 +113,9 @@ def block_jacobians(
     try:
         seq = torch.as_tensor(prompt).numel()
     except (TypeError, ValueError, RuntimeError):
-        raise CouplingError(f"got {str(tokens)[:80]!r} as a prompt, expected its token ids [1, seq] or its text") from None
+        raise CouplingError(
+            f"got {str(tokens)[:80]!r} as a prompt, expected its token ids [1, seq] or its text"
+        ) from None
     t2 = resolve_token(output_token, seq, "output_token")
     t1 = t2 if input_token is None else resolve_token(input_token, seq, "input_token")
     (trace,) = model.traces([prompt], dtype, [t2], probe)
@@ -141,31 +154,52 @@ def jacobians_of_traces(
     Returns:
         For each prompt what :func:`block_jacobians` gives, with its triplets where there is a ``rank``.
     """
-    return _made(traces, [(token, token) for token in tokens], range(len(traces[0].calls)), method, rank)
+    return _made(
+        traces, [(token, token) for token in tokens], range(len(traces[0].calls)), method, rank
+    )
 
 
 def _made(
-    traces: Sequence[Trace], pairs: Sequence[tuple[int, int]], layers: Sequence[int], method: str, rank: int | None
+    traces: Sequence[Trace],
+    pairs: Sequence[tuple[int, int]],
+    layers: Sequence[int],
+    method: str,
+    rank: int | None,
 ) -> list[BlockJacobians]:
     """Of each trace for its pair (output token, input token)."""
     check_method(method)
-    like, calls = traces[0].resid_final, [[trace.calls[layer] for trace in traces] for layer in layers]
+    like, calls = (
+        traces[0].resid_final,
+        [[trace.calls[layer] for trace in traces] for layer in layers],
+    )
     scattered = len({of_block[0].resid_pre.device for of_block in calls}) > 1
     stack = Stack(len(traces), len(calls), like, rank=rank, scattered=scattered)
     proofs: dict[tuple[int, int], Certified] = {}
     errors = []
     for layer, of_block in enumerate(calls):
-        found, error, why = _closed_together(of_block, pairs) if method in ("auto", "closed") else (None, None, "")
+        found, error, why = (
+            _closed_together(of_block, pairs) if method in ("auto", "closed") else (None, None, "")
+        )
         if found is None or error is None:
-            alone = [certified_jacobian(call, t, s, method, why) for call, (t, s) in zip(of_block, pairs, strict=True)]
+            alone = [
+                certified_jacobian(call, t, s, method, why)
+                for call, (t, s) in zip(of_block, pairs, strict=True)
+            ]
             proofs |= {(prompt, layer): one for prompt, one in enumerate(alone)}
-            found, error = torch.stack([one.jacobian for one in alone]), like.new_full((len(traces),), torch.nan)
+            found, error = (
+                torch.stack([one.jacobian for one in alone]),
+                like.new_full((len(traces),), torch.nan),
+            )
         stack.put(layer, found)
         errors.append(error.to(like.device))
-    certificates = torch.stack(errors, dim=1).cpu().double()  # read from the device once, when all are made
+    certificates = (
+        torch.stack(errors, dim=1).cpu().double()
+    )  # read from the device once, when all are made
     for prompt, layer in (~_passes(certificates, like.dtype)).nonzero().tolist():
         if (prompt, layer) not in proofs:
-            one = certified_jacobian(calls[layer][prompt], pairs[prompt][0], pairs[prompt][1], method)
+            one = certified_jacobian(
+                calls[layer][prompt], pairs[prompt][0], pairs[prompt][1], method
+            )
             stack.correct(prompt, layer, one.jacobian)
             proofs[prompt, layer] = one
         certificates[prompt, layer] = proofs[prompt, layer].error
@@ -201,7 +235,9 @@ class Certified:
     why: str | None = None
 
 
-def certified_jacobians(calls: Sequence[Call], tokens: Sequence[int], method: str) -> list[Certified]:
+def certified_jacobians(
+    calls: Sequence[Call], tokens: Sequence[int], method: str
+) -> list[Certified]:
     """:func:`certified_jacobian` of one block's J_tt for several prompts: together where that is certified, else alone."""
     found, errors, why = None, None, ""
     if method in ("auto", "closed"):
@@ -227,13 +263,21 @@ def _closed_together(
         try:
             found = closed_jacobians(calls, tokens)
             return found, certify_each(calls, found, tokens), ""
-        except Exception as error:  # alone, each prompt finds the level that can, or says what is wrong
+        except (
+            Exception
+        ) as error:  # alone, each prompt finds the level that can, or says what is wrong
             pass_on_lack_of_memory(error)
             # What no rule is known for is not known for one prompt either.
-            return None, None, _in_words("closed", error) if isinstance(error, (NoRule, NoAttentionCore)) else ""
+            return (
+                None,
+                None,
+                _in_words("closed", error) if isinstance(error, (NoRule, NoAttentionCore)) else "",
+            )
 
 
-def certified_jacobian(call: Call, output_token: int, input_token: int, method: str, closed_fails: str = "") -> Certified:
+def certified_jacobian(
+    call: Call, output_token: int, input_token: int, method: str, closed_fails: str = ""
+) -> Certified:
     """J of one block at the first level whose result is certified; ``auto`` falls to the next level on failure.
 
     ``closed_fails`` says why the closed level need not be tried.
@@ -252,7 +296,9 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
         levels = [level for level in levels if level != "closed"]
         why.append(closed_fails)
     if input_token > output_token:
-        call = call.without_keys()  # what an attention core is recorded from ends at the output token
+        call = (
+            call.without_keys()
+        )  # what an attention core is recorded from ends at the output token
     with call.ready():
         truth = Truth.of(call, output_token, input_token)
         for level in levels:
@@ -273,16 +319,28 @@ def certified_jacobian(call: Call, output_token: int, input_token: int, method: 
     return Certified(jacobian.to(call.dtype), error, level, "; ".join(why) or None)
 
 
-def _at_level(level: str, call: Call, truth: Truth, tokens: tuple[int, int]) -> tuple[Tensor, float, str]:
+def _at_level(
+    level: str, call: Call, truth: Truth, tokens: tuple[int, int]
+) -> tuple[Tensor, float, str]:
     """J, its error, and what is to be said of it; in float64 where the identity left it too few digits."""
     jacobian = LEVELS[level](call, *tokens, BUDGET)
     error = truth.error(jacobian)
     if truth.finer is not None and not error <= _DIGITS_KEPT * TOLERANCE[call.dtype]:
         with truth.finer.ready():
             jacobian = LEVELS[level](truth.finer, *tokens, BUDGET)
-        return jacobian, truth.error(jacobian.to(call.dtype)), "small beside the identity: in float64"
-    lost = truth.finer is None and level != "closed" and truth.is_small and call.dtype == torch.float32
-    return jacobian, error, f"small beside the identity: {_NO_FLOAT64}" if lost and tokens[0] == tokens[1] else ""
+        return (
+            jacobian,
+            truth.error(jacobian.to(call.dtype)),
+            "small beside the identity: in float64",
+        )
+    lost = (
+        truth.finer is None and level != "closed" and truth.is_small and call.dtype == torch.float32
+    )
+    return (
+        jacobian,
+        error,
+        f"small beside the identity: {_NO_FLOAT64}" if lost and tokens[0] == tokens[1] else "",
+    )
 
 
 def _in_words(level: str, error: Exception) -> str:
@@ -308,7 +366,9 @@ def resolve_token(token: int, seq: int, name: str = "position") -> int:
     if not seq:
         raise CouplingError("got a prompt of no tokens, expected at least one")
     if not -seq <= token < seq:
-        raise CouplingError(f"got token {token} of a prompt of {seq} tokens, expected {-seq} to {seq - 1}")
+        raise CouplingError(
+            f"got token {token} of a prompt of {seq} tokens, expected {-seq} to {seq - 1}"
+        )
     return token % seq
 
 

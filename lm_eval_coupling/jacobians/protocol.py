@@ -86,7 +86,9 @@ class Call(Protocol):
     ) -> Float[Tensor, "prompt 1 d_model"]:
         """The block at one token of each prompt, the others entering by their kept keys; ValueError as above."""
 
-    def pulled_back(self, direction: Float[Tensor, " d_model"], output_token: int) -> Float[Tensor, "seq d_model"]:
+    def pulled_back(
+        self, direction: Float[Tensor, " d_model"], output_token: int
+    ) -> Float[Tensor, "seq d_model"]:
         """uᵀ ∂F_t/∂X by one backward pass through the whole sequence."""
 
     @staticmethod

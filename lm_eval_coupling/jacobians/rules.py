@@ -39,11 +39,33 @@ T = Tensor
 # Rearrangements
 
 
-@_rule(T.view, T.reshape, torch.reshape, T.flatten, torch.flatten, T.unflatten, T.unsqueeze, torch.unsqueeze, T.squeeze)
 @_rule(
-    torch.squeeze, T.view_as, T.reshape_as, T.contiguous, T.clone, torch.clone, T.to, T.float, T.double, T.type, T.type_as
+    T.view,
+    T.reshape,
+    torch.reshape,
+    T.flatten,
+    torch.flatten,
+    T.unflatten,
+    T.unsqueeze,
+    torch.unsqueeze,
+    T.squeeze,
 )
-def _same_order(run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tangent | None:
+@_rule(
+    torch.squeeze,
+    T.view_as,
+    T.reshape_as,
+    T.contiguous,
+    T.clone,
+    torch.clone,
+    T.to,
+    T.float,
+    T.double,
+    T.type,
+    T.type_as,
+)
+def _same_order(
+    run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
+) -> Tangent | None:
     """The entries keep their order."""
     tangent = run.of(x)
     if isinstance(tangent, Dense):
@@ -52,7 +74,9 @@ def _same_order(run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **k
 
 
 @_rule(F.dropout, F.dropout2d)
-def _dropout(run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tangent | None:
+def _dropout(
+    run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
+) -> Tangent | None:
     if value is not x and not torch.equal(value, x):
         raise NoRule("dropout is active")
     return run.of(x)
@@ -67,7 +91,9 @@ def _transpose(run: Any, func: Callable, value: Any, x: Tensor, dim0: int, dim1:
 
 @_rule(T.permute, torch.permute)
 def _permute(run: Any, func: Callable, value: Any, x: Tensor, *dims: Any) -> Tangent:
-    order = [d % x.dim() for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
+    order = [
+        d % x.dim() for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
+    ]
     return _permuted(run.of(x), x, order)
 
 
@@ -81,7 +107,9 @@ def _permuted(tangent: Tangent, x: Tensor, order: list[int]) -> Tangent:
 @_rule(T.__getitem__)
 def _getitem(run: Any, func: Callable, value: Any, x: Tensor, index: Any) -> Tangent:
     items = index if isinstance(index, tuple) else (index,)
-    plain = all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+    plain = all(
+        item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items
+    )
     if plain and value.numel() == x.numel():
         return _same_order(run, func, value, x)
     if any(isinstance(item, Tensor) for item in items):
@@ -92,11 +120,15 @@ def _getitem(run: Any, func: Callable, value: Any, x: Tensor, index: Any) -> Tan
 
 
 @_rule(T.split, torch.split, T.chunk, torch.chunk, T.tensor_split, torch.tensor_split)
-def _split(run: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: Any = 0) -> list[Dense]:
+def _split(
+    run: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: Any = 0
+) -> list[Dense]:
     tangent, axis, start, cut = dense(run.of(x), x.shape), dim % x.dim(), 0, []
     for part in value:
         width = part.shape[axis]
-        cut.append(tangent.mapped(partial(torch.narrow, dim=axis, start=start, length=width), x.shape))
+        cut.append(
+            tangent.mapped(partial(torch.narrow, dim=axis, start=start, length=width), x.shape)
+        )
         start += width
     return cut
 
@@ -105,7 +137,10 @@ def _split(run: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: 
 def _unbind(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = 0) -> list[Dense]:
     axis = dim % x.dim()
     tangent = dense(run.of(x), x.shape)
-    return [tangent.mapped(partial(torch.select, dim=axis, index=i), x.shape) for i in range(x.shape[axis])]
+    return [
+        tangent.mapped(partial(torch.select, dim=axis, index=i), x.shape)
+        for i in range(x.shape[axis])
+    ]
 
 
 @_rule(T.expand, T.expand_as)
@@ -114,10 +149,14 @@ def _expand(run: Any, func: Callable, value: Any, x: Tensor, *sizes: Any) -> Tan
 
 
 @_rule(T.repeat_interleave, torch.repeat_interleave)
-def _repeat_interleave(run: Any, func: Callable, value: Any, x: Tensor, repeats: Any, dim: Any = None) -> Tangent:
+def _repeat_interleave(
+    run: Any, func: Callable, value: Any, x: Tensor, repeats: Any, dim: Any = None
+) -> Tangent:
     if dim is None or isinstance(repeats, Tensor):
         raise NoRule("repeat_interleave of a flattened tensor")
-    return dense(run.of(x), x.shape).mapped(lambda m: m.repeat_interleave(repeats, dim=dim % x.dim()), x.shape)
+    return dense(run.of(x), x.shape).mapped(
+        lambda m: m.repeat_interleave(repeats, dim=dim % x.dim()), x.shape
+    )
 
 
 @_rule(torch.cat, torch.concat, torch.concatenate)
@@ -129,13 +168,17 @@ def _cat(run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: A
 
 
 @_rule(torch.stack)
-def _stack(run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0) -> Tangent:
+def _stack(
+    run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0
+) -> Tangent:
     axis = dim % value.dim()
     parts = [(t.unsqueeze(axis), run.of(t)) for t in tensors]
     if not all(isinstance(tangent, Dense) for _, tangent in parts):
         raise NoRule("a constant is joined to what depends on the token")
     shape = tensors[0].shape
-    return _joined([(t, tangent.mapped(lambda m: m.unsqueeze(axis), shape)) for t, tangent in parts], axis)
+    return _joined(
+        [(t, tangent.mapped(lambda m: m.unsqueeze(axis), shape)) for t, tangent in parts], axis
+    )
 
 
 def _joined(parts: list[tuple[Tensor, Dense]], axis: int) -> Dense:
@@ -146,7 +189,11 @@ def _joined(parts: list[tuple[Tensor, Dense]], axis: int) -> Dense:
     if all(d.scale is None for _, d in parts):
         return Dense(origin, matrix)
     scales = [d.matrix.new_ones(1) if d.scale is None else d.scale for _, d in parts]
-    return Dense(origin, matrix, torch.cat([s.expand(*t.shape, 1) for (t, _), s in zip(parts, scales, strict=True)], axis))
+    return Dense(
+        origin,
+        matrix,
+        torch.cat([s.expand(*t.shape, 1) for (t, _), s in zip(parts, scales, strict=True)], axis),
+    )
 
 
 # Sums and products
@@ -184,7 +231,11 @@ def _sum(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
     parts = [(run.of(x), x) for x in (a, b) if run.of(x) is not None]
     if len(parts) == 1:
         tangent, x = parts[0]
-        return tangent if isinstance(tangent, Dense) or x.numel() == shape.numel() else dense(tangent, x.shape)
+        return (
+            tangent
+            if isinstance(tangent, Dense) or x.numel() == shape.numel()
+            else dense(tangent, x.shape)
+        )
     (ta, a), (tb, b) = parts
     return added(ta, tb, a.shape, b.shape, shape)
 
@@ -210,7 +261,9 @@ def _product(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
 
 def _scaled(tangent: Tangent, x: Tensor, factor: Any) -> Tangent:
     """Tangent of x times ``factor``, a constant."""
-    factor = factor if isinstance(factor, Tensor) else x.new_full((), factor)  # no transfer, which would be waited for
+    factor = (
+        factor if isinstance(factor, Tensor) else x.new_full((), factor)
+    )  # no transfer, which would be waited for
     if isinstance(tangent, NearIdentity) and not _fits(factor.shape, x.shape):
         tangent = dense(tangent, x.shape)
     return tangent.scaled(factor, x.shape)
@@ -234,20 +287,31 @@ def _div(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
 
 
 @_rule(T.mean, torch.mean)
-def _mean(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tangent:
+def _mean(
+    run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
+) -> Tangent:
     return _scaled(_total(run, x, dim, keepdim, value), value, value.numel() / x.numel())
 
 
 @_rule(T.sum, torch.sum)
-def _sum_over(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tangent:
+def _sum_over(
+    run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
+) -> Tangent:
     return _total(run, x, dim, keepdim, value)
 
 
 def _total(run: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
     tangent = run.of(x)
-    axes = tuple(d % x.dim() for d in (range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim))
+    axes = tuple(
+        d % x.dim()
+        for d in (range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim)
+    )
     batch = tangent.origin.batch
-    if isinstance(tangent, NearIdentity) and value.numel() == batch and math.prod(x.shape[: min(axes)]) == batch:
+    if (
+        isinstance(tangent, NearIdentity)
+        and value.numel() == batch
+        and math.prod(x.shape[: min(axes)]) == batch
+    ):
         return Dense(tangent.origin, tangent.total().reshape(*value.shape, tangent.origin.width))
     values = dense(tangent, x.shape).values().expand(*x.shape, tangent.origin.width)
     return Dense(tangent.origin, values.sum(axes, keepdim=keepdim))
@@ -257,7 +321,9 @@ def _total(run: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
 
 
 @_rule(F.linear)
-def _linear(run: Any, func: Callable, value: Any, x: Tensor, weight: Any, bias: Any = None) -> Tangent:
+def _linear(
+    run: Any, func: Callable, value: Any, x: Tensor, weight: Any, bias: Any = None
+) -> Tangent:
     return _projected(run, x, weight)
 
 
@@ -290,10 +356,43 @@ def _projected(run: Any, x: Tensor, weight: Tensor, depends: bool = False) -> De
 # Entry by entry
 
 
-@_rule(F.silu, F.gelu, F.relu, F.leaky_relu, F.elu, F.mish, F.softplus, F.hardswish, F.relu6, F.logsigmoid)
-@_rule(torch.tanh, T.tanh, torch.sigmoid, T.sigmoid, F.sigmoid, F.tanh, torch.relu, T.relu, torch.erf, T.erf)
+@_rule(
+    F.silu,
+    F.gelu,
+    F.relu,
+    F.leaky_relu,
+    F.elu,
+    F.mish,
+    F.softplus,
+    F.hardswish,
+    F.relu6,
+    F.logsigmoid,
+)
+@_rule(
+    torch.tanh,
+    T.tanh,
+    torch.sigmoid,
+    T.sigmoid,
+    F.sigmoid,
+    F.tanh,
+    torch.relu,
+    T.relu,
+    torch.erf,
+    T.erf,
+)
 @_rule(torch.exp, T.exp, torch.sqrt, T.sqrt, torch.square, T.square)
-@_rule(torch.clamp, T.clamp, torch.clip, T.clip, torch.abs, T.abs, torch.reciprocal, T.reciprocal, torch.log, T.log)
+@_rule(
+    torch.clamp,
+    T.clamp,
+    torch.clip,
+    T.clip,
+    torch.abs,
+    T.abs,
+    torch.reciprocal,
+    T.reciprocal,
+    torch.log,
+    T.log,
+)
 def _entrywise(run: Any, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> Tangent:
     """A function of each entry alone."""
     if run.of(x) is None:
@@ -329,7 +428,11 @@ def _composite(*functions: Callable) -> Callable[[Callable], Callable]:
 
 @_composite(F.layer_norm)
 def _layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     _check_one_axis(normalized_shape)
     result = _over_root_mean_square(x - x.mean(-1, keepdim=True), eps)
@@ -337,7 +440,9 @@ def _layer_norm(
 
 
 @_composite(F.rms_norm, torch.rms_norm)
-def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Tensor:
     _check_one_axis(normalized_shape)
     result = _over_root_mean_square(x, torch.finfo(x.dtype).eps if eps is None else eps)
     return result if weight is None else result * weight

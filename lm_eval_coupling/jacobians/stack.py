@@ -15,17 +15,27 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.memory import jacobian_stack
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 
-PIECE, WAITING = 256 << 20, 8  # bytes of a buffer, and how many: torch never gives memory back that devices write to
+PIECE, WAITING = (
+    256 << 20,
+    8,
+)  # bytes of a buffer, and how many: torch never gives memory back that devices write to
 
 
 class Stack:
     """Room for J of ``prompts`` times ``layers``; with ``rank``, their top triplets are found as well."""
 
-    def __init__(self, prompts: int, layers: int, like: Tensor, *, rank: int | None, scattered: bool = False) -> None:
+    def __init__(
+        self, prompts: int, layers: int, like: Tensor, *, rank: int | None, scattered: bool = False
+    ) -> None:
         """``scattered``: blocks lie on several devices, where they are decomposed."""
-        self.device, self.rank = torch.device("cpu") if like.device.type == "mps" else like.device, rank
+        self.device, self.rank = (
+            torch.device("cpu") if like.device.type == "mps" else like.device,
+            rank,
+        )
         room = jacobian_stack(prompts * layers, like, on_host=scattered)
-        self.jacobians: Float[Tensor, "prompt layer d_model d_model"] = room.view(prompts, layers, *room.shape[1:])
+        self.jacobians: Float[Tensor, "prompt layer d_model d_model"] = room.view(
+            prompts, layers, *room.shape[1:]
+        )
         self.stays = room.device == like.device and not scattered
         self._leaving = None if self.stays else _Leaving()
         self._triplets: dict[int, SingularTriplets | None] = {}
@@ -64,13 +74,23 @@ class Stack:
             found = self._found(self.jacobians)
             if found is None:
                 return None
-            return [SingularTriplets(found.U[i], found.S[i], found.V[i], found.residual[i]) for i in range(len(found.S))]
-        layers = [found for layer in range(self.jacobians.shape[1]) if (found := self._triplets[layer]) is not None]
+            return [
+                SingularTriplets(found.U[i], found.S[i], found.V[i], found.residual[i])
+                for i in range(len(found.S))
+            ]
+        layers = [
+            found
+            for layer in range(self.jacobians.shape[1])
+            if (found := self._triplets[layer]) is not None
+        ]
         if len(layers) < self.jacobians.shape[1]:
             return None
         return [
             SingularTriplets(
-                *(torch.stack([getattr(one, name)[i] for one in layers]) for name in ("U", "S", "V", "residual"))
+                *(
+                    torch.stack([getattr(one, name)[i] for one in layers])
+                    for name in ("U", "S", "V", "residual")
+                )
             )
             for i in range(len(self.jacobians))
         ]
@@ -79,9 +99,13 @@ class Stack:
         assert self.rank is not None  # who asked for no triplets does not come here
         try:
             found = top_singular(jacobians, self.rank)
-        except CouplingError:  # one that is not finite: whoever asks for each prompt's alone learns whose it is
+        except (
+            CouplingError
+        ):  # one that is not finite: whoever asks for each prompt's alone learns whose it is
             return None
-        return SingularTriplets(*(getattr(found, name).to(self.device) for name in ("U", "S", "V", "residual")))
+        return SingularTriplets(
+            *(getattr(found, name).to(self.device) for name in ("U", "S", "V", "residual"))
+        )
 
 
 class _Leaving:
@@ -91,7 +115,11 @@ class _Leaving:
         self.waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         self.free: list[Tensor] = []
 
-    def put(self, place: Float[Tensor, "prompt d_model d_model"], values: Float[Tensor, "prompt d_model d_model"]) -> None:
+    def put(
+        self,
+        place: Float[Tensor, "prompt d_model d_model"],
+        values: Float[Tensor, "prompt d_model d_model"],
+    ) -> None:
         """Begin to bring ``values`` to ``place``."""
         if values.device.type != "cuda":
             place.copy_(values)
@@ -101,7 +129,11 @@ class _Leaving:
             if len(self.waiting) == WAITING:
                 self._arrive()
             size = (at_once, *values.shape[1:])
-            buffer = self.free.pop() if self.free else torch.empty(size, dtype=values.dtype, pin_memory=True)
+            buffer = (
+                self.free.pop()
+                if self.free
+                else torch.empty(size, dtype=values.dtype, pin_memory=True)
+            )
             buffer[: len(piece)].copy_(piece, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(values.device))

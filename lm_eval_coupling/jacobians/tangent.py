@@ -75,13 +75,20 @@ class NearIdentity:
         rest: Tensor | None = None,
     ) -> NearIdentity:
         """With diag(d) + L Rᵀ + M added."""
-        if self.left is not None and self.right is not None and left is not None and right is not None:
+        if (
+            self.left is not None
+            and self.right is not None
+            and left is not None
+            and right is not None
+        ):
             left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
         elif left is None:
             left, right = self.left, self.right
         if self.rest is not None:
             rest = self.rest if rest is None else self.rest + rest
-        return NearIdentity(self.origin, self.diagonal + diagonal, left=left, right=right, rest=rest)
+        return NearIdentity(
+            self.origin, self.diagonal + diagonal, left=left, right=right, rest=rest
+        )
 
     def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
         """``matrix`` @ (diag(d) + L Rᵀ + M)."""
@@ -117,7 +124,11 @@ class NearIdentity:
         else:
             product = self.rest.clone()
             product.diagonal(dim1=1, dim2=2).add_(diagonal)
-        return product if self.left is None or self.right is None else product.baddbmm_(self.left, self.right.mT)
+        return (
+            product
+            if self.left is None or self.right is None
+            else product.baddbmm_(self.left, self.right.mT)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +146,9 @@ class Dense:
         """Derivative of the tensor times ``factor``, entry by entry."""
         del shape
         factor = factor[..., None]
-        return dataclasses.replace(self, scale=factor if self.scale is None else self.scale * factor)
+        return dataclasses.replace(
+            self, scale=factor if self.scale is None else self.scale * factor
+        )
 
     def mapped(self, function: Callable[[Tensor], Tensor], shape: torch.Size) -> Dense:
         """Derivative after a linear rearrangement of the entries of a tensor of ``shape``."""
@@ -149,7 +162,11 @@ class Dense:
 
     def rows(self, shape: torch.Size) -> Float[Tensor, "batch rows width"]:
         """Multiplied out for a tensor of ``shape``, one matrix per row of the batch."""
-        return self.values().expand(*shape, self.origin.width).reshape(self.origin.batch, -1, self.origin.width)
+        return (
+            self.values()
+            .expand(*shape, self.origin.width)
+            .reshape(self.origin.batch, -1, self.origin.width)
+        )
 
     def outer(self, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         """Factors L, R [batch, width, 1] if this is the derivative of a vector times one number per row of the batch."""
@@ -183,7 +200,11 @@ def lifted(tangent: Tangent, shape: torch.Size, origin: Origin) -> Tangent:
             rows = operator.matrix
         else:
             rows = dense(tangent, shape).rows(shape)
-            rows = operator.after(rows) if isinstance(operator, NearIdentity) else rows @ operator.matrix
+            rows = (
+                operator.after(rows)
+                if isinstance(operator, NearIdentity)
+                else rows @ operator.matrix
+            )
         tangent = Dense(operator.origin, rows.reshape(*shape, operator.origin.width))
     return tangent
 
@@ -194,7 +215,9 @@ def common_origin(tangents: Sequence[Tangent]) -> Origin:
     return next(origin for origin in lines[0] if all(origin in line for line in lines[1:]))
 
 
-def added(a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shape: torch.Size) -> Tangent:
+def added(
+    a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shape: torch.Size
+) -> Tangent:
     """Derivative of the sum, of ``shape``. Where a residual is added to something dense, the sum becomes a new origin."""
     origin = common_origin([a, b])
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)

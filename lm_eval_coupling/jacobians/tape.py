@@ -50,7 +50,14 @@ class Tape(Watch):
             self.tangents[id(value)] = tangent
         return value
 
-    def note(self, function: Callable, rule: Callable[..., Any], args: tuple, kwargs: dict[str, Any], value: Any) -> Any:
+    def note(
+        self,
+        function: Callable,
+        rule: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        value: Any,
+    ) -> Any:
         """Put a step on the tape; returns its value."""
         for part in (produced := [part for part in _tensors((value,)) if part.is_floating_point()]):
             self.watch(part)
@@ -68,7 +75,9 @@ class Tape(Watch):
             self.steps.append(step)
         return value
 
-    def _on_values(self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor) -> Any:
+    def _on_values(
+        self, func: Callable, args: Any, kwargs: Any, weights: Tensor, values: Tensor
+    ) -> Any:
         return self.core(self, *self.factors, values)
 
     def _on_other(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -99,12 +108,19 @@ class Tape(Watch):
             if any(x._version != was for x, was in zip(step.inputs, step.versions, strict=True)):
                 raise NoRule("a tensor was changed in place after it had been used")
             if any(self.of(x) is not None for x in step.inputs):
-                self._keep(step.value, step.rule(self, step.function, step.value, *step.args, **step.kwargs))
-            for x in step.inputs:  # most are as large as a weight matrix, for every prompt of a batch
+                self._keep(
+                    step.value,
+                    step.rule(self, step.function, step.value, *step.args, **step.kwargs),
+                )
+            for (
+                x
+            ) in step.inputs:  # most are as large as a weight matrix, for every prompt of a batch
                 if last[id(x)] == i:
                     self.tangents.pop(id(x), None)
         if (tangent := self.of(outcome)) is None:
-            raise NoRule("the outcome does not depend on the token, or lost its derivative on the way")
+            raise NoRule(
+                "the outcome does not depend on the token, or lost its derivative on the way"
+            )
         return tangent
 
     def _on_the_way_to(self, outcome: Tensor) -> list[Step]:

@@ -22,7 +22,9 @@ class _Reached(Exception):
     """The attention core was reached; nothing after it is needed."""
 
 
-def token_local_jacobian(call: Call, output_token: int, input_token: int, budget: int) -> Float[Tensor, "d_model d_model"]:
+def token_local_jacobian(
+    call: Call, output_token: int, input_token: int, budget: int
+) -> Float[Tensor, "d_model d_model"]:
     """∂f_{output}/∂x_{input} of one block (skip connection excluded).
 
     Args:
@@ -57,7 +59,9 @@ def _same_token(call: Call, core: LinearCore, token: int) -> Callable[[Tensor], 
     return function
 
 
-def _other_token(call: Call, core: LinearCore, output_token: int, input_token: int) -> Callable[[Tensor], Tensor]:
+def _other_token(
+    call: Call, core: LinearCore, output_token: int, input_token: int
+) -> Callable[[Tensor], Tensor]:
     """x_{t1} moves the output at t2 > t1 only through its key and value."""
     at_output = call.resid_pre[0, output_token]
 

@@ -24,7 +24,7 @@ def run(batch: Batch) -> list[Found]:
 
 
 def _of_prompt(one: TracedPrompt) -> Found:
-    from lm_eval_coupling.measures.formulas import geometry as maths
+    from lm_eval_coupling.measures.formulas import token_states as maths
 
     x = one.trajectory
     columns: dict[str, Any] = {
@@ -46,7 +46,7 @@ def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
     """Numbers of the states of all tokens, one depth at a time."""
     import torch
 
-    from lm_eval_coupling.measures.formulas import geometry as maths
+    from lm_eval_coupling.measures.formulas import token_states as maths
     from lm_eval_coupling.numerics.devices import off_mps
 
     # Blocks may lie on several devices.
@@ -72,7 +72,9 @@ def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
         before = states
     last = {"matrix_nuclear_norm": maths.matrix_nuclear_norm(states.X)}
     # Read from the device when all are there.
-    return {name: torch.stack(values).cpu() for name, values in rows.items()} | {n: v.cpu() for n, v in last.items()}
+    return {name: torch.stack(values).cpu() for name, values in rows.items()} | {
+        n: v.cpu() for n, v in last.items()
+    }
 
 
 def _summary(name: str, label: str, column: str, take: Any) -> Reading:
@@ -112,12 +114,23 @@ def _readings() -> Sequence[Reading]:
         "token_curvature": "curvature over tokens (radians)",
     }
     drawn = [of_column(name, label, over="block") for name, label in of_blocks.items()]
-    drawn += [of_column(name, label, over="point", log=name == "massive_activation") for name, label in of_points.items()]
-    means = [_summary(f"mean_{name}", f"{label}, mean", name, _mean) for name, label in (of_blocks | of_points).items()]
+    drawn += [
+        of_column(name, label, over="point", log=name == "massive_activation")
+        for name, label in of_points.items()
+    ]
+    means = [
+        _summary(f"mean_{name}", f"{label}, mean", name, _mean)
+        for name, label in (of_blocks | of_points).items()
+    ]
     return (
         *drawn,
         *means,
-        _summary("last_state_effective_rank", "effective rank of the last states", "state_effective_rank", lambda v: v[-1]),
+        _summary(
+            "last_state_effective_rank",
+            "effective rank of the last states",
+            "state_effective_rank",
+            lambda v: v[-1],
+        ),
         _summary(
             "last_state_effective_rank_centred",
             "effective rank of the last states, centred and normalised",
@@ -136,22 +149,34 @@ MEASURES = (
         "No Jacobian: two products and five eigendecompositions of size min(T, d) for T tokens at every depth. "
         "Prompts of fewer than 3 tokens have the first part only.",
         columns=(
-            Column("block_influence", "layer", "1 − cos(x^{l−1}, x^l) (ShortGPT, arXiv 2403.03853)"),
+            Column(
+                "block_influence", "layer", "1 − cos(x^{l−1}, x^l) (ShortGPT, arXiv 2403.03853)"
+            ),
             Column("relative_contribution", "layer", "‖f^l‖ / ‖x^{l−1}‖ (arXiv 2505.13898)"),
             Column("contribution_cosine", "layer", "cos(f^l, x^{l−1}) (arXiv 2512.14064)"),
-            Column("massive_activation", "layer+1", "max / median of |x_i^l| over coordinates (arXiv 2603.06248)"),
+            Column(
+                "massive_activation",
+                "layer+1",
+                "max / median of |x_i^l| over coordinates (arXiv 2603.06248)",
+            ),
             Column(
                 "state_entropy",
                 "layer+1",
                 "−Σ p log p in nats, p the shares of the eigenvalues of X^l X^lᵀ, rows as they are (arXiv 2502.02013)",
             ),
-            Column("state_effective_rank", "layer+1", "e to that power (Roy and Vetterli, 2007; RankMe, arXiv 2210.02885)"),
+            Column(
+                "state_effective_rank",
+                "layer+1",
+                "e to that power (Roy and Vetterli, 2007; RankMe, arXiv 2210.02885)",
+            ),
             Column(
                 "state_effective_rank_centred",
                 "layer+1",
                 "the same of rows less their mean, each then of norm 1 (Diff-eRank, arXiv 2401.17139)",
             ),
-            Column("anisotropy", "layer+1", "σ_1² / Σσ² of X^l, rows as they are (arXiv 2405.12250)"),
+            Column(
+                "anisotropy", "layer+1", "σ_1² / Σσ² of X^l, rows as they are (arXiv 2405.12250)"
+            ),
             Column(
                 "token_curvature",
                 "layer+1",
@@ -163,7 +188,11 @@ MEASURES = (
                 "1 − min ‖s X^{l−1} Q − X^l‖² over scales s and orthogonal Q, both centred and of norm 1: Procrustes "
                 "similarity (after arXiv 2405.12250, whose free linear map fits anything of fewer tokens than dimensions)",
             ),
-            Column("linearity_of_update", "layer", "the same of X^{l−1} and X^l − X^{l−1}, without the skip"),
+            Column(
+                "linearity_of_update",
+                "layer",
+                "the same of X^{l−1} and X^l − X^{l−1}, without the skip",
+            ),
             Column(
                 "matrix_nuclear_norm",
                 "",

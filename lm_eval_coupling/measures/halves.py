@@ -28,14 +28,16 @@ def run(batch: Batch) -> list[Found]:
 def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
-    from lm_eval_coupling.measures.formulas.coupling import normalized_by_rank
+    from lm_eval_coupling.measures.formulas.miscoupling import normalized_by_rank
     from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import top_singular
     from lm_eval_coupling.numerics.transfer import on_host
 
     ranks = one.settings.ranks
     found = [_of_block(one, call) for call in one.trace.calls]
-    columns: dict[str, object] = {"halves_certificate": [[errors[i] for _, errors in found] for i in range(len(HALVES))]}
+    columns: dict[str, object] = {
+        "halves_certificate": [[errors[i] for _, errors in found] for i in range(len(HALVES))]
+    }
     reasons: list[Reason] = []
     for i, half in enumerate(HALVES):
         J = torch.stack([jacobians[i].to(one.trace.resid_final.device) for jacobians, _ in found])
@@ -60,7 +62,9 @@ def _of_block(one: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]
             made = certified_jacobian(part, at, at, method)
         if not made.error <= TOLERANCE[call.dtype]:
             words = f"the Jacobian of the {half} half of block {call.layer} ({made.level}) is off by {made.error:.1e}"
-            raise Unmeasurable("certificate", f"{words}, expected at most {TOLERANCE[call.dtype]:.0e}")
+            raise Unmeasurable(
+                "certificate", f"{words}, expected at most {TOLERANCE[call.dtype]:.0e}"
+            )
         jacobians.append(made.jacobian)
         errors.append(made.error)
     _require_whole(call, jacobians, at)
@@ -80,7 +84,9 @@ def _require_whole(call: Call, jacobians: list[Tensor], at: int) -> None:
     error = min(float((whole - parts).norm()) for parts in (side_by_side, in_turn))
     allowed = _SLACK * TOLERANCE[call.dtype] * float(u.norm() + whole.norm())
     if not error <= allowed:
-        raise Unmeasurable("refused", f"attention and MLP do not add up to block {call.layer}: off by {error:.1e}")
+        raise Unmeasurable(
+            "refused", f"attention and MLP do not add up to block {call.layer}: off by {error:.1e}"
+        )
 
 
 def _reading(half: str, label: str) -> Reading:
@@ -102,16 +108,33 @@ MEASURES = (
         columns=(
             Column("attention_miscoupling", "rank layer layer", "m̃ among the attention halves"),
             Column("mlp_miscoupling", "rank layer layer", "m̃ among the MLP halves"),
-            Column("attention_coupling", "rank", "1 − mean m̃ among the attention halves of different layers"),
+            Column(
+                "attention_coupling",
+                "rank",
+                "1 − mean m̃ among the attention halves of different layers",
+            ),
             Column("mlp_coupling", "rank", "1 − mean m̃ among the MLP halves of different layers"),
-            Column("attention_singular_values", "layer max_rank", "the largest of ∂a/∂x, descending"),
-            Column("mlp_singular_values", "layer max_rank", "the largest of ∂m/∂(its own input), descending"),
-            Column("halves_certificate", "2 layer", "relative error of attention, then MLP, along one direction"),
+            Column(
+                "attention_singular_values", "layer max_rank", "the largest of ∂a/∂x, descending"
+            ),
+            Column(
+                "mlp_singular_values",
+                "layer max_rank",
+                "the largest of ∂m/∂(its own input), descending",
+            ),
+            Column(
+                "halves_certificate",
+                "2 layer",
+                "relative error of attention, then MLP, along one direction",
+            ),
         ),
         run=run,
         version=2,
         settings=("ranks", "method"),
-        readings=(_reading("attention", "coupling of the attention halves"), _reading("mlp", "coupling of the MLP halves")),
+        readings=(
+            _reading("attention", "coupling of the attention halves"),
+            _reading("mlp", "coupling of the MLP halves"),
+        ),
         extra=lambda n_layers, position, settings: (2 * n_layers, 2 * n_layers),
     ),
 )

@@ -21,11 +21,13 @@ def _of_prompt(one: TracedPrompt) -> Found:
     import torch
 
     from lm_eval_coupling.measures.formulas import spectrum
-    from lm_eval_coupling.measures.formulas.pairs import rows_to
+    from lm_eval_coupling.measures.formulas.layer_pairs import rows_to
     from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import largest_singular_values
 
-    rows: dict[str, list[Any]] = {name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")}
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")
+    }
     for layer in range(len(one.trace.calls)):
         parts, own = [], None
         for tokens, J in rows_to(one.trace, layer, one.position, one.last, one.settings.method):
@@ -64,11 +66,23 @@ MEASURES = (
         name="spectra",
         doc="Influence of every token on the measured one, and the full spectrum of the measured token's own Jacobian.",
         columns=(
-            Column("effective_rank", "layer", "exp of the entropy of σ/Σσ of J_tt (Roy and Vetterli, 2007)"),
+            Column(
+                "effective_rank",
+                "layer",
+                "exp of the entropy of σ/Σσ of J_tt (Roy and Vetterli, 2007)",
+            ),
             Column("participation_ratio", "layer", "(Σσ²)² / Σσ⁴ of J_tt"),
-            Column("frobenius_norms", "layer seq", "‖J‖_F from every token that can move it to the measured one"),
+            Column(
+                "frobenius_norms",
+                "layer seq",
+                "‖J‖_F from every token that can move it to the measured one",
+            ),
             Column("spectral_norms", "layer seq", "‖J‖_2 of the same"),
-            Column("depth_slope", "max_rank", "slope of the least-squares line of 1/σ_k over depth l = 1 … L"),
+            Column(
+                "depth_slope",
+                "max_rank",
+                "slope of the least-squares line of 1/σ_k over depth l = 1 … L",
+            ),
             Column("depth_r2", "max_rank", "R² of that line; NaN with fewer than 3 blocks"),
         ),
         run=run,

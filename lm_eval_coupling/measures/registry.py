@@ -81,7 +81,9 @@ class Column:
             return float(value)
         array = np.asarray(value, dtype=np.float32)
         if array.ndim != len(self.dimensions):
-            raise CouplingError(f"got {self.name} of shape {array.shape}, expected the dimensions [{self.shape}]")
+            raise CouplingError(
+                f"got {self.name} of shape {array.shape}, expected the dimensions [{self.shape}]"
+            )
         return array
 
 
@@ -127,7 +129,9 @@ class Reading:
         places = np.arange(float(len(values)))
         if self.over == "prompt":
             return np.full(len(values), math.nan), values
-        return places + {"point": 0, "block": 1, "window": int(record["window"] or 0) / 2}[self.over], values
+        return places + {"point": 0, "block": 1, "window": int(record["window"] or 0) / 2}[
+            self.over
+        ], values
 
 
 def of_column(name: str, label: str, column: str | None = None, **more: Any) -> Reading:
@@ -192,8 +196,14 @@ class Measure:
         """
         known = {column.name: column for column in self.columns}
         if unknown := [name for name in found.columns if name not in known]:
-            raise CouplingError(f"got column {unknown[0]!r} of measure {self.name}, expected one of {', '.join(known)}")
-        return Found({name: known[name].cast(v) for name, v in found.columns.items()}, found.reasons, found.seconds)
+            raise CouplingError(
+                f"got column {unknown[0]!r} of measure {self.name}, expected one of {', '.join(known)}"
+            )
+        return Found(
+            {name: known[name].cast(v) for name, v in found.columns.items()},
+            found.reasons,
+            found.seconds,
+        )
 
 
 # Every record has these, whatever was measured.
@@ -204,15 +214,35 @@ PROMPT = (
     Column("measures", "measure", "what was asked for", "text"),
 )
 OUTCOME = (
-    Column("seconds", "", "time it took, a batch's divided by its prompts; of reused numbers, when they were measured"),
-    Column("reason", "", "in words, why something is missing or undefined; null if nothing is", "text"),
+    Column(
+        "seconds",
+        "",
+        "time it took, a batch's divided by its prompts; of reused numbers, when they were measured",
+    ),
+    Column(
+        "reason", "", "in words, why something is missing or undefined; null if nothing is", "text"
+    ),
     Column("reason_codes", "code", "the same as short codes to count by", "text"),
 )
 # What comes with every Jacobian J_tt, whichever measure asked for it.
 JACOBIAN = (
-    Column("certificate", "layer", "relative error of each Jacobian against the model's own derivative along one direction"),
-    Column("method", "layer", "level at which each Jacobian was computed: closed, token-local or autodiff", "text"),
-    Column("slower_because", "layer", "why no faster level was taken, null where the fastest was", "text"),
+    Column(
+        "certificate",
+        "layer",
+        "relative error of each Jacobian against the model's own derivative along one direction",
+    ),
+    Column(
+        "method",
+        "layer",
+        "level at which each Jacobian was computed: closed, token-local or autodiff",
+        "text",
+    ),
+    Column(
+        "slower_because",
+        "layer",
+        "why no faster level was taken, null where the fastest was",
+        "text",
+    ),
 )
 
 
@@ -220,9 +250,15 @@ JACOBIAN = (
 def measures() -> dict[str, Measure]:
     """Every measure by its name: what is measured unless others are asked for comes first, then by name."""
     names = [module.name for module in pkgutil.iter_modules(_package.__path__) if not module.ispkg]
-    modules = [importlib.import_module(f"{_package.__name__}.{name}") for name in names if name != "registry"]
+    modules = [
+        importlib.import_module(f"{_package.__name__}.{name}")
+        for name in names
+        if name != "registry"
+    ]
     found = [measure for module in modules for measure in module.MEASURES]
-    return {measure.name: measure for measure in sorted(found, key=lambda m: (not m.default, m.name))}
+    return {
+        measure.name: measure for measure in sorted(found, key=lambda m: (not m.default, m.name))
+    }
 
 
 def default_measures() -> tuple[str, ...]:
@@ -237,12 +273,18 @@ def measured_columns() -> dict[str, Column]:
 
 def record_columns() -> dict[str, Column]:
     """Every column of a record: what is known of the prompt, what was measured, how it went."""
-    return {column.name: column for column in PROMPT} | measured_columns() | {column.name: column for column in OUTCOME}
+    return (
+        {column.name: column for column in PROMPT}
+        | measured_columns()
+        | {column.name: column for column in OUTCOME}
+    )
 
 
 def readings() -> dict[str, Reading]:
     """Every reading by its name, in the order of the measures."""
-    return {reading.name: reading for measure in measures().values() for reading in measure.readings}
+    return {
+        reading.name: reading for measure in measures().values() for reading in measure.readings
+    }
 
 
 def summarised(names: Iterable[str] | None = None) -> list[Reading]:
@@ -253,8 +295,14 @@ def summarised(names: Iterable[str] | None = None) -> list[Reading]:
     Returns:
         In the order in which the measures are registered.
     """
-    chosen = measures().values() if names is None else [measures()[name] for name in measures() if name in {*names}]
-    return [reading for measure in chosen for reading in measure.readings if reading.over == "prompt"]
+    chosen = (
+        measures().values()
+        if names is None
+        else [measures()[name] for name in measures() if name in {*names}]
+    )
+    return [
+        reading for measure in chosen for reading in measure.readings if reading.over == "prompt"
+    ]
 
 
 def argument(names: Iterable[str]) -> str:
@@ -268,5 +316,7 @@ def option_of(column: str) -> str | None:
     for measure in measures().values():
         for known in measure.columns:
             if known.name == column:
-                return known.option or ",".join(filter(None, (argument([measure.name]), measure.option)))
+                return known.option or ",".join(
+                    filter(None, (argument([measure.name]), measure.option))
+                )
     return None

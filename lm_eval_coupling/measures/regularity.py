@@ -54,7 +54,9 @@ def _of_prompts(prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]) -
     window = min(WINDOW, x.shape[1] - 1) if asked is None else asked
     of_token = _line_shape_scores(prompts)
     return [
-        _found(one, numbers | {"window": window, "line_shape_scores": scores}, entropies.get(one.index))
+        _found(
+            one, numbers | {"window": window, "line_shape_scores": scores}, entropies.get(one.index)
+        )
         for one, numbers, scores in zip(prompts, _numbers(x, window), of_token, strict=True)
     ]
 
@@ -75,7 +77,9 @@ def _numbers(x: Tensor, window: int) -> list[dict[str, Any]]:
             "equidistance": maths.equidistance(x),
         }
     )
-    return [{name: value if value.ndim else float(value) for name, value in row.items()} for row in rows]
+    return [
+        {name: value if value.ndim else float(value) for name, value in row.items()} for row in rows
+    ]
 
 
 def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> Found:
@@ -85,8 +89,14 @@ def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> Fo
 
 
 def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
-    names = " and ".join(name.replace("_", "-") for name, score in scores.items() if math.isnan(score))
-    return (Reason("undefined", f"undefined {names}: a step, a norm or their sum is zero"),) if names else ()
+    names = " and ".join(
+        name.replace("_", "-") for name, score in scores.items() if math.isnan(score)
+    )
+    return (
+        (Reason("undefined", f"undefined {names}: a step, a norm or their sum is zero"),)
+        if names
+        else ()
+    )
 
 
 def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
@@ -111,8 +121,16 @@ def _line_shape_scores(prompts: Sequence[TracedPrompt], at_once: int = 64) -> li
 
     traces: list[Any] = [one.trace for one in prompts]
     starts = [range(0, trace.resid_final.shape[1], at_once) for trace in traces]
-    slices = [(trace, slice(i, i + at_once)) for trace, of_trace in zip(traces, starts, strict=True) for i in of_trace]
-    parts = iter(all_on_host([line_shape_score(off_mps(trace.trajectories(tokens))) for trace, tokens in slices]))
+    slices = [
+        (trace, slice(i, i + at_once))
+        for trace, of_trace in zip(traces, starts, strict=True)
+        for i in of_trace
+    ]
+    parts = iter(
+        all_on_host(
+            [line_shape_score(off_mps(trace.trajectories(tokens))) for trace, tokens in slices]
+        )
+    )
     return [np.concatenate([next(parts).numpy() for _ in of_trace]) for of_trace in starts]
 
 
@@ -133,25 +151,48 @@ MEASURES = (
         name="regularity",
         doc="Regularity of the residual stream x^0 … x^L at the measured token, x^0 being the input of the first block.",
         columns=(
-            Column("line_shape_score", "", "L / ‖Σ_l Δx^l / ‖Δx^l‖‖: 1 for a straight line, larger otherwise (paper)"),
             Column(
-                "expodistance", "", "variance over squared mean of ln(‖x^l‖/‖x^{l−1}‖): 0 for exponential growth (paper)"
+                "line_shape_score",
+                "",
+                "L / ‖Σ_l Δx^l / ‖Δx^l‖‖: 1 for a straight line, larger otherwise (paper)",
+            ),
+            Column(
+                "expodistance",
+                "",
+                "variance over squared mean of ln(‖x^l‖/‖x^{l−1}‖): 0 for exponential growth (paper)",
             ),
             Column("norms", "layer+1", "‖x^l‖"),
             Column("line_shape_scores", "seq", "line-shape score of every token of the prompt"),
             Column("window", "", "blocks of the windowed numbers", "whole"),
-            Column("windowed_line_shape", "window", "line-shape score of every window of blocks, in order of depth"),
+            Column(
+                "windowed_line_shape",
+                "window",
+                "line-shape score of every window of blocks, in order of depth",
+            ),
             Column("windowed_expodistance", "window", "expodistance of every window of blocks"),
             Column("step_lengths", "layer", "‖x^l − x^{l−1}‖"),
-            Column("equidistance", "", "coefficient of variation of the step lengths: 0 for equal steps"),
-            Column("entropy", "layer+1", "of the logits that the model's own head decodes from x^l, in nats"),
+            Column(
+                "equidistance",
+                "",
+                "coefficient of variation of the step lengths: 0 for equal steps",
+            ),
+            Column(
+                "entropy",
+                "layer+1",
+                "of the logits that the model's own head decodes from x^l, in nats",
+            ),
             Column(
                 "trajectories",
                 "seq layer+1 component",
                 "every token's trajectory along the at most 3 principal components of the last points",
                 option=_KEPT,
             ),
-            Column("trajectory_variance", "component", "each component's share of the variance there", option=_KEPT),
+            Column(
+                "trajectory_variance",
+                "component",
+                "each component's share of the variance there",
+                option=_KEPT,
+            ),
         ),
         run=run,
         version=2,

@@ -19,7 +19,7 @@ def run(batch: Batch) -> list[Found]:
 
 
 def _of_prompt(one: TracedPrompt) -> Found:
-    from lm_eval_coupling.measures.formulas.coupling import (
+    from lm_eval_coupling.measures.formulas.miscoupling import (
         at_ranks,
         coupling_matrices,
         miscoupling_to,
@@ -28,7 +28,9 @@ def _of_prompt(one: TracedPrompt) -> Found:
     from lm_eval_coupling.numerics.spectra import numerical_rank
 
     ranks = one.settings.ranks
-    U, S, V = (values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V))
+    U, S, V = (
+        values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V)
+    )
 
     def both(A: Tensor) -> dict[str, Tensor]:
         S1, off = S[:, None, : A.shape[-1]], off_diagonal_norm(A)

@@ -29,11 +29,13 @@ def run_context(batch: Batch) -> list[Found]:
 
 
 def _chosen(one: TracedPrompt) -> tuple[list[int], list[int]]:
-    return chosen_layers(one.settings.layers, len(one.trace.calls)), chosen_tokens(one.settings.tokens, one.last)
+    return chosen_layers(one.settings.layers, len(one.trace.calls)), chosen_tokens(
+        one.settings.tokens, one.last
+    )
 
 
 def _self_coupling(one: TracedPrompt) -> Found:
-    from lm_eval_coupling.measures.formulas.pairs import jacobians_over, miscoupling_of_all
+    from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
 
     layers, tokens = _chosen(one)
     blocks = jacobians_over(one.trace, layers, [(t, t) for t in tokens], one.settings.method)
@@ -44,7 +46,7 @@ def _self_coupling(one: TracedPrompt) -> Found:
 def _context_coupling(one: TracedPrompt) -> Found:
     import numpy as np
 
-    from lm_eval_coupling.measures.formulas.pairs import jacobians_over, miscoupling_of_all
+    from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
 
     layers, tokens = _chosen(one)
     method, ranks = one.settings.method, one.settings.ranks
@@ -52,7 +54,10 @@ def _context_coupling(one: TracedPrompt) -> Found:
         "context_input_miscoupling": [(t, tokens[0]) for t in tokens],
         "context_output_miscoupling": [(one.position, t) for t in tokens],
     }
-    found = {name: miscoupling_of_all(jacobians_over(one.trace, layers, of, method), ranks) for name, of in pairs.items()}
+    found = {
+        name: miscoupling_of_all(jacobians_over(one.trace, layers, of, method), ranks)
+        for name, of in pairs.items()
+    }
     undefined = sum(int(np.isnan(matrices[-1]).sum()) for matrices in found.values())
     size = 2 * (len(layers) * len(tokens)) ** 2
     words = f"{undefined} of {size} context couplings are undefined: a Jacobian is zero or of rank below K"
@@ -62,7 +67,9 @@ def _context_coupling(one: TracedPrompt) -> Found:
 
 def _extra(kinds: int) -> Callable[[int, int, Settings], tuple[int, int]]:
     def extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
-        held = len(chosen_layers(settings.layers, n_layers)) * len(chosen_tokens(settings.tokens, position))
+        held = len(chosen_layers(settings.layers, n_layers)) * len(
+            chosen_tokens(settings.tokens, position)
+        )
         return kinds * held, held
 
     return extra
@@ -94,8 +101,16 @@ MEASURES = (
         columns=(
             Column("context_tokens", "token", _TOKENS, "whole"),
             Column("context_layers", "chosen", _LAYERS, "whole"),
-            Column("context_input_miscoupling", PAIRS, "m̃ with the input token fixed, the first of the chosen"),
-            Column("context_output_miscoupling", PAIRS, "m̃ with the output token fixed, the measured one"),
+            Column(
+                "context_input_miscoupling",
+                PAIRS,
+                "m̃ with the input token fixed, the first of the chosen",
+            ),
+            Column(
+                "context_output_miscoupling",
+                PAIRS,
+                "m̃ with the output token fixed, the measured one",
+            ),
         ),
         run=run_context,
         version=2,

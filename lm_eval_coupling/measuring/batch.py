@@ -23,7 +23,7 @@ from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 from lm_eval_coupling.numerics.transfer import on_host
-from lm_eval_coupling.residual import halves
+from lm_eval_coupling.residual import sublayers as halves
 
 logger = logging.getLogger("lm_eval.coupling")
 
@@ -53,7 +53,11 @@ class TracedPrompt:
     def __init__(self, batch: Batch, index: int) -> None:
         self._batch, self.index = batch, index
         self.model, self.settings = batch.model, batch.settings
-        self.tokens, self.position, self.trace = batch.tokens[index], batch.positions[index], batch.traces[index]
+        self.tokens, self.position, self.trace = (
+            batch.tokens[index],
+            batch.positions[index],
+            batch.traces[index],
+        )
 
     @property
     def last(self) -> int:
@@ -76,7 +80,11 @@ class TracedPrompt:
         """The columns that come with every Jacobian."""
         found = self.blocks
         why = found.why or [None] * len(found.method)
-        return {"certificate": found.certificate, "method": tuple(found.method), "slower_because": tuple(why)}
+        return {
+            "certificate": found.certificate,
+            "method": tuple(found.method),
+            "slower_because": tuple(why),
+        }
 
     @property
     def jacobians(self) -> Float[Tensor, "layer d_model d_model"]:
@@ -89,15 +97,18 @@ class TracedPrompt:
         worst = int(found.certificate.nan_to_num(math.inf).argmax())
         if not found.certificate[worst] <= tolerance:
             error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
-            raise DoubtfulJacobian(f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}", self.proof)
+            raise DoubtfulJacobian(
+                f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}",
+                self.proof,
+            )
         return found.jacobians
 
     def attention_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """One block's call without its MLP; see :func:`~lm_eval_coupling.residual.halves.attention_alone`."""
+        """One block's call without its MLP; see :func:`~lm_eval_coupling.residual.sublayers.attention_alone`."""
         return halves.attention_alone(call)
 
     def mlp_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """One block's call with its attention held; see :func:`~lm_eval_coupling.residual.halves.mlp_alone`."""
+        """One block's call with its attention held; see :func:`~lm_eval_coupling.residual.sublayers.mlp_alone`."""
         return halves.mlp_alone(call, self.position)
 
     @property
@@ -133,7 +144,9 @@ class Batch:
             Unmeasurable: if the stream of a prompt is not finite.
         """
         self.model, self.tokens, self.positions, self.settings = model, tokens, positions, settings
-        self.traces = model.traces(tokens, DTYPES[settings.dtype], positions if derivative else None, probe)
+        self.traces = model.traces(
+            tokens, DTYPES[settings.dtype], positions if derivative else None, probe
+        )
         self._triplets: dict[int, SingularTriplets] = {}
         at_tokens = zip(self.traces, positions, strict=True)
         self.trajectories = [off_mps(trace.trajectory(position)) for trace, position in at_tokens]
@@ -161,7 +174,9 @@ class Batch:
             J = TracedPrompt(self, index).jacobians
             blocks = self.blocks[index]
             known = blocks.triplets
-            self._triplets[index] = top_singular(J, self._rank, device=blocks.device) if known is None else known
+            self._triplets[index] = (
+                top_singular(J, self._rank, device=blocks.device) if known is None else known
+            )
         return self._triplets[index]
 
     def forget_jacobians(self) -> None:
@@ -181,7 +196,9 @@ class Batch:
         """
         return [self._alone(measure, one, name) for one in self]
 
-    def together(self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], name: str, at_once: int) -> list[Found]:
+    def together(
+        self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], name: str, at_once: int
+    ) -> list[Found]:
         """As :meth:`each`, but ``measure`` takes up to ``at_once`` prompts; where it fails, each of them is measured alone.
 
         Returns:
@@ -193,20 +210,30 @@ class Batch:
         return found
 
     def _group(
-        self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], prompts: Sequence[TracedPrompt], name: str
+        self,
+        measure: Callable[[Sequence[TracedPrompt]], list[Found]],
+        prompts: Sequence[TracedPrompt],
+        name: str,
     ) -> list[Found]:
         start = time.perf_counter()
         if len(prompts) > 1:
             try:
                 parts = measure(prompts)
-                return [_on_host(part, (time.perf_counter() - start) / len(prompts)) for part in parts]
+                return [
+                    _on_host(part, (time.perf_counter() - start) / len(prompts)) for part in parts
+                ]
             except Exception:
                 logger.debug(
-                    "coupling: %s of %d prompts at once failed, each is measured alone", name, len(prompts), exc_info=True
+                    "coupling: %s of %d prompts at once failed, each is measured alone",
+                    name,
+                    len(prompts),
+                    exc_info=True,
                 )
         return [self._alone(lambda one: measure([one])[0], one, name) for one in prompts]
 
-    def _alone(self, measure: Callable[[TracedPrompt], Found], one: TracedPrompt, name: str) -> Found:
+    def _alone(
+        self, measure: Callable[[TracedPrompt], Found], one: TracedPrompt, name: str
+    ) -> Found:
         start = time.perf_counter()
         try:
             part = measure(one)
@@ -221,7 +248,9 @@ class Batch:
 
 
 def _on_host(part: Found, seconds: float) -> Found:
-    return Found({column: on_host(value) for column, value in part.columns.items()}, part.reasons, seconds)
+    return Found(
+        {column: on_host(value) for column, value in part.columns.items()}, part.reasons, seconds
+    )
 
 
 def _require_finite(trajectories: Sequence[Float[Tensor, "layer_plus_1 d_model"]]) -> None:

@@ -82,7 +82,9 @@ def measure_coupling(
     )
     settings.check_shape(model.d_model, model.n_layers)
     encoded = token_ids(model, prompts)
-    places = [(tokens, token) for tokens in encoded for token in chosen_positions(position, len(tokens))]
+    places = [
+        (tokens, token) for tokens in encoded for token in chosen_positions(position, len(tokens))
+    ]
     records: dict[int, PromptCoupling] = {}
     with tqdm(total=len(places), desc="Measuring coupling", disable=not progress) as bar:
         for together in groups(model, [tokens for tokens, _ in places], settings):
@@ -96,17 +98,24 @@ def measure_coupling(
 def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:
     """Indices of the prompts to measure together: of about the same length, and as many as the device has room for."""
     itemsize = DTYPES[settings.dtype].itemsize
-    return batches(model, [len(prompt) for prompt in prompts], rank=settings.ranks[-1], itemsize=itemsize)
+    return batches(
+        model, [len(prompt) for prompt in prompts], rank=settings.ranks[-1], itemsize=itemsize
+    )
 
 
-def measure_prompt(model: Model, tokens: Sequence[int], position: int, settings: Settings) -> PromptCoupling:
+def measure_prompt(
+    model: Model, tokens: Sequence[int], position: int, settings: Settings
+) -> PromptCoupling:
     """One prompt's record; never raises for what a single prompt or a lack of memory can cause."""
     return measure_prompts(model, [tokens], position, settings)[0]
 
 
 @exact_arithmetic()
 def measure_prompts(
-    model: Model, prompts: Sequence[Sequence[int]], position: int | Sequence[int], settings: Settings
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    position: int | Sequence[int],
+    settings: Settings,
 ) -> list[PromptCoupling]:
     """The records of several prompts, measured together; what fails together is measured in halves, down to one alone.
 
@@ -127,7 +136,10 @@ def measure_prompts(
     there = [i for i in range(len(prompts)) if i not in found]
     measured = _measured(model, [prompts[i] for i in there], [at[i] for i in there], settings)
     found.update(zip(there, measured, strict=True))
-    return [PromptCoupling(tuple(map(int, tokens)), at[i], settings.ranks, found[i]) for i, tokens in enumerate(prompts)]
+    return [
+        PromptCoupling(tuple(map(int, tokens)), at[i], settings.ranks, found[i])
+        for i, tokens in enumerate(prompts)
+    ]
 
 
 def _nothing(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, Found]:
@@ -181,5 +193,7 @@ def _together(
         if not known[name].jacobians:
             batch.forget_jacobians()
         found[name] = [known[name].cast(part) for part in known[name].run(batch)]
-    found[names[0]] = [Found(part.columns, part.reasons, part.seconds + shared) for part in found[names[0]]]
+    found[names[0]] = [
+        Found(part.columns, part.reasons, part.seconds + shared) for part in found[names[0]]
+    ]
     return [{name: found[name][i] for name in settings.measures} for i in range(len(batch))]

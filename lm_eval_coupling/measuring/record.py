@@ -45,7 +45,9 @@ class PromptCoupling:
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """Why something is missing or undefined, each once."""
-        return tuple(dict.fromkeys(reason for found in self.found.values() for reason in found.reasons))
+        return tuple(
+            dict.fromkeys(reason for found in self.found.values() for reason in found.reasons)
+        )
 
     @property
     def reason(self) -> str | None:
@@ -83,7 +85,9 @@ class PromptCoupling:
         """
         diagonal = flag("diagonal", diagonal)
         if (rank := whole("rank", rank)) not in self.ranks:
-            raise CouplingError(f"got rank {rank}, expected one of the measured ranks {list(self.ranks)}")
+            raise CouplingError(
+                f"got rank {rank}, expected one of the measured ranks {list(self.ranks)}"
+            )
         pairs = self.normalized_miscoupling
         return math.nan if pairs is None else coupling_of(pairs[self.ranks.index(rank)], diagonal)
 

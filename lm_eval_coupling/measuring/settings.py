@@ -47,7 +47,9 @@ class Settings:
         for name in ("tokens", "layers"):
             object.__setattr__(self, name, written(f"coupling_{name}", getattr(self, name)))
         if self.tokens != "all":
-            chosen_tokens(self.tokens, 10**6)  # is it a choice of tokens at all? How long prompts are is seen later
+            chosen_tokens(
+                self.tokens, 10**6
+            )  # is it a choice of tokens at all? How long prompts are is seen later
 
     def check_shape(self, d_model: int, n_layers: int | None = None) -> None:
         """Refuse ranks that the model is too narrow for, and a window or blocks that it is too shallow for."""
@@ -71,10 +73,20 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting that touches what is measured, JSON-able, with the version of each measure."""
-        names = {name for measure in self.measures for name in ("dtype", "ranks", "method", *measures()[measure].settings)}
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names or f.name == "measures"}
+        names = {
+            name
+            for measure in self.measures
+            for name in ("dtype", "ranks", "method", *measures()[measure].settings)
+        }
+        plain = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name in names or f.name == "measures"
+        }
         versions = {f"{name}_version": measures()[name].version for name in self.measures}
-        return {name: _plain(value) for name, value in plain.items() if value not in (None, False)} | versions
+        return {
+            name: _plain(value) for name, value in plain.items() if value not in (None, False)
+        } | versions
 
     def extra(self, n_layers: int, d_model: int, position: int) -> tuple[int, float]:
         """Jacobians that a prompt takes beside those of the depth, and MB of them held at a time."""
@@ -90,9 +102,17 @@ def chosen_measures(given: Any) -> tuple[str, ...]:
     Raises:
         CouplingError: for what is no text.
     """
-    several = given.split("+") if isinstance(given, str) else list(given) if is_several(given) else [given]
+    several = (
+        given.split("+")
+        if isinstance(given, str)
+        else list(given)
+        if is_several(given)
+        else [given]
+    )
     if not all(isinstance(name, str) for name in several):
-        raise CouplingError(f"got coupling_measures={shown(given)}, expected any of {', '.join(measures())}")
+        raise CouplingError(
+            f"got coupling_measures={shown(given)}, expected any of {', '.join(measures())}"
+        )
     return tuple(several)
 
 
@@ -103,12 +123,16 @@ def chosen_ranks(given: Any) -> tuple[int, ...]:
         several = given.split("+") if isinstance(given, str) else [given] if alone else list(given)
         if any(isinstance(k, bool) for k in several):
             raise TypeError
-        found = tuple(sorted({int(k) if isinstance(k, str) else operator.index(k) for k in several}))
+        found = tuple(
+            sorted({int(k) if isinstance(k, str) else operator.index(k) for k in several})
+        )
     except (TypeError, ValueError):
         found = ()
     if not found or found[0] < 1:
         told = _plus(tuple(given)) if isinstance(given, list | tuple) else given
-        raise CouplingError(f"got coupling_ranks={told}, expected positive whole numbers such as 10+30+50")
+        raise CouplingError(
+            f"got coupling_ranks={told}, expected positive whole numbers such as 10+30+50"
+        )
     return found
 
 

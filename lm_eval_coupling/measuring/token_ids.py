@@ -33,14 +33,21 @@ def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
     if isinstance(prompts, Mapping):
         return _of_tokenizer(prompts)
     if _are_pixels(prompts):
-        return [model.encode(prompts)] if prompts.ndim == 3 else [model.encode(image) for image in prompts]
+        return (
+            [model.encode(prompts)]
+            if prompts.ndim == 3
+            else [model.encode(image) for image in prompts]
+        )
     plain = _plain(prompts)
     if not isinstance(plain, Iterable) or isinstance(plain, bytes | bytearray | Set):
         raise CouplingError(f"got prompts={prompts!r}, expected {EXPECTED}")
     plain = list(plain)
     if plain and all(_is_id(value) for value in plain):
         return [[operator.index(value) for value in plain]]
-    return [model.encode(prompt) if isinstance(prompt, str) or _are_pixels(prompt) else _ids(prompt) for prompt in plain]
+    return [
+        model.encode(prompt) if isinstance(prompt, str) or _are_pixels(prompt) else _ids(prompt)
+        for prompt in plain
+    ]
 
 
 def _are_pixels(prompt: Any) -> bool:
@@ -49,7 +56,9 @@ def _are_pixels(prompt: Any) -> bool:
 
 def _of_tokenizer(found: Mapping[str, Any]) -> list[Sequence[int]]:
     if "input_ids" not in found:
-        raise CouplingError(f"got prompts with {', '.join(map(str, found)) or 'nothing'}, expected input_ids; or {EXPECTED}")
+        raise CouplingError(
+            f"got prompts with {', '.join(map(str, found)) or 'nothing'}, expected input_ids; or {EXPECTED}"
+        )
     ids = _plain(found["input_ids"])
     mask = _plain(found.get("attention_mask"))
     if ids and _is_id(ids[0]):
@@ -61,17 +70,26 @@ def _of_tokenizer(found: Mapping[str, Any]) -> list[Sequence[int]]:
         raise CouplingError(
             "got prompts whose attention_mask has another shape than input_ids, expected one number for each id"
         )
-    return [[i for i, kept in zip(row, own, strict=True) if kept] for row, own in zip(rows, mask, strict=True)]
+    return [
+        [i for i, kept in zip(row, own, strict=True) if kept]
+        for row, own in zip(rows, mask, strict=True)
+    ]
 
 
 def _ids(prompt: Any) -> Sequence[int]:
-    if isinstance(prompt, Sequence) and type(prompt) not in (list, tuple, str) and all(map(_is_id, prompt)):
+    if (
+        isinstance(prompt, Sequence)
+        and type(prompt) not in (list, tuple, str)
+        and all(map(_is_id, prompt))
+    ):
         return prompt  # encoded already, and knows more than its numbers
     plain = _plain(prompt)
     if isinstance(plain, list | tuple) and len(plain) == 1 and isinstance(plain[0], list | tuple):
         plain = plain[0]  # [1, seq], as a model takes it
     if not isinstance(plain, list | tuple) or not all(_is_id(value) for value in plain):
-        raise CouplingError(f"got a prompt {str(prompt)[:80]!r} of {type(prompt).__name__}, expected {EXPECTED}")
+        raise CouplingError(
+            f"got a prompt {str(prompt)[:80]!r} of {type(prompt).__name__}, expected {EXPECTED}"
+        )
     return [operator.index(value) for value in plain]
 
 

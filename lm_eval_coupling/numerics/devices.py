@@ -31,21 +31,38 @@ def device_named(name: str | None) -> torch.device:
         CouplingError: if there is no such device.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     there = ", ".join(devices())
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CouplingError(f"got device={name!r}, which torch does not know, expected one of: {there}") from None
+        raise CouplingError(
+            f"got device={name!r}, which torch does not know, expected one of: {there}"
+        ) from None
     if device.type != "cpu" and str(device) not in devices():
-        raise CouplingError(f"got device={name!r}, which this machine does not have, expected one of: {there}")
+        raise CouplingError(
+            f"got device={name!r}, which this machine does not have, expected one of: {there}"
+        )
     return device
 
 
 def devices() -> list[str]:
     """Names of the devices of this machine that can be measured on."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    gpus = (
+        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return [
+        "cpu",
+        *(["cuda"] if gpus else []),
+        *gpus,
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -75,4 +92,6 @@ def known_device(device: Any, there: bool = True) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError:
-        raise CouplingError(f"got device={shown(device)}, which torch does not know, expected one such as cpu") from None
+        raise CouplingError(
+            f"got device={shown(device)}, which torch does not know, expected one such as cpu"
+        ) from None

@@ -31,7 +31,9 @@ _NUMBERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _ROUTINES = {"syrk": (cython_blas, 10), "syevr": (cython_lapack, 21), "syevd": (cython_lapack, 11)}
 
 
-def leading_gram_eigenvectors(J: Float[Tensor, "batch d_model d_model"], k: int) -> Float[Tensor, "batch d_model rank"]:
+def leading_gram_eigenvectors(
+    J: Float[Tensor, "batch d_model d_model"], k: int
+) -> Float[Tensor, "batch d_model rank"]:
     """Eigenvectors of the k largest eigenvalues of each JᵀJ on the CPU, largest first; NaN where LAPACK finds none."""
     if not _usable():
         return _each_by_torch(J.mT @ J)[1][..., :k]
@@ -62,7 +64,10 @@ def small_eigh(
     if not _usable():
         values, vectors = _each_by_torch(host)
         return values.to(H.device), vectors.to(H.device)
-    rows, values = host.clone(memory_format=torch.contiguous_format), host.new_empty(host.shape[:-1])
+    rows, values = (
+        host.clone(memory_format=torch.contiguous_format),
+        host.new_empty(host.shape[:-1]),
+    )
     # Beside a GPU the host's cores are idle, whatever number of threads torch was given.
     workers = torch.get_num_threads() if H.device.type == "cpu" else cores()
     _on_every_core(_whole, list(zip(rows, values, strict=True)), workers)
@@ -74,7 +79,9 @@ def _doubles_at_full_speed(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in _DOUBLES
 
 
-def _on_every_core(work: Callable[..., None], items: list[tuple[Tensor, Tensor]], workers: int) -> None:
+def _on_every_core(
+    work: Callable[..., None], items: list[tuple[Tensor, Tensor]], workers: int
+) -> None:
     def several(part: list[tuple[Tensor, Tensor]]) -> None:
         for one in part:
             work(*one)
@@ -92,7 +99,10 @@ def _on_every_core(work: Callable[..., None], items: list[tuple[Tensor, Tensor]]
 def _leading(J: Float[Tensor, "d_model d_model"], rows: Float[Tensor, "rank d_model"]) -> None:
     k, n = rows.shape
     number = _NUMBERS[J.dtype]
-    buffers = {name: np.empty(size, np.dtype(number)) for name, size in (("gram", n * n), ("w", n), ("work", 64 * n))}
+    buffers = {
+        name: np.empty(size, np.dtype(number))
+        for name, size in (("gram", n * n), ("w", n), ("work", 64 * n))
+    }
     _routine("syrk", J.dtype)(  # J as it lies in memory is Jᵀ to BLAS, which goes by columns
         *(b"U", b"N", _int(n), _int(n), _real(number, 1.0), ctypes.c_void_p(J.data_ptr()), _int(n)),
         *(_real(number), _address(buffers["gram"]), _int(n)),
@@ -101,9 +111,22 @@ def _leading(J: Float[Tensor, "d_model d_model"], rows: Float[Tensor, "rank d_mo
     found, info = ctypes.c_int(), ctypes.c_int()
     _routine("syevr", J.dtype)(
         *(b"V", b"I", b"U", _int(n), _address(buffers["gram"]), _int(n)),
-        *(_real(number), _real(number), _int(n - k + 1), _int(n), _real(number), ctypes.byref(found)),  # abstol 0: default
+        *(
+            _real(number),
+            _real(number),
+            _int(n - k + 1),
+            _int(n),
+            _real(number),
+            ctypes.byref(found),
+        ),  # abstol 0: default
         *(_address(buffers["w"]), ctypes.c_void_p(rows.data_ptr()), _int(n), _address(support)),
-        *(_address(buffers["work"]), _int(64 * n), _address(iwork), _int(10 * n), ctypes.byref(info)),
+        *(
+            _address(buffers["work"]),
+            _int(64 * n),
+            _address(iwork),
+            _int(10 * n),
+            ctypes.byref(info),
+        ),
     )
     if info.value or found.value != k:
         rows.fill_(torch.nan)
@@ -115,7 +138,14 @@ def _whole(rows: Float[Tensor, "n n"], values: Float[Tensor, " n"]) -> None:
     size, isize, info = 1 + 6 * n + 2 * n * n, 3 + 5 * n, ctypes.c_int()
     work, iwork = np.empty(size, np.dtype(_NUMBERS[rows.dtype])), np.empty(isize, np.int32)
     _routine("syevd", rows.dtype)(
-        *(b"V", b"U", _int(n), ctypes.c_void_p(rows.data_ptr()), _int(n), ctypes.c_void_p(values.data_ptr())),
+        *(
+            b"V",
+            b"U",
+            _int(n),
+            ctypes.c_void_p(rows.data_ptr()),
+            _int(n),
+            ctypes.c_void_p(values.data_ptr()),
+        ),
         *(_address(work), _int(size), _address(iwork), _int(isize), ctypes.byref(info)),
     )
     if info.value:
@@ -123,7 +153,9 @@ def _whole(rows: Float[Tensor, "n n"], values: Float[Tensor, " n"]) -> None:
         values.fill_(torch.nan)
 
 
-def _each_by_torch(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def _each_by_torch(
+    gram: Float[Tensor, "batch n n"],
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
     """Largest first; torch gives up on a whole batch at once, so that each matrix is a call of its own."""
     values, vectors = gram.new_full(gram.shape[:-1], torch.nan), torch.full_like(gram, torch.nan)
     for i, matrix in enumerate(gram):
@@ -158,8 +190,12 @@ def _usable() -> bool:
 
 def _takes_plain_integers(signature: bytes) -> bool:
     """Of a C signature such as ``void (char *, int *, …)``: its integers are ``int``, not ``long`` or ``int64_t``."""
-    kinds = {part.strip() for part in signature.decode().removeprefix("void (").rstrip(")").split(",")}
-    return "int *" in kinds and all(kind in ("char *", "int *") or kind.startswith("__pyx_t_") for kind in kinds)
+    kinds = {
+        part.strip() for part in signature.decode().removeprefix("void (").rstrip(")").split(",")
+    }
+    return "int *" in kinds and all(
+        kind in ("char *", "int *") or kind.startswith("__pyx_t_") for kind in kinds
+    )
 
 
 def _capsule(name: str, dtype: torch.dtype) -> Any:
@@ -179,7 +215,9 @@ def _routine(name: str, dtype: torch.dtype) -> Callable[..., None]:
     capsule, (_, arguments) = _capsule(name, dtype), _ROUTINES[name]
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer_of(capsule, _signature(capsule)))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(
+        pointer_of(capsule, _signature(capsule))
+    )
 
 
 @functools.cache

@@ -50,13 +50,21 @@ def _left_by_cgroups() -> Iterator[int]:
     """The limit less what is used, of each group of processes around this one that has one, of version 1 or 2."""
     for folder, names in _own_groups():
         limit, used = (_number(folder / name) for name in names)
-        if limit is not None and used is not None and limit < 1 << 60:  # version 1 writes a huge number for none
+        if (
+            limit is not None and used is not None and limit < 1 << 60
+        ):  # version 1 writes a huge number for none
             yield limit - used + _reclaimable(folder)
 
 
 def _own_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
-    second, first = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    roots = [(_CGROUPS, second), (_CGROUPS / "memory", first)]  # a container often sees its own group as the root
+    second, first = (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
+    roots = [
+        (_CGROUPS, second),
+        (_CGROUPS / "memory", first),
+    ]  # a container often sees its own group as the root
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -66,7 +74,9 @@ def _own_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
         if controllers in ("", "memory"):
             root, names = roots[controllers == "memory"]
             inside = Path(path.lstrip("/"))
-            yield from ((root / part, names) for part in (inside, *inside.parents) if part != Path())
+            yield from (
+                (root / part, names) for part in (inside, *inside.parents) if part != Path()
+            )
     yield from roots
 
 
@@ -88,7 +98,10 @@ def _reclaimable(folder: Path) -> int:
 
 def _left_by_slurm() -> int | None:
     """What a SLURM job was given on this machine, less what this process and its kin hold; it may enforce that late."""
-    node, cpu, cpus = (os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE"))
+    node, cpu, cpus = (
+        os.environ.get(f"SLURM_{name}", "")
+        for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
+    )
     if node.isdigit():
         megabytes = int(node)
     elif cpu.isdigit() and cpus.isdigit():

@@ -26,9 +26,15 @@ from lm_eval_coupling.numerics.subspace import GRAM, block_of
 
 SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time on a CPU may take
 ROOM = 0.8  # of what is free on a device: the rest is for what libraries take, and for what allocators leave unused
-PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
+PROMPTS, TOKENS, BYTES = (
+    8,
+    2048,
+    1 << 30,
+)  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
 PROMPTS_ON_DEVICE = 256
-SPECTRA_ON_DEVICE = 16 << 30  # the same there: a thousand matrices of a small model, beyond which nothing is gained
+SPECTRA_ON_DEVICE = (
+    16 << 30
+)  # the same there: a thousand matrices of a small model, beyond which nothing is gained
 COUPLED_AT_ONCE = 1 << 30  # bytes that the pairs of several prompts may take on a device
 PAIRS_AT_ONCE = 1 << 27  # bytes of J V that a device may hold for several layers
 POINTS = 512  # of the stream, whose logits are decoded together
@@ -44,7 +50,9 @@ def place(size: int, device: torch.device, held: int = 0) -> str:
     return "host" if size <= (limits.free_on_host() - held) // 2 else "disk"
 
 
-def jacobian_stack(layers: int, like: Tensor, on_host: bool = False) -> Float[Tensor, "layer d_model d_model"]:
+def jacobian_stack(
+    layers: int, like: Tensor, on_host: bool = False
+) -> Float[Tensor, "layer d_model d_model"]:
     """Room for the Jacobians of ``layers`` blocks whose stream is ``like``, where they fit; not on a device if ``on_host``.
 
     Returns:
@@ -79,7 +87,9 @@ def _by_products(d_model: int, rank: int) -> int:
     return (2 * d_model**2 if d_model <= GRAM else 0) + 12 * columns * (d_model + columns)
 
 
-def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int) -> list[list[int]]:
+def together(
+    lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
+) -> list[list[int]]:
     """Indices of the prompts to measure together: of like length, as many as fit.
 
     Args:
@@ -93,7 +103,9 @@ def together(lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         batch = found[-1] if found else []
-        alike = bool(batch) and lengths[i] <= 1.5 * lengths[batch[0]] + 32  # shorter ones are padded to the longest
+        alike = (
+            bool(batch) and lengths[i] <= 1.5 * lengths[batch[0]] + 32
+        )  # shorter ones are padded to the longest
         if alike and len(batch) < most and fits(len(batch) + 1, lengths[i]):
             batch.append(i)
         else:
@@ -134,11 +146,16 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was told so: no, where it is another allocator or the user set it up.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):
         return False
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT))
+        return bool(
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+            and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        )
     except (OSError, AttributeError):
         return False
 
@@ -163,7 +180,11 @@ class Memory:
         return self.total - (0 if self.where == "device" else self.jacobians)
 
     def __str__(self) -> str:
-        where = {"device": "on the device", "host": "on the host", "disk": f"in a file in {tempfile.gettempdir()}"}
+        where = {
+            "device": "on the device",
+            "host": "on the host",
+            "disk": f"in a file in {tempfile.gettempdir()}",
+        }
         jacobians = f"{_in_words(self.jacobians)} of Jacobians {where[self.where]}"
         return f"{jacobians}, {_in_words(self.bases)} of singular vectors, {_in_words(self.working)} while at work"
 
@@ -210,20 +231,30 @@ def memory(
     tokens, square, basis = prompts * seq, d_model**2, prompts * n_layers * d_model * (rank + 1)
     largest = block_params // 3 if largest_weight is None else largest_weight
     copied, scores = block_params if cast else 0, n_heads * prompts * seq**2
-    trace = 3 * n_layers * tokens * d_model + prompts * seq**2  # inputs, keys and values of every block; a mask
-    forward = copied + 2 * scores + (3 if seq >= 64 else 8) * tokens * (largest // d_model + d_model)
+    trace = (
+        3 * n_layers * tokens * d_model + prompts * seq**2
+    )  # inputs, keys and values of every block; a mask
+    forward = (
+        copied + 2 * scores + (3 if seq >= 64 else 8) * tokens * (largest // d_model + d_model)
+    )
     wide = max(d_model, n_heads * (d_head or d_model // n_heads))
     jacobian = copied + prompts * max(13 * d_model * wide // 2, 5 * square // 2 + largest)
     at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
-    spectra = at_once * (_DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank))
+    spectra = at_once * (
+        _DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank)
+    )
     coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
-    pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square  # all bases times one J
+    pairs = (
+        3 * basis // prompts + coupled * _pairs(n_layers, rank) + square
+    )  # all bases times one J
     if device.type != "cpu":
         pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
     logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     size = prompts * n_layers * square * itemsize
     working = (trace + max(forward, jacobian, spectra, pairs, logits)) * itemsize
-    where = place(size, torch.device("cpu") if scattered else device, 0 if scattered else trace * itemsize)
+    where = place(
+        size, torch.device("cpu") if scattered else device, 0 if scattered else trace * itemsize
+    )
     return Memory(size, where, 2 * basis * itemsize, working)
 
 
@@ -277,7 +308,9 @@ def _in_file(size: int, dtype: torch.dtype) -> Tensor:
     descriptor, name = tempfile.mkstemp(prefix="lm_eval_coupling_")
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a crash while writing
+            os.posix_fallocate(
+                descriptor, 0, size
+            )  # a full disk is an error now, not a crash while writing
         return torch.from_file(name, shared=True, size=size // dtype.itemsize, dtype=dtype)
     finally:
         os.close(descriptor)

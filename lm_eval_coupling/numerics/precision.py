@@ -16,7 +16,10 @@ from collections.abc import Iterator
 import torch
 
 # Settings of torch's newer way, general ones first: what is not set takes the value of the more general one.
-_NEWER = [("generic", "all"), *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn"))]
+_NEWER = [
+    ("generic", "all"),
+    *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+]
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone")
 
 
@@ -44,7 +47,9 @@ def made_on_host() -> Iterator[None]:
 
     A generator of random numbers that are the same on every machine is one of the host, and draws nothing elsewhere.
     """
-    if torch.get_default_device().type == "cpu":  # the usual one; a device's context costs a little at every call of torch
+    if (
+        torch.get_default_device().type == "cpu"
+    ):  # the usual one; a device's context costs a little at every call of torch
         yield
         return
     with torch.device("cpu"):

@@ -45,7 +45,8 @@ def _device_states() -> list[Callable[[], None]]:
     for module in (torch.cuda, torch.xpu):
         if module.is_initialized():
             found += [
-                partial(module.set_rng_state, module.get_rng_state(index), index) for index in range(module.device_count())
+                partial(module.set_rng_state, module.get_rng_state(index), index)
+                for index in range(module.device_count())
             ]
     if torch.backends.mps.is_available():
         found.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))

@@ -42,33 +42,43 @@ def eigh_by_rotations(
         for _ in range(even - 1):
             state = rotation.next(*state)
         product, vectors = state
-        left = torch.linalg.matrix_norm(product - torch.diag_embed(product.diagonal(dim1=1, dim2=2)))
+        left = torch.linalg.matrix_norm(
+            product - torch.diag_embed(product.diagonal(dim1=1, dim2=2))
+        )
         settled = left <= settled_at * size
         if bool((settled | ~torch.isfinite(size)).all()):
             break
     values, order = product.diagonal(dim1=1, dim2=2).sort(dim=-1, descending=True)
     vectors = vectors.gather(2, order[:, None].expand(-1, even, -1))[:, :n, :n]
     wrong = ~settled
-    return values[:, :n].masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
+    return values[:, :n].masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(
+        wrong[:, None, None], torch.nan
+    )
 
 
 class _Rotation:
     """One round: column i of the first half with column i of the second, which then move on to their next partners."""
 
-    def __init__(self, product: Float[Tensor, "batch n n"], vectors: Float[Tensor, "batch n n"]) -> None:
+    def __init__(
+        self, product: Float[Tensor, "batch n n"], vectors: Float[Tensor, "batch n n"]
+    ) -> None:
         batch, n, _ = product.shape
         self.half = n // 2
         self.R, self.turned = torch.zeros_like(product), torch.empty_like(product)
         self.places = _places(n).to(product.device).expand(batch, -1)
         self.other = torch.empty_like(vectors)  # a second buffer: what is read is not written
 
-    def next(self, H: Tensor, V: Tensor) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch n n"]]:
+    def next(
+        self, H: Tensor, V: Tensor
+    ) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch n n"]]:
         """RᵀHR in place of H, and VR."""
         half = self.half
         diagonal, across = H.diagonal(dim1=1, dim2=2), H[:, :half, half:].diagonal(dim1=1, dim2=2)
         difference = diagonal[:, half:] - diagonal[:, :half]
         # The smaller of the two angles that annul the entry, without which a sweep may undo the one before.
-        angle = 0.5 * torch.atan2(torch.copysign(2 * across.abs(), across * difference), difference.abs())
+        angle = 0.5 * torch.atan2(
+            torch.copysign(2 * across.abs(), across * difference), difference.abs()
+        )
         cosine, sine = angle.cos(), angle.sin()
         self.R.flatten(1).scatter_(1, self.places, torch.cat([cosine, -sine, sine, cosine], dim=1))
         torch.bmm(H, self.R, out=self.turned)

@@ -63,7 +63,9 @@ def top_singular(
     """
     J = as_tensor("J", J)
     if J.ndim < 2 or J.shape[-1] != J.shape[-2] or not J.shape[-1]:
-        raise CouplingError(f"got J of shape {[*J.shape]}, expected square matrices [*batch, d_model, d_model]")
+        raise CouplingError(
+            f"got J of shape {[*J.shape]}, expected square matrices [*batch, d_model, d_model]"
+        )
     d_model = J.shape[-1]
     k = whole("k", k)
     if not 1 <= k <= d_model:
@@ -72,16 +74,25 @@ def top_singular(
             "choose a smaller rank"
         )
     if J.dtype not in TOLERANCE:
-        raise CouplingError(f"got matrices of {J.dtype}, expected float32 or float64, upcast them first")
+        raise CouplingError(
+            f"got matrices of {J.dtype}, expected float32 or float64, upcast them first"
+        )
     device = J.device if device is None else known_device(device)
     device = torch.device("cpu") if device.type == "mps" else device
     matrices = J.detach().reshape(-1, d_model, d_model)
-    parts = matrices.split(layers_at_once(d_model, J.element_size(), device, k)) if len(matrices) else [matrices]
+    parts = (
+        matrices.split(layers_at_once(d_model, J.element_size(), device, k))
+        if len(matrices)
+        else [matrices]
+    )
     found = [_of_part(part.to(device), k) for part in parts]
     U, S, V, residual = (torch.cat(some) for some in zip(*found, strict=True))
     batch = J.shape[:-2]
     return SingularTriplets(
-        U.reshape(*batch, d_model, k), S.reshape(*batch, k), V.reshape(*batch, d_model, k), residual.reshape(batch)
+        U.reshape(*batch, d_model, k),
+        S.reshape(*batch, k),
+        V.reshape(*batch, d_model, k),
+        residual.reshape(batch),
     )
 
 
@@ -93,7 +104,9 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     """
     values = S.shape[-1]
     if not 1 <= k <= values:
-        raise CouplingError(f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more")
+        raise CouplingError(
+            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
+        )
     if k == values:
         return torch.full_like(S[..., 0], torch.nan)
     return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
@@ -108,7 +121,9 @@ def numerical_rank(S: Float[Tensor, "*batch values"]) -> Int[Tensor, "*batch"]:
     return (S > TOLERANCE[S.dtype] * S[..., :1]).sum(dim=-1)
 
 
-def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int) -> Float[Tensor, "*batch"]:
+def angle_bound(
+    S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int
+) -> Float[Tensor, "*batch"]:
     """Return a bound on the sine of the angle between the computed and the exact v_k (and u_k); 1 where nothing is known.
 
     By Davis and Kahan for the matrix [[0, J], [Jᵀ, 0]], whose eigenvector is (u, v)/√2: √2 · ‖residual‖ over the distance of
@@ -124,7 +139,9 @@ def angle_bound(S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*bat
     """
     values = S.shape[-1]
     if not 1 <= k <= values:
-        raise CouplingError(f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more")
+        raise CouplingError(
+            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
+        )
     S, error = S.double(), residual.double() * S[..., 0].double()
     away = [S[..., k - 2] - S[..., k - 1]] if k > 1 else []
     away.append(S[..., k - 1] - S[..., k] if k < values else 2 * S[..., k - 1])
@@ -160,7 +177,9 @@ def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float
     return torch.cat(found).reshape(J.shape[:-2])
 
 
-def _of_part(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_part(
+    J: Float[Tensor, "batch d_model d_model"], k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, S, V and residual, by the first method that passes the check for each matrix."""
     peak = torch.linalg.vector_norm(J.flatten(-2), ord=math.inf, dim=-1)
     exponent = _exponents(peak)
@@ -183,7 +202,14 @@ def _of_part(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor,
             errors = _residual(some, *found)
             for kept, new in zip((U, S, V, residual), (*found, errors), strict=True):
                 kept[part] = new
-            failed.append(part[~(torch.maximum(errors, _orthogonality_loss(found[0], found[2])) <= TOLERANCE[J.dtype])])
+            failed.append(
+                part[
+                    ~(
+                        torch.maximum(errors, _orthogonality_loss(found[0], found[2]))
+                        <= TOLERANCE[J.dtype]
+                    )
+                ]
+            )
         left = torch.cat(failed) if failed else left
         at_once = max(1, len(J) // 4)  # the other methods take copies of twice the size
     return U, torch.ldexp(S, exponent[:, None]), V, residual
@@ -210,13 +236,19 @@ def _methods(J: Tensor, k: int) -> Iterator[Callable[[Tensor], tuple[Tensor, Ten
     yield lambda some: _by_svd(some, k)
 
 
-def _right_vectors_on_cpu(J: Tensor, k: int, tolerance: float) -> Float[Tensor, "batch d_model rank"]:
+def _right_vectors_on_cpu(
+    J: Tensor, k: int, tolerance: float
+) -> Float[Tensor, "batch d_model rank"]:
     del tolerance
     return leading_gram_eigenvectors(J, k)
 
 
-def _right_vectors_on_device(J: Tensor, k: int, tolerance: float) -> Float[Tensor, "batch d_model rank"]:
-    if 2 * block_of(k, J.shape[-1]) > J.shape[-1]:  # too narrow for a block of columns to save anything
+def _right_vectors_on_device(
+    J: Tensor, k: int, tolerance: float
+) -> Float[Tensor, "batch d_model rank"]:
+    if (
+        2 * block_of(k, J.shape[-1]) > J.shape[-1]
+    ):  # too narrow for a block of columns to save anything
         return leading_gram_eigenvectors(J.cpu(), k).to(J.device)
     return leading_right_vectors(J, k, tolerance)[0]
 
@@ -235,7 +267,9 @@ def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor
     order = order[:, None].expand_as(V)
     JV, V = JV.gather(-1, order), V.gather(-1, order)
     zero = S <= 4 * torch.finfo(S.dtype).eps * S[:, :1]
-    noise = torch.randn(V.shape[1:], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(V)
+    noise = torch.randn(
+        V.shape[1:], generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(V)
     return orthonormal(torch.where(zero[:, None], noise, JV)), S, V
 
 

@@ -81,7 +81,10 @@ def leading_right_vectors(
 
 
 def _look(
-    difference: Float[Tensor, "batch d_model columns"], theta: Float[Tensor, "batch columns"], k: int, tolerance: float
+    difference: Float[Tensor, "batch d_model columns"],
+    theta: Float[Tensor, "batch columns"],
+    k: int,
+    tolerance: float,
 ) -> Float[Tensor, "5 batch"]:
     """On the host, in one transfer, as a device waits for each.
 
@@ -100,9 +103,14 @@ class _Looks:
     """The matrices still at work, by index, and how far each was from settled when it was last looked at. On the host."""
 
     def __init__(self, batch: int) -> None:
-        self.active, self.excess = torch.arange(batch), torch.full((batch,), torch.inf, dtype=torch.float64)
+        self.active, self.excess = (
+            torch.arange(batch),
+            torch.full((batch,), torch.inf, dtype=torch.float64),
+        )
 
-    def at(self, excess: Tensor, noise: Tensor) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    def at(
+        self, excess: Tensor, noise: Tensor
+    ) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
         """Which are settled, and which no longer come nearer (or are not numbers)."""
         stuck = ~(excess <= 0.7 * self.excess)
         self.excess = excess
@@ -114,7 +122,9 @@ class _Looks:
         self.active, self.excess = self.active[which], self.excess[which]
 
 
-def orthonormal(Y: Float[Tensor, "batch d_model columns"]) -> Float[Tensor, "batch d_model columns"]:
+def orthonormal(
+    Y: Float[Tensor, "batch d_model columns"],
+) -> Float[Tensor, "batch d_model columns"]:
     """Orthonormal bases of the columns, each in the span of those up to it: Cholesky twice, in float64."""
     Y64 = Y.double()
     eye = torch.eye(Y.shape[-1], dtype=torch.float64, device=Y.device)
@@ -132,7 +142,10 @@ class _Product:
     """X → JᵀJ X for a batch, or for ``some`` of it. Wide matrices are not copied, however few are still at work."""
 
     def __init__(
-        self, J: Float[Tensor, "batch d_model d_model"], gram: Tensor | None = None, some: list[int] | None = None
+        self,
+        J: Float[Tensor, "batch d_model d_model"],
+        gram: Tensor | None = None,
+        some: list[int] | None = None,
     ) -> None:
         self.J, self.some = J, some
         self.gram = J.mT @ J if gram is None and J.shape[-1] <= GRAM else gram
@@ -142,7 +155,9 @@ class _Product:
             return self.gram @ X
         if self.some is None:
             return self.J.mT @ (self.J @ X)
-        return torch.stack([self.J[i].mT @ (self.J[i] @ x) for i, x in zip(self.some, X, strict=True)])
+        return torch.stack(
+            [self.J[i].mT @ (self.J[i] @ x) for i, x in zip(self.some, X, strict=True)]
+        )
 
     def recurrence(self, scale: Float[Tensor, "batch 1 1"]) -> Callable[[Tensor, Tensor], Tensor]:
         """(Y, Z) → 2 (scale · JᵀJ − 1) Y − Z, in one step where JᵀJ is at hand."""
@@ -156,7 +171,9 @@ class _Product:
         """Of some of the matrices, whose indices are on the host."""
         if self.gram is not None:
             return _Product(self.J, self.gram[which.to(self.gram.device)])
-        return _Product(self.J, None, [i if self.some is None else self.some[i] for i in which.tolist()])
+        return _Product(
+            self.J, None, [i if self.some is None else self.some[i] for i in which.tolist()]
+        )
 
 
 class _Filter:
@@ -167,11 +184,17 @@ class _Filter:
 
     def __init__(self, bounds: Float[Tensor, "3 batch"], spread: float) -> None:
         first, wanted, last = bounds
-        self.cut = torch.maximum(last, first * (4 / spread)).clamp_min(torch.finfo(torch.float32).tiny)
-        above_first, above_last = (torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, wanted))
+        self.cut = torch.maximum(last, first * (4 / spread)).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
+        above_first, above_last = (
+            torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, wanted)
+        )
         degree = math.log(spread) / (above_first - above_last).clamp_min(1e-3)
         self.degree = degree.floor().clamp(1, DEGREE)
-        self.gain = self.degree * above_last  # log of what the k-th gains on the unwanted in one turn
+        self.gain = (
+            self.degree * above_last
+        )  # log of what the k-th gains on the unwanted in one turn
         self.ends = {int(degree) for degree in self.degree.tolist()}
 
     def turns(self, excess: Float[Tensor, " batch"]) -> int:
@@ -193,7 +216,9 @@ class _Filter:
 
 def _start(product: _Product, J: Tensor, columns: int) -> Tensor:
     """Two steps of the power method from the same noise for every matrix; what J takes to zero is kept, if small."""
-    noise = torch.randn(J.shape[-1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        J.shape[-1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     Q = noise.to(J).expand(len(J), -1, -1)
     for _ in range(2):
         GQ = product(Q)

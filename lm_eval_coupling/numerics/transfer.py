@@ -32,7 +32,10 @@ def all_on_host(values: Sequence[Tensor]) -> list[Tensor]:
 def rows_on_host(columns: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """One dictionary of arrays for each prompt, from columns whose first axis is the prompt."""
     arrays = [column.numpy() for column in all_on_host([*columns.values()])]
-    return [{name: array[i, ...] for name, array in zip(columns, arrays, strict=True)} for i in range(len(arrays[0]))]
+    return [
+        {name: array[i, ...] for name, array in zip(columns, arrays, strict=True)}
+        for i in range(len(arrays[0]))
+    ]
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -18,8 +18,15 @@ _PART = re.compile(r"[^_\-/. ]*[_\-/. ]*")
 class Column:
     """One column. ``name``: left, and wrapped where it must be; ``spare``: the higher, the earlier it is left out."""
 
-    def __init__(self, header: str, cells: Iterable[object], *, name: bool = False, spare: int = 0) -> None:
-        self.header, self.cells, self.name, self.spare = header, [str(cell) for cell in cells], name, spare
+    def __init__(
+        self, header: str, cells: Iterable[object], *, name: bool = False, spare: int = 0
+    ) -> None:
+        self.header, self.cells, self.name, self.spare = (
+            header,
+            [str(cell) for cell in cells],
+            name,
+            spare,
+        )
 
     @property
     def width(self) -> int:
@@ -53,19 +60,28 @@ def columns(shown: Sequence[Column], width: int, *, sections: Iterable[object] =
         kept.remove(column)
     names = [column for column in kept if column.name]
     room = max(_room(kept, width), 0) + sum(min(column.width, _NAME) for column in names)
-    table = Table(box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(
+        box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False, show_edge=False, header_style="bold"
+    )
     for column in kept:
         own = max(6, min(column.width, room // len(names))) if column.name else column.width
         room -= own if column.name else 0
         names = names[1:] if column.name else names
         table.add_column(
-            column.header, justify="left" if column.name else "right", width=own, no_wrap=False, overflow="fold"
+            column.header,
+            justify="left" if column.name else "right",
+            width=own,
+            no_wrap=False,
+            overflow="fold",
         )
         if column.name:
             column.cells = [wrapped(cell, own) for cell in column.cells]
     marks = list(sections)
     for number, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
-        table.add_row(*map(Text, cells), end_section=number + 1 < len(marks) and marks[number] != marks[number + 1])
+        table.add_row(
+            *map(Text, cells),
+            end_section=number + 1 < len(marks) and marks[number] != marks[number + 1],
+        )
     return Fitted(table, tuple(column.header for column in shown if column not in kept))
 
 

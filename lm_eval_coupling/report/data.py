@@ -15,14 +15,14 @@ from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 from lm_eval_coupling.measures.registry import Reading, summarised
 from lm_eval_coupling.report.task_table import describe_table
-from lm_eval_coupling.saved.direction_words import SavedWords, read_words
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
-from lm_eval_coupling.saved.results import require_results, rows_of_runs
-from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
 from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs
+from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.task_rows import is_score
+from lm_eval_coupling.saved.words import SavedWords, read_words
 
 DOCUMENTS = 200
 _DOCUMENTS_IN_ALL = 4000
@@ -53,21 +53,25 @@ def gather(
     """Read saved runs; arguments are those of :func:`~lm_eval_coupling.report.write_report`.
 
     Returns:
-        Everything that the page shows. Numbers are those of :func:`~lm_eval_coupling.saved.results.load_runs`, with six
+        Everything that the page shows. Numbers are those of :func:`~lm_eval_coupling.saved.scores_table.load_runs`, with six
         digits; what is undefined is ``None``.
 
     Raises:
         CouplingError: as there.
     """
     if documents < 0:
-        raise CouplingError(f"got documents={documents}, expected a whole number that is not negative")
+        raise CouplingError(
+            f"got documents={documents}, expected a whole number that is not negative"
+        )
     told = None if words is None else read_words(words)
     roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     runs = find_runs(roots)
     require_results(runs, roots)
     found = rows_of_runs(runs.runs, mixed=mixed)
     if found.empty:
-        raise CouplingError(f"got {', '.join(map(str, roots))}, whose results have no task; evaluate one first")
+        raise CouplingError(
+            f"got {', '.join(map(str, roots))}, whose results have no task; evaluate one first"
+        )
     by_file = {str(run.file): run for run in runs.runs}
     used = {file: by_file[file] for file in dict.fromkeys(found["file"])}
     tables = _Tables()
@@ -76,13 +80,19 @@ def gather(
         _row(row, used[row["file"]], tables)
         | {"label": label, "run": list(used).index(row["file"])}
         | {"prompting": readable(row["prompting"], of_task[row["task"]])}
-        for label, row in zip(label_rows(found, full_names(found["model"].unique())), found.to_dict("records"), strict=True)
+        for label, row in zip(
+            label_rows(found, full_names(found["model"].unique())),
+            found.to_dict("records"),
+            strict=True,
+        )
     ]
     about: dict[str, Any] = {"provenance": [_provenance(run) for run in used.values()]}
     about |= {"passed_over": runs.passed_over, "palette": CATEGORIES}
     about |= {"readings": _readings(found.columns)}
     described = tables.describe(documents, told)
-    if told is not None and not any("words" in one for table in described["tables"] for one in table["documents"]):
+    if told is not None and not any(
+        "words" in one for table in described["tables"] for one in table["documents"]
+    ):
         raise CouplingError(
             f"got {told.file} with words of {len(told.directions)} prompts, none of them on this page; make it with "
             "analysis/words.py and --results of one of these runs, or include more with --documents"
@@ -94,7 +104,12 @@ def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
     """The numbers of a prompt that some run has beside coupling, as the page names and draws them."""
     known = {str(name).partition("@")[0] for name in columns}
     return [
-        {"name": reading.name, "label": reading.label, "of_rank": reading.of_rank, "sign": reading.sign}
+        {
+            "name": reading.name,
+            "label": reading.label,
+            "of_rank": reading.of_rank,
+            "sign": reading.sign,
+        }
         for reading in summarised()
         if reading.name in known and reading.name != "coupling"
     ]
@@ -103,16 +118,30 @@ def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
 def _chance(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """Of coupling and of miscoupling, at every rank of the rows."""
     ranks = sorted({rank for row in rows for rank in row["coupling"]})
-    return {rank: {"coupling": chance_coupling(rank), "miscoupling": chance_level(rank)} for rank in ranks}
+    return {
+        rank: {"coupling": chance_coupling(rank), "miscoupling": chance_level(rank)}
+        for rank in ranks
+    }
 
 
 def _provenance(run: SavedRun) -> dict[str, Any]:
     """Settings, versions and device, and what lm-eval says of the run itself."""
     about = {name: value for name, value in run.coupling.items() if name != "tasks"}
-    reasons = {task: found["reasons"] for task, found in run.coupling.get("tasks", {}).items() if found.get("reasons")}
-    lm_eval = {name: run.results.get(name) for name in ("lm_eval_version", "transformers_version", "git_hash")}
+    reasons = {
+        task: found["reasons"]
+        for task, found in run.coupling.get("tasks", {}).items()
+        if found.get("reasons")
+    }
+    lm_eval = {
+        name: run.results.get(name)
+        for name in ("lm_eval_version", "transformers_version", "git_hash")
+    }
     assert run.file is not None  # a run without results has been refused
-    return {"file": f"{run.file.parent.name}/{run.file.name}"} | about | {"reasons": reasons, "lm_eval": lm_eval}
+    return (
+        {"file": f"{run.file.parent.name}/{run.file.name}"}
+        | about
+        | {"reasons": reasons, "lm_eval": lm_eval}
+    )
 
 
 def _main_score(run: SavedRun, task: str) -> str | None:
@@ -145,16 +174,24 @@ class _Tables:
 
 def _limit(sizes: Sequence[int], documents: int) -> int:
     """The most prompts of each table, at most ``documents``, with which the page holds no more than it can."""
-    fitting = [n for n in range(documents + 1) if sum(min(size, n) for size in sizes) <= _DOCUMENTS_IN_ALL]
+    fitting = [
+        n for n in range(documents + 1) if sum(min(size, n) for size in sizes) <= _DOCUMENTS_IN_ALL
+    ]
     return max(fitting, default=0) or min(1, documents)
 
 
 def _row(row: Mapping[str, Any], run: SavedRun, tables: _Tables) -> dict[str, Any]:
-    scores = {name: [row[name], row.get(_stderr(name))] for name in row if is_score(name) and math.isfinite(row[name])}
+    scores = {
+        name: [row[name], row.get(_stderr(name))]
+        for name in row
+        if is_score(name) and math.isfinite(row[name])
+    }
     task = row["task"]
     return {name: row[name] for name in _FACTS} | {
         "group": row["is_group"],
-        "member": any(task in members for members in (run.results.get("group_subtasks") or {}).values()),
+        "member": any(
+            task in members for members in (run.results.get("group_subtasks") or {}).values()
+        ),
         "scores": scores,
         "main": _main_score(run, task),
         "coupling": {rank: _coupling(row, rank) for rank in _ranks(row)},
@@ -165,10 +202,18 @@ def _row(row: Mapping[str, Any], run: SavedRun, tables: _Tables) -> dict[str, An
 
 def _reading(row: Mapping[str, Any], reading: Reading) -> dict[str | int, list[Any]]:
     """Mean and standard error by rank, or under "" where it has none."""
-    at: dict[str | int, str] = {rank: f"@{rank}" for rank in _ranks(row)} if reading.of_rank else {"": ""}
-    found = {key: (f"{reading.name}{end}", f"{reading.name}_stderr{end}") for key, end in at.items()}
+    at: dict[str | int, str] = (
+        {rank: f"@{rank}" for rank in _ranks(row)} if reading.of_rank else {"": ""}
+    )
+    found = {
+        key: (f"{reading.name}{end}", f"{reading.name}_stderr{end}") for key, end in at.items()
+    }
     known = {key: (row.get(mean), row.get(error)) for key, (mean, error) in found.items()}
-    return {key: [mean, error] for key, (mean, error) in known.items() if mean is not None and math.isfinite(mean)}
+    return {
+        key: [mean, error]
+        for key, (mean, error) in known.items()
+        if mean is not None and math.isfinite(mean)
+    }
 
 
 def _stderr(name: str) -> str:

@@ -36,19 +36,27 @@ class Layers:
             weight = 1 / self._prompts[document]
             self._norms.add(row["norms"], weight)
             measured = row["normalized_miscoupling"]
-            for rank, matrix in zip(row["ranks"], measured, strict=True) if measured is not None else ():
+            for rank, matrix in (
+                zip(row["ranks"], measured, strict=True) if measured is not None else ()
+            ):
                 if rank not in self._matrices:
                     continue
                 self._matrices[rank].add(matrix, weight)
                 pairs = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix.astype(np.float64))
                 for of, axis in _SIDES.items():
-                    self._profiles[rank, of].setdefault(document, _Mean()).add(_nanmean(pairs, axis))
+                    self._profiles[rank, of].setdefault(document, _Mean()).add(
+                        _nanmean(pairs, axis)
+                    )
 
     def summary(self, *, matrices: bool) -> dict[str, Any]:
         """``norms``, ``profile`` (by rank: ``jacobian, basis`` and their ``_stderr``) and, if asked for, packed ``mean``."""
-        found: dict[str, Any] = {"norms": self._norms.mean().tolist() if self._norms.known else None}
+        found: dict[str, Any] = {
+            "norms": self._norms.mean().tolist() if self._norms.known else None
+        }
         if matrices:
-            found["mean"] = {k: pack(mean.mean()) for k, mean in self._matrices.items() if mean.known}
+            found["mean"] = {
+                k: pack(mean.mean()) for k, mean in self._matrices.items() if mean.known
+            }
         found["profile"] = {k: self._profile(k) for k, mean in self._matrices.items() if mean.known}
         return found
 
@@ -92,5 +100,7 @@ class _Mean:
 
 def pack(matrix: Float[np.ndarray, "layer layer"]) -> str:
     """Base64 of little-endian 16-bit ten-thousandths, row by row; 65535 is undefined. A third of the size of digits."""
-    whole = np.where(np.isnan(matrix), _UNDEFINED, np.rint(np.clip(np.nan_to_num(matrix), 0, 1) * _SCALE))
+    whole = np.where(
+        np.isnan(matrix), _UNDEFINED, np.rint(np.clip(np.nan_to_num(matrix), 0, 1) * _SCALE)
+    )
     return base64.b64encode(whole.astype("<u2").tobytes()).decode()

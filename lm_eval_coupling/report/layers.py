@@ -15,10 +15,12 @@ from rich.text import Text
 
 from lm_eval_coupling.figures.palette import on_scale
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
-from lm_eval_coupling.saved.run import SavedTable
+from lm_eval_coupling.saved.saved_run import SavedTable
 
 _PROMPT_TAIL = 400
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # prompts are other people's text: keep the terminal safe
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)  # prompts are other people's text: keep the terminal safe
 
 
 def print_profile(console: Console, table: SavedTable, name: str) -> None:
@@ -30,10 +32,19 @@ def print_profile(console: Console, table: SavedTable, name: str) -> None:
         for ranks, matrices in zip(rows["ranks"], rows["normalized_miscoupling"], strict=True):
             rank = rank or headline_rank(ranks)
             if matrices is not None and rank in ranks:
-                pairs = np.where(np.eye(matrices.shape[-1], dtype=bool), np.nan, matrices[list(ranks).index(rank)])
-                total, count = total + np.nan_to_num(pairs.astype(np.float64)), count + np.isfinite(pairs)
+                pairs = np.where(
+                    np.eye(matrices.shape[-1], dtype=bool),
+                    np.nan,
+                    matrices[list(ranks).index(rank)],
+                )
+                total, count = (
+                    total + np.nan_to_num(pairs.astype(np.float64)),
+                    count + np.isfinite(pairs),
+                )
     console.print(Text(f"{name}: mean miscoupling per layer, K = {rank}", style="bold"))
-    console.print("its Jacobian in the others' bases, and the others' Jacobians in its basis", style="dim")
+    console.print(
+        "its Jacobian in the others' bases, and the others' Jacobians in its basis", style="dim"
+    )
     shown = Table(box=None, pad_edge=False)
     for header in ("layer", "its Jacobian", "its basis"):
         shown.add_column(header, justify="right")
@@ -45,7 +56,12 @@ def print_profile(console: Console, table: SavedTable, name: str) -> None:
         for layer, (a, b) in enumerate(zip(own, others, strict=True)):
             share = 0.0 if math.isnan(a) else (a - low) / max(high - low, 1e-6)
             bar = "" if math.isnan(a) else "█" * max(1, round(min(60, console.width - 34) * share))
-            shown.add_row(str(layer + 1), f"{a:.4f}", f"{b:.4f}", Text(bar, style=_colour(share), no_wrap=True))
+            shown.add_row(
+                str(layer + 1),
+                f"{a:.4f}",
+                f"{b:.4f}",
+                Text(bar, style=_colour(share), no_wrap=True),
+            )
     console.print(shown)
 
 
@@ -55,7 +71,17 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def print_document(console: Console, table: SavedTable, doc: int) -> None:
     """Every measured prompt of a document: its end, what was measured of it, and its matrix."""
-    wanted = ["doc_id", "kind", "prompt_index", "position", "n_tokens", "text", "reason", "ranks", "normalized_miscoupling"]
+    wanted = [
+        "doc_id",
+        "kind",
+        "prompt_index",
+        "position",
+        "n_tokens",
+        "text",
+        "reason",
+        "ranks",
+        "normalized_miscoupling",
+    ]
     for rows in table.batches(wanted):
         for _, row in rows[rows["doc_id"] == doc].iterrows():
             _print_prompt(console, row, table)
@@ -70,7 +96,9 @@ def _print_prompt(console: Console, row: pd.Series, table: SavedTable) -> None:
     rank = headline_rank(row["ranks"])
     text = row["text"] if len(row["text"]) <= _PROMPT_TAIL else "…" + row["text"][-_PROMPT_TAIL:]
     where = token_in_words(row["position"], row["n_tokens"])
-    console.print(f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}")
+    console.print(
+        f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}"
+    )
     console.print(Text(_CONTROL.sub("�", text), style="italic"))
     if row["reason"]:
         console.print(Text(f"Note: {row['reason']}"))
@@ -102,7 +130,9 @@ def _heat_map(matrix: np.ndarray, columns: range) -> list[Text]:
     for number, values in enumerate(matrix[:, columns.start : columns.stop]):
         line = Text().append(f"{number + 1:>3} ", style="dim")
         for value in values:
-            line.append(_cell(float(value)), style=_cell_style((float(value) - low) / max(high - low, 1e-6)))
+            line.append(
+                _cell(float(value)), style=_cell_style((float(value) - low) / max(high - low, 1e-6))
+            )
         lines.append(line)
     return lines
 

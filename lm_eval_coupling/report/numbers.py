@@ -11,9 +11,9 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
-from lm_eval_coupling.saved.run import SavedRun, SavedTable, identity
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, identity
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
-from lm_eval_coupling.statistics.results import Estimate
+from lm_eval_coupling.statistics.outcomes import Estimate
 
 
 def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
@@ -32,14 +32,20 @@ def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
 
 def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
     values = prompt_values(table, "all")
-    trained, untrained = (values[values["weights"] == weights] for weights in ("trained", "untrained"))
+    trained, untrained = (
+        values[values["weights"] == weights] for weights in ("trained", "untrained")
+    )
     about: dict[str, Any] = {
         "folder": str(table.file.parent),
         "model": run.model,
         "revision": run.revision,
         "variant": run.variant,
     }
-    about |= {"fingerprint": run.fingerprint, "prompting": run.prompting(table.task), "task": table.task}
+    about |= {
+        "fingerprint": run.fingerprint,
+        "prompting": run.prompting(table.task),
+        "task": table.task,
+    }
     own, twin = document_values(trained), document_values(untrained)
     plain: dict[str, float] = {}
     for name in [name for name in own if "@" not in name]:
@@ -56,10 +62,18 @@ def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
 
 def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) -> dict[str, Any]:
     name = f"coupling@{rank}"
-    own, twin = (v[name].dropna() if name in v else pd.Series(dtype=float) for v in (trained, untrained))
+    own, twin = (
+        v[name].dropna() if name in v else pd.Series(dtype=float) for v in (trained, untrained)
+    )
     mean, error, n = mean_and_error(own)
     chance = math.nan if rank is None else chance_coupling(rank)
-    found = {"rank": rank, "documents": n, "coupling": mean, "coupling_stderr": error, "chance": chance}
+    found = {
+        "rank": rank,
+        "documents": n,
+        "coupling": mean,
+        "coupling_stderr": error,
+        "chance": chance,
+    }
     found |= {"excess": mean - chance}
     found["untrained"], found["untrained_stderr"], _ = mean_and_error(twin)
     return found | paired(own, twin)
@@ -67,7 +81,9 @@ def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) 
 
 def paired(first: pd.Series, second: pd.Series) -> dict[str, float | int]:
     """``difference``, first less second over the documents that both have, with Student's 95 % interval."""
-    differences = (first - second).dropna() if len(first) and len(second) else pd.Series(dtype=float)
+    differences = (
+        (first - second).dropna() if len(first) and len(second) else pd.Series(dtype=float)
+    )
     mean, error, n = mean_and_error(differences)
     estimate = Estimate.from_t(mean, error, max(n - 1, 1), 0.95)
     return {
@@ -108,7 +124,10 @@ def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
             base, other = labels[bases[task]], couplings[bases[task]]
             for name in [name for name in own if name in other]:
                 both = pd.concat([own[name], other[name]], axis=1, join="inner").dropna()
-                means = {"coupling": both.iloc[:, 0].mean(), "base_coupling": both.iloc[:, 1].mean()}
+                means = {
+                    "coupling": both.iloc[:, 0].mean(),
+                    "base_coupling": both.iloc[:, 1].mean(),
+                }
                 rank = int(name.removeprefix("coupling@"))
                 found.append(
                     {"label": label, "base": base, "task": task, "rank": rank}

@@ -17,7 +17,17 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.report.data import DOCUMENTS, gather
 
-_SCRIPTS = ("basics", "data", "tables", "plots", "overview", "layers", "documents", "provenance", "page")
+_SCRIPTS = (
+    "basics",
+    "data",
+    "tables",
+    "plots",
+    "overview",
+    "layers",
+    "documents",
+    "provenance",
+    "page",
+)
 
 __all__ = ["DOCUMENTS", "gather", "write_report"]
 
@@ -77,7 +87,9 @@ def page(data: dict[str, Any]) -> str:
     }
     # One pass over the template, none over what is put in: a prompt may contain any placeholder.
     first, *others = _asset("page.html").split("{{")
-    return first + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in others))
+    return first + "".join(
+        parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in others)
+    )
 
 
 def embeddable_json(value: Any) -> str:
@@ -87,7 +99,11 @@ def embeddable_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("lm_eval_coupling.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (
+        resources.files("lm_eval_coupling.report")
+        .joinpath("assets", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 def _script() -> str:
@@ -103,5 +119,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise CouplingError("got no plotly, which draws the report: pip install 'lm-eval-coupling[analysis]'") from None
+        raise CouplingError(
+            "got no plotly, which draws the report: pip install 'lm-eval-coupling[analysis]'"
+        ) from None
     return get_plotlyjs()

@@ -11,17 +11,34 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import Layers, pack
 from lm_eval_coupling.report.numbers import paired
-from lm_eval_coupling.saved.direction_words import SavedWords
-from lm_eval_coupling.saved.run import SavedTable
-from lm_eval_coupling.saved.values import PROMPT, document_values, mean_and_error, prompt_values, ranks_of
+from lm_eval_coupling.saved.saved_run import SavedTable
+from lm_eval_coupling.saved.values import (
+    PROMPT,
+    document_values,
+    mean_and_error,
+    prompt_values,
+    ranks_of,
+)
+from lm_eval_coupling.saved.words import SavedWords
 
 _TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
 _DIRECTIONS = 3  # of each layer whose words are shown
-_SHOWN = (*PROMPT, "text", "picture", "normalized_miscoupling", "norms", "line_shape_score", "expodistance")
+_SHOWN = (
+    *PROMPT,
+    "text",
+    "picture",
+    "normalized_miscoupling",
+    "norms",
+    "line_shape_score",
+    "expodistance",
+)
 
 
 def describe_table(
-    table: SavedTable, answers: Mapping[str, Mapping[str, Any]], limit: int, words: SavedWords | None = None
+    table: SavedTable,
+    answers: Mapping[str, Mapping[str, Any]],
+    limit: int,
+    words: SavedWords | None = None,
 ) -> dict[str, Any]:
     """Everything the page shows of a table; its matrices are held some rows at a time.
 
@@ -37,7 +54,9 @@ def describe_table(
         ``seed, coupling, profile, norms`` of the twin, with the paired ``difference`` at every rank; None if there is none.
     """
     values = prompt_values(table, "all")
-    values, untrained = (values[values["weights"] == weights] for weights in ("trained", "untrained"))
+    values, untrained = (
+        values[values["weights"] == weights] for weights in ("trained", "untrained")
+    )
     own, twin = document_values(values), document_values(untrained)
     ranks = ranks_of(values)
     headline = headline_rank(ranks) if ranks else None
@@ -72,18 +91,26 @@ def _untrained(
 ) -> dict[str, Any]:
     ranks = ranks_of(twin)
     layers = Layers(ranks, prompts)
-    for rows in table.batches(("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms"), weights="untrained"):
+    for rows in table.batches(
+        ("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms"), weights="untrained"
+    ):
         layers.add(rows)
     names = {k: f"coupling@{k}" for k in ranks}
     return {
         "seed": (table.about.get("untrained") or {}).get("seed"),
         "coupling": {k: mean_and_error(twin[name]) for k, name in names.items()},
-        "difference": {k: paired(own[name].dropna(), twin[name].dropna()) for k, name in names.items() if name in own},
+        "difference": {
+            k: paired(own[name].dropna(), twin[name].dropna())
+            for k, name in names.items()
+            if name in own
+        },
         **layers.summary(matrices=False),
     }
 
 
-def _document(row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _document(
+    row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     matrices, text = row["normalized_miscoupling"], row["text"] or ""
     return {
         "id": row["doc_id"],
@@ -109,4 +136,6 @@ def _picture(encoded: bytes | None) -> str | None:
     kinds = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
     encoded = encoded or b""
     kind = next((kind for kind, first in kinds.items() if encoded.startswith(first)), None)
-    return None if kind is None else f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+    return (
+        None if kind is None else f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+    )

@@ -19,7 +19,7 @@ from lm_eval_coupling.report import layers, numbers
 from lm_eval_coupling.report.columns import Column, columns
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.records import require_tables
-from lm_eval_coupling.saved.run import SavedRun, SavedTable, find_runs
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs
 from lm_eval_coupling.saved.values import plain_readings
 
 Tables = list[tuple[SavedRun, SavedTable]]
@@ -53,7 +53,9 @@ def show(
     if doc is not None and task is None:
         raise CouplingError(f"got document {doc} without a task; add the task's name (--task)")
     runs = find_runs(roots)
-    tables = sorted(runs.newest_tables(), key=lambda pair: _place(pair[1].file, roots))  # the first folder's first
+    tables = sorted(
+        runs.newest_tables(), key=lambda pair: _place(pair[1].file, roots)
+    )  # the first folder's first
     require_tables(tables, runs, ", ".join(map(str, roots)))
     if task is not None:
         _require(task, {table.task for _, table in tables}, "task", ", ".join(map(str, roots)))
@@ -63,7 +65,9 @@ def show(
         _require(doc, there, "document", f"task {task}")
     rows = numbers.comparison(tables) if compare else numbers.overview(tables)
     if compare and not len(rows):
-        raise CouplingError("got no two runs with a task in common, expected at least two; give their folders")
+        raise CouplingError(
+            "got no two runs with a task in common, expected at least two; give their folders"
+        )
     if form != "table":
         _print_for_programs(rows, form, console)
     elif compare:
@@ -88,8 +92,12 @@ def _stdout() -> Console:
 def _require(wanted: Any, there: set[Any], what: str, where: str) -> None:
     known = sorted(there)
     if wanted not in known:
-        listed = ", ".join(map(str, known[:30])) + (f" and {len(known) - 30} more" if len(known) > 30 else "")
-        raise CouplingError(f"got {what} {wanted}, which {where} does not have; choose one of {listed}")
+        listed = ", ".join(map(str, known[:30])) + (
+            f" and {len(known) - 30} more" if len(known) > 30 else ""
+        )
+        raise CouplingError(
+            f"got {what} {wanted}, which {where} does not have; choose one of {listed}"
+        )
 
 
 def _print_for_programs(rows: pd.DataFrame, form: str, console: Console) -> None:
@@ -100,13 +108,18 @@ def _print_for_programs(rows: pd.DataFrame, form: str, console: Console) -> None
     console.file.write(json.dumps(plain, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
-def _print_runs(console: Console, rows: pd.DataFrame, tables: Tables, task: str | None, doc: int | None) -> None:
+def _print_runs(
+    console: Console, rows: pd.DataFrame, tables: Tables, task: str | None, doc: int | None
+) -> None:
     several = rows.groupby("label")["folder"].nunique() > 1
     rows = rows.assign(prompts=_prompts(rows))
     for (folder, label), own in rows.groupby(["folder", "label"], sort=False):
         _print_overview(console, own, _title(own, tables, folder if several[label] else None))
     for run, table in tables if task is not None else ():
-        told = rows[(rows["folder"] == str(table.file.parent)) & (rows["prompting"] == run.prompting(table.task))]
+        told = rows[
+            (rows["folder"] == str(table.file.parent))
+            & (rows["prompting"] == run.prompting(table.task))
+        ]
         name = f"{told['label'].iloc[0]}, {table.task}" if len(tables) > 1 else table.task
         if doc is None:
             layers.print_profile(console, table, name)
@@ -117,13 +130,20 @@ def _print_runs(console: Console, rows: pd.DataFrame, tables: Tables, task: str 
 def _prompts(rows: pd.DataFrame) -> list[str]:
     """How the prompts of each row were made, in words; digests only where other rows of its task differ in them."""
     of_task = rows.groupby("task")["prompting"].unique()
-    return [readable(words, of_task[task]) for words, task in zip(rows["prompting"], rows["task"], strict=True)]
+    return [
+        readable(words, of_task[task])
+        for words, task in zip(rows["prompting"], rows["task"], strict=True)
+    ]
 
 
 def _title(rows: pd.DataFrame, tables: Tables, folder: str | None) -> str:
     first = rows.iloc[0]
-    about = next(t.about for run, t in tables if (run.model, t.task) == (first["model"], first["task"]))
-    size = f", {about['n_layers']} layers of width {about['d_model']}" if "n_layers" in about else ""
+    about = next(
+        t.about for run, t in tables if (run.model, t.task) == (first["model"], first["task"])
+    )
+    size = (
+        f", {about['n_layers']} layers of width {about['d_model']}" if "n_layers" in about else ""
+    )
     prompts = f" ({'; '.join(dict.fromkeys(rows['prompts']))})"
     where = f", in {folder}" if folder else ""
     return f"{first['label']}{size}{where}{'' if first['label'].endswith(prompts) else prompts}"
@@ -145,7 +165,11 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
             Column("coupling", map(_with_error, rows["coupling"], rows["coupling_stderr"])),
             Column("chance", rows["chance"].map(_fixed), spare=2),
             Column("excess", rows["excess"].map(_signed), spare=1),
-            Column("worst error", rows["worst_certificate"].map(_short).where(~rows["task"].duplicated(), ""), spare=3),
+            Column(
+                "worst error",
+                rows["worst_certificate"].map(_short).where(~rows["task"].duplicated(), ""),
+                spare=3,
+            ),
         ],
         console.width,
         sections=rows["task"],
@@ -153,7 +177,8 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
     console.print(found.table)
     if "chance" in found.left_out:
         levels = ", ".join(
-            f"{chance:.4f} at K = {rank}" for rank, chance in zip(ranks["rank"], ranks["chance"], strict=True)
+            f"{chance:.4f} at K = {rank}"
+            for rank, chance in zip(ranks["rank"], ranks["chance"], strict=True)
         )
         console.print(f"Chance: {levels}.")
     for name, missing in rows.drop_duplicates("task")[["task", "missing"]].itertuples(index=False):
@@ -168,13 +193,20 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
 def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
     rows = rows[rows["untrained"].notna()]
     seed = rows["seed"].dropna()
-    console.print(Text(f"The same documents with untrained weights{f' (seed {seed.iloc[0]:.0f})' if len(seed) else ''}"))
+    console.print(
+        Text(
+            f"The same documents with untrained weights{f' (seed {seed.iloc[0]:.0f})' if len(seed) else ''}"
+        )
+    )
     shown = [
         Column("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
         Column("docs", rows["paired"]),
         Column("K", rows["rank"].map(_whole)),
         Column("untrained", map(_with_error, rows["untrained"], rows["untrained_stderr"]), spare=1),
-        Column("trained − untrained", map(_with_error, rows["difference"], rows["difference_stderr"], [True] * len(rows))),
+        Column(
+            "trained − untrained",
+            map(_with_error, rows["difference"], rows["difference_stderr"], [True] * len(rows)),
+        ),
     ]
     console.print(columns(shown, console.width, sections=rows["task"]).table)
     console.print()
@@ -182,7 +214,11 @@ def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
 
 def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
     """Every number of a prompt that is no coupling, mean over documents."""
-    known = [reading for reading in plain_readings() if reading.name in rows and rows[reading.name].notna().any()]
+    known = [
+        reading
+        for reading in plain_readings()
+        if reading.name in rows and rows[reading.name].notna().any()
+    ]
     found = [
         (task, reading.label, _with_error(row[reading.name], row[f"{reading.name}_stderr"]))
         for task, row in rows.set_index("task").iterrows()
@@ -193,7 +229,11 @@ def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
         return
     tasks, labels, values = map(list, zip(*found, strict=True))
     shown = [
-        Column("task", [task if not i or tasks[i - 1] != task else "" for i, task in enumerate(tasks)], name=True),
+        Column(
+            "task",
+            [task if not i or tasks[i - 1] != task else "" for i, task in enumerate(tasks)],
+            name=True,
+        ),
         Column("other numbers of a prompt", labels, name=True),
         Column("mean", values),
     ]
@@ -202,7 +242,9 @@ def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
 
 
 def _print_comparison(console: Console, rows: pd.DataFrame) -> None:
-    console.print("Document by document; from and to: 95 % interval of the mean difference", style="dim")
+    console.print(
+        "Document by document; from and to: 95 % interval of the mean difference", style="dim"
+    )
     for (label, base), of in rows.groupby(["label", "base"], sort=False):
         console.print(Text(f"{label} less {base}", style="bold"))
         shown = [

@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # "cache" since transformers 5.24
+CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "cache",
+)  # "cache" since transformers 5.24
 
 
 def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
@@ -23,7 +28,9 @@ def cut(name: str, value: Any, t: int, n: int, first: int) -> Any:
     Returns:
         A view where it is cut; what does not go by tokens is handed back as it is.
     """
-    return _each_tensor(value, lambda name, tensor: _cut(name, tensor, t, n, first), name, inside="keys")
+    return _each_tensor(
+        value, lambda name, tensor: _cut(name, tensor, t, n, first), name, inside="keys"
+    )
 
 
 def _cut(name: str, value: Tensor, t: int, n: int, first: int) -> Tensor:
@@ -32,13 +39,17 @@ def _cut(name: str, value: Tensor, t: int, n: int, first: int) -> Tensor:
     if name in ("position_ids", "cache_position"):
         return value[..., t : t + 1]
     if name in ("alibi", "position_bias"):
-        return value[..., -1:] if first == t else value[..., first : t + 1]  # weights do not change with a common shift
+        return (
+            value[..., -1:] if first == t else value[..., first : t + 1]
+        )  # weights do not change with a common shift
     if name == "keys":
         return value[..., first : t + 1, :] if value.dim() > 2 and value.shape[-2] == n else value
     if value.dim() >= 2 and value.shape[-2:] == (n, n):
         return value[..., t : t + 1, first : t + 1]
     if value.dim() == 3 and value.shape[1] == n:
-        return value[:, t : t + 1]  # something of every token, such as Gemma's embeddings of each layer
+        return value[
+            :, t : t + 1
+        ]  # something of every token, such as Gemma's embeddings of each layer
     return value
 
 
@@ -50,7 +61,9 @@ def cut_row(value: Any, t: int, n: int) -> Any:
 
 def of_prompt(name: str, value: Any, prompt: int, seq: int, padded: int) -> Any:
     """One argument of a call with a batch of prompts, ``padded`` tokens long on the right, as it is for one of them."""
-    return _each_tensor(value, lambda name, tensor: _of_prompt(name, tensor, prompt, seq, padded), name)
+    return _each_tensor(
+        value, lambda name, tensor: _of_prompt(name, tensor, prompt, seq, padded), name
+    )
 
 
 def _of_prompt(name: str, value: Tensor, prompt: int, seq: int, padded: int) -> Tensor:
@@ -68,7 +81,9 @@ def _of_prompt(name: str, value: Tensor, prompt: int, seq: int, padded: int) -> 
 def joined(values: Sequence[Any], name: str = "") -> Any:
     """The same argument of several calls as one: stacked where it differs."""
     first = values[0]
-    if len(values) == 1 or name == "cache_position":  # which tells a cache where to write, in transformers below 5.4
+    if (
+        len(values) == 1 or name == "cache_position"
+    ):  # which tells a cache where to write, in transformers below 5.4
         return first
     if isinstance(first, (tuple, list)):
         return type(first)(joined(items) for items in zip(*values, strict=True))
@@ -126,7 +141,9 @@ def _equally_long(masks: Sequence[Tensor]) -> list[Tensor]:
     if not (masks[0].is_floating_point() or masks[0].dtype == torch.bool):
         raise ValueError(f"masks of {masks[0].dtype} cannot be joined")
     unseen = torch.finfo(masks[0].dtype).min if masks[0].is_floating_point() else False
-    return [F.pad(mask, (before, 0), value=unseen) for mask, before in zip(masks, missing, strict=True)]
+    return [
+        F.pad(mask, (before, 0), value=unseen) for mask, before in zip(masks, missing, strict=True)
+    ]
 
 
 def replayable(name: str, value: Any) -> Any:
@@ -152,10 +169,14 @@ def carried(value: Any) -> Any:
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Arguments with every floating-point tensor in ``dtype``."""
-    return _each_tensor(value, lambda _, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return _each_tensor(
+        value, lambda _, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )
 
 
-def _each_tensor(value: Any, function: Callable[[str, Tensor], Tensor], name: str = "", inside: str = "") -> Any:
+def _each_tensor(
+    value: Any, function: Callable[[str, Tensor], Tensor], name: str = "", inside: str = ""
+) -> Any:
     """The same containers, around what becomes of their tensors; whatever else is in them is handed over as it is."""
     # name: of the argument; inside: for what is in objects that blocks hand on to each other.
     if isinstance(value, Tensor):

@@ -39,7 +39,9 @@ class Arguments:
 
     def same_as(self, other: Arguments) -> bool:
         """Whether both are the same numbers and the same pieces of memory."""
-        return argument.the_same((self.args, *self.kwargs.items()), (other.args, *other.kwargs.items()))
+        return argument.the_same(
+            (self.args, *self.kwargs.items()), (other.args, *other.kwargs.items())
+        )
 
     def in_dtype(self, dtype: torch.dtype) -> Arguments:
         """With every floating-point tensor in ``dtype``."""
@@ -48,7 +50,9 @@ class Arguments:
     def of_prompt(self, prompt: int, seq: int, padded: int) -> Arguments:
         """For one of a batch of prompts, ``padded`` tokens long on the right, as they would be of it alone."""
         if (key := (prompt, seq, padded)) not in self._of_prompts:
-            self._of_prompts[key] = self._each(lambda name, value: argument.of_prompt(name, value, *key))
+            self._of_prompts[key] = self._each(
+                lambda name, value: argument.of_prompt(name, value, *key)
+            )
         return self._of_prompts[key]
 
     def one_row(self, token: int, seq: int) -> Arguments:
@@ -56,7 +60,9 @@ class Arguments:
         return self._each(lambda name, value: argument.cut_row(value, token, seq))
 
     @staticmethod
-    def at_tokens(each: Sequence[Arguments], tokens: Sequence[int], seqs: Sequence[int], firsts: Sequence[int]) -> Arguments:
+    def at_tokens(
+        each: Sequence[Arguments], tokens: Sequence[int], seqs: Sequence[int], firsts: Sequence[int]
+    ) -> Arguments:
         """For one run on a token of each prompt, which sees that prompt's keys from a first one on.
 
         Args:
@@ -71,7 +77,10 @@ class Arguments:
         Raises:
             ValueError: if they cannot be joined.
         """
-        known, key = each[0]._at_tokens, (tuple(one._number for one in each), *map(tuple, (tokens, seqs, firsts)))
+        known, key = (
+            each[0]._at_tokens,
+            (tuple(one._number for one in each), *map(tuple, (tokens, seqs, firsts))),
+        )
         if key not in known:
             _make_room(known)
             alone = [of._at(*at) for of, *at in zip(each, tokens, seqs, firsts, strict=True)]
@@ -83,9 +92,15 @@ class Arguments:
 
     @staticmethod
     def _joined(alone: Sequence[Arguments]) -> Arguments:
-        args = tuple(argument.joined(values) for values in zip(*(one.args for one in alone), strict=True))
+        args = tuple(
+            argument.joined(values) for values in zip(*(one.args for one in alone), strict=True)
+        )
         return Arguments(
-            args, {name: argument.joined([one.kwargs[name] for one in alone], name) for name in alone[0].kwargs}
+            args,
+            {
+                name: argument.joined([one.kwargs[name] for one in alone], name)
+                for name in alone[0].kwargs
+            },
         )
 
     def _each(self, change: Callable[[str, Any], Any]) -> Arguments:
@@ -126,7 +141,11 @@ class OnePass:
         if tensor.device == device:
             return tensor
         for seen, version, there in self._brought:
-            if there.device == device and version == tensor._version and argument.the_same(seen, tensor):
+            if (
+                there.device == device
+                and version == tensor._version
+                and argument.the_same(seen, tensor)
+            ):
                 return there
         there = tensor.to(device)
         self._brought.append((tensor, tensor._version, there))

@@ -21,7 +21,9 @@ class TrueDtype(TorchFunctionMode):
         self.dtype = dtype
 
     @no_type_check  # runs for every operation
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0] if args[0].is_floating_point() else args[0].to(self.dtype)

@@ -82,7 +82,11 @@ class LeftBehind:
         for now, size, before in self.before:
             if len(now) == size and all(now.get(name) is value for name, value in before.items()):
                 continue
-            changed = [n for n, v in now.items() if n not in _OWN and v is not before.get(n) and _holds_tensors(v)]
+            changed = [
+                n
+                for n, v in now.items()
+                if n not in _OWN and v is not before.get(n) and _holds_tensors(v)
+            ]
             for name in changed:
                 if name in before:
                     now[name] = before[name]

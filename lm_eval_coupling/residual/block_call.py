@@ -52,7 +52,9 @@ class BlockCall:
         """The same call, which knows uᵀ ∂F_t / ∂X of one output token t already."""
         return dataclasses.replace(self, pullback=(output_token, pulled))
 
-    def pulled_back(self, direction: Float[Tensor, " d_model"], output_token: int) -> Float[Tensor, "seq d_model"]:
+    def pulled_back(
+        self, direction: Float[Tensor, " d_model"], output_token: int
+    ) -> Float[Tensor, "seq d_model"]:
         """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block.
 
         Returns:
@@ -65,12 +67,16 @@ class BlockCall:
             pulled = gradient(direction[None], resid_pre, output, at)[0]
         if self.resid_post is None:
             return pulled
-        entering, found, expected = (of[0, output_token].detach() for of in (resid_pre, output, self.resid_post))
+        entering, found, expected = (
+            of[0, output_token].detach() for of in (resid_pre, output, self.resid_post)
+        )
         return torch.where(_as_traced(entering, found, expected), pulled, torch.nan)
 
     @staticmethod
     def pulled_back_decoding(
-        calls: Sequence[BlockCall], directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
+        calls: Sequence[BlockCall],
+        directions: Sequence[Float[Tensor, " d_model"]],
+        tokens: Sequence[int],
     ) -> Float[Tensor, "prompt d_model"]:
         """uᵀ ∂F_t / ∂x_t of several prompts by one step of decoding; NaN where it gives another output than the trace.
 
@@ -81,12 +87,18 @@ class BlockCall:
             ValueError: if the calls' arguments cannot be joined.
         """
         at = list(zip(calls, tokens, strict=True))
-        x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(True)
+        x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(
+            True
+        )
         with torch.enable_grad():
             output = BlockCall.decoded(calls, x, tokens)
-            pulled = gradient(torch.stack(list(directions)), x, output, x.new_zeros(len(calls), dtype=torch.long))
+            pulled = gradient(
+                torch.stack(list(directions)), x, output, x.new_zeros(len(calls), dtype=torch.long)
+            )
         expected = torch.stack([call.resid_post[0, token] for call, token in at])
-        return torch.where(_as_traced(x.detach()[:, 0], output.detach()[:, 0], expected), pulled[:, 0], torch.nan)
+        return torch.where(
+            _as_traced(x.detach()[:, 0], output.detach()[:, 0], expected), pulled[:, 0], torch.nan
+        )
 
     @property
     def layer(self) -> int:
@@ -119,7 +131,9 @@ class BlockCall:
         with self.block.ready(self.dtype):
             yield
 
-    def __call__(self, resid_pre: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+    def __call__(
+        self, resid_pre: Float[Tensor, "batch seq d_model"]
+    ) -> Float[Tensor, "batch seq d_model"]:
         """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
         return self._run(resid_pre, self.arguments)
 
@@ -139,7 +153,9 @@ class BlockCall:
         Raises:
             ValueError: if the calls' arguments cannot be joined.
         """
-        with torch._C.DisableTorchFunction():  # whoever follows the block need not follow its arguments' preparation
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # whoever follows the block need not follow its arguments' preparation
             arguments = _at_tokens(calls, tokens, firsts=tokens)
         return calls[0]._run(x[:, None], arguments)[:, 0]
 
@@ -169,18 +185,27 @@ class BlockCall:
             cache = Keys.before_each(kept, tokens)
         columns, kwargs = max(tokens) + 1, arguments.kwargs
         if len(set(tokens)) > 1 and not any(
-            isinstance(value, Tensor) and value.shape[-1:] == (columns,) for value in (*arguments.args, *kwargs.values())
+            isinstance(value, Tensor) and value.shape[-1:] == (columns,)
+            for value in (*arguments.args, *kwargs.values())
         ):
-            raise ValueError("prompts of different lengths cannot be decoded together without a mask")
+            raise ValueError(
+                "prompts of different lengths cannot be decoded together without a mask"
+            )
         return calls[0]._run(x, arguments, {name: cache for name in CACHES if name in kwargs})
 
-    def _run(self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None) -> Tensor:
+    def _run(
+        self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None
+    ) -> Tensor:
         args, kwargs = carried(arguments.args), carried(arguments.kwargs)
         return hidden(self.module(x, *args, **kwargs | (caches or {})))
 
 
-def _at_tokens(calls: Sequence[BlockCall], tokens: Sequence[int], firsts: Sequence[int]) -> Arguments:
-    return Arguments.at_tokens([call.arguments for call in calls], tokens, [call.seq for call in calls], firsts)
+def _at_tokens(
+    calls: Sequence[BlockCall], tokens: Sequence[int], firsts: Sequence[int]
+) -> Arguments:
+    return Arguments.at_tokens(
+        [call.arguments for call in calls], tokens, [call.seq for call in calls], firsts
+    )
 
 
 def _as_traced(

@@ -44,7 +44,11 @@ def _split_joints_again(bridge: Any) -> None:
     for module in bridge.modules():
         for split, names in joints.items():
             if (cut := getattr(module, split, None)) is not None:
-                split_again(module.original_component, cut, [getattr(module, name).original_component for name in names])
+                split_again(
+                    module.original_component,
+                    cut,
+                    [getattr(module, name).original_component for name in names],
+                )
 
 
 def _take_caches_as_named_now(bridge: nn.Module) -> None:
@@ -55,11 +59,18 @@ def _take_caches_as_named_now(bridge: nn.Module) -> None:
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     for module in bridge.modules():
-        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
+        if (
+            isinstance(module, AttentionBridge)
+            and type(module).forward is not AttentionBridge.forward
+        ):
             module.register_forward_pre_hook(_with_cache_as_before, with_kwargs=True)
 
 
-def _with_cache_as_before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _with_cache_as_before(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     if kwargs.get("cache") is None:
         return None
-    return args, {("past_key_values" if name == "cache" else name): value for name, value in kwargs.items()}
+    return args, {
+        ("past_key_values" if name == "cache" else name): value for name, value in kwargs.items()
+    }

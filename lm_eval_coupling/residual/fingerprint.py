@@ -60,7 +60,9 @@ def digest(output: Float[Tensor, "1 seq d_model"]) -> str:
 
 def _configuration(model: nn.Module) -> str:
     config = _relevant(model.config.to_dict())
-    adapters = {name: _relevant(c.to_dict()) for name, c in getattr(model, "peft_config", {}).items()}
+    adapters = {
+        name: _relevant(c.to_dict()) for name, c in getattr(model, "peft_config", {}).items()
+    }
     return json.dumps([config, adapters], sort_keys=True, default=str)
 
 
@@ -72,7 +74,9 @@ def _relevant(value: Any) -> Any:
 
 def _checksum(tensor: Tensor) -> list[int]:
     """Plain and position-weighted sums of the tensor's bits."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        tensor.element_size()
+    ]
     bits = tensor.detach().contiguous().view(-1).view(integer)
     weights = torch.arange(1, min(_CHUNK, bits.numel()) + 1, device=bits.device)
     sums = [0, 0]

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
 
-_EXPECTED = (
-    "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, give prompts one by one"
-)
+_EXPECTED = "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, give prompts one by one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +84,25 @@ class TokenIds:
         try:
             ids = torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError):
-            raise CouplingError(f"got {str(tokens)[:80]!r} as the tokens of a prompt, {_EXPECTED}") from None
+            raise CouplingError(
+                f"got {str(tokens)[:80]!r} as the tokens of a prompt, {_EXPECTED}"
+            ) from None
         several = ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1)
-        if several or not ids.numel() or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise CouplingError(f"got a {ids.dtype} of shape {[*ids.shape]} as the tokens of a prompt, {_EXPECTED}")
+        if (
+            several
+            or not ids.numel()
+            or ids.is_floating_point()
+            or ids.is_complex()
+            or ids.dtype == torch.bool
+        ):
+            raise CouplingError(
+                f"got a {ids.dtype} of shape {[*ids.shape]} as the tokens of a prompt, {_EXPECTED}"
+            )
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.words:
             wrong = next(int(id) for id in ids.flatten() if not 0 <= id < self.words)
-            raise CouplingError(f"got token id {wrong} in a prompt, expected 0 to {self.words - 1} for this model")
+            raise CouplingError(
+                f"got token id {wrong} in a prompt, expected 0 to {self.words - 1} for this model"
+            )
         return ids.flatten()
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:

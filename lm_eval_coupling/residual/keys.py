@@ -54,7 +54,10 @@ class Keys:
         """A cache that holds those of the tokens before the given one of every prompt; shorter ones after others' unseen."""
         if all(one.batch is keys[0].batch for one in keys):
             rows = tuple(one.prompt for one in keys)
-            parts = [_before_each(of_all, rows, tuple(tokens), keys[0].shared) for of_all in keys[0].batch]
+            parts = [
+                _before_each(of_all, rows, tuple(tokens), keys[0].shared)
+                for of_all in keys[0].batch
+            ]
         else:
             parts = [_joined([one._own(one.batch[i]) for one in keys], tokens) for i in (0, 1)]
         return Cache((parts[0], parts[1]))
@@ -66,7 +69,9 @@ def _joined(own: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
     return torch.cat([F.pad(kept, (0, 0, longest - kept.shape[-2], 0)) for kept in before])
 
 
-def _before_each(of_all: Tensor, rows: tuple[int, ...], tokens: tuple[int, ...], shared: OnePass) -> Tensor:
+def _before_each(
+    of_all: Tensor, rows: tuple[int, ...], tokens: tuple[int, ...], shared: OnePass
+) -> Tensor:
     """In one step for all prompts of a batch."""
     longest, device = max(tokens), of_all.device
     chosen = of_all[..., :longest, :]

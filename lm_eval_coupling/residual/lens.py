@@ -57,7 +57,9 @@ class Lens:
         with self._without_blocks(stream, outputs):
             return self.inputs.read(self.model(**arguments))
 
-    def norm_jacobian(self, resid: Float[Tensor, " d_model"], outputs: int) -> Float[Tensor, "d_model d_model"]:
+    def norm_jacobian(
+        self, resid: Float[Tensor, " d_model"], outputs: int
+    ) -> Float[Tensor, "d_model d_model"]:
         """Derivative of what the head is given, the final norm of ``resid``; the identity where there is none."""
         arguments, stream = self.inputs.standing_for(resid[None], self.device)
         seen: list[Tensor] = []
@@ -67,14 +69,21 @@ class Lens:
             raise _HeadReached
 
         if self.head is None:
-            raise CouplingError(f"got a {type(self.model).__name__}, expected a language model's head")
+            raise CouplingError(
+                f"got a {type(self.model).__name__}, expected a language model's head"
+            )
         handle = self.head.register_forward_pre_hook(reached)
         try:
-            with torch.enable_grad(), self._without_blocks(stream.detach().requires_grad_(True), outputs) as start:
+            with (
+                torch.enable_grad(),
+                self._without_blocks(stream.detach().requires_grad_(True), outputs) as start,
+            ):
                 with contextlib.suppress(_HeadReached):
                     self.model(**arguments)
                 eye = torch.eye(resid.numel(), dtype=resid.dtype, device=seen[0].device)
-                rows = torch.autograd.grad(seen[0].reshape(-1), start, eye, is_grads_batched=True)[0]
+                rows = torch.autograd.grad(seen[0].reshape(-1), start, eye, is_grads_batched=True)[
+                    0
+                ]
         finally:
             handle.remove()
         return rows.reshape(len(eye), len(eye)).to(resid.device)
@@ -94,14 +103,22 @@ class Lens:
             rest = [] if head is None else stack.enter_context(head_in_parts(head, stream.dtype))
             weights = {id(t): t for t in [*self.outside, *rest]}
             stack.enter_context(upcast([*weights.values()], stream.dtype))
-            tables = {module: table for module, table in self.tables.items() if id(table.weight) not in weights}
+            tables = {
+                module: table
+                for module, table in self.tables.items()
+                if id(table.weight) not in weights
+            }
             stack.enter_context(rows_only(tables, stream.dtype))
             stack.enter_context(arithmetic(stream.dtype))
             outside = self._outside_modules()
             for module in outside if len({*map(_own_device, outside)}) > 1 else ():
-                stack.callback(module.register_forward_pre_hook(_bring_inputs, with_kwargs=True).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(_bring_inputs, with_kwargs=True).remove
+                )
             for block in self.blocks:
-                stack.callback(vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"})
+                stack.callback(
+                    vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"}
+                )
                 stack.callback(vars(block).pop, "forward")
                 block.forward = lambda *args, **kwargs: stand_in
             yield stream
@@ -109,16 +126,24 @@ class Lens:
     def _outside_modules(self) -> list[nn.Module]:
         """Those outside the blocks that have weights of their own."""
         inside = {id(part) for block in self.blocks for part in block.modules()}
-        return [part for part in self.model.modules() if id(part) not in inside and _own_device(part) is not None]
+        return [
+            part
+            for part in self.model.modules()
+            if id(part) not in inside and _own_device(part) is not None
+        ]
 
 
 def _own_device(module: nn.Module) -> torch.device | None:
     """Of its own weights, or of those of the module that it stands for and does not call."""
     inner = innermost(module)
-    return next((t.device for t in (*inner.parameters(recurse=False), *inner.buffers(recurse=False))), None)
+    return next(
+        (t.device for t in (*inner.parameters(recurse=False), *inner.buffers(recurse=False))), None
+    )
 
 
-def _bring_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _bring_inputs(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook: where the head is tied to the embeddings, the norm before it may lie on another device."""
     device = _own_device(module)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
@@ -131,7 +156,14 @@ def vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:
         CouplingError: for anything else.
     """
     found = as_tensor("resid", resid)
-    if not found.ndim or found.shape[-1] != d_model or not found.is_floating_point() or (alone and found.ndim > 1):
+    if (
+        not found.ndim
+        or found.shape[-1] != d_model
+        or not found.is_floating_point()
+        or (alone and found.ndim > 1)
+    ):
         what = "one vector" if alone else "vectors"
-        raise CouplingError(f"got resid of shape {[*found.shape]} and {found.dtype}, expected {what} of {d_model} numbers")
+        raise CouplingError(
+            f"got resid of shape {[*found.shape]} and {found.dtype}, expected {what} of {d_model} numbers"
+        )
     return found

@@ -21,7 +21,7 @@ from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.fingerprint import digest, fingerprint
-from lm_eval_coupling.residual.images import ImageTokens, pixel_digest, pixels_of
+from lm_eval_coupling.residual.image_inputs import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.keys import Cache
 from lm_eval_coupling.residual.lens import Lens, vectors
@@ -32,7 +32,13 @@ from lm_eval_coupling.residual.vocabulary import looked_up, rows_only
 from lm_eval_coupling.residual.weights import state_of, upcast
 
 # Tensors that a block takes, of which it is known what they are in a padded batch.
-_BATCHABLE = {"attention_mask", "position_ids", "cache_position", "position_embeddings", "relative_position_bias"}
+_BATCHABLE = {
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "relative_position_bias",
+}
 _LONG = 64  # tokens from which on a block is pulled back by one more step of decoding, not on the way through the sequence
 
 
@@ -67,7 +73,9 @@ class ResidualModel:
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.vocabulary = sizes_told(model.config, inputs.causal)
         self.d_model = 0  # the first trace tells
-        self.block_list = [Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)]
+        self.block_list = [
+            Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)
+        ]
         inside = {id(part) for module in self.blocks for part in module.modules()}
         self._left_behind = LeftBehind(part for part in model.modules() if id(part) not in inside)
         self._tables = looked_up(model)
@@ -83,7 +91,9 @@ class ResidualModel:
         self.block_sizes = block_sizes(self.blocks)
         self._change: Callable[[Tensor], Tensor] | None = None
         self._padding_is_harmless: bool | None = None  # not tried yet
-        self._outputs = 0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
+        self._outputs = (
+            0  # how many things a block returns as a tuple, 0 for a plain tensor; every trace tells
+        )
         self._decodes: bool | None = None
         self._scored: tuple[nn.Module, Stamp, Tensor] | None = None
         self._seq_of: dict[torch.Size, int] = {}  # tokens of an image by its shape
@@ -105,10 +115,14 @@ class ResidualModel:
         Raises:
             CouplingError: if its blocks are no residual stream, or if what is scored is not what would be measured.
         """
-        from lm_eval_coupling.residual.ways import wrapped
+        from lm_eval_coupling.residual.wrapping import wrapped
 
-        if tokenizer is not None and (isinstance(tokenizer, str | bytes) or not hasattr(tokenizer, "encode")):
-            raise CouplingError(f"got tokenizer={shown(tokenizer)}, expected a tokenizer of transformers, or None")
+        if tokenizer is not None and (
+            isinstance(tokenizer, str | bytes) or not hasattr(tokenizer, "encode")
+        ):
+            raise CouplingError(
+                f"got tokenizer={shown(tokenizer)}, expected a tokenizer of transformers, or None"
+            )
         return wrapped(cls, hf_model, tokenizer)
 
     def measures(self, scored: nn.Module, probed: Float[Tensor, "1 seq d_model"]) -> None:
@@ -147,13 +161,17 @@ class ResidualModel:
 
     def _wrapped(self) -> tuple[nn.Module, Stamp, Tensor]:
         if self._scored is None:
-            raise CouplingError("got a model that was not made by ResidualModel.wrap, expected one with known weights")
+            raise CouplingError(
+                "got a model that was not made by ResidualModel.wrap, expected one with known weights"
+            )
         return self._scored
 
     @property
     def device(self) -> torch.device:
         """Where the stream begins: the device of the first weight, that of the embeddings."""
-        return next(t.device for t in itertools.chain(self.model.parameters(), self.model.buffers()))
+        return next(
+            t.device for t in itertools.chain(self.model.parameters(), self.model.buffers())
+        )
 
     @property
     def devices(self) -> list[torch.device]:
@@ -220,7 +238,9 @@ class ResidualModel:
         Returns:
             Every block's call and the stream after the last block; the language-model head is not run.
         """
-        return self._traces([tokens], dtype, None if output_token is None else [output_token], direction)[0]
+        return self._traces(
+            [tokens], dtype, None if output_token is None else [output_token], direction
+        )[0]
 
     @exact_arithmetic()
     def traces(
@@ -241,7 +261,10 @@ class ResidualModel:
         if len(prompts) > 1 and self._pads_on_the_right(dtype):
             return self._traces(prompts, dtype, output_tokens, direction)
         tokens = [None] * len(prompts) if output_tokens is None else output_tokens
-        return [self.trace(prompt, dtype, token, direction) for prompt, token in zip(prompts, tokens, strict=True)]
+        return [
+            self.trace(prompt, dtype, token, direction)
+            for prompt, token in zip(prompts, tokens, strict=True)
+        ]
 
     def _pads_on_the_right(self, dtype: torch.dtype) -> bool:
         if self._padding_is_harmless is None:
@@ -256,7 +279,10 @@ class ResidualModel:
 
     def _succeeds(self, trial: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
         """What a trial on prompts of its own says, False where it fails, whatever the first block is given meanwhile."""
-        change, self._change = self._change, None  # which may be meant for prompts of one length only
+        change, self._change = (
+            self._change,
+            None,
+        )  # which may be meant for prompts of one length only
         try:
             return trial(dtype)
         except Exception as error:
@@ -272,7 +298,9 @@ class ResidualModel:
             return False
         alone = [self.trace(prompt, dtype) for prompt in prompts]
         streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in streams)
+        return all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in streams
+        )
 
     def _decoding_agrees(self, dtype: torch.dtype) -> bool:
         calls = self._traces([[*range(1, 8)]], dtype, keep_keys=True)[0].calls
@@ -288,24 +316,39 @@ class ResidualModel:
         keep_keys: bool = False,
     ) -> list[ResidualTrace]:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise CouplingError(f"got dtype={shown(dtype)}, expected torch.float32 or torch.float64")
+            raise CouplingError(
+                f"got dtype={shown(dtype)}, expected torch.float32 or torch.float64"
+            )
         batch = self.inputs.batch(prompts, self.device, dtype)
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
         if keep_keys and max(batch.lengths or [0]) >= _LONG:
             direction = None
-        wanted: dict[str, Any] = {"tokens": output_tokens, "direction": direction, "shared": OnePass()}
-        traced = [TracedBlock(block, dtype, cache=Cache() if keep_keys else None, **wanted) for block in self.block_list]
+        wanted: dict[str, Any] = {
+            "tokens": output_tokens,
+            "direction": direction,
+            "shared": OnePass(),
+        }
+        traced = [
+            TracedBlock(block, dtype, cache=Cache() if keep_keys else None, **wanted)
+            for block in self.block_list
+        ]
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self._left_behind.clear)
             stack.enter_context(upcast(self._outside_weights, dtype))
             stack.enter_context(rows_only(self._tables, dtype))
             stack.enter_context(arithmetic(dtype))
-            stack.callback(self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove)
+            stack.callback(
+                self.blocks[0].register_forward_pre_hook(self._changed, with_kwargs=True).remove
+            )
             for block, one in zip(self.blocks, traced, strict=True):
 
                 def after(
-                    module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, one: TracedBlock = one
+                    module: nn.Module,
+                    args: tuple,
+                    kwargs: dict[str, Any],
+                    output: Any,
+                    one: TracedBlock = one,
                 ) -> Any:
                     output = one.leave(kwargs, output)
                     self._outputs = len(output) if isinstance(output, (tuple, list)) else 0
@@ -320,11 +363,16 @@ class ResidualModel:
             with contextlib.suppress(_LastBlockDone), told_if_refused(batch.arguments, traced[0]):
                 self.model(**batch.arguments)
         if missed := [one.block.layer for one in traced if one.call is None]:
-            raise CouplingError(f"got a model that leaves out block {missed[0]}, expected a stream through every block")
+            raise CouplingError(
+                f"got a model that leaves out block {missed[0]}, expected a stream through every block"
+            )
         self.d_model = final[0].shape[-1]
         lengths = batch.lengths or [final[0].shape[1]] * len(final[0])
         return [
-            ResidualTrace(tuple(one.of_prompt(prompt, length) for one in traced), final[0][prompt : prompt + 1, :length])
+            ResidualTrace(
+                tuple(one.of_prompt(prompt, length) for one in traced),
+                final[0][prompt : prompt + 1, :length],
+            )
             for prompt, length in enumerate(lengths)
         ]
 
@@ -337,7 +385,9 @@ class ResidualModel:
         finally:
             self._change = None
 
-    def _changed(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _changed(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the first block during a trace: calls replayed later have the change in their input."""
         if self._change is None:
             return None
@@ -348,7 +398,9 @@ class ResidualModel:
 
     @exact_arithmetic()
     @torch.no_grad()
-    def logits(self, resid: Float[Tensor, "*prompt points d_model"]) -> Float[Tensor, "*prompt points vocabulary"]:
+    def logits(
+        self, resid: Float[Tensor, "*prompt points d_model"]
+    ) -> Float[Tensor, "*prompt points vocabulary"]:
         """What the model would predict from these vectors after its last block (logit lens): its own final norm and head.
 
         Vectors of several prompts of a language model take one pass.
@@ -374,24 +426,39 @@ class ResidualModel:
         """What is used whole before the first block: position tables, but no table of words, and not the head."""
         inside = {id(t) for block in self.block_list for t in block.weights}
         tables = {id(table.weight) for table in self._tables.values()}
-        words = {id(t) for t in state_of(self.model.get_input_embeddings())} - tables if self.inputs.causal else set()
+        words = (
+            {id(t) for t in state_of(self.model.get_input_embeddings())} - tables
+            if self.inputs.causal
+            else set()
+        )
         head = self.model.get_output_embeddings() if self.inputs.causal else None
         inside |= tables | ({id(t) for t in state_of(head)} - words if head is not None else set())
         return [t for t in state_of(self.model) if id(t) not in inside]
 
 
 def _decodes_rightly(call: BlockCall) -> bool:
-    token, u = call.seq // 2, torch.randn(call.resid_pre.shape[-1], generator=torch.Generator().manual_seed(0))
-    if has_float64(call.resid_pre.device):  # beside the identity little may be left of what a block adds
+    token, u = (
+        call.seq // 2,
+        torch.randn(call.resid_pre.shape[-1], generator=torch.Generator().manual_seed(0)),
+    )
+    if has_float64(
+        call.resid_pre.device
+    ):  # beside the identity little may be left of what a block adds
         call = call.in_dtype(torch.float64)
     u = u.to(call.resid_pre)
     with call.ready():
-        (found,), expected = call.pulled_back_decoding([call], [u], [token]), call.pulled_back(u, token)[token] - u
+        (found,), expected = (
+            call.pulled_back_decoding([call], [u], [token]),
+            call.pulled_back(u, token)[token] - u,
+        )
     return torch.allclose(found - u, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def _tensors_by_name(call: BlockCall) -> list[str]:
     """Names of the tensors among a call's arguments; of those without a name, only a square mask is known."""
-    unnamed = ["" if t.dim() > 1 and t.shape[-1] == t.shape[-2] else "?" for t in tensors_in(call.arguments.args)]
+    unnamed = [
+        "" if t.dim() > 1 and t.shape[-1] == t.shape[-2] else "?"
+        for t in tensors_in(call.arguments.args)
+    ]
     by_name = [name for name, value in call.arguments.kwargs.items() if tensors_in(value)]
     return [*(name for name in unnamed if name), *by_name]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.images import takes_images
+from lm_eval_coupling.residual.image_inputs import takes_images
 from lm_eval_coupling.residual.weights import unreadable
 
 _ONLY_SCORE = "use --model hf, or coupling_limit=0, to only score"
@@ -35,7 +35,9 @@ def looked_through(model: nn.Module) -> nn.Module:
     while True:
         name = type(inner).__name__
         if name in _SHARDED:
-            raise CouplingError(f"got a {name}, whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
+            raise CouplingError(
+                f"got a {name}, whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}"
+            )
         if name == "OptimizedModule":
             inner = inner._orig_mod
         elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -50,11 +52,17 @@ def looked_through(model: nn.Module) -> nn.Module:
 def _refuse_virtual_tokens(model: nn.Module) -> None:
     """Prompt tuning, prefix tuning and p-tuning put tokens before the prompt that are in no block's weights."""
     configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None) or [*configs]
+    active = (
+        getattr(model, "active_adapters", None)
+        or getattr(model, "active_adapter", None)
+        or [*configs]
+    )
     for name in [active] if isinstance(active, str) else active:
         config = configs.get(name)
         if config is not None and getattr(config, "is_prompt_learning", False):
-            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
+            kind = (
+                str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
+            )
             raise CouplingError(
                 f"got an adapter of virtual tokens ({kind}), expected one that changes weights, such as LoRA; "
                 f"measure the model without it, or {_ONLY_SCORE}"
@@ -85,7 +93,9 @@ def refuse_unsupported(model: nn.Module) -> None:
     if not takes_images(model):
         _refuse_other_text_models(model, config, name)
     if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        raise CouplingError(f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}")
+        raise CouplingError(
+            f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}"
+        )
     if reason := unreadable(model):
         raise CouplingError(
             f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
@@ -94,11 +104,23 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 
 def _refuse_other_text_models(model: nn.Module, config: Any, name: str) -> None:
-    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
-        raise CouplingError(f"got a {name}, expected a decoder-only transformers language model; score it with --model hf")
+    if (
+        config is None
+        or getattr(config, "is_encoder_decoder", False)
+        or not hasattr(model, "get_output_embeddings")
+    ):
+        raise CouplingError(
+            f"got a {name}, expected a decoder-only transformers language model; score it with --model hf"
+        )
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise CouplingError(f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    ):
+        raise CouplingError(
+            f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf"
+        )
     if model.get_output_embeddings() is None:
-        raise CouplingError(f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)")
+        raise CouplingError(
+            f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)"
+        )

@@ -12,7 +12,11 @@ def sizes_told(config: Any, causal: bool) -> tuple[int, int | None, int]:
     """What a configuration says of attention heads, of the width of one, and of words, 0 without any."""
     text = config.get_text_config()
     words = getattr(text, "vocab_size", None) if causal else None
-    return getattr(text, "num_attention_heads", None) or 1, getattr(text, "head_dim", None), words or 0
+    return (
+        getattr(text, "num_attention_heads", None) or 1,
+        getattr(text, "head_dim", None),
+        words or 0,
+    )
 
 
 def block_sizes(blocks: Sequence[nn.Module]) -> tuple[int, int]:

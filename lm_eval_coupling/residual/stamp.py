@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from lm_eval_coupling.residual.weights import named_tensors
 
 SAMPLE = 64  # entries of each weight that are looked at
-_OF_RUNS = {"training", "_is_hf_initialized", "gradient_checkpointing"}  # which evaluating or loading may set
+_OF_RUNS = {
+    "training",
+    "_is_hf_initialized",
+    "gradient_checkpointing",
+}  # which evaluating or loading may set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Stamp:
         """In words, the first thing in which ``model`` is no longer what it was; None if it is."""
         now = Stamp.of(model)
         for name in now.places.keys() | self.places.keys():
-            if now.places.get(name) != self.places.get(name) or now.entries.get(name) != self.entries.get(name):
+            if now.places.get(name) != self.places.get(name) or now.entries.get(
+                name
+            ) != self.entries.get(name):
                 return f"the weight {name}"
         for name in now.switches.keys() | self.switches.keys():
             if now.switches.get(name) != self.switches.get(name):
@@ -64,10 +70,16 @@ def _entries(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
-            flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-            by_device.setdefault(tensor.device, {})[name] = flat[_spread(flat.numel()).to(tensor.device)].float()
+            flat = (
+                tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+            )
+            by_device.setdefault(tensor.device, {})[name] = flat[
+                _spread(flat.numel()).to(tensor.device)
+            ].float()
     for found in by_device.values():
-        numbers = torch.cat([*found.values()]).cpu().split([len(entries) for entries in found.values()])
+        numbers = (
+            torch.cat([*found.values()]).cpu().split([len(entries) for entries in found.values()])
+        )
         yield from ((name, tuple(part.tolist())) for name, part in zip(found, numbers, strict=True))
 
 
@@ -80,7 +92,11 @@ def _spread(size: int) -> Tensor:
 def _switches(module: nn.Module) -> tuple[Any, ...]:
     """What kind of module it is, its hooks, and its plain attributes: active adapters, scales, dropout."""
     hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
-    plain = {name: value for name, value in vars(module).items() if name not in _OF_RUNS and _is_plain(value)}
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_RUNS and _is_plain(value)
+    }
     return type(module), hooks, repr(sorted(plain.items()))
 
 

@@ -21,7 +21,9 @@ from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, gradient, hidden, require_stream
 from lm_eval_coupling.residual.keys import Cache, Keys
 
-Direction = Callable[[int, Tensor], Tensor]  # (layer, vectors like those of the stream) → u [d_model]
+Direction = Callable[
+    [int, Tensor], Tensor
+]  # (layer, vectors like those of the stream) → u [d_model]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +68,14 @@ class TracedBlock:
         self.open = contextlib.ExitStack()
         self.close = self.open.close
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def enter(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook: remember the call, and make its input a leaf where a derivative is wanted."""
         if self.call is not None:
-            raise CouplingError(f"got a model that runs block {self.block.layer} more than once, expected a residual stream")
+            raise CouplingError(
+                f"got a model that runs block {self.block.layer} more than once, expected a residual stream"
+            )
         bring = partial(self.shared.brought, device=self.block.device)
         args = tuple(_each_brought(value, bring) for value in args)
         kwargs = {name: _each_brought(value, bring) for name, value in kwargs.items()}
@@ -110,7 +116,9 @@ class TracedBlock:
         return dataclasses.replace(
             call,
             resid_pre=call.resid_pre[row, :seq],
-            arguments=call.arguments.of_prompt(prompt, seq, call.seq) if len(call.resid_pre) > 1 else call.arguments,
+            arguments=call.arguments.of_prompt(prompt, seq, call.seq)
+            if len(call.resid_pre) > 1
+            else call.arguments,
             resid_post=self.resid_post[row, :seq],
             pullback=None
             if self.gradient is None or self.tokens is None
@@ -126,7 +134,9 @@ def _each_brought(value: Any, bring: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (dict, UserDict)):
         for key, item in value.items():
             value[key] = _each_brought(item, bring)
-    elif isinstance(value, (tuple, list)) and any(bring(tensor) is not tensor for tensor in tensors_in(value)):
+    elif isinstance(value, (tuple, list)) and any(
+        bring(tensor) is not tensor for tensor in tensors_in(value)
+    ):
         return tree_map_only(Tensor, bring, value)
     return value
 
@@ -150,6 +160,12 @@ def told_if_refused(arguments: dict[str, Any], first: TracedBlock) -> Iterator[N
         pass_on_lack_of_memory(error)
         if first.call is not None:
             raise
-        given = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor))
+        given = ", ".join(
+            f"{name} {list(value.shape)}"
+            for name, value in arguments.items()
+            if isinstance(value, Tensor)
+        )
         words = " ".join(str(error).split())[:200]
-        raise CouplingError(f"got {given}, which the model does not take ({words}); expected what it is made for") from error
+        raise CouplingError(
+            f"got {given}, which the model does not take ({words}); expected what it is made for"
+        ) from error

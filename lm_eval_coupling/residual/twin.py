@@ -22,7 +22,9 @@ def twin_of(model: nn.Module) -> nn.Module:
     """
     twin = without_hooks(copy.deepcopy(model, sharing(model)).eval())
     for module in twin.modules():
-        if "_original_forward" in vars(module):  # accelerate's mixed precision: autocast around the forward method
+        if "_original_forward" in vars(
+            module
+        ):  # accelerate's mixed precision: autocast around the forward method
             vars(module).pop("forward", None)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
@@ -58,10 +60,17 @@ def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
     """
     outer: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{other}.") for other in outer):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(
+            name.startswith(f"{other}.") for other in outer
+        ):
             outer[name] = module
     found = [list(module) for module in outer.values()]
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [blocks for blocks in found if len(blocks) == expected] or found
-    weights = {id(blocks): sum(p.numel() for block in blocks for p in block.parameters()) for blocks in found}
-    yield from sorted((blocks for blocks in found if weights[id(blocks)]), key=lambda blocks: -weights[id(blocks)])
+    weights = {
+        id(blocks): sum(p.numel() for block in blocks for p in block.parameters())
+        for blocks in found
+    }
+    yield from sorted(
+        (blocks for blocks in found if weights[id(blocks)]), key=lambda blocks: -weights[id(blocks)]
+    )

@@ -25,8 +25,15 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)
+    dtype = next(
+        (p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1),
+        torch.float32,
+    )
     with seeded(seed):
         twin = cast(Any, type(base))._from_config(config, dtype=dtype)
-    embeddings = base.get_input_embeddings() if "input_ids" in getattr(base, "main_input_name", "input_ids") else base
+    embeddings = (
+        base.get_input_embeddings()
+        if "input_ids" in getattr(base, "main_input_name", "input_ids")
+        else base
+    )
     return twin.to(next(embeddings.parameters()).device).eval()

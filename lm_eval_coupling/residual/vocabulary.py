@@ -29,8 +29,15 @@ def looked_up(model: nn.Module) -> dict[nn.Module, nn.Embedding]:
     found: dict[nn.Module, nn.Embedding] = {}
     for module in model.modules():  # the outer ones come first
         table = innermost(module)
-        if isinstance(table, nn.Embedding) and table not in found.values() and [*table.parameters()] == [table.weight]:
-            if next(iter(inspect.signature(table.forward).parameters), "") in ("input", "input_ids"):
+        if (
+            isinstance(table, nn.Embedding)
+            and table not in found.values()
+            and [*table.parameters()] == [table.weight]
+        ):
+            if next(iter(inspect.signature(table.forward).parameters), "") in (
+                "input",
+                "input_ids",
+            ):
                 found[module] = table
     return found
 
@@ -89,7 +96,9 @@ def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]
         return logits if head.bias is None else logits + fetched(head.bias).to(dtype)
 
     vars(head)["forward"] = forward
-    head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)  # asked for its dtype
+    head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(
+        weight.shape
+    )  # asked for its dtype
     try:
         yield []
     finally:

@@ -26,7 +26,9 @@ def state_of(module: nn.Module) -> list[Tensor]:
 @contextlib.contextmanager
 def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Hold the floating-point ``tensors`` in ``dtype`` for the time of the context, then put back what was there."""
-    saved = [(t, t.data) for t in tensors if t.is_floating_point() and (t.dtype != dtype or is_absent(t))]
+    saved = [
+        (t, t.data) for t in tensors if t.is_floating_point() and (t.dtype != dtype or is_absent(t))
+    ]
     try:
         for tensor, _ in saved:
             tensor.data = fetched(tensor).to(dtype)
@@ -47,11 +49,20 @@ def fetched(tensor: Tensor) -> Tensor:
     return tensor.data if fetch is None else fetch().to(tensor.device)
 
 
-def absent(like: Tensor, fetch: Callable[[], Tensor], device: Any = None, shape: Sequence[int] | None = None) -> Tensor:
+def absent(
+    like: Tensor,
+    fetch: Callable[[], Tensor],
+    device: Any = None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """Stand-in for ``like``, on its device unless another is given."""
     device = like.device if device is None else torch.device(device)
-    nothing = torch.zeros((), dtype=like.dtype, device=device).expand(like.shape if shape is None else shape)
-    tensor = nn.Parameter(nothing, requires_grad=False) if isinstance(like, nn.Parameter) else nothing
+    nothing = torch.zeros((), dtype=like.dtype, device=device).expand(
+        like.shape if shape is None else shape
+    )
+    tensor = (
+        nn.Parameter(nothing, requires_grad=False) if isinstance(like, nn.Parameter) else nothing
+    )
     stand_in: Any = tensor
     stand_in.fetch = fetch
     return tensor
@@ -70,10 +81,14 @@ def sharing(model: nn.Module) -> dict[int, Any]:
             if id(tensor) not in memo:
                 memo[id(tensor)] = _stand_in(module, name, tensor)
         for value in vars(module).values():
-            if isinstance(value, Tensor):  # which pruning and the older weight norm make anew at every call
+            if isinstance(
+                value, Tensor
+            ):  # which pruning and the older weight norm make anew at every call
                 memo[id(value)] = value.detach()
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            memo.update({id(hook): hook for hook in hooks.values()})  # the user's own, and what they write to
+            memo.update(
+                {id(hook): hook for hook in hooks.values()}
+            )  # the user's own, and what they write to
     for module in model.modules():
         for one, other in getattr(module, "all_tied_weights_keys", {}).items():
             if (tied := module.get_parameter(one)).device.type == "meta":  # offloading unties them
@@ -90,7 +105,9 @@ def without_hooks(twin: nn.Module) -> nn.Module:
     return twin
 
 
-def split_again(part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module]], pieces: Sequence[nn.Module]) -> None:
+def split_again(
+    part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module]], pieces: Sequence[nn.Module]
+) -> None:
     """Make ``pieces``, cut by ``split`` out of ``part``, absent: cut anew whenever they are fetched, never kept.
 
     ``split`` is TransformerLens' own, which makes new layers every time; the pieces' order is that of its result.
@@ -103,7 +120,11 @@ def split_again(part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module
             with upcast(away, dtype), undrawn():
                 parts = [dict(one.named_parameters()) for one in split(part)]
                 cut.update(
-                    {(i, n): p.data.clone() if away else p.data for i, one in enumerate(parts) for n, p in one.items()}
+                    {
+                        (i, n): p.data.clone() if away else p.data
+                        for i, one in enumerate(parts)
+                        for n, p in one.items()
+                    }
                 )
         return cut.pop((index, name))
 
@@ -136,7 +157,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     memo = sharing(model)
     found: dict[str, Tensor] = {}
     for prefix, module in _modules(model):
-        owned = memo[id(module)].named_parameters() if id(module) in memo else module.named_parameters(recurse=False)
+        owned = (
+            memo[id(module)].named_parameters()
+            if id(module) in memo
+            else module.named_parameters(recurse=False)
+        )
         found |= {prefix + name: memo.get(id(p), p) for name, p in owned}
     distinct = {id(tensor): name for name, tensor in reversed(found.items())}
     for name in sorted(distinct.values()):
@@ -149,7 +174,9 @@ def unreadable(model: nn.Module) -> str | None:
         for name, tensor in [] if _unpacking(module) else _own(module):
             if tensor.device.type == "meta" and _offload_hook(module) is None:
                 return f"{prefix}{name} on no device"
-            if isinstance(tensor, nn.Parameter) and (not tensor.is_floating_point() or tensor.element_size() < 2):
+            if isinstance(tensor, nn.Parameter) and (
+                not tensor.is_floating_point() or tensor.element_size() < 2
+            ):
                 return f"{prefix}{name} packed as {tensor.dtype}"
     return None
 
@@ -167,7 +194,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _stand_in(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     hook = _offload_hook(module)
     if tensor.device.type == "meta" and hook is not None:
-        return absent(tensor, lambda: hook.weights_map[name].to(tensor.dtype), hook.execution_device)
+        return absent(
+            tensor, lambda: hook.weights_map[name].to(tensor.dtype), hook.execution_device
+        )
     shared = _without_inference(tensor.detach())
     return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
 
@@ -178,11 +207,16 @@ def _without_inference(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        return made.set_(
+            tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)
+    return next(
+        (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
+        torch.float32,
+    )
 
 
 # Offloaded by accelerate
@@ -214,10 +248,16 @@ def _plain_linear(module: nn.Module, fetch: Callable[[], Tensor], dtype: torch.d
     layer: Any = module
     rows, columns, bias = layer.out_features, layer.in_features, layer.bias
     with torch.device("meta"):
-        linear: Any = Conv1D(rows, columns) if transposed else nn.Linear(columns, rows, bias=bias is not None)
-    device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+        linear: Any = (
+            Conv1D(rows, columns) if transposed else nn.Linear(columns, rows, bias=bias is not None)
+        )
+    device = next(
+        (t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu")
+    )
     like = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
-    linear.weight = absent(like, lambda: fetch().T if transposed else fetch(), shape=linear.weight.shape)
+    linear.weight = absent(
+        like, lambda: fetch().T if transposed else fetch(), shape=linear.weight.shape
+    )
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear.eval()
@@ -228,7 +268,9 @@ def _unpacking(module: nn.Module) -> Callable[[], Tensor] | None:
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return None
     layer: Any = module
-    weight = layer._parameters.get("weight")  # an adapter around a packed layer shows that layer's as its own
+    weight = layer._parameters.get(
+        "weight"
+    )  # an adapter around a packed layer shows that layer's as its own
     if weight is None:
         return None
     if type(weight).__name__ == "Params4bit":
@@ -246,7 +288,9 @@ def _four_bit(data: Tensor, state: Any) -> Tensor:
     """Dense weight of a bitsandbytes 4-bit layer, in the dtype it was packed from."""
     from bitsandbytes import functional
 
-    if getattr(state, "packing_format_for_cpu", False):  # rearranged in place by the layer's first forward on some CPUs
+    if getattr(
+        state, "packing_format_for_cpu", False
+    ):  # rearranged in place by the layer's first forward on some CPUs
         state = copy.copy(state)  # which the inverse changes
         state.original_nested, scales = False, state.absmax
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
@@ -260,7 +304,9 @@ def _eight_bit(module: Any) -> Tensor:
 
     if module.weight.is_floating_point():
         return module.weight.data
-    scale = module.weight.SCB if module.state.SCB is None else module.state.SCB  # moved by the layer's first forward
+    scale = (
+        module.weight.SCB if module.state.SCB is None else module.state.SCB
+    )  # moved by the layer's first forward
     return functional.int8_vectorwise_dequant(module.weight.data, scale)
 
 
@@ -269,5 +315,7 @@ def _scaled_float8(module: Any) -> Tensor:
     weight, scale = module.weight.data.float(), module.weight_scale_inv.data.float()
     if scale.dim() == 2 and module.block_size is not None:
         rows, columns = module.block_size
-        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[
+            :, : weight.shape[1]
+        ]
     return weight * scale

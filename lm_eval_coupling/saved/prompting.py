@@ -10,11 +10,30 @@ from typing import Any
 
 UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
 _ALWAYS = "task text"  # every task has one: it says something only beside another
-_DIGESTED = (_ALWAYS, "chosen samples", "chat template", "system instruction")  # parts that end in a digest
+_DIGESTED = (
+    _ALWAYS,
+    "chosen samples",
+    "chat template",
+    "system instruction",
+)  # parts that end in a digest
 _SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
 # Of a task's configuration: what its prompts are rendered from, and their examples, whose answers stand in them.
-TEXTS: tuple[str, ...] = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix", "process_docs")
-TEXTS += ("fewshot_delimiter", "target_delimiter", "fewshot_config", "fewshot_split", "training_split", "validation_split")
+TEXTS: tuple[str, ...] = (
+    "doc_to_text",
+    "doc_to_choice",
+    "doc_to_target",
+    "description",
+    "gen_prefix",
+    "process_docs",
+)
+TEXTS += (
+    "fewshot_delimiter",
+    "target_delimiter",
+    "fewshot_config",
+    "fewshot_split",
+    "training_split",
+    "validation_split",
+)
 TEXTS += ("use_prompt",)
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
@@ -47,10 +66,16 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
     given = {name: arguments.get(name) for name in _ENCODING}
     if "(name_or_path=" in str(given["tokenizer"]):  # as lm-eval writes an object
         given["tokenizer"] = "an object"
-    given["tokenizer"] = given["tokenizer"] if given["tokenizer"] != arguments.get("pretrained") else None
+    given["tokenizer"] = (
+        given["tokenizer"] if given["tokenizer"] != arguments.get("pretrained") else None
+    )
     given["chat_template_args"] = _digest(given["chat_template_args"])
     given["truncation"] = given["truncation"] or None
-    return [f"{name}={value}" for name, value in given.items() if isinstance(value, bool | int | str) and value != ""]
+    return [
+        f"{name}={value}"
+        for name, value in given.items()
+        if isinstance(value, bool | int | str) and value != ""
+    ]
 
 
 def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]) -> str:
@@ -88,11 +113,21 @@ def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any])
     if not recorded and task not in results.get("results", {}):
         return {}
     config = (results.get("configs") or {}).get(task) or {}
-    shots = _shots(recorded.get("num_fewshot", (results.get("n-shot") or {}).get(task, config.get("num_fewshot"))))
-    template = recorded.get("chat_template") or results.get("chat_template_sha") or _digest(results.get("chat_template"))
+    shots = _shots(
+        recorded.get(
+            "num_fewshot", (results.get("n-shot") or {}).get(task, config.get("num_fewshot"))
+        )
+    )
+    template = (
+        recorded.get("chat_template")
+        or results.get("chat_template_sha")
+        or _digest(results.get("chat_template"))
+    )
     turns = recorded.get("fewshot_as_multiturn", results.get("fewshot_as_multiturn"))
     system = _digest(recorded.get("system_instruction") or results.get("system_instruction"))
-    texts = recorded.get("task_texts") or (config and _digest({name: config.get(name) for name in TEXTS}))
+    texts = recorded.get("task_texts") or (
+        config and _digest({name: config.get(name) for name in TEXTS})
+    )
     seed = (results.get("config") or {}).get("fewshot_seed", _SEED)
     return {
         "num_fewshot": shots,
@@ -101,7 +136,9 @@ def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any])
         "system_instruction": system and f"system instruction {system}",
         "seed": f"few-shot seed {seed}" if shots != "0" and seed != _SEED else None,
         "task_texts": (texts or "")[:8],
-        "encoding": recorded["encoding"] if "encoding" in recorded else encoding(model_arguments(results)),
+        "encoding": recorded["encoding"]
+        if "encoding" in recorded
+        else encoding(model_arguments(results)),
         "samples": _digest(recorded.get("samples")) if recorded else _chosen(results, task),
     }
 
@@ -111,7 +148,9 @@ def differing(of_runs: Iterable[str]) -> dict[str, str]:
     of_runs = list(of_runs)
     parts = {words: readable(words, of_runs).split(", ") for words in of_runs}
     common = set.intersection(*map(set, parts.values())) if parts else set()
-    return {words: ", ".join(part for part in own if part not in common) for words, own in parts.items()}
+    return {
+        words: ", ".join(part for part in own if part not in common) for words, own in parts.items()
+    }
 
 
 def readable(description: str, others: Iterable[str] = ()) -> str:
@@ -128,7 +167,9 @@ def readable(description: str, others: Iterable[str] = ()) -> str:
     told = []
     for part in description.split(", "):
         kind, digest = _kind(part)
-        same = (digest,) if kind == _ALWAYS else (digest, None)  # that another has none is told by the kind
+        same = (
+            (digest,) if kind == _ALWAYS else (digest, None)
+        )  # that another has none is told by the kind
         if digest and any(other.get(kind) not in same for other in known):
             told.append(part)
         elif not digest or kind != _ALWAYS:
@@ -168,5 +209,7 @@ def _digest(value: Any) -> str | None:
     if not value:
         return None
     plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    plain = re.sub(r" at 0x[0-9a-fA-F]+", "", plain)  # lm-eval writes functions in nested settings as Python prints them
+    plain = re.sub(
+        r" at 0x[0-9a-fA-F]+", "", plain
+    )  # lm-eval writes functions in nested settings as Python prints them
     return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:8]

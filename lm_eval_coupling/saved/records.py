@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown
 from lm_eval_coupling.errors import path as as_path
-from lm_eval_coupling.saved.run import SavedRun, SavedRuns, SavedTable, find_runs
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedRuns, SavedTable, find_runs
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,10 @@ def load_records(
             raise CouplingError(f"got columns={shown(wrong[0])}, expected names of columns")
         columns = names
     found = find_tables(as_path("path", path), newest=flag("newest", newest))
-    return pd.concat([read_table(run, table, columns, weights, places) for run, table in found], ignore_index=True)
+    return pd.concat(
+        [read_table(run, table, columns, weights, places) for run, table in found],
+        ignore_index=True,
+    )
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun, SavedTable]]:
@@ -71,7 +74,9 @@ def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun
     return found
 
 
-def require_tables(found: Sequence[tuple[SavedRun, SavedTable]], runs: SavedRuns, path: Path | str) -> None:
+def require_tables(
+    found: Sequence[tuple[SavedRun, SavedTable]], runs: SavedRuns, path: Path | str
+) -> None:
     """Say what was passed over.
 
     Raises:
@@ -107,6 +112,9 @@ def read_table(
         "date": table.about.get("date"),
     }
     seed = (table.about.get("untrained") or {}).get("seed")
-    told = {name: pd.Series([value] * len(rows), rows.index, dtype=object) for name, value in about.items()}
+    told = {
+        name: pd.Series([value] * len(rows), rows.index, dtype=object)
+        for name, value in about.items()
+    }
     twin = pd.Series(seed, rows.index, dtype=object).where(rows["weights"] == "untrained", None)
     return pd.concat([rows, pd.DataFrame(told | {"untrained_seed": twin})], axis=1)

@@ -30,7 +30,9 @@ def read_answers(file: Path | None, main_score: str | None) -> dict[str, dict[st
     for sample in read_json_lines(file) if file else ():
         answer = answers.setdefault(str(sample.get("doc_hash")), {"scores": {}})
         answer["scores"] |= _scores(sample)
-        if "given" not in answer or sample.get("filter") == main_filter:  # one line per filter of the task
+        if (
+            "given" not in answer or sample.get("filter") == main_filter
+        ):  # one line per filter of the task
             answer |= _response(sample)
     for answer in answers.values():
         answer["right"] = {0: False, 1: True}.get(answer["scores"].get(main_score))
@@ -40,26 +42,45 @@ def read_answers(file: Path | None, main_score: str | None) -> dict[str, dict[st
 def _scores(sample: Mapping[str, Any]) -> dict[str, float]:
     values = {name: sample.get(name) for name in sample.get("metrics") or [] if name != "coupling"}
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    return {f"{name},{sample.get('filter', 'none')}": float(value) for name, value in numbers.items()}
+    return {
+        f"{name},{sample.get('filter', 'none')}": float(value) for name, value in numbers.items()
+    }
 
 
 def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
     arguments = sample.get("arguments")
     arguments = list(arguments.values()) if isinstance(arguments, Mapping) else []
-    requests: list[tuple[Any, Any]] = [(a.get("arg_0"), a.get("arg_1")) for a in arguments if isinstance(a, Mapping)]
+    requests: list[tuple[Any, Any]] = [
+        (a.get("arg_0"), a.get("arg_1")) for a in arguments if isinstance(a, Mapping)
+    ]
     responses = sample.get("filtered_resps") or []
     if requests and isinstance(requests[0][1], str):
         options = _options(requests, responses)
         given = max(options, key=lambda option: option[1])[0] if len(options) > 1 else None
-        sizes = [len(continuation.encode(errors="surrogatepass")) for _, continuation in _choices(requests, responses)]
+        sizes = [
+            len(continuation.encode(errors="surrogatepass"))
+            for _, continuation in _choices(requests, responses)
+        ]
         expected = _expected(sample.get("target"), options)
-        return {"given": given, "expected": expected, "options": options, "bytes": sizes if options else []}
+        return {
+            "given": given,
+            "expected": expected,
+            "options": options,
+            "bytes": sizes if options else [],
+        }
     given, generated = _first_text(responses), _first_text(sample.get("resps"))
     expected = _expected(sample.get("target"), [])
-    return {"given": given, "generated": generated if generated != given else None, "expected": expected, "options": []}
+    return {
+        "given": given,
+        "generated": generated if generated != given else None,
+        "expected": expected,
+        "options": [],
+    }
 
 
-def _options(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[tuple[str, float]]:
+def _options(
+    requests: Sequence[tuple[str, str]], responses: Sequence[Any]
+) -> list[tuple[str, float]]:
     """Each choice with its log-likelihood; unconditional ones, with an empty context beside full ones, are no choices."""
     chosen = _choices(requests, responses)
     likelihoods = [_likelihood(response) for response in _of_choices(requests, responses)]
@@ -68,14 +89,24 @@ def _options(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> l
     return list(zip(_distinct(chosen), likelihoods, strict=True))
 
 
-def _choices(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[tuple[str, str]]:
+def _choices(
+    requests: Sequence[tuple[str, str]], responses: Sequence[Any]
+) -> list[tuple[str, str]]:
     conditional = any(context for context, _ in requests)
-    return [request for request, _ in zip(requests, responses, strict=False) if request[0] or not conditional]
+    return [
+        request
+        for request, _ in zip(requests, responses, strict=False)
+        if request[0] or not conditional
+    ]
 
 
 def _of_choices(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[Any]:
     conditional = any(context for context, _ in requests)
-    return [response for request, response in zip(requests, responses, strict=False) if request[0] or not conditional]
+    return [
+        response
+        for request, response in zip(requests, responses, strict=False)
+        if request[0] or not conditional
+    ]
 
 
 def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 
-def strict(value: Any, number: Callable[[float], float | int] = float, name: Callable[[Any], Any] = str) -> Any:
+def strict(
+    value: Any, number: Callable[[float], float | int] = float, name: Callable[[Any], Any] = str
+) -> Any:
     """Plain dictionaries, lists, texts, numbers and None; what is none of these, such as a path, becomes a text.
 
     Args:

@@ -42,17 +42,43 @@ DOCUMENT = (
     Column("prompt_index", "", "number of the prompt among those of the document, from 0", "whole"),
     Column("kind", "", "what the prompt is to the task: its context, or a whole text", "text"),
     Column("weights", "", "trained, or untrained for the twin of coupling_untrained", "text"),
-    Column("reused", "", "1 if an earlier run of the same weights and software had measured it, else 0", "whole"),
-    Column("place", "", "number of the measured token among those of coupling_position; values of a run are of 0", "whole"),
+    Column(
+        "reused",
+        "",
+        "1 if an earlier run of the same weights and software had measured it, else 0",
+        "whole",
+    ),
+    Column(
+        "place",
+        "",
+        "number of the measured token among those of coupling_position; values of a run are of 0",
+        "whole",
+    ),
     Column("text", "", "the prompt, decoded from its tokens", "text"),
-    Column("coupling", "rank", "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it", "double"),
+    Column(
+        "coupling",
+        "rank",
+        "1 − mean of m̃ over different layers: kept so that nobody reads matrices for it",
+        "double",
+    ),
     Column("n_tokens", "", "number of tokens of the prompt", "whole"),
 )
 # What rows of images have besides.
 IMAGE = (
-    Column("picture", "", "the image, made anew with at most 160 pixels a side: PNG up to 64 of them, else JPEG", "bytes"),
+    Column(
+        "picture",
+        "",
+        "the image, made anew with at most 160 pixels a side: PNG up to 64 of them, else JPEG",
+        "bytes",
+    ),
 )
-_KINDS = {"number": pa.float32(), "double": pa.float64(), "whole": pa.int64(), "text": pa.string(), "bytes": pa.binary()}
+_KINDS = {
+    "number": pa.float32(),
+    "double": pa.float64(),
+    "whole": pa.int64(),
+    "text": pa.string(),
+    "bytes": pa.binary(),
+}
 
 
 def table_columns() -> dict[str, Column]:
@@ -90,14 +116,22 @@ def write_tables(
     """
     files: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        files.setdefault((row["task"], row.get("weights") or TRAINED), []).append({"model": provenance.get("model"), **row})
+        files.setdefault((row["task"], row.get("weights") or TRAINED), []).append(
+            {"model": provenance.get("model"), **row}
+        )
     written = []
     for (task, weights), members in files.items():
-        about = _of_one_task(provenance, task) | {"schema_version": SCHEMA_VERSION, "task": task, "date": date}
+        about = _of_one_task(provenance, task) | {
+            "schema_version": SCHEMA_VERSION,
+            "task": task,
+            "date": date,
+        }
         about |= {"weights": weights}
         kind = "coupling" if weights == TRAINED else f"{weights}_coupling"
         path = Path(folder) / f"{kind}_{safe_name(task)}_{date}.parquet"
-        table = _table(members).replace_schema_metadata({METADATA_KEY: json.dumps(about, default=str)})
+        table = _table(members).replace_schema_metadata(
+            {METADATA_KEY: json.dumps(about, default=str)}
+        )
         try:
             _write_atomically(table, path)
         except OSError as error:
@@ -113,11 +147,15 @@ def _of_one_task(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     about = dict(provenance)
     if "tasks" in about:
         about["tasks"] = {name: summary for name, summary in about["tasks"].items() if name == task}
-    twins = {name: part for name, part in about.items() if isinstance(part, Mapping) and "tasks" in part}
+    twins = {
+        name: part for name, part in about.items() if isinstance(part, Mapping) and "tasks" in part
+    }
     return about | {name: _of_one_task(part, task) for name, part in twins.items()}
 
 
-def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | None = None) -> pd.DataFrame:
+def require(
+    records: pd.DataFrame, columns: Sequence[str], *, weights: str | None = None
+) -> pd.DataFrame:
     """The records that have all of ``columns``, and these ``weights`` (``trained`` or ``untrained``) where given.
 
     Returns:
@@ -129,7 +167,11 @@ def require(records: pd.DataFrame, columns: Sequence[str], *, weights: str | Non
     if weights is not None:
         records = _some(records[records["weights"] == weights], records, f"{weights} weights")
     for column in columns:
-        known = [_is_known(value) for value in records[column]] if column in records else [False] * len(records)
+        known = (
+            [_is_known(value) for value in records[column]]
+            if column in records
+            else [False] * len(records)
+        )
         records = _some(records[known], records, column)
     return records
 
@@ -142,9 +184,19 @@ def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFram
     if len(kept):
         return kept
     tasks = ", ".join(map(str, records["task"].unique()[:5]))
-    measures = list(dict.fromkeys(measure for measured in records["measures"] for measure in measured))
-    option = "coupling_untrained=0" if needed == "untrained weights" else option_of(needed) or argument([])
-    older = "" if option != argument([]) or "regularity" not in measures else "an older release made them or they failed: "
+    measures = list(
+        dict.fromkeys(measure for measured in records["measures"] for measure in measured)
+    )
+    option = (
+        "coupling_untrained=0"
+        if needed == "untrained weights"
+        else option_of(needed) or argument([])
+    )
+    older = (
+        ""
+        if option != argument([]) or "regularity" not in measures
+        else "an older release made them or they failed: "
+    )
     raise CouplingError(
         f"got {len(records)} records of {tasks} with the measures {'+'.join(measures) or 'nothing'}, none with {needed}; "
         f"{older}measure again with {option}"
@@ -163,7 +215,9 @@ def open_table(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise CouplingError(f"got {file}, which cannot be read ({why(error)}); copy it again or measure again") from None
+        raise CouplingError(
+            f"got {file}, which cannot be read ({why(error)}); copy it again or measure again"
+        ) from None
 
 
 def read_header(file: Path | str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -209,7 +263,9 @@ def safe_name(task: str) -> str:
 
 def _write_atomically(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace must not cross file systems
+    unfinished = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # same folder: os.replace must not cross file systems
     try:
         with open(unfinished, "wb") as file:
             pq.write_table(table, file, compression="zstd", row_group_size=_GROUP)
@@ -221,7 +277,9 @@ def _write_atomically(table: pa.Table, path: Path) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    rows = [dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows]
+    rows = [
+        dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows
+    ]
     known = table_columns()
     names = list(known) + [name for name in rows[0] if name not in known]
     known |= {column.name: column for column in IMAGE}
@@ -303,7 +361,10 @@ def _series(column: pa.Array | pa.ChunkedArray) -> pd.Series:
         return pd.Series([value for chunk in chunks for value in _arrays(chunk)], dtype=object)
     if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and not column.null_count):
         return column.to_pandas()
-    return pd.Series([tuple(value) if isinstance(value, list) else value for value in column.to_pylist()], dtype=object)
+    return pd.Series(
+        [tuple(value) if isinstance(value, list) else value for value in column.to_pylist()],
+        dtype=object,
+    )
 
 
 def _arrays(column: pa.ListArray) -> Iterator[np.ndarray | None]:
@@ -314,7 +375,9 @@ def _arrays(column: pa.ListArray) -> Iterator[np.ndarray | None]:
         inner = inner.values
     flat = inner.to_numpy(zero_copy_only=False)
     sizes = np.diff(ends)
-    if len(column) and not column.null_count and (sizes == sizes[:, :1]).all():  # as in nearly every table
+    if (
+        len(column) and not column.null_count and (sizes == sizes[:, :1]).all()
+    ):  # as in nearly every table
         numbers = np.array(flat[ends[-1][0] : ends[-1][-1]], dtype=np.float32)
         yield from numbers.reshape(len(column), *_shape(sizes[:, 0].tolist()))
         return
@@ -325,4 +388,7 @@ def _arrays(column: pa.ListArray) -> Iterator[np.ndarray | None]:
 
 def _shape(counts: Sequence[int]) -> list[int]:
     """Of one row's array, from the numbers of lists at every level and of values."""
-    return [counts[0], *(size // count if count else 0 for count, size in zip(counts, counts[1:], strict=False))]
+    return [
+        counts[0],
+        *(size // count if count else 0 for count, size in zip(counts, counts[1:], strict=False)),
+    ]

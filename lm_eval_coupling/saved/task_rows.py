@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import FACTS, facts_beside, facts_from_name
-from lm_eval_coupling.saved.run import SavedRun
+from lm_eval_coupling.saved.saved_run import SavedRun
 
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
 
@@ -26,27 +26,51 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
         "file": str(run.file),
     }
     facts = {
-        "dtype": str(coupling.get("model_dtype") or config.get("model_dtype") or "").removeprefix("torch.") or None,
+        "dtype": str(coupling.get("model_dtype") or config.get("model_dtype") or "").removeprefix(
+            "torch."
+        )
+        or None,
         "n_params": _number(coupling.get("n_params") or config.get("model_num_parameters")),
     }
-    facts |= {name: _number(coupling.get(name)) for name in ("n_layers", "d_model", "n_heads", "vocab_size")}
+    facts |= {
+        name: _number(coupling.get(name))
+        for name in ("n_layers", "d_model", "n_heads", "vocab_size")
+    }
     facts |= facts_from_name(run.model, run.revision)
     told = facts_beside(run.file) if run.file else {}
     children = results.get("group_subtasks") or {}
     above = {child: group for group, members in children.items() for child in members or ()}
     for task, found in results["results"].items():
-        metrics = {key if "," in key else f"{key},none": _number(found[key]) for key in found if key not in _NO_METRICS}
+        metrics = {
+            key if "," in key else f"{key},none": _number(found[key])
+            for key in found
+            if key not in _NO_METRICS
+        }
         metric = next(filter(is_score, metrics), None)
         yield (
             told
-            | {"model": run.model, "revision": run.revision, "variant": run.variant, "fingerprint": run.fingerprint}
-            | {"task": task, "alias": str(found.get("alias", task)).strip(" -"), "prompting": run.prompting(task)}
+            | {
+                "model": run.model,
+                "revision": run.revision,
+                "variant": run.variant,
+                "fingerprint": run.fingerprint,
+            }
+            | {
+                "task": task,
+                "alias": str(found.get("alias", task)).strip(" -"),
+                "prompting": run.prompting(task),
+            }
             | {"is_group": bool(run.leaves.get(task)), "group": above.get(task, "")}
             | {"n_fewshot": _shots(run, task), **_samples(run, task, found)}
             | {"output_type": _output_type(run, task)}
             | {"task_version": _number((results.get("versions") or {}).get(task))}
             | origin
-            | {"metric": metric, "directions": tuple(_directions((results.get("higher_is_better") or {}).get(task) or {}))}
+            | {
+                "metric": metric,
+                "directions": tuple(
+                    _directions((results.get("higher_is_better") or {}).get(task) or {})
+                ),
+            }
             | metrics
             | facts
             | {name: told[name] for name in FACTS if name in told}
@@ -57,14 +81,19 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
 def _output_type(run: SavedRun, task: str) -> str | None:
     """Of a group, the one that all its tasks have."""
     configs = run.results.get("configs") or {}
-    types = {(configs.get(leaf) or {}).get("output_type") for leaf in run.leaves.get(task) or [task]}
+    types = {
+        (configs.get(leaf) or {}).get("output_type") for leaf in run.leaves.get(task) or [task]
+    }
     return types.pop() if len(types) == 1 else None
 
 
 def _shots(run: SavedRun, task: str) -> float:
     """Of a group, those that all its tasks have in common."""
     given = run.results.get("n-shot") or {}
-    counts = {_number(given.get(name)) for name in ([task] if task in given else run.leaves.get(task) or [task])}
+    counts = {
+        _number(given.get(name))
+        for name in ([task] if task in given else run.leaves.get(task) or [task])
+    }
     return counts.pop() if len(counts) == 1 else math.nan
 
 
@@ -100,7 +129,10 @@ def _samples(run: SavedRun, task: str, found: Mapping[str, Any]) -> dict[str, fl
     counts = run.results.get("n-samples") or {}
     if task not in counts and found.get("sample_len") is None and (leaves := run.leaves.get(task)):
         members = [counts[leaf] for leaf in leaves if isinstance(counts.get(leaf), Mapping)]
-        told = {name: sum(_number(count.get(name)) for count in members) for name in ("effective", "original")}
+        told = {
+            name: sum(_number(count.get(name)) for count in members)
+            for name in ("effective", "original")
+        }
         return {"n_samples": told["effective"] or math.nan, "n_total": told["original"] or math.nan}
     count = counts.get(task)
     count = count if isinstance(count, Mapping) else {"effective": found.get("sample_len")}
@@ -110,7 +142,12 @@ def _samples(run: SavedRun, task: str, found: Mapping[str, Any]) -> dict[str, fl
 def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     members = [coupling["tasks"][task] for task in tasks if task in coupling.get("tasks", {})]
     if not members:
-        return {"coupling_rank": math.nan, "worst_certificate": math.nan, "measured": 0, "failed": 0}
+        return {
+            "coupling_rank": math.nan,
+            "worst_certificate": math.nan,
+            "measured": 0,
+            "failed": 0,
+        }
     columns: dict[str, Any] = {
         "coupling_rank": coupling["headline_rank"],
         "worst_certificate": _number(coupling.get("worst_certificate")),
@@ -119,9 +156,16 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
     }
     for name, first in members[0]["measures"].items():
         for rank in [None] if "mean" in first else first:
-            parts = [m["measures"].get(name, {}) if rank is None else m["measures"].get(name, {}).get(rank) for m in members]
+            parts = [
+                m["measures"].get(name, {})
+                if rank is None
+                else m["measures"].get(name, {}).get(rank)
+                for m in members
+            ]
             pooled = parts[0] if len(parts) == 1 else pool([part for part in parts if part])
-            columns |= zip(_columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True)
+            columns |= zip(
+                _columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True
+            )
     for rank in members[0]["measures"].get("coupling", {}):
         columns[f"chance@{rank}"] = chance = chance_coupling(int(rank))
         columns[f"coupling_excess@{rank}"] = columns[f"coupling@{rank}"] - chance
@@ -142,5 +186,7 @@ def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
     mean = sum(part["n"] * part["mean"] for part in parts) / n
     squares = sum(part["n"] * (part["mean"] - mean) ** 2 for part in parts)
-    squares += sum((part["n"] - 1) * part["n"] * part["stderr"] ** 2 for part in parts if part["n"] > 1)
+    squares += sum(
+        (part["n"] - 1) * part["n"] * part["stderr"] ** 2 for part in parts if part["n"] > 1
+    )
     return {"mean": mean, "stderr": math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, "n": n}

@@ -12,10 +12,20 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas import means
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.measures.registry import Reading, record_columns, summarised
-from lm_eval_coupling.saved.run import SavedTable
+from lm_eval_coupling.saved.saved_run import SavedTable
 
 # What a table says of a prompt, whoever reads it.
-PROMPT = ("doc_id", "doc_hash", "prompt_hash", "prompt_index", "kind", "n_tokens", "position", "reason", "ranks")
+PROMPT = (
+    "doc_id",
+    "doc_hash",
+    "prompt_hash",
+    "prompt_index",
+    "kind",
+    "n_tokens",
+    "position",
+    "reason",
+    "ranks",
+)
 _ABOUT = ("task", *PROMPT, "window", "certificate", "coupling", "weights")
 
 
@@ -39,7 +49,9 @@ def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
     parts = []
     for rows in table.batches([*columns, "normalized_miscoupling"], weights=weights):
         couplings = [couplings_of(matrices) for matrices in rows.pop("normalized_miscoupling")]
-        parts.append(_read(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object)), known))
+        parts.append(
+            _read(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object)), known)
+        )
     return _by_rank(pd.concat(parts, ignore_index=True))
 
 
@@ -57,7 +69,9 @@ def ranked_readings() -> tuple[Reading, ...]:
 
 def _read(rows: pd.DataFrame, known: Sequence[Reading]) -> pd.DataFrame:
     records = rows.to_dict("records")
-    found: dict[str, list[float]] = {reading.name: [_number(reading, record) for record in records] for reading in known}
+    found: dict[str, list[float]] = {
+        reading.name: [_number(reading, record) for record in records] for reading in known
+    }
     found["worst_certificate"] = [_worst(record.get("certificate")) for record in records]
     wanted = {*_ABOUT, *(reading.column for reading in ranked_readings())} - {"certificate"}
     kept = [name for name in rows if name in wanted and name not in found]
@@ -71,8 +85,16 @@ def _number(reading: Reading, record: Mapping[str, Any]) -> float:
 
 def value_names(values: pd.DataFrame) -> list[str]:
     """The columns of :func:`prompt_values` that are numbers measured of the prompt, coupling first."""
-    of_rank = [f"{name}@{rank}" for name in ("coupling", *(r.name for r in ranked_readings())) for rank in ranks_of(values)]
-    return [name for name in (*of_rank, *(reading.name for reading in plain_readings())) if name in values]
+    of_rank = [
+        f"{name}@{rank}"
+        for name in ("coupling", *(r.name for r in ranked_readings()))
+        for rank in ranks_of(values)
+    ]
+    return [
+        name
+        for name in (*of_rank, *(reading.name for reading in plain_readings()))
+        if name in values
+    ]
 
 
 def document_values(values: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +106,9 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row per document, a column per number; NaN where no prompt has it.
     """
-    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[value_names(values)].mean()
+    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[
+        value_names(values)
+    ].mean()
 
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
@@ -100,7 +124,9 @@ def ranks_of(values: pd.DataFrame) -> list[int]:
 
 def _by_rank(rows: pd.DataFrame) -> pd.DataFrame:
     ranks = sorted({int(rank) for own in rows["ranks"] for rank in own or ()})
-    names = {"coupling": "coupling"} | {reading.column: reading.name for reading in ranked_readings()}
+    names = {"coupling": "coupling"} | {
+        reading.column: reading.name for reading in ranked_readings()
+    }
     found: dict[str, np.ndarray] = {}
     for column, name in [(column, name) for column, name in names.items() if column in rows]:
         found |= {f"{name}@{rank}": np.full(len(rows), np.nan) for rank in ranks}
@@ -111,4 +137,8 @@ def _by_rank(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _worst(certificate: np.ndarray | None) -> float:
-    return math.nan if certificate is None or np.isnan(certificate).all() else float(np.nanmax(certificate))
+    return (
+        math.nan
+        if certificate is None or np.isnan(certificate).all()
+        else float(np.nanmax(certificate))
+    )

@@ -9,8 +9,8 @@ Regressions need statsmodels, the extra ``analysis``.
 from typing import Any
 
 _PUBLIC = {
-    "Estimate": "results",
-    "as_frame": "results",
+    "Estimate": "outcomes",
+    "as_frame": "outcomes",
     "Correlation": "correlations",
     "CorrelationDifference": "correlations",
     "compare_correlations": "correlations",

@@ -13,9 +13,18 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.results import Result, Values, check_confidence, complete, complete_rows, constant
+from lm_eval_coupling.statistics.outcomes import (
+    Result,
+    Values,
+    check_confidence,
+    complete,
+    complete_rows,
+    constant,
+)
 
-MANY = 200  # above this, resampling says what large-sample theory says, in seconds instead of at once
+MANY = (
+    200  # above this, resampling says what large-sample theory says, in seconds instead of at once
+)
 FEW = 8  # below this, intervals of rank correlations are not to be had, and words claim nothing
 
 Method = Literal["pearson", "spearman", "kendall"]
@@ -56,7 +65,13 @@ class CorrelationDifference(Result):
 
 
 def correlation(
-    x: Values, y: Values, *, method: Method = "pearson", confidence: float = 0.95, resamples: int = 4999, seed: int = 0
+    x: Values,
+    y: Values,
+    *,
+    method: Method = "pearson",
+    confidence: float = 0.95,
+    resamples: int = 4999,
+    seed: int = 0,
 ) -> Correlation:
     """Correlate, with a two-sided permutation test (exact where all permutations fit into ``resamples``).
 
@@ -81,13 +96,19 @@ def correlation(
     if len(x) > MANY:
         return _large_sample(x, y, found)
     found = dataclasses.replace(
-        found, coefficient=float(_COEFFICIENTS[method](x, y)), p=_permutation_p(x, y, method, resamples, seed)
+        found,
+        coefficient=float(_COEFFICIENTS[method](x, y)),
+        p=_permutation_p(x, y, method, resamples, seed),
     )
     if method == "pearson":
-        low, high = _fisher_interval(found.coefficient, 1 / (len(x) - 3) if len(x) > 3 else math.inf, confidence)
+        low, high = _fisher_interval(
+            found.coefficient, 1 / (len(x) - 3) if len(x) > 3 else math.inf, confidence
+        )
         return dataclasses.replace(found, low=low, high=high)
     if len(x) < FEW:
-        return dataclasses.replace(found, reason=f"no interval from {len(x)} pairs, which are too few for a bootstrap")
+        return dataclasses.replace(
+            found, reason=f"no interval from {len(x)} pairs, which are too few for a bootstrap"
+        )
     low, high = _bootstrap_interval(x, y, method, confidence, resamples, seed)
     reason = "no interval, as all resamples agree" if math.isnan(low) else None
     return dataclasses.replace(found, low=low, high=high, reason=reason)
@@ -106,7 +127,9 @@ def partial_correlation(
     """
     rows, dropped = complete_rows(frame, [x, y, *given])
     fixed = np.column_stack([np.ones(len(rows)), *(rows[name] for name in given)])
-    return _of_residuals("partial pearson", rows[x].to_numpy(), rows[y].to_numpy(), fixed, dropped, confidence)
+    return _of_residuals(
+        "partial pearson", rows[x].to_numpy(), rows[y].to_numpy(), fixed, dropped, confidence
+    )
 
 
 def correlation_within(
@@ -140,10 +163,19 @@ def correlation_within(
         sizes = rows.groupby(group)[x].transform("size")
         values = rows.groupby(group)[[x, y]].rank().sub(1).div(sizes - 1, axis=0)
     levels = pd.get_dummies(rows[group], dtype=float).to_numpy()
-    return _of_residuals(f"{method} within groups", values[x].to_numpy(), values[y].to_numpy(), levels, dropped, confidence)
+    return _of_residuals(
+        f"{method} within groups",
+        values[x].to_numpy(),
+        values[y].to_numpy(),
+        levels,
+        dropped,
+        confidence,
+    )
 
 
-def compare_correlations(score: Values, first: Values, second: Values, *, confidence: float = 0.95) -> CorrelationDifference:
+def compare_correlations(
+    score: Values, first: Values, second: Values, *, confidence: float = 0.95
+) -> CorrelationDifference:
     """Whether ``first`` correlates (Pearson) more with the score than ``second`` does, over the same observations.
 
     Signs count: turn a predictor around that is expected to correlate negatively. Williams' t with n − 3 degrees of
@@ -176,13 +208,18 @@ def difference_of_correlations(
     if spread < 1e-12 or max(abs(a), abs(b)) > 1 - 1e-12:
         return dataclasses.replace(found, reason="the columns determine each other exactly")
     t = (a - b) * math.sqrt((n - 1) * (1 + c) / spread)
-    (low_a, high_a), (low_b, high_b) = (_fisher_interval(r, 1 / (n - 3), confidence) for r in (a, b))
+    (low_a, high_a), (low_b, high_b) = (
+        _fisher_interval(r, 1 / (n - 3), confidence) for r in (a, b)
+    )
     together = ((c - a * b / 2) * (1 - a**2 - b**2 - c**2) + c**3) / ((1 - a**2) * (1 - b**2))
     down, up = (a - low_a, high_b - b), (high_a - a, b - low_b)
     low, high = (
-        a - b + sign * math.sqrt(max(0.0, u**2 + v**2 - 2 * together * u * v)) for sign, (u, v) in ((-1, down), (1, up))
+        a - b + sign * math.sqrt(max(0.0, u**2 + v**2 - 2 * together * u * v))
+        for sign, (u, v) in ((-1, down), (1, up))
     )
-    return dataclasses.replace(found, low=low, high=high, t=t, p=float(2 * stats.t.sf(abs(t), n - 3)))
+    return dataclasses.replace(
+        found, low=low, high=high, t=t, p=float(2 * stats.t.sf(abs(t), n - 3))
+    )
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -208,17 +245,29 @@ _COEFFICIENTS = {"pearson": _pearson, "spearman": _spearman, "kendall": _kendall
 
 
 def _large_sample(x: np.ndarray, y: np.ndarray, found: Correlation) -> Correlation:
-    test = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[found.method](x, y)
+    test = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[
+        found.method
+    ](x, y)
     r, n = float(test.statistic), len(x)
-    variance = {"pearson": 1 / (n - 3), "spearman": (1 + r**2 / 2) / (n - 3), "kendall": 0.437 / (n - 4)}[found.method]
+    variance = {
+        "pearson": 1 / (n - 3),
+        "spearman": (1 + r**2 / 2) / (n - 3),
+        "kendall": 0.437 / (n - 4),
+    }[found.method]
     low, high = _fisher_interval(r, variance, found.confidence)
     return dataclasses.replace(found, coefficient=r, low=low, high=high, p=float(test.pvalue))
 
 
-def _permutation_p(x: np.ndarray, y: np.ndarray, method: Method, resamples: int, seed: int) -> float:
+def _permutation_p(
+    x: np.ndarray, y: np.ndarray, method: Method, resamples: int, seed: int
+) -> float:
     coefficient = _COEFFICIENTS[method]
     if method == "spearman":
-        x, y, coefficient = stats.rankdata(x), stats.rankdata(y), _pearson  # ranked once, as ranks permute with x
+        x, y, coefficient = (
+            stats.rankdata(x),
+            stats.rankdata(y),
+            _pearson,
+        )  # ranked once, as ranks permute with x
     test = stats.permutation_test(
         (x,),
         lambda x, axis: coefficient(x, y),
@@ -259,7 +308,9 @@ def _undefined(columns: dict[str, np.ndarray], least: int = 3) -> str | None:
     n = len(next(iter(columns.values())))
     if n < least:
         return f"{n} complete observations, at least {least} are needed"
-    return next((f"{name} is constant" for name, values in columns.items() if constant(values)), None)
+    return next(
+        (f"{name} is constant" for name, values in columns.items() if constant(values)), None
+    )
 
 
 def _of_residuals(
@@ -271,17 +322,25 @@ def _of_residuals(
     found = Correlation(method, n=len(x), dropped=dropped, given=given, confidence=confidence)
     df = len(x) - 2 - given
     if df < 1:
-        return dataclasses.replace(found, reason=f"{len(x)} observations with {given} numbers held fixed are too few")
+        return dataclasses.replace(
+            found, reason=f"{len(x)} observations with {given} numbers held fixed are too few"
+        )
     residuals = [v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y)]
     for name, v, residual in zip(("x", "y"), (x, y), residuals, strict=True):
         if np.linalg.norm(residual) <= 1e-10 * np.linalg.norm(v):
-            return dataclasses.replace(found, reason=f"{name} is constant once the others are held fixed")
+            return dataclasses.replace(
+                found, reason=f"{name} is constant once the others are held fixed"
+            )
     r = float(_pearson(*residuals))
     with np.errstate(divide="ignore"):
         t = r * np.sqrt(df / np.maximum(1 - r**2, 0.0))
-    variance = (1 + r**2 / 2 if method.startswith("spearman") else 1.0) / (df - 1) if df > 1 else math.inf
+    variance = (
+        (1 + r**2 / 2 if method.startswith("spearman") else 1.0) / (df - 1) if df > 1 else math.inf
+    )
     low, high = _fisher_interval(r, variance, confidence)
-    return dataclasses.replace(found, coefficient=r, low=low, high=high, p=float(2 * stats.t.sf(abs(t), df)))
+    return dataclasses.replace(
+        found, coefficient=r, low=low, high=high, p=float(2 * stats.t.sf(abs(t), df))
+    )
 
 
 def _fisher_interval(r: float, variance: float, confidence: float) -> tuple[float, float]:

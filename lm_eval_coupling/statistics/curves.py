@@ -11,7 +11,15 @@ import numpy as np
 from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.results import Estimate, Result, Values, check_confidence, complete, constant, statsmodels
+from lm_eval_coupling.statistics.outcomes import (
+    Estimate,
+    Result,
+    Values,
+    check_confidence,
+    complete,
+    constant,
+    statsmodels,
+)
 
 _STEEPEST = 10.0  # of c·x over half the range of x; beyond it a curve is a step at the last points
 
@@ -68,7 +76,12 @@ class Fit(Result):
 
 
 def line_fit(
-    x: Values, y: Values, *, y_error: Values | None = None, x_error: Values | None = None, confidence: float = 0.95
+    x: Values,
+    y: Values,
+    *,
+    y_error: Values | None = None,
+    x_error: Values | None = None,
+    confidence: float = 0.95,
 ) -> Fit:
     """A straight line: least squares; weighted by ``y_error``; or with errors in both (York et al. 2004).
 
@@ -89,7 +102,13 @@ def line_fit(
 
 
 def exponential_fit(
-    x: Values, y: Values, *, y_error: Values | None = None, confidence: float = 0.95, resamples: int = 999, seed: int = 0
+    x: Values,
+    y: Values,
+    *,
+    y_error: Values | None = None,
+    confidence: float = 0.95,
+    resamples: int = 999,
+    seed: int = 0,
 ) -> Fit:
     """``y = a + b·exp(c·x)`` by (weighted) least squares, with a permutation test that redoes the search for c.
 
@@ -150,11 +169,18 @@ def proportion_error(score: Values | float, n: Values | int) -> np.ndarray | flo
 
 
 def _points(
-    form: str, x: Values, y: Values, x_error: Values | None, y_error: Values | None, confidence: float
+    form: str,
+    x: Values,
+    y: Values,
+    x_error: Values | None,
+    y_error: Values | None,
+    confidence: float,
 ) -> tuple[dict[str, np.ndarray], Fit]:
     check_confidence(confidence)
     if x_error is not None and y_error is None:
-        raise CouplingError("got x_error without y_error; give the standard errors of both, or of y")
+        raise CouplingError(
+            "got x_error without y_error; give the standard errors of both, or of y"
+        )
     points, dropped = complete(x=x, y=y, x_error=x_error, y_error=y_error)
     for name in ("x_error", "y_error"):
         if name in points and (points[name] <= 0).any():
@@ -175,7 +201,9 @@ def _points(
     elif len(np.unique(points["x"])) < len(names):
         reason = f"x has {len(np.unique(points['x']))} different values, at least {len(names)} are needed"
     empty = {name: Estimate() for name in names}
-    return points, Fit(form, errors, empty, n=n, dropped=dropped, confidence=confidence, reason=reason)
+    return points, Fit(
+        form, errors, empty, n=n, dropped=dropped, confidence=confidence, reason=reason
+    )
 
 
 def _least_squares(points: dict[str, np.ndarray], found: Fit) -> Fit:
@@ -184,7 +212,9 @@ def _least_squares(points: dict[str, np.ndarray], found: Fit) -> Fit:
     fit = sm.WLS(points["y"], sm.add_constant(points["x"]), weights=weights).fit()
     return dataclasses.replace(
         found,
-        coefficients=_estimates(("intercept", "slope"), fit.params, fit.bse, fit.df_resid, found.confidence),
+        coefficients=_estimates(
+            ("intercept", "slope"), fit.params, fit.bse, fit.df_resid, found.confidence
+        ),
         r2=float(fit.rsquared),
         p=float(fit.pvalues[1]),
         dispersion=math.sqrt(fit.scale) if "y_error" in points else math.nan,
@@ -206,14 +236,23 @@ def _york(points: dict[str, np.ndarray], found: Fit) -> Fit:
         if not abs(slope - previous) > 1e-13 * abs(slope):
             break
     else:
-        return dataclasses.replace(found, reason="the fit did not settle: x is not known well enough to fit a line")
+        return dataclasses.replace(
+            found, reason="the fit did not settle: x is not known well enough to fit a line"
+        )
     if not math.isfinite(slope):
-        return dataclasses.replace(found, reason="the fit did not settle: x is not known well enough to fit a line")
+        return dataclasses.replace(
+            found, reason="the fit did not settle: x is not known well enough to fit a line"
+        )
     adjusted = mean_x + step
     mean_adjusted = np.average(adjusted, weights=weights)
     intercept = mean_y - slope * mean_x
     var_slope = 1 / (weights @ (adjusted - mean_adjusted) ** 2)
-    covariance = np.array([[1 / weights.sum() + mean_adjusted**2 * var_slope, -mean_adjusted * var_slope], [0, var_slope]])
+    covariance = np.array(
+        [
+            [1 / weights.sum() + mean_adjusted**2 * var_slope, -mean_adjusted * var_slope],
+            [0, var_slope],
+        ]
+    )
     covariance[1, 0] = covariance[0, 1]
     df = found.n - 2
     dispersion = math.sqrt(weights @ (y - intercept - slope * x) ** 2 / df)
@@ -230,7 +269,11 @@ def _york(points: dict[str, np.ndarray], found: Fit) -> Fit:
 
 
 def _estimates(
-    names: tuple[str, ...], values: np.ndarray, stderrs: np.ndarray, df: float | int, confidence: float
+    names: tuple[str, ...],
+    values: np.ndarray,
+    stderrs: np.ndarray,
+    df: float | int,
+    confidence: float,
 ) -> dict[str, Estimate]:
     return {
         name: Estimate.from_t(value, stderr, df, confidence)
@@ -238,13 +281,23 @@ def _estimates(
     }
 
 
-def _settle(z: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _settle(
+    z: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The least-squares m, s, k and their covariance; ``start`` and NaN where the search leaves the range of rates."""
     try:
-        with warnings.catch_warnings(), np.errstate(over="ignore"):  # of no covariance, and of steps that go too far
+        with (
+            warnings.catch_warnings(),
+            np.errstate(over="ignore"),
+        ):  # of no covariance, and of steps that go too far
             warnings.simplefilter("ignore", optimize.OptimizeWarning)
             found = optimize.curve_fit(
-                _growth, z, y, p0=start, sigma=1 / np.sqrt(weights), jac=lambda z, *p: _growth_gradient(z, *p).T
+                _growth,
+                z,
+                y,
+                p0=start,
+                sigma=1 / np.sqrt(weights),
+                jac=lambda z, *p: _growth_gradient(z, *p).T,
             )
     except (RuntimeError, ValueError):  # too many steps, or overflow
         return start, np.full((3, 3), math.nan)
@@ -276,7 +329,12 @@ def _explained(shapes: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def _natural(
-    parameters: np.ndarray, covariance: np.ndarray, center: float, half_range: float, df: int, confidence: float
+    parameters: np.ndarray,
+    covariance: np.ndarray,
+    center: float,
+    half_range: float,
+    df: int,
+    confidence: float,
 ) -> dict[str, Estimate]:
     """a, b and c from m, s and k, errors by the delta method."""
     _, s, k = parameters

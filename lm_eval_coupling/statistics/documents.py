@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.results import (
+from lm_eval_coupling.statistics.outcomes import (
     Estimate,
     Result,
     Values,
@@ -84,7 +84,9 @@ def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
     right, wrong = _right_and_wrong(columns["value"], columns["correct"])
     found = Auroc(right=len(right), wrong=len(wrong), dropped=dropped, confidence=confidence)
     if min(len(right), len(wrong)) < 2:
-        return dataclasses.replace(found, reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed")
+        return dataclasses.replace(
+            found, reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed"
+        )
     area, variance = _delong(right, wrong)
     p = float(stats.mannwhitneyu(right, wrong).pvalue)
     return with_interval(dataclasses.replace(found, auroc=area, p=p), variance)
@@ -107,7 +109,9 @@ def auroc_within(
         for name, group in rows.groupby(task, sort=True)
     }
     used = [found for found in by_task.values() if not math.isnan(found.auroc)]
-    dropped += sum(found.right + found.wrong for found in by_task.values() if math.isnan(found.auroc))
+    dropped += sum(
+        found.right + found.wrong for found in by_task.values() if math.isnan(found.auroc)
+    )
     pooled = Auroc(
         right=sum(f.right for f in used),
         wrong=sum(f.wrong for f in used),
@@ -116,15 +120,22 @@ def auroc_within(
         confidence=confidence,
     )
     if not used:
-        return by_task, dataclasses.replace(pooled, reason="no task has 2 right and 2 wrong answers")
+        return by_task, dataclasses.replace(
+            pooled, reason="no task has 2 right and 2 wrong answers"
+        )
     pairs = np.array([f.right * f.wrong for f in used], dtype=np.float64)
     weights = pairs / pairs.sum()
     area = float(weights @ [f.auroc for f in used])
     variance = float(weights**2 @ np.square([f.stderr for f in used]))
     pooled = with_interval(dataclasses.replace(pooled, auroc=area), variance)
     # Under the null a task's U has variance pairs·(n + 1)/12 (van Elteren's test with these weights; ties ignored).
-    null = sum(w**2 * (f.right + f.wrong + 1) / (12 * f.right * f.wrong) for w, f in zip(weights, used, strict=True))
-    return by_task, dataclasses.replace(pooled, p=float(2 * stats.norm.sf(abs(area - 0.5) / math.sqrt(null))))
+    null = sum(
+        w**2 * (f.right + f.wrong + 1) / (12 * f.right * f.wrong)
+        for w, f in zip(weights, used, strict=True)
+    )
+    return by_task, dataclasses.replace(
+        pooled, p=float(2 * stats.norm.sf(abs(area - 0.5) / math.sqrt(null)))
+    )
 
 
 def logistic_effect(
@@ -152,17 +163,23 @@ def logistic_effect(
     """
     check_confidence(confidence)
     sm = statsmodels("api")
-    rows, dropped = complete_rows(frame, [correct, predictor, *controls], [name for name in (task, cluster) if name])
+    rows, dropped = complete_rows(
+        frame, [correct, predictor, *controls], [name for name in (task, cluster) if name]
+    )
     _right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
     if task:
         mixed = rows.groupby(task)[correct].transform("nunique") > 1
         rows, dropped = rows[mixed], dropped + int((~mixed).sum())
     n, tasks = len(rows), int(rows[task].nunique()) if task else 1
-    found = LogisticEffect(predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, confidence=confidence)
+    found = LogisticEffect(
+        predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, confidence=confidence
+    )
     y, columns = rows[correct].to_numpy(), rows[[*controls, predictor]]
     levels = pd.get_dummies(rows[task], dtype=float).to_numpy() if task else np.ones((n, 1))
     if n < levels.shape[1] + columns.shape[1] + 2 or len(np.unique(y)) < 2:
-        return dataclasses.replace(found, reason=f"{n} documents, {int(y.sum())} answered right, are too few")
+        return dataclasses.replace(
+            found, reason=f"{n} documents, {int(y.sum())} answered right, are too few"
+        )
     for name in columns:
         if constant(columns[name].to_numpy()):
             return dataclasses.replace(found, reason=f"{name} is constant")
@@ -171,12 +188,19 @@ def logistic_effect(
         return dataclasses.replace(found, reason="the predictors determine each other exactly")
     if _separated(X, y):
         return dataclasses.replace(
-            found, reason="the predictors separate right from wrong answers perfectly, so that no odds ratio is finite"
+            found,
+            reason="the predictors separate right from wrong answers perfectly, so that no odds ratio is finite",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence, which is asked for below
-        robust = {"cov_type": "cluster", "cov_kwds": {"groups": pd.factorize(rows[cluster])[0]}} if cluster else {}
-        with_, without = (sm.Logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1]))
+        robust = (
+            {"cov_type": "cluster", "cov_kwds": {"groups": pd.factorize(rows[cluster])[0]}}
+            if cluster
+            else {}
+        )
+        with_, without = (
+            sm.Logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1])
+        )
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
         return dataclasses.replace(found, reason="the fit did not settle")
     effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, confidence)
@@ -190,11 +214,17 @@ def logistic_effect(
         log_odds=effect,
         p=float(with_.pvalues[-1] if cluster else stats.chi2.sf(ratio, 1)),
         deviance_explained=float(ratio / (-2 * without.llf)),
-        notes=("fewer than 10 answers of the rarer kind for each coefficient: the effect is overstated",) if few else (),
+        notes=(
+            "fewer than 10 answers of the rarer kind for each coefficient: the effect is overstated",
+        )
+        if few
+        else (),
     )
 
 
-def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10, confidence: float = 0.95) -> pd.DataFrame:
+def accuracy_by_bin(
+    value: Values, correct: Values, *, bins: int = 10, confidence: float = 0.95
+) -> pd.DataFrame:
     """Share of right answers in bins of equal numbers of documents, as for calibration, with Wilson's interval.
 
     Returns:
@@ -213,7 +243,9 @@ def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10, confidenc
         return pd.DataFrame(columns=names)
     frame = pd.DataFrame(columns)
     edges = np.unique(np.quantile(frame["value"], np.linspace(0, 1, bins + 1)))
-    which = np.clip(np.searchsorted(edges, frame["value"], side="right") - 1, 0, max(0, len(edges) - 2))
+    which = np.clip(
+        np.searchsorted(edges, frame["value"], side="right") - 1, 0, max(0, len(edges) - 2)
+    )
     rows = []
     for index, group in frame.groupby(which):
         right, n = int(group["correct"].sum()), len(group)
@@ -226,14 +258,18 @@ def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10, confidenc
 def _right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isin(correct, (0, 1)).all():
         other = correct[~np.isin(correct, (0, 1))][0]
-        raise CouplingError(f"got {other:g} as correct, expected 0 (wrong) or 1 (right) for every document")
+        raise CouplingError(
+            f"got {other:g} as correct, expected 0 (wrong) or 1 (right) for every document"
+        )
     return value[correct == 1], value[correct == 0]
 
 
 def _delong(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
     """AUROC and its variance (DeLong et al. 1988) from midranks (Sun and Xu 2014)."""
     above, below = placements(right, wrong)
-    return float(above.mean()), float(above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong))
+    return float(above.mean()), float(
+        above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong)
+    )
 
 
 def placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +283,11 @@ def with_interval(found: Auroc, variance: float) -> Auroc:
     """``found`` with the standard error of this variance and its interval, which is symmetric on the scale of log odds."""
     area = found.auroc
     if variance <= 0 or not 0 < area < 1:
-        reason = "right and wrong answers are separated perfectly" if area in (0, 1) else "all answers have the same value"
+        reason = (
+            "right and wrong answers are separated perfectly"
+            if area in (0, 1)
+            else "all answers have the same value"
+        )
         return dataclasses.replace(found, stderr=0.0, reason=f"no interval, as {reason}")
     half = stats.norm.ppf((1 + found.confidence) / 2) * math.sqrt(variance) / (area * (1 - area))
     center = math.log(area / (1 - area))

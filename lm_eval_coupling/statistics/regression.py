@@ -14,7 +14,7 @@ from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.correlations import Correlation, partial_correlation
-from lm_eval_coupling.statistics.results import (
+from lm_eval_coupling.statistics.outcomes import (
     Estimate,
     Result,
     Values,
@@ -109,9 +109,13 @@ def nested_models(
     """
     check_confidence(confidence)
     sm = statsmodels("api")
-    rows, dropped = complete_rows(frame, [score, predictor, *covariates], [family] if family else [])
+    rows, dropped = complete_rows(
+        frame, [score, predictor, *covariates], [family] if family else []
+    )
     n, df = len(rows), len(rows) - 2 - len(covariates)
-    found = NestedModels(score, predictor, tuple(covariates), n=n, df=df, dropped=dropped, confidence=confidence)
+    found = NestedModels(
+        score, predictor, tuple(covariates), n=n, df=df, dropped=dropped, confidence=confidence
+    )
     if reason := _undetermined(rows, score, [*covariates, predictor]):
         return dataclasses.replace(found, reason=reason)
     y = rows[score].to_numpy()
@@ -122,9 +126,15 @@ def nested_models(
     spread = collinearity(rows, [*covariates, predictor])
     vif = float(spread["vif"][predictor])
     count = rows[family].nunique() if family else 0
-    notes = [] if n >= 10 * (len(covariates) + 1) else [f"{n} observations for {len(covariates) + 1} predictors are few"]
+    notes = (
+        []
+        if n >= 10 * (len(covariates) + 1)
+        else [f"{n} observations for {len(covariates) + 1} predictors are few"]
+    )
     if vif > _VARIANCE_INFLATION:
-        notes.append(f"the covariates explain {_explained(vif)} of {predictor}, so that its own part is hard to tell")
+        notes.append(
+            f"the covariates explain {_explained(vif)} of {predictor}, so that its own part is hard to tell"
+        )
     if 0 < count < n:
         notes.append(f"{n} observations are of {count} families only and were taken as independent")
     return dataclasses.replace(
@@ -151,7 +161,9 @@ def left_out(score: Values, predictor: Values, family: pd.Series | Sequence[str]
     Raises:
         CouplingError: if columns differ in length or are not numeric.
     """
-    rows, _ = complete_rows(pd.DataFrame({"y": score, "x": predictor, "family": family}), ["y", "x"], ["family"])
+    rows, _ = complete_rows(
+        pd.DataFrame({"y": score, "x": predictor, "family": family}), ["y", "x"], ["family"]
+    )
     y, x = rows["y"].to_numpy(), rows["x"].to_numpy()
     if len(y) < 4 or constant(y) or constant(x):
         return Model()
@@ -192,7 +204,9 @@ def family_effect(
     statsmodels("api")  # which is missed whether or not there are enough models
     rows, dropped = complete_rows(frame, [score, predictor, *covariates], [family])
     groups, labels = pd.factorize(rows[family])
-    found = FamilyEffect(method, predictor, families=len(labels), n=len(rows), dropped=dropped, confidence=confidence)
+    found = FamilyEffect(
+        method, predictor, families=len(labels), n=len(rows), dropped=dropped, confidence=confidence
+    )
     reason = _undetermined(rows, score, [*covariates, predictor])
     if reason is None and len(labels) < 3:
         reason = f"{len(labels)} families, at least 3 are needed"
@@ -201,7 +215,11 @@ def family_effect(
     if reason:
         return dataclasses.replace(found, reason=reason)
     y, X = rows[score].to_numpy(), _design(rows, [*covariates, predictor])
-    notes = [f"{len(labels)} families are few: the interval may be too narrow"] if len(labels) < _FEW_FAMILIES else []
+    notes = (
+        [f"{len(labels)} families are few: the interval may be too narrow"]
+        if len(labels) < _FEW_FAMILIES
+        else []
+    )
     # Standardised, because the optimiser fails on columns of very different size; the coefficient is scaled back.
     scale = np.append(1.0, X[:, 1:].std(axis=0))
     X = np.column_stack([X[:, :1], (X[:, 1:] - X[:, 1:].mean(axis=0)) / scale[1:]])
@@ -211,7 +229,9 @@ def family_effect(
     if not 0 < stderr < math.inf:
         return dataclasses.replace(found, reason="the fit did not settle")
     if share < 1e-3:
-        notes.append("no variance between families was found, so that this is close to plain least squares")
+        notes.append(
+            "no variance between families was found, so that this is close to plain least squares"
+        )
     df = len(labels) - 1
     return dataclasses.replace(
         found,
@@ -266,7 +286,9 @@ def collinearity(frame: pd.DataFrame, predictors: Sequence[str]) -> pd.DataFrame
         vif[(np.abs(directions[:, fixed]) > 1e-3).any(axis=1)] = math.inf
         condition = math.inf if fixed.any() else math.sqrt(variances[-1] / variances[0])
     words = [
-        "" if not v > _VARIANCE_INFLATION else f"the other predictors explain {_explained(v)} of {name}"
+        ""
+        if not v > _VARIANCE_INFLATION
+        else f"the other predictors explain {_explained(v)} of {name}"
         for name, v in zip(predictors, vif, strict=True)
     ]
     table = pd.DataFrame({"vif": vif, "note": words}, index=list(predictors))
@@ -288,10 +310,16 @@ def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np
     p = np.asarray(p, dtype=np.float64)
     known = ~np.isnan(p)
     if ((p[known] < 0) | (p[known] > 1)).any():
-        raise CouplingError(f"got p-values from {np.nanmin(p):g} to {np.nanmax(p):g}, expected numbers between 0 and 1")
+        raise CouplingError(
+            f"got p-values from {np.nanmin(p):g} to {np.nanmax(p):g}, expected numbers between 0 and 1"
+        )
     adjusted = np.full(p.shape, math.nan)
     if known.any():
-        adjusted[known] = _holm(p[known]) if method == "holm" else stats.false_discovery_control(p[known], method="bh")
+        adjusted[known] = (
+            _holm(p[known])
+            if method == "holm"
+            else stats.false_discovery_control(p[known], method="bh")
+        )
     return adjusted
 
 
@@ -314,9 +342,7 @@ def _design(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
 
 def _undetermined(rows: pd.DataFrame, score: str, predictors: Sequence[str]) -> str | None:
     if len(rows) < len(predictors) + 2:
-        return (
-            f"{len(rows)} complete observations for {len(predictors)} predictors, at least {len(predictors) + 2} are needed"
-        )
+        return f"{len(rows)} complete observations for {len(predictors)} predictors, at least {len(predictors) + 2} are needed"
     for name in (score, *predictors):
         if constant(rows[name].to_numpy()):
             return f"{name} is constant"
@@ -333,7 +359,9 @@ def _describe(fit: Any, y: np.ndarray, X: np.ndarray, families: np.ndarray | Non
         aic=float(fit.aic),
         bic=float(fit.bic),
         r2_left_out=_r2_left_out(y, X, np.arange(len(y))),
-        r2_left_out_family=math.nan if families is None else _r2_left_out(y, X, pd.factorize(families)[0]),
+        r2_left_out_family=math.nan
+        if families is None
+        else _r2_left_out(y, X, pd.factorize(families)[0]),
     )
 
 
@@ -343,7 +371,9 @@ def _r2_left_out(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> float:
     Returns:
         NaN where the others do not determine the regression.
     """
-    return 1 - _squared_errors_left_out(y, X, groups) / _squared_errors_left_out(y, np.ones((len(y), 1)), groups)
+    return 1 - _squared_errors_left_out(y, X, groups) / _squared_errors_left_out(
+        y, np.ones((len(y), 1)), groups
+    )
 
 
 def _squared_errors_left_out(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> float:

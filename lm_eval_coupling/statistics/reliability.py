@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.statistics.correlations import Correlation
-from lm_eval_coupling.statistics.results import Result, check_confidence
+from lm_eval_coupling.statistics.outcomes import Result, check_confidence
 
 _LEAST = 0.3  # below this reliability a correlation is not corrected: the quotient would be noise
 _WANTED = 0.9
@@ -49,7 +49,9 @@ class Corrected(Result):
     reason: str | None = None
 
 
-def document_reliability(values: pd.DataFrame, *, splits: int = 200, confidence: float = 0.95, seed: int = 0) -> Reliability:
+def document_reliability(
+    values: pd.DataFrame, *, splits: int = 200, confidence: float = 0.95, seed: int = 0
+) -> Reliability:
     """Reliability of the models' means over the documents that all of them have.
 
     Args:
@@ -67,7 +69,8 @@ def document_reliability(values: pd.DataFrame, *, splits: int = 200, confidence:
     found = Reliability(models=models, documents=documents, confidence=confidence)
     if models < 3 or documents < 2:
         return dataclasses.replace(
-            found, reason=f"{models} models have {documents} documents in common, at least 3 and 2 are needed"
+            found,
+            reason=f"{models} models have {documents} documents in common, at least 3 and 2 are needed",
         )
     between = documents * X.mean(axis=1).var(ddof=1)
     residual = X - X.mean(axis=1, keepdims=True) - X.mean(axis=0, keepdims=True) + X.mean()
@@ -78,10 +81,16 @@ def document_reliability(values: pd.DataFrame, *, splits: int = 200, confidence:
     alpha = 1 - within / between
     bounds = stats.f.ppf([(1 + confidence) / 2, (1 - confidence) / 2], models - 1, df)
     low, high = (1 - (1 - alpha) * bound for bound in bounds)
-    single = alpha / (documents - (documents - 1) * alpha)  # of one document, Spearman–Brown backwards
-    enough = math.ceil(_WANTED * (1 - single) / (single * (1 - _WANTED))) if 0 < single < 1 else math.nan
+    single = alpha / (
+        documents - (documents - 1) * alpha
+    )  # of one document, Spearman–Brown backwards
+    enough = (
+        math.ceil(_WANTED * (1 - single) / (single * (1 - _WANTED))) if 0 < single < 1 else math.nan
+    )
     halves = _split_half(X, splits, np.random.default_rng(seed))
-    return dataclasses.replace(found, split_half=halves, alpha=alpha, low=low, high=high, enough=float(enough))
+    return dataclasses.replace(
+        found, split_half=halves, alpha=alpha, low=low, high=high, enough=float(enough)
+    )
 
 
 def _split_half(X: np.ndarray, splits: int, rng: np.random.Generator) -> float:
@@ -110,13 +119,17 @@ def reliability_from_errors(values: pd.Series, errors: pd.Series) -> float:
     return max(0.0, float(1 - (errors[known] ** 2).mean() / values[known].var(ddof=1)))
 
 
-def corrected_for_attenuation(found: Correlation, reliability_x: float, reliability_y: float) -> Corrected:
+def corrected_for_attenuation(
+    found: Correlation, reliability_x: float, reliability_y: float
+) -> Corrected:
     """The correlation that there would be without the noise of the documents, its interval stretched by the same factor.
 
     Returns:
         Values beyond ±1 are cut off. The reliabilities' own uncertainty is not part of the interval.
     """
-    made = Corrected(observed=found.coefficient, reliability_x=reliability_x, reliability_y=reliability_y)
+    made = Corrected(
+        observed=found.coefficient, reliability_x=reliability_x, reliability_y=reliability_y
+    )
     if math.isnan(found.coefficient):
         return dataclasses.replace(made, reason=found.reason)
     for name, value in (("x", reliability_x), ("y", reliability_y)):
@@ -124,5 +137,7 @@ def corrected_for_attenuation(found: Correlation, reliability_x: float, reliabil
             why = "is not known" if math.isnan(value) else f"is {value:.2f}, less than {_LEAST}"
             return dataclasses.replace(made, reason=f"the reliability of {name} {why}")
     factor = 1 / math.sqrt(min(reliability_x, 1.0) * min(reliability_y, 1.0))
-    coefficient, low, high = (max(-1.0, min(1.0, factor * v)) for v in (found.coefficient, found.low, found.high))
+    coefficient, low, high = (
+        max(-1.0, min(1.0, factor * v)) for v in (found.coefficient, found.low, found.high)
+    )
     return dataclasses.replace(made, coefficient=coefficient, low=low, high=high)

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lm_eval_coupling.statistics.results import constant
+from lm_eval_coupling.statistics.outcomes import constant
 
 
-def simultaneous_p_values(predictors: pd.DataFrame, score: pd.Series, *, resamples: int = 4999, seed: int = 0) -> pd.Series:
+def simultaneous_p_values(
+    predictors: pd.DataFrame, score: pd.Series, *, resamples: int = 4999, seed: int = 0
+) -> pd.Series:
     """p-values of Pearson correlations adjusted for all predictors at once, by permutations of the score.
 
     Each is twice the share of permutations in which the largest (or, of a negative one, the smallest) of all correlations is

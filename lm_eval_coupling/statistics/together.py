@@ -15,8 +15,14 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.documents import Auroc, LogisticEffect, logistic_effect, placements, with_interval
-from lm_eval_coupling.statistics.results import check_confidence, complete_rows
+from lm_eval_coupling.statistics.documents import (
+    Auroc,
+    LogisticEffect,
+    logistic_effect,
+    placements,
+    with_interval,
+)
+from lm_eval_coupling.statistics.outcomes import check_confidence, complete_rows
 
 LEVELS = 400  # of a regression: memory goes as their square
 
@@ -55,7 +61,10 @@ def auroc_together(
     check_confidence(confidence)
     rows, dropped = complete_rows(frame, [value, correct], [model, task, document])
     _require_once(rows, [model, task, document])
-    found = [_of_model(of_model, value, correct, task, document) for _, of_model in rows.groupby(model, sort=True)]
+    found = [
+        _of_model(of_model, value, correct, task, document)
+        for _, of_model in rows.groupby(model, sort=True)
+    ]
     used = [one for one in found if one.right]
     result = Auroc(
         right=sum(one.right for one in used),
@@ -66,7 +75,9 @@ def auroc_together(
         confidence=confidence,
     )
     if not used:
-        return dataclasses.replace(result, reason="no model has 2 right and 2 wrong answers in one task")
+        return dataclasses.replace(
+            result, reason="no model has 2 right and 2 wrong answers in one task"
+        )
     area = float(np.mean([one.area for one in used]))
     parts = pd.concat([one.parts for one in used]).groupby(level=0).sum() / len(used)
     result = with_interval(dataclasses.replace(result, auroc=area), float((parts**2).sum()))
@@ -101,11 +112,20 @@ def logistic_together(
     _require_once(rows, [model, task, document])
     for name in numbers:
         spread = rows.groupby(model)[name].transform("std")
-        rows[name] = (rows[name] - rows.groupby(model)[name].transform("mean")) / spread.where(spread > 0)
+        rows[name] = (rows[name] - rows.groupby(model)[name].transform("mean")) / spread.where(
+            spread > 0
+        )
     rows["level"] = rows[model].astype(str) + "\0" + rows[task].astype(str)
     if (levels := rows["level"].nunique()) > LEVELS:
         told = f"{levels} tasks of models have a level each, which is more than {LEVELS}"
-        return LogisticEffect(predictor, tuple(controls), n=len(rows), dropped=dropped, confidence=confidence, reason=told)
+        return LogisticEffect(
+            predictor,
+            tuple(controls),
+            n=len(rows),
+            dropped=dropped,
+            confidence=confidence,
+            reason=told,
+        )
     found = logistic_effect(
         rows,
         correct=correct,
@@ -115,10 +135,15 @@ def logistic_together(
         cluster=document,
         confidence=confidence,
     )
-    mixed = rows.groupby("level")[correct].transform("nunique") > 1  # the others say nothing and are dropped
+    mixed = (
+        rows.groupby("level")[correct].transform("nunique") > 1
+    )  # the others say nothing and are dropped
     used = rows[mixed]
     return dataclasses.replace(
-        found, dropped=found.dropped + dropped, tasks=int(used[task].nunique()), models=int(used[model].nunique())
+        found,
+        dropped=found.dropped + dropped,
+        tasks=int(used[task].nunique()),
+        models=int(used[model].nunique()),
     )
 
 
@@ -142,9 +167,13 @@ def _of_model(rows: pd.DataFrame, value: str, correct: str, task: str, document:
             dropped += m + n
             continue
         right, wrong = right + m, wrong + n
-        above, below = placements(of_task.loc[is_right, value].to_numpy(), of_task.loc[~is_right, value].to_numpy())
+        above, below = placements(
+            of_task.loc[is_right, value].to_numpy(), of_task.loc[~is_right, value].to_numpy()
+        )
         area = float(above.mean())
-        errors = np.concatenate([(above - area) / math.sqrt(m * (m - 1)), (below - area) / math.sqrt(n * (n - 1))])
+        errors = np.concatenate(
+            [(above - area) / math.sqrt(m * (m - 1)), (below - area) / math.sqrt(n * (n - 1))]
+        )
         names = pd.concat([of_task.loc[is_right, document], of_task.loc[~is_right, document]])
         areas.append(area)
         pairs.append(m * n)

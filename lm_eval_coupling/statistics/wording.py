@@ -10,8 +10,8 @@ from typing import Any
 from lm_eval_coupling.statistics.correlations import FEW, Correlation, CorrelationDifference
 from lm_eval_coupling.statistics.curves import Fit
 from lm_eval_coupling.statistics.documents import Auroc, LogisticEffect
+from lm_eval_coupling.statistics.outcomes import Result
 from lm_eval_coupling.statistics.regression import FamilyEffect, NestedModels
-from lm_eval_coupling.statistics.results import Result
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,11 @@ def _(result: CorrelationDifference, names: _Names) -> str:
 @_say.register
 def _(result: Fit, names: _Names) -> str:
     form = "Straight line" if result.form == "line" else "Exponential"
-    errors = {"none": "", "y": f", weighted by the errors of {names.y}", "x and y": ", with errors in both"}[result.errors]
+    errors = {
+        "none": "",
+        "y": f", weighted by the errors of {names.y}",
+        "x and y": ", with errors in both",
+    }[result.errors]
     subject = f"{form} for {names.y} (y) over {names.x} (x){errors}"
     if result.reason:
         return _undefined(subject, result)
@@ -104,8 +108,14 @@ def _(result: Fit, names: _Names) -> str:
     else:
         parameter, steepness = "rate", result.coefficients["c"]
         evidence = _evidence(result, names)  # a rate of zero is a line, not independence
-        curved = result.p_curvature < 1 - result.confidence and not steepness.low <= 0 <= steepness.high
-        claim += ", and a straight line fits worse" if curved else ", but a straight line describes that as well"
+        curved = (
+            result.p_curvature < 1 - result.confidence and not steepness.low <= 0 <= steepness.high
+        )
+        claim += (
+            ", and a straight line fits worse"
+            if curved
+            else ", but a straight line describes that as well"
+        )
     share = "" if math.isnan(result.r2) else f"R² {result.r2:.2f}, "
     scatter = f" The points scatter {result.dispersion:.1f} times as much as their errors explain."
     return (
@@ -129,7 +139,9 @@ def _(result: NestedModels, names: _Names) -> str:
     )
     predictions = [_prediction("model", before.r2_left_out, after.r2_left_out)]
     if result.families:
-        predictions.append(_prediction("family", before.r2_left_out_family, after.r2_left_out_family))
+        predictions.append(
+            _prediction("family", before.r2_left_out_family, after.r2_left_out_family)
+        )
     numbers = f"F(1, {result.df}) = {result.f:.3g}, {_p(result, names)}, {result.n} {names.unit}"
     return (
         f"{subject}: R² goes from {before.r2:.2f} to {after.r2:.2f} ({numbers}). "
@@ -176,7 +188,11 @@ def _(result: Auroc, names: _Names) -> str:
 
 @_say.register
 def _(result: LogisticEffect, names: _Names) -> str:
-    controls = (*result.controls, *(["the task"] if result.tasks > 1 else []), *(["the model"] if result.models > 1 else []))
+    controls = (
+        *result.controls,
+        *(["the task"] if result.tasks > 1 else []),
+        *(["the model"] if result.models > 1 else []),
+    )
     given = f", {_list(controls)} held fixed" if controls else ""
     subject = f"Odds of a right answer per standard deviation of {result.predictor}{given}"
     if result.reason:
@@ -198,10 +214,14 @@ class _Evidence:
     null: float
 
 
-def _evidence(result: Any, names: _Names, low: float = math.nan, high: float = math.nan, null: float = 0.0) -> _Evidence:
+def _evidence(
+    result: Any, names: _Names, low: float = math.nan, high: float = math.nan, null: float = 0.0
+) -> _Evidence:
     """What the test and the interval say; where there is no interval, the test alone."""
     n, of = (
-        (min(result.right, result.wrong), "answers of one kind") if isinstance(result, Auroc) else (result.n, "observations")
+        (min(result.right, result.wrong), "answers of one kind")
+        if isinstance(result, Auroc)
+        else (result.n, "observations")
     )
     few = f"{n} {of}" if n < FEW else ""
     p = result.p if names.p_adjusted is None else names.p_adjusted
@@ -223,7 +243,13 @@ def _prediction(what: str, old: float, new: float) -> str:
     start = f"Predicting each {what} from the others"
     if math.isnan(old) or math.isnan(new):
         return f"{start} is not possible, as they do not determine the regression."
-    gain = "which is no better" if new <= old else "which is better" if new > 0 else "which is still worse than their mean"
+    gain = (
+        "which is no better"
+        if new <= old
+        else "which is better"
+        if new > 0
+        else "which is still worse than their mean"
+    )
     return f"{start}, R² goes from {old:.2f} to {new:.2f}, {gain}."
 
 

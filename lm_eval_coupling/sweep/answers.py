@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import state as record
 
 _MARK = "scores.json"
 

@@ -18,7 +18,14 @@ from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.status import Status, progress
 from lm_eval_coupling.sweep.units import Unit
 
-_COLOURS = {"done": "green", "running": "cyan", "waiting": "yellow", "failed": "red", "stopped": "magenta", "missing": "dim"}
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "yellow",
+    "failed": "red",
+    "stopped": "magenta",
+    "missing": "dim",
+}
 _FIRST = ("failed", "stopped", "running", "waiting", "missing", "done")
 
 
@@ -36,22 +43,34 @@ class Board:
     def __init__(self, plan: Plan, found: Iterable[Status], console: Console | None = None) -> None:
         """Start from what was found."""
         self.plan, self.console = plan, console or Console(stderr=True)
-        self._lines = {s.unit.name: _Line(s.state, s.detail, time.monotonic(), s.seconds) for s in found}
+        self._lines = {
+            s.unit.name: _Line(s.state, s.detail, time.monotonic(), s.seconds) for s in found
+        }
         self._units = {unit.name: unit for unit in plan.units}
         self._lock = threading.Lock()
         self._live: Live | None = None
 
-    def set(self, unit: Unit, state: str, detail: str | None = "", seconds: float | None = None) -> None:
+    def set(
+        self, unit: Unit, state: str, detail: str | None = "", seconds: float | None = None
+    ) -> None:
         """A unit's new state; the same one again changes nothing."""
         with self._lock:
             old = self._lines[unit.name]
             if (old.state, old.detail) == (state, detail or ""):
                 return
             now = time.monotonic()
-            took = seconds if seconds is not None else now - old.since if old.state == "running" else old.seconds
+            took = (
+                seconds
+                if seconds is not None
+                else now - old.since
+                if old.state == "running"
+                else old.seconds
+            )
             self._lines[unit.name] = _Line(state, detail or "", now, took)
         if self._live is None and old.state != state:
-            text = f"{time.strftime('%H:%M:%S')} {unit.label}: {state}" + (f" ({detail})" if detail else "")
+            text = f"{time.strftime('%H:%M:%S')} {unit.label}: {state}" + (
+                f" ({detail})" if detail else ""
+            )
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -80,7 +99,9 @@ class Board:
         made = Table(title=f"{self.plan.output}: {title}", title_justify="left", expand=False)
         for column in ("unit", "state", "s", ""):
             made.add_column(column, overflow="fold", justify="right" if column == "s" else "left")
-        shown = sorted(lines, key=lambda name: _FIRST.index(lines[name].state))[: max(3, self.console.height - 6)]
+        shown = sorted(lines, key=lambda name: _FIRST.index(lines[name].state))[
+            : max(3, self.console.height - 6)
+        ]
         for name in [name for name in lines if name in set(shown)]:
             line = self._current(name, lines[name])
             colour, seconds = _COLOURS[line.state], f"{line.seconds:.0f}" if line.seconds else ""
@@ -103,13 +124,27 @@ class Board:
 
 def matrix(plan: Plan, found: Sequence[Status], estimates: dict[str, dict[str, Any]]) -> Table:
     """Units × tasks: what is there and what is to be done, with what it may take."""
-    tasks = [task.name if task.num_fewshot is None else f"{task.name} ({task.num_fewshot}-shot)" for task in plan.tasks]
-    made = Table("unit", *tasks, "state", "memory, GB", "seconds", title=str(plan.output), title_justify="left")
+    tasks = [
+        task.name if task.num_fewshot is None else f"{task.name} ({task.num_fewshot}-shot)"
+        for task in plan.tasks
+    ]
+    made = Table(
+        "unit",
+        *tasks,
+        "state",
+        "memory, GB",
+        "seconds",
+        title=str(plan.output),
+        title_justify="left",
+    )
     for status in found:
         missing = {task.name for task in status.found.missing}
         cells = ["" if task.name in missing else "done" for task in plan.tasks]
         guess = estimates.get(status.unit.name, {})
-        numbers = [f"{guess[key]:.3g}" if guess.get(key) is not None else "?" for key in ("gigabytes", "seconds")]
+        numbers = [
+            f"{guess[key]:.3g}" if guess.get(key) is not None else "?"
+            for key in ("gigabytes", "seconds")
+        ]
         colour = _COLOURS[status.state]
         made.add_row(escape(status.unit.label), *cells, f"[{colour}]{status.state}[/]", *numbers)
     return made
@@ -119,7 +154,10 @@ def trouble(found: Sequence[Status]) -> Iterator[str]:
     """Of each unit that is not done its state, the reason, and on a line of its own, to be copied, the log."""
     for status in found:
         if status.state != "done":
-            colour, reason = _COLOURS[status.state], escape(f": {status.detail}" if status.detail else "")
+            colour, reason = (
+                _COLOURS[status.state],
+                escape(f": {status.detail}" if status.detail else ""),
+            )
             yield f"{escape(status.unit.label)} is [{colour}]{status.state}[/]{reason}"
             if status.log.exists():
                 yield f"    {escape(str(status.log))}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.plan import Plan, PlanError, Slurm
 from lm_eval_coupling.sweep.reasons import reason
 from lm_eval_coupling.sweep.request import overrides_folder
@@ -72,7 +72,9 @@ def _output(plan: Plan) -> list[str]:
         with tempfile.TemporaryFile(dir=plan.output):
             return []
     except OSError as error:
-        return [f"got output: {plan.output}, which cannot be written ({error.strerror}); choose another"]
+        return [
+            f"got output: {plan.output}, which cannot be written ({error.strerror}); choose another"
+        ]
 
 
 def _store(plan: Plan) -> list[str]:
@@ -81,9 +83,13 @@ def _store(plan: Plan) -> list[str]:
         return []
     store = Path(str(plan.coupling["store"])).expanduser()
     if isinstance(plan.run, Slurm):
-        return ["got coupling.store with run.on: slurm, whose nodes may not see each other's locks; leave it out"]
+        return [
+            "got coupling.store with run.on: slurm, whose nodes may not see each other's locks; leave it out"
+        ]
     if not locks_work(store.parent):
-        return [f"got coupling.store: {store}, on a file system whose locks do not hold; leave it out: units have their own"]
+        return [
+            f"got coupling.store: {store}, on a file system whose locks do not hold; leave it out: units have their own"
+        ]
     return []
 
 
@@ -91,7 +97,9 @@ def _question(plan: Plan, download: bool) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
     for unit in plan.units:
         key = json.dumps([unit.model, unit.arguments], sort_keys=True, default=str)
-        entry = models.setdefault(key, {"model": unit.model, "arguments": unit.arguments, "revisions": []})
+        entry = models.setdefault(
+            key, {"model": unit.model, "arguments": unit.arguments, "revisions": []}
+        )
         entry["revisions"].append(unit.revision)
     offline = _environment(plan, download).get("HF_HUB_OFFLINE", "").upper()
     return {
@@ -107,7 +115,11 @@ def _question(plan: Plan, download: bool) -> dict[str, Any]:
 
 def _environment(plan: Plan, download: bool) -> dict[str, str]:
     """That of the units; but to fetch is to be on line, whatever the plan says of nodes without network."""
-    told = {name: value for name, value in plan.run.environment.items() if not (download and name in _OFFLINE)}
+    told = {
+        name: value
+        for name, value in plan.run.environment.items()
+        if not (download and name in _OFFLINE)
+    }
     return {**os.environ, **told}
 
 
@@ -118,7 +130,9 @@ def _digest(plan: Plan, question: dict[str, Any]) -> str:
     tasks = [file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
     seen = {
         "question": question,
-        "versions": [installed_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")],
+        "versions": [
+            installed_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")
+        ],
         "weights": [source(unit, plan.run.environment) for unit in plan.units],
         "tasks": [[str(file), file.stat().st_mtime] for file in tasks],
     }
@@ -131,7 +145,13 @@ def _ask(plan: Plan, question: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(question, default=str), encoding="utf-8")
-        command = [sys.executable, "-m", "lm_eval_coupling.harness.preflight", str(asked), str(answer)]
+        command = [
+            sys.executable,
+            "-m",
+            "lm_eval_coupling.harness.preflight",
+            str(asked),
+            str(answer),
+        ]
         ended = subprocess.run(
             command,
             stderr=None if download else subprocess.PIPE,
@@ -141,5 +161,7 @@ def _ask(plan: Plan, question: dict[str, Any]) -> dict[str, Any]:
             check=False,
         )
         if ended.returncode or not answer.exists():
-            raise CouplingError(f"the plan could not be checked: {reason(ended.stderr or '', ended.returncode)}")
+            raise CouplingError(
+                f"the plan could not be checked: {reason(ended.stderr or '', ended.returncode)}"
+            )
         return json.loads(answer.read_text(encoding="utf-8"))

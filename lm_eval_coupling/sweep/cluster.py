@@ -10,7 +10,17 @@ from lm_eval_coupling.errors import CouplingError
 
 # States in which a job is over; in any other it is at work or will be, such as between its being queued again and its start.
 _OVER = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED"),
+    *(
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+    ),
     "TIMEOUT",
 }
 
@@ -48,7 +58,10 @@ def jobs() -> dict[str, Job] | None:
 def state(job: str) -> str | None:
     """A job's state, for as long after its end as the cluster remembers it."""
     told = _ask("scontrol", "show", "job", "--oneliner", job) or ""
-    return next((word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState=")), None)
+    return next(
+        (word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState=")),
+        None,
+    )
 
 
 def over(state: str | None) -> bool:
@@ -63,7 +76,9 @@ def require() -> None:
         CouplingError: if not.
     """
     if shutil.which("sbatch") is None:
-        raise CouplingError("got run.on: slurm, but there is no sbatch on this machine; call the sweep on a login node")
+        raise CouplingError(
+            "got run.on: slurm, but there is no sbatch on this machine; call the sweep on a login node"
+        )
     try:
         import submitit  # noqa: F401
     except ImportError:

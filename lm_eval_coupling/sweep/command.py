@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from lm_eval_coupling.errors import CouplingError, why
-from lm_eval_coupling.sweep import board, checks, cluster, local, record, slurm
-from lm_eval_coupling.sweep.estimate import estimates
+from lm_eval_coupling.sweep import board, checks, cluster, local, slurm
+from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep.forecast import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Local, Plan, PlanError, Slurm, read
 from lm_eval_coupling.sweep.status import Status, look
@@ -57,7 +58,9 @@ def sweep(
         if dry_run:
             console.print(board.matrix(plan, found, estimates(plan, found, facts)))
         else:
-            console.print(f"models and data of {len(plan.units)} units are in the caches", highlight=False)
+            console.print(
+                f"models and data of {len(plan.units)} units are in the caches", highlight=False
+            )
         return 0
     _require(plan)
     if not checks.writable(plan):
@@ -87,7 +90,9 @@ def _report(console: Console, plan: Plan, found: Sequence[Status]) -> int:
     for line in board.trouble(found):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
-        f"{len(found) - len(remaining)} of {len(found)} units are done in {plan.output}", highlight=False, soft_wrap=True
+        f"{len(found) - len(remaining)} of {len(found)} units are done in {plan.output}",
+        highlight=False,
+        soft_wrap=True,
     )
     return 1 if remaining else 0
 
@@ -109,7 +114,9 @@ def _alone(plan: Plan) -> Iterator[None]:
             f"got output: {plan.output}, in which another sweep is at work; wait for it, or look with --check"
         ) from None
     except OSError as error:
-        raise CouplingError(f"got output: {plan.output}, which cannot be used ({why(error)}); choose another") from None
+        raise CouplingError(
+            f"got output: {plan.output}, which cannot be used ({why(error)}); choose another"
+        ) from None
 
 
 @contextmanager
@@ -121,9 +128,17 @@ def _signals() -> Iterator[None]:
 
     before: Mapping[int, Any] = {}
     try:
-        names = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+        names = [
+            number
+            for name in ("SIGTERM", "SIGHUP")
+            if (number := getattr(signal, name, None)) is not None
+        ]
         # `nohup` has switched hanging up off, and means it.
-        before = {number: signal.signal(number, interrupt) for number in names if signal.getsignal(number) != signal.SIG_IGN}
+        before = {
+            number: signal.signal(number, interrupt)
+            for number in names
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
     except ValueError:
         pass  # not in the main thread
     try:

@@ -38,7 +38,9 @@ def done(plan: Plan, unit: Unit) -> Done:
     measured = failed = 0
     seconds = 0.0
     fingerprint: str | None = None
-    for file, run, told in reversed(list(results(plan.folder(unit)))):  # the newest first: it says which weights are meant
+    for file, run, told in reversed(
+        list(results(plan.folder(unit)))
+    ):  # the newest first: it says which weights are meant
         reason = _reason(plan, file, run, told, expected, now)
         coupling = _coupling(run)
         if reason is None and fingerprint not in (None, coupling.get("fingerprint")):
@@ -47,14 +49,25 @@ def done(plan: Plan, unit: Unit) -> Done:
             why = why or f"{file.name}: {reason}"
             continue
         fingerprint = fingerprint or coupling.get("fingerprint")
-        new = [name for name, shots in told["tasks"].items() if name in wanted and wanted[name].num_fewshot == shots]
+        new = [
+            name
+            for name, shots in told["tasks"].items()
+            if name in wanted and wanted[name].num_fewshot == shots
+        ]
         for name in new:
             del wanted[name]
         if new:
-            measured, failed = measured + coupling.get("measured", 0), failed + coupling.get("failed", 0)
+            measured, failed = (
+                measured + coupling.get("measured", 0),
+                failed + coupling.get("failed", 0),
+            )
             seconds += float(run.get("total_evaluation_time_seconds") or 0)
     return Done(
-        missing=tuple(wanted.values()), why=why if wanted else None, measured=measured, failed=failed, seconds=seconds
+        missing=tuple(wanted.values()),
+        why=why if wanted else None,
+        measured=measured,
+        failed=failed,
+        seconds=seconds,
     )
 
 
@@ -74,7 +87,10 @@ def set_aside(plan: Plan, unit: Unit) -> None:
     deleted: without the ending ``.superseded`` they are what they were.
     """
     expected, now = asked(plan, unit), source(unit, plan.run.environment)
-    whole = {file: _reason(plan, file, run, told, expected, now) for file, run, told in results(plan.folder(unit))}
+    whole = {
+        file: _reason(plan, file, run, told, expected, now)
+        for file, run, told in results(plan.folder(unit))
+    }
     for file in plan.folder(unit).glob("*/results_*.json"):
         if whole.get(file) is not None or _read(file) is None:
             for belonging in file.parent.glob(f"*_{file.stem.removeprefix('results_')}.*"):
@@ -82,11 +98,18 @@ def set_aside(plan: Plan, unit: Unit) -> None:
 
 
 def _reason(
-    plan: Plan, file: Path, run: Mapping[str, Any], told: Mapping[str, Any], expected: Mapping[str, Any], now: str | None
+    plan: Plan,
+    file: Path,
+    run: Mapping[str, Any],
+    told: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    now: str | None,
 ) -> str | None:
     """Why results do not count, or None."""
     if told.get("asked") != expected:
-        differing = sorted(key for key in expected if told.get("asked", {}).get(key) != expected[key])
+        differing = sorted(
+            key for key in expected if told.get("asked", {}).get(key) != expected[key]
+        )
         return f"asked for with other {', '.join(differing)}"
     if not same(told.get("source"), now):
         return "the model's files have changed since"
@@ -106,7 +129,9 @@ def _unfinished(plan: Plan, file: Path, run: Mapping[str, Any]) -> str | None:
     date = file.stem.removeprefix("results_")
     coupling = _coupling(run)
     for prefix, of in (("", coupling), ("untrained_", coupling.get("untrained") or {})):
-        measured = [task for task, found in (of.get("tasks") or {}).items() if found.get("measured")]
+        measured = [
+            task for task, found in (of.get("tasks") or {}).items() if found.get("measured")
+        ]
         if len(list(file.parent.glob(f"{prefix}coupling_*_{date}.parquet"))) < len(measured):
             return "not all tables were written"
     if plan.lm_eval.get("log_samples"):

@@ -25,10 +25,14 @@ class Fields:
         self.where, self.problems = where, problems
         self.values: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
         if not isinstance(value, Mapping):
-            problems.append(f"got {value!r} for {where or 'the plan'}, expected a mapping with {', '.join(known)}")
+            problems.append(
+                f"got {value!r} for {where or 'the plan'}, expected a mapping with {', '.join(known)}"
+            )
         for key in self.values:
             if key not in known:
-                problems.append(f"got unknown key {self.at(key)}, did you mean {nearest(str(key), known)}?")
+                problems.append(
+                    f"got unknown key {self.at(key)}, did you mean {nearest(str(key), known)}?"
+                )
 
     def at(self, key: Any) -> str:
         """A field's full name."""
@@ -61,7 +65,9 @@ class Fields:
 
     def whole(self, key: str, default: int | None = None, least: int = 1) -> Any:
         """A whole number."""
-        return self.take(key, lambda v: is_whole(v) and v >= least, f"a whole number of {least} or more", default)
+        return self.take(
+            key, lambda v: is_whole(v) and v >= least, f"a whole number of {least} or more", default
+        )
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A number above zero."""

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval_coupling.sweep import cluster, record
+from lm_eval_coupling.sweep import cluster
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.units import Unit
 from lm_eval_coupling.sweep.work import COMMAND, Worker
@@ -22,7 +23,9 @@ _SIGNAL_SECONDS = 5.0
 class UnitJob:
     """What submitit calls on the node; it comes back to it when the job is asked to leave."""
 
-    def __init__(self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] = COMMAND
+    ) -> None:
         """A unit, with a batch size instead of the plan's, and what runs lm-eval."""
         self.plan, self.unit, self.batch_size, self.command = plan, unit, batch_size, command
         self._worker: Worker | None = None
@@ -32,13 +35,19 @@ class UnitJob:
         from submitit.core.utils import UncompletedJobError
 
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-        threads = {"OMP_NUM_THREADS": cpus} if cpus and "OMP_NUM_THREADS" not in self.plan.run.environment else {}
+        threads = (
+            {"OMP_NUM_THREADS": cpus}
+            if cpus and "OMP_NUM_THREADS" not in self.plan.run.environment
+            else {}
+        )
         self._worker = Worker(self.plan, threads, self.command, patience=_PATIENCE_SECONDS)
         try:
             outcome = self._worker.run(self.unit, self.batch_size)
             if outcome.state == "stopped":
                 self._leave()
-        except UncompletedJobError as error:  # raised by the signal's handler, where the job may not be queued once more
+        except (
+            UncompletedJobError
+        ) as error:  # raised by the signal's handler, where the job may not be queued once more
             record.write(self.plan.folder(self.unit), state="stopped", reason=str(error))
             raise
         return dataclasses.asdict(outcome)
@@ -66,7 +75,9 @@ class UnitJob:
         for number in (JobEnvironment._usr_sig(), signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         pickle = JobEnvironment().paths.submitted_pickle
-        pickle.with_suffix(f"{pickle.suffix}.save_tmp").unlink(missing_ok=True)  # of a life that was killed just here
+        pickle.with_suffix(f"{pickle.suffix}.save_tmp").unlink(
+            missing_ok=True
+        )  # of a life that was killed just here
         if self._worker is not None:
             self._worker.kill()
         return DelayedSubmission(UnitJob(self.plan, self.unit, self.batch_size, self.command))

@@ -40,7 +40,9 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
         todo.put(unit)
     stop = threading.Event()
     workers = [Worker(plan, environment, command) for environment in slots(plan.run)[: len(units)]]
-    ended = [threading.Event() for _ in workers]  # `join` takes a thread for ended that Ctrl-C met it waiting for
+    ended = [
+        threading.Event() for _ in workers
+    ]  # `join` takes a thread for ended that Ctrl-C met it waiting for
     for worker, end in zip(workers, ended, strict=True):
         threading.Thread(target=_work, args=(worker, todo, board, stop, end), daemon=True).start()
     interrupts = 0
@@ -53,19 +55,29 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
             for worker in workers:
                 (worker.stop if interrupts == 1 else worker.kill)()
             if interrupts == 1:
-                board.say("stopping: runs write what they have (again Ctrl-C: at once); the same command goes on later")
+                board.say(
+                    "stopping: runs write what they have (again Ctrl-C: at once); the same command goes on later"
+                )
     if interrupts:
         raise KeyboardInterrupt
 
 
-def _work(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event, end: threading.Event) -> None:
+def _work(
+    worker: Worker,
+    todo: queue.Queue[Unit],
+    board: Board,
+    stop: threading.Event,
+    end: threading.Event,
+) -> None:
     try:
         _work_on_all(worker, todo, board, stop)
     finally:
         end.set()
 
 
-def _work_on_all(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event) -> None:
+def _work_on_all(
+    worker: Worker, todo: queue.Queue[Unit], board: Board, stop: threading.Event
+) -> None:
     while not stop.is_set():
         try:
             unit = todo.get_nowait()
@@ -76,7 +88,9 @@ def _work_on_all(worker: Worker, todo: queue.Queue[Unit], board: Board, stop: th
             outcome = worker.run(unit)
         except Exception as error:  # whatever it is, the other units are not to suffer from it
             outcome = Outcome(state="failed", reason=f"{type(error).__name__}: {error}")
-        if outcome.state == "busy":  # what a killed sweep has left running: it is looked at again when it has ended
+        if (
+            outcome.state == "busy"
+        ):  # what a killed sweep has left running: it is looked at again when it has ended
             board.set(unit, "running", "in a process of an earlier sweep")
             todo.put(unit)
             stop.wait(_AGAIN_SECONDS)
@@ -92,10 +106,14 @@ def slots(run: Local) -> list[dict[str, str]]:
     for number in range(count):
         device = devices[number % len(devices)]
         # Where none is seen nothing is hidden: devices of other makers listen to the same variable.
-        environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+        environment = (
+            {} if device is None else {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+        )
         if run.threads or count > 1:
             share = run.threads or max(1, cores() // count)
-            environment |= {name: str(share) for name in _THREADS if run.threads or name not in run.environment}
+            environment |= {
+                name: str(share) for name in _THREADS if run.threads or name not in run.environment
+            }
         made.append(environment)
     return made
 
@@ -107,7 +125,12 @@ def visible_devices() -> list[str]:
     if (program := shutil.which("nvidia-smi")) is None:
         return []
     try:
-        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(
+            [program, "-L"], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
+    return [
+        str(number)
+        for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
+    ]

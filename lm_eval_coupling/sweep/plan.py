@@ -105,11 +105,15 @@ def read(file: Path | str) -> Plan:
     try:
         content = yaml12.load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CouplingError(f"got {file}, which cannot be read ({why(error)}); give a plan in YAML") from None
+        raise CouplingError(
+            f"got {file}, which cannot be read ({why(error)}); give a plan in YAML"
+        ) from None
     except yaml.YAMLError as error:
         raise CouplingError(f"got {file}, which is no YAML ({_one_line(error)}); mend it") from None
     problems: list[str] = []
-    fields = Fields(content, "", ["models", "tasks", "coupling", "lm_eval", "output", "run"], problems)
+    fields = Fields(
+        content, "", ["models", "tasks", "coupling", "lm_eval", "output", "run"], problems
+    )
     units = read_units(fields)
     tasks = _tasks(fields)
     coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
@@ -132,7 +136,9 @@ def read(file: Path | str) -> Plan:
 
 
 def _tasks(fields: Fields) -> list[Task]:
-    given = fields.need("tasks", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of tasks")
+    given = fields.need(
+        "tasks", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of tasks"
+    )
     found: list[Task] = []
     for number, item in enumerate([given] if is_text(given) else given or []):
         if is_text(item):
@@ -144,7 +150,9 @@ def _tasks(fields: Fields) -> list[Task]:
         found += [Task(name, shots)] if name else []
     names = [task.name for task in found]
     fields.problems += [
-        f"got the task {name} twice; lm-eval runs it once" for name in sorted(set(names)) if names.count(name) > 1
+        f"got the task {name} twice; lm-eval runs it once"
+        for name in sorted(set(names))
+        if names.count(name) > 1
     ]
     return found
 
@@ -153,9 +161,13 @@ def _coupling(fields: Fields) -> dict[str, Any]:
     given = fields.mapping("coupling")
     for name in given:
         if name.startswith("coupling_"):
-            fields.problems.append(f"got coupling.{name}, expected it without its prefix: {name.removeprefix('coupling_')}")
+            fields.problems.append(
+                f"got coupling.{name}, expected it without its prefix: {name.removeprefix('coupling_')}"
+            )
     if "out" in given:
-        fields.problems.append("got coupling.out, expected tables to lie beside their results; leave it out")
+        fields.problems.append(
+            "got coupling.out, expected tables to lie beside their results; leave it out"
+        )
     if "dry_run" in given:
         fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
     return {name: value for name, value in given.items() if not name.startswith("coupling_")}
@@ -165,12 +177,16 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
     given = fields.mapping("lm_eval")
     for name in given:
         if name in _NOT_FOR_LM_EVAL:
-            fields.problems.append(f"got lm_eval.{name}, which is not for lm_eval here; use {_NOT_FOR_LM_EVAL[name]}")
+            fields.problems.append(
+                f"got lm_eval.{name}, which is not for lm_eval here; use {_NOT_FOR_LM_EVAL[name]}"
+            )
     if given.get("num_fewshot") is not None and any(task.num_fewshot is not None for task in tasks):
         fields.problems.append(
             "got lm_eval.num_fewshot beside that of a task, which it would override; give it to each task"
         )
-    return {"log_samples": True} | {name: value for name, value in given.items() if name not in _NOT_FOR_LM_EVAL}
+    return {"log_samples": True} | {
+        name: value for name, value in given.items() if name not in _NOT_FOR_LM_EVAL
+    }
 
 
 def _run(fields: Fields) -> Local | Slurm | None:
@@ -185,8 +201,17 @@ def _run(fields: Fields) -> Local | Slurm | None:
 
 
 def _local(given: Any, problems: list[str]) -> Local:
-    run = Fields(given, "run", ["on", "workers", "devices", "threads", "keep_scores", "environment"], problems)
-    ids: list[Any] = [run.values["devices"]] if is_text(run.values.get("devices")) else run.values.get("devices") or []
+    run = Fields(
+        given,
+        "run",
+        ["on", "workers", "devices", "threads", "keep_scores", "environment"],
+        problems,
+    )
+    ids: list[Any] = (
+        [run.values["devices"]]
+        if is_text(run.values.get("devices"))
+        else run.values.get("devices") or []
+    )
     if not isinstance(ids, list) or not all(is_text(device) or is_whole(device) for device in ids):
         run.refuse("devices", "cpu, or a list of devices such as [0, 1]")
         ids = []
@@ -200,7 +225,18 @@ def _local(given: Any, problems: list[str]) -> Local:
 
 
 _WORDS = ("partition", "account", "qos", "constraint")
-_SLURM = ["on", *_WORDS, "gpus", "cpus", "memory_gb", "hours", "at_once", "requeues", "setup", "options"]
+_SLURM = [
+    "on",
+    *_WORDS,
+    "gpus",
+    "cpus",
+    "memory_gb",
+    "hours",
+    "at_once",
+    "requeues",
+    "setup",
+    "options",
+]
 
 
 def _slurm(given: Any, problems: list[str]) -> Slurm:
@@ -227,7 +263,9 @@ def _keep_scores(run: Fields, default: bool) -> bool:
 
 
 def _environment(run: Fields) -> dict[str, str]:
-    return {name: str(value) for name, value in run.mapping("environment").items() if value is not None}
+    return {
+        name: str(value) for name, value in run.mapping("environment").items() if value is not None
+    }
 
 
 def _one_line(error: Exception) -> str:

@@ -56,4 +56,6 @@ def stopped(code: int) -> bool:
     return -code in (signal.SIGINT, signal.SIGTERM, *_USER_SIGNALS) or code in (130, 143)
 
 
-_USER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+_USER_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)

@@ -16,8 +16,23 @@ NOTE = "coupling_sweep"  # the key under which lm-eval's results carry what was 
 
 # How it is computed and what is shown meanwhile: results asked for otherwise in these are still the ones asked for.
 _NO_MATTER = {
-    *("batch_size", "max_batch_size", "device", "cache_requests", "verbosity", "write_out", "show_config"),
-    *("check_integrity", "confirm_run_unsafe_code", "wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args"),
+    *(
+        "batch_size",
+        "max_batch_size",
+        "device",
+        "cache_requests",
+        "verbosity",
+        "write_out",
+        "show_config",
+    ),
+    *(
+        "check_integrity",
+        "confirm_run_unsafe_code",
+        "wandb_args",
+        "wandb_config_args",
+        "trackio_args",
+        "hf_hub_log_args",
+    ),
 }
 
 
@@ -29,7 +44,9 @@ def asked(plan: Plan, unit: Unit) -> dict[str, Any]:
             "revision": unit.revision,
             "arguments": unit.arguments,
             "coupling": {name: value for name, value in plan.coupling.items() if name != "store"},
-            "lm_eval": {name: value for name, value in plan.lm_eval.items() if name not in _NO_MATTER},
+            "lm_eval": {
+                name: value for name, value in plan.lm_eval.items() if name not in _NO_MATTER
+            },
         }
     )
 
@@ -43,7 +60,9 @@ def note(plan: Plan, unit: Unit, tasks: Iterable[Task]) -> dict[str, Any]:
     }
 
 
-def configuration(plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any = None) -> dict[str, Any]:
+def configuration(
+    plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any = None
+) -> dict[str, Any]:
     """The content of a file for ``lm_eval run --config FILE``.
 
     Args:
@@ -60,13 +79,19 @@ def configuration(plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any
     store = {"coupling_store": str(store_file(folder))} if plan.measures else {}
     made = dict(plan.lm_eval) | {
         "model": "coupling-hf",
-        "model_args": {"pretrained": unit.model, "revision": unit.revision} | store | coupling | dict(unit.arguments),
+        "model_args": {"pretrained": unit.model, "revision": unit.revision}
+        | store
+        | coupling
+        | dict(unit.arguments),
         "tasks": [task.name for task in tasks],
         "output_path": str(folder),
         "metadata": {NOTE: note(plan, unit, tasks)},
     }
     if any(task.num_fewshot is not None for task in tasks):
-        made["include_path"] = [*_several(plan.lm_eval.get("include_path")), str(overrides_folder(plan))]
+        made["include_path"] = [
+            *_several(plan.lm_eval.get("include_path")),
+            str(overrides_folder(plan)),
+        ]
     if plan.run.keep_scores:
         made["use_cache"] = str(scores_file(folder))
     if batch_size is not None:
@@ -82,7 +107,7 @@ def store_file(folder: Path) -> Path:
     Returns:
         The file, which may not be there yet.
     """
-    from lm_eval_coupling.measuring.store import SCHEMA_VERSION
+    from lm_eval_coupling.runs.store import SCHEMA_VERSION
 
     return folder / f"measurements-{SCHEMA_VERSION}.sqlite"
 

@@ -33,7 +33,10 @@ def locks_work(folder: Path) -> bool:
 
 def _kept_out(file: Path) -> bool:
     with subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _HOLD, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdin is not None and other.stdout is not None
         held = other.stdout.readline().strip() == "held"

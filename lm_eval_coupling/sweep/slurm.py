@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import cluster, record
+from lm_eval_coupling.sweep import cluster
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import done
@@ -61,17 +62,29 @@ def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] 
         while waiting:
             now, waiting = waiting[:_ARRAY], waiting[_ARRAY:]
             queue = _queue(board)
-            fresh = [unit for unit in now if _job(plan, unit) not in queue and not held(plan.folder(unit) / record.LOCK)]
-            _submit(plan, [UnitJob(plan, unit, sizes.get(unit.name), command) for unit in fresh], board)
+            fresh = [
+                unit
+                for unit in now
+                if _job(plan, unit) not in queue and not held(plan.folder(unit) / record.LOCK)
+            ]
+            _submit(
+                plan, [UnitJob(plan, unit, sizes.get(unit.name), command) for unit in fresh], board
+            )
             at_work = {unit.name for unit in now if unit in fresh or _job(plan, unit) in queue}
             for unit, end in _watch(plan, now, board):
                 smaller = half(plan.lm_eval.get("batch_size", 1))
                 if unit.name not in at_work:  # another process had it, and has let it go
                     waiting.append(unit)
                 elif end.job == "OUT_OF_MEMORY" and unit.name not in sizes and smaller is not None:
-                    sizes[unit.name] = smaller  # the system killed the whole job, which could not try again itself
+                    sizes[unit.name] = (
+                        smaller  # the system killed the whole job, which could not try again itself
+                    )
                     waiting.append(unit)
-                elif end.job in _LOST and not end.said and tries[unit.name] < (plan.run.requeues if end.begun else 1):
+                elif (
+                    end.job in _LOST
+                    and not end.said
+                    and tries[unit.name] < (plan.run.requeues if end.begun else 1)
+                ):
                     tries[unit.name] += 1
                     waiting.append(unit)
     except KeyboardInterrupt:
@@ -88,7 +101,9 @@ def _queue(board: Board) -> Mapping[str, Job]:
     said = False
     while (queue := cluster.jobs()) is None:
         if not said:
-            board.say("the cluster does not answer (squeue): waiting for it; jobs in its queue go on")
+            board.say(
+                "the cluster does not answer (squeue): waiting for it; jobs in its queue go on"
+            )
             said = True
         time.sleep(_POLL_SECONDS)
     return queue
@@ -101,7 +116,9 @@ def _submit(plan: Plan, works: Sequence[UnitJob], board: Board) -> None:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     assert isinstance(plan.run, Slurm)
-    executor = submitit.SlurmExecutor(plan.output.absolute() / "slurm", max_num_timeout=plan.run.requeues)
+    executor = submitit.SlurmExecutor(
+        plan.output.absolute() / "slurm", max_num_timeout=plan.run.requeues
+    )
     executor.update_parameters(**parameters(plan.run, len(works)))
     try:
         with executor.batch():
@@ -148,7 +165,9 @@ def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> Iterator[tuple[Un
             job = _job(plan, unit)
             if (found := queue.get(job)) is not None:
                 absent[unit.name] = 0
-                board.set(unit, *("running",) if found.running else ("waiting", f"job {job} {found}"))
+                board.set(
+                    unit, *("running",) if found.running else ("waiting", f"job {job} {found}")
+                )
                 continue
             if held(plan.folder(unit) / record.LOCK):
                 absent[unit.name] = 0
@@ -157,7 +176,9 @@ def _watch(plan: Plan, units: Sequence[Unit], board: Board) -> Iterator[tuple[Un
             absent[unit.name] += 1
             if absent[unit.name] < 2 and not done(plan, unit).complete:
                 continue
-            if not cluster.over(ended := cluster.state(job)):  # the list was made between two of its states
+            if not cluster.over(
+                ended := cluster.state(job)
+            ):  # the list was made between two of its states
                 continue
             left.remove(unit)
             if (end := _close(plan, unit, job, ended, board)) is not None:

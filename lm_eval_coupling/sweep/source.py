@@ -23,7 +23,10 @@ def source(unit: Unit, environment: Mapping[str, str]) -> str | None:
     Returns:
         Words that are the same as long as the weights are.
     """
-    folders = [Path(unit.model), *(Path(str(unit.arguments[key])) for key in ("peft", "delta") if key in unit.arguments)]
+    folders = [
+        Path(unit.model),
+        *(Path(str(unit.arguments[key])) for key in ("peft", "delta") if key in unit.arguments),
+    ]
     if folders[0].is_dir():
         return "files " + _files([folder for folder in folders if folder.is_dir()])
     commit = _commit(unit.model, unit.revision, environment)
@@ -64,6 +67,9 @@ def _commit(model: str, revision: str, environment: Mapping[str, str]) -> str | 
 def _cached(model: str, environment: Mapping[str, str]) -> Path:
     """Where the hub's client keeps a model, by the variables that a unit will see."""
     variables = {**os.environ, **environment}
-    home = variables.get("HF_HOME") or Path(variables.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    home = (
+        variables.get("HF_HOME")
+        or Path(variables.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
     hub = Path(variables.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     return hub / f"models--{model.replace('/', '--')}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import Done, done
 from lm_eval_coupling.sweep.lock import held
@@ -50,7 +50,9 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
     elif held(folder / record.LOCK):
         state, detail = "running", progress(log)
     elif (job := (queue or {}).get(str(said.get("job")))) is not None:
-        state, detail = ("running", progress(log)) if job.running else ("waiting", f"job {said['job']} {job}")
+        state, detail = (
+            ("running", progress(log)) if job.running else ("waiting", f"job {said['job']} {job}")
+        )
     elif said.get("state") in ("failed", "stopped"):
         state, detail = said["state"], str(said.get("reason") or "")
     elif said.get("state") in ("running", "waiting"):
@@ -58,10 +60,16 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
         where = f"job {name}" if name else f"process {said.get('pid')} on {said.get('host')}"
         state, detail = "stopped", f"{where} ended before it was done"
         if name and queue is None:
-            state, detail = said["state"], f"job {name}, as last heard of; the cluster does not answer"
+            state, detail = (
+                said["state"],
+                f"job {name}, as last heard of; the cluster does not answer",
+            )
     if state not in ("done", "running", "waiting") and len(found.missing) < len(plan.tasks):
         names = ", ".join(task.name for task in found.missing)
-        detail = f"{detail}; " * bool(detail) + f"{len(found.missing)} of {len(plan.tasks)} tasks: {names}"
+        detail = (
+            f"{detail}; " * bool(detail)
+            + f"{len(found.missing)} of {len(plan.tasks)} tasks: {names}"
+        )
     seconds = found.seconds if found.complete else float(said.get("seconds") or 0)
     return Status(unit=unit, state=state, detail=detail, found=found, log=log, seconds=seconds)
 
@@ -77,4 +85,6 @@ def progress(log: Path) -> str:
 def _measured(found: Done) -> str:
     if not found.measured and not found.failed:
         return ""
-    return f"{found.measured} documents measured" + (f", {found.failed} not" if found.failed else "")
+    return f"{found.measured} documents measured" + (
+        f", {found.failed} not" if found.failed else ""
+    )

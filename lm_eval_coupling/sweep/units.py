@@ -17,8 +17,23 @@ from lm_eval_coupling.sweep import yaml12
 from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole
 
 # The facts that `fit` knows; any other name is a column of its own.
-FACTS = ("family", "tuned", "training_tokens", "released", "n_params", "n_layers", "d_model", "n_heads", "vocab_size")
-_MEANT = {"tokens": "training_tokens", "release": "released", "release_date": "released", "params": "n_params"}
+FACTS = (
+    "family",
+    "tuned",
+    "training_tokens",
+    "released",
+    "n_params",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "vocab_size",
+)
+_MEANT = {
+    "tokens": "training_tokens",
+    "release": "released",
+    "release_date": "released",
+    "params": "n_params",
+}
 _COLUMNS = (
     "model",
     "revision",
@@ -67,14 +82,20 @@ class Unit:
 
 def read_units(fields: Fields) -> list[Unit]:
     """The units of a plan, in its order; problems are noted in ``fields``."""
-    given = fields.need("models", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of models")
+    given = fields.need(
+        "models", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of models"
+    )
     units: list[Unit] = []
     for number, item in enumerate([given] if is_text(given) else given or []):
-        units += _units_of({"model": item} if is_text(item) else item, f"models[{number}]", fields.problems)
+        units += _units_of(
+            {"model": item} if is_text(item) else item, f"models[{number}]", fields.problems
+        )
     seen: set[str] = set()
     for unit in units:
         if unit.name in seen:
-            fields.problems.append(f"got the model {unit.model} at revision {unit.revision} twice; name it once")
+            fields.problems.append(
+                f"got the model {unit.model} at revision {unit.revision} twice; name it once"
+            )
         seen.add(unit.name)
     return units
 
@@ -98,7 +119,12 @@ def _models(model: str, fields: Fields) -> list[str]:
     found = [folder for folder in glob.glob(model) if (Path(folder) / "config.json").is_file()]
     if not found:
         fields.refuse("model", "a pattern of folders with a config.json; there is none")
-    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(
+        found,
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def _revisions(fields: Fields) -> dict[str, dict[str, Any]]:
@@ -106,10 +132,19 @@ def _revisions(fields: Fields) -> dict[str, dict[str, Any]]:
     given = fields.values.get("revisions")
     if given is None:
         return {"main": {}}
-    pairs = given.items() if isinstance(given, Mapping) else [(revision, None) for revision in _listed(given)]
-    named = {str(revision): facts for revision, facts in pairs if is_text(revision) or is_whole(revision)}
+    pairs = (
+        given.items()
+        if isinstance(given, Mapping)
+        else [(revision, None) for revision in _listed(given)]
+    )
+    named = {
+        str(revision): facts for revision, facts in pairs if is_text(revision) or is_whole(revision)
+    }
     if not named or len(named) != len(pairs):
-        fields.refuse("revisions", "a list of different texts, such as [step1000, step143000]; put numbers in quotes")
+        fields.refuse(
+            "revisions",
+            "a list of different texts, such as [step1000, step143000]; put numbers in quotes",
+        )
         return {"main": {}}
     own = Fields(named, fields.at("revisions"), [*named], fields.problems)
     return {revision: _facts(own, revision) for revision in named}
@@ -129,11 +164,18 @@ def _arguments(fields: Fields) -> dict[str, Any]:
         if any("=" not in part for part in parts):
             fields.refuse("args", "name=value,name=value or a mapping")
             return {}
-        given = {name.strip(): _value(value) for name, _, value in (part.partition("=") for part in parts)}
+        given = {
+            name.strip(): _value(value)
+            for name, _, value in (part.partition("=") for part in parts)
+        }
     if not isinstance(given, Mapping) or not all(map(is_text, given)):
         fields.refuse("args", "name=value,name=value or a mapping")
         return {}
-    for name, instead in (("pretrained", "model"), ("revision", "revisions"), ("coupling_out", "nothing")):
+    for name, instead in (
+        ("pretrained", "model"),
+        ("revision", "revisions"),
+        ("coupling_out", "nothing"),
+    ):
         if name in given:
             fields.problems.append(f"got {name} among {fields.at('args')}; use {instead}")
     return dict(given)
@@ -177,7 +219,9 @@ def _facts(fields: Fields, key: str) -> dict[str, Any]:
         elif name not in FACTS and _alike(name):
             fields.problems.append(f"got {place}, did you mean {nearest(name, [*FACTS])}?")
         elif isinstance(value, Mapping | list) or (name in FACTS[2:] and isinstance(value, str)):
-            fields.problems.append(f"got {place}: {value!r}, expected a number" + " or a date" * (name == "released"))
+            fields.problems.append(
+                f"got {place}: {value!r}, expected a number" + " or a date" * (name == "released")
+            )
         else:
             found[name] = _year(value) if isinstance(value, datetime.date) else value
     return found

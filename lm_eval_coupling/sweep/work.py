@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from lm_eval_coupling.errors import why
-from lm_eval_coupling.sweep import answers, record
+from lm_eval_coupling.sweep import answers
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.done import done, set_aside
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Plan
@@ -59,7 +60,12 @@ class Worker:
             patience: seconds to wait for a unit that another process holds.
         """
         self.plan, self.command, self.patience = plan, command, patience
-        self.environment = {**os.environ, **plan.run.environment, **(environment or {}), "PYTHONUNBUFFERED": "1"}
+        self.environment = {
+            **os.environ,
+            **plan.run.environment,
+            **(environment or {}),
+            "PYTHONUNBUFFERED": "1",
+        }
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,7 +83,9 @@ class Worker:
         try:
             with lock(folder / record.LOCK, patience=self.patience) as descriptor:
                 outcome = self._run(unit, folder, descriptor, batch_size)
-                record.write(folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds)
+                record.write(
+                    folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds
+                )
         except Held:
             return Outcome(state="busy", reason="another process is at work on it")
         except OSError as error:
@@ -107,14 +115,22 @@ class Worker:
         if not (missing := done(self.plan, unit).missing):
             return Outcome(state="done")
         start = time.monotonic()
-        code = self._process_of(folder, configuration(self.plan, unit, missing, batch_size), descriptor)
+        code = self._process_of(
+            folder, configuration(self.plan, unit, missing, batch_size), descriptor
+        )
         seconds, text = time.monotonic() - start, tail(folder / record.LOG)
         if (found := done(self.plan, unit)).complete:
             return Outcome(state="done", seconds=seconds)
         if self._stopping.is_set() or stopped(code):
             why = "by Ctrl-C or its like" if self._stopping.is_set() else f"by {ending(code)}"
-            return Outcome(state="stopped", reason=f"{why}; what was measured is kept", seconds=seconds)
-        why = reason(text, code) if code else found.why or "lm-eval ended well but left no complete results"
+            return Outcome(
+                state="stopped", reason=f"{why}; what was measured is kept", seconds=seconds
+            )
+        why = (
+            reason(text, code)
+            if code
+            else found.why or "lm-eval ended well but left no complete results"
+        )
         memory = code != 0 and out_of_memory(text, code)
         if memory:
             why = f"out of memory with batch size {batch_size}: {why}"
@@ -124,22 +140,37 @@ class Worker:
         """Run lm-eval to its end; returns its exit code."""
         answers.forget_old(folder, made["metadata"][NOTE])
         file = folder / "lm_eval.yaml"
-        file.write_text(yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        file.write_text(
+            yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
         command = [*self.command, "--config", str(file)]
         with (folder / record.LOG).open("ab") as log:
             log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             log.flush()
             # A group of its own: Ctrl-C reaches it through us, and what it starts ends with it. It holds the unit's lock
             # too, so that a sweep that comes after a killed one leaves it in peace.
-            posix: dict[str, Any] = {"start_new_session": True, "pass_fds": (descriptor,)} if os.name == "posix" else {}
+            posix: dict[str, Any] = (
+                {"start_new_session": True, "pass_fds": (descriptor,)} if os.name == "posix" else {}
+            )
             with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment, **posix
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                **posix,
             ) as self._process:
-                record.write(folder, state="running", batch_size=made["batch_size"], child=self._process.pid)
+                record.write(
+                    folder, state="running", batch_size=made["batch_size"], child=self._process.pid
+                )
                 return self._wait(self._process)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        steps: list[tuple[int, float]] = [(signal.SIGINT, GRACE_SECONDS), (signal.SIGTERM, 5), (_KILL, 60)]
+        steps: list[tuple[int, float]] = [
+            (signal.SIGINT, GRACE_SECONDS),
+            (signal.SIGTERM, 5),
+            (_KILL, 60),
+        ]
         until = 0.0
         while True:
             try:

@@ -30,13 +30,17 @@ class _Loader(yaml.SafeLoader):
         for number, key in enumerate(keys):
             if key in keys[:number]:
                 mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} stands twice", problem_mark=mark
+                )
         return super().construct_mapping(node, deep)
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(
-        _tag, re.compile(f"^(?:{_pattern})$"), [*_first.replace("\0", ""), *([""] * ("\0" in _first))]
+        _tag,
+        re.compile(f"^(?:{_pattern})$"),
+        [*_first.replace("\0", ""), *([""] * ("\0" in _first))],
     )
 
 

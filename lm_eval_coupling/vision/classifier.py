@@ -45,7 +45,9 @@ class Classifier:
         from transformers import AutoModelForImageClassification
 
         try:
-            model = AutoModelForImageClassification.from_pretrained(name, revision=revision, dtype="auto")
+            model = AutoModelForImageClassification.from_pretrained(
+                name, revision=revision, dtype="auto"
+            )
             processor = _processor(name, revision)
         except Exception as error:  # the libraries below raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -79,7 +81,9 @@ class Classifier:
         """Log-probability of every label, float32 on the CPU; one pass, unless the processor leaves images their sizes."""
         together = len({image.shape for image in pixels}) == 1
         batches = [torch.stack(list(pixels))] if together else [image[None] for image in pixels]
-        logits = [self.model(pixel_values=batch.to(self.device, self.dtype)).logits for batch in batches]
+        logits = [
+            self.model(pixel_values=batch.to(self.device, self.dtype)).logits for batch in batches
+        ]
         return torch.cat(logits).float().log_softmax(-1).cpu()
 
 
@@ -88,8 +92,12 @@ def _processor(name: str, revision: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+        return transformers.AutoImageProcessor.from_pretrained(
+            name, revision=revision, backend="pil"
+        )
     except ImportError:
-        about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+        about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(
+            name, revision=revision
+        )
         kind = about["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
         return getattr(transformers, f"{kind}Pil").from_pretrained(name, revision=revision)

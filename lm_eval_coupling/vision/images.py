@@ -14,7 +14,13 @@ from PIL import Image
 
 from lm_eval_coupling.errors import CouplingError
 
-_FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_FILES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +67,15 @@ class LabelledImages:
         row = self.rows[number]
         cell = row[image] or {}
         file = "/".join(Path(cell.get("path") or "").parts[-2:])
-        return LabelledImage(number, f"{number} ({file})" if file else str(number), _bytes_of(cell), int(row[label]))
+        return LabelledImage(
+            number, f"{number} ({file})" if file else str(number), _bytes_of(cell), int(row[label])
+        )
 
     def first(self, limit: int | None) -> Iterator[LabelledImage]:
         """The first images, all where ``limit`` is ``None``."""
-        return (self[number] for number in range(len(self) if limit is None else min(limit, len(self))))
+        return (
+            self[number] for number in range(len(self) if limit is None else min(limit, len(self)))
+        )
 
     def count_labels(self) -> int:
         """One more than the largest number of a label that occurs."""
@@ -109,8 +119,16 @@ def load_images(data: str, split: str | None = None) -> LabelledImages:
         classes = rows.features[label].names
     rows = rows.filter(_is_labelled, input_columns=label)
     if not len(rows):
-        raise CouplingError(f"got {data}, whose split {rows.split} has no labelled image; choose another with --split")
-    return LabelledImages(name=_name_of(data), split=str(rows.split), classes=classes, rows=rows, columns=(image, label))
+        raise CouplingError(
+            f"got {data}, whose split {rows.split} has no labelled image; choose another with --split"
+        )
+    return LabelledImages(
+        name=_name_of(data),
+        split=str(rows.split),
+        classes=classes,
+        rows=rows,
+        columns=(image, label),
+    )
 
 
 def _loaded(data: str) -> Mapping[str, Any]:
@@ -120,14 +138,18 @@ def _loaded(data: str) -> Mapping[str, Any]:
     try:
         if path.is_file():
             if path.suffix not in _FILES:
-                raise CouplingError(f"got the file {data}, expected a folder of images, .parquet, or a data set's name")
+                raise CouplingError(
+                    f"got the file {data}, expected a folder of images, .parquet, or a data set's name"
+                )
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path))
         return datasets.load_dataset(str(path) if path.is_dir() else data)
     except CouplingError:
         raise
     except Exception as error:  # the libraries below raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CouplingError(f"got data {data!r}, which datasets cannot load: {reason[0][:300]}") from error
+        raise CouplingError(
+            f"got data {data!r}, which datasets cannot load: {reason[0][:300]}"
+        ) from error
 
 
 def _split_of(splits: Mapping[str, Any], split: str | None, data: str) -> Any:
@@ -143,10 +165,15 @@ def _image_column(rows: Any, data: str) -> str:
     import datasets
 
     def holds_images(feature: Any) -> bool:
-        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+        return isinstance(feature, datasets.Image) or (
+            isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+        )
 
     return _the_one(
-        [name for name, feature in rows.features.items() if holds_images(feature)], "column of images", rows, data
+        [name for name, feature in rows.features.items() if holds_images(feature)],
+        "column of images",
+        rows,
+        data,
     )
 
 
@@ -154,15 +181,23 @@ def _label_column(rows: Any, data: str) -> str:
     """The class labels; without any, whole numbers or strings under a name that says so."""
     import datasets
 
-    labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = [
+        name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)
+    ]
     named = [name for name in ("label", "labels", "class", "target") if name in rows.features]
-    plain = [name for name in named if re.search("int|string", getattr(rows.features[name], "dtype", ""))]
-    return _the_one(labels or plain, "column of class labels (of a folder: two subfolders or more)", rows, data)
+    plain = [
+        name for name in named if re.search("int|string", getattr(rows.features[name], "dtype", ""))
+    ]
+    return _the_one(
+        labels or plain, "column of class labels (of a folder: two subfolders or more)", rows, data
+    )
 
 
 def _the_one(found: Sequence[str], what: str, rows: Any, data: str) -> str:
     if len(found) != 1:
-        raise CouplingError(f"got {data} with the columns {', '.join(rows.features)}, expected one {what}")
+        raise CouplingError(
+            f"got {data} with the columns {', '.join(rows.features)}, expected one {what}"
+        )
     return found[0]
 
 
@@ -175,5 +210,9 @@ def _name_of(data: str) -> str:
     """The data set as the name of a task: of a file such as ``test.parquet`` that of its folder."""
     path = Path(data).expanduser().resolve()
     if path.is_file():
-        return path.parent.name if path.stem.split("-")[0] in ("train", "test", "validation") else path.stem
+        return (
+            path.parent.name
+            if path.stem.split("-")[0] in ("train", "test", "validation")
+            else path.stem
+        )
     return path.name if path.is_dir() else data.rstrip("/").split("/")[-1]

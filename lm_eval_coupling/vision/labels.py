@@ -10,7 +10,9 @@ from lm_eval_coupling.errors import CouplingError
 _NUMBERED = re.compile(r"(label[ _]?)?\d+")
 
 
-def model_labels(classes: Sequence[str] | None, count: int, id2label: Mapping[int, str]) -> list[int]:
+def model_labels(
+    classes: Sequence[str] | None, count: int, id2label: Mapping[int, str]
+) -> list[int]:
     """The model's label of each label of the data set.
 
     Names are compared without case, underscores and, as in ImageNet's "tench, Tinca tinca", one by one. Where one of the two
@@ -34,15 +36,22 @@ def model_labels(classes: Sequence[str] | None, count: int, id2label: Mapping[in
                 f"got data with {wanted} labels and a model with {len(known)}, expected one that knows them all"
             )
         return list(range(count if classes is None else len(classes)))
-    if len(classes) == len(known) and all(_names(a) & _names(b) for a, b in zip(classes, known, strict=True)):
+    if len(classes) == len(known) and all(
+        _names(a) & _names(b) for a, b in zip(classes, known, strict=True)
+    ):
         return list(range(len(known)))
-    found = {name: [i for i, other in enumerate(known) if _names(name) & _names(other)] for name in classes}
+    found = {
+        name: [i for i, other in enumerate(known) if _names(name) & _names(other)]
+        for name in classes
+    }
     if unknown := [name for name in classes if not found[name]]:
         raise CouplingError(
             f"got {_several(unknown)} that the model does not know, expected labels of its own: {_several(known)}"
         )
     if twice := [name for name in classes if len(found[name]) > 1]:
-        raise CouplingError(f"got the label {twice[0]!r}, by which the model knows {len(found[twice[0]])}, expected one")
+        raise CouplingError(
+            f"got the label {twice[0]!r}, by which the model knows {len(found[twice[0]])}, expected one"
+        )
     return [found[name][0] for name in classes]
 
 
@@ -51,7 +60,9 @@ def _is_numbered(name: str) -> bool:
 
 
 def _names(label: str) -> set[str]:
-    return {" ".join(part.casefold().replace("_", " ").split()) for part in (label, *label.split(","))}
+    return {
+        " ".join(part.casefold().replace("_", " ").split()) for part in (label, *label.split(","))
+    }
 
 
 def _several(names: Sequence[str]) -> str:

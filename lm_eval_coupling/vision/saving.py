@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, why
-from lm_eval_coupling.harness.results import CouplingInfo, add_to_results
+from lm_eval_coupling.runs.results import CouplingInfo, add_to_results
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.images import LabelledImages
 from lm_eval_coupling.vision.scoring import Answer, Scored
@@ -28,7 +28,10 @@ def results_of(classifier: Classifier, images: LabelledImages, scored: Scored) -
         "test_split": images.split,
         "output_type": "image_classification",
     }
-    about |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], "num_fewshot": 0}
+    about |= {
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+    }
     return {
         "results": {task: scores},
         "group_subtasks": {},
@@ -44,7 +47,9 @@ def results_of(classifier: Classifier, images: LabelledImages, scored: Scored) -
             "model_dtype": str(classifier.dtype),
             "model_revision": classifier.revision,
             "device": str(classifier.device),
-            "undecodable": [{"name": name, "reason": reason} for name, reason in scored.undecodable],
+            "undecodable": [
+                {"name": name, "reason": reason} for name, reason in scored.undecodable
+            ],
         },
         "samples": {task: [_sample(answer, classifier.id2label) for answer in scored.answers]},
         "model_source": "image-classifier",
@@ -61,7 +66,10 @@ def _sample(answer: Answer, names: Mapping[int, str]) -> dict[str, Any]:
         "doc_id": answer.number,
         "doc": {"image": answer.name, "label": names[answer.target]},
         "target": names[answer.target],
-        "arguments": {f"gen_args_{i}": {"arg_0": asked, "arg_1": label} for i, (label, _) in enumerate(choices)},
+        "arguments": {
+            f"gen_args_{i}": {"arg_0": asked, "arg_1": label}
+            for i, (label, _) in enumerate(choices)
+        },
         "resps": [[response] for response in responses],
         "filtered_resps": responses,
         "filter": "none",
@@ -103,7 +111,9 @@ def save(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -> Pa
                     sample["metrics"] = ["acc", "coupling"]
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in members)
             (where / f"samples_{task}_{date}.jsonl").write_text(lines, encoding="utf-8")
-        file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        file.write_text(
+            json.dumps(results, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
+        )
     except OSError as error:
         raise CouplingError(
             f"got {folder} for the results, which cannot be written ({why(error)}); choose another --out"

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError, reason_of
-from lm_eval_coupling.residual.images import pixel_digest
+from lm_eval_coupling.residual.image_inputs import pixel_digest
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.images import LabelledImage, LabelledImages
 
@@ -60,7 +60,11 @@ class Scored:
 
 
 def score(
-    classifier: Classifier, images: LabelledImages, labels: Sequence[int], limit: int | None, batch_size: int
+    classifier: Classifier,
+    images: LabelledImages,
+    labels: Sequence[int],
+    limit: int | None,
+    batch_size: int,
 ) -> Scored:
     """Ask for every image, the first ``limit`` of them if given.
 
@@ -83,14 +87,23 @@ def score(
     with tqdm(total=total, desc="Classifying images") as bar, ThreadPoolExecutor() as threads:
         while batch := list(islice(source, batch_size)):
             made = list(threads.map(lambda image: _pixels(classifier, image), batch))
-            scored.undecodable.extend((i.name, m) for i, m in zip(batch, made, strict=True) if isinstance(m, str))
-            decoded = [(image, m) for image, m in zip(batch, made, strict=True) if isinstance(m, Tensor)]
+            scored.undecodable.extend(
+                (i.name, m) for i, m in zip(batch, made, strict=True) if isinstance(m, str)
+            )
+            decoded = [
+                (image, m) for image, m in zip(batch, made, strict=True) if isinstance(m, Tensor)
+            ]
             scored.answers.extend(_answers(classifier, decoded, labels))
             bar.update(len(batch))
     if scored.undecodable:
-        logger.warning("%d of %d images could not be decoded and are left out: %s", *_undecodable(scored, total))
+        logger.warning(
+            "%d of %d images could not be decoded and are left out: %s",
+            *_undecodable(scored, total),
+        )
     if not scored.answers:
-        raise CouplingError(f"got {images.name}, of which no image can be decoded: {_undecodable(scored, total)[-1]}")
+        raise CouplingError(
+            f"got {images.name}, of which no image can be decoded: {_undecodable(scored, total)[-1]}"
+        )
     return scored
 
 

@@ -28,4 +28,7 @@ def summary_token(model: ResidualModel) -> tuple[int, str]:
     middle = min(seq // 2 + math.isqrt(seq) // 2, seq - 1)
     if strength[0] > _STANDS_OUT * strength[middle]:
         return 0, "the class token"
-    return middle, f"token {middle} of {seq}, a patch in the middle of the image, as the model reads all patches alike"
+    return (
+        middle,
+        f"token {middle} of {seq}, a patch in the middle of the image, as the model reads all patches alike",
+    )

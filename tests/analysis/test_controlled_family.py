@@ -31,7 +31,11 @@ def run(script, monkeypatch):
 
         def stand_in(command, **_):
             commands.append(command)
-            member = next(word for word in command if word.startswith("pretrained=")).split(",")[0].rpartition("/")[2]
+            member = (
+                next(word for word in command if word.startswith("pretrained="))
+                .split(",")[0]
+                .rpartition("/")[2]
+            )
             if member not in fail:
                 out = Path(command[command.index("--output_path") + 1]) / "model"
                 out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,10 @@ def weights(folder):
 
 def test_blending_keeps_the_size_of_the_random_part(script):
     torch.manual_seed(0)
-    weight, random = torch.randn(6, 4, dtype=torch.float64), 100 * torch.randn(6, 4, dtype=torch.float64)
+    weight, random = (
+        torch.randn(6, 4, dtype=torch.float64),
+        100 * torch.randn(6, 4, dtype=torch.float64),
+    )
     assert torch.equal(script.blend(weight, random, 0.0), weight)
     replaced = script.blend(weight, random, 1.0)
     torch.testing.assert_close(replaced.norm(), weight.norm())
@@ -106,26 +113,45 @@ def test_members_are_ordinary_models(run, model, tmp_path):
         torch.testing.assert_close(mixed[name], 0.75 * weight + 0.25 * replaced[name])
     changed = {name for name in original if not torch.equal(rounded[name], original[name])}
     assert changed == {name for name in original if "proj" in name}
-    assert AutoTokenizer.from_pretrained(out / "bits-4").encode("sky") == AutoTokenizer.from_pretrained(model).encode("sky")
+    assert AutoTokenizer.from_pretrained(out / "bits-4").encode(
+        "sky"
+    ) == AutoTokenizer.from_pretrained(model).encode("sky")
     rows = (out / "facts.csv").read_text().splitlines()
-    assert rows[0] == "model,family,kind,strength,loss" and rows[2].startswith("blend-0.25,tiny-1m,blend,0.25,")
+    assert rows[0] == "model,family,kind,strength,loss" and rows[2].startswith(
+        "blend-0.25,tiny-1m,blend,0.25,"
+    )
 
 
 def test_random_weights_are_those_of_the_seed(run, model, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("--model", model, "--out", tmp_path / name, "--blend", 1, "--seed", seed)
-    a, b, c = (weights(tmp_path / name / "blend-1")["model.layers.0.mlp.up_proj.weight"] for name in "abc")
+    a, b, c = (
+        weights(tmp_path / name / "blend-1")["model.layers.0.mlp.up_proj.weight"] for name in "abc"
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_nothing_is_made_or_evaluated_twice(run, model, tmp_path, capsys):
-    words = ["--model", model, "--out", tmp_path / "f", "--bits", 8, "--run", "arc", "--output-path", tmp_path / "r"]
+    words = [
+        "--model",
+        model,
+        "--out",
+        tmp_path / "f",
+        "--bits",
+        8,
+        "--run",
+        "arc",
+        "--output-path",
+        tmp_path / "r",
+    ]
     with pytest.raises(SystemExit, match="no results of bits-8; the same command tries them again"):
         run(*words, "--limit", 10, fail=["bits-8"])
     made = (tmp_path / "f" / "intact" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     again = run(*words, "--limit", 10)
-    assert len(again) == 1 and f"pretrained={tmp_path / 'f' / 'bits-8'},coupling_limit=100" in again[0]
+    assert (
+        len(again) == 1 and f"pretrained={tmp_path / 'f' / 'bits-8'},coupling_limit=100" in again[0]
+    )
     assert (tmp_path / "f" / "intact" / "model.safetensors").stat().st_mtime_ns == made
     assert capsys.readouterr().out.splitlines() == ["intact: results are there", "bits-8: arc"]
     assert run(*words, "--limit", 10) == [] and len(run(*words, "--limit", 20)) == 2
@@ -146,7 +172,11 @@ def test_a_model_that_is_not_there_is_one_sentence(run, tmp_path):
 def test_strengths_are_tried_without_writing(run, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("--model", model, "--blend", 0.5, "--bits", 4)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["intact", "blend-0.5", "bits-4"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "intact",
+        "blend-0.5",
+        "bits-4",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,13 +12,21 @@ from studied import record, script
 from lm_eval_coupling.errors import CouplingError
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
-MODELS = {"org/a": (0.1, 0.3), "org/b": (0.2, 0.5), "org/c": (0.3, 0.4)}  # shift of m̃ of all pairs, accuracy
+MODELS = {
+    "org/a": (0.1, 0.3),
+    "org/b": (0.2, 0.5),
+    "org/c": (0.3, 0.4),
+}  # shift of m̃ of all pairs, accuracy
 
 
 @pytest.fixture
 def runs(tmp_path):
     for model, (shift, accuracy) in MODELS.items():
-        rows = [record(i, task=task, shift=shift + i / 100) for task in ("arc", "piqa") for i in range(3)]
+        rows = [
+            record(i, task=task, shift=shift + i / 100)
+            for task in ("arc", "piqa")
+            for i in range(3)
+        ]
         rows += [record(i, weights="untrained", shift=0.5) for i in range(3)]
         summaries = {task: saved_runs.task_summary(n=3) for task in ("arc", "piqa")}
         where = saved_runs.save(tmp_path, summaries, model=model, rows=rows, fingerprint=model)
@@ -32,17 +40,24 @@ def runs(tmp_path):
 
 def test_means_scores_and_what_goes_the_same_way(runs, tmp_path, capsys):
     script("real_models")([str(runs), "--out", str(tmp_path / "out")])
-    rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["model", "weights", "task", "measure"])
+    rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(
+        ["model", "weights", "task", "measure"]
+    )
     each = [_coupling(record(i, shift=0.2 + i / 100)) for i in range(3)]
     found = rows.loc[("b", "trained", "arc", "coupling")]
     assert found["mean"] == pytest.approx(np.mean(each), abs=1e-6) and found["n"] == 3
     assert found["stderr"] == pytest.approx(np.std(each, ddof=1) / 3**0.5, abs=1e-6)
     assert (
-        rows.loc[("b", "trained", "all", "coupling")]["n"] == 6 and rows.loc[("b", "untrained", "arc", "coupling")]["n"] == 3
+        rows.loc[("b", "trained", "all", "coupling")]["n"] == 6
+        and rows.loc[("b", "untrained", "arc", "coupling")]["n"] == 3
     )
     assert rows.loc[("b", "trained", "piqa", "acc,none")]["mean"] == pytest.approx(0.5)
     told = capsys.readouterr().out
-    (line,) = [line.split() for line in told.splitlines() if line.split()[:1] == ["coupling"] and len(line.split()) == 4]
+    (line,) = [
+        line.split()
+        for line in told.splitlines()
+        if line.split()[:1] == ["coupling"] and len(line.split()) == 4
+    ]
     # Coupling falls from a to c; accuracy ends higher in arc (0.3, 0.5, 0.4) and lower in piqa.
     assert line == ["coupling", "3", "1", "2"]
     assert (tmp_path / "out" / "models.png").exists()
@@ -61,9 +76,15 @@ def test_what_is_committed_gives_the_same_again(runs, tmp_path):
         script("real_models")([str(kept), "--out", str(again), "--tasks", "typo"])
     with pytest.raises(CouplingError, match="expected one K = 30"):
         script("real_models")([str(kept), "--out", str(again), "--rank", "30"])
-    assert len(pd.read_csv(again / "documents.csv")) == len(pd.read_csv(kept / "documents.csv"))  # whatever was asked
-    whole, found = (pd.read_csv(folder / "models.csv").query("task == 'arc'") for folder in (kept, again))
-    pd.testing.assert_frame_equal(whole.reset_index(drop=True), found.reset_index(drop=True), atol=2e-6)
+    assert len(pd.read_csv(again / "documents.csv")) == len(
+        pd.read_csv(kept / "documents.csv")
+    )  # whatever was asked
+    whole, found = (
+        pd.read_csv(folder / "models.csv").query("task == 'arc'") for folder in (kept, again)
+    )
+    pd.testing.assert_frame_equal(
+        whole.reset_index(drop=True), found.reset_index(drop=True), atol=2e-6
+    )
 
 
 def test_tasks_of_a_group_count_as_one(tmp_path):
@@ -78,7 +99,9 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
     script("real_models")([str(tmp_path), "--out", str(tmp_path / "out")])
     rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["task", "measure"])
     assert set(rows.index.get_level_values("task")) == {"blimp", "all"}
-    assert rows.loc[("blimp", "acc,none"), "mean"] == 0.7 and rows.loc[("blimp", "coupling"), "n"] == 4
+    assert (
+        rows.loc[("blimp", "acc,none"), "mean"] == 0.7 and rows.loc[("blimp", "coupling"), "n"] == 4
+    )
 
 
 def _coupling(row):

@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 import saved_runs
 import tiny
+from coupling_analysis import checkpoints_table as training
+from coupling_analysis import token_tables as tokens
 from matplotlib.collections import LineCollection
 from studied import ANALYSIS, CHANCE, NOT_OURS, record, save, script, table
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import chance_level
-from lm_eval_coupling.studies import tokens, training
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 
@@ -27,14 +28,18 @@ def two_models(tmp_path):
     save(tmp_path, [record(0)], model="org/first")
     longer = {"n_tokens": 9, "tokens": tuple(range(9)), "position": 8, "self_tokens": (7, 8)}
     longer |= {"trajectories": np.arange(9 * 4 * 3, dtype=np.float32).reshape(9, 4, 3)}
-    return save(tmp_path, [record(0, **longer, depth_slope=None, depth_r2=None)], model="org/second")
+    return save(
+        tmp_path, [record(0, **longer, depth_slope=None, depth_r2=None)], model="org/second"
+    )
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that scripts made, as they are before they are saved."""
     figures = []
-    monkeypatch.setattr(command, "save", lambda folder, name, figure, rows, left_out=(): figures.append(figure))
+    monkeypatch.setattr(
+        command, "save", lambda folder, name, figure, rows, left_out=(): figures.append(figure)
+    )
     return figures
 
 
@@ -43,10 +48,19 @@ def test_every_model_has_tokens_of_its_own(two_models, drawn):
     script("tokenwise")([str(two_models), "--layers", "1", "--doc", "0"])
     script("trajectories")([str(two_models)])
     tokenwise, ways = drawn
-    assert [[text.get_text() for text in ax.get_xticklabels()] for ax in tokenwise.axes[:2]] == [["4", "5"], ["7", "8"]]
-    widths = [[line.get_linewidth()[0] for line in ax.collections if isinstance(line, LineCollection)] for ax in ways.axes]
+    assert [[text.get_text() for text in ax.get_xticklabels()] for ax in tokenwise.axes[:2]] == [
+        ["4", "5"],
+        ["7", "8"],
+    ]
+    widths = [
+        [line.get_linewidth()[0] for line in ax.collections if isinstance(line, LineCollection)]
+        for ax in ways.axes
+    ]
     assert widths[0] == [0.7] * 5 + [2.2] and widths[3] == [0.7] * 8 + [2.2]
-    assert [ax.get_title() for ax in ways.axes[:6:3]] == ["first (6 tokens): all layers", "second (9 tokens): all layers"]
+    assert [ax.get_title() for ax in ways.axes[:6:3]] == [
+        "first (6 tokens): all layers",
+        "second (9 tokens): all layers",
+    ]
 
 
 @pytest.fixture
@@ -57,7 +71,13 @@ def namesakes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "panels"), [("layer_graph", 2), ("influence --last 3", 2), ("trajectories", 6), ("tokenwise --layers 1", 2)]
+    ("name", "panels"),
+    [
+        ("layer_graph", 2),
+        ("influence --last 3", 2),
+        ("trajectories", 6),
+        ("tokenwise --layers 1", 2),
+    ],
 )
 def test_models_of_one_last_name_have_panels_of_their_own(namesakes, drawn, name, panels):
     """Regression: they had one label, and the panel of one was drawn in the place of the other's."""
@@ -65,7 +85,9 @@ def test_models_of_one_last_name_have_panels_of_their_own(namesakes, drawn, name
     script(name)([str(namesakes), *arguments])
     titles = [ax.get_title() for ax in drawn[0].axes if ax.get_title()]
     assert len(titles) == panels
-    assert all(title.startswith(("a/tiny", "b/tiny")[i >= panels / 2]) for i, title in enumerate(titles)), titles
+    assert all(
+        title.startswith(("a/tiny", "b/tiny")[i >= panels / 2]) for i, title in enumerate(titles)
+    ), titles
 
 
 def test_models_of_one_last_name_have_lines_of_their_own(namesakes, tmp_path):
@@ -73,7 +95,10 @@ def test_models_of_one_last_name_have_lines_of_their_own(namesakes, tmp_path):
     script("layer_coupling")([str(namesakes), "--out", str(tmp_path)])
     rows = table(tmp_path, "layer_coupling").query("measure == 'layer_coupling'")
     medians = {line: of["median"].tolist() for line, of in rows.groupby("line")}
-    assert medians == {"a/tiny": pytest.approx([0.7, 0.3, 0.25]), "b/tiny": pytest.approx([0.6, 0.2, 0.15])}
+    assert medians == {
+        "a/tiny": pytest.approx([0.7, 0.3, 0.25]),
+        "b/tiny": pytest.approx([0.6, 0.2, 0.15]),
+    }
 
 
 def test_trainings_of_one_last_name_have_lines_of_their_own(tmp_path):
@@ -83,7 +108,10 @@ def test_trainings_of_one_last_name_have_lines_of_their_own(tmp_path):
             save(tmp_path, [record(0)], model=f"/some/where/{training_of}/tiny/checkpoint-{step}")
     script("checkpoints")([str(tmp_path), "--out", str(tmp_path)])
     rows = table(tmp_path, "checkpoints").query("measure == 'coupling'")
-    assert {line: of["step"].tolist() for line, of in rows.groupby("line")} == {"a/tiny": [1, 3], "b/tiny": [2, 4]}
+    assert {line: of["step"].tolist() for line, of in rows.groupby("line")} == {
+        "a/tiny": [1, 3],
+        "b/tiny": [2, 4],
+    }
 
 
 def test_a_run_without_spectra_beside_one_with(two_models, tmp_path):
@@ -91,14 +119,19 @@ def test_a_run_without_spectra_beside_one_with(two_models, tmp_path):
     script("singular_values")([str(two_models), "--indices", "2", "--out", str(tmp_path)])
     rows = table(tmp_path, "singular_values").groupby("line").first()
     assert rows["slope"].tolist() == pytest.approx([1, 1])
-    assert rows.loc["first", "r2_documents"] == pytest.approx(0.9) and np.isnan(rows.loc["second", "r2_documents"])
+    assert rows.loc["first", "r2_documents"] == pytest.approx(0.9) and np.isnan(
+        rows.loc["second", "r2_documents"]
+    )
 
 
 def test_layer_coupling_without_a_defined_pair(tmp_path):
     """Regression: the most coupled of no layers was asked for, and the picture had empty axes."""
     undefined = np.full((2, 3, 3), np.nan, np.float32)
     run = save(tmp_path, [record(0, normalized_miscoupling=undefined)])
-    with pytest.raises(CouplingError, match="got no number of coupling, its Jacobian.* in any document, expected one"):
+    with pytest.raises(
+        CouplingError,
+        match="got no number of coupling, its Jacobian.* in any document, expected one",
+    ):
         script("layer_coupling")([str(run), "--out", str(tmp_path)])
 
 
@@ -106,9 +139,13 @@ def test_layer_coupling(run, tmp_path, capsys):
     script("layer_coupling")([str(run), "--out", str(tmp_path)])
     rows = table(tmp_path, "layer_coupling").query("measure == 'layer_coupling'")
     trained = rows[rows["weights"] == "trained"]
-    assert trained["median"].tolist() == pytest.approx([0.685, 0.285, 0.235], abs=1e-6)  # shifts 0 to 0.03
+    assert trained["median"].tolist() == pytest.approx(
+        [0.685, 0.285, 0.235], abs=1e-6
+    )  # shifts 0 to 0.03
     assert trained["n"].tolist() == [4, 4, 4]
-    assert rows[rows["weights"] == "untrained"]["median"].tolist() == pytest.approx([CHANCE] * 3, abs=1e-6)
+    assert rows[rows["weights"] == "untrained"]["median"].tolist() == pytest.approx(
+        [CHANCE] * 3, abs=1e-6
+    )
     assert "tiny, trained: most coupled is layer 1, 0.685 (chance 0.051)" in capsys.readouterr().out
 
 
@@ -125,9 +162,9 @@ def test_layer_graph(run, tmp_path):
 def test_regularity(run, tmp_path):
     script("regularity")([str(run), "--out", str(tmp_path)])
     rows = table(tmp_path, "regularity").set_index(["measure", "weights"])
-    assert rows.loc[("line_shape_score", "trained"), ["q25", "median", "q75"]].tolist() == pytest.approx(
-        [1.5075, 1.515, 1.5225]
-    )
+    assert rows.loc[
+        ("line_shape_score", "trained"), ["q25", "median", "q75"]
+    ].tolist() == pytest.approx([1.5075, 1.515, 1.5225])
     assert rows.loc[("line_shape_score", "untrained"), "median"] == 2
     assert rows.loc[("equidistance", "trained"), "median"] == pytest.approx(0.265)
 
@@ -142,28 +179,46 @@ def test_depth_profiles(run, tmp_path):
 
 def test_singular_values(run, tmp_path):
     script("singular_values")([str(run), "--indices", "1", "3", "--out", str(tmp_path)])
-    rows = table(tmp_path, "singular_values").query("weights == 'trained'").set_index(["k", "depth"])
+    rows = (
+        table(tmp_path, "singular_values").query("weights == 'trained'").set_index(["k", "depth"])
+    )
     assert rows.loc[(3, 2), "median"] == pytest.approx(1 / 5)  # 1/σ_k = k + depth
-    assert rows["slope"].tolist() == pytest.approx([1] * 6) and rows["r2"].tolist() == pytest.approx([1] * 6)
+    assert rows["slope"].tolist() == pytest.approx([1] * 6) and rows[
+        "r2"
+    ].tolist() == pytest.approx([1] * 6)
     assert rows.loc[(3, 1), "intercept"] == pytest.approx(3)
     assert rows["r2_documents"].tolist() == pytest.approx([0.9] * 6)
-    with pytest.raises(CouplingError, match="got singular value 31, expected 1 to 30.*coupling_ranks=31"):
+    with pytest.raises(
+        CouplingError, match="got singular value 31, expected 1 to 30.*coupling_ranks=31"
+    ):
         script("singular_values")([str(run), "--indices", "31"])
 
 
 def test_influence(run, tmp_path):
     script("influence")([str(run), "--last", "3", "--out", str(tmp_path)])
-    rows = table(tmp_path, "influence").query("weights == 'trained' and depth == 2").set_index("token")
-    assert rows["median"].to_dict() == pytest.approx({"first": 8.015, "-2": 2.015, "-1": 3.015, "0": 4.015})
-    with pytest.raises(CouplingError, match="got prompts of at most 6 tokens .* expected more than 6"):
+    rows = (
+        table(tmp_path, "influence").query("weights == 'trained' and depth == 2").set_index("token")
+    )
+    assert rows["median"].to_dict() == pytest.approx(
+        {"first": 8.015, "-2": 2.015, "-1": 3.015, "0": 4.015}
+    )
+    with pytest.raises(
+        CouplingError, match="got prompts of at most 6 tokens .* expected more than 6"
+    ):
         script("influence")([str(run), "--last", "6"])
 
 
 def test_trajectories(run, tmp_path):
     script("trajectories")([str(run), "--doc", "2", "--out", str(tmp_path)])
     rows = table(tmp_path, "trajectories")
-    assert len(rows) == 2 * 6 * 4 and rows.loc[5, ["token", "layer", "component_2"]].tolist() == [1, 1, 16]
-    with pytest.raises(CouplingError, match="got document 9, which has no such record; choose among 0, 1, 2, 3"):
+    assert len(rows) == 2 * 6 * 4 and rows.loc[5, ["token", "layer", "component_2"]].tolist() == [
+        1,
+        1,
+        16,
+    ]
+    with pytest.raises(
+        CouplingError, match="got document 9, which has no such record; choose among 0, 1, 2, 3"
+    ):
         script("trajectories")([str(run), "--doc", "9"])
 
 
@@ -171,8 +226,13 @@ def test_trajectories(run, tmp_path):
 def test_tokenwise(run, tmp_path, kind):
     script("tokenwise")([str(run), "--kind", kind, "--layers", "2", "--out", str(tmp_path)])
     rows = table(tmp_path, f"tokenwise_{kind}").query("weights == 'trained'")
-    cell = rows.query("jacobian_layer == 2 and basis_layer == 2 and jacobian_token == 4 and basis_token == 5")
-    assert cell["miscoupling"].item() == pytest.approx(0.17 + (0.015 if kind == "self" else 0)) and len(rows) == 36
+    cell = rows.query(
+        "jacobian_layer == 2 and basis_layer == 2 and jacobian_token == 4 and basis_token == 5"
+    )
+    assert (
+        cell["miscoupling"].item() == pytest.approx(0.17 + (0.015 if kind == "self" else 0))
+        and len(rows) == 36
+    )
     with pytest.raises(CouplingError, match="got layer 8, expected one of 1, 2, 3"):
         script("tokenwise")([str(run), "--kind", kind, "--layers", "8"])
 
@@ -183,40 +243,67 @@ def test_chain_of_thought(tmp_path):
     rows += [record(i, task="gsm8k_cot_zeroshot", shift=-step[i]) for i in range(3)]
     save(tmp_path, rows)
     script("chain_of_thought")([str(tmp_path), "--out", str(tmp_path)])
-    means = table(tmp_path, "chain_of_thought", "_gsm8k+gsm8k_cot_zeroshot").set_index(["measure", "depth"])
+    means = table(tmp_path, "chain_of_thought", "_gsm8k+gsm8k_cot_zeroshot").set_index(
+        ["measure", "depth"]
+    )
     whole = means.xs("coupling").iloc[0]
-    assert whole["difference"] == pytest.approx(0.04, abs=1e-6) and whole["stderr"] == pytest.approx(0.02 / math.sqrt(3))
+    assert whole["difference"] == pytest.approx(0.04, abs=1e-6) and whole[
+        "stderr"
+    ] == pytest.approx(0.02 / math.sqrt(3))
     assert whole["positive"] == 1 and whole["n"] == 3
     assert means.xs("layer_coupling")["difference"].tolist() == pytest.approx([0.04] * 3, abs=1e-6)
-    assert len(pd.read_csv(tmp_path / "chain_of_thought_gsm8k+gsm8k_cot_zeroshot_documents.csv")) == 3 * (3 + 3)
+    assert len(
+        pd.read_csv(tmp_path / "chain_of_thought_gsm8k+gsm8k_cot_zeroshot_documents.csv")
+    ) == 3 * (3 + 3)
 
 
 def test_prompt_length(tmp_path):
     rows = [record(i, shift=i / 100, n_tokens=10 * i + 10) for i in range(9)]
     save(tmp_path, rows)
     script("prompt_length")([str(tmp_path), "--out", str(tmp_path)])
-    assert sorted(table(tmp_path, "prompt_length")["n_tokens"].unique()) == [10.0 * i for i in range(1, 10)]
-    found = pd.read_csv(tmp_path / "prompt_length_arc_correlations.csv").set_index("measure")["coefficient"]
+    assert sorted(table(tmp_path, "prompt_length")["n_tokens"].unique()) == [
+        10.0 * i for i in range(1, 10)
+    ]
+    found = pd.read_csv(tmp_path / "prompt_length_arc_correlations.csv").set_index("measure")[
+        "coefficient"
+    ]
     assert found.round(6).to_dict() == {"coupling": -1, "line_shape_score": 1, "expodistance": 1}
 
 
 def test_difficulty(tmp_path):
     folder = save(tmp_path, [record(i, shift=i / 100) for i in range(9)]) / "org__tiny-main"
     levels = [
-        {"doc_hash": f"d{i}", "doc": {"level": f"Level {i // 3}", "answer": "<<" * i, "text": "none"}} for i in range(9)
+        {
+            "doc_hash": f"d{i}",
+            "doc": {"level": f"Level {i // 3}", "answer": "<<" * i, "text": "none"},
+        }
+        for i in range(9)
     ]
     samples = folder / f"samples_arc_{saved_runs.DATE}.jsonl"
     samples.write_text("".join(json.dumps(sample) + "\n" for sample in levels) + '{"cut o')
     main, out = script("difficulty"), ["--out", str(tmp_path)]
     main([str(tmp_path), "--column", "level", *out])
-    assert table(tmp_path, "difficulty").query("measure == 'coupling'")["difficulty"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert table(tmp_path, "difficulty").query("measure == 'coupling'")["difficulty"].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
     main([str(tmp_path), "--column", "answer", "--count", "<<", *out])
-    assert table(tmp_path, "difficulty").query("measure == 'coupling'")["difficulty"].tolist() == [*range(9)]
+    assert table(tmp_path, "difficulty").query("measure == 'coupling'")["difficulty"].tolist() == [
+        *range(9)
+    ]
     (tmp_path / "known.csv").write_text("doc_hash,hard\nd1,5\nd2,7\nd99,1\n")
     main([str(tmp_path), "--csv", str(tmp_path / "known.csv"), "--column", "hard", *out])
     assert sorted(table(tmp_path, "difficulty")["difficulty"].unique()) == [5, 7]
     with pytest.raises(
-        CouplingError, match="got column 'grade', which the documents do not have; choose among answer, level"
+        CouplingError,
+        match="got column 'grade', which the documents do not have; choose among answer, level",
     ):
         main([str(tmp_path), "--column", "grade", *out])
     with pytest.raises(CouplingError, match="got difficulty = 0 for every measured document"):
@@ -235,30 +322,53 @@ def test_checkpoints(tmp_path):
     script("checkpoints")([str(tmp_path), "--out", str(tmp_path)])
     rows = table(tmp_path, "checkpoints").query("measure == 'coupling'")
     assert rows["step"].tolist() == [1, 64, 512] and set(rows["line"]) == {"tiny"}
-    assert rows["median"].tolist() == pytest.approx([1 - 3.5 / 6 + step / 4096 for step in (1, 64, 512)], abs=1e-6)
-    assert table(tmp_path, "checkpoints_layers")["line"].unique().tolist() == [f"tiny, step {s}" for s in (1, 64, 512)]
-    with pytest.raises(CouplingError, match="got 1 checkpoints of a training, expected at least two"):
+    assert rows["median"].tolist() == pytest.approx(
+        [1 - 3.5 / 6 + step / 4096 for step in (1, 64, 512)], abs=1e-6
+    )
+    assert table(tmp_path, "checkpoints_layers")["line"].unique().tolist() == [
+        f"tiny, step {s}" for s in (1, 64, 512)
+    ]
+    with pytest.raises(
+        CouplingError, match="got 1 checkpoints of a training, expected at least two"
+    ):
         training.with_steps(pd.DataFrame({"model": ["m", "n"], "revision": ["step1", "main"]}))
 
 
 def test_coupling_matrices(tmp_path):
-    arguments = [tiny.save_model(tmp_path / "model"), "--prompt", "The sky is blue.", "--rank", "4", "--out", str(tmp_path)]
+    arguments = [
+        tiny.save_model(tmp_path / "model"),
+        "--prompt",
+        "The sky is blue.",
+        "--rank",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     main = script("coupling_matrices")
     main([*arguments, "--layers", "1", "4"])
     rows = table(tmp_path, "coupling_matrices_layers", "")
     own = rows.query("jacobian == basis")
-    assert len(rows) == 4 * 16 and own.query("i != j")["value"].abs().max() < 1e-4 * own["value"].max()
+    assert (
+        len(rows) == 4 * 16 and own.query("i != j")["value"].abs().max() < 1e-4 * own["value"].max()
+    )
     main([*arguments, "--across", "self", "--tokens", "-2", "-1", "--untrained", "0"])
-    assert set(table(tmp_path, "coupling_matrices_self_untrained", "")["jacobian"]) == {"token 15", "token 16"}
+    assert set(table(tmp_path, "coupling_matrices_self_untrained", "")["jacobian"]) == {
+        "token 15",
+        "token 16",
+    }
 
 
 def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
     main = script("make_results")
-    assert all((ANALYSIS / f"{study.split()[0]}.py").exists() for study in main.__globals__["STUDIES"])
+    assert all(
+        (ANALYSIS / f"{study.split()[0]}.py").exists() for study in main.__globals__["STUDIES"]
+    )
     some = ["layer_coupling", "influence", "tokenwise --kind context_input", "chain_of_thought"]
     monkeypatch.setitem(main.__globals__, "STUDIES", some)
     rows = [record(i, shift=i / 100, n_tokens=10 + i) for i in range(3)]
-    here = save(tmp_path, [*rows, record(0, prompt_index=1, trajectories=None)], model="/some/where/tiny")
+    here = save(
+        tmp_path, [*rows, record(0, prompt_index=1, trajectories=None)], model="/some/where/tiny"
+    )
     out = tmp_path / "results"
     main([str(here), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
@@ -266,11 +376,21 @@ def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
     assert left == ["left out influence", "left out chain_of_thought"]
     assert {file.suffix for file in out.iterdir()} == {".csv", ".png"}
     (run,) = pd.read_csv(out / "runs.csv").to_dict("records")
-    assert (run["model"], run["weights"], run["documents"], run["prompts"]) == ("tiny", "trained", 3, 4)
+    assert (run["model"], run["weights"], run["documents"], run["prompts"]) == (
+        "tiny",
+        "trained",
+        3,
+        4,
+    )
     rows = pd.read_csv(out / "layer_coupling_arc.csv").query("measure == 'layer_coupling'")
-    assert rows["median"].tolist() == pytest.approx([0.69, 0.29, 0.24], abs=1e-6) and set(rows["model"]) == {"tiny"}
+    assert rows["median"].tolist() == pytest.approx([0.69, 0.29, 0.24], abs=1e-6) and set(
+        rows["model"]
+    ) == {"tiny"}
     assert "/some/where" not in "".join(file.read_text() for file in out.glob("*.csv"))
-    assert {file.name for file in out.glob("*.png")} == {"layer_coupling_arc.png", "tokenwise_context_input_arc.png"}
+    assert {file.name for file in out.glob("*.png")} == {
+        "layer_coupling_arc.png",
+        "tokenwise_context_input_arc.png",
+    }
 
 
 def test_results_of_models_of_one_last_name(namesakes, tmp_path, monkeypatch):
@@ -314,7 +434,10 @@ def test_documents_that_a_picture_lacks_are_counted_below_its_title(tmp_path, ca
     assert "left out" not in capsys.readouterr().out
     save(tmp_path / "runs" / "more", [record(9, position=3)])
     script("influence")([*runs, "--last", "4"])
-    assert "1 of 6 documents left out (at most 4 tokens up to the measured one)" in capsys.readouterr().out
+    assert (
+        "1 of 6 documents left out (at most 4 tokens up to the measured one)"
+        in capsys.readouterr().out
+    )
 
 
 def drawn_text(picture):
@@ -341,11 +464,19 @@ def test_a_script_says_what_is_missing(plain, name, needed, capsys, monkeypatch)
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ANALYSIS / f"{name}.py"), run_name="__main__")
     error = capsys.readouterr().err
-    assert error.startswith(f"{name}.py: got 2 records of arc with the measures depth, none with {needed}; ")
+    assert error.startswith(
+        f"{name}.py: got 2 records of arc with the measures depth, none with {needed}; "
+    )
 
 
 @pytest.mark.parametrize(
-    "words", ["layer_coupling BAD", "correlate BAD", "checkpoints BAD", "difficulty RUN --column x --csv BAD"]
+    "words",
+    [
+        "layer_coupling BAD",
+        "correlate BAD",
+        "checkpoints BAD",
+        "difficulty RUN --column x --csv BAD",
+    ],
 )
 def test_a_path_that_is_not_there_is_one_sentence(words, plain, tmp_path, capsys, monkeypatch):
     """Regression: one script told it with a traceback, another with [Errno 2]."""
@@ -355,7 +486,11 @@ def test_a_path_that_is_not_there_is_one_sentence(words, plain, tmp_path, capsys
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ANALYSIS / f"{name}.py"), run_name="__main__")
     told = capsys.readouterr().err
-    assert told.startswith(f"{name}.py: got {tmp_path}/nowhere, which ") and told.count("\n") == 1 and "Errno" not in told
+    assert (
+        told.startswith(f"{name}.py: got {tmp_path}/nowhere, which ")
+        and told.count("\n") == 1
+        and "Errno" not in told
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -366,7 +501,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_every_script_is_listed_with_its_command():
     readme = (ANALYSIS / "README.md").read_text(encoding="utf-8")
-    names = {file.stem for file in ANALYSIS.glob("*.py")} - {"command", "vit_members"}  # what scripts have in common
+    names = {file.stem for file in ANALYSIS.glob("*.py")} - {
+        "command",
+        "vit_members",
+    }  # what scripts have in common
     assert names >= {"layer_coupling", *NOT_OURS}
     for name in names:
         assert f"python analysis/{name}.py " in readme and f"[`{name}.py`]({name}.py)" in readme

@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_coupling.errors import CouplingError
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
-TINY = (
-    "--layers 2 --width 32 --heads 2 --mlp 48 --context 16 --vocabulary 300 --windows 4 --rate 0.02 --steps 0 5 25".split()
-)
+TINY = "--layers 2 --width 32 --heads 2 --mlp 48 --context 16 --vocabulary 300 --windows 4 --rate 0.02 --steps 0 5 25".split()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,9 @@ def test_checkpoints_are_ordinary_models(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained / "checkpoint-25")
     model = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-25")
     tokens = tokenizer("The grass is", return_tensors="pt").input_ids
-    assert tokenizer.decode(tokens[0]) == "The grass is" and len(tokenizer) == model.config.vocab_size
+    assert (
+        tokenizer.decode(tokens[0]) == "The grass is" and len(tokenizer) == model.config.vocab_size
+    )
     assert model(tokens).logits.isfinite().all() and model.config.max_position_embeddings == 16
     assert tokenizer.eos_token_id == model.config.eos_token_id == tokenizer.bos_token_id
     assert not same(trained / "checkpoint-0", trained / "checkpoint-5")
@@ -93,13 +93,21 @@ def test_a_stopped_training_goes_on(script, text, trained, tmp_path, capsys):
 
 
 def test_tables_of_several_columns(script, tmp_path):
-    rows = [{"question": "How many?", "answer": "#### 7", "id": 3}, {"question": "Why?", "answer": "12", "id": 4}]
+    rows = [
+        {"question": "How many?", "answer": "#### 7", "id": 3},
+        {"question": "Why?", "answer": "12", "id": 4},
+    ]
     lines, table = tmp_path / "a.jsonl", tmp_path / "b.parquet"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pd.DataFrame(rows).to_parquet(table)
     expected = ["How many?\n#### 7", "Why?\n12"]
-    assert [script.documents(file, ["page", "question", "answer"]) for file in (lines, table)] == [expected, expected]
-    with pytest.raises(CouplingError, match="with question, answer, id, expected page or text; .* with --column"):
+    assert [script.documents(file, ["page", "question", "answer"]) for file in (lines, table)] == [
+        expected,
+        expected,
+    ]
+    with pytest.raises(
+        CouplingError, match="with question, answer, id, expected page or text; .* with --column"
+    ):
         script.documents(lines, ["page", "text"])
 
 
@@ -120,7 +128,9 @@ def test_too_little_text(script, tmp_path, content, said):
 
 
 def test_another_training_is_not_added_to(script, text, trained):
-    with pytest.raises(CouplingError, match="a training of other texts or settings .*; choose another --out"):
+    with pytest.raises(
+        CouplingError, match="a training of other texts or settings .*; choose another --out"
+    ):
         script.main([str(text), "--out", str(trained), *TINY, "--rate", "0.1"])
 
 
@@ -132,6 +142,20 @@ def test_impossible_steps(script, text, tmp_path, capsys):
 
 def test_every_checkpoint_is_evaluated(script, text, trained, tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr("controlled_family.evaluate", lambda name, options: commands.append((name, options.run)) or True)
-    script.main([str(text), "--out", str(trained), *TINY, "--run", "wikitext", "--output-path", str(tmp_path)])
+    monkeypatch.setattr(
+        "controlled_family.evaluate",
+        lambda name, options: commands.append((name, options.run)) or True,
+    )
+    script.main(
+        [
+            str(text),
+            "--out",
+            str(trained),
+            *TINY,
+            "--run",
+            "wikitext",
+            "--output-path",
+            str(tmp_path),
+        ]
+    )
     assert commands == [(f"checkpoint-{step}", "wikitext") for step in (0, 5, 25)]

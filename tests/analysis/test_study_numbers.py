@@ -7,14 +7,17 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from coupling_analysis import by_document
+from coupling_analysis import matrix_figures as coupling_matrices
+from coupling_analysis import spectra_by_layer as singular_values
+from coupling_analysis import study_tables as tables
+from coupling_analysis import token_matrices as measured
+from coupling_analysis import token_tables as tokens
 from studied import PAIRS, pair_rows, record, save
 
 from lm_eval_coupling import measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures import coupling_matrices
-from lm_eval_coupling.measures.formulas.coupling import miscoupling
-from lm_eval_coupling.measuring import matrices as measured
-from lm_eval_coupling.studies import by_document, singular_values, tables, tokens
+from lm_eval_coupling.measures.formulas.miscoupling import miscoupling
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 
@@ -30,18 +33,32 @@ def test_coupling_of_layers_by_hand(tmp_path):
 
 
 def test_prompts_of_one_document_count_once(tmp_path):
-    rows = [record(0), record(0, prompt_index=1, line_shape_score=2.5), record(1, line_shape_score=4.0)]
+    rows = [
+        record(0),
+        record(0, prompt_index=1, line_shape_score=2.5),
+        record(1, line_shape_score=4.0),
+    ]
     found = tables.long(tables.read([save(tmp_path, rows)]), ["line_shape_score"], 10)
     assert found["value"].tolist() == [2.0, 4.0]
     (summary,) = tables.quartiles(found, tables.RUN).to_dict("records")
-    assert (summary["mean"], summary["q25"], summary["median"], summary["q75"], summary["n"]) == (3, 2.5, 3, 3.5, 2)
+    assert (summary["mean"], summary["q25"], summary["median"], summary["q75"], summary["n"]) == (
+        3,
+        2.5,
+        3,
+        3.5,
+        2,
+    )
     assert summary["stderr"] == pytest.approx(1.0)  # √2 / √2
 
 
 def test_windows_stand_at_their_centres_and_points_before_blocks(run):
     found = tables.long(tables.read([run]), ["windowed_line_shape", "norms", "step_lengths"], 10)
     depths = {name: sorted(of["depth"].unique()) for name, of in found.groupby("measure")}
-    assert depths == {"windowed_line_shape": [1, 2], "norms": [0, 1, 2, 3], "step_lengths": [1, 2, 3]}
+    assert depths == {
+        "windowed_line_shape": [1, 2],
+        "norms": [0, 1, 2, 3],
+        "step_lengths": [1, 2, 3],
+    }
 
 
 def test_what_is_undefined_is_counted_and_left_out_of_means(tmp_path):
@@ -60,20 +77,34 @@ def test_paired_differences_by_hand():
     assert pairs["difference"].to_dict() == pytest.approx({"a": 0.1, "b": 0.3})
     (mean,) = by_document.mean_differences(pairs.reset_index()).to_dict("records")
     assert mean["difference"] == pytest.approx(0.2) and mean["stderr"] == pytest.approx(0.1)
-    assert mean["low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-5)  # Student's t with one degree of freedom
+    assert mean["low"] == pytest.approx(
+        0.2 - 12.7062 * 0.1, abs=1e-5
+    )  # Student's t with one degree of freedom
     assert (mean["n"], mean["positive"]) == (2, 1.0)
-    with pytest.raises(CouplingError, match=r"got no document in both of plain \(3\) and other \(1\)"):
+    with pytest.raises(
+        CouplingError, match=r"got no document in both of plain \(3\) and other \(1\)"
+    ):
         by_document.paired(pd.concat([rows, pair_rows(other={"z": 0.0})]), "plain", "other")
 
 
 def test_bins_hold_equal_shares_and_correlations_know_their_sign():
     x = np.arange(12.0)
-    about = {"model": "m", "revision": "main", "weights": "trained", "task": "t", "measure": "coupling"}
-    rows = pd.DataFrame(about | {"doc_hash": f"{i}", "value": -v, "n_tokens": v} for i, v in enumerate(x))
+    about = {
+        "model": "m",
+        "revision": "main",
+        "weights": "trained",
+        "task": "t",
+        "measure": "coupling",
+    }
+    rows = pd.DataFrame(
+        about | {"doc_hash": f"{i}", "value": -v, "n_tokens": v} for i, v in enumerate(x)
+    )
     bins = by_document.bins(rows, "n_tokens", 3)
     assert bins["n"].tolist() == [4, 4, 4] and bins["n_tokens"].tolist() == [1.5, 5.5, 9.5]
     assert bins["median"].tolist() == [-1.5, -5.5, -9.5]
-    assert len(by_document.bins(rows.assign(n_tokens=x // 6), "n_tokens", 3)) == 2, "a level is a bin"
+    assert len(by_document.bins(rows.assign(n_tokens=x // 6), "n_tokens", 3)) == 2, (
+        "a level is a bin"
+    )
     (found,) = by_document.correlations(rows, "n_tokens").to_dict("records")
     assert found["coefficient"] == pytest.approx(-1) and found["n"] == 12
 
@@ -81,11 +112,13 @@ def test_bins_hold_equal_shares_and_correlations_know_their_sign():
 def test_the_line_through_inverse_singular_values():
     depth = np.arange(1.0, 6.0)
     about = {"model": "m", "revision": "main", "weights": "trained", "k": 2}
-    (fit,) = singular_values.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 1 / (3 + 0.5 * depth)})).to_dict(
-        "records"
-    )
+    (fit,) = singular_values.inverse_fits(
+        pd.DataFrame(about | {"depth": depth, "median": 1 / (3 + 0.5 * depth)})
+    ).to_dict("records")
     assert (fit["slope"], fit["intercept"], fit["r2"]) == pytest.approx((0.5, 3, 1))
-    (fit,) = singular_values.inverse_fits(pd.DataFrame(about | {"depth": depth, "median": 0.0})).to_dict("records")
+    (fit,) = singular_values.inverse_fits(
+        pd.DataFrame(about | {"depth": depth, "median": 0.0})
+    ).to_dict("records")
     assert math.isnan(fit["slope"])
 
 
@@ -94,9 +127,13 @@ def test_token_pairs_are_averaged_from_the_end_of_the_prompt(tmp_path):
     records = tables.read([save(tmp_path, [record(0), record(1, shift=0.1, **longer)])])
     found = tokens.token_pairs(records, "self", 10)
     assert (found.tokens, found.layers, found.n) == ([-2, -1], [1, 2, 3], 2)
-    assert found.miscoupling[0, 1, 1, 0] == pytest.approx(0.06 + 0.05)  # entry 1·4 + 2 of the first rank, and half the shift
+    assert found.miscoupling[0, 1, 1, 0] == pytest.approx(
+        0.06 + 0.05
+    )  # entry 1·4 + 2 of the first rank, and half the shift
     assert found.by_layers()[0, 0] == pytest.approx((0.01 + 0.02) / 2 + 0.05)
-    row = found.rows().query("jacobian_layer == 1 and basis_layer == 2 and jacobian_token == -1 and basis_token == -2")
+    row = found.rows().query(
+        "jacobian_layer == 1 and basis_layer == 2 and jacobian_token == -1 and basis_token == -2"
+    )
     assert row["miscoupling"].item() == pytest.approx(0.11)
     three = record(2, self_tokens=(3, 4, 5), self_miscoupling=np.zeros((2, 3, 3, 3, 3), np.float32))
     with pytest.raises(CouplingError, match="got prompts with 2 to 3 tokens for self-coupling"):

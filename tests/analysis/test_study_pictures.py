@@ -5,19 +5,24 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from coupling_analysis import graph_figures as graph
+from coupling_analysis import line_figures as lines
+from coupling_analysis import matrix_figures as coupling_matrices
+from coupling_analysis import study_tables as tables
+from coupling_analysis import trajectory_figures as trajectories
 from matplotlib.collections import LineCollection
 from studied import CHANCE, PAIRS, quartile_rows, record
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures import coupling_matrices, graph, lines, trajectories
 from lm_eval_coupling.measures.formulas.headline import chance_level
-from lm_eval_coupling.studies import tables
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 
 
 def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
-    rows = pd.concat([quartile_rows(), quartile_rows(weights="untrained", median=0.05, undefined=2)])
+    rows = pd.concat(
+        [quartile_rows(), quartile_rows(weights="untrained", median=0.05, undefined=2)]
+    )
     (ax,) = lines.curves(rows).axes
     trained, untrained, chance = ax.lines
     assert trained.get_ydata().tolist() == [0.1, 0.2, 0.3, 0.4] and trained.get_linestyle() == "-"
@@ -31,15 +36,21 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
 def test_what_is_undefined_everywhere_has_no_axes():
     """Regression: its panel was there, empty, with an axis from 0 to 1."""
     rows = pd.concat([quartile_rows(), quartile_rows(panel="entropy", median=math.nan)])
-    for figure in (lines.curves(rows, title="t"), lines.quartile_bars(rows[rows["depth"] == 1], title="t")):
+    for figure in (
+        lines.curves(rows, title="t"),
+        lines.quartile_bars(rows[rows["depth"] == 1], title="t"),
+    ):
         assert [ax.get_ylabel() for ax in figure.axes] == ["coupling"]
         assert (
-            figure.get_suptitle().split() == "t entropy: undefined in all documents, not drawn".split()
+            figure.get_suptitle().split()
+            == "t entropy: undefined in all documents, not drawn".split()
         )  # in lines of its width
     with pytest.raises(CouplingError, match="got no number of coupling, entropy in any document"):
         lines.curves(rows.assign(median=math.nan))
     matrices = {"first": np.array([[0, 0.3], [0.2, 0]]), "second": np.full((2, 2), np.nan)}
-    figure = coupling_matrices.token_heatmaps(matrices, tokens=dict.fromkeys(matrices, [1, 2]), rank=10)
+    figure = coupling_matrices.token_heatmaps(
+        matrices, tokens=dict.fromkeys(matrices, [1, 2]), rank=10
+    )
     assert [ax.get_title() for ax in figure.axes if ax.images] == ["first"]
     assert figure.get_suptitle() == "second: all undefined, not drawn"
 
@@ -92,7 +103,9 @@ def test_token_heat_maps_leave_out_what_is_undefined():
     assert "1 undefined" in ax.get_title()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "-1"]
     with pytest.raises(CouplingError, match="got no pair of tokens"):
-        coupling_matrices.token_heatmaps({"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10)
+        coupling_matrices.token_heatmaps(
+            {"m": np.full((2, 2), np.nan)}, tokens={"m": [1, 2]}, rank=10
+        )
 
 
 def test_coupling_matrices_each_fill_the_scale():
@@ -108,15 +121,25 @@ def test_trajectories_are_split_at_half_depth():
     ways = np.arange(2 * 5 * 3.0).reshape(2, 5, 3)
     figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1})
     parts = [
-        [len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)] for ax in figure.axes[:3]
+        [len(line.get_segments()) for line in ax.collections if isinstance(line, LineCollection)]
+        for ax in figure.axes[:3]
     ]
     assert parts == [[4, 4], [2, 2], [2, 2]]
     assert "50%" in figure.axes[0].get_xlabel()
-    with pytest.raises(CouplingError, match=r"got components \(1, 2\) without 0 tokens, but m has 1 components of 2 tokens"):
+    with pytest.raises(
+        CouplingError,
+        match=r"got components \(1, 2\) without 0 tokens, but m has 1 components of 2 tokens",
+    ):
         trajectories.trajectories({"m": (ways[..., :1], np.array([1.0]))})
-    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1}, skip=1, components=(2, 3))
+    figure = trajectories.trajectories(
+        {"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 1}, skip=1, components=(2, 3)
+    )
     (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
     assert line.get_segments()[0].tolist() == [[16, 17], [19, 20]] and line.get_linewidth() == [2.2]
-    figure = trajectories.trajectories({"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 0}, skip=1)
+    figure = trajectories.trajectories(
+        {"m": (ways, np.array([0.5, 0.25, 0.1]))}, token={"m": 0}, skip=1
+    )
     (line,) = [line for line in figure.axes[0].collections if isinstance(line, LineCollection)]
-    assert line.get_linewidth() == [0.7], "a measured token that is left out makes no other one thick"
+    assert line.get_linewidth() == [0.7], (
+        "a measured token that is left out makes no other one thick"
+    )

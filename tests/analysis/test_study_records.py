@@ -4,12 +4,12 @@ import math
 import re
 
 import pytest
+from coupling_analysis import study_tables as tables
 from studied import record, save
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.tables import require
-from lm_eval_coupling.studies import tables
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 
@@ -24,7 +24,9 @@ def test_of_a_prompt_measured_twice_the_newer_counts(tmp_path):
 
 def test_tables_of_before_there_were_twins_are_trained(plain):
     assert tables.read([plain])["weights"].tolist() == ["trained", "trained"]
-    with pytest.raises(CouplingError, match="none with untrained weights; measure again with coupling_untrained=0"):
+    with pytest.raises(
+        CouplingError, match="none with untrained weights; measure again with coupling_untrained=0"
+    ):
         require(load_records(plain), [], weights="untrained")
 
 
@@ -34,7 +36,10 @@ def test_tables_of_before_there_were_twins_are_trained(plain):
         ("line_shape_score", "measure again with coupling_measures=depth+regularity"),
         ("frobenius_norms", "measure again with coupling_measures=depth+regularity+spectra"),
         ("self_miscoupling", "coupling_measures=depth+regularity+self,coupling_tokens=last8"),
-        ("context_input_miscoupling", "coupling_measures=depth+regularity+context,coupling_tokens=last8"),
+        (
+            "context_input_miscoupling",
+            "coupling_measures=depth+regularity+context,coupling_tokens=last8",
+        ),
         ("trajectories", "coupling_trajectories=1"),
     ],
 )
@@ -46,16 +51,21 @@ def test_a_measure_that_was_not_recorded(plain, column, option):
 
 def test_records_that_lack_a_measure_are_left_out(tmp_path):
     save(tmp_path, [record(0), record(1, entropy=None), record(2, line_shape_score=math.nan)])
-    assert require(load_records(tmp_path), ["entropy", "line_shape_score"])["doc_id"].tolist() == [0]
+    assert require(load_records(tmp_path), ["entropy", "line_shape_score"])["doc_id"].tolist() == [
+        0
+    ]
 
 
 def test_one_name_with_two_weights_is_refused(tmp_path):
     """Regression: documents measured before and after a training under the same name counted as one model's."""
-    save(tmp_path / "a", [record(0), record(1, task="mmlu")], date="2025-01-01T00-00-00", fingerprint="before" * 5)
-    save(tmp_path / "b", [record(1)], date="2025-02-01T00-00-00", fingerprint="after" * 6)
-    message = (
-        r"got tiny with .* \(fingerprints beforebe of 2025-01-01T00-00-00 and afteraft of 2025-02-01T00-00-00\), expected"
+    save(
+        tmp_path / "a",
+        [record(0), record(1, task="mmlu")],
+        date="2025-01-01T00-00-00",
+        fingerprint="before" * 5,
     )
+    save(tmp_path / "b", [record(1)], date="2025-02-01T00-00-00", fingerprint="after" * 6)
+    message = r"got tiny with .* \(fingerprints beforebe of 2025-01-01T00-00-00 and afteraft of 2025-02-01T00-00-00\), expected"
     with pytest.raises(CouplingError, match=message):
         tables.read([tmp_path])
     assert tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]
@@ -65,7 +75,9 @@ def test_one_name_with_two_weights_is_refused(tmp_path):
 def test_one_name_with_two_twins_is_refused(tmp_path):
     for seed in (0, 1):
         save(tmp_path / str(seed), [record(seed), record(seed, weights="untrained")], seed=seed)
-    with pytest.raises(CouplingError, match="got untrained twins of tiny of the seeds 0 and 1, expected one"):
+    with pytest.raises(
+        CouplingError, match="got untrained twins of tiny of the seeds 0 and 1, expected one"
+    ):
         tables.read([tmp_path])
     assert tables.read([tmp_path / "1"])["untrained_seed"].tolist() == [None, 1]
     assert len(tables.read([tmp_path], weights="trained")) == 2
@@ -94,15 +106,23 @@ def test_records_of_the_model_that_is_meant(tmp_path, name):
     records = tables.read([tmp_path])
     assert tables.of_model(records, name)["model"].tolist() == ["b/tiny"]
     assert tables.of_model(records, "/moved/other")["model"].tolist() == ["other"]
-    with pytest.raises(CouplingError, match="got tiny, which may be a/tiny or b/tiny; give more of its path"):
+    with pytest.raises(
+        CouplingError, match="got tiny, which may be a/tiny or b/tiny; give more of its path"
+    ):
         tables.of_model(records, "tiny")
-    with pytest.raises(CouplingError, match="got records of a/tiny, b/tiny, other, none of c/tiny; give"):
+    with pytest.raises(
+        CouplingError, match="got records of a/tiny, b/tiny, other, none of c/tiny; give"
+    ):
         tables.of_model(records, "c/tiny")
 
 
 def test_what_was_not_measured_is_named(run):
-    with pytest.raises(CouplingError, match="got task mmlu, which was not measured; choose among arc"):
+    with pytest.raises(
+        CouplingError, match="got task mmlu, which was not measured; choose among arc"
+    ):
         tables.read([run], ["mmlu"])
-    with pytest.raises(CouplingError, match=r"got rank 7, expected one that all records have \(10, 30\)"):
+    with pytest.raises(
+        CouplingError, match=r"got rank 7, expected one that all records have \(10, 30\)"
+    ):
         tables.choose_rank(tables.read([run]), 7)
     assert tables.choose_rank(tables.read([run])) == 10

@@ -22,12 +22,22 @@ def family(tmp_path):
             coupling = 0.1 + 0.1 * i + noise.normal(0, 0.02)
             accuracy = 0.6 + (0.1 + 0.2 * i) * coupling + noise.normal(0, 0.002)
             name = f"depth-{depth:g}-decay-{decay:g}"
-            run = saved_runs.results({"cifar10": saved_runs.task_summary(coupling + 0.01)}, f"/somewhere/{name}")
+            run = saved_runs.results(
+                {"cifar10": saved_runs.task_summary(coupling + 0.01)}, f"/somewhere/{name}"
+            )
             run["results"]["cifar10"] |= {"acc,none": accuracy, "acc_stderr,none": 0.01}
             folder = tmp_path / "runs" / name
             folder.mkdir(parents=True)
             (folder / f"results_{saved_runs.DATE}.json").write_text(json.dumps(run))
-            rows.append({"model": name, "stochastic_depth": depth, "weight_decay": decay, "x": coupling, "y": accuracy})
+            rows.append(
+                {
+                    "model": name,
+                    "stochastic_depth": depth,
+                    "weight_decay": decay,
+                    "x": coupling,
+                    "y": accuracy,
+                }
+            )
     facts = pd.DataFrame(rows)
     # As vision_training.py writes them: with the accuracy that it saw itself.
     facts.drop(columns=["x", "y"]).assign(accuracy=0.1).to_csv(tmp_path / "facts.csv", index=False)
@@ -36,7 +46,9 @@ def family(tmp_path):
 
 def test_lines_are_those_of_least_squares(family, capsys):
     folder, facts = family
-    study.main([str(folder / "runs"), "--facts", str(folder / "facts.csv"), "--out", str(folder / "out")])
+    study.main(
+        [str(folder / "runs"), "--facts", str(folder / "facts.csv"), "--out", str(folder / "out")]
+    )
     fits = pd.read_csv(folder / "out" / "vision_fits.csv").set_index("members")
     assert list(fits.index) == [f"stochastic_depth {depth:g}" for depth in DEPTHS] + ["all members"]
     for depth in DEPTHS:
@@ -54,16 +66,35 @@ def test_lines_are_those_of_least_squares(family, capsys):
 
 def test_another_rank_can_be_chosen_if_it_was_measured(family):
     folder, facts = family
-    words = [str(folder / "runs"), "--facts", str(folder / "facts.csv"), "--out", str(folder / "out"), "--rank"]
+    words = [
+        str(folder / "runs"),
+        "--facts",
+        str(folder / "facts.csv"),
+        "--out",
+        str(folder / "out"),
+        "--rank",
+    ]
     study.main([*words, "30"])
     members = pd.read_csv(folder / "out" / "vision_accuracy.csv")
     assert members["coupling"].to_numpy() == pytest.approx(facts["x"].to_numpy() - 0.02)
-    with pytest.raises(CouplingError, match=r"got rank 7, expected one of the measured ranks \[10, 30\]"):
+    with pytest.raises(
+        CouplingError, match=r"got rank 7, expected one of the measured ranks \[10, 30\]"
+    ):
         study.main([*words, "7"])
 
 
 def test_members_without_their_settings_are_no_study(family):
     folder, facts = family
     facts[["model"]].assign(family="vit").to_csv(folder / "facts.csv", index=False)
-    with pytest.raises(CouplingError, match="got no stochastic_depth of the members, expected a facts.csv with it"):
-        study.main([str(folder / "runs"), "--facts", str(folder / "facts.csv"), "--out", str(folder / "out")])
+    with pytest.raises(
+        CouplingError, match="got no stochastic_depth of the members, expected a facts.csv with it"
+    ):
+        study.main(
+            [
+                str(folder / "runs"),
+                "--facts",
+                str(folder / "facts.csv"),
+                "--out",
+                str(folder / "out"),
+            ]
+        )

@@ -46,7 +46,9 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "family"
-    script.main([str(data), "--out", str(out), *TINY, "--stochastic-depth", "0", "0.4", "--together", "2"])
+    script.main(
+        [str(data), "--out", str(out), *TINY, "--stochastic-depth", "0", "0.4", "--together", "2"]
+    )
     return out
 
 
@@ -67,13 +69,17 @@ def test_a_member_says_what_its_transformers_model_says():
     assert found.shape == (2, 5, 2)
     for index in (0, 1):
         torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(family.model_of(index)(images).logits, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            family.model_of(index)(images).logits, expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_stochastic_depth_drops_branches_of_a_share_of_the_images_and_keeps_their_mean():
     _, family = a_family()
     kept = family._kept(4000, torch.float32, torch.Generator().manual_seed(0))[..., 0, 0]
-    assert (kept[:, :, 0] == 1).all() and (kept[0] == 1).all()  # no rate; and the first block is always kept
+    assert (kept[:, :, 0] == 1).all() and (
+        kept[0] == 1
+    ).all()  # no rate; and the first block is always kept
     last = kept[2, :, 1]
     assert set(last.unique().tolist()) == {0.0, 2.0}
     assert last.mean(1).sub(1).abs().max() < 0.06
@@ -87,31 +93,48 @@ def test_a_step_is_that_of_adamw_with_the_members_own_decay():
     targets = torch.tensor([0, 1] * 3)
     for step in range(3):
         logits = family.logits(images[step % 2], torch.float32)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.repeat(2), reduction="sum").div(6).backward()
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.repeat(2), reduction="sum"
+        ).div(6).backward()
         optimiser.step(0.01)
     for index, decay in enumerate((0.1, 0.3)):
         alone = type(model)(model.config)
         alone.load_state_dict(model.state_dict())
-        plain = [p for n, p in alone.named_parameters() if p.dim() < 2 or "cls_token" in n or "position" in n]
+        plain = [
+            p
+            for n, p in alone.named_parameters()
+            if p.dim() < 2 or "cls_token" in n or "position" in n
+        ]
         others = [p for p in alone.parameters() if not any(p is one for one in plain)]
         adam = torch.optim.AdamW(
-            [{"params": plain, "weight_decay": 0.0}, {"params": others, "weight_decay": decay}], lr=0.01
+            [{"params": plain, "weight_decay": 0.0}, {"params": others, "weight_decay": decay}],
+            lr=0.01,
         )
         for step in range(3):
             torch.nn.functional.cross_entropy(alone(images[step % 2]).logits, targets).backward()
             torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
             adam.step()
             adam.zero_grad()
-        for (name, found), expected in zip(family.model_of(index).named_parameters(), alone.parameters(), strict=True):
-            if "k_proj.bias" not in name:  # softmax does not see it: a gradient of rounding, which Adam makes large
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        for (name, found), expected in zip(
+            family.model_of(index).named_parameters(), alone.parameters(), strict=True
+        ):
+            if (
+                "k_proj.bias" not in name
+            ):  # softmax does not see it: a gradient of rounding, which Adam makes large
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 def test_a_moved_image_is_a_cut_of_the_padded_one():
     images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
     padded = torch.nn.functional.pad(vit.normalised(images), [2] * 4)
     for image, moved in enumerate(vit.augmented(images, 2, torch.Generator().manual_seed(0))):
-        cuts = [padded[image, :, top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
+        cuts = [
+            padded[image, :, top : top + 8, left : left + 8]
+            for top in range(5)
+            for left in range(5)
+        ]
         assert any(torch.equal(moved, one) or torch.equal(moved, one.flip(-1)) for one in cuts)
 
 
@@ -134,7 +157,10 @@ def test_members_are_ordinary_models(trained, data):
         processor = AutoImageProcessor.from_pretrained(trained / name, backend="pil")
         test = pd.read_parquet(data / "test.parquet")
         images = [Image.open(io.BytesIO(cell["bytes"])) for cell in test["img"]]
-        found = model(**processor(images, return_tensors="pt")).logits.argmax(-1).numpy() == test["label"]
+        found = (
+            model(**processor(images, return_tensors="pt")).logits.argmax(-1).numpy()
+            == test["label"]
+        )
         assert found.mean() == pytest.approx(accuracy)
         assert model.config.id2label == {0: "0", 1: "1"}
 
@@ -142,13 +168,21 @@ def test_members_are_ordinary_models(trained, data):
 def test_a_member_is_what_it_would_be_alone(trained, data, tmp_path):
     script.main([str(data), "--out", str(tmp_path), *TINY, "--stochastic-depth", "0.4"])
     one, other = (
-        dict(AutoModelForImageClassification.from_pretrained(folder / "depth-0.4-decay-0.1").named_parameters())
+        dict(
+            AutoModelForImageClassification.from_pretrained(
+                folder / "depth-0.4-decay-0.1"
+            ).named_parameters()
+        )
         for folder in (trained, tmp_path)
     )
     for name in one:
         if "k_proj.bias" not in name:
             torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3)
-    first = dict(AutoModelForImageClassification.from_pretrained(trained / "depth-0-decay-0.1").named_parameters())
+    first = dict(
+        AutoModelForImageClassification.from_pretrained(
+            trained / "depth-0-decay-0.1"
+        ).named_parameters()
+    )
     assert not torch.allclose(one["classifier.weight"], first["classifier.weight"], atol=1e-2)
 
 
@@ -173,14 +207,38 @@ def test_every_member_is_measured_once(trained, data, tmp_path, monkeypatch):
         return script.subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(script.subprocess, "run", ran)
-    words = [str(data), "--out", str(trained), *TINY, "--stochastic-depth", "0", "0.4", "--output-path", str(tmp_path)]
+    words = [
+        str(data),
+        "--out",
+        str(trained),
+        *TINY,
+        "--stochastic-depth",
+        "0",
+        "0.4",
+        "--output-path",
+        str(tmp_path),
+    ]
     script.main(words)
     script.main(words)
-    assert [Path(c[c.index("--model") + 1]).name for c in commands] == ["depth-0-decay-0.1", "depth-0.4-decay-0.1"]
+    assert [Path(c[c.index("--model") + 1]).name for c in commands] == [
+        "depth-0-decay-0.1",
+        "depth-0.4-decay-0.1",
+    ]
 
 
 def test_a_time_that_is_given_chooses_the_number_of_steps(data, tmp_path, capsys):
-    words = [str(data), "--out", str(tmp_path), *TINY, "--stochastic-depth", "0", "--seconds", "4", "--epochs", "1000"]
+    words = [
+        str(data),
+        "--out",
+        str(tmp_path),
+        *TINY,
+        "--stochastic-depth",
+        "0",
+        "--seconds",
+        "4",
+        "--epochs",
+        "1000",
+    ]
     script.main(words)
     about = json.loads((tmp_path / "depth-0-decay-0.1" / "facts.json").read_text())
     assert 10 < about["epochs"] < 1000 and about["seconds"] < 20
@@ -190,7 +248,10 @@ def test_a_time_that_is_given_chooses_the_number_of_steps(data, tmp_path, capsys
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda folder: (folder / "train.parquet").unlink(), r"expected a folder with train\*.parquet"),
+        (
+            lambda folder: (folder / "train.parquet").unlink(),
+            r"expected a folder with train\*.parquet",
+        ),
         (
             lambda folder: pd.DataFrame({"a": [1]}).to_parquet(folder / "train.parquet"),
             "with a, expected a column of images",
@@ -208,5 +269,7 @@ def test_other_data_is_told(tmp_path, change, said):
 
 
 def test_another_family_is_not_added_to(trained, data):
-    with pytest.raises(CouplingError, match="a family of other data or settings .*; choose another --out"):
+    with pytest.raises(
+        CouplingError, match="a family of other data or settings .*; choose another --out"
+    ):
         script.main([str(data), "--out", str(trained), *TINY, "--rate", "0.01"])

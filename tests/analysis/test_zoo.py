@@ -18,7 +18,11 @@ from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
-SENTENCES = ["The sky is blue and the snow is white.", "A dog ran over the grass.", '"Where is the cat?" she said.']
+SENTENCES = [
+    "The sky is blue and the snow is white.",
+    "A dog ran over the grass.",
+    '"Where is the cat?" she said.',
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +33,21 @@ def parts():
         import zoo
         from zoo_parts import evaluation, recipes, text, training
 
-        yield SimpleNamespace(zoo=zoo, evaluation=evaluation, recipes=recipes, text=text, training=training)
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("zoo", "zoo_parts")]:
+        yield SimpleNamespace(
+            zoo=zoo, evaluation=evaluation, recipes=recipes, text=text, training=training
+        )
+        for name in [
+            name for name in sys.modules if name.partition(".")[0] in ("zoo", "zoo_parts")
+        ]:
             del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def data(parts, tmp_path_factory):
     corpus, blimp, data = (tmp_path_factory.mktemp(name) for name in ("corpus", "blimp", "data"))
-    pd.DataFrame({"text": [" ".join(SENTENCES) * 20, *SENTENCES] * 8}).to_parquet(corpus / "train.parquet")
+    pd.DataFrame({"text": [" ".join(SENTENCES) * 20, *SENTENCES] * 8}).to_parquet(
+        corpus / "train.parquet"
+    )
     pd.DataFrame({"text": SENTENCES}).to_parquet(corpus / "validation.parquet")
     parts.text.prepare(corpus, blimp, data)
     return data
@@ -51,13 +61,22 @@ def small(parts):
 def test_members_differ_from_the_standard_in_what_their_family_says(parts):
     members = parts.recipes.zoo()
     assert len(members) >= 24 and len({member.name for member in members}) == len(members)
-    fields = {"depth": {"layers"}, "width": {"width"}, "shape": {"layers", "width"}, "spoiled": {"shuffled", "noise"}}
+    fields = {
+        "depth": {"layers"},
+        "width": {"width"},
+        "shape": {"layers", "width"},
+        "spoiled": {"shuffled", "noise"},
+    }
     standard = [member for member in members if member.family == "standard"]
     assert [member.seed for member in standard[:3]] == [0, 1, 2]
     for member in members:
         assert member.width % parts.recipes.HEAD == 0 and member.width >= 64
-        allowed = fields.get(member.family, {member.family if member.family != "standard" else "seed"})
-        changed = {name for name in vars(member) if getattr(member, name) != getattr(standard[0], name)}
+        allowed = fields.get(
+            member.family, {member.family if member.family != "standard" else "seed"}
+        )
+        changed = {
+            name for name in vars(member) if getattr(member, name) != getattr(standard[0], name)
+        }
         assert changed - {"name", "family", "along"} <= allowed
 
 
@@ -73,9 +92,13 @@ def test_words_are_shuffled_whole(parts):
     windows = torch.tensor([[0, 1, 1, 2, 3, 1], [1, 0, 2, 1, 3, 3]])
     seen = set()
     for seed in range(60):
-        one, other = parts.text.with_shuffled_words(windows, starts, torch.Generator().manual_seed(seed)).tolist()
+        one, other = parts.text.with_shuffled_words(
+            windows, starts, torch.Generator().manual_seed(seed)
+        ).tolist()
         assert (
-            "".join(map(str, sorted(one))) == "011123" and "011" in "".join(map(str, one)) and "31" in "".join(map(str, one))
+            "".join(map(str, sorted(one))) == "011123"
+            and "011" in "".join(map(str, one))
+            and "31" in "".join(map(str, one))
         )
         assert sorted(other) == [0, 1, 1, 2, 3, 3] and "21" in "".join(map(str, other))
         seen.add(tuple(one))
@@ -87,13 +110,19 @@ def test_spoiled_and_shortened_text(parts, data):
     whole = windows_of(Recipe("a", "b"), data, 1_000_000)
     tokens = np.load(data / "tokens.npz")["tokens"]
     assert whole.shape == (len(tokens) // 128, 128)
-    half, fewer = (windows_of(Recipe("a", "b", text=share), data, 1_000_000) for share in (0.5, 0.25))
+    half, fewer = (
+        windows_of(Recipe("a", "b", text=share), data, 1_000_000) for share in (0.5, 0.25)
+    )
     assert torch.equal(half, whole[: len(half)]) and torch.equal(fewer, half[: len(fewer)])
-    assert torch.equal(windows_of(Recipe("a", "b", text=0.5), data, 4), whole[:2])  # of what there is time for
+    assert torch.equal(
+        windows_of(Recipe("a", "b", text=0.5), data, 4), whole[:2]
+    )  # of what there is time for
     noisy = windows_of(Recipe("a", "b", noise=0.5), data, 1_000_000)
     assert (noisy != whole).double().mean().item() == pytest.approx(0.5, abs=0.05)
     shuffled = windows_of(Recipe("a", "b", shuffled=1.0), data, 1_000_000)
-    assert torch.equal(shuffled.sort(dim=1).values, whole.sort(dim=1).values) and not torch.equal(shuffled, whole)
+    assert torch.equal(shuffled.sort(dim=1).values, whole.sort(dim=1).values) and not torch.equal(
+        shuffled, whole
+    )
 
 
 def test_kept_out_documents_are_whole_sentences(parts):
@@ -125,7 +154,11 @@ def trained(parts, data, small, tmp_path_factory):
     options = SimpleNamespace(data=data, out=out, steps=16, windows=4, device="cpu", turns=2)
     context = get_context("spawn")
     members, finished = context.SimpleQueue(), context.SimpleQueue()
-    for recipe in (small, parts.recipes.Recipe("other", "standard", layers=2, width=64, seed=1, length=0.5), None):
+    for recipe in (
+        small,
+        parts.recipes.Recipe("other", "standard", layers=2, width=64, seed=1, length=0.5),
+        None,
+    ):
         members.put(recipe)
     parts.zoo.train_members(options, members, finished)
     names = []
@@ -137,25 +170,37 @@ def trained(parts, data, small, tmp_path_factory):
 
 def test_trainers_leave_ordinary_checkpoints(parts, data, small, trained):
     out, names = trained
-    expected = {f"zoo/small/checkpoint-{step}" for step in small.saved(16)} | {"zoo/other/checkpoint-8"}
-    assert set(names) == expected and all((out / name / "model.safetensors").exists() for name in names)
+    expected = {f"zoo/small/checkpoint-{step}" for step in small.saved(16)} | {
+        "zoo/other/checkpoint-8"
+    }
+    assert set(names) == expected and all(
+        (out / name / "model.safetensors").exists() for name in names
+    )
     losses = pd.read_csv(out / "zoo/small/training.csv").set_index("step")["loss"]
     assert math.isnan(losses[0]) and losses[16] < losses[1] - 0.5
     first = AutoModelForCausalLM.from_pretrained(out / "zoo/small/checkpoint-0")
     fresh = parts.training.fresh_model(small, AutoTokenizer.from_pretrained(data / "tokenizer"))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), fresh.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), fresh.parameters(), strict=True)
+    )
 
 
 def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained, monkeypatch):
     """The bits per byte against transformers' own loss on each document; facts that join."""
     out, _ = trained
     monkeypatch.setattr(parts.evaluation, "TASKS", ("kept_out",))
-    evaluation = parts.evaluation.Evaluation(data, out, pairs=5, measured=2, measures="depth", ranks="10")
+    evaluation = parts.evaluation.Evaluation(
+        data, out, pairs=5, measured=2, measures="depth", ranks="10"
+    )
     name = "zoo/small/checkpoint-16"
     assert not parts.evaluation.is_there(out, name)
     evaluation.run(name)
-    assert parts.evaluation.is_there(out, name) and not parts.evaluation.is_there(out, "zoo/small/checkpoint-1")
-    model, tokenizer = (cls.from_pretrained(out / name) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    assert parts.evaluation.is_there(out, name) and not parts.evaluation.is_there(
+        out, "zoo/small/checkpoint-1"
+    )
+    model, tokenizer = (
+        cls.from_pretrained(out / name) for cls in (AutoModelForCausalLM, AutoTokenizer)
+    )
     nats = size = 0
     for line in (data / "kept_out.jsonl").read_text().splitlines():
         text = json.loads(line)["text"]
@@ -164,7 +209,9 @@ def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained, monkey
         size += len(text.encode())
     (run,) = load_runs(out / "results", facts=out / "facts.csv").to_dict("records")
     assert run["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert (run["model"], run["step"], run["family"]) == (name, 16, "standard") and run["lineage"] == "zoo/small"
+    assert (run["model"], run["step"], run["family"]) == (name, 16, "standard") and run[
+        "lineage"
+    ] == "zoo/small"
     assert run["training_tokens"] == 16 * 4 * 128 and run["measured"] == 2
     assert len(load_records(out / "results")) == 2
 
@@ -177,7 +224,11 @@ def test_small_copies_say_the_same(parts, tmp_path):
     where = save(tmp_path / "full", tasks, groups=groups)
     (file,) = where.glob("results_*.json")
     run = json.loads(file.read_text())
-    run["config"]["model_args"] = {"pretrained": "org/tiny", "dtype": "float32", "coupling_store": "/somewhere"}
+    run["config"]["model_args"] = {
+        "pretrained": "org/tiny",
+        "dtype": "float32",
+        "coupling_store": "/somewhere",
+    }
     run["n-samples"] = {name: {"original": 9, "effective": 5} for name in tasks}
     file.write_text(json.dumps(run))
     from zoo_parts.records import write_small
@@ -185,14 +236,18 @@ def test_small_copies_say_the_same(parts, tmp_path):
     assert write_small(tmp_path / "full", tmp_path / "small") == 1
     full, small = (load_runs(tmp_path / name).set_index("task") for name in ("full", "small"))
     assert (
-        list(small.index) == ["alone", "blimp"] and "somewhere" not in next((tmp_path / "small").rglob("*.json")).read_text()
+        list(small.index) == ["alone", "blimp"]
+        and "somewhere" not in next((tmp_path / "small").rglob("*.json")).read_text()
     )
     numbers = [name for name in full.select_dtypes("number") if not name.startswith("n_")] + [
         "model",
         "variant",
         "fingerprint",
     ]
-    assert full.loc[small.index, numbers].equals(small[numbers]) and small.loc["blimp", "n_samples"] == 10
+    assert (
+        full.loc[small.index, numbers].equals(small[numbers])
+        and small.loc["blimp", "n_samples"] == 10
+    )
     assert small.loc["blimp", "coupling@10"] == pytest.approx((3 * 0.19 + 5 * 0.39) / 8)
 
 
@@ -204,15 +259,26 @@ def records(tmp_path):
         for step in (1, 2, 4, 8, 16) if i == 0 else (16,):
             name = f"zoo/m{i}/checkpoint-{step}"
             coupling = 0.1 + 0.02 * i + step / 1000
-            tasks = {"blimp": task_summary(coupling), "kept_out": task_summary(0.2 + draws.normal() / 100)}
-            where = save(tmp_path / "runs", tasks, model=name, n_params=1e6 * (1 + draws.random()), fingerprint=name)
+            tasks = {
+                "blimp": task_summary(coupling),
+                "kept_out": task_summary(0.2 + draws.normal() / 100),
+            }
+            where = save(
+                tmp_path / "runs",
+                tasks,
+                model=name,
+                n_params=1e6 * (1 + draws.random()),
+                fingerprint=name,
+            )
             (file,) = where.glob("results_*.json")
             run = json.loads(file.read_text())
             run["results"]["blimp"] = {"acc,none": 0.4 + coupling, "acc_stderr,none": 0.01}
             run["results"]["kept_out"] = {"bits_per_byte,none": 2 + draws.random()}
             file.write_text(json.dumps(run))
             family = ["standard", "spoiled", "depth", "width"][i % 4]
-            facts.append({"model": name, "member": f"m{i}", "family": family, "training_tokens": step * 1000})
+            facts.append(
+                {"model": name, "member": f"m{i}", "family": family, "training_tokens": step * 1000}
+            )
     pd.DataFrame(facts).to_csv(tmp_path / "facts.csv", index=False)
     return tmp_path
 
@@ -223,9 +289,14 @@ def test_findings_of_records_whose_truth_is_known(records, monkeypatch, capsys):
 
     zoo_findings.main([str(records), "--out", str(records / "out")])
     members, found, seeds, along = (
-        pd.read_csv(records / "out" / f"{name}.csv") for name in ("members", "predictors", "seeds", "along_training")
+        pd.read_csv(records / "out" / f"{name}.csv")
+        for name in ("members", "predictors", "seeds", "along_training")
     )
-    assert len(members) == 24 and set(members["step"]) == {16} and (records / "out" / "along.png").exists()
+    assert (
+        len(members) == 24
+        and set(members["step"]) == {16}
+        and (records / "out" / "along.png").exists()
+    )
     found = found[found["predictor"] == "coupling@10"].set_index(["score", "members", "given"])
     for given in ("nothing", "size", "loss"):
         assert found.loc[("blimp", "all", given), "r"] == pytest.approx(1)
@@ -235,13 +306,19 @@ def test_findings_of_records_whose_truth_is_known(records, monkeypatch, capsys):
     same = seeds.set_index(["task", "number"]).loc[("blimp", "coupling@10")]
     assert same["n_seeds"] == 3 and same["seeds"] == pytest.approx(0.08) and 0 < same["n_zoo"] == 12
     levels = along[(along["score"] == "blimp") & (along["of"] == "levels")]
-    assert levels["member"].tolist() == ["m0"] and levels["spearman"].tolist() == [1] and "bits" in capsys.readouterr().out
+    assert (
+        levels["member"].tolist() == ["m0"]
+        and levels["spearman"].tolist() == [1]
+        and "bits" in capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_is_refused(parts, tmp_path):
     with pytest.raises(CouplingError, match="got no member 'none', expected some of standard-0, "):
         parts.zoo.main(["--data", str(tmp_path), "--out", str(tmp_path / "o"), "--members", "none"])
-    with pytest.raises(CouplingError, match="which is not prepared; give --corpus and --blimp once"):
+    with pytest.raises(
+        CouplingError, match="which is not prepared; give --corpus and --blimp once"
+    ):
         parts.zoo.main(["--data", str(tmp_path), "--out", str(tmp_path / "o")])
     with pytest.raises(CouplingError, match="expected train.parquet and validation.parquet"):
         parts.text.prepare(tmp_path, tmp_path, tmp_path / "data")

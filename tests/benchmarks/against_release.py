@@ -28,7 +28,12 @@ STAGES = ("trace", "jacobians", "spectra", "pairs")
 
 
 def compare(
-    ours: ResidualModel, baseline, prompts: list[list[int]], settings: Settings, layers: list[int], repeats: int
+    ours: ResidualModel,
+    baseline,
+    prompts: list[list[int]],
+    settings: Settings,
+    layers: list[int],
+    repeats: int,
 ) -> dict:
     """Both, in turn: ours on the first prompt alone and on all together, the release's procedure on the first."""
     tokens = prompts[0]
@@ -52,7 +57,8 @@ def compare(
         "repeats": repeats,
         "release": they,
         "ours": [
-            {"together": size, "seconds": we} | {"ratio": {stage: they[stage] / we[stage] for stage in (*STAGES, "total")}}
+            {"together": size, "seconds": we}
+            | {"ratio": {stage: they[stage] / we[stage] for stage in (*STAGES, "total")}}
             for size, we in ((1, stages.median(alone)), (len(prompts), stages.median(together)))
         ],
         "methods": sorted({method for record in records for method in record.method}),
@@ -61,10 +67,16 @@ def compare(
     }
 
 
-def agreement(record, known: torch.Tensor, their: release.Release, settings: Settings, layers: list[int]) -> dict:
+def agreement(
+    record, known: torch.Tensor, their: release.Release, settings: Settings, layers: list[int]
+) -> dict:
     """How far the two are apart, over the layers that both differentiated."""
     J, theirs = known[layers], their.J[layers]
-    found = {"jacobian_relative_error": ((J - theirs).norm(dim=(1, 2)) / theirs.norm(dim=(1, 2))).max().item()}
+    found = {
+        "jacobian_relative_error": ((J - theirs).norm(dim=(1, 2)) / theirs.norm(dim=(1, 2)))
+        .max()
+        .item()
+    }
     for index, rank in enumerate(settings.ranks):
         ours = torch.from_numpy(record.normalized_miscoupling[index]).double()[layers][:, layers]
         expected = release.normalized_miscoupling(their, rank, layers)
@@ -74,10 +86,17 @@ def agreement(record, known: torch.Tensor, their: release.Release, settings: Set
             "mean_difference": (ours - expected).mean().abs().item(),
             "largest_difference": (ours - expected).abs().max().item(),
         }
-        for order, name in (("ujv", "miscoupling_to_absolute"), ("vju", "miscoupling_to_absolute_vju")):
+        for order, name in (
+            ("ujv", "miscoupling_to_absolute"),
+            ("vju", "miscoupling_to_absolute_vju"),
+        ):
             ours = torch.from_numpy(getattr(record, name)[index]).double()[layers][:, layers]
-            expected = torch.tensor(their.scores[order][rank], dtype=torch.float64)[layers][:, layers, 0]
-            found[f"absolute_{order}_{rank}"] = {"mean_difference": (ours - expected).mean().abs().item()}
+            expected = torch.tensor(their.scores[order][rank], dtype=torch.float64)[layers][
+                :, layers, 0
+            ]
+            found[f"absolute_{order}_{rank}"] = {
+                "mean_difference": (ours - expected).mean().abs().item()
+            }
     return found
 
 
@@ -96,7 +115,9 @@ def rows(results: list[dict]) -> list[dict]:
             "release, s": found["release"][stage],
             "ours, s": ours["seconds"][stage],
             "ratio": ours["ratio"][stage],
-            "": "from some layers" if found["jacobians_extrapolated"] and stage in ("jacobians", "total") else "",
+            "": "from some layers"
+            if found["jacobians_extrapolated"] and stage in ("jacobians", "total")
+            else "",
         }
         for found in results
         for ours in found["ours"]
@@ -106,14 +127,24 @@ def rows(results: list[dict]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "against_release")
-    parser.add_argument("--model", required=True, help="transformers folder, or llama-3-8b for random weights of its shape")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="transformers folder, or llama-3-8b for random weights of its shape",
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts"
+    )
     parser.add_argument("--prompts", type=int, default=8, help="measured together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
-    parser.add_argument("--layers", type=int, help="differentiated by the baseline (default all; 3 with --quick)")
+    parser.add_argument(
+        "--layers", type=int, help="differentiated by the baseline (default all; 3 with --quick)"
+    )
     parser.add_argument("--repeats", type=int, help="default 3; 1 with --quick")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights; the arithmetic is float32 in both")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; the arithmetic is float32 in both"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     layers = options.layers or (3 if options.quick else None)
@@ -125,9 +156,13 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for tokens in options.tokens:
         vocabulary = model.config.get_text_config().vocab_size
-        prompts = [models.prompt(tokens, vocabulary, tokenizer, number=i) for i in range(options.prompts)]
+        prompts = [
+            models.prompt(tokens, vocabulary, tokenizer, number=i) for i in range(options.prompts)
+        ]
         repeats = options.repeats or (1 if options.quick else 3)
-        results.append(compare(ours, baseline, prompts, settings, spread(ours.n_layers, layers), repeats))
+        results.append(
+            compare(ours, baseline, prompts, settings, spread(ours.n_layers, layers), repeats)
+        )
     machine.save("against_release", about, options, results)
     machine.show(f"Against the release's procedure: {options.model}", rows(results))
     for found in results:

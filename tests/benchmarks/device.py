@@ -27,7 +27,9 @@ import machine
 import psutil
 import torch
 
-PARTS: dict[str, tuple[Callable[..., Any], float]] = {  # with the share of a process's seconds that each may take at most
+PARTS: dict[
+    str, tuple[Callable[..., Any], float]
+] = {  # with the share of a process's seconds that each may take at most
     "spectra": (device_numerics.spectra, 0.3),
     "tf32": (device_numerics.tf32, 0.2),
     "exactness": (device_numerics.exactness, 0.97),
@@ -70,7 +72,11 @@ class Report:
     def add(self, **row: Any) -> None:
         """One more row."""
         self.rows.append(row)
-        words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if not _long(v))
+        words = (
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in row.items()
+            if not _long(v)
+        )
         print(f"{time.perf_counter() - self.start:6.1f} s", ", ".join(words), flush=True)
         self.save()
 
@@ -88,13 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", default="", help="transformers folder of a small Llama, in place of random weights")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="transformers folder of a small Llama, in place of random weights",
+    )
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "device")
     parser.add_argument("--seconds", type=float, default=600, help="that this process may take")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"got --device {options.device} where torch sees no GPU, expected one; --device cpu --quick is a trial")
+        print(
+            f"got --device {options.device} where torch sees no GPU, expected one; --device cpu --quick is a trial"
+        )
         return 2
     if torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)  # whose time and memory are looked at
@@ -112,7 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
             report.save(seconds=time.perf_counter() - start)
         except (Exception, _TooLong, SystemExit) as error:
             failed = 1
-            report.save(seconds=time.perf_counter() - start, failed=f"{type(error).__name__}: {error}"[:500])
+            report.save(
+                seconds=time.perf_counter() - start, failed=f"{type(error).__name__}: {error}"[:500]
+            )
             print(f"FAILED {part}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             traceback.print_exc(limit=-4)
         if torch.cuda.is_available():

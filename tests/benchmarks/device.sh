@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is measured on a device, in one go, without network: exactness over the families of tests/cases.py, spectra, TensorFloat32,
+# What is measured on a device, in one go, without network: exactness over the families of tests/support/cases.py, spectra, TensorFloat32,
 # stages, memory, a profile and the release's procedure, on random weights of the shapes of SmolLM2-135M and Llama-3-8B.
 #
 #   OUT=folder [DEVICE=cuda] [MODEL=folder of a small Llama] [PYTHON=python3] bash tests/benchmarks/device.sh [--quick]
@@ -13,7 +13,7 @@ out=${OUT:-$default}
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH=$here/../..:$here/..${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$here/../..:$here/../support${PYTHONPATH:+:$PYTHONPATH}
 export LM_EVAL_COUPLING_NO_HOOK=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 worst=0

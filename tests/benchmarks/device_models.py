@@ -54,10 +54,14 @@ def small(report: Any, options: SimpleNamespace) -> None:
 def large(report: Any, options: SimpleNamespace) -> None:
     """Llama-3-8B's shape in bf16: one prompt, a long one, and eight together; how many would fit; a profile."""
     sizes = TINY if options.quick else models.LLAMA_3_8B
-    model = ResidualModel.wrap(models.random_llama(dtype=torch.bfloat16, device=options.device, **sizes))
+    model = ResidualModel.wrap(
+        models.random_llama(dtype=torch.bfloat16, device=options.device, **sizes)
+    )
     for tokens, prompts, runs in ((128, 1, 3), (1024, 1, 2), (128, 8, 2)):
         _stages(report, model, tokens, prompts, runs, options)
-    report.save(would_fit={tokens: len(_prompts(model, tokens, 0, options)) for tokens in (128, 1024)})
+    report.save(
+        would_fit={tokens: len(_prompts(model, tokens, 0, options)) for tokens in (128, 1024)}
+    )
     _profile(report, model, 128, 1, options)
 
 
@@ -79,10 +83,17 @@ def against_release(report: Any, options: SimpleNamespace) -> None:
     """The release's procedure on the same model in the same process; a few of its layers, the rest by proportion."""
     baseline, tokenizer = _small(options)
     model = ResidualModel.wrap(baseline)
-    settings = Settings(_settings(options).ranks, (*default_measures(), "swapped"))  # the release's order is one of the two
+    settings = Settings(
+        _settings(options).ranks, (*default_measures(), "swapped")
+    )  # the release's order is one of the two
     for tokens in (10, 128):
-        prompts = [models.prompt(tokens, _vocabulary(model), tokenizer, number=i) for i in range(2 if options.quick else 64)]
-        found = release.compare(model, baseline, prompts, settings, release.spread(model.n_layers, 3), 1)
+        prompts = [
+            models.prompt(tokens, _vocabulary(model), tokenizer, number=i)
+            for i in range(2 if options.quick else 64)
+        ]
+        found = release.compare(
+            model, baseline, prompts, settings, release.spread(model.n_layers, 3), 1
+        )
         report.add(**{name: value for name, value in found.items() if name != "agreement"})
         report.add(tokens=tokens, agreement=found["agreement"])
 
@@ -102,7 +113,11 @@ def overhead(report: Any, options: SimpleNamespace) -> None:
         ranks = "+".join(map(str, _settings(options).ranks))
         tasks = TaskManager(include_path=f"{folder}/tasks", include_defaults=False)
         taken = {}
-        for kind, more in (("hf", ""), ("hf", ""), ("coupling-hf", f",coupling_limit=all,coupling_ranks={ranks}")):
+        for kind, more in (
+            ("hf", ""),
+            ("hf", ""),
+            ("coupling-hf", f",coupling_limit=all,coupling_ranks={ranks}"),
+        ):
             store = f",coupling_store={folder}/store.sqlite" if more else ""
             start = time.perf_counter()
             found = lm_eval.simple_evaluate(
@@ -118,7 +133,9 @@ def overhead(report: Any, options: SimpleNamespace) -> None:
             taken[kind] = time.perf_counter() - start
         info = found["config"]["coupling"]
     if info["measured"] < documents:
-        raise SystemExit(f"got {info['measured']} measured prompts, expected those of {documents} documents")
+        raise SystemExit(
+            f"got {info['measured']} measured prompts, expected those of {documents} documents"
+        )
     report.add(
         documents=documents,
         measured=info["measured"],
@@ -135,7 +152,9 @@ def _save_task(folder: Path, documents: int) -> None:
     words = models._TEXT.split()
     rows = []
     for i in range(documents):
-        text = f"{i} " + " ".join((words * 3)[5 * i % 60 :])  # no two alike: a prompt is measured once
+        text = f"{i} " + " ".join(
+            (words * 3)[5 * i % 60 :]
+        )  # no two alike: a prompt is measured once
         choices = [text[j : j + 28] for j in (100, 140, 180, 220)]
         rows.append({"question": text[: 75 + i % 30], "choices": choices, "gold": i % 4})
     data = folder / "long.jsonl"
@@ -151,7 +170,9 @@ def _save_task(folder: Path, documents: int) -> None:
 def _small(options: SimpleNamespace):
     if options.model and not options.quick:
         return models.load(options.model, torch.float32, options.device)
-    return models.random_llama(device=options.device, **(TINY if options.quick else SMOLLM2_135M)), None
+    return models.random_llama(
+        device=options.device, **(TINY if options.quick else SMOLLM2_135M)
+    ), None
 
 
 def _settings(options: SimpleNamespace) -> Settings:
@@ -162,14 +183,23 @@ def _vocabulary(model: ResidualModel) -> int:
     return model.model.config.get_text_config().vocab_size
 
 
-def _prompts(model: ResidualModel, tokens: int, prompts: int, options: SimpleNamespace) -> list[list[int]]:
+def _prompts(
+    model: ResidualModel, tokens: int, prompts: int, options: SimpleNamespace
+) -> list[list[int]]:
     """So many, or as many as are measured together."""
     count = prompts or (10 if options.quick else MANY)
     found = [models.prompt(tokens, _vocabulary(model), number=i) for i in range(count)]
     return found if prompts else [found[i] for i in groups(model, found, _settings(options))[0]]
 
 
-def _stages(report: Any, model: ResidualModel, tokens: int, prompts: int, runs: int, options: SimpleNamespace) -> None:
+def _stages(
+    report: Any,
+    model: ResidualModel,
+    tokens: int,
+    prompts: int,
+    runs: int,
+    options: SimpleNamespace,
+) -> None:
     """Seconds of a prompt by stage, the smaller of the runs after the first, and the peak memory of the last."""
     settings, offered = _settings(options), _prompts(model, tokens, prompts, options)
     announced = memory_of(model, rank=settings.ranks[-1], seq=tokens, prompts=len(offered))
@@ -209,12 +239,17 @@ def _peak(model: ResidualModel, announced: int) -> dict[str, float]:
     return {"measured_mb": measured / 1e6, "announced_over_measured": announced / measured}
 
 
-def _profile(report: Any, model: ResidualModel, tokens: int, prompts: int, options: SimpleNamespace) -> None:
+def _profile(
+    report: Any, model: ResidualModel, tokens: int, prompts: int, options: SimpleNamespace
+) -> None:
     """Kernels and seconds of one batch, and the operations that take longest on the device and on the host."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    settings, offered = _settings(options), _prompts(model, tokens, min(prompts, 2) if options.quick else prompts, options)
+    settings, offered = (
+        _settings(options),
+        _prompts(model, tokens, min(prompts, 2) if options.quick else prompts, options),
+    )
     measure_prompts(model, offered, -1, settings)
     on_device = model.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
@@ -230,7 +265,11 @@ def _profile(report: Any, model: ResidualModel, tokens: int, prompts: int, optio
         together=len(offered),
         wall_with_profiler=wall,
         launches=sum(event.count for event in events if event.key.startswith("cudaLaunchKernel")),
-        waits=sum(event.count for event in events if event.key.startswith(("cudaStreamSynchronize", "cudaMemcpy"))),
+        waits=sum(
+            event.count
+            for event in events
+            if event.key.startswith(("cudaStreamSynchronize", "cudaMemcpy"))
+        ),
         device_seconds=sum(event.self_device_time_total for event in kernels) / 1e6,
         longest_kernels=_longest(kernels, "self_device_time_total"),
         longest_on_host=_longest(events, "self_cpu_time_total"),
@@ -239,4 +278,7 @@ def _profile(report: Any, model: ResidualModel, tokens: int, prompts: int, optio
 
 def _longest(events: Sequence[Any], by: str) -> list[dict[str, Any]]:
     chosen = sorted(events, key=lambda event: -getattr(event, by))[:15]
-    return [{"name": event.key[:80], "count": event.count, "ms": getattr(event, by) / 1e3} for event in chosen]
+    return [
+        {"name": event.key[:80], "count": event.count, "ms": getattr(event, by) / 1e3}
+        for event in chosen
+    ]

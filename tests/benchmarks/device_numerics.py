@@ -13,20 +13,27 @@ import torch
 from timing import seconds
 
 from lm_eval_coupling import ResidualModel, block_jacobians
-from lm_eval_coupling.measures.formulas.coupling import coupling_matrices
+from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrices
 from lm_eval_coupling.numerics import gram, subspace
 from lm_eval_coupling.numerics.spectra import top_singular
 
 
 def spectra(report: Any, options: SimpleNamespace) -> None:
     """Top triplets of batches of matrices with known and with flat spectra; a few of them against float64 on the device."""
-    shapes = [(4, 96, 11)] if options.quick else [(240, 576, 51), (32, 4096, 51), (960, 576, 51), (30, 576, 51)]
+    shapes = (
+        [(4, 96, 11)]
+        if options.quick
+        else [(240, 576, 51), (32, 4096, 51), (960, 576, 51), (30, 576, 51)]
+    )
     for batch, d_model, k in shapes:
         for kind in ("flat", "decaying", "steep"):
             J = _matrices(kind, batch, d_model, options.device)
             top_singular(J[:2], k)
             with _counted() as counts:
-                best = min(seconds(lambda J=J, k=k: counts.update(found=top_singular(J, k))) for _ in range(2))
+                best = min(
+                    seconds(lambda J=J, k=k: counts.update(found=top_singular(J, k)))
+                    for _ in range(2)
+                )
             found = counts["found"]
             some = J[: 1 if d_model > 1024 else 2].double()
             values = torch.linalg.eigvalsh(some.mT @ some).flip(-1)[:, :k].clamp_min(0).sqrt()
@@ -42,7 +49,9 @@ def spectra(report: Any, options: SimpleNamespace) -> None:
                 products_with_columns=counts["columns"] / 2,
                 residual=float(found.residual.max()),
                 orthogonality=loss,
-                values_relative_error=float(((found.S[: len(some)].double() - values).abs() / values[:, :1]).max()),
+                values_relative_error=float(
+                    ((found.S[: len(some)].double() - values).abs() / values[:, :1]).max()
+                ),
             )
             del J, found
         if not options.quick and d_model == 576:
@@ -50,7 +59,9 @@ def spectra(report: Any, options: SimpleNamespace) -> None:
             G = G @ G.mT
             torch.linalg.eigh(G[:1])
             report.add(
-                kind="torch.linalg.eigh of one", d_model=d_model, seconds=seconds(lambda G=G: torch.linalg.eigh(G)) / 4
+                kind="torch.linalg.eigh of one",
+                d_model=d_model,
+                seconds=seconds(lambda G=G: torch.linalg.eigh(G)) / 4,
             )
 
 
@@ -59,7 +70,11 @@ def _matrices(kind: str, batch: int, d_model: int, device: str) -> torch.Tensor:
     generator = torch.Generator(device=device).manual_seed(0)
     J = torch.randn(batch, d_model, d_model, device=device, generator=generator) / d_model**0.5
     i = torch.arange(d_model, device=device)
-    scale = {"flat": torch.ones_like(i), "decaying": (1 + i) ** -0.5, "steep": torch.exp(-i / 15.0) + 1e-4}[kind]
+    scale = {
+        "flat": torch.ones_like(i),
+        "decaying": (1 + i) ** -0.5,
+        "steep": torch.exp(-i / 15.0) + 1e-4,
+    }[kind]
     return J * scale
 
 
@@ -108,7 +123,12 @@ def tf32(report: Any, options: SimpleNamespace) -> None:
             found = block_jacobians(wrapped, tokens)
             triplets = top_singular(found.jacobians, 11)
             A = coupling_matrices(found.jacobians, triplets.U, triplets.V)
-            expected = torch.stack([triplets.U.double().mT @ (J @ triplets.V.double()) for J in found.jacobians.double()])
+            expected = torch.stack(
+                [
+                    triplets.U.double().mT @ (J @ triplets.V.double())
+                    for J in found.jacobians.double()
+                ]
+            )
             report.add(
                 switched_on=name,
                 a_product_outside=outside,
@@ -146,21 +166,42 @@ def exactness(report: Any, options: SimpleNamespace) -> None:
         try:
             plain = cases.tiny_model(name)
             layers = range(len(oracles.decoder_layers(plain)))
-            expected = {pair: [oracles.oracle(plain, tokens, layer, *pair) for layer in layers] for pair in ((8, 8), (8, 4))}
+            expected = {
+                pair: [oracles.oracle(plain, tokens, layer, *pair) for layer in layers]
+                for pair in ((8, 8), (8, 4))
+            }
             for dtype in (torch.float32, torch.float64):
                 wrapped = ResidualModel.wrap(cases.tiny_model(name).to(options.device, dtype))
                 worst, certificate, methods = 0.0, 0.0, set()
-                for (t_out, t_in), oracle in expected.items() if dtype == torch.float32 else [*expected.items()][:1]:
-                    found = block_jacobians(wrapped, tokens, output_token=t_out, input_token=t_in, dtype=dtype)
-                    errors = (oracles.worst(J.double().cpu(), o) for J, o in zip(found.jacobians, oracle, strict=True))
+                for (t_out, t_in), oracle in (
+                    expected.items() if dtype == torch.float32 else [*expected.items()][:1]
+                ):
+                    found = block_jacobians(
+                        wrapped, tokens, output_token=t_out, input_token=t_in, dtype=dtype
+                    )
+                    errors = (
+                        oracles.worst(J.double().cpu(), o)
+                        for J, o in zip(found.jacobians, oracle, strict=True)
+                    )
                     worst = max(worst, *errors)
-                    certificate, methods = max(certificate, float(found.certificate.max())), methods | set(found.method)
-                row |= {f"{dtype}"[6:]: worst, f"certificate_{dtype}".replace("torch.", ""): certificate}
+                    certificate, methods = (
+                        max(certificate, float(found.certificate.max())),
+                        methods | set(found.method),
+                    )
+                row |= {
+                    f"{dtype}"[6:]: worst,
+                    f"certificate_{dtype}".replace("torch.", ""): certificate,
+                }
             row["methods"] = sorted(methods)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:200]
         report.add(**row)
-    worst = {dtype: max((row.get(dtype, 0.0) for row in report.rows), default=0.0) for dtype in ("float32", "float64")}
-    report.save(worst=worst, failed_families=[row["family"] for row in report.rows if "error" in row])
+    worst = {
+        dtype: max((row.get(dtype, 0.0) for row in report.rows), default=0.0)
+        for dtype in ("float32", "float64")
+    }
+    report.save(
+        worst=worst, failed_families=[row["family"] for row in report.rows if "error" in row]
+    )
     if report.found["failed_families"] or worst["float32"] > 2e-5:
         raise SystemExit(f"worst {worst}, failed: {report.found['failed_families']}")

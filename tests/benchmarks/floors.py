@@ -46,7 +46,9 @@ def stage_and_floor(
 ) -> list[dict]:
     """One row per stage, per prompt."""
     contained = floors(shape, len(prompts[0]), settings.ranks[-1])
-    alone = {name: products.runner(found, shape.layers, device) for name, found in contained.items()}
+    alone = {
+        name: products.runner(found, shape.layers, device) for name, found in contained.items()
+    }
     alone["eigh"] = decompositions(shape, min(settings.ranks[-1] + 1, shape.d_model), device)
     dtype, spent, records = DTYPES[settings.dtype], [], []
 
@@ -54,10 +56,15 @@ def stage_and_floor(
         records[:], found = stages.measured(model, prompts, settings)
         spent.append(found)
 
-    candidates = {"measure": measure, "trace without derivative": lambda: model.traces(prompts, dtype)}
+    candidates = {
+        "measure": measure,
+        "trace without derivative": lambda: model.traces(prompts, dtype),
+    }
     taken = in_turn(candidates | alone, repeats)
     if (methods := {method for record in records for method in record.method}) != {"closed"}:
-        raise SystemExit(f"got blocks of level {sorted(methods)}, expected all closed: the floors are theirs")
+        raise SystemExit(
+            f"got blocks of level {sorted(methods)}, expected all closed: the floors are theirs"
+        )
     ours = stages.median(spent[-repeats:])
     ours["forward"] = taken["trace without derivative"] / len(prompts)
     ours["certificate"] = ours["trace"] - ours["forward"]
@@ -69,7 +76,8 @@ def stage_and_floor(
             "floor": taken[name] + (taken["eigh"] if name == "spectra" else 0),
             "of_it_eigh": taken["eigh"] if name == "spectra" else None,
             "ratio": ours[name] / (taken[name] + (taken["eigh"] if name == "spectra" else 0)),
-            "floor_gflops_per_second": (gflop := shape.layers * sum(p.flops for p in found) / 1e9) / taken[name],
+            "floor_gflops_per_second": (gflop := shape.layers * sum(p.flops for p in found) / 1e9)
+            / taken[name],
             "gflop": gflop,
         }
         for name, found in contained.items()
@@ -99,32 +107,53 @@ def rate(device: str) -> float:
     """Gflop/s of a large square product in float32, the median of five."""
     a, b = torch.randn(2, SQUARE, SQUARE, device=device)
     out = a @ b
-    return 2 * SQUARE**3 / 1e9 / statistics.median(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(5))
+    return (
+        2
+        * SQUARE**3
+        / 1e9
+        / statistics.median(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(5))
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "floors")
-    parser.add_argument("--model", required=True, help="transformers folder of a Llama, or llama-3-8b for random weights")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="transformers folder of a Llama, or llama-3-8b for random weights",
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[10, 128], help="lengths of the prompts"
+    )
     parser.add_argument("--prompts", type=int, default=8, help="measured together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--repeats", type=int, help="default 7; 3 with --quick")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights; the arithmetic is float32")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; the arithmetic is float32"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     about = machine.describe(options.device, options.dtype)
     model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
     shape = products.Shape.of(model.config)
-    ours, settings = ResidualModel.wrap(model), Settings(tuple(options.ranks), (*default_measures(), "swapped"))
+    ours, settings = (
+        ResidualModel.wrap(model),
+        Settings(tuple(options.ranks), (*default_measures(), "swapped")),
+    )
     rows = []
     for tokens in options.tokens:
-        prompts = [models.prompt(tokens, model.config.vocab_size, tokenizer, number=i) for i in range(options.prompts)]
+        prompts = [
+            models.prompt(tokens, model.config.vocab_size, tokenizer, number=i)
+            for i in range(options.prompts)
+        ]
         repeats = options.repeats or (3 if options.quick else 7)
         rows += stage_and_floor(ours, shape, prompts, settings, options.device, repeats)
     found = {"gflops_per_second": rate(options.device), "stages": rows}
     machine.save("floors", about, options, found)
-    machine.show(f"Stages and their floors: {options.model}, {found['gflops_per_second']:.0f} Gflop/s", rows)
+    machine.show(
+        f"Stages and their floors: {options.model}, {found['gflops_per_second']:.0f} Gflop/s", rows
+    )
 
 
 if __name__ == "__main__":

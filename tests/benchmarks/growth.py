@@ -26,9 +26,14 @@ STAGES = ("forward", "certificate", "jacobians", "spectra", "pairs")
 MEASURING = ("jacobians", "spectra", "pairs", "regularity")
 
 
-def cost(model: ResidualModel, settings: Settings, tokens: int, prompts: int, repeats: int) -> dict[str, float]:
+def cost(
+    model: ResidualModel, settings: Settings, tokens: int, prompts: int, repeats: int
+) -> dict[str, float]:
     """Seconds by stage for so many prompts, together; ``measuring`` is all but forward and certificate."""
-    texts = [models.prompt(tokens, model.model.config.get_text_config().vocab_size, number=i) for i in range(prompts)]
+    texts = [
+        models.prompt(tokens, model.model.config.get_text_config().vocab_size, number=i)
+        for i in range(prompts)
+    ]
     runs = []
 
     def measure():
@@ -40,7 +45,10 @@ def cost(model: ResidualModel, settings: Settings, tokens: int, prompts: int, re
 
     taken = in_turn({"measure": measure, "forward": forward}, repeats)
     found = stages.median(runs[-repeats:])
-    apart = {"forward": taken["forward"], "certificate": max(0.0, found.pop("trace") - taken["forward"])}
+    apart = {
+        "forward": taken["forward"],
+        "certificate": max(0.0, found.pop("trace") - taken["forward"]),
+    }
     return apart | found | {"measuring": sum(found[stage] for stage in MEASURING)}
 
 
@@ -55,7 +63,8 @@ def sizes_of(options) -> dict[str, list[int]]:
     """The sizes to go through, by axis."""
     quick = options.quick
     return {
-        "tokens": options.tokens or ([16, 128, 1024] if quick else [16, 32, 64, 128, 256, 512, 1024, 2048]),
+        "tokens": options.tokens
+        or ([16, 128, 1024] if quick else [16, 32, 64, 128, 256, 512, 1024, 2048]),
         "d_model": options.widths or ([256, 512, 1024] if quick else [256, 512, 1024, 2048]),
         "layers": options.layers or ([2, 4, 8] if quick else [2, 4, 8, 16, 32]),
         "prompts": options.prompts or ([1, 2, 4] if quick else [1, 2, 4, 8]),
@@ -64,10 +73,22 @@ def sizes_of(options) -> dict[str, list[int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "growth")
-    for axis, name in (("tokens", "tokens"), ("widths", "d_model"), ("layers", "layers"), ("prompts", "prompts")):
-        parser.add_argument(f"--{axis}", type=int, nargs="+", help=f"values of {name}; default 4 to 8, 3 with --quick")
+    for axis, name in (
+        ("tokens", "tokens"),
+        ("widths", "d_model"),
+        ("layers", "layers"),
+        ("prompts", "prompts"),
+    ):
+        parser.add_argument(
+            f"--{axis}",
+            type=int,
+            nargs="+",
+            help=f"values of {name}; default 4 to 8, 3 with --quick",
+        )
     parser.add_argument("--length", type=int, default=64, help="tokens where they are not varied")
-    parser.add_argument("--width", type=int, default=576, help="d_model where it is not varied, a multiple of 64")
+    parser.add_argument(
+        "--width", type=int, default=576, help="d_model where it is not varied, a multiple of 64"
+    )
     parser.add_argument("--depth", type=int, default=6, help="layers where they are not varied")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--repeats", type=int, help="default 5; 3 with --quick")
@@ -75,15 +96,25 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     about = machine.describe(options.device, "float32")
-    settings, repeats = Settings(tuple(options.ranks)), options.repeats or (3 if options.quick else 5)
-    base = {"tokens": options.length, "d_model": options.width, "layers": options.depth, "prompts": 1}
+    settings, repeats = (
+        Settings(tuple(options.ranks)),
+        options.repeats or (3 if options.quick else 5),
+    )
+    base = {
+        "tokens": options.length,
+        "d_model": options.width,
+        "layers": options.depth,
+        "prompts": 1,
+    }
     results = {}
     for axis, sizes in sizes_of(options).items():
         rows = []
         for size in sizes:
             at = base | {axis: size}
             model = ResidualModel.wrap(models.llama(at["d_model"], at["layers"], options.device))
-            rows.append({"size": size} | cost(model, settings, at["tokens"], at["prompts"], repeats))
+            rows.append(
+                {"size": size} | cost(model, settings, at["tokens"], at["prompts"], repeats)
+            )
         results[axis] = {"rows": rows, "exponent": exponents(rows) if len(rows) > 1 else {}}
         held = ", ".join(f"{name} {value}" for name, value in base.items() if name != axis)
         columns = ("size", *STAGES, "measuring", "total")

@@ -22,7 +22,10 @@ HERE = Path(__file__).resolve().parents[2]
 def of_checkout(folder: Path, arguments: list[str], threads: int) -> dict[str, float]:
     """What one_checkout.py finds of the package in ``folder``."""
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": str(threads),
+    }
     command = [sys.executable, str(Path(__file__).with_name("one_checkout.py")), *arguments]
     return machine.found_by(command, folder.name, env=environment, cwd=folder)
 
@@ -40,8 +43,17 @@ def main(arguments: list[str] | None = None) -> None:
     options.model = str(Path(options.model).resolve())
     other = options.other.resolve()
     if not (other / "lm_eval_coupling").is_dir():
-        raise SystemExit(f"got {options.other}, expected the folder of another checkout, with lm_eval_coupling in it")
-    given = ["--model", options.model, "--threads", str(options.threads), "--prompts", str(options.prompts)]
+        raise SystemExit(
+            f"got {options.other}, expected the folder of another checkout, with lm_eval_coupling in it"
+        )
+    given = [
+        "--model",
+        options.model,
+        "--threads",
+        str(options.threads),
+        "--prompts",
+        str(options.prompts),
+    ]
     given += ["--tokens", *map(str, options.tokens), "--ranks", *map(str, options.ranks)]
     about, taken = machine.describe(), [(HERE, []), (other, [])]
     for _ in range(options.rounds or (1 if options.quick else 3)):
@@ -58,7 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _commit(folder: Path) -> str:
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return said.stdout.strip() or "unknown"
 
 

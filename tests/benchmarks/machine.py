@@ -57,7 +57,9 @@ def found_by(command: list[str], what: str, **how: Any) -> Any:
 
 def save(benchmark: str, machine: dict, options: argparse.Namespace, results: Any) -> None:
     """Write one benchmark's JSON to ``options.out``."""
-    asked = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
+    asked = {
+        k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"
+    }
     if "model" in asked:
         asked["model"] = Path(asked["model"]).name
     found = {"benchmark": benchmark, "machine": machine, "options": asked, "results": results}
@@ -69,7 +71,12 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of one shape as a table; numbers with three digits."""
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+        table.add_row(
+            *(
+                f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v)
+                for v in row.values()
+            )
+        )
     Console(width=max(120, Console().width)).print(table)
 
 

@@ -30,13 +30,34 @@ from lm_eval_coupling.residual import ResidualModel
 RANK = 10
 
 
-def lm_eval(options, model: str, tasks: str, limit: int, out: Path, store: Path | None = None, launcher=()) -> list[str]:
+def lm_eval(
+    options, model: str, tasks: str, limit: int, out: Path, store: Path | None = None, launcher=()
+) -> list[str]:
     """The command of one evaluation."""
     arguments = f"pretrained={options.model}"
     if model == "coupling-hf":
         arguments += f",coupling_limit=all,coupling_store={store}"
-    command = [sys.executable, *launcher, "-m", "lm_eval", "--model", model, "--model_args", arguments]
-    return [*command, "--tasks", tasks, "--limit", str(limit), "--output_path", str(out), "--batch_size", "1"]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "lm_eval",
+        "--model",
+        model,
+        "--model_args",
+        arguments,
+    ]
+    return [
+        *command,
+        "--tasks",
+        tasks,
+        "--limit",
+        str(limit),
+        "--output_path",
+        str(out),
+        "--batch_size",
+        "1",
+    ]
 
 
 def run(command: list[str], options) -> float:
@@ -54,7 +75,10 @@ def results(out: Path) -> dict:
 def scores(out: Path) -> dict:
     """Every metric that is not coupling."""
     found = results(out)["results"]
-    return {task: {k: v for k, v in row.items() if not k.startswith("coupling")} for task, row in found.items()}
+    return {
+        task: {k: v for k, v in row.items() if not k.startswith("coupling")}
+        for task, row in found.items()
+    }
 
 
 def documents(records):
@@ -66,16 +90,27 @@ def main_job(options, work: Path) -> dict:
     seconds = {
         "hf": run(lm_eval(options, "hf", options.tasks, options.limit, work / "hf"), options),
         "coupling-hf": run(
-            lm_eval(options, "coupling-hf", options.tasks, options.limit, work / "c", options.store or work / "c.sqlite"),
+            lm_eval(
+                options,
+                "coupling-hf",
+                options.tasks,
+                options.limit,
+                work / "c",
+                options.store or work / "c.sqlite",
+            ),
             options,
         ),
     }
     records = lm_eval_coupling.load_records(work / "c")
     index = list(records["ranks"].iloc[0]).index(RANK)
     records["coupling"] = [
-        coupling_of(np.stack([np.stack(row) for row in m[index]])) for m in records.normalized_miscoupling
+        coupling_of(np.stack([np.stack(row) for row in m[index]]))
+        for m in records.normalized_miscoupling
     ]
-    trained, untrained = documents(records), documents(records.assign(coupling=untrained_couplings(options, records)))
+    trained, untrained = (
+        documents(records),
+        documents(records.assign(coupling=untrained_couplings(options, records))),
+    )
     info = results(work / "c")["config"]["coupling"]
     chance = 1 - chance_level(RANK)
     return {
@@ -105,11 +140,15 @@ def coupling_of(m: np.ndarray) -> float:
 def untrained_couplings(options, records) -> list[float]:
     """The same prompts through the same architecture with fresh weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(options.model), dtype=torch.float32
+    ).eval()
     prompts = [list(map(int, tokens)) for tokens in records.tokens]
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     wrapped = ResidualModel.wrap(model)
-    measured = lm_eval_coupling.measure_coupling(wrapped, list(map(list, distinct)), ranks=(RANK,), measures=("depth",))
+    measured = lm_eval_coupling.measure_coupling(
+        wrapped, list(map(list, distinct)), ranks=(RANK,), measures=("depth",)
+    )
     value = {tokens: m.coupling(RANK) for tokens, m in zip(distinct, measured, strict=True)}
     return [value[tuple(tokens)] for tokens in prompts]
 
@@ -136,7 +175,11 @@ def killed_and_resumed(options, work: Path) -> dict:
     store, command = work / "k.sqlite", None
     command = lm_eval(options, "coupling-hf", "arc_easy", 8, work / "k", store)
     process = subprocess.Popen(
-        command, cwd=options.data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=options.data,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     while len(stored(store)) < 3 and process.poll() is None:
         time.sleep(0.05)
@@ -158,14 +201,26 @@ def two_processes(options, work: Path) -> dict:
     """The same records from one process and from two."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29555")
     run(lm_eval(options, "coupling-hf", "arc_easy", 8, work / "one", work / "one.sqlite"), options)
-    run(lm_eval(options, "coupling-hf", "arc_easy", 8, work / "two", work / "two.sqlite", launcher), options)
-    one, two = (lm_eval_coupling.load_records(work / name).set_index("doc_hash").sort_index() for name in ("one", "two"))
+    run(
+        lm_eval(options, "coupling-hf", "arc_easy", 8, work / "two", work / "two.sqlite", launcher),
+        options,
+    )
+    one, two = (
+        lm_eval_coupling.load_records(work / name).set_index("doc_hash").sort_index()
+        for name in ("one", "two")
+    )
 
     def values(records, column):
-        return np.array([np.concatenate([np.ravel(x) for x in flatten(m)]) for m in records[column]])
+        return np.array(
+            [np.concatenate([np.ravel(x) for x in flatten(m)]) for m in records[column]]
+        )
 
     def flatten(nested):
-        return [nested] if np.ndim(nested[0]) == 0 else [leaf for item in nested for leaf in flatten(item)]
+        return (
+            [nested]
+            if np.ndim(nested[0]) == 0
+            else [leaf for item in nested for leaf in flatten(item)]
+        )
 
     return {
         "documents": len(two),
@@ -183,10 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="transformers folder")
     parser.add_argument("--data", type=Path, required=True, help="working directory of lm-eval")
-    parser.add_argument("--tasks", default="arc_easy,hellaswag,winogrande,truthfulqa_mc2,gsm8k_cot_zeroshot")
+    parser.add_argument(
+        "--tasks", default="arc_easy,hellaswag,winogrande,truthfulqa_mc2,gsm8k_cot_zeroshot"
+    )
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--store", type=Path, help="measurements to go on from, and to keep")
-    parser.add_argument("--only-main", action="store_true", help="leave out the kill and the two processes")
+    parser.add_argument(
+        "--only-main", action="store_true", help="leave out the kill and the two processes"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options = parser.parse_args()
     options.model = options.model.resolve()
@@ -196,7 +255,11 @@ def main() -> None:
             "model": options.model.name,
             "tasks": options.tasks,
             "limit": options.limit,
-            "machine": {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__},
+            "machine": {
+                "processor": processor(),
+                "cores": os.cpu_count(),
+                "torch": torch.__version__,
+            },
             "main_job": main_job(options, work),
         }
         if not options.only_main:

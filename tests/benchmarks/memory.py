@@ -71,9 +71,16 @@ def one(options: argparse.Namespace) -> dict:
     forward(prompt[:2])  # weights are read from their file when they are first used
     forget_peak()
     loaded = resident("VmRSS")
-    dict(zip(PROCEDURES, (forward, ours, one_layer_of_release), strict=True))[options.procedure](prompt)
+    dict(zip(PROCEDURES, (forward, ours, one_layer_of_release), strict=True))[options.procedure](
+        prompt
+    )
     peak = resident("VmHWM")
-    found = {"tokens": str(len(prompt)), "procedure": options.procedure, "peak": peak, "added": peak - loaded}
+    found = {
+        "tokens": str(len(prompt)),
+        "procedure": options.procedure,
+        "peak": peak,
+        "added": peak - loaded,
+    }
     if torch.device(options.device).type == "cuda":
         found["gpu_peak"] = torch.cuda.max_memory_allocated() / MIB
     return found
@@ -89,18 +96,30 @@ def in_a_process(options: argparse.Namespace, procedure: str, tokens: int) -> di
 
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "memory")
-    parser.add_argument("--model", required=True, help="transformers folder, or llama-3-8b for random weights of its shape")
-    parser.add_argument("--tokens", type=int, nargs="+", help="default 10 128 1024; 10 128 with --quick")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="transformers folder, or llama-3-8b for random weights of its shape",
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="default 10 128 1024; 10 128 with --quick"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--procedure", choices=PROCEDURES, help="only this one, in this process, as JSON")
+    parser.add_argument(
+        "--procedure", choices=PROCEDURES, help="only this one, in this process, as JSON"
+    )
     options = parser.parse_args(arguments)
     options.tokens = options.tokens or ([10, 128] if options.quick else [10, 128, 1024])
     if options.procedure:
         print(json.dumps(one(options)))
         return
-    rows = [in_a_process(options, procedure, tokens) for tokens in options.tokens for procedure in PROCEDURES]
+    rows = [
+        in_a_process(options, procedure, tokens)
+        for tokens in options.tokens
+        for procedure in PROCEDURES
+    ]
     torch.set_num_threads(options.threads)
     machine.save("memory", machine.describe(options.device, options.dtype), options, rows)
     machine.show(f"Peak memory, MiB: {options.model}", rows)

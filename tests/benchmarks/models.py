@@ -29,16 +29,24 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     if name == "llama-3-8b":
         return random_llama(dtype=dtype, device=device, **LLAMA_3_8B), None
     if not (Path(name) / "config.json").is_file():
-        raise SystemExit(f"got model {name!r}, expected a transformers folder (with config.json) or llama-3-8b")
+        raise SystemExit(
+            f"got model {name!r}, expected a transformers folder (with config.json) or llama-3-8b"
+        )
     # Eager: other attention kernels have no batched derivative, and make the whole-sequence procedure slower.
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager").to(device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager").to(
+        device
+    )
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(name)
 
 
-def random_llama(*, dtype: torch.dtype = torch.float32, device: str = "cpu", **config) -> LlamaForCausalLM:
+def random_llama(
+    *, dtype: torch.dtype = torch.float32, device: str = "cpu", **config
+) -> LlamaForCausalLM:
     """A Llama of the given `LlamaConfig`, the same every time, made on ``device``."""
     torch.manual_seed(0)
-    config = LlamaConfig(**config, attn_implementation="eager", max_position_embeddings=8192, dtype=dtype)
+    config = LlamaConfig(
+        **config, attn_implementation="eager", max_position_embeddings=8192, dtype=dtype
+    )
     with torch.device(device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

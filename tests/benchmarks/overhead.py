@@ -27,16 +27,42 @@ def command(options, kind: str, limit: int, out: Path) -> list[str]:
     arguments = f"pretrained={options.model}"
     if kind == "coupling-hf":
         arguments += f",coupling_limit=all,coupling_store={out / 'store.sqlite'},coupling_ranks={options.ranks}"
-    made = [sys.executable, "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", options.task]
+    made = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        kind,
+        "--model_args",
+        arguments,
+        "--tasks",
+        options.task,
+    ]
     made += ["--include_path", str(options.include_path)] if options.include_path else []
-    return [*made, "--limit", str(limit), "--device", options.device, "--batch_size", "1", "--output_path", str(out)]
+    return [
+        *made,
+        "--limit",
+        str(limit),
+        "--device",
+        options.device,
+        "--batch_size",
+        "1",
+        "--output_path",
+        str(out),
+    ]
 
 
 def run(options, kind: str, limit: int) -> tuple[float, dict]:
     """Wall seconds of one whole process, and the JSON it left."""
     # Offline, because look-ups at the hub would be timed as well; the command needs the start-up hook.
-    settings = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"} | settings
+    settings = {
+        "OMP_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    environment = {
+        k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"
+    } | settings
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         start = time.perf_counter()
@@ -58,7 +84,12 @@ def run(options, kind: str, limit: int) -> tuple[float, dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "overhead")
     parser.add_argument("--model", type=Path, required=True, help="transformers folder")
-    parser.add_argument("--data", type=Path, default=Path(), help="working directory of lm-eval (default the current one)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(),
+        help="working directory of lm-eval (default the current one)",
+    )
     parser.add_argument("--task", default="hellaswag")
     parser.add_argument("--include_path", type=Path, help="folder of tasks of one's own")
     parser.add_argument("--limit", type=int, help="documents; default 40, 12 with --quick")
@@ -74,7 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
     limits = (max(1, options.limit // 4), options.limit)
     kinds = ("hf", "coupling-hf")
     run(options, "hf", limits[0])  # data are prepared and files read once
-    taken: dict[tuple[str, int], list[float]] = {(kind, limit): [] for limit in limits for kind in kinds}
+    taken: dict[tuple[str, int], list[float]] = {
+        (kind, limit): [] for limit in limits for kind in kinds
+    }
     for _ in range(options.repeats or (1 if options.quick else 3)):
         for (kind, limit), times in taken.items():
             spent, found = run(options, kind, limit)
@@ -91,21 +124,28 @@ def main(arguments: list[str] | None = None) -> None:
             "model": kind,
             f"{limits[0]} documents, s": middle[kind, limits[0]],
             f"{limits[1]} documents, s": middle[kind, limits[1]],
-            "s per further document": (middle[kind, limits[1]] - middle[kind, limits[0]]) / (limits[1] - limits[0]),
+            "s per further document": (middle[kind, limits[1]] - middle[kind, limits[0]])
+            / (limits[1] - limits[0]),
         }
         for kind in kinds
     ]
     hf, ours = ([value for key, value in row.items() if key != "model"] for row in rows)
-    ratio = {"model": "ratio"} | dict(zip(list(rows[0])[1:], (b / a for a, b in zip(hf, ours, strict=True)), strict=True))
+    ratio = {"model": "ratio"} | dict(
+        zip(list(rows[0])[1:], (b / a for a, b in zip(hf, ours, strict=True)), strict=True)
+    )
     results = {
         "documents": limits,
         "rows": rows,
         "ratio_whole_process": ratio[f"{limits[1]} documents, s"],
         "ratio_per_further_document": ratio["s per further document"],
-        "all_seconds": {f"{kind}, {limit} documents": times for (kind, limit), times in taken.items()},
+        "all_seconds": {
+            f"{kind}, {limit} documents": times for (kind, limit), times in taken.items()
+        },
     }
     machine.save("overhead", about, options, results)
-    machine.show(f"lm-eval on {options.task}, every document measured: {options.model.name}", [*rows, ratio])
+    machine.show(
+        f"lm-eval on {options.task}, every document measured: {options.model.name}", [*rows, ratio]
+    )
 
 
 if __name__ == "__main__":

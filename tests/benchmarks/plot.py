@@ -26,7 +26,12 @@ COLOURS = {
     "pairs": "#cc79a7",
     "total": "#000000",
 }
-AXES = {"tokens": "tokens of the prompt", "d_model": "d_model", "layers": "layers", "prompts": "prompts"}
+AXES = {
+    "tokens": "tokens of the prompt",
+    "d_model": "d_model",
+    "layers": "layers",
+    "prompts": "prompts",
+}
 
 
 def against_release(found: dict, figure) -> None:
@@ -35,12 +40,25 @@ def against_release(found: dict, figure) -> None:
     rows = sorted(found["results"], key=lambda row: row["tokens"])
     tokens = [row["tokens"] for row in rows]
     differentiated, layers = len(rows[0]["layers_differentiated_by_baseline"]), rows[0]["layers"]
-    part = f"\n(from {differentiated} of {layers} layers)" if rows[0]["jacobians_extrapolated"] else ""
+    part = (
+        f"\n(from {differentiated} of {layers} layers)" if rows[0]["jacobians_extrapolated"] else ""
+    )
     together = [row["ours"][-1] for row in rows]
-    theirs, ours = [row["release"]["total"] for row in rows], [we["seconds"]["total"] for we in together]
+    theirs, ours = (
+        [row["release"]["total"] for row in rows],
+        [we["seconds"]["total"] for we in together],
+    )
     axes.plot(tokens, theirs, "o-", color="#d55e00", label=f"release's procedure{part}")
-    axes.plot(tokens, ours, "o-", color="#0072b2", label=f"this package, {together[0]['together']} prompts at a time")
-    for at, their, we, ratio in zip(tokens, theirs, ours, (we["ratio"]["total"] for we in together), strict=True):
+    axes.plot(
+        tokens,
+        ours,
+        "o-",
+        color="#0072b2",
+        label=f"this package, {together[0]['together']} prompts at a time",
+    )
+    for at, their, we, ratio in zip(
+        tokens, theirs, ours, (we["ratio"]["total"] for we in together), strict=True
+    ):
         axes.plot([at] * 2, [we, their], ":", color="#8c8c8c")
         side = "right" if at == tokens[-1] else "left"  # inside the axes
         axes.annotate(f" {ratio:.0f}× ", (at, (their * we) ** 0.5), va="center", ha=side)
@@ -56,7 +74,14 @@ def growth(found: dict, figure) -> None:
         rows = found["results"][name]["rows"]
         sizes = [row["size"] for row in rows]
         for stage, colour in COLOURS.items():
-            axes.plot(sizes, [row[stage] or float("nan") for row in rows], "o-", ms=3, color=colour, label=stage)
+            axes.plot(
+                sizes,
+                [row[stage] or float("nan") for row in rows],
+                "o-",
+                ms=3,
+                color=colour,
+                label=stage,
+            )
         _finish(axes, label, sizes)
     grid[0].set_ylabel("seconds")
     grid[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -81,7 +106,10 @@ def draw(path: Path) -> Path | None:
     figure = plt.figure(figsize=size, layout="constrained")
     drawing(found, figure)
     about = found["machine"]
-    figure.suptitle(f"{about['processor']}, {about['threads']} threads, {about['device']}, {about['dtype']}", fontsize=9)
+    figure.suptitle(
+        f"{about['processor']}, {about['threads']} threads, {about['device']}, {about['dtype']}",
+        fontsize=9,
+    )
     figure.savefig(path.with_suffix(".png"), dpi=150)
     plt.close(figure)
     return path.with_suffix(".png")
@@ -89,7 +117,9 @@ def draw(path: Path) -> Path | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="default all in tests/benchmarks/results")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="default all in tests/benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     for path in options.files or sorted(RESULTS.glob("*.json")):
         if (picture := draw(path)) is not None:

@@ -46,7 +46,12 @@ class Shape:
         heads = config.num_attention_heads
         d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads, d_head
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            config.num_key_value_heads,
+            d_head,
         )
 
 
@@ -125,4 +130,11 @@ def _operands(p: Product, device: str) -> list[tuple[torch.Tensor, torch.Tensor,
     def matrices(rows, columns):
         return [torch.randn(*batch, rows, columns, device=device) for _ in range(SETS)]
 
-    return list(zip(matrices(p.rows, p.inner), matrices(p.inner, p.columns), matrices(p.rows, p.columns), strict=True))
+    return list(
+        zip(
+            matrices(p.rows, p.inner),
+            matrices(p.inner, p.columns),
+            matrices(p.rows, p.columns),
+            strict=True,
+        )
+    )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import machine
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from saved_runs import DATE, record, results, save, task_summary
 
 RANKS = (10, 30, 50)
@@ -45,7 +45,10 @@ def write(folder: Path, runs: int, documents: int, layers: int) -> int:
         where = folder / f"model-{number}"
         where.mkdir()
         run = results(
-            {"arc": task_summary(0.2 + number / 1000)}, f"model-{number}", run_id=None, fingerprint=f"{number:064x}"
+            {"arc": task_summary(0.2 + number / 1000)},
+            f"model-{number}",
+            run_id=None,
+            fingerprint=f"{number:064x}",
         )
         (where / f"results_{DATE}.json").write_text(json.dumps(run))
         os.link(table, where / table.name)
@@ -55,8 +58,13 @@ def write(folder: Path, runs: int, documents: int, layers: int) -> int:
 def command(*words: str) -> dict[str, float]:
     """Wall seconds and peak memory of one command."""
     started = time.perf_counter()
-    ran = subprocess.run([sys.executable, "-c", _MEASURED, *words], capture_output=True, text=True, check=True)
-    return {"seconds": time.perf_counter() - started, "peak": float(ran.stderr.strip().splitlines()[-1])}
+    ran = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *words], capture_output=True, text=True, check=True
+    )
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak": float(ran.stderr.strip().splitlines()[-1]),
+    }
 
 
 def main() -> None:
@@ -73,12 +81,24 @@ def main() -> None:
         commands = {
             "show": ("show", str(folder)),
             "show --json": ("show", str(folder), "--json"),
-            "show --doc": ("show", str(folder / "model-0"), "--task", "arc", "--doc", str(options.documents - 1)),
+            "show --doc": (
+                "show",
+                str(folder / "model-0"),
+                "--task",
+                "arc",
+                "--doc",
+                str(options.documents - 1),
+            ),
             "report": ("report", str(folder / "model-0"), "-o", str(Path(scratch) / "report.html")),
         }
-        found = [{"command": name} | command(*words) | {"table_mib": size / 2**20} for name, words in commands.items()]
+        found = [
+            {"command": name} | command(*words) | {"table_mib": size / 2**20}
+            for name, words in commands.items()
+        ]
     machine.save("reading", about, options, found)
-    machine.show(f"{options.runs} runs of {options.documents} documents, {options.layers} layers", found)
+    machine.show(
+        f"{options.runs} runs of {options.documents} documents, {options.layers} layers", found
+    )
 
 
 if __name__ == "__main__":

@@ -75,12 +75,21 @@ def all_pairs(J: Tensor, U: Tensor, S: Tensor, V: Tensor, ranks: Sequence[int]) 
     layers = range(len(J))
     bases = {"ujv": (U, V), "vju": (V, U)}
     return {
-        order: {k: [[score(J[a], left[b], S[a], right[b], k) for b in layers] for a in layers] for k in ranks}
+        order: {
+            k: [[score(J[a], left[b], S[a], right[b], k) for b in layers] for a in layers]
+            for k in ranks
+        }
         for order, (left, right) in bases.items()
     }
 
 
-def run(model: nn.Module, tokens: Sequence[int], ranks: Sequence[int], layers: Sequence[int], rest: Tensor) -> Release:
+def run(
+    model: nn.Module,
+    tokens: Sequence[int],
+    ranks: Sequence[int],
+    layers: Sequence[int],
+    rest: Tensor,
+) -> Release:
     """The whole procedure on one prompt.
 
     Args:
@@ -100,7 +109,9 @@ def run(model: nn.Module, tokens: Sequence[int], ranks: Sequence[int], layers: S
 
     def spectra():
         parts = [torch.linalg.svd(matrix) for matrix in J]
-        found.update(U=[u for u, _, _ in parts], S=[s for _, s, _ in parts], V=[vt.T for _, _, vt in parts])
+        found.update(
+            U=[u for u, _, _ in parts], S=[s for _, s, _ in parts], V=[vt.T for _, _, vt in parts]
+        )
 
     spent["jacobians"] = seconds(jacobians)
     spent["spectra"] = seconds(spectra)

@@ -83,12 +83,16 @@ def measured(
         total = time.perf_counter() - start
     for record in records.values():
         if record.certificate is None or record.normalized_miscoupling is None:
-            raise SystemExit(f"the prompt of {len(record.tokens)} tokens could not be measured: {record.reason}")
+            raise SystemExit(
+                f"the prompt of {len(record.tokens)} tokens could not be measured: {record.reason}"
+            )
     seconds = {stage: spent[stage] for stage in ENTRANCES} | {"total": total}
     # Short prompts are pulled back during the trace, long ones when certified.
     seconds["trace"] += seconds.pop("certify") + seconds.pop("certify together")
     seconds["pairs"] += seconds.pop("swapped pairs")
-    return [records[i] for i in sorted(records)], {stage: spent / len(prompts) for stage, spent in seconds.items()}
+    return [records[i] for i in sorted(records)], {
+        stage: spent / len(prompts) for stage, spent in seconds.items()
+    }
 
 
 def median(runs: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -28,11 +28,16 @@ from lm_eval_coupling.sweep import checks, command
 from lm_eval_coupling.sweep import plan as plans
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "sweep")]
+sys.path += [str(TESTS / "support"), str(TESTS / "sweep")]
 
 
 def write(folder: Path, models: list[str], run: dict, **parts) -> plans.Plan:
-    content = {"models": models, "tasks": ["one", "two"], "lm_eval": {"batch_size": 1}, "output": str(folder / "out")}
+    content = {
+        "models": models,
+        "tasks": ["one", "two"],
+        "lm_eval": {"batch_size": 1},
+        "output": str(folder / "out"),
+    }
     file = folder / "plan.yaml"
     file.write_text(yaml.safe_dump(content | {"run": run} | parts))
     return plans.read(file)
@@ -55,7 +60,9 @@ def seconds_of_units(units: int, seconds: float, run: dict, workers: int) -> flo
         before, checks.check = checks.check, lambda plan, **options: {}
         start = time.perf_counter()
         try:
-            code = command.sweep(plan.file, command=STAND_IN, console=Console(file=open(os.devnull, "w")))
+            code = command.sweep(
+                plan.file, command=STAND_IN, console=Console(file=open(os.devnull, "w"))
+            )
         finally:
             checks.check = before
         taken = time.perf_counter() - start
@@ -104,7 +111,9 @@ def seconds_of_an_answer(requests: int = 2000) -> float:
 
         loglikelihood_rolling = generate_until = loglikelihood
 
-    asked = [Instance("loglikelihood", {}, (f"question {n}", " answer"), n) for n in range(requests)]
+    asked = [
+        Instance("loglikelihood", {}, (f"question {n}", " answer"), n) for n in range(requests)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         cached = CachingLM(Answers(), f"{folder}/scores.db")
         start = time.perf_counter()
@@ -116,7 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "sweep_overhead")
     parser.add_argument("--units", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="that each of them sleeps")
-    parser.add_argument("--slurm", action="store_true", help="also through the SLURM of this machine")
+    parser.add_argument(
+        "--slurm", action="store_true", help="also through the SLURM of this machine"
+    )
     options = parser.parse_args(arguments)
     about = machine.describe()
     units, seconds = (4, 1.0) if options.quick else (options.units, options.seconds)
@@ -128,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         run = {"on": "slurm", "hours": 0.2, "cpus": 1, "at_once": 1}
         found["SLURM, one at a time"] = seconds_of_units(units, seconds, run, 1)
     rows = [
-        {"units": name, "s lost a unit": lost, "% of a unit of a minute": 100 * lost / 60} for name, lost in found.items()
+        {"units": name, "s lost a unit": lost, "% of a unit of a minute": 100 * lost / 60}
+        for name, lost in found.items()
     ]
     first, again = seconds_of_check()
     once = {"check of a plan, s": first, "the same plan again, s": again}

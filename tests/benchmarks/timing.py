@@ -24,7 +24,12 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+def in_turn(
+    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, float]:
     """Median seconds of each function over ``repeats`` rounds A B A B …, after ``warmup`` rounds that do not count."""
-    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(warmup + repeats)]
+    rounds = [
+        {name: seconds(function) for name, function in functions.items()}
+        for _ in range(warmup + repeats)
+    ]
     return {name: statistics.median(r[name] for r in rounds[warmup:]) for name in functions}

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from lm_eval_coupling.check import blocks as module
-from lm_eval_coupling.check.blocks import check_blocks, kinds
-from lm_eval_coupling.check.room import require_room
+from lm_eval_coupling.check import oracle as module
+from lm_eval_coupling.check.free_memory import require_room
+from lm_eval_coupling.check.oracle import check_blocks, kinds
 from lm_eval_coupling.cli import main
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics import limits
@@ -26,19 +26,35 @@ def model(tmp_path_factory):
 
 def test_a_model_that_is_exact(model, tmp_path, capsys):
     out = tmp_path / "new" / "check.json"
-    assert main(["check", model, "--device", "cpu", "--dtype", "float32", "bfloat16", "--out", str(out)]) == 0
+    assert (
+        main(
+            ["check", model, "--device", "cpu", "--dtype", "float32", "bfloat16", "--out", str(out)]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
-    assert found["ok"] and list(found["dtypes"]) == ["float32", "bfloat16"] and found["software"]["versions"]["torch"]
+    assert (
+        found["ok"]
+        and list(found["dtypes"]) == ["float32", "bfloat16"]
+        and found["software"]["versions"]["torch"]
+    )
     for dtype in found["dtypes"].values():
         (block,) = dtype["blocks"]
-        assert block["blocks"] == 2 and block["level"] == "closed" and block["rows"] == 32 and 0 < block["error"] < 1e-5
+        assert (
+            block["blocks"] == 2
+            and block["level"] == "closed"
+            and block["rows"] == 32
+            and 0 < block["error"] < 1e-5
+        )
         assert dtype["scores_equal"] and [cost["together"] for cost in dtype["costs"]] == [1, 8]
         assert all(cost["seconds"] > 0 and cost["announced"] > 0 for cost in dtype["costs"])
     shown = capsys.readouterr().out
     assert "LlamaDecoderLayer" in shown and "FAILED" not in shown
 
 
-def test_a_wrong_jacobian_fails_though_its_certificate_is_fine(model, monkeypatch, tmp_path, capsys):
+def test_a_wrong_jacobian_fails_though_its_certificate_is_fine(
+    model, monkeypatch, tmp_path, capsys
+):
     right = module.jacobians_of_traces
 
     def wrong(*args):
@@ -48,7 +64,10 @@ def test_a_wrong_jacobian_fails_though_its_certificate_is_fine(model, monkeypatc
 
     monkeypatch.setattr(module, "jacobians_of_traces", wrong)
     assert main(["check", model, "--device", "cpu", "--out", str(tmp_path / "check.json")]) == 1
-    assert "FAILED" in capsys.readouterr().out and not json.loads((tmp_path / "check.json").read_text())["ok"]
+    assert (
+        "FAILED" in capsys.readouterr().out
+        and not json.loads((tmp_path / "check.json").read_text())["ok"]
+    )
 
 
 @pytest.mark.parametrize("case", KINDS)
@@ -56,7 +75,9 @@ def test_every_kind_of_block(case, device):
     """Against the unmodified model's own blocks; windows, ALiBi, experts, latent and linear attention among them."""
     plain = cases.tiny_model(case, torch.float32).to(device)
     found = check_blocks(ResidualModel.wrap(plain), plain, cases.tiny_tokens(9)[0].tolist())
-    assert [one.level for one in found] == list(dict.fromkeys(cases.levels(case))) or len(found) == 2
+    assert [one.level for one in found] == list(dict.fromkeys(cases.levels(case))) or len(
+        found
+    ) == 2
     assert all(one.ok for one in found), found
     assert sum(one.blocks for one in found) == 2
     assert all((one.why is None) is (one.level == "closed") for one in found)
@@ -81,8 +102,14 @@ def test_what_cannot_be_compared_is_no_success(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "abacus"], "got device='abacus', which torch does not know, expected one of: cpu"),
-        (["--device", "cuda:99"], "got device='cuda:99', which this machine does not have, expected one of: cpu"),
+        (
+            ["--device", "abacus"],
+            "got device='abacus', which torch does not know, expected one of: cpu",
+        ),
+        (
+            ["--device", "cuda:99"],
+            "got device='cuda:99', which this machine does not have, expected one of: cpu",
+        ),
         (["--device", "cpu", "--dtype", "int3"], "got dtype='int3', expected auto"),
     ],
 )
@@ -95,10 +122,14 @@ def test_a_device_too_small_for_one_jacobian(monkeypatch):
     wrapped = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
     require_room(wrapped, rank=4, seq=9)
     monkeypatch.setattr(limits, "free", lambda device: 1000)
-    with pytest.raises(CouplingError, match=r"got cpu with 0.0 GB free beside the model, expected .* width 24; use"):
+    with pytest.raises(
+        CouplingError, match=r"got cpu with 0.0 GB free beside the model, expected .* width 24; use"
+    ):
         require_room(wrapped, rank=4, seq=9)
 
 
 def test_the_best_device_is_taken():
-    assert device_named(None).type == ("cuda" if torch.cuda.is_available() else device_named(None).type)
+    assert device_named(None).type == (
+        "cuda" if torch.cuda.is_available() else device_named(None).type
+    )
     assert device_named("cpu") == torch.device("cpu")

@@ -22,7 +22,9 @@ def saved(tmp_path_factory):
 
 def recipe(reader):
     """The lines of one reader, the last of which gives ``m``."""
-    blocks = re.findall(r"```(?:python|r)\n# (\w+).*?\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```(?:python|r)\n# (\w+).*?\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
+    )
     (code,) = [code for name, code in blocks if name == reader]
     assert code.count("\n") == 2
     return code
@@ -41,10 +43,14 @@ def test_in_r(saved):
     file, expected = saved
     if not shutil.which("Rscript"):
         pytest.skip("there is no R here")
-    if subprocess.run(["Rscript", "-e", "library(arrow)"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["Rscript", "-e", "library(arrow)"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("R has no package arrow here")
     code = f"FILE <- '{file}'\n{recipe('R')}cat(dim(m), sprintf('%.9g', aperm(m, c(2, 1, 3))))"
-    told = subprocess.run(["Rscript", "-e", code], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run(
+        ["Rscript", "-e", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     ranks, layers, _ = expected.shape
     assert list(map(int, told[:3])) == [layers, layers, ranks]
     np.testing.assert_array_equal(np.float32(told[3:]).reshape(expected.shape), expected)

@@ -92,7 +92,14 @@ def test_means_stand_above_the_panels():
 
 
 @pytest.mark.parametrize(
-    ("layers", "labelled"), [(2, [1, 2]), (12, [1, 2, 4, 6, 8, 10, 12]), (30, [1, 5, 10, 15, 20, 25, 30]), (80, 9), (500, 2)]
+    ("layers", "labelled"),
+    [
+        (2, [1, 2]),
+        (12, [1, 2, 4, 6, 8, 10, 12]),
+        (30, [1, 5, 10, 15, 20, 25, 30]),
+        (80, 9),
+        (500, 2),
+    ],
 )
 def test_few_layers_are_labelled(layers, labelled):
     (image,) = images(layer_heatmaps({"model": matrix(layers)}, rank=10))
@@ -109,7 +116,9 @@ def test_what_is_not_a_number_is_blank():
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_saved(tmp_path, suffix):
-    figure = layer_heatmaps({"trained": matrix(30), "untrained": matrix(30)}, rank=10, title="Block coupling")
+    figure = layer_heatmaps(
+        {"trained": matrix(30), "untrained": matrix(30)}, rank=10, title="Block coupling"
+    )
     path = tmp_path / f"picture.{suffix}"
     figure.savefig(path)
     content = path.read_bytes()

@@ -38,7 +38,10 @@ def points():
 
 
 def test_scatter(points):
-    fits = [line_fit(points["x"], points["y"]), exponential_fit(points["x"], points["y"], resamples=99)]
+    fits = [
+        line_fit(points["x"], points["y"]),
+        exponential_fit(points["x"], points["y"], resamples=99),
+    ]
     figure = scatter.score_scatter(points, fits, x_label="coupling", y_label="score", title="t")
     (ax,) = figure.axes
     series = drawn(ax)
@@ -63,7 +66,10 @@ def test_names_stay_within_the_axes_and_no_bar_of_their_own_strikes_them_through
     (ax,) = figure.axes
     frame, known = ax.get_window_extent(), points.set_index("label")
     for text in ax.texts:
-        box, at = text.get_window_extent(), ax.transData.transform(known.loc[text.get_text(), ["x", "y"]].astype(float))
+        box, at = (
+            text.get_window_extent(),
+            ax.transData.transform(known.loc[text.get_text(), ["x", "y"]].astype(float)),
+        )
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1
         assert box.y0 > at[1] or box.y1 < at[1], "the horizontal bar goes above or below"
         assert box.x0 > at[0] or box.x1 < at[0], "the vertical one beside it"
@@ -72,7 +78,9 @@ def test_names_stay_within_the_axes_and_no_bar_of_their_own_strikes_them_through
 def test_a_fit_without_a_solution_is_left_out(points):
     constant = line_fit(points["x"], [0.5] * 6)
     (ax,) = scatter.score_scatter(points, [constant], x_label="x", y_label="y").axes
-    assert constant.reason and not [line for line in ax.lines if line.get_label().startswith("line")]
+    assert constant.reason and not [
+        line for line in ax.lines if line.get_label().startswith("line")
+    ]
 
 
 def test_many_names_are_not_written(points):
@@ -92,7 +100,11 @@ def test_intervals_from_top_to_bottom():
         }
     )
     (ax,) = scatter.intervals(rows, x_label="AUROC", chance=0.5).axes
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second", "third"] and ax.yaxis_inverted()
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "first",
+        "second",
+        "third",
+    ] and ax.yaxis_inverted()
     series = drawn(ax)
     np.testing.assert_allclose(series["a"][0], [[0.6, 0], [0.9, 2]])
     np.testing.assert_allclose(series["a"][1][0][:, :, 0], [[0.5, 0.8], [0.8, 0.95]])
@@ -101,7 +113,9 @@ def test_intervals_from_top_to_bottom():
 
 def test_ranks():
     rows = pd.DataFrame({"score": ["s"] * 3, "rank": [30, 10, 50], "coefficient": [0.2, 0.1, 0.3]})
-    (ax,) = scatter.rank_sweep(rows.assign(low=rows["coefficient"] - 0.1, high=rows["coefficient"] + 0.2)).axes
+    (ax,) = scatter.rank_sweep(
+        rows.assign(low=rows["coefficient"] - 0.1, high=rows["coefficient"] + 0.2)
+    ).axes
     at, (bars,) = drawn(ax)["s"]
     np.testing.assert_allclose(at, [[0, 0.1], [1, 0.2], [2, 0.3]])
     np.testing.assert_allclose(bars[:, :, 1], [[0, 0.3], [0.1, 0.4], [0.2, 0.5]], atol=1e-12)
@@ -109,16 +123,34 @@ def test_ranks():
 
 
 def test_a_panel_per_task_and_a_line_per_model():
-    rows = pd.DataFrame({"model": ["a", "a", "b"], "task": ["s", "t", "t"], "mean": [0.1, 0.2, 0.3], "accuracy": 0.5})
+    rows = pd.DataFrame(
+        {
+            "model": ["a", "a", "b"],
+            "task": ["s", "t", "t"],
+            "mean": [0.1, 0.2, 0.3],
+            "accuracy": 0.5,
+        }
+    )
     figure = scatter.accuracy_curves(rows.assign(low=0.4, high=0.8), x_label="coupling")
     assert [ax.get_title() for ax in figure.axes] == ["s", "t"]
     assert set(drawn(figure.axes[0])) == {"a"} and set(drawn(figure.axes[1])) == {"a", "b"}
     np.testing.assert_allclose(drawn(figure.axes[1])["b"][1][0][0][:, 1], [0.4, 0.8])
-    assert {text.get_text() for legend in figure.legends for text in legend.get_texts()} == {"a", "b"}
+    assert {text.get_text() for legend in figure.legends for text in legend.get_texts()} == {
+        "a",
+        "b",
+    }
 
 
 def test_training_curves():
-    rows = pd.DataFrame({"lineage": "l", "score_of": "arc acc", "step": [1.0, 1000.0], "x": [0.1, 0.2], "score": [0.3, 0.4]})
+    rows = pd.DataFrame(
+        {
+            "lineage": "l",
+            "score_of": "arc acc",
+            "step": [1.0, 1000.0],
+            "x": [0.1, 0.2],
+            "score": [0.3, 0.4],
+        }
+    )
     above, below = scatter.training_curves(rows, x_label="coupling").axes
     np.testing.assert_allclose(drawn(above)["l: arc acc"][0], [[1, 0.1], [1000, 0.2]])
     np.testing.assert_allclose(drawn(below)["l: arc acc"][0], [[1, 0.3], [1000, 0.4]])

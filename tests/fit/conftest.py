@@ -17,7 +17,10 @@ def series(tmp_path_factory):
     truth = []
     for i in range(12):
         coupling, size = rng.uniform(0.1, 0.3), 10 ** rng.uniform(8, 10)
-        scores = {"arc": 0.2 + 1.5 * coupling + rng.normal(0, 0.03), "gsm": 0.1 + 2 * coupling + rng.normal(0, 0.05)}
+        scores = {
+            "arc": 0.2 + 1.5 * coupling + rng.normal(0, 0.03),
+            "gsm": 0.1 + 2 * coupling + rng.normal(0, 0.05),
+        }
         model = f"org/{'abc'[i % 3]}-{i + 1}b{'-chat' if i % 2 else ''}"
         save_model(folder, model, coupling, scores, n_params=size)
         truth.append({"label": model[4:], "coupling": coupling, "size": math.log10(size)} | scores)
@@ -26,4 +29,6 @@ def series(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(series):
-    return fit_runs(series[0], x=["coupling@10", "coupling@30", "line_shape_score"], resamples=QUICK)
+    return fit_runs(
+        series[0], x=["coupling@10", "coupling@30", "line_shape_score"], resamples=QUICK
+    )

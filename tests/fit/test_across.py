@@ -14,23 +14,34 @@ from lm_eval_coupling.statistics import correlation
 
 class TestAcross:
     def test_correlations_are_those_of_the_saved_numbers(self, series, found):
-        truth, rows = series[1], found.tables["correlations"].set_index(["score", "predictor", "method"])
+        truth, rows = (
+            series[1],
+            found.tables["correlations"].set_index(["score", "predictor", "method"]),
+        )
         for method, expected in (
             ("pearson", stats.pearsonr(truth["coupling"], truth["arc"])[0]),
             ("spearman", stats.spearmanr(truth["coupling"], truth["arc"])[0]),
             ("kendall", stats.kendalltau(truth["coupling"], truth["arc"])[0]),
         ):
-            assert rows.loc[("arc acc", "coupling@10", method), "coefficient"] == pytest.approx(expected)
+            assert rows.loc[("arc acc", "coupling@10", method), "coefficient"] == pytest.approx(
+                expected
+            )
         size = stats.pearsonr(truth["size"], truth["gsm"])[0]
-        assert rows.loc[("gsm acc", "log10_params", "pearson"), "coefficient"] == pytest.approx(size)
+        assert rows.loc[("gsm acc", "log10_params", "pearson"), "coefficient"] == pytest.approx(
+            size
+        )
 
     def test_p_values_are_adjusted_for_the_many_scores(self, found):
-        rows = found.tables["correlations"].query("predictor == 'log10_params' and method == 'pearson'")
+        rows = found.tables["correlations"].query(
+            "predictor == 'log10_params' and method == 'pearson'"
+        )
         p = np.sort(rows["p"].to_numpy())
         by_hand = np.maximum.accumulate(np.minimum(1, p * [3, 2, 1]))
         np.testing.assert_allclose(np.sort(rows["p_holm"]), by_hand)
         pearson = found.tables["correlations"].query("method == 'pearson'")
-        np.testing.assert_allclose(pearson["p_bh"], stats.false_discovery_control(pearson["p"], method="bh"))
+        np.testing.assert_allclose(
+            pearson["p_bh"], stats.false_discovery_control(pearson["p"], method="bh")
+        )
 
     def test_lines_with_and_without_errors(self, series, found):
         truth, fits = series[1], found.fits
@@ -40,13 +51,22 @@ class TestAcross:
         assert plain.r2 == pytest.approx(expected.rvalue**2)
         weights = np.sqrt(49 / (truth["arc"] * (1 - truth["arc"])))
         slope = np.polyfit(truth["coupling"], truth["arc"], 1, w=weights)[0]
-        assert fits["arc acc", "coupling@10", "line", "y"].coefficients["slope"].value == pytest.approx(slope)
+        assert fits["arc acc", "coupling@10", "line", "y"].coefficients[
+            "slope"
+        ].value == pytest.approx(slope)
         assert fits["arc acc", "coupling@10", "line", "x and y"].reason is None
         assert ("arc acc", "log10_params", "line", "x and y") not in fits  # sizes are known exactly
 
     def test_subsets(self, series, found):
         truth, rows = series[1], found.tables["subsets"].set_index(["score", "subset"])
-        assert list(rows.loc["arc acc"].index) == ["all", "base", "tuned", "family a", "family b", "family c"]
+        assert list(rows.loc["arc acc"].index) == [
+            "all",
+            "base",
+            "tuned",
+            "family a",
+            "family b",
+            "family c",
+        ]
         base = truth[[not name.endswith("-chat") for name in truth.index]]
         expected = stats.pearsonr(base["coupling"], base["arc"])[0]
         assert rows.loc[("arc acc", "base"), "coefficient"] == pytest.approx(expected)
@@ -55,19 +75,25 @@ class TestAcross:
     def test_nested_models(self, series, found):
         truth = series[1]
         row = found.tables["nested"].set_index(["score", "given"]).loc[("arc acc", "log10_params")]
-        assert row["without_r2"] == pytest.approx(stats.pearsonr(truth["size"], truth["arc"])[0] ** 2)
+        assert row["without_r2"] == pytest.approx(
+            stats.pearsonr(truth["size"], truth["arc"])[0] ** 2
+        )
         X = np.column_stack([np.ones(12), truth["size"], truth["coupling"]])
         residual = truth["arc"] - X @ np.linalg.lstsq(X, truth["arc"], rcond=None)[0]
         assert row["with_predictor_r2"] == pytest.approx(1 - residual.var() / truth["arc"].var())
         assert row["families"] == 3
 
     def test_what_is_expected_to_go_against_the_score_is_turned_around(self, series):
-        plain = across.comparisons(observations(series[0]))["arc acc", "coupling@10", "log10_params"]
+        plain = across.comparisons(observations(series[0]))[
+            "arc acc", "coupling@10", "log10_params"
+        ]
         turned = across.comparisons(observations(series[0], x=["miscoupling@10"]))[
             "arc acc", "miscoupling@10", "log10_params"
         ]
         # In these runs every measure of a model is the same number, so that only the sign tells them apart.
-        assert turned.first == pytest.approx(-plain.first) and turned.second == pytest.approx(plain.second)
+        assert turned.first == pytest.approx(-plain.first) and turned.second == pytest.approx(
+            plain.second
+        )
 
     def test_truth_is_found_and_size_is_not_given_the_credit(self, found):
         words = " ".join(found.words)
@@ -83,14 +109,23 @@ class TestAcross:
         rng, claims, n = np.random.default_rng(1), 0, 10
         for _ in range(60):
             results = {
-                (name, "x", "pearson"): correlation(rng.normal(size=n), rng.normal(size=n), resamples=199) for name in "abc"
+                (name, "x", "pearson"): correlation(
+                    rng.normal(size=n), rng.normal(size=n), resamples=199
+                )
+                for name in "abc"
             }
             claims += (across.correlation_table(results)["p_holm"] < 0.05).any()
         assert claims <= stats.binom.ppf(0.9999, 60, 0.05)
 
     def test_few_models_conclude_nothing(self, tmp_path):
         for i in range(4):
-            save_model(tmp_path, f"org/a-{i}b", 0.1 + i / 20, {"arc": 0.3 + i / 10}, n_params=10.0 ** (8 + i))
+            save_model(
+                tmp_path,
+                f"org/a-{i}b",
+                0.1 + i / 20,
+                {"arc": 0.3 + i / 10},
+                n_params=10.0 ** (8 + i),
+            )
         words = " ".join(fit_runs(tmp_path, x=["coupling@10"], resamples=QUICK).words)
         assert "Fewer than 8 models: whatever the numbers, no conclusion can be drawn." in words
         assert "They are relatives, not a sample of models" in words
@@ -101,7 +136,13 @@ class TestAcross:
         for i in range(10):
             coupling = 0.1 + i / 50
             noisy = 10 ** (8 + 10 * coupling + rng.normal(0, 0.01))
-            save_model(tmp_path, f"org/{'xyz'[i % 3]}-{i}b", coupling, {"arc": 0.3 + rng.uniform(0, 0.4)}, n_params=noisy)
+            save_model(
+                tmp_path,
+                f"org/{'xyz'[i % 3]}-{i}b",
+                coupling,
+                {"arc": 0.3 + rng.uniform(0, 0.4)},
+                n_params=noisy,
+            )
         assert re.search(
             r"the covariates explain (9\d\.\d|more than 99.9)% of coupling@10",
             " ".join(fit_runs(tmp_path, resamples=QUICK).words),

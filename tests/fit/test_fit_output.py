@@ -16,8 +16,21 @@ from lm_eval_coupling.fit.findings import fit_runs
 class TestOutput:
     def test_every_number_is_saved(self, found, tmp_path):
         files = {file.name for file in output.save(found, tmp_path)}
-        assert files >= {"observations.csv", "correlations.csv", "fits.csv", "subsets.csv", "nested.csv", "fit.json"}
-        pictures = ("scatter_arc_acc", "scatter_gsm_acc", "scatter_mean_of_2_scores", "predictors", "ranks")
+        assert files >= {
+            "observations.csv",
+            "correlations.csv",
+            "fits.csv",
+            "subsets.csv",
+            "nested.csv",
+            "fit.json",
+        }
+        pictures = (
+            "scatter_arc_acc",
+            "scatter_gsm_acc",
+            "scatter_mean_of_2_scores",
+            "predictors",
+            "ranks",
+        )
         assert {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} <= files
         assert files == {file.name for file in tmp_path.iterdir()}
         saved = json.loads((tmp_path / "fit.json").read_text(), parse_constant=pytest.fail)
@@ -25,9 +38,13 @@ class TestOutput:
             found.tables["correlations"]
         )
         again = pd.read_csv(tmp_path / "correlations.csv")
-        np.testing.assert_allclose(again["coefficient"], found.tables["correlations"]["coefficient"])
+        np.testing.assert_allclose(
+            again["coefficient"], found.tables["correlations"]["coefficient"]
+        )
         told = (tmp_path / "finding.txt").read_text()
-        assert all(paragraph in told for paragraph in found.words) and all(note in told for note in found.notes)
+        assert all(paragraph in told for paragraph in found.words) and all(
+            note in told for note in found.notes
+        )
 
     def test_the_command(self, series, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "140")
@@ -44,22 +61,39 @@ class TestOutput:
         assert "lm-eval-coupling: got no score 'bleu'" in capsys.readouterr().err
         (tmp_path / "file").write_text("")
         with pytest.raises(CouplingError, match="file for the results, which cannot be written"):
-            output.save(fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK), tmp_path / "file")
+            output.save(
+                fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK),
+                tmp_path / "file",
+            )
 
     def test_documents_are_drawn_and_shown(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "140")
         rng = np.random.default_rng(0)
         for model in ("a", "b"):
-            save_documents(tmp_path / "runs", model, rng.uniform(0.1, 0.5, 30), rng.integers(0, 2, 30))
+            save_documents(
+                tmp_path / "runs", model, rng.uniform(0.1, 0.5, 30), rng.integers(0, 2, 30)
+            )
         found = fit_runs(tmp_path / "runs", x=["coupling@10"], resamples=QUICK)
         files = {file.name for file in output.save(found, tmp_path / "out")}
-        assert {"auroc.png", "calibration.svg", "documents.csv", "logistic.csv", "graded.csv", "calibration.csv"} <= files
+        assert {
+            "auroc.png",
+            "calibration.svg",
+            "documents.csv",
+            "logistic.csv",
+            "graded.csv",
+            "calibration.csv",
+        } <= files
         output.show(found)
         assert "coupling@10 and right answers, within each model" in capsys.readouterr().out
 
     def test_training_is_drawn(self, tmp_path):
         for i in range(4):
-            save_model(tmp_path / str(i), f"out/a/checkpoint-{10**i}", 0.1 * (i + 1), {"arc": 0.2 * (i + 1)})
+            save_model(
+                tmp_path / str(i),
+                f"out/a/checkpoint-{10**i}",
+                0.1 * (i + 1),
+                {"arc": 0.2 * (i + 1)},
+            )
         found = fit_runs(tmp_path, resamples=QUICK)
         assert "training.png" in {file.name for file in output.save(found, tmp_path / "out")}
         assert any(words.startswith("Along the training of a: ") for words in found.words)

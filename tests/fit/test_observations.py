@@ -21,28 +21,47 @@ class TestObservations:
         truth = series[1]
         frame = observations(series[0]).frame
         assert list(dict.fromkeys(frame["score_of"])) == ["arc acc", "gsm acc", "mean of 2 scores"]
-        rows = {score: of.set_index("label").loc[truth.index] for score, of in frame.groupby("score_of")}
+        rows = {
+            score: of.set_index("label").loc[truth.index] for score, of in frame.groupby("score_of")
+        }
         np.testing.assert_allclose(rows["arc acc"]["score"], truth["arc"])
-        np.testing.assert_allclose(rows["mean of 2 scores"]["score"], (truth["arc"] + truth["gsm"]) / 2)
+        np.testing.assert_allclose(
+            rows["mean of 2 scores"]["score"], (truth["arc"] + truth["gsm"]) / 2
+        )
         np.testing.assert_allclose(rows["mean of 2 scores"]["coupling@10"], truth["coupling"])
         np.testing.assert_allclose(rows["gsm acc"]["log10_params"], truth["size"])
         errors = [np.sqrt(truth[task] * (1 - truth[task]) / 49) for task in ("arc", "gsm")]
         np.testing.assert_allclose(rows["mean of 2 scores"]["score_error"], np.hypot(*errors) / 2)
-        np.testing.assert_allclose(rows["mean of 2 scores"]["coupling_stderr@10"], math.hypot(0.01, 0.01) / 2)
+        np.testing.assert_allclose(
+            rows["mean of 2 scores"]["coupling_stderr@10"], math.hypot(0.01, 0.01) / 2
+        )
         assert set(frame["family"]) == {"a", "b", "c"} and frame["tuned"].sum() == 6 * 3
 
     def test_the_predictor_in_question_comes_first(self, series):
         assert observations(series[0]).main.name == "coupling@10"
         found = observations(series[0], x=["line_shape_score", "coupling@30"])
-        assert [p.name for p in found.predictors] == ["line_shape_score", "coupling@30", "log10_params"]
-        assert found.main.error == "line_shape_score_stderr" and found.predictors[1].error == "coupling_stderr@30"
-        with pytest.raises(CouplingError, match="no predictor 'coupling@7', expected one of coupling@10"):
+        assert [p.name for p in found.predictors] == [
+            "line_shape_score",
+            "coupling@30",
+            "log10_params",
+        ]
+        assert (
+            found.main.error == "line_shape_score_stderr"
+            and found.predictors[1].error == "coupling_stderr@30"
+        )
+        with pytest.raises(
+            CouplingError, match="no predictor 'coupling@7', expected one of coupling@10"
+        ):
             observations(series[0], x=["coupling@7"])
 
     def test_numbers_of_the_facts_are_predictors(self, series, tmp_path):
-        (tmp_path / "facts.csv").write_text("model,loss\n" + "".join(f"{m},{i}\n" for i, m in enumerate(series[1].index)))
+        (tmp_path / "facts.csv").write_text(
+            "model,loss\n" + "".join(f"{m},{i}\n" for i, m in enumerate(series[1].index))
+        )
         found = fit_runs(series[0], x=["loss"], facts=tmp_path / "facts.csv", resamples=QUICK)
-        correlated = found.tables["correlations"].query("predictor == 'loss' and method == 'pearson' and score == 'arc acc'")
+        correlated = found.tables["correlations"].query(
+            "predictor == 'loss' and method == 'pearson' and score == 'arc acc'"
+        )
         expected = stats.pearsonr(np.arange(12), series[1]["arc"])[0]
         assert correlated["coefficient"].item() == pytest.approx(expected)
 
@@ -50,18 +69,39 @@ class TestObservations:
         save_model(tmp_path, "org/a", 0.1, {"arc": 0.3})
         save(tmp_path, {"arc": task_summary()}, model="org/plain", coupling=False)
         found = observations(tmp_path)
-        assert list(found.frame["label"]) == ["a"] and "without coupling and left out: plain" in found.notes
-        with pytest.raises(CouplingError, match="without coupling only; evaluate .* --model coupling-hf"):
+        assert (
+            list(found.frame["label"]) == ["a"]
+            and "without coupling and left out: plain" in found.notes
+        )
+        with pytest.raises(
+            CouplingError, match="without coupling only; evaluate .* --model coupling-hf"
+        ):
             observations(tmp_path / "org__plain")
 
     def test_the_same_weights_under_two_names_count_once(self, tmp_path):
         save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="same")
-        save_model(tmp_path, "/local/copy", 0.2, {"arc": 0.4}, fingerprint="same", date="2025-07-01T00-00-00")
+        save_model(
+            tmp_path,
+            "/local/copy",
+            0.2,
+            {"arc": 0.4},
+            fingerprint="same",
+            date="2025-07-01T00-00-00",
+        )
         found = observations(tmp_path)
         assert list(found.frame["label"]) == ["copy"]
         assert "the same weights under another name, counted once: a" in found.notes
-        about = {"n-samples": {"arc": {"original": 99, "effective": 99}}}  # more documents count for more than a later date
-        save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="same", change=lambda run: run.update(about))
+        about = {
+            "n-samples": {"arc": {"original": 99, "effective": 99}}
+        }  # more documents count for more than a later date
+        save_model(
+            tmp_path,
+            "org/a",
+            0.1,
+            {"arc": 0.3},
+            fingerprint="same",
+            change=lambda run: run.update(about),
+        )
         assert list(observations(tmp_path).frame["label"]) == ["a"]
 
     def test_of_checkpoints_the_last_counts(self, tmp_path):
@@ -84,26 +124,46 @@ class TestObservations:
     def test_tasks_measured_with_other_weights_are_of_another_model(self, tmp_path):
         """Regression: a mean over tasks took them for one model's."""
         save_model(tmp_path, "org/a", 0.1, {"arc": 0.3}, fingerprint="before")
-        save_model(tmp_path, "org/a", 0.1, {"gsm": 0.3}, fingerprint="after", date="2025-07-01T00-00-00")
+        save_model(
+            tmp_path, "org/a", 0.1, {"gsm": 0.3}, fingerprint="after", date="2025-07-01T00-00-00"
+        )
         save_model(tmp_path, "org/b", 0.1, {"arc": 0.3, "gsm": 0.4})
         found = observations(tmp_path)
         assert set(found.frame["label"]) == {"a #before", "a #after", "b"}
         assert "not in the mean, as a score is missing: a #after, a #before" in found.notes
 
     @pytest.mark.parametrize(
-        ("key", "what"), [("n-shot", "0 and 5 few-shot examples"), ("versions", "0 and 5 as version of the task")]
+        ("key", "what"),
+        [("n-shot", "0 and 5 few-shot examples"), ("versions", "0 and 5 as version of the task")],
     )
     def test_scores_that_do_not_compare_are_refused(self, tmp_path, key, what):
         for model, count in (("a", 0), ("b", 5)):
-            save_model(tmp_path, model, 0.1, {"arc": 0.3}, change=lambda run, n=count: run.update({key: {"arc": n}}))
-        with pytest.raises(CouplingError, match=rf"got arc with {what} \(.*a.results.*b.results.*--mixed keep"):
+            save_model(
+                tmp_path,
+                model,
+                0.1,
+                {"arc": 0.3},
+                change=lambda run, n=count: run.update({key: {"arc": n}}),
+            )
+        with pytest.raises(
+            CouplingError, match=rf"got arc with {what} \(.*a.results.*b.results.*--mixed keep"
+        ):
             observations(tmp_path)
         assert len(observations(tmp_path, mixed="keep").frame) == 2
 
     def test_what_may_make_scores_differ_is_noted(self, tmp_path):
         for model, count in (("a", 50), ("b", 20)):
-            about = {"n-samples": {"arc": {"original": 100, "effective": count}}, "lm_eval_version": f"0.4.{count}"}
-            save_model(tmp_path, model, 0.1, {"arc": 0.3}, change=lambda run, about=about: run.update(about))
+            about = {
+                "n-samples": {"arc": {"original": 100, "effective": count}},
+                "lm_eval_version": f"0.4.{count}",
+            }
+            save_model(
+                tmp_path,
+                model,
+                0.1,
+                {"arc": 0.3},
+                change=lambda run, about=about: run.update(about),
+            )
         notes = observations(tmp_path).notes
         assert "models differ in the numbers of documents of arc" in notes
         assert "the runs are of lm-eval 0.4.20, 0.4.50" in notes
@@ -115,8 +175,14 @@ class TestObservations:
 
         save_model(tmp_path, "a", 0.1, {"arc": 0.3, "gsm": 0.5}, change=add_group)
         assert list(observations(tmp_path).frame["score_of"]) == ["both acc"]
-        assert observations(tmp_path, tasks=["arc", "gsm"]).scores == ["arc acc", "gsm acc", "mean of 2 scores"]
-        with pytest.raises(CouplingError, match="no task 'nothing', expected one of arc, both, gsm"):
+        assert observations(tmp_path, tasks=["arc", "gsm"]).scores == [
+            "arc acc",
+            "gsm acc",
+            "mean of 2 scores",
+        ]
+        with pytest.raises(
+            CouplingError, match="no task 'nothing', expected one of arc, both, gsm"
+        ):
             observations(tmp_path, tasks=["nothing"])
 
     def test_tasks_of_a_group_without_a_score_stand_for_themselves(self, tmp_path):
@@ -130,13 +196,23 @@ class TestObservations:
 
     def test_metrics_by_name_and_losses_with_their_sign_changed(self, tmp_path):
         def add_loss(run):
-            run["results"]["arc"] |= {"word_perplexity,none": 12.0, "word_perplexity_stderr,none": "N/A"}
+            run["results"]["arc"] |= {
+                "word_perplexity,none": 12.0,
+                "word_perplexity_stderr,none": "N/A",
+            }
 
         save_model(tmp_path, "a", 0.1, {"arc": 0.3}, change=add_loss)
         assert observations(tmp_path, score="f1").frame["score"].tolist() == [0.4]
         row = observations(tmp_path, score="word_perplexity").frame.iloc[0]
-        assert row["score"] == -12 and row["score_of"] == "arc −word_perplexity" and math.isnan(row["score_error"])
-        with pytest.raises(CouplingError, match="no score 'bleu' in these runs, expected one of acc,none, f1,strict, word"):
+        assert (
+            row["score"] == -12
+            and row["score_of"] == "arc −word_perplexity"
+            and math.isnan(row["score_error"])
+        )
+        with pytest.raises(
+            CouplingError,
+            match="no score 'bleu' in these runs, expected one of acc,none, f1,strict, word",
+        ):
             observations(tmp_path, score="bleu")
 
     def test_accuracies_and_losses_have_no_mean(self, tmp_path):
@@ -155,7 +231,9 @@ class TestObservations:
         assert found.scores == ["arc acc", "gsm acc", "text −bits_per_byte", "mean of 2 scores"]
         mean = found.frame.query("task == 'mean'").sort_values("label")
         np.testing.assert_allclose(mean["score"], [0.35, 0.4, 0.45])
-        assert "not in the mean of the scores, as lower is better: text −bits_per_byte" in found.notes
+        assert (
+            "not in the mean of the scores, as lower is better: text −bits_per_byte" in found.notes
+        )
 
     def test_a_perfect_score_has_an_error_too(self, tmp_path):
         save_model(tmp_path, "a", 0.1, {"arc": 1.0})
@@ -177,9 +255,9 @@ class TestFaultsOfReading:
         (file,) = where.glob("results_*.json")
         run = json.loads(file.read_text())
         for column in ("acc", "acc_stderr"):
-            run["results"]["arc"][column.replace("acc", "likelihood_diff") + ",none"] = run["results"]["arc"].pop(
-                f"{column},none"
-            )
+            run["results"]["arc"][column.replace("acc", "likelihood_diff") + ",none"] = run[
+                "results"
+            ]["arc"].pop(f"{column},none")
         file.write_text(json.dumps(run | changes))
 
     def test_the_direction_of_a_metric_is_that_of_lm_eval(self, tmp_path):
@@ -189,13 +267,20 @@ class TestFaultsOfReading:
             self.save(tmp_path, f"m{i}", 0.9 - 0.05 * i, i, higher_is_better=told)
         found = fit_runs(tmp_path, score="likelihood_diff", resamples=QUICK)
         assert found.observations.scores == ["arc −likelihood_diff"]
-        pearson = found.tables["correlations"].query("predictor == 'coupling@10' and method == 'pearson'")
+        pearson = found.tables["correlations"].query(
+            "predictor == 'coupling@10' and method == 'pearson'"
+        )
         assert pearson["coefficient"].item() == pytest.approx(1)
 
     def test_directions_that_disagree_are_refused(self, tmp_path):
         for i in range(3):
-            self.save(tmp_path, f"m{i}", 0.5, i, higher_is_better={"arc": {"likelihood_diff": bool(i)}})
-        with pytest.raises(CouplingError, match="likelihood_diff, better when higher in .*m1.* and when lower in .*m0"):
+            self.save(
+                tmp_path, f"m{i}", 0.5, i, higher_is_better={"arc": {"likelihood_diff": bool(i)}}
+            )
+        with pytest.raises(
+            CouplingError,
+            match="likelihood_diff, better when higher in .*m1.* and when lower in .*m0",
+        ):
             fit_runs(tmp_path, score="likelihood_diff", resamples=QUICK)
 
     def test_one_model_with_two_ways_of_prompting_is_refused_or_kept_apart(self, tmp_path):
@@ -206,8 +291,13 @@ class TestFaultsOfReading:
             (file,) = where.glob("results_*.json")
             run = json.loads(file.read_text())
             run["config"]["coupling"]["run_id"] += "chat"
-            file.write_text(json.dumps(run | {"chat_template": "{{x}}", "chat_template_sha": "1f2e3d4c"}))
-        with pytest.raises(CouplingError, match=r"got arc of .*m0 with different prompts \(without and chat template\)"):
+            file.write_text(
+                json.dumps(run | {"chat_template": "{{x}}", "chat_template_sha": "1f2e3d4c"})
+            )
+        with pytest.raises(
+            CouplingError,
+            match=r"got arc of .*m0 with different prompts \(without and chat template\)",
+        ):
             fit_runs(tmp_path, resamples=QUICK)
         kept = fit_runs(tmp_path, mixed="keep", resamples=QUICK)
         assert kept.observations.models == 8

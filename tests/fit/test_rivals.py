@@ -15,36 +15,62 @@ from lm_eval_coupling.saved.samples import read_answers
 QUICK = 199
 
 
-def save_model(folder, name, coupling, score, *, tasks=("arc",), types=None, rows=(), losses=None, change=None, **about):
+def save_model(
+    folder,
+    name,
+    coupling,
+    score,
+    *,
+    tasks=("arc",),
+    types=None,
+    rows=(),
+    losses=None,
+    change=None,
+    **about,
+):
     """A run of known coupling@10 and accuracy; ``losses``: −log p of the right answer of each document, in nats per byte."""
     summaries = {task: task_summary(coupling + 0.01) for task in tasks}
     where = save(folder, summaries, model=name, rows=rows, fingerprint=name, run_id=name, **about)
     file = where / f"results_{DATE}.json"
     run = json.loads(file.read_text())
     for task in tasks:
-        run["results"][task] |= {"acc,none": score, "acc_stderr,none": math.sqrt(score * (1 - score) / 49)}
-    run["configs"] = {task: {"output_type": (types or {}).get(task, "multiple_choice")} for task in tasks}
+        run["results"][task] |= {
+            "acc,none": score,
+            "acc_stderr,none": math.sqrt(score * (1 - score) / 49),
+        }
+    run["configs"] = {
+        task: {"output_type": (types or {}).get(task, "multiple_choice")} for task in tasks
+    }
     if change:
         change(run)
     file.write_text(json.dumps(run))
     for task in tasks if losses is not None else ():
         given = [[[str(-loss * len(" blue")), "False"]] for loss in losses]
-        lines = [sample(f"d{i}", filtered_resps=[["-30", "False"], *right]) for i, right in enumerate(given)]
+        lines = [
+            sample(f"d{i}", filtered_resps=[["-30", "False"], *right])
+            for i, right in enumerate(given)
+        ]
         write_samples(where, task, lines)
     return where
 
 
 def test_loss_of_the_right_answer_by_hand(tmp_path):
     lines = [
-        sample("a", filtered_resps=[["-1.5", "False"], ["-2.5", "False"]]),  # " blue" is right: 5 bytes
+        sample(
+            "a", filtered_resps=[["-1.5", "False"], ["-2.5", "False"]]
+        ),  # " blue" is right: 5 bytes
         sample("b", filtered_resps=[["-3", "False"], ["-1", "False"]], acc=1.0),
         sample("c", target="green"),
     ]
     answers = read_answers(write_samples(tmp_path, "arc", lines), "acc,none")
     # The third is not among the choices; as its answer " red" was wrong, the other one is right.
-    assert list(gold_answers(answers)) == [pytest.approx(v) for v in ((0.5, -1.0), (0.2, 2.0), (0.5, -1.0))]
+    assert list(gold_answers(answers)) == [
+        pytest.approx(v) for v in ((0.5, -1.0), (0.2, 2.0), (0.5, -1.0))
+    ]
     assert right_choice([("x", -1.0), ("x", -2.0)], "x", None) is None
-    assert right_choice([("Ann", -1.0), ("Bob", -2.0)], "was late", True) == 0  # as Winogrande tells it
+    assert (
+        right_choice([("Ann", -1.0), ("Bob", -2.0)], "was late", True) == 0
+    )  # as Winogrande tells it
     assert right_choice([("Ann", -1.0), ("Bob", -2.0)], "was late", False) == 1
 
 
@@ -54,10 +80,15 @@ def test_what_coupling_says_beyond_loss(tmp_path):
     for i in range(14):
         loss = rng.uniform(0.2, 1.2)
         coupling = 0.5 - 0.2 * loss + rng.normal(0, 0.03)
-        save_model(tmp_path, f"m{i}", coupling, 0.9 - 0.4 * loss, losses=loss + rng.normal(0, 0.01, 30))
+        save_model(
+            tmp_path, f"m{i}", coupling, 0.9 - 0.4 * loss, losses=loss + rng.normal(0, 0.01, 30)
+        )
     found = fit_runs(tmp_path, x=["coupling@10"], resamples=QUICK)
     nested = found.tables["nested"].set_index("given")
-    assert nested.loc["gold_answer_loss", "p"] > 0.01 and nested.loc["gold_answer_loss", "without_r2"] > 0.99
+    assert (
+        nested.loc["gold_answer_loss", "p"] > 0.01
+        and nested.loc["gold_answer_loss", "without_r2"] > 0.99
+    )
     rival = found.tables["comparisons"].set_index("other").loc["gold_answer_loss"]
     assert rival["second"] > rival["first"] > 0 and rival["p_holm"] < 0.05
     assert "less than 2, beyond chance" in " ".join(found.words)
@@ -71,10 +102,18 @@ def test_compute_is_held_fixed_where_it_is_known(tmp_path):
     for i in range(12):
         size, tokens = 10 ** rng.uniform(8, 10), 10 ** rng.uniform(10, 12)
         facts.append(f"m{i},{tokens}")
-        save_model(tmp_path, f"m{i}", rng.uniform(0.1, 0.4), 0.05 * np.log10(6 * size * tokens) - 0.5, n_params=size)
+        save_model(
+            tmp_path,
+            f"m{i}",
+            rng.uniform(0.1, 0.4),
+            0.05 * np.log10(6 * size * tokens) - 0.5,
+            n_params=size,
+        )
     (tmp_path / "facts.csv").write_text("\n".join(facts))
     found = fit_runs(tmp_path, x=["coupling@10"], facts=tmp_path / "facts.csv", resamples=QUICK)
-    assert found.tables["nested"].set_index("given").loc["log10_compute", "without_r2"] == pytest.approx(1, abs=1e-6)
+    assert found.tables["nested"].set_index("given").loc[
+        "log10_compute", "without_r2"
+    ] == pytest.approx(1, abs=1e-6)
 
 
 def test_reliability_of_documents_and_correlation_without_noise(tmp_path):
@@ -91,7 +130,11 @@ def test_reliability_of_documents_and_correlation_without_noise(tmp_path):
         write_samples(where, "arc", [sample(f"d{d}", acc=float(r)) for d, r in enumerate(right)])
     found = fit_runs(tmp_path, x=["coupling@10"], resamples=QUICK)
     reliable = found.tables["reliability"].set_index("predictor").loc["coupling@10"]
-    assert reliable["low"] < 0.9 < reliable["high"] and reliable["documents"] == 36 and reliable["models"] == 12
+    assert (
+        reliable["low"] < 0.9 < reliable["high"]
+        and reliable["documents"] == 36
+        and reliable["models"] == 12
+    )
     assert "Reliability of coupling@10 over documents" in " ".join(found.words)
     corrected = found.tables["corrected"].set_index("predictor").loc["coupling@10"]
     assert corrected["reliability_x"] == pytest.approx(reliable["alpha"])
@@ -100,7 +143,12 @@ def test_reliability_of_documents_and_correlation_without_noise(tmp_path):
 def test_coupling_of_other_tasks_and_output_types(tmp_path):
     """Coupling of `arc` goes with the score of `arc`, that of `gsm` with nothing; a mean is told for each output type."""
     rng = np.random.default_rng(3)
-    types = {"arc": "multiple_choice", "hella": "multiple_choice", "gsm": "generate_until", "math": "generate_until"}
+    types = {
+        "arc": "multiple_choice",
+        "hella": "multiple_choice",
+        "gsm": "generate_until",
+        "math": "generate_until",
+    }
     for i in range(10):
         coupling, other = rng.uniform(0.1, 0.4, 2)
 

@@ -12,8 +12,8 @@ from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.fit.training import along_training, checkpoints
 from lm_eval_coupling.fit.within import POOLED, TOGETHER, load_documents
-from lm_eval_coupling.saved.results import load_runs
-from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.statistics import adjust_p_values, auroc_together
 
 
@@ -25,7 +25,9 @@ class TestDocuments:
         return load_documents(find_runs(folder).runs, runs.assign(label=runs["model"]))
 
     def test_records_meet_their_answers(self, tmp_path):
-        save_documents(tmp_path, "a", self.VALUES, self.RIGHT, likelihoods={1: (-0.5, -4.0), 2: (-9.0, -1.0)})
+        save_documents(
+            tmp_path, "a", self.VALUES, self.RIGHT, likelihoods={1: (-0.5, -4.0), 2: (-9.0, -1.0)}
+        )
         found = self.documents(tmp_path).set_index("doc_hash")
         order = [f"d{i}" for i in range(8)]
         np.testing.assert_allclose(found.loc[order, "coupling@10"], self.VALUES, atol=1e-6)
@@ -46,19 +48,37 @@ class TestDocuments:
     def test_several_tasks_are_pooled_within(self, tmp_path):
         where = save_documents(tmp_path, "a", self.VALUES, self.RIGHT)
         # A second, easier task of lower coupling, in which it says the opposite.
-        save_documents(tmp_path / "other", "a", [v / 10 for v in self.VALUES], self.RIGHT[::-1], task="easy")
+        save_documents(
+            tmp_path / "other", "a", [v / 10 for v in self.VALUES], self.RIGHT[::-1], task="easy"
+        )
         found = fit_runs([where.parent], resamples=QUICK).tables["auroc"]
         areas = found[found["predictor"] == "coupling@10"].set_index("task")["auroc"]
-        assert areas["arc"] == 13 / 16 and areas["easy"] == pytest.approx(3 / 16) and areas[POOLED] == 0.5
+        assert (
+            areas["arc"] == 13 / 16
+            and areas["easy"] == pytest.approx(3 / 16)
+            and areas[POOLED] == 0.5
+        )
 
     def test_one_model_prompted_in_two_ways_is_told_apart(self, tmp_path):
         """Regression: its documents had both names at once, and the command ended with a traceback of pandas."""
         for shots in (0, 5):
             made_so = {"change": lambda run, shots=shots: run.update({"n-shot": {"arc": shots}})}
-            save_documents(tmp_path / str(shots), "a", self.VALUES, self.RIGHT[::-1] if shots else self.RIGHT, **made_so)
-        rows = fit_runs(tmp_path, mixed="keep", resamples=QUICK).tables["auroc"].query("predictor == 'coupling@10'")
+            save_documents(
+                tmp_path / str(shots),
+                "a",
+                self.VALUES,
+                self.RIGHT[::-1] if shots else self.RIGHT,
+                **made_so,
+            )
+        rows = (
+            fit_runs(tmp_path, mixed="keep", resamples=QUICK)
+            .tables["auroc"]
+            .query("predictor == 'coupling@10'")
+        )
         areas = rows.set_index("model")["auroc"]
-        assert set(areas.index) == {"a (0-shot)", "a (5-shot)", TOGETHER} and areas["a (0-shot)"] == pytest.approx(13 / 16)
+        assert set(areas.index) == {"a (0-shot)", "a (5-shot)", TOGETHER} and areas[
+            "a (0-shot)"
+        ] == pytest.approx(13 / 16)
         assert areas["a (5-shot)"] < 0.5
 
     def test_models_are_taken_together_over_the_documents_that_they_share(self, tmp_path):
@@ -71,14 +91,33 @@ class TestDocuments:
         found = fit_runs(tmp_path, resamples=QUICK)
         rows = found.tables["auroc"].query("model == @TOGETHER").set_index("predictor")
         expected = auroc_together(
-            found.tables["documents"], "coupling@10", "right", model="model", task="task", document="doc_hash"
+            found.tables["documents"],
+            "coupling@10",
+            "right",
+            model="model",
+            task="task",
+            document="doc_hash",
         )
         row = rows.loc["coupling@10"]
-        assert (row["auroc"], row["stderr"], row["p"]) == (expected.auroc, expected.stderr, expected.p)
+        assert (row["auroc"], row["stderr"], row["p"]) == (
+            expected.auroc,
+            expected.stderr,
+            expected.p,
+        )
         assert (row["models"], row["right"] + row["wrong"]) == (3, 180)
-        assert rows["p_holm"].tolist() == pytest.approx(adjust_p_values(rows["p"].to_numpy()).tolist(), nan_ok=True)
-        (said,) = [words for words in found.words if words.startswith("All 3 models together, a document counting once")]
-        assert f"{row['auroc']:.2f}" in said and "the model held fixed" in said and "numbers that were asked (Holm)" in said
+        assert rows["p_holm"].tolist() == pytest.approx(
+            adjust_p_values(rows["p"].to_numpy()).tolist(), nan_ok=True
+        )
+        (said,) = [
+            words
+            for words in found.words
+            if words.startswith("All 3 models together, a document counting once")
+        ]
+        assert (
+            f"{row['auroc']:.2f}" in said
+            and "the model held fixed" in said
+            and "numbers that were asked (Holm)" in said
+        )
 
     def test_coupling_that_decides_is_found_with_length_and_confidence_fixed(self, tmp_path):
         rng = np.random.default_rng(0)
@@ -97,9 +136,17 @@ class TestDocuments:
     def test_answers_that_are_neither_right_nor_wrong(self, tmp_path):
         where = save_documents(tmp_path, "a", self.VALUES, self.RIGHT)
         share = [0.1 * i for i in range(8)]
-        write_samples(where, "arc", [sample(f"d{i}", acc=share[i]) for i in range(7)] + [sample("d7", acc=1.0)])
+        write_samples(
+            where,
+            "arc",
+            [sample(f"d{i}", acc=share[i]) for i in range(7)] + [sample("d7", acc=1.0)],
+        )
         found = self.documents(tmp_path)
-        assert found["right"].isna().all() and found["margin"].isna().all() and found["score"].notna().all()
+        assert (
+            found["right"].isna().all()
+            and found["margin"].isna().all()
+            and found["score"].notna().all()
+        )
         assert "it needs lm-eval's --log_samples" in fit_runs(tmp_path, resamples=QUICK).words[-1]
 
     def test_an_untrained_twin_answers_nothing(self, tmp_path):
@@ -109,11 +156,15 @@ class TestDocuments:
         write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
         found = self.documents(tmp_path)
         assert len(found) == 2
-        assert found["line_shape_score"].tolist() == pytest.approx([row["line_shape_score"] for row in rows])
+        assert found["line_shape_score"].tolist() == pytest.approx(
+            [row["line_shape_score"] for row in rows]
+        )
 
     def test_tables_of_other_runs_are_left_alone(self, tmp_path):
         save_documents(tmp_path, "a", self.VALUES, self.RIGHT, run_id="old")
-        save_documents(tmp_path, "a", self.VALUES[::-1], self.RIGHT, run_id="new", date="2025-07-01T00-00-00")
+        save_documents(
+            tmp_path, "a", self.VALUES[::-1], self.RIGHT, run_id="new", date="2025-07-01T00-00-00"
+        )
         assert len(self.documents(tmp_path)) == 8
 
 
@@ -123,7 +174,9 @@ def test_a_failed_measurement_is_no_number(tmp_path):
     write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
     runs = load_runs(tmp_path)
     found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a")).set_index("doc_hash")
-    assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(found.loc["d0", "coupling@10"])
+    assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(
+        found.loc["d0", "coupling@10"]
+    )
 
 
 class TestTraining:
@@ -135,7 +188,10 @@ class TestTraining:
         assert rows["step"].tolist() == [1, 10, 100, 1000, 10_000, 100_000]
         found = along_training(rows, "coupling@10", resamples=QUICK)
         levels = found["a", "arc acc", "coupling@10", "levels"]
-        assert levels.coefficient == pytest.approx(stats.spearmanr(couplings, scores)[0]) and levels.n == 6
+        assert (
+            levels.coefficient == pytest.approx(stats.spearmanr(couplings, scores)[0])
+            and levels.n == 6
+        )
         assert found["a", "arc acc", "coupling@10", "changes"].n == 5
 
     def test_a_single_checkpoint_is_no_curve(self, tmp_path):

@@ -28,17 +28,34 @@ def manager(home):
 def evaluate(home, manager, tmp_path):
     """Run lm-eval in this process."""
 
-    def run(model="coupling-hf", kinds=("choice", "generate"), pretrained=None, arguments=None, **options):
+    def run(
+        model="coupling-hf",
+        kinds=("choice", "generate"),
+        pretrained=None,
+        arguments=None,
+        **options,
+    ):
         from lm_eval_coupling.harness import plugin
 
         plugin.install()
-        given = {"pretrained": str(pretrained or home / "float32"), "device": "cpu"} | (arguments or {})
+        given = {"pretrained": str(pretrained or home / "float32"), "device": "cpu"} | (
+            arguments or {}
+        )
         if model == "coupling-hf":
-            defaults = {"coupling_ranks": "2+4", "coupling_limit": 2, "coupling_store": str(tmp_path / "store.sqlite")}
+            defaults = {
+                "coupling_ranks": "2+4",
+                "coupling_limit": 2,
+                "coupling_store": str(tmp_path / "store.sqlite"),
+            }
             given = defaults | given
         names = [f"tiny_{kind}" for kind in kinds]
         return lm_eval.simple_evaluate(
-            model=model, model_args=given, tasks=names, task_manager=manager, bootstrap_iters=2, **options
+            model=model,
+            model_args=given,
+            tasks=names,
+            task_manager=manager,
+            bootstrap_iters=2,
+            **options,
         )
 
     return run

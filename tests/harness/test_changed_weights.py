@@ -8,18 +8,31 @@ from lm_eval_coupling.harness.lm import CouplingLM
 
 
 @pytest.mark.parametrize("storage", ["the same", "new"])
-def test_weights_changed_between_evaluations_are_measured_as_they_are(home, manager, tmp_path, storage):
+def test_weights_changed_between_evaluations_are_measured_as_they_are(
+    home, manager, tmp_path, storage
+):
     """The second evaluation reused the first one's numbers, under the first one's fingerprint."""
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
-    given = {"pretrained": str(home / "float32"), "device": "cpu", "coupling_ranks": "2+4", "coupling_limit": 1}
+    given = {
+        "pretrained": str(home / "float32"),
+        "device": "cpu",
+        "coupling_ranks": "2+4",
+        "coupling_limit": 1,
+    }
     lm = CouplingLM(**given, coupling_store=str(tmp_path / "store.sqlite"))
 
     def evaluated():
-        found = lm_eval.simple_evaluate(model=lm, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=2)
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=2
+        )
         about = found["config"]["coupling"]
-        return found["results"]["tiny_choice"]["coupling,none"], about["fingerprint"], about["reused"]
+        return (
+            found["results"]["tiny_choice"]["coupling,none"],
+            about["fingerprint"],
+            about["reused"],
+        )
 
     before = evaluated()
     assert evaluated() == (*before[:2], 1)

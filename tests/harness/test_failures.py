@@ -7,10 +7,10 @@ import torch
 from evaluations import scores
 
 from lm_eval_coupling.harness import plugin
-from lm_eval_coupling.harness.closing import closing_lines
 from lm_eval_coupling.jacobians import engine as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
+from lm_eval_coupling.runs.closing import closing_lines
 
 
 def test_out_of_memory_costs_the_document_not_the_run(evaluate, monkeypatch):
@@ -48,7 +48,7 @@ def test_weights_that_are_not_finite_keep_their_scores(evaluate, home, tmp_path)
 
 
 def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
-    from lm_eval_coupling.measuring.store import MeasurementStore
+    from lm_eval_coupling.runs.store import MeasurementStore
 
     def full(self, entries):
         raise sqlite3.OperationalError("database or disk is full")
@@ -67,7 +67,7 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr("lm_eval_coupling.measuring.session.measure_prompts", interrupted)
+    monkeypatch.setattr("lm_eval_coupling.runs.session.measure_prompts", interrupted)
     found = evaluate(kinds=("choice",), arguments={"coupling_limit": "all"})
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))
@@ -79,11 +79,15 @@ def test_interrupted_before_the_first_is_no_failure(evaluate, monkeypatch, caplo
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lm_eval_coupling.measuring.session.measure_prompts", interrupted)
+    monkeypatch.setattr("lm_eval_coupling.runs.session.measure_prompts", interrupted)
     found = evaluate(kinds=("choice",))
-    assert found["config"]["coupling"]["interrupted"] and not found["config"]["coupling"]["measured"]
+    assert (
+        found["config"]["coupling"]["interrupted"] and not found["config"]["coupling"]["measured"]
+    )
     assert not [r for r in caplog.records if r.levelname == "ERROR"]
-    assert "Interrupted: what was measured is kept" in closing_lines(found["config"]["coupling"], found)
+    assert "Interrupted: what was measured is kept" in closing_lines(
+        found["config"]["coupling"], found
+    )
 
 
 def test_a_revision_of_a_folder_is_not_taken_for_one(evaluate):

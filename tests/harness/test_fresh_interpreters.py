@@ -17,7 +17,9 @@ OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
 
 def python(code, *words, hook):
     """Run ``code`` in a fresh interpreter with all packages, with or without what the start-up hook does."""
-    environment = {k: v for k, v in os.environ.items() if k != OPT_OUT} | ({} if hook else {OPT_OUT: "1"})
+    environment = {k: v for k, v in os.environ.items() if k != OPT_OUT} | (
+        {} if hook else {OPT_OUT: "1"}
+    )
     start = f"import site; site.addsitedir({str(HOOK)!r})\n"
     found = subprocess.run(
         [sys.executable, "-c", start + code, *map(str, words)],
@@ -78,11 +80,18 @@ def saved(folder):
 def test_other_models_are_evaluated_as_without_us(tmp_path):
     names = [tiny.save_task(tmp_path / "tasks", kind) for kind in ("choice", "generate")]
     words = tiny.save_model(tmp_path / "model", num_hidden_layers=2), tmp_path / "tasks"
-    with_hook, without = (python(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook) for hook in (True, False))
-    (*tables, models, ours), (*tables_without, models_without, none) = with_hook.splitlines(), without.splitlines()
+    with_hook, without = (
+        python(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook) for hook in (True, False)
+    )
+    (*tables, models, ours), (*tables_without, models_without, none) = (
+        with_hook.splitlines(),
+        without.splitlines(),
+    )
     assert "lm_eval_coupling.harness.plugin" in ours and none == "ours:"
     assert {*models.split()} - {*models_without.split()} == {"coupling-hf"}
-    assert {*models_without.split()} > {"hf", "dummy", "vllm"} and {*models_without.split()} < {*models.split()}
+    assert {*models_without.split()} > {"hf", "dummy", "vllm"} and {*models_without.split()} < {
+        *models.split()
+    }
     assert tables == tables_without and sum("|tiny_" in line for line in tables) == 4
     files, files_without = saved(tmp_path / "True"), saved(tmp_path / "False")
     assert len(files) == 6 and files.keys() == files_without.keys()
@@ -139,9 +148,19 @@ except SystemExit as ended:
 """
 
 
-@pytest.mark.parametrize("wrong", ["coupling_rank=4", "coupling_ranks=10+9999", "coupling_position=1.5", "coupling_out=1e5"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["coupling_rank=4", "coupling_ranks=10+9999", "coupling_position=1.5", "coupling_out=1e5"],
+)
 def test_a_wrong_argument_is_refused_before_torch_is_loaded(tmp_path, wrong):
     """lm-eval's own command had indexed its tasks and loaded everything before it was told of a misspelt word."""
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
-    words = ["--model", "coupling-hf", "--model_args", f"pretrained={tmp_path},{wrong}", "--tasks", "arc_easy"]
+    words = [
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        f"pretrained={tmp_path},{wrong}",
+        "--tasks",
+        "arc_easy",
+    ]
     assert python(REFUSED, *words, hook=True).strip() == ""

@@ -13,11 +13,11 @@ import torch
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
-from lm_eval_coupling.harness.options import Options
 from lm_eval_coupling.measuring import prompt as measure
-from lm_eval_coupling.measuring.store import default_store_path
 from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.runs.options import Options
+from lm_eval_coupling.runs.store import default_store_path
 
 
 @pytest.mark.parametrize(
@@ -31,16 +31,25 @@ from lm_eval_coupling.residual import ResidualModel
         ({"coupling_seed": float("inf")}, "coupling_seed=inf, expected a whole number"),
         ({"coupling_prompt": "last"}, "coupling_prompt='last', expected one of scored, rendered"),
         ({"coupling_trajectories": "perhaps"}, "coupling_trajectories='perhaps', expected 1 or 0"),
-        ({"coupling_out": 1e5}, "coupling_out=100000.0, expected a path; write one that looks like a number as ./PATH"),
+        (
+            {"coupling_out": 1e5},
+            "coupling_out=100000.0, expected a path; write one that looks like a number as ./PATH",
+        ),
         ({"coupling_measures": "depht"}, "unknown measure 'depht', expected any of depth"),
         ({"coupling_dtype": "float16"}, "expected one of float32, float64"),
         ({"coupling_limit": -1}, "coupling_limit=-1"),
         ({"coupling_method": "guess"}, "expected one of auto, closed"),
         ({"tp_plan": "auto"}, "got tp_plan, which splits every weight over processes"),
-        ({"dtype": "float31"}, "got dtype=float31, which torch does not have, did you mean float32"),
+        (
+            {"dtype": "float31"},
+            "got dtype=float31, which torch does not have, did you mean float32",
+        ),
         ({"peft": "./adapter"}, "got peft=./adapter, which is no folder here"),
         ({"tokenizer": "/not/there"}, "got tokenizer=/not/there, which is no folder here"),
-        ({"device": "cuda:99"}, "got device='cuda:99', which this machine does not have, expected one of: cpu"),
+        (
+            {"device": "cuda:99"},
+            "got device='cuda:99', which this machine does not have, expected one of: cpu",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, message):
@@ -72,10 +81,18 @@ def test_numbers_and_lists_as_the_command_line_hands_them_over(tmp_path, monkeyp
     from lm_eval._cli.utils import key_val_to_dict
 
     monkeypatch.chdir(tmp_path)
-    given = {"pretrained": "x"} | key_val_to_dict(",".join(f"coupling_{word}" for word in COMMAND_LINE))
+    given = {"pretrained": "x"} | key_val_to_dict(
+        ",".join(f"coupling_{word}" for word in COMMAND_LINE)
+    )
     found = Options.take_from(given)
     assert given == {"pretrained": "x"}
-    assert (found.position, found.seed, found.limit, found.untrained, found.prompt) == (-2, 7, 100, None, "rendered")
+    assert (found.position, found.seed, found.limit, found.untrained, found.prompt) == (
+        -2,
+        7,
+        100,
+        None,
+        "rendered",
+    )
     assert found.settings.ranks == (10, 30) and found.settings.trajectories
     assert found.out == Path("2024") and {type(found.position), type(found.limit)} == {int}
     assert Options.parse(position=-1.0) == Options.parse()
@@ -99,7 +116,9 @@ def test_without_a_home_there_is_still_a_store(homeless, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert Options.parse(limit=0).store is None
     assert tmp_path in default_store_path().parents
-    with pytest.raises(CouplingError, match="coupling_store=~/s, but there is no home folder; write the whole path"):
+    with pytest.raises(
+        CouplingError, match="coupling_store=~/s, but there is no home folder; write the whole path"
+    ):
         Options.parse(store="~/s")
 
 
@@ -129,8 +148,16 @@ def test_a_revision_is_recorded(evaluate, hub):
 @pytest.mark.parametrize(
     ("pretrained", "arguments", "message"),
     [
-        ("someone/tiny", {"revision": "v2"}, "got model 'someone/tiny', revision 'v2', which transformers cannot load"),
-        ("someone/else", {}, "got model 'someone/else', revision 'main', which transformers cannot load"),
+        (
+            "someone/tiny",
+            {"revision": "v2"},
+            "got model 'someone/tiny', revision 'v2', which transformers cannot load",
+        ),
+        (
+            "someone/else",
+            {},
+            "got model 'someone/else', revision 'main', which transformers cannot load",
+        ),
     ],
     ids=["revision", "model"],
 )
@@ -148,7 +175,9 @@ def test_the_whole_error_is_shown(home, tmp_path):
     about |= {"model_type": "not_in_transformers", "auto_map": {"AutoConfig": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(CouplingError, match="trust_remote_code=True") as caught:
-        CouplingLM(str(folder), device="cpu", coupling_store=str(tmp_path / "s"), coupling_ranks="2")
+        CouplingLM(
+            str(folder), device="cpu", coupling_store=str(tmp_path / "s"), coupling_ranks="2"
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -156,13 +185,24 @@ def test_an_encoder_is_refused(home, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=0,
     )
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     tiny._tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(CouplingError, match="got a Bert.*, an encoder, expected a decoder-only language model"):
+    with pytest.raises(
+        CouplingError, match="got a Bert.*, an encoder, expected a decoder-only language model"
+    ):
         CouplingLM(
-            str(tmp_path / "bert"), device="cpu", backend="causal", coupling_ranks="2", coupling_store=str(tmp_path / "s")
+            str(tmp_path / "bert"),
+            device="cpu",
+            backend="causal",
+            coupling_ranks="2",
+            coupling_store=str(tmp_path / "s"),
         )
 
 
@@ -175,19 +215,29 @@ def test_text_needs_a_tokenizer(home):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_dry_run_says_the_cost_and_scores_nothing(evaluate, tmp_path, capsys, monkeypatch, cached):
+def test_a_dry_run_says_the_cost_and_scores_nothing(
+    evaluate, tmp_path, capsys, monkeypatch, cached
+):
     def never(*_, **__):
         raise AssertionError("something was scored")
 
     for name in ("_model_call", "_model_generate"):
         monkeypatch.setattr(CouplingLM, name, never)
     store = tmp_path / "s.sqlite"
-    arguments = {"coupling_dry_run": True, "coupling_limit": 3, "coupling_untrained": 1, "coupling_store": str(store)}
+    arguments = {
+        "coupling_dry_run": True,
+        "coupling_limit": 3,
+        "coupling_untrained": 1,
+        "coupling_store": str(store),
+    }
     with pytest.raises(SystemExit) as ended:
         evaluate(arguments=arguments, use_cache=str(tmp_path / "cache") if cached else None)
     told = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct" in told
+    assert (
+        "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct"
+        in told
+    )
     assert told.count("; the other 5 take up to ") == 2 and "untrained weights: 6 prompts" in told
 
 

@@ -35,7 +35,10 @@ def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CouplingError, match=rf"got output folder {folder}, which cannot be written .*choose another"):
+        with pytest.raises(
+            CouplingError,
+            match=rf"got output folder {folder}, which cannot be written .*choose another",
+        ):
             plugin.require_writable(folder)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(CouplingError, match="Permission denied"):
@@ -48,7 +51,10 @@ def test_an_unwritable_output_path_is_told_before_any_work(installed, tmp_path, 
     tracker = types.SimpleNamespace(output_path=str(tmp_path / output))
     with pytest.raises(CouplingError, match="cannot be written"):
         installed.evaluator.simple_evaluate(
-            model="coupling-hf", model_args="pretrained=/nowhere", tasks=["none"], evaluation_tracker=tracker
+            model="coupling-hf",
+            model_args="pretrained=/nowhere",
+            tasks=["none"],
+            evaluation_tracker=tracker,
         )
 
 
@@ -62,7 +68,14 @@ class Manager:
 
 @pytest.mark.parametrize(
     ("given", "theirs"),
-    [(None, []), ("a", ["a"]), (Path("a"), [Path("a")]), (["a", "b"], ["a", "b"]), (("a",), ["a"]), ([], [])],
+    [
+        (None, []),
+        ("a", ["a"]),
+        (Path("a"), [Path("a")]),
+        (["a", "b"], ["a", "b"]),
+        (("a",), ["a"]),
+        ([], []),
+    ],
 )
 def test_our_tasks_come_before_the_users(given, theirs):
     manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
@@ -100,7 +113,10 @@ def test_a_mistake_is_one_sentence(installed, capsys):
     with pytest.raises(SystemExit) as ended:
         installed._cli.harness.HarnessCLI().execute(argparse.Namespace(func=fail))
     assert ended.value.code == 2 and ended.value.__suppress_context__
-    assert capsys.readouterr() == ("", "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n")
+    assert capsys.readouterr() == (
+        "",
+        "lm-eval-coupling: got K = 0, expected 1 or more; choose another\n",
+    )
 
 
 def test_who_waits_for_an_interrupted_run_is_told(installed):
@@ -113,7 +129,9 @@ def test_who_waits_for_an_interrupted_run_is_told(installed):
 
 
 @pytest.mark.parametrize("by_file", [False, True])
-def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypatch, capfd, by_file):
+def test_a_wrong_argument_on_lm_evals_command_line(
+    installed, tmp_path, monkeypatch, capfd, by_file
+):
     """Before lm-eval indexes its tasks, which takes ten seconds, and whether it stands on the line or in a file."""
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import manager
@@ -122,9 +140,18 @@ def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypa
         raise AssertionError("tasks were indexed")
 
     monkeypatch.setattr(manager.TaskManager, "__init__", never)
-    words = ["--model", "coupling-hf", "--model_args", "pretrained=/nowhere,coupling_rank=4", "--tasks", "arc"]
+    words = [
+        "--model",
+        "coupling-hf",
+        "--model_args",
+        "pretrained=/nowhere,coupling_rank=4",
+        "--tasks",
+        "arc",
+    ]
     if by_file:
-        (tmp_path / "run.yaml").write_text("model: coupling-hf\nmodel_args: {coupling_rank: 4}\ntasks: [arc]\n")
+        (tmp_path / "run.yaml").write_text(
+            "model: coupling-hf\nmodel_args: {coupling_rank: 4}\ntasks: [arc]\n"
+        )
         words = ["--config", str(tmp_path / "run.yaml")]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
 
@@ -132,7 +159,9 @@ def test_a_wrong_argument_on_lm_evals_command_line(installed, tmp_path, monkeypa
         cli_evaluate()
     told = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in told
-    assert told.splitlines()[-1].startswith("lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra")
+    assert told.splitlines()[-1].startswith(
+        "lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ra"
+    )
 
 
 def test_other_errors_and_results_pass_through(installed):
@@ -146,7 +175,9 @@ def test_other_errors_and_results_pass_through(installed):
 
 def evaluator(results):
     """Stands for lm-eval's module `evaluator`, wrapped."""
-    module = types.SimpleNamespace(evaluate=lambda *_, **__: results, simple_evaluate=lambda *_, **__: results)
+    module = types.SimpleNamespace(
+        evaluate=lambda *_, **__: results, simple_evaluate=lambda *_, **__: results
+    )
     plugin._record_after_scoring(module)
     return module
 
@@ -159,7 +190,9 @@ def test_coupling_is_recorded_after_scoring(cached):
     results, tasks = {"results": {}}, {"tasks": {}}
     assert evaluator(results).evaluate(lm=lm, task_dict=tasks, limit=1) is results
     assert [given[:2] for given in seen] == [(tasks, results)]
-    assert evaluator(None).evaluate(lm, tasks) is None and len(seen) == 2  # any process but the first
+    assert (
+        evaluator(None).evaluate(lm, tasks) is None and len(seen) == 2
+    )  # any process but the first
     assert evaluator(results).evaluate(object(), tasks) is results and len(seen) == 2
 
 
@@ -172,7 +205,12 @@ def test_how_it_was_asked_is_known(installed):
 
     module = types.SimpleNamespace(evaluate=evaluate, simple_evaluate=evaluate)
     plugin._record_after_scoring(module)
-    module.evaluate(types.SimpleNamespace(record_coupling=lambda *given: seen.append(given[2])), {}, 3, samples={"a": [1]})
+    module.evaluate(
+        types.SimpleNamespace(record_coupling=lambda *given: seen.append(given[2])),
+        {},
+        3,
+        samples={"a": [1]},
+    )
     assert {name: seen[0][name] for name in ("limit", "samples", "system_instruction")} == {
         "limit": 3,
         "samples": {"a": [1]},
@@ -185,7 +223,11 @@ def test_a_reloaded_module_records_again(installed):
     before = installed.evaluator.evaluate
     importlib.reload(installed.evaluator)
     once = installed.evaluator.evaluate
-    assert once is not before and once._of_coupling and installed.evaluator.simple_evaluate._of_coupling
+    assert (
+        once is not before
+        and once._of_coupling
+        and installed.evaluator.simple_evaluate._of_coupling
+    )
     plugin.install()
     assert installed.evaluator.evaluate is once
 
@@ -194,7 +236,9 @@ def test_a_name_that_was_bound_before_us_records():
     """After ``from lm_eval import evaluate``, then this package: scores without coupling, and not a word."""
     from lm_eval.utils import positional_deprecated
 
-    module = types.SimpleNamespace(evaluate=positional_deprecated(lambda lm, task_dict: {}), simple_evaluate=lambda: {})
+    module = types.SimpleNamespace(
+        evaluate=positional_deprecated(lambda lm, task_dict: {}), simple_evaluate=lambda: {}
+    )
     bound, seen = module.evaluate, []
     for _ in range(2):
         plugin._record_after_scoring(module)
@@ -210,13 +254,18 @@ def test_a_failure_to_record_keeps_the_scores(caplog):
 
     results = {"results": {"a": 1}}
     assert evaluator(results).evaluate(types.SimpleNamespace(record_coupling=fail), {}) is results
-    assert "coupling was not recorded; the scores are complete" in caplog.text and "out of it" in caplog.text
+    assert (
+        "coupling was not recorded; the scores are complete" in caplog.text
+        and "out of it" in caplog.text
+    )
 
 
 @pytest.fixture
 def tracker(installed):
     def make(output_path):
-        made = installed.loggers.evaluation_tracker.EvaluationTracker(output_path=output_path and str(output_path))
+        made = installed.loggers.evaluation_tracker.EvaluationTracker(
+            output_path=output_path and str(output_path)
+        )
         made.general_config_tracker.model_name_sanitized = "some__model"
         return made
 
@@ -234,7 +283,9 @@ def carrying(write):
     return {"results": {}, "config": {"coupling": Info(write)}}
 
 
-@pytest.mark.parametrize(("output", "folder"), [("out", "out/some__model"), ("out/all.json", "out"), (None, None)])
+@pytest.mark.parametrize(
+    ("output", "folder"), [("out", "out/some__model"), ("out/all.json", "out"), (None, None)]
+)
 def test_tables_are_written_where_the_results_are(tracker, tmp_path, output, folder):
     seen = []
     results = carrying(lambda *given: seen.append(given))
@@ -258,7 +309,9 @@ def test_a_real_run_leaves_a_table_beside_its_results(installed, tmp_path):
         model="coupling-hf",
         model_args=arguments,
         tasks=[name],
-        task_manager=installed.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        task_manager=installed.tasks.TaskManager(
+            include_path=str(tmp_path / "tasks"), include_defaults=False
+        ),
         evaluation_tracker=made,
         device="cpu",
         limit=5,
@@ -270,7 +323,11 @@ def test_a_real_run_leaves_a_table_beside_its_results(installed, tmp_path):
     (saved_results,) = (tmp_path / "out").rglob("results_*.json")
     date = saved_results.stem.removeprefix("results_")
     assert table == saved_results.parent / f"coupling_{name}_{date}.parquet"
-    measured = {sample["doc_hash"]: sample["coupling"] for sample in samples[name] if sample["coupling"] is not None}
+    measured = {
+        sample["doc_hash"]: sample["coupling"]
+        for sample in samples[name]
+        if sample["coupling"] is not None
+    }
     assert len(samples[name]) == 5 and len(measured) == 3
     assert {*load_records(tmp_path / "out").doc_hash} == {*measured}
     about = json.loads(saved_results.read_text())
@@ -287,7 +344,9 @@ def test_tables_that_cannot_be_written_are_told_and_results_kept(tracker, tmp_pa
     assert len([*tmp_path.rglob("results_*.json")]) == 1
 
 
-@pytest.mark.parametrize("results", [None, {}, {"config": None}, {"config": {"coupling": {"run_id": "from a file"}}}])
+@pytest.mark.parametrize(
+    "results", [None, {}, {"config": None}, {"config": {"coupling": {"run_id": "from a file"}}}]
+)
 def test_results_of_others_write_no_tables(tracker, tmp_path, results):
     tracker(tmp_path).save_results_aggregated(results)
     assert not [*tmp_path.rglob("*.parquet")]
@@ -297,4 +356,7 @@ def test_an_lm_eval_that_does_not_fit_is_a_warning(caplog):
     module = types.ModuleType("lm_eval._cli.harness")
     with caplog.at_level(logging.WARNING):
         plugin.after_import(module)
-    assert "does not fit this lm-eval (lm_eval._cli.harness: " in caplog.text and "HarnessCLI" in caplog.text
+    assert (
+        "does not fit this lm-eval (lm_eval._cli.harness: " in caplog.text
+        and "HarnessCLI" in caplog.text
+    )

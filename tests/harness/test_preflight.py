@@ -25,7 +25,9 @@ def home(tmp_path_factory):
         tiny.save_task(folder / "tasks", kind)
     (folder / "tasks" / "both.yaml").write_text(GROUP)
     tagged = (
-        (folder / "tasks" / "tiny_choice.yaml").read_text().replace("task: tiny_choice", "task: tiny_tagged\ntag: tiny_tag")
+        (folder / "tasks" / "tiny_choice.yaml")
+        .read_text()
+        .replace("task: tiny_choice", "task: tiny_tagged\ntag: tiny_tag")
     )
     (folder / "tasks" / "tagged.yaml").write_text(tagged)
     return folder
@@ -77,7 +79,12 @@ def test_options_that_lm_eval_would_refuse(given, part):
 
 
 def test_options_that_are_right():
-    given = {"limit": 0.5, "batch_size": "auto:4", "log_samples": True, "gen_kwargs": "temperature=0"}
+    given = {
+        "limit": 0.5,
+        "batch_size": "auto:4",
+        "log_samples": True,
+        "gen_kwargs": "temperature=0",
+    }
     assert not [*preflight._lm_eval(given)]
 
 
@@ -92,7 +99,14 @@ def test_facts_of_a_model_without_its_weights(home):
     facts, problems = look(home / "model")
     parameters = sum(t.numel() for t in lm_eval_model(home / "model").parameters())
     assert not problems
-    assert facts == {str(home / "model"): {"d_model": 32, "n_layers": 4, "n_params": parameters, "dtype": "float32"}}
+    assert facts == {
+        str(home / "model"): {
+            "d_model": 32,
+            "n_layers": 4,
+            "n_params": parameters,
+            "dtype": "float32",
+        }
+    }
 
 
 def lm_eval_model(folder):
@@ -135,7 +149,10 @@ def test_a_folder_has_no_revisions(home):
     assert not look(home / "model")[1]
     (found,) = look(home / "model", revisions=["main", "step1"])[1]
     assert not look(home / "model", {"peft": "some/adapter"}, revisions=["step1"])[1]
-    assert f"got revision step1 of the folder {home / 'model'}, where transformers looks for none" in found
+    assert (
+        f"got revision step1 of the folder {home / 'model'}, where transformers looks for none"
+        in found
+    )
 
 
 def test_models_of_the_hub(monkeypatch, tmp_path):
@@ -146,22 +163,41 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert "--download first" in look("some/model", revisions=["step1", "step2"])[1][0]
-    refs = types.SimpleNamespace(branches=[types.SimpleNamespace(name=n) for n in ("main", "step1000")], tags=[])
+    refs = types.SimpleNamespace(
+        branches=[types.SimpleNamespace(name=n) for n in ("main", "step1000")], tags=[]
+    )
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_refs", lambda self, model: refs)
     found = look("some/model", revisions=["step1000", "step100"], offline=False)[1]
-    assert len(found) == 1 and "step100 of some/model" in found[0] and "did you mean step1000?" in found[0]
+    assert (
+        len(found) == 1
+        and "step100 of some/model" in found[0]
+        and "did you mean step1000?" in found[0]
+    )
 
     def unknown(self, model):
         raise OSError("404 Client Error\nRepository Not Found")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_refs", unknown)
-    assert "cannot be looked up: 404 Client Error" in look("some/model", revisions=["x"], offline=False)[1][0]
+    assert (
+        "cannot be looked up: 404 Client Error"
+        in look("some/model", revisions=["x"], offline=False)[1][0]
+    )
 
 
 def test_only_what_transformers_loads_is_downloaded():
-    names = ["config.json", "model.safetensors", "pytorch_model.bin", "original/x.pth", "consolidated.safetensors", "tf.h5"]
+    names = [
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "original/x.pth",
+        "consolidated.safetensors",
+        "tf.h5",
+    ]
     assert preflight_models.needed(names) == ["config.json", "model.safetensors"]
-    assert preflight_models.needed(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
+    assert preflight_models.needed(["config.json", "pytorch_model.bin"]) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
 
 
 def test_downloads_go_on_after_a_failure(monkeypatch, tmp_path, capsys):
@@ -174,9 +210,16 @@ def test_downloads_go_on_after_a_failure(monkeypatch, tmp_path, capsys):
             raise OSError("404")
         fetched.append((model, revision, allow_patterns))
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model, revision: ["config.json", "a.bin"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "list_repo_files",
+        lambda self, model, revision: ["config.json", "a.bin"],
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    models = [{"model": "a/b", "revisions": ["gone", "main"]}, {"model": str(tmp_path), "revisions": ["main"]}]
+    models = [
+        {"model": "a/b", "revisions": ["gone", "main"]},
+        {"model": str(tmp_path), "revisions": ["main"]},
+    ]
     assert ["a/b at gone" in problem for problem in preflight_models.download(models)] == [True]
     assert fetched == [("a/b", "main", ["config.json", "a.bin"])]
 
@@ -206,7 +249,9 @@ def test_data_that_cannot_be_fetched_is_told(home, manager):
     (home / "lost" / "lost.yaml").write_text(lost)
     from lm_eval.tasks import TaskManager
 
-    further = TaskManager(include_path=[str(home / "tasks"), str(home / "lost")], include_defaults=False)
+    further = TaskManager(
+        include_path=[str(home / "tasks"), str(home / "lost")], include_defaults=False
+    )
     (problem,) = preflight._download(further, asked)
     assert "got the task tiny_lost, whose data cannot be fetched" in problem
 
@@ -225,13 +270,21 @@ def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeyp
     file.write_text(json.dumps(plan))
     assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
     with monkeypatch.context() as patch:  # what was found right is not looked at again
-        patch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("it was asked again"))
+        patch.setattr(
+            subprocess, "run", lambda *words, **options: pytest.fail("it was asked again")
+        )
         assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
     (override,) = (tmp_path / "out" / "tasks").glob("*.yaml")
     assert yaml.safe_load(override.read_text())["num_fewshot"] == 2
-    file.write_text(json.dumps(plan | {"models": [str(Path(tmp_path) / "no")], "tasks": ["arc_esy"], "output": "/proc/no"}))
+    file.write_text(
+        json.dumps(
+            plan
+            | {"models": [str(Path(tmp_path) / "no")], "tasks": ["arc_esy"], "output": "/proc/no"}
+        )
+    )
     with pytest.raises(plans.PlanError) as error:
         checks.check(plans.read(file))
-    assert [any(part in p for p in error.value.problems) for part in ("/proc/no", "arc_easy?", "no folder here")] == [
-        True
-    ] * 3
+    assert [
+        any(part in p for p in error.value.problems)
+        for part in ("/proc/no", "arc_easy?", "no folder here")
+    ] == [True] * 3

@@ -36,7 +36,10 @@ def changed(tmp_path_factory):
         tiny.save_task(folder, "choice")
         file = folder / "tiny_choice.yaml"
         text = file.read_text()
-        file.write_text((text.replace("doc_to_target: gold\n", "") if lines.startswith("doc_to") else text) + lines)
+        file.write_text(
+            (text.replace("doc_to_target: gold\n", "") if lines.startswith("doc_to") else text)
+            + lines
+        )
         return TaskManager(include_path=str(folder), include_defaults=False)
 
     return make
@@ -54,7 +57,12 @@ def runs(home, changed, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     digests = []
     for name, lines in [*ANSWERS.items(), ("again", "")]:
-        arguments = {"pretrained": str(home / "float32"), "coupling_ranks": "2", "coupling_limit": 2, "device": "cpu"}
+        arguments = {
+            "pretrained": str(home / "float32"),
+            "coupling_ranks": "2",
+            "coupling_limit": 2,
+            "device": "cpu",
+        }
         tracker = EvaluationTracker(output_path=str(out / name))
         found = lm_eval.simple_evaluate(
             model="coupling-hf",
@@ -113,8 +121,21 @@ def test_functions_are_what_they_say(tmp_path):
     a, b = sources(tmp_path / "a"), sources(tmp_path / "b")
     typed = {}
     exec("def one(doc):\n    return doc['c']\n\ntwo = lambda doc: doc['d']", typed)
-    different = [a.one, a.other, a.made("x"), a.made("y"), functools.partial(a.made, "x"), functools.partial(a.made, "y")]
-    different += [typed["one"], typed["two"], str.upper, FewshotConfig(), FewshotConfig(doc_to_target=a.one)]
+    different = [
+        a.one,
+        a.other,
+        a.made("x"),
+        a.made("y"),
+        functools.partial(a.made, "x"),
+        functools.partial(a.made, "y"),
+    ]
+    different += [
+        typed["one"],
+        typed["two"],
+        str.upper,
+        FewshotConfig(),
+        FewshotConfig(doc_to_target=a.one),
+    ]
     different += ["one", {"one": 1}, {"one", "two"}, None]
     assert len({digest([value]) for value in different}) == len(different)
     assert digest([a.one, a.made({"x"})]) == digest([b.one, b.made({"x"})])
@@ -141,10 +162,24 @@ def test_digests_are_the_same_in_every_process(tmp_path):
     """Neither the order of a set nor where an object lies is part of them."""
     said = []
     for number in range(2):
-        code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"number{number}"))
-        paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])
-        environment = os.environ | {"PYTHONHASHSEED": str(number), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        code = PROCESS.format(
+            tests=str(Path(__file__).parent), folder=str(tmp_path / f"number{number}")
+        )
+        paths = os.pathsep.join(
+            [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
+        )
+        environment = os.environ | {
+            "PYTHONHASHSEED": str(number),
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.strip().splitlines()[-1])
     assert said[0] == said[1] and len(said[0]) == 16
@@ -169,7 +204,9 @@ def encoding(home):
 def _with_bos(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
 
 
 def _with_template(tokenizer):
@@ -179,7 +216,13 @@ def _with_template(tokenizer):
 def test_a_tokenizer_object_is_what_it_makes_of_texts(home, encoding):
     """Any object was taken for the model's own: prompts of one more token went under the same name."""
     assert encoding() == encoding(pretrained=str(home / "float32")) == []
-    others = {change: encoding(change) for change in (_with_bos, _with_template, lambda t: t.add_tokens(["sky"]))}
-    assert all(len(words) == 1 and words[0].startswith("tokenizer=") and "/" not in words[0] for words in others.values())
+    others = {
+        change: encoding(change)
+        for change in (_with_bos, _with_template, lambda t: t.add_tokens(["sky"]))
+    }
+    assert all(
+        len(words) == 1 and words[0].startswith("tokenizer=") and "/" not in words[0]
+        for words in others.values()
+    )
     assert len({words[0] for words in others.values()}) == 3
     assert encoding(_with_bos) == others[_with_bos]

@@ -25,7 +25,10 @@ class Fed(HFLM):
         return super()._model_generate(context, **kwargs)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        self.continuations = [*self.continuations, *(tuple(continuation) for _, _, continuation in requests)]
+        self.continuations = [
+            *self.continuations,
+            *(tuple(continuation) for _, _, continuation in requests),
+        ]
         return super()._loglikelihood_tokens(requests, **kwargs)
 
     def fed(self, request):
@@ -64,7 +67,9 @@ def _plain(folder):
 
 def _bos(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 0
     return tokenizer
 
@@ -73,7 +78,9 @@ def _merging(folder):
     """Joins the last letter of one word to the first of the next, as no sane tokenizer does but BPE may."""
     names = ["<s>", "</s>", "<pad>", *"abcx", "ab"]
     tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[("a", "b")]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def request(kind, *args, idx=0):
@@ -106,7 +113,9 @@ LONG = "one two three four five six seven eight nine ten"
     ],
 )
 @pytest.mark.parametrize("max_length", [None, 8])
-def test_scored_contexts_are_what_is_fed(lm, tokenizer, add_bos_token, context, continuation, max_length):
+def test_scored_contexts_are_what_is_fed(
+    lm, tokenizer, add_bos_token, context, continuation, max_length
+):
     lm = lm(tokenizer, add_bos_token=add_bos_token, max_length=max_length)
     (asked,) = scored((context, continuation))
     (prompt,) = document_prompts(lm, [asked], 0)
@@ -127,7 +136,10 @@ def test_spaces_at_the_end_belong_to_the_continuation(lm):
 def test_the_other_reading_keeps_the_spaces_at_the_end(lm, tokenizer):
     """A task of choices and one that generates are then measured at the same token of the same prompt."""
     lm, chat = lm(tokenizer), "<user>Why?\n<assistant>\n"
-    choice, generation = scored((chat, " Because")), [request("generate_until", chat, {"max_gen_toks": 2})]
+    choice, generation = (
+        scored((chat, " Because")),
+        [request("generate_until", chat, {"max_gen_toks": 2})],
+    )
     (whole,) = document_prompts(lm, choice, 0, "rendered")
     (fed,), _ = lm.fed(generation[0])
     assert whole.tokens == fed and whole == document_prompts(lm, generation, 0, "rendered")[0]
@@ -137,7 +149,9 @@ def test_the_other_reading_keeps_the_spaces_at_the_end(lm, tokenizer):
 
 def test_the_other_reading_is_cut_from_the_left_too(lm):
     lm = lm(max_length=16)
-    (prompt,) = document_prompts(lm, scored((LONG + " ", "eleven"), (LONG + " ", "ten")), 0, "rendered")
+    (prompt,) = document_prompts(
+        lm, scored((LONG + " ", "eleven"), (LONG + " ", "ten")), 0, "rendered"
+    )
     assert prompt.tokens == ids(lm, LONG + " ")[-16:]
 
 
@@ -145,9 +159,14 @@ def test_bos_is_added_once(lm):
     """By the tokenizer or on demand, but never before a text (a chat template's) that begins with it."""
     for made in (lm("bos"), lm("plain", add_bos_token=True, max_length=None)):
         for context in ("sky", "<s>sky"):
-            for asked in (scored((context, " blue")), [request("generate_until", context, {"max_gen_toks": 2})]):
+            for asked in (
+                scored((context, " blue")),
+                [request("generate_until", context, {"max_gen_toks": 2})],
+            ):
                 (prompt,) = document_prompts(made, asked, 0)
-                assert prompt.tokens.count(0) == (1 if made.tokenizer.encode("a")[0] == 0 or context != "sky" else 0)
+                assert prompt.tokens.count(0) == (
+                    1 if made.tokenizer.encode("a")[0] == 0 or context != "sky" else 0
+                )
                 assert prompt.tokens[-3:] == ids(made, "sky")
 
 
@@ -222,7 +241,16 @@ def test_unconditional_likelihoods_beside_a_context_are_passed_over(lm):
 
 @pytest.mark.parametrize(
     ("target", "expected"),
-    [(0, "good"), (1, "bad"), ("1", "bad"), ("bad", "bad"), (" bad ", "bad"), (None, "good"), (7, "good"), ("?", "good")],
+    [
+        (0, "good"),
+        (1, "bad"),
+        ("1", "bad"),
+        ("bad", "bad"),
+        (" bad ", "bad"),
+        (None, "good"),
+        (7, "good"),
+        ("?", "good"),
+    ],
 )
 def test_without_context_the_target_is_measured(lm, target, expected):
     lm = lm()
@@ -244,7 +272,9 @@ def test_whole_tasks(lm, tmp_path, kind, options):
     """Documents as lm-eval builds them: each is measured on the tokens that were fed for it."""
     lm = lm("bos", **options)
     name = tiny.save_task(tmp_path, kind)
-    task = TaskManager(include_path=str(tmp_path), include_defaults=False).load([name])["tasks"][name]
+    task = TaskManager(include_path=str(tmp_path), include_defaults=False).load([name])["tasks"][
+        name
+    ]
     task.build_all_requests(limit=2)
     assert task.instances
     for doc_id in {instance.doc_id for instance in task.instances}:
@@ -269,6 +299,10 @@ def test_whole_tasks(lm, tmp_path, kind, options):
 def test_prompts_are_plain_numbers(lm):
     """They go into JSON keys: no tensors, no NumPy."""
     lm = lm()
-    asked = [*scored(("Why?", " yes")), request("generate_until", "Why?", {}), request("loglikelihood_rolling", "Why?")]
+    asked = [
+        *scored(("Why?", " yes")),
+        request("generate_until", "Why?", {}),
+        request("loglikelihood_rolling", "Why?"),
+    ]
     for prompt in document_prompts(lm, asked, 0):
         assert type(prompt.tokens) is tuple and {type(token) for token in prompt.tokens} == {int}

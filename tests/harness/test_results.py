@@ -62,12 +62,17 @@ def test_a_document_has_the_value_of_the_naive_oracle(evaluate, home):
 
     found = evaluate(kinds=("choice",), limit=1, arguments={"coupling_dtype": "float64"})
     (sample,) = found["samples"]["tiny_choice"]
-    model = AutoModelForCausalLM.from_pretrained(home / "float32", dtype=torch.float64, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        home / "float32", dtype=torch.float64, attn_implementation="eager"
+    ).eval()
     ids = AutoTokenizer.from_pretrained(home / "float32").encode(sample["arguments"][0][0])
     tokens = torch.tensor([ids])
     J = [oracle(model, tokens, layer, len(ids) - 1, len(ids) - 1) for layer in range(4)]
     U, _, V = zip(*(reference.top_singular(j, 2) for j in J), strict=True)
-    m = [[reference.miscoupling(reference.coupling_matrix(J[a], U[b], V[b]), True) for b in range(4)] for a in range(4)]
+    m = [
+        [reference.miscoupling(reference.coupling_matrix(J[a], U[b], V[b]), True) for b in range(4)]
+        for a in range(4)
+    ]
     assert sample["coupling"] == pytest.approx(1 - reference.mean_over_pairs(np.array(m)), abs=1e-5)
     assert found["results"]["tiny_choice"]["coupling,none"] == pytest.approx(sample["coupling"])
 
@@ -86,7 +91,9 @@ def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
     """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked for."""
     found = evaluate(kinds=("choice",), arguments={"coupling_out": str(tmp_path / "tables")})
     frame = load_records(tmp_path / "tables")
-    assert sorted(frame.doc_hash) == sorted(s["doc_hash"] for s in found["samples"]["tiny_choice"] if s["coupling"])
+    assert sorted(frame.doc_hash) == sorted(
+        s["doc_hash"] for s in found["samples"]["tiny_choice"] if s["coupling"]
+    )
 
 
 @pytest.mark.slow
@@ -95,18 +102,46 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     script.write_text(
         f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
     )
-    arguments = f"pretrained={home / 'float32'},coupling_ranks=2+4,coupling_store={tmp_path / 's.sqlite'}"
-    words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
-    printed = run([sys.executable, script, "--model", "coupling-hf", "--model_args", arguments, *words, "--device", "cpu"])
+    arguments = (
+        f"pretrained={home / 'float32'},coupling_ranks=2+4,coupling_store={tmp_path / 's.sqlite'}"
+    )
+    words = [
+        "--tasks",
+        "tiny_choice",
+        "--include_path",
+        home / "tasks",
+        "--output_path",
+        tmp_path / "out",
+        "--log_samples",
+    ]
+    printed = run(
+        [
+            sys.executable,
+            script,
+            "--model",
+            "coupling-hf",
+            "--model_args",
+            arguments,
+            *words,
+            "--device",
+            "cpu",
+        ]
+    )
     assert "|coupling" in printed.replace(" ", "")
     assert "coupling: on this process 8 prompts, 8 of them distinct, 0 measured before" in printed
-    assert re.search(r"a first prompt of \d+ tokens took \S+ s \(depth \S+ s, .*\); the other 7 take up to ", printed)
     assert re.search(
-        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work", printed
+        r"a first prompt of \d+ tokens took \S+ s \(depth \S+ s, .*\); the other 7 take up to ",
+        printed,
+    )
+    assert re.search(
+        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work",
+        printed,
     )
     value = written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    by_hash = {s["doc_hash"]: s["coupling"] for s in map(json.loads, samples.read_text().splitlines())}
+    by_hash = {
+        s["doc_hash"]: s["coupling"] for s in map(json.loads, samples.read_text().splitlines())
+    }
     assert np.mean(list(by_hash.values())) == pytest.approx(value)
     assert set(load_records(tmp_path / "out").doc_hash) == set(by_hash)
 
@@ -133,8 +168,14 @@ def test_evaluate_itself_leaves_tables(home, manager, tmp_path):
     from lm_eval import evaluator
     from lm_eval.loggers import EvaluationTracker
 
-    arguments = {"coupling_ranks": "2", "coupling_limit": 2, "coupling_store": str(tmp_path / "s.sqlite")}
-    lm = CouplingLM(str(home / "float32"), device="cpu", coupling_out=str(tmp_path / "out"), **arguments)
+    arguments = {
+        "coupling_ranks": "2",
+        "coupling_limit": 2,
+        "coupling_store": str(tmp_path / "s.sqlite"),
+    }
+    lm = CouplingLM(
+        str(home / "float32"), device="cpu", coupling_out=str(tmp_path / "out"), **arguments
+    )
     results = evaluator.evaluate(lm, manager.load(["tiny_choice"]), bootstrap_iters=0)
     (early,) = (tmp_path / "out").glob("coupling_tiny_choice_*.parquet")
     assert len(load_records(tmp_path / "out")) == 2
@@ -158,9 +199,13 @@ def test_documents_have_the_numbers_that_lm_eval_logs(evaluate, tmp_path, logged
     if logged:
         ids = {sample["doc_hash"]: sample["doc_id"] for sample in found["samples"]["tiny_choice"]}
     else:
-        everything = evaluate(kinds=("choice",), arguments={"coupling_limit": 0})["samples"]["tiny_choice"]
+        everything = evaluate(kinds=("choice",), arguments={"coupling_limit": 0})["samples"][
+            "tiny_choice"
+        ]
         ids = {sample["doc_hash"]: sample["doc_id"] for sample in everything}
-    assert dict(zip(records.doc_hash, records.doc_id, strict=True)) == {hash: ids[hash] for hash in records.doc_hash}
+    assert dict(zip(records.doc_hash, records.doc_id, strict=True)) == {
+        hash: ids[hash] for hash in records.doc_hash
+    }
 
 
 PROMPTS = {
@@ -184,13 +229,17 @@ def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
     }.items():
         out = tmp_path / name
         arguments = {"coupling_out": str(out)} | options.get("arguments", {})
-        found = evaluate(kinds=("choice",), **options | {"arguments": arguments})["config"]["coupling"]
+        found = evaluate(kinds=("choice",), **options | {"arguments": arguments})["config"][
+            "coupling"
+        ]
         (table,) = out.glob("*.parquet")
         assert read_header(table)[0]["prompts"] == found["prompts"]["tiny_choice"]
         digests[name] = found["prompts"]["tiny_choice"]["digest"]
     assert len(set(digests.values())) == len(digests)
     assert load_records(tmp_path)["prompting"].nunique() == len(digests)
-    fewer = evaluate(kinds=("choice",), limit=3, arguments={"coupling_limit": 1, "coupling_seed": 5})["config"]["coupling"]
+    fewer = evaluate(
+        kinds=("choice",), limit=3, arguments={"coupling_limit": 1, "coupling_seed": 5}
+    )["config"]["coupling"]
     assert fewer["prompts"]["tiny_choice"]["digest"] == digests["plain"]
 
 
@@ -202,12 +251,18 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     arguments = {"coupling_out": str(out), "coupling_limit": 3, "coupling_untrained": 1}
     found = evaluate(kinds=("choice", "winogrande"), limit=5, arguments=arguments)
     lines = utils.make_table(found).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("Coupling at K = 2, where chance is "))
-    heads, choice, winogrande = (re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 : start + 4])
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith("Coupling at K = 2, where chance is ")
+    )
+    heads, choice, winogrande = (
+        re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 : start + 4]
+    )
     assert heads == ["task", "coupling", "untrained", "documents", "prompts", "worst certificate"]
     values = found["results"]["tiny_choice"]
     assert choice[1] == f"{values['coupling,none']:.4f} ± {values['coupling_stderr,none']:.4f}"
-    untrained = found["config"]["coupling"]["untrained"]["tasks"]["tiny_choice"]["measures"]["coupling"][2]
+    untrained = found["config"]["coupling"]["untrained"]["tasks"]["tiny_choice"]["measures"][
+        "coupling"
+    ][2]
     assert choice[2] == f"{untrained['mean']:.4f} ± {untrained['stderr']:.4f}"
     assert (choice[3:5], winogrande[3:5]) == (["3 of 5", "3"], ["3 of 5", "6"])
     assert float(choice[5]) < 1e-3 and max(map(len, lines[start:-2])) <= 100
@@ -215,7 +270,9 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     assert lines[-1] == f"Next: lm-eval-coupling show {out}"
     plain = utils.make_table(evaluate("hf", kinds=("choice",), limit=5))
     assert "Coupling" not in plain
-    again = utils.make_table(evaluate(kinds=("choice",), limit=5, arguments=arguments | {"coupling_out": ""}))
+    again = utils.make_table(
+        evaluate(kinds=("choice",), limit=5, arguments=arguments | {"coupling_out": ""})
+    )
     assert "Prompts measured before and found in the store: 3." in again
     assert "No tables were written: give --output_path" in again
 
@@ -228,12 +285,21 @@ def test_the_end_of_a_run_says_why_there_are_no_tables(evaluate, tmp_path, monke
     def full(*_):
         raise CouplingError("got a folder without room")
 
-    monkeypatch.setattr("lm_eval_coupling.harness.results.write_tables", full)
+    monkeypatch.setattr("lm_eval_coupling.runs.results.write_tables", full)
     found = evaluate(kinds=("choice",), limit=3, arguments={"coupling_out": str(tmp_path / "out")})
-    assert "No tables were written: got a folder without room. The same command" in utils.make_table(found)
+    assert (
+        "No tables were written: got a folder without room. The same command"
+        in utils.make_table(found)
+    )
 
 
 def test_the_reading_of_the_last_token_is_recorded(evaluate):
     chat = {"kinds": ("choice",), "apply_chat_template": True}
-    one, other = (evaluate(arguments={"coupling_prompt": reading}, **chat) for reading in ("scored", "rendered"))
-    assert [found["config"]["coupling"]["settings"]["prompt"] for found in (one, other)] == ["scored", "rendered"]
+    one, other = (
+        evaluate(arguments={"coupling_prompt": reading}, **chat)
+        for reading in ("scored", "rendered")
+    )
+    assert [found["config"]["coupling"]["settings"]["prompt"] for found in (one, other)] == [
+        "scored",
+        "rendered",
+    ]

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from lm_eval_coupling.harness.sampling import choose
-from lm_eval_coupling.measuring.rows import DocumentKey
+from lm_eval_coupling.runs.rows import DocumentKey
+from lm_eval_coupling.runs.sampling import choose
 
 
 def documents(task, number, prompt="p"):
@@ -35,7 +35,11 @@ def test_a_groups_documents_come_evenly_from_its_members():
 
 def test_short_members_leave_their_share_to_the_others():
     keys = documents("short", 2) + documents("long", 50) + documents("longer", 60)
-    assert per_task(choose(keys, [["short", "long", "longer"]], 20, 0)) == {"short": 2, "long": 9, "longer": 9}
+    assert per_task(choose(keys, [["short", "long", "longer"]], 20, 0)) == {
+        "short": 2,
+        "long": 9,
+        "longer": 9,
+    }
 
 
 def test_groups_in_groups_share_as_members_do():
@@ -78,13 +82,17 @@ def test_a_larger_limit_keeps_the_documents_of_a_smaller_one():
 
 def test_the_same_documents_whatever_the_prompt():
     """Few-shot examples and chat templates change the prompt of a document, not whether it is measured."""
-    plain, templated = (choose(documents("a", 60, prompt), ["a"], 10, 0) for prompt in ("plain", "templated"))
+    plain, templated = (
+        choose(documents("a", 60, prompt), ["a"], 10, 0) for prompt in ("plain", "templated")
+    )
     assert {key.doc_hash for key in plain} == {key.doc_hash for key in templated}
 
 
 def test_one_task_does_not_depend_on_what_else_is_evaluated():
     a, b = documents("a", 30), documents("b", 30)
-    assert choose(a, ["a"], 6, 0) == {key for key in choose(a + b, ["b", "a"], 6, 0) if key.task == "a"}
+    assert choose(a, ["a"], 6, 0) == {
+        key for key in choose(a + b, ["b", "a"], 6, 0) if key.task == "a"
+    }
 
 
 def test_tasks_that_ask_the_same_documents_are_measured_on_the_same_ones():
@@ -92,5 +100,7 @@ def test_tasks_that_ask_the_same_documents_are_measured_on_the_same_ones():
     plain = [DocumentKey("gsm8k", f"d{i}", f"p{i}") for i in range(40)]
     thinking = [DocumentKey("gsm8k_cot", f"d{i}", f"q{i}") for i in range(40)]
     chosen = choose(plain + thinking, ["gsm8k", "gsm8k_cot"], 10, seed=0)
-    by_task = [{key.doc_hash for key in chosen if key.task == task} for task in ("gsm8k", "gsm8k_cot")]
+    by_task = [
+        {key.doc_hash for key in chosen if key.task == task} for task in ("gsm8k", "gsm8k_cot")
+    ]
     assert by_task[0] == by_task[1] and len(by_task[0]) == 10

@@ -43,7 +43,10 @@ def test_scores_are_those_of_hf(evaluate, home, pretrained, options):
     found = evaluate("coupling-hf", pretrained=home / pretrained, **options)
     assert scores(found) == scores(expected)
     assert found["config"]["coupling"]["failed"] == 0
-    size = {name: found["config"]["coupling"][name] for name in ("n_layers", "d_model", "n_heads", "vocab_size")}
+    size = {
+        name: found["config"]["coupling"][name]
+        for name in ("n_layers", "d_model", "n_heads", "vocab_size")
+    }
     assert size == {"n_layers": 4, "d_model": 32, "n_heads": 4, "vocab_size": 259}
     for row in found["results"].values():
         assert 0 < row["coupling,none"] < 1
@@ -51,16 +54,23 @@ def test_scores_are_those_of_hf(evaluate, home, pretrained, options):
 
 def test_requests_answered_from_the_cache_are_measured_all_the_same(evaluate, tmp_path):
     first = evaluate(use_cache=str(tmp_path / "cache"))
-    again = evaluate(use_cache=str(tmp_path / "cache"), arguments={"coupling_store": str(tmp_path / "other.sqlite")})
+    again = evaluate(
+        use_cache=str(tmp_path / "cache"),
+        arguments={"coupling_store": str(tmp_path / "other.sqlite")},
+    )
     assert scores(again) == scores(first)
     assert again["config"]["coupling"]["reused"] == first["config"]["coupling"]["reused"]
     for task, row in first["results"].items():
-        assert again["results"][task]["coupling,none"] == pytest.approx(row["coupling,none"], rel=1e-6)
+        assert again["results"][task]["coupling,none"] == pytest.approx(
+            row["coupling,none"], rel=1e-6
+        )
 
 
 def test_an_adapter_is_scored_and_measured(evaluate, home, tmp_path):
     arguments = {"peft": adapter(home, tmp_path / "adapter")}
-    expected, found = (evaluate(model, arguments=arguments, kinds=("choice",)) for model in ("hf", "coupling-hf"))
+    expected, found = (
+        evaluate(model, arguments=arguments, kinds=("choice",)) for model in ("hf", "coupling-hf")
+    )
     plain = evaluate(kinds=("choice",))
     assert scores(found) == scores(expected)
     assert scores(found) != scores(plain)
@@ -83,7 +93,10 @@ def test_an_adapters_jacobians_are_those_of_the_merged_weights(home, tmp_path):
 def test_a_model_split_over_devices_is_scored_and_measured(evaluate, home, tmp_path):
     """Without a GPU, accelerate splits over the host and the disk."""
     arguments = {"parallelize": True, "offload_folder": str(tmp_path / "offload")}
-    expected, found = (evaluate(model, kinds=("choice",), arguments=dict(arguments)) for model in ("hf", "coupling-hf"))
+    expected, found = (
+        evaluate(model, kinds=("choice",), arguments=dict(arguments))
+        for model in ("hf", "coupling-hf")
+    )
     assert scores(found) == scores(expected)
     plain = evaluate(kinds=("choice",))
     assert plain["config"]["coupling"]["fingerprint"] == found["config"]["coupling"]["fingerprint"]
@@ -92,7 +105,9 @@ def test_a_model_split_over_devices_is_scored_and_measured(evaluate, home, tmp_p
     if not torch.cuda.is_available():
         lm = CouplingLM(str(home / "float32"), device="cpu", coupling_ranks="2", **elsewhere)
         assert all(p.device.type == "meta" for p in lm.model.parameters())
-    again = evaluate(kinds=("choice",), arguments=elsewhere)["results"]["tiny_choice"]["coupling,none"]
+    again = evaluate(kinds=("choice",), arguments=elsewhere)["results"]["tiny_choice"][
+        "coupling,none"
+    ]
     assert again == pytest.approx(plain["results"]["tiny_choice"]["coupling,none"], abs=1e-5)
 
 
@@ -102,12 +117,18 @@ def test_a_packed_checkpoint_is_scored_and_measured(evaluate, home, tmp_path):
 
     wide = tiny.save_model(tmp_path / "wide", hidden_size=64, intermediate_size=128)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    packed = AutoModelForCausalLM.from_pretrained(wide, quantization_config=config, device_map={"": "cpu"})
+    packed = AutoModelForCausalLM.from_pretrained(
+        wide, quantization_config=config, device_map={"": "cpu"}
+    )
     packed.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "packed")
     expected, found, dense = (
         evaluate(model, kinds=("choice",), pretrained=pretrained)
-        for model, pretrained in (("hf", tmp_path / "packed"), ("coupling-hf", tmp_path / "packed"), ("coupling-hf", wide))
+        for model, pretrained in (
+            ("hf", tmp_path / "packed"),
+            ("coupling-hf", tmp_path / "packed"),
+            ("coupling-hf", wide),
+        )
     )
     assert scores(found) == scores(expected)
     info = found["config"]["coupling"]
@@ -124,5 +145,7 @@ def test_limit_zero_only_scores(evaluate):
 
 def test_a_prompt_too_long_for_the_model_is_cut_as_for_scoring(evaluate):
     found = evaluate(kinds=("rolling", "choice"), arguments={"max_length": 24})
-    assert scores(found) == scores(evaluate("hf", kinds=("rolling", "choice"), arguments={"max_length": 24}))
+    assert scores(found) == scores(
+        evaluate("hf", kinds=("rolling", "choice"), arguments={"max_length": 24})
+    )
     assert found["config"]["coupling"]["failed"] == 0

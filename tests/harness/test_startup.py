@@ -21,10 +21,14 @@ HOOKED = f"import site; site.addsitedir({str(HOOK)!r})\n"
 
 def python(code, *path, options=(), **environment):
     """Run ``code`` in a fresh interpreter that sees nothing but the standard library and ``path``."""
-    inherited = {k: v for k, v in os.environ.items() if k not in (OPT_OUT, "PYTHONDONTWRITEBYTECODE")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in (OPT_OUT, "PYTHONDONTWRITEBYTECODE")
+    }
     environment = inherited | {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
     command = [sys.executable, "-S", *options, "-c", code]
-    return subprocess.run(command, env=environment, cwd=HOOK, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=environment, cwd=HOOK, capture_output=True, text=True, check=False
+    )
 
 
 def quiet(found):
@@ -65,7 +69,9 @@ def lm_eval(tmp_path):
 
 def test_a_start_loads_the_hook_and_nothing_else(tmp_path):
     (tmp_path / "other.pth").write_text("import os\n")
-    code = f"import site, sys; site.addsitedir({str(tmp_path)!r}); before = set(sys.modules)\n{HOOKED}"
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path)!r}); before = set(sys.modules)\n{HOOKED}"
+    )
     loaded = quiet(python(code + "print(*sorted(set(sys.modules) - before))", ROOT))
     assert loaded == ["lm_eval_coupling", "lm_eval_coupling._startup"]
 
@@ -74,8 +80,13 @@ def test_a_start_costs_little_beside_that_of_python(tmp_path):
     """All that importing the hook imports, over the `site` that every start imports, with byte-code; a third is usual."""
 
     def share():
-        found = python(HOOKED, ROOT, options=["-X", "importtime"], PYTHONPYCACHEPREFIX=str(tmp_path))
-        times = {name: int(us) for us, name in re.findall(r"\| +(\d+) \| +(\S+)$", found.stderr, re.MULTILINE)}
+        found = python(
+            HOOKED, ROOT, options=["-X", "importtime"], PYTHONPYCACHEPREFIX=str(tmp_path)
+        )
+        times = {
+            name: int(us)
+            for us, name in re.findall(r"\| +(\d+) \| +(\S+)$", found.stderr, re.MULTILINE)
+        }
         return times["lm_eval_coupling._startup"] / times["site"]
 
     share()  # writes the byte-code
@@ -85,12 +96,16 @@ def test_a_start_costs_little_beside_that_of_python(tmp_path):
 def test_lm_eval_learns_of_the_model_once_its_own_are_there(lm_eval):
     """Registering earlier would make upstream's registration of its own models skip itself."""
     code = HOOKED + "import lm_eval.models as m; print(m.before, dict(m.model_registry))"
-    assert " ".join(quiet(python(code, ROOT, lm_eval()))) == f"[] {{'coupling-hf': '{plugin.TARGET}'}}"
+    assert (
+        " ".join(quiet(python(code, ROOT, lm_eval()))) == f"[] {{'coupling-hf': '{plugin.TARGET}'}}"
+    )
 
 
 def test_without_the_hook_lm_eval_learns_nothing(lm_eval):
     """The control of the test above."""
-    assert quiet(python("import lm_eval.models as m; print(dict(m.model_registry))", ROOT, lm_eval())) == ["{}"]
+    assert quiet(
+        python("import lm_eval.models as m; print(dict(m.model_registry))", ROOT, lm_eval())
+    ) == ["{}"]
 
 
 STARTS = [HOOKED, "import lm_eval_coupling._startup as s; s.install()\n"]
@@ -105,12 +120,20 @@ def test_the_opt_out_variable(lm_eval, start):
 
 
 def test_one_hook_however_often_it_is_installed():
-    code = HOOKED * 2 + "import sys, lm_eval_coupling._startup as s; s.install(); s.install(asked=True)\n"
-    assert quiet(python(code + "print(sum(isinstance(f, s._Finder) for f in sys.meta_path))", ROOT)) == ["1"]
+    code = (
+        HOOKED * 2
+        + "import sys, lm_eval_coupling._startup as s; s.install(); s.install(asked=True)\n"
+    )
+    assert quiet(
+        python(code + "print(sum(isinstance(f, s._Finder) for f in sys.meta_path))", ROOT)
+    ) == ["1"]
 
 
 def test_two_such_hooks_do_not_ask_each_other_for_ever(lm_eval):
-    code = HOOKED + "import sys, lm_eval_coupling._startup as s; sys.meta_path.insert(0, s._Finder())\n"
+    code = (
+        HOOKED
+        + "import sys, lm_eval_coupling._startup as s; sys.meta_path.insert(0, s._Finder())\n"
+    )
     code += "import lm_eval.models as m; print(*m.model_registry)"
     assert quiet(python(code, ROOT, lm_eval())) == ["coupling-hf"]
 
@@ -118,14 +141,22 @@ def test_two_such_hooks_do_not_ask_each_other_for_ever(lm_eval):
 def test_a_broken_lm_eval_breaks_neither_the_start_nor_its_own_message(lm_eval):
     path = lm_eval(models="raise RuntimeError('broken upstream')")
     assert quiet(python(HOOKED, ROOT, path)) == []
-    with_hook, without = (python(f"{start}import lm_eval.models", ROOT, path) for start in (HOOKED, ""))
+    with_hook, without = (
+        python(f"{start}import lm_eval.models", ROOT, path) for start in (HOOKED, "")
+    )
     assert with_hook.returncode == without.returncode == 1
-    assert with_hook.stderr.splitlines()[-1] == without.stderr.splitlines()[-1] == "RuntimeError: broken upstream"
+    assert (
+        with_hook.stderr.splitlines()[-1]
+        == without.stderr.splitlines()[-1]
+        == "RuntimeError: broken upstream"
+    )
     assert "_coupling" not in with_hook.stderr.splitlines()[-2]
 
 
 def test_an_lm_eval_that_does_not_fit_is_a_warning(lm_eval):
-    path = lm_eval(registry="class Registry(dict): pass  # without the method that the plugin calls")
+    path = lm_eval(
+        registry="class Registry(dict): pass  # without the method that the plugin calls"
+    )
     found = python(HOOKED + "import lm_eval.models; print('imported')", ROOT, path)
     assert (found.returncode, found.stdout) == (0, "imported\n")
     assert found.stderr.startswith("lm-eval-coupling does not fit this lm-eval (lm_eval.models")
@@ -134,7 +165,10 @@ def test_an_lm_eval_that_does_not_fit_is_a_warning(lm_eval):
 
 def test_without_lm_eval_an_import_fails_as_usual():
     found = python(HOOKED + "import lm_eval.models", ROOT)
-    assert found.stderr.endswith("ModuleNotFoundError: No module named 'lm_eval'\n") and "Error" in found.stderr
+    assert (
+        found.stderr.endswith("ModuleNotFoundError: No module named 'lm_eval'\n")
+        and "Error" in found.stderr
+    )
 
 
 def test_a_removed_package_is_silent():
@@ -153,7 +187,10 @@ def test_a_half_removed_package_is_silent(tmp_path, lm_eval):
 
 def test_the_finder_answers_for_the_modules_that_the_plugin_knows():
     assert _startup.MODULES == set(plugin._STEPS)
-    assert _startup._Finder().find_spec("json") is None and _startup._Finder().find_spec("lm_eval") is None
+    assert (
+        _startup._Finder().find_spec("json") is None
+        and _startup._Finder().find_spec("lm_eval") is None
+    )
 
 
 def test_the_files_are_what_site_reads():

@@ -25,12 +25,21 @@ LEAVES = {"coupling_demo_choice", "coupling_demo_generate"}
 NAMES = LEAVES | {"arc", "coupling_demo", "open_llm_leaderboard_v1"}
 
 # Number of few-shot examples of the Open LLM Leaderboard v1; MMLU has 57 subjects.
-LEADERBOARD = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5}
+LEADERBOARD = {
+    "arc_challenge": 25,
+    "hellaswag": 10,
+    "truthfulqa_mc2": 0,
+    "mmlu": 5,
+    "winogrande": 5,
+    "gsm8k": 5,
+}
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return TaskManager(include_path=plugin.tasks_folder(), include_defaults=False).load("coupling_demo")["tasks"]
+    return TaskManager(include_path=plugin.tasks_folder(), include_defaults=False).load(
+        "coupling_demo"
+    )["tasks"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,9 @@ print(json.dumps({"paths": paths, "documents": {k: list(t.eval_docs) for k, t in
         cwd=tmp_path,
     )
     ours = plugin.tasks_folder().resolve()
-    assert {name for name, path in found["paths"].items() if ours in Path(path).resolve().parents} == NAMES
+    assert {
+        name for name, path in found["paths"].items() if ours in Path(path).resolve().parents
+    } == NAMES
     assert found["documents"] == {name: list(task.eval_docs) for name, task in demo.items()}
     assert set(demo) == LEAVES
 
@@ -82,9 +93,16 @@ def test_documents_are_read_beside_the_task_files(tmp_path, monkeypatch, demo):
     shutil.copytree(plugin.tasks_folder(), tmp_path / "installed")
     monkeypatch.chdir(tmp_path)
     for name in LEAVES:
-        data = tmp_path / "installed" / "coupling_demo" / f"{name.removeprefix('coupling_demo_')}.jsonl"
+        data = (
+            tmp_path
+            / "installed"
+            / "coupling_demo"
+            / f"{name.removeprefix('coupling_demo_')}.jsonl"
+        )
         data.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
-        moved = TaskManager(include_path="installed", include_defaults=False).load(name)["tasks"][name]
+        moved = TaskManager(include_path="installed", include_defaults=False).load(name)["tasks"][
+            name
+        ]
         assert list(moved.eval_docs) == list(demo[name].eval_docs)[:3]
 
 
@@ -95,7 +113,9 @@ class TestChoice:
         assert len({document["question"].casefold() for document in documents}) == 200
         for document in documents:
             choices = document["choices"]
-            assert document["question"].strip() == document["question"] and document["question"].endswith("?")
+            assert document["question"].strip() == document["question"] and document[
+                "question"
+            ].endswith("?")
             assert all(text and text == text.strip() for text in choices), document
             assert len({text.casefold() for text in choices}) == len(choices) == 4, document
             assert document["answer"] in range(4), document
@@ -111,7 +131,9 @@ class TestChoice:
         points = []
         for document in choice.eval_docs:
             lengths = [len(text) for text in document["choices"]]
-            points.append((lengths[document["answer"]] == extreme(lengths)) / lengths.count(extreme(lengths)))
+            points.append(
+                (lengths[document["answer"]] == extreme(lengths)) / lengths.count(extreme(lengths))
+            )
         assert sum(points) / len(points) < 0.35
 
     def test_is_asked_and_scored_as_written(self, choice):
@@ -121,7 +143,10 @@ class TestChoice:
             for preferred in range(4):
                 likelihoods = [(-1.0 if i == preferred else -50.0, False) for i in range(4)]
                 right = float(preferred == document["answer"])
-                assert choice.process_results(document, likelihoods) == {"acc": right, "acc_norm": right}
+                assert choice.process_results(document, likelihoods) == {
+                    "acc": right,
+                    "acc_norm": right,
+                }
 
 
 class TestGenerate:
@@ -132,7 +157,9 @@ class TestGenerate:
         for document in documents:
             assert document["question"] == document["question"].strip() != ""
             assert re.fullmatch(r"\w+", document["answer"]), document
-            assert document["answer"].casefold() not in re.findall(r"\w+", document["question"].casefold()), document
+            assert document["answer"].casefold() not in re.findall(
+                r"\w+", document["question"].casefold()
+            ), document
 
     def test_continues_the_sentence_for_a_few_tokens(self, generate):
         document = generate.eval_docs[0]
@@ -157,7 +184,11 @@ class TestGenerate:
     )
     def test_every_answer_scores(self, generate, output):
         for document in generate.eval_docs:
-            for answer in (document["answer"], document["answer"].lower(), document["answer"].upper()):
+            for answer in (
+                document["answer"],
+                document["answer"].lower(),
+                document["answer"].upper(),
+            ):
                 assert score(generate, document, output.format(answer)) == 1.0, document
 
     @pytest.mark.parametrize(
@@ -178,13 +209,17 @@ class TestGenerate:
         ],
     )
     def test_what_a_model_may_say_of_the_capital_of_france(self, generate, output, expected):
-        (document,) = (d for d in generate.eval_docs if d["question"].endswith("the capital of France is"))
+        (document,) = (
+            d for d in generate.eval_docs if d["question"].endswith("the capital of France is")
+        )
         assert score(generate, document, output) == expected
 
 
 def score(task, document, output):
     """Through the task's own filter, as lm-eval does it."""
-    instance = Instance("generate_until", document, (task.doc_to_text(document), {}), 0, resps=[output])
+    instance = Instance(
+        "generate_until", document, (task.doc_to_text(document), {}), 0, resps=[output]
+    )
     task._instances = [instance]
     task.apply_filters()
     (filtered,) = instance.filtered_resps.values()
@@ -217,8 +252,12 @@ class TestGroups:
     def test_leaderboard_has_six_benchmarks_with_its_numbers_of_examples(self, manager):
         loaded = manager.load("open_llm_leaderboard_v1")
         assert loaded["group_map"]["open_llm_leaderboard_v1"] == list(LEADERBOARD)
-        found = Counter((re.sub("^mmlu_.*", "mmlu", name), count) for name, count in shots(loaded).items())
-        assert found == {(name, count): 57 if name == "mmlu" else 1 for name, count in LEADERBOARD.items()}
+        found = Counter(
+            (re.sub("^mmlu_.*", "mmlu", name), count) for name, count in shots(loaded).items()
+        )
+        assert found == {
+            (name, count): 57 if name == "mmlu" else 1 for name, count in LEADERBOARD.items()
+        }
 
     def test_leaderboard_leaves_upstreams_tasks_alone(self, manager):
         names = ["arc_challenge", "hellaswag", "winogrande", "mmlu_anatomy"]
@@ -244,7 +283,9 @@ class TestGroups:
         assert found["acc_norm,none"] == pytest.approx(0.45)
 
 
-@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs local copies of the benchmarks in ../shared/hf")
+@pytest.mark.skipif(
+    not BENCHMARKS.is_dir(), reason="needs local copies of the benchmarks in ../shared/hf"
+)
 def test_groups_load_their_data(tmp_path):
     """Each benchmark's own few-shot examples and question are in the prompt of its first document."""
     found = with_hook(
@@ -271,7 +312,9 @@ print(json.dumps({"leaves": len(tasks), "prompts": prompts, "arc": sizes}))
     prompts = found["prompts"]
     assert prompts["arc_challenge"].count("Question:") == 26
     assert prompts["hellaswag"].count("\n\n") == 10
-    assert prompts["truthfulqa_mc2"].count("Q:") == 7  # six of them belong to the benchmark's own prompt
+    assert (
+        prompts["truthfulqa_mc2"].count("Q:") == 7
+    )  # six of them belong to the benchmark's own prompt
     assert prompts["mmlu_anatomy"].count("Answer:") == 6
     assert prompts["winogrande"].count("\n\n") == 5
     assert prompts["gsm8k"].count("Question:") == 6

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import ResidualModel, load_records, load_runs, measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness.texts import measure_texts, read_prompts
+from lm_eval_coupling.texts import measure_texts, read_prompts
 
 TEXTS = ["The sky is blue. ", "Why?", "  The grass is green"]
 
@@ -22,7 +22,11 @@ TEXTS = ["The sky is blue. ", "Why?", "  The grass is green"]
         ("p.txt", '{"prompt": 1}\nno JSON here', ['{"prompt": 1}', "no JSON here"]),
         ("p.txt", "\ufeffone line", ["one line"]),
         ("p.txt", "a\x0bb\u2028c", ["a\x0bb\u2028c"]),
-        ("p.jsonl", '"two\\nlines"\n{"prompt": "a", "x": 1}\n{"text": "b"}\n[1, 2]\n{"tokens": [3]}', None),
+        (
+            "p.jsonl",
+            '"two\\nlines"\n{"prompt": "a", "x": 1}\n{"text": "b"}\n[1, 2]\n{"tokens": [3]}',
+            None,
+        ),
     ],
 )
 def test_a_line_is_a_prompt(tmp_path, name, content, expected):
@@ -36,7 +40,11 @@ def test_a_line_is_a_prompt(tmp_path, name, content, expected):
         ("p.txt", b"\n  \n", "p.txt, which has no prompts; write one a line"),
         ("p.txt", b"\xff\xfe", "p.txt for the prompts, which cannot be read as UTF-8 text"),
         ("p.jsonl", b'"a"\n{oh}', "line 2 of .*p.jsonl, which is no JSON"),
-        ("p.jsonl", b'{"question": "a"}', "line 1 of .*, expected a JSON string, token ids, or an object with prompt, text"),
+        (
+            "p.jsonl",
+            b'{"question": "a"}',
+            "line 1 of .*, expected a JSON string, token ids, or an object with prompt, text",
+        ),
         ("p.jsonl", b"[1, true]", "line 1 of .*, expected a JSON string, token ids"),
         ("p.jsonl", b'""', "line 1 of .*, expected a JSON string"),
     ],
@@ -59,23 +67,38 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
     lines = [*TEXTS, TEXTS[0]]
     encoded = [AutoTokenizer.from_pretrained(home / "float32").encode(text) for text in lines]
     expected = measure_coupling(model, encoded, ranks=(2, 4), progress=False)
-    assert list(records.text) == lines and list(records.doc_id) == [0, 1, 2, 3] and set(records.kind) == {"text"}
+    assert (
+        list(records.text) == lines
+        and list(records.doc_id) == [0, 1, 2, 3]
+        and set(records.kind) == {"text"}
+    )
     for found, right in zip(records.normalized_miscoupling, expected, strict=True):
         assert np.allclose(found, right.normalized_miscoupling, atol=1e-5)
     mean = np.mean([one.coupling(2) for one in expected])
     assert written(out)["results"]["sky"]["coupling,none"] == pytest.approx(mean, abs=1e-6)
     (run,) = load_runs([out]).to_dict("records")
     assert run["task"] == "sky" and run["coupling@2"] == pytest.approx(mean, abs=1e-6)
-    assert "Coupling at K = 2" in told and "4 of 4" in told and f"Next: lm-eval-coupling show {out}" in told
+    assert (
+        "Coupling at K = 2" in told
+        and "4 of 4" in told
+        and f"Next: lm-eval-coupling show {out}" in told
+    )
     assert len(load_records(out, weights="untrained")) == 4
 
 
 def test_token_ids_of_another_model_are_refused(home, tmp_path):
     file = tmp_path / "ids.jsonl"
     file.write_text("[1, 2, 3]\n[1, 5000]\n")
-    with pytest.raises(CouplingError, match="got token 5000 among the prompts, expected ids below 259 for this model"):
+    with pytest.raises(
+        CouplingError,
+        match="got token 5000 among the prompts, expected ids below 259 for this model",
+    ):
         measure_texts(
-            str(home / "float32"), file, tmp_path / "out", coupling=f"ranks=2,store={tmp_path / 's'}", device="cpu"
+            str(home / "float32"),
+            file,
+            tmp_path / "out",
+            coupling=f"ranks=2,store={tmp_path / 's'}",
+            device="cpu",
         )
 
 
@@ -93,11 +116,24 @@ def test_a_wrong_argument_is_refused_before_anything_heavy_is_loaded(home, tmp_p
         sys.exit(code)
     """
     model = str(home / "float32")
-    asked = [(model, wrong) for wrong in ("rank=3", "ranks", "measures=deepth", "ranks=10+9999", f"store={tmp_path}")]
+    asked = [
+        (model, wrong)
+        for wrong in ("rank=3", "ranks", "measures=deepth", "ranks=10+9999", f"store={tmp_path}")
+    ]
     asked += [(str(tmp_path / "nowhere"), "ranks=2"), (str(tmp_path), "ranks=2")]
     for pretrained, wrong in asked:
-        words = ["measure", pretrained, str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--coupling", wrong]
-        found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        words = [
+            "measure",
+            pretrained,
+            str(tmp_path / "p.txt"),
+            "--out",
+            str(tmp_path / "out"),
+            "--coupling",
+            wrong,
+        ]
+        found = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
         assert found.returncode == 2 and found.stdout.strip() == ""
         assert found.stderr.count("\n") == 1 and "lm-eval-coupling: got " in found.stderr
 
@@ -105,7 +141,11 @@ def test_a_wrong_argument_is_refused_before_anything_heavy_is_loaded(home, tmp_p
 def test_what_is_cut_is_told(home, tmp_path, caplog):
     file = tmp_path / "long.txt"
     file.write_text("short\n" + "a long line " * 20)
-    arguments = {"model_args": "max_length=32", "coupling": f"ranks=2,store={tmp_path / 's'}", "device": "cpu"}
+    arguments = {
+        "model_args": "max_length=32",
+        "coupling": f"ranks=2,store={tmp_path / 's'}",
+        "device": "cpu",
+    }
     measure_texts(str(home / "float32"), file, tmp_path / "out", **arguments)
     told = "coupling: 1 of 2 prompts are longer than the model's 32 tokens; the last of these are measured"
     assert told in caplog.messages

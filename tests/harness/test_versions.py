@@ -18,7 +18,18 @@ NEXT = "lm-eval==0.5.0.dev1"
 def next_release(tmp_path_factory):
     """A folder with the pre-release; everything it needs is there with the present one."""
     folder = tmp_path_factory.mktemp("next")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--pre", "--no-deps", "--target", str(folder), NEXT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--pre",
+        "--no-deps",
+        "--target",
+        str(folder),
+        NEXT,
+    ]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(f"no {NEXT} from the package index: {found.stderr.strip().splitlines()[-1]}")
@@ -87,8 +98,26 @@ def test_the_command_with_the_hook(release, home, tmp_path):
     start = f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
     (tmp_path / "run.py").write_text(start)
     arguments = f"pretrained={home / 'float32'},coupling_ranks=2,coupling_limit=2,coupling_store={tmp_path / 's'}"
-    words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out", "--log_samples"]
-    printed = run([sys.executable, tmp_path / "run.py", "--model", "coupling-hf", "--model_args", arguments, *words])
+    words = [
+        "--tasks",
+        "tiny_choice",
+        "--include_path",
+        home / "tasks",
+        "--output_path",
+        tmp_path / "out",
+        "--log_samples",
+    ]
+    printed = run(
+        [
+            sys.executable,
+            tmp_path / "run.py",
+            "--model",
+            "coupling-hf",
+            "--model_args",
+            arguments,
+            *words,
+        ]
+    )
     assert "Coupling at K = 2" in printed and "2 of 8" in printed
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     values = [json.loads(line)["coupling"] for line in samples.read_text().splitlines()]
@@ -99,4 +128,8 @@ def test_several_processes(release, home, tmp_path):
     """The next release gathers in another way; `CouplingLM` had relied on this one's."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29594")
     run(evaluation(home, "choice", tmp_path / "out", tmp_path / "s", launcher=launcher))
-    assert written(tmp_path / "out")["config"]["coupling"]["measured"] == len(load_records(tmp_path / "out")) == 8
+    assert (
+        written(tmp_path / "out")["config"]["coupling"]["measured"]
+        == len(load_records(tmp_path / "out"))
+        == 8
+    )

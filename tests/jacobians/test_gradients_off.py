@@ -18,7 +18,9 @@ MODES = {
 
 
 def measured(model):
-    (record,) = measure_coupling(ResidualModel.wrap(model), [[3, 1, 4, 1, 5]], ranks=(2, 4), progress=False)
+    (record,) = measure_coupling(
+        ResidualModel.wrap(model), [[3, 1, 4, 1, 5]], ranks=(2, 4), progress=False
+    )
     assert record.reason is None
     return record
 
@@ -29,12 +31,16 @@ def test_the_callers_mode_does_not_matter(case, mode, device):
     """Inside torch.inference_mode() every coupling came out as 1, with a certificate of exactly 0; autocast failed all."""
     expected = measured(cases.tiny_model(case, torch.float32).to(device))
     with MODES[mode](device):
-        model = cases.tiny_model(case, torch.float32).to(device)  # of inference tensors, where the mode makes them
+        model = cases.tiny_model(case, torch.float32).to(
+            device
+        )  # of inference tensors, where the mode makes them
         found = measured(model)
         on = torch.is_grad_enabled()
     assert on is (mode == "autocast")
     assert found.method == expected.method and 0 < found.certificate.max() < 1e-4
-    np.testing.assert_allclose(found.normalized_miscoupling, expected.normalized_miscoupling, atol=1e-4)
+    np.testing.assert_allclose(
+        found.normalized_miscoupling, expected.normalized_miscoupling, atol=1e-4
+    )
 
 
 def test_a_default_device_elsewhere_does_not_matter():
@@ -68,13 +74,19 @@ def test_a_part_without_gradients_is_refused(how, method):
     model = cases.tiny_model("llama", torch.float32)
     mlp = model.model.layers[1].mlp
     mlp.__class__ = type(
-        "Quiet", (type(mlp),), {"forward": _WithoutGradients.forward, "how": how, "inner": type(mlp).forward.__get__(mlp)}
+        "Quiet",
+        (type(mlp),),
+        {"forward": _WithoutGradients.forward, "how": how, "inner": type(mlp).forward.__get__(mlp)},
     )
     wrapped = ResidualModel.wrap(model)
-    if method == "token-local" and how == "no_grad":  # forward mode sees it, the certificate does not
+    if (
+        method == "token-local" and how == "no_grad"
+    ):  # forward mode sees it, the certificate does not
         assert block_jacobians(wrapped, cases.tiny_tokens(7), method=method).certificate[1] > 0.1
         return
-    with pytest.raises(CouplingError, match=r"block 1 whose output does not move as its gradients say"):
+    with pytest.raises(
+        CouplingError, match=r"block 1 whose output does not move as its gradients say"
+    ):
         block_jacobians(wrapped, cases.tiny_tokens(7), method=method)
     (record,) = measure_coupling(wrapped, [[1, 2, 3]], ranks=(2,), method=method, progress=False)
     assert record.normalized_miscoupling is None and "no_grad" in record.reason
@@ -86,7 +98,9 @@ def test_a_jacobian_of_exactly_zero_is_suspect():
     with torch.no_grad(), call.ready():
         require_not_constant(call, torch.eye(24), 0.0, 2)
         require_not_constant(call, torch.zeros(24, 24), 1e-7, 2)
-        with pytest.raises(CouplingError, match="block 1 that is exactly zero though the block changes its token"):
+        with pytest.raises(
+            CouplingError, match="block 1 that is exactly zero though the block changes its token"
+        ):
             require_not_constant(call, torch.zeros(24, 24), 0.0, 2)
 
 

@@ -16,7 +16,11 @@ from lm_eval_coupling.jacobians import engine, rules
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
-PAIRS = {1: {0: [0]}, 2: {1: [1, 0], 0: [1]}, 17: {0: [0], 8: [8], 16: [16, 0, 13], 3: [8]}}  # inputs by output token
+PAIRS = {
+    1: {0: [0]},
+    2: {1: [1, 0], 0: [1]},
+    17: {0: [0], 8: [8], 16: [16, 0, 13], 3: [8]},
+}  # inputs by output token
 # transformers computes norms, softmax and rotary embeddings in float32 whatever the model's dtype, and Qwen3-Next's linear
 # attention altogether
 SHARED_CASTS = 1e-6
@@ -31,9 +35,14 @@ def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq, float64
     wrapped = wrapped_on(float64_device, model)
     for t_out, inputs in PAIRS[seq].items():
         with TrueDtype(torch.float64):
-            expected = [oracle_by_input(model, tokens, layer, t_out) for layer in range(len(decoder_layers(model)))]
+            expected = [
+                oracle_by_input(model, tokens, layer, t_out)
+                for layer in range(len(decoder_layers(model)))
+            ]
         for t_in in inputs:
-            found = block_jacobians(wrapped, tokens, output_token=t_out, input_token=t_in, dtype=torch.float64)
+            found = block_jacobians(
+                wrapped, tokens, output_token=t_out, input_token=t_in, dtype=torch.float64
+            )
             assert found.method == cases.levels(case)
             for layer, jacobian in enumerate(found.jacobians.cpu()):
                 assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (layer, t_out, t_in)
@@ -62,7 +71,9 @@ def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype, device):
     tokens = cases.tiny_tokens(9)
     found = block_jacobians(ResidualModel.wrap(model), tokens, dtype=torch.float32)
     assert found.jacobians.dtype == torch.float32 and found.device.type == device.type
-    assert all(p.dtype == dtype and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(
+        p.dtype == dtype and torch.equal(p, before[name]) for name, p in model.named_parameters()
+    )
     twin = copy.deepcopy(model).cpu().double()
     for layer, jacobian in enumerate(found.jacobians):
         assert worst(jacobian.cpu().double(), oracle(twin, tokens, layer, 8, 8)) < 2e-5
@@ -73,7 +84,10 @@ def test_levels_agree(case, float64_device):
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(7)
     for t_in in (6, 2):
-        found = [block_jacobians(wrapped, tokens, input_token=t_in, method=m, dtype=torch.float64) for m in engine.LEVELS]
+        found = [
+            block_jacobians(wrapped, tokens, input_token=t_in, method=m, dtype=torch.float64)
+            for m in engine.LEVELS
+        ]
         assert [f.method for f in found] == [[level] * 2 for level in engine.LEVELS]
         for other in found[1:]:
             assert worst(found[0].jacobians, other.jacobians) < 1e-12
@@ -83,11 +97,15 @@ def test_tokens_are_mixed_and_causal(float64_device):
     """An earlier token moves a later one, never the reverse."""
     wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(6)
-    assert block_jacobians(wrapped, tokens, output_token=5, input_token=2).jacobians.abs().max() > 1e-3
+    assert (
+        block_jacobians(wrapped, tokens, output_token=5, input_token=2).jacobians.abs().max() > 1e-3
+    )
     assert not block_jacobians(wrapped, tokens, output_token=2, input_token=5).jacobians.any()
 
 
-@pytest.mark.parametrize(("level", "following"), [("closed", "token-local"), ("token-local", "autodiff")])
+@pytest.mark.parametrize(
+    ("level", "following"), [("closed", "token-local"), ("token-local", "autodiff")]
+)
 def test_a_broken_level_is_caught_by_its_certificate(monkeypatch, level, following):
     """A wrong Jacobian is never recorded under ``auto``: the layer falls to the next level and says so."""
     right = engine.LEVELS[level]
@@ -140,7 +158,9 @@ def test_a_level_that_throws_falls_to_the_next(monkeypatch):
     monkeypatch.setattr(engine, "closed_jacobians", broken)
     monkeypatch.setitem(engine.LEVELS, "token-local", broken)
     found = block_jacobians(ResidualModel.wrap(cases.tiny_model("gpt2")), cases.tiny_tokens(5))
-    assert set(found.method) == {"autodiff"} and set(found.why) == {"closed: no rule; token-local: no rule"}
+    assert set(found.method) == {"autodiff"} and set(found.why) == {
+        "closed: no rule; token-local: no rule"
+    }
 
 
 def test_layers_can_be_chosen():
@@ -167,8 +187,14 @@ def test_small_memory_budget_gives_the_same_numbers(monkeypatch, float64_device)
         ({"output_token": 5}, "got token 5 of a prompt of 5 tokens, expected -5 to 4"),
         ({"input_token": -6}, "got token -6"),
         ({"layers": [2]}, "got layers=2, expected a whole number from -2 to 1"),
-        ({"dtype": torch.bfloat16}, "got dtype=torch.bfloat16, expected one of torch.float32, torch.float64"),
-        ({"method": "guess"}, "got method='guess', expected one of auto, closed, token-local, autodiff"),
+        (
+            {"dtype": torch.bfloat16},
+            "got dtype=torch.bfloat16, expected one of torch.float32, torch.float64",
+        ),
+        (
+            {"method": "guess"},
+            "got method='guess', expected one of auto, closed, token-local, autodiff",
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -181,7 +207,10 @@ def test_bad_input_is_refused(arguments, message):
     ("tokens", "message"),
     [
         (["text"], r"got \"\['text'\]\" as a prompt, expected its token ids"),
-        (torch.tensor([[1, 2], [3, 4]]), r"int64 of shape \[2, 2\] as the tokens of a prompt, expected the ids"),
+        (
+            torch.tensor([[1, 2], [3, 4]]),
+            r"int64 of shape \[2, 2\] as the tokens of a prompt, expected the ids",
+        ),
         ([True, False], r"bool of shape \[2\] as the tokens"),
         ([1, 99999], "got token id 99999 in a prompt, expected 0 to 60 for this model"),
         ([-1, 2], "got token id -1 in a prompt, expected 0 to 60"),

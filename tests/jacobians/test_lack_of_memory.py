@@ -18,7 +18,9 @@ def test_what_a_block_leaves_goes_with_it():
     gc.disable()
     try:
         root = Origin(2, 3)
-        norm = NearIdentity.identity(root, torch.ones(2, 3)).scaled(torch.full((2, 3), 2.0), torch.Size([2, 3]))
+        norm = NearIdentity.identity(root, torch.ones(2, 3)).scaled(
+            torch.full((2, 3), 2.0), torch.Size([2, 3])
+        )
         origin, seen = norm.as_origin, weakref.ref(norm)
         assert norm.as_origin is origin and torch.equal(origin.operator.diagonal, norm.diagonal)
         del norm

@@ -28,12 +28,20 @@ def test_float64_jacobians_are_the_oracles(case, device):
     for seq in (1, 2, 17):
         tokens = cases.tiny_tokens(seq).to(device)
         with TrueDtype(torch.float64):
-            expected = [oracle_by_input(model, tokens, layer, seq - 1) for layer in range(len(decoder_layers(model)))]
+            expected = [
+                oracle_by_input(model, tokens, layer, seq - 1)
+                for layer in range(len(decoder_layers(model)))
+            ]
         for t_in in {0, seq - 1}:
             found = block_jacobians(wrapped, tokens, input_token=t_in, dtype=torch.float64)
             assert found.certificate.max() < 1e-10
             for layer, jacobian in enumerate(found.jacobians):
-                assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (seq, t_in, layer, found.method)
+                assert worst(jacobian, expected[layer][:, t_in]) < 1e-12, (
+                    seq,
+                    t_in,
+                    layer,
+                    found.method,
+                )
 
 
 def test_a_family_that_transformers_cannot_run_in_float64():

@@ -24,13 +24,19 @@ def faint(case, scale):
     model = cases.tiny_model(case, torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(f"{output}.{what}" in name for output in OUTPUTS for what in ("weight", "bias")) or "s.down_proj" in name:
+            if (
+                any(f"{output}.{what}" in name for output in OUTPUTS for what in ("weight", "bias"))
+                or "s.down_proj" in name
+            ):
                 parameter.mul_(scale)
     twin = copy.deepcopy(model).double()
 
     def expected(tokens):
         with TrueDtype(torch.float64):
-            return [oracle(twin, tokens, layer, tokens.shape[1] - 1, tokens.shape[1] - 1) for layer in range(2)]
+            return [
+                oracle(twin, tokens, layer, tokens.shape[1] - 1, tokens.shape[1] - 1)
+                for layer in range(2)
+            ]
 
     return ResidualModel.wrap(model), expected
 
@@ -71,7 +77,9 @@ def test_several_prompts_of_a_faint_model(case):
     """Together as alone, whatever level they come from."""
     model, expected = faint(case, 1e-5)
     prompts, places = [cases.tiny_tokens(seq)[0].tolist() for seq in (5, 9, 70)], [4, 8, 69]
-    together = jacobians_of_traces(model.traces(prompts, torch.float32, places, probe), places, "auto")
+    together = jacobians_of_traces(
+        model.traces(prompts, torch.float32, places, probe), places, "auto"
+    )
     for tokens, found in zip(prompts, together, strict=True):
         for jacobian, right in zip(found.jacobians, expected(torch.tensor([tokens])), strict=True):
             assert relative(jacobian, right) < 2e-6
@@ -88,7 +96,9 @@ def test_certificate_is_relative_to_a_small_jacobian(monkeypatch):
         return (right(call, output_token, input_token, budget) + identity) * (1 + 2e-8) - identity
 
     monkeypatch.setitem(engine.LEVELS, "token-local", wrong)
-    assert block_jacobians(model, cases.tiny_tokens(7), method="token-local").certificate.min() > 1e-4
+    assert (
+        block_jacobians(model, cases.tiny_tokens(7), method="token-local").certificate.min() > 1e-4
+    )
 
 
 def test_keys_of_a_faint_block_are_held_to_what_it_adds():
@@ -96,7 +106,9 @@ def test_keys_of_a_faint_block_are_held_to_what_it_adds():
     model, _ = faint("llama", 1e-6)
     with torch.no_grad():
         (call, *_) = model.traces([cases.tiny_tokens(7)], torch.float32, [6], None)[0].calls
-    rolled = dataclasses.replace(call.keys, batch=tuple(torch.roll(kept, 1, dims=-2) for kept in call.keys.batch))
+    rolled = dataclasses.replace(
+        call.keys, batch=tuple(torch.roll(kept, 1, dims=-2) for kept in call.keys.batch)
+    )
     call = dataclasses.replace(call, keys=rolled)
     with call.ready():
         pulled = call.pulled_back_decoding([call], [probe(0, call.resid_pre)], [6])
@@ -123,13 +135,19 @@ def test_near_identities_follow_each_other_as_their_matrices_do():
     made = {}
     for parts in kinds:
         low = (some(2, 5, 2), some(2, 5, 2)) if "low" in parts else (None, None)
-        made[parts] = NearIdentity(root, some(2, 5), *low, some(2, 5, 5) if "rest" in parts else None)
+        made[parts] = NearIdentity(
+            root, some(2, 5), *low, some(2, 5, 5) if "rest" in parts else None
+        )
     rows, factor = some(2, 3, 5), some(2, 5)
     for a in made.values():
         assert torch.allclose(a.after(rows), rows @ a.matrix())
         assert torch.allclose(a.total(), a.matrix().sum(1))
-        assert torch.allclose(a.scaled(factor, factor.shape).matrix(), factor[..., None] * a.matrix())
+        assert torch.allclose(
+            a.scaled(factor, factor.shape).matrix(), factor[..., None] * a.matrix()
+        )
         assert torch.allclose(a.matrix(1.0), a.matrix() - torch.eye(5, dtype=torch.float64))
         for b in made.values():
             assert torch.allclose(a.over(b).matrix(), a.matrix() @ b.matrix())
-            assert torch.allclose(a.plus(b.left, b.right, b.diagonal, b.rest).matrix(), a.matrix() + b.matrix())
+            assert torch.allclose(
+                a.plus(b.left, b.right, b.diagonal, b.rest).matrix(), a.matrix() + b.matrix()
+            )

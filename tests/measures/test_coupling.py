@@ -7,23 +7,32 @@ import pytest
 import reference
 import torch
 
-from lm_eval_coupling.measures.formulas.coupling import (
+from lm_eval_coupling.measures.formulas.headline import (
+    chance_coupling,
+    chance_level,
+    coupling_of,
+    mean_off_diagonal,
+)
+from lm_eval_coupling.measures.formulas.miscoupling import (
     coupling_matrices,
     coupling_matrix,
     miscoupling,
     miscoupling_to,
     subspace_overlaps,
 )
-from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level, coupling_of, mean_off_diagonal
 from lm_eval_coupling.numerics.spectra import top_singular
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 LAYERS, D, K = 5, 20, 6
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def orthogonal(d, seed):
@@ -38,12 +47,21 @@ def case(request):
 
 
 def assert_matches(found, expected):
-    expected = torch.tensor(expected, dtype=torch.float64) if not torch.is_tensor(expected) else expected.double()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[found.dtype], equal_nan=True)
+    expected = (
+        torch.tensor(expected, dtype=torch.float64)
+        if not torch.is_tensor(expected)
+        else expected.double()
+    )
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=TOLERANCE[found.dtype], equal_nan=True
+    )
 
 
 def loop(function, A, *rest, **options):
-    return [[function(A[a, b], *(r[a] for r in rest), **options) for b in range(A.shape[1])] for a in range(A.shape[0])]
+    return [
+        [function(A[a, b], *(r[a] for r in rest), **options) for b in range(A.shape[1])]
+        for a in range(A.shape[0])
+    ]
 
 
 def test_all_pairs_against_loops_and_one_by_one(case):
@@ -64,8 +82,13 @@ def test_end_to_end_against_the_reference_svd():
     for a in range(LAYERS):
         for b in range(LAYERS):
             expected = reference.coupling_matrix(J[a], oracle[b][0], oracle[b][2])
-            assert_matches(miscoupling(A[a, b], normalized=True), reference.miscoupling(expected, normalized=True))
-            assert_matches(miscoupling_to(A[a, b], T.S[a]), reference.miscoupling_to(expected, oracle[a][1]))
+            assert_matches(
+                miscoupling(A[a, b], normalized=True),
+                reference.miscoupling(expected, normalized=True),
+            )
+            assert_matches(
+                miscoupling_to(A[a, b], T.S[a]), reference.miscoupling_to(expected, oracle[a][1])
+            )
             assert_matches(A[a, b].diagonal(), expected.diagonal())
 
 
@@ -116,17 +139,25 @@ def test_miscoupling_against_loops(case):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(absolute=a, norm=n) for a in (False, True) for n in ("p", "trace")] + [dict(p=1), dict(p=math.inf)]
+    "options",
+    [dict(absolute=a, norm=n) for a in (False, True) for n in ("p", "trace")]
+    + [dict(p=1), dict(p=math.inf)],
 )
 def test_miscoupling_to_against_loops(case, options):
     J, T = case
     A = coupling_matrices(J, T.U, T.V)
-    assert_matches(miscoupling_to(A, T.S[:, None], **options), loop(reference.miscoupling_to, A, T.S, **options))
+    assert_matches(
+        miscoupling_to(A, T.S[:, None], **options),
+        loop(reference.miscoupling_to, A, T.S, **options),
+    )
     swapped = coupling_matrices(J, T.V, T.U)
     assert_matches(
         miscoupling_to(swapped, T.S[:, None], **options),
         [
-            [reference.miscoupling_to(T.V[b].T @ J[a] @ T.U[b], T.S[a], **options) for b in range(LAYERS)]
+            [
+                reference.miscoupling_to(T.V[b].T @ J[a] @ T.U[b], T.S[a], **options)
+                for b in range(LAYERS)
+            ]
             for a in range(LAYERS)
         ],
     )
@@ -167,7 +198,9 @@ def test_layers_that_share_singular_vectors_are_perfectly_coupled(dtype):
     T = top_singular(J, K)
     m = miscoupling(coupling_matrices(J, T.U, T.V), normalized=True)
     assert m.max() < TOLERANCE[dtype]
-    torch.testing.assert_close(subspace_overlaps(T.U, [K])[0], torch.ones(LAYERS, LAYERS, dtype=dtype))
+    torch.testing.assert_close(
+        subspace_overlaps(T.U, [K])[0], torch.ones(LAYERS, LAYERS, dtype=dtype)
+    )
 
 
 def test_miscoupling_to_sees_scale_where_the_normalised_one_does_not():
@@ -192,7 +225,9 @@ def test_tiny_float32_entries_do_not_vanish():
     """Squares of 1e-25 underflow float32, which would make m̃ NaN."""
     A = normal(4, 4, dtype=torch.float32)
     S = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    torch.testing.assert_close(miscoupling(A * 1e-25, normalized=True), miscoupling(A, normalized=True))
+    torch.testing.assert_close(
+        miscoupling(A * 1e-25, normalized=True), miscoupling(A, normalized=True)
+    )
     torch.testing.assert_close(miscoupling_to(A * 1e-25, S * 1e-25), miscoupling_to(A, S))
 
 
@@ -244,7 +279,9 @@ def test_overlaps_against_loops(case):
     for X in (T.U, T.V):
         found = subspace_overlaps(X, ranks)
         for overlap, k in zip(found, ranks, strict=True):
-            assert_matches(overlap, [[reference.subspace_overlap(a[:, :k], b[:, :k]) for b in X] for a in X])
+            assert_matches(
+                overlap, [[reference.subspace_overlap(a[:, :k], b[:, :k]) for b in X] for a in X]
+            )
         assert_matches(found.diagonal(dim1=-2, dim2=-1), torch.ones(len(ranks), LAYERS))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from wrapping import wrapped_on
 
-from lm_eval_coupling.measures.formulas import geometry as maths
+from lm_eval_coupling.measures.formulas import token_states as maths
 from lm_eval_coupling.measures.registry import measures, readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
@@ -23,7 +23,11 @@ def random(*shape, seed=0):
 
 
 def cos(a, b):
-    return sum(p * q for p, q in zip(a, b, strict=True)) / math.dist(a, [0] * len(a)) / math.dist(b, [0] * len(b))
+    return (
+        sum(p * q for p, q in zip(a, b, strict=True))
+        / math.dist(a, [0] * len(a))
+        / math.dist(b, [0] * len(b))
+    )
 
 
 def effective_rank(X):
@@ -47,7 +51,9 @@ def naive(x, X):
     update = {i: x[i] - x[i - 1] for i in steps}
     found = {
         "block_influence": [1 - cos(x[i - 1], x[i]) for i in steps],
-        "relative_contribution": [np.linalg.norm(update[i]) / np.linalg.norm(x[i - 1]) for i in steps],
+        "relative_contribution": [
+            np.linalg.norm(update[i]) / np.linalg.norm(x[i - 1]) for i in steps
+        ],
         "contribution_cosine": [cos(update[i], x[i - 1]) for i in steps],
         "massive_activation": [np.abs(point).max() / np.median(np.abs(point)) for point in x],
         "state_entropy": [math.log(effective_rank(states)) for states in X],
@@ -82,7 +88,13 @@ def test_a_record_is_that_of_the_loops(seq, float64_device):
     trace = model.trace(prompt, torch.float64)
     states = [*(call.resid_pre[0] for call in trace.calls), trace.resid_final[0]]
     (found,) = measure_coupling(
-        model, [prompt], measures=["geometry"], position=1, dtype="float64", ranks=[2], progress=False
+        model,
+        [prompt],
+        measures=["geometry"],
+        position=1,
+        dtype="float64",
+        ranks=[2],
+        progress=False,
     )
     assert found.reason is None and found.certificate is None
     expected = naive(trace.trajectory(1), states)
@@ -102,12 +114,18 @@ def test_one_block_by_hand():
 def test_states_by_hand():
     square = rows([1, 0, 0], [0, 1, 0], [-1, 0, 0], [0, -1, 0])
     shares = maths.States(square).spectrum()
-    assert maths.entropy_of(shares).item() == pytest.approx(math.log(2)) and shares[-1].item() == pytest.approx(0.5)
+    assert maths.entropy_of(shares).item() == pytest.approx(math.log(2)) and shares[
+        -1
+    ].item() == pytest.approx(0.5)
     assert maths.token_curvature(square).item() == pytest.approx(math.pi / 2)
-    assert maths.token_curvature(rows([0, 0], [1, 1], [2, 2], [5, 5])).item() == pytest.approx(0, abs=1e-7)
+    assert maths.token_curvature(rows([0, 0], [1, 1], [2, 2], [5, 5])).item() == pytest.approx(
+        0, abs=1e-7
+    )
     assert maths.token_curvature(rows([0, 0], [1, 1], [0, 0])).item() == pytest.approx(math.pi)
     # Rows become (1, 0) and (0, 1) twice: two columns of norm √2, over four tokens.
-    assert maths.matrix_nuclear_norm(rows([2, 0], [0, 3], [4, 0], [0, 5])).item() == pytest.approx(2 * math.sqrt(2) / 4)
+    assert maths.matrix_nuclear_norm(rows([2, 0], [0, 3], [4, 0], [0, 5])).item() == pytest.approx(
+        2 * math.sqrt(2) / 4
+    )
     # Less their mean, and of norm 1, the rows are (1, 0), (−1, 0), (0, 1), (0, −1).
     cross = maths.States(rows([9, 5, 1], [1, 5, 1], [5, 7, 1], [5, 3, 1]))
     assert maths.entropy_of(cross.spectrum_normalised()).exp().item() == pytest.approx(2)
@@ -116,26 +134,54 @@ def test_states_by_hand():
 @pytest.mark.parametrize("shape", [(5, 9), (30, 6)])
 def test_similarity_is_one_for_rotations_and_does_not_see_scale_nor_place(shape):
     X, Q = random(*shape), torch.linalg.qr(random(shape[1], shape[1], seed=1)).Q
-    assert maths.procrustes_similarity(maths.States(X), maths.States(3 * X @ Q + 7)).item() == pytest.approx(1, abs=1e-9)
-    assert maths.procrustes_similarity(maths.States(X), maths.States(random(*shape, seed=2))).item() < 0.95
+    assert maths.procrustes_similarity(
+        maths.States(X), maths.States(3 * X @ Q + 7)
+    ).item() == pytest.approx(1, abs=1e-9)
+    assert (
+        maths.procrustes_similarity(maths.States(X), maths.States(random(*shape, seed=2))).item()
+        < 0.95
+    )
 
 
 def test_prompts_too_short_have_the_rest(monkeypatch):
     model = ResidualModel.wrap(cases.tiny_model("llama"))
     (found,) = measure_coupling(model, [[1, 2]], measures=["geometry"], ranks=[2], progress=False)
-    assert found.reason == "no geometry of the tokens' states: the prompt has 2, at least 3 are needed"
-    assert found.reason_codes == ("too_short",) and found.state_entropy is None and math.isnan(found.matrix_nuclear_norm)
-    assert np.isfinite(found.block_influence).all() and math.isnan(readings()["curvature_drop"].read(found, 2))
-    assert readings()["mean_block_influence"].read(found, 2) == pytest.approx(found.block_influence.mean())
+    assert (
+        found.reason == "no geometry of the tokens' states: the prompt has 2, at least 3 are needed"
+    )
+    assert (
+        found.reason_codes == ("too_short",)
+        and found.state_entropy is None
+        and math.isnan(found.matrix_nuclear_norm)
+    )
+    assert np.isfinite(found.block_influence).all() and math.isnan(
+        readings()["curvature_drop"].read(found, 2)
+    )
+    assert readings()["mean_block_influence"].read(found, 2) == pytest.approx(
+        found.block_influence.mean()
+    )
 
 
 def test_what_is_undefined_is_said():
     silent = cases.tiny_model("llama")
-    for weight in (silent.model.layers[1].self_attn.o_proj.weight, silent.model.layers[1].mlp.down_proj.weight):
+    for weight in (
+        silent.model.layers[1].self_attn.o_proj.weight,
+        silent.model.layers[1].mlp.down_proj.weight,
+    ):
         weight.data.zero_()
     (found,) = measure_coupling(
-        ResidualModel.wrap(silent), [[1, 2, 3, 4]], measures=["geometry"], ranks=[2], dtype="float64", progress=False
+        ResidualModel.wrap(silent),
+        [[1, 2, 3, 4]],
+        measures=["geometry"],
+        ranks=[2],
+        dtype="float64",
+        progress=False,
     )
-    assert found.reason == "undefined contribution_cosine, linearity_of_update: a state, a step or their spread is zero"
+    assert (
+        found.reason
+        == "undefined contribution_cosine, linearity_of_update: a state, a step or their spread is zero"
+    )
     assert np.isnan(found.contribution_cosine).tolist() == [False, True]
-    assert found.linearity[1] == pytest.approx(1) and found.block_influence[1] == pytest.approx(0, abs=1e-12)
+    assert found.linearity[1] == pytest.approx(1) and found.block_influence[1] == pytest.approx(
+        0, abs=1e-12
+    )

@@ -12,7 +12,7 @@ from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
-from lm_eval_coupling.residual.halves import attention_alone
+from lm_eval_coupling.residual.sublayers import attention_alone
 
 SEQ, RANKS = 6, (2, 4)
 
@@ -24,7 +24,9 @@ def llama(block, x, attend):
 
 def gemma2(block, x, attend):
     after = x + block.post_attention_layernorm(attend(block.input_layernorm(x)))
-    return after, lambda y: block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(y)))
+    return after, lambda y: block.post_feedforward_layernorm(
+        block.mlp(block.pre_feedforward_layernorm(y))
+    )
 
 
 def gpt2(block, x, attend):
@@ -32,7 +34,9 @@ def gpt2(block, x, attend):
 
 
 def gpt_neox(block, x, attend):
-    return x + attend(block.input_layernorm(x)), lambda y: block.mlp(block.post_attention_layernorm(y))
+    return x + attend(block.input_layernorm(x)), lambda y: block.mlp(
+        block.post_attention_layernorm(y)
+    )
 
 
 def opt(block, x, attend):
@@ -63,7 +67,10 @@ def oracles(case, model, tokens):
     streams = []
     handles += [
         block.register_forward_pre_hook(
-            lambda module, args, kwargs: streams.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda module, args, kwargs: streams.append(
+                args[0] if args else kwargs["hidden_states"]
+            ),
+            with_kwargs=True,
         )
         for block in decoder_layers(model)
     ]
@@ -91,7 +98,12 @@ def oracles(case, model, tokens):
             out = mlp(y[None, None])
             return (out[0] if isinstance(out, tuple) else out).reshape(-1)
 
-        found.append([torch.autograd.functional.jacobian(f, at).numpy() for f, at in ((attention, x), (second, own_input))])
+        found.append(
+            [
+                torch.autograd.functional.jacobian(f, at).numpy()
+                for f, at in ((attention, x), (second, own_input))
+            ]
+        )
     return zip(*found, strict=True)
 
 
@@ -107,29 +119,44 @@ def test_halves_are_the_oracles(case, float64_device):
     for half, J in expected.items():
         for layer in (0, 1):
             values = np.linalg.svd(J[layer], compute_uv=False)[: RANKS[-1]]
-            np.testing.assert_allclose(found[f"{half}_singular_values"][layer], values, rtol=1e-5, err_msg=half)
+            np.testing.assert_allclose(
+                found[f"{half}_singular_values"][layer], values, rtol=1e-5, err_msg=half
+            )
         for r, k in enumerate(RANKS):
             U, _, V = zip(*(reference.top_singular(j, k) for j in J), strict=True)
             for a in (0, 1):
                 for b in (0, 1):
                     A = reference.coupling_matrix(J[a], U[b], V[b])
                     m = reference.miscoupling(A, normalized=True)
-                    assert found[f"{half}_miscoupling"][r, a, b] == pytest.approx(m, rel=1e-5, abs=1e-6), (half, k, a, b)
-            off = (found[f"{half}_miscoupling"][r, 0, 1] + found[f"{half}_miscoupling"][r, 1, 0]) / 2
+                    assert found[f"{half}_miscoupling"][r, a, b] == pytest.approx(
+                        m, rel=1e-5, abs=1e-6
+                    ), (half, k, a, b)
+            off = (
+                found[f"{half}_miscoupling"][r, 0, 1] + found[f"{half}_miscoupling"][r, 1, 0]
+            ) / 2
             assert readings()[f"{half}_coupling"].read(found, k) == pytest.approx(1 - off, rel=1e-6)
 
 
 def test_a_block_whose_parts_do_not_add_up_has_a_reason():
     """BLOOM's attention and MLP add the stream themselves: silencing them silences it, too."""
     model = ResidualModel.wrap(cases.tiny_model("bloom"))
-    (found,) = measure_coupling(model, [[1, 2, 3]], measures=["halves", "depth"], ranks=[2], dtype="float64", progress=False)
+    (found,) = measure_coupling(
+        model, [[1, 2, 3]], measures=["halves", "depth"], ranks=[2], dtype="float64", progress=False
+    )
     assert "no halves: attention and MLP do not add up to block 0" in found.reason
-    assert found.reason_codes == ("refused",) and found.attention_miscoupling is None and found.coupling(2) > 0
+    assert (
+        found.reason_codes == ("refused",)
+        and found.attention_miscoupling is None
+        and found.coupling(2) > 0
+    )
 
 
 def test_a_block_without_such_parts_has_a_reason():
     model = ResidualModel.wrap(cases.tiny_model("llama"))
     call = model.trace([1, 2, 3]).calls[0]
     del call.module.mlp
-    with pytest.raises(Unmeasurable, match="no part that is its MLP by name"), attention_alone(call):
+    with (
+        pytest.raises(Unmeasurable, match="no part that is its MLP by name"),
+        attention_alone(call),
+    ):
         pass

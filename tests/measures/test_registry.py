@@ -8,16 +8,16 @@ import cases
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from coupling_analysis.measures_page import page
 from toy_measure import toy_measure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.measuring.summary import summarize
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.runs.task_summary import summarize
 from lm_eval_coupling.saved.records import load_records
-from lm_eval_coupling.saved.reference import page
 from lm_eval_coupling.saved.tables import write_tables
 
 TOY = '''
@@ -52,29 +52,50 @@ def test_a_measure_is_one_file(toy, tmp_path):
     """It appears in the record, in the table with its meaning, in summaries, in what to ask a run for, and in the docs."""
     model = ResidualModel.wrap(cases.tiny_model("llama"))
     prompt = cases.tiny_tokens(5)[0].tolist()
-    (record,) = measure_coupling(model, [prompt], measures=["toy", "depth"], ranks=[2], dtype="float64", progress=False)
+    (record,) = measure_coupling(
+        model, [prompt], measures=["toy", "depth"], ranks=[2], dtype="float64", progress=False
+    )
     assert record.measures == ("depth", "toy") and record.reason is None
     expected = model.trace(prompt).trajectory(4)[1:].mean(dim=1)
     np.testing.assert_allclose(record.toy_means, expected, rtol=1e-5)
-    about = {"task": "t", "doc_id": 0, "doc_hash": "d", "prompt_hash": "p", "prompt_index": 0, "weights": "trained"}
-    (file,) = write_tables([about | record.to_columns()], tmp_path / "out", "2026-01-01", {"model": "m"})
-    assert pq.read_schema(file).field("toy_means").metadata[b"description"].startswith(b"mean of x^l")
+    about = {
+        "task": "t",
+        "doc_id": 0,
+        "doc_hash": "d",
+        "prompt_hash": "p",
+        "prompt_index": 0,
+        "weights": "trained",
+    }
+    (file,) = write_tables(
+        [about | record.to_columns()], tmp_path / "out", "2026-01-01", {"model": "m"}
+    )
+    assert (
+        pq.read_schema(file).field("toy_means").metadata[b"description"].startswith(b"mean of x^l")
+    )
     np.testing.assert_array_equal(load_records(file)["toy_means"][0], record.toy_means)
-    assert summarize({"d": [record]}, (2,))["measures"]["toy"]["mean"] == pytest.approx(float(record.toy_means[-1]))
+    assert summarize({"d": [record]}, (2,))["measures"]["toy"]["mean"] == pytest.approx(
+        float(record.toy_means[-1])
+    )
     assert registry.option_of("toy_means") == "coupling_measures=depth+regularity+toy"
     assert "| `toy_means` | `[layer]` | mean of x^l over its coordinates |" in page()
 
 
 def test_a_column_that_was_not_declared_is_refused(toy):
     found = registry.Found({"toys": 1})
-    with pytest.raises(CouplingError, match="got column 'toys' of measure toy, expected one of toy_means"):
+    with pytest.raises(
+        CouplingError, match="got column 'toys' of measure toy, expected one of toy_means"
+    ):
         registry.measures()["toy"].cast(found)
-    with pytest.raises(CouplingError, match=r"got toy_means of shape \(\), expected the dimensions \[layer\]"):
+    with pytest.raises(
+        CouplingError, match=r"got toy_means of shape \(\), expected the dimensions \[layer\]"
+    ):
         registry.measures()["toy"].cast(registry.Found({"toy_means": 1.0}))
 
 
 def test_names_are_unique_and_lead_somewhere():
-    everything = [reading for measure in registry.measures().values() for reading in measure.readings]
+    everything = [
+        reading for measure in registry.measures().values() for reading in measure.readings
+    ]
     assert len({reading.name for reading in everything}) == len(everything)
     fields = {field.name for field in dataclasses.fields(Settings)}
     for measure in registry.measures().values():
@@ -82,7 +103,9 @@ def test_names_are_unique_and_lead_somewhere():
         assert {reading.column for reading in measure.readings} <= own
         assert set(measure.settings) <= fields - {"measures", "dtype"}
     shared = {column.name for column in registry.JACOBIAN}
-    columns = [c.name for m in registry.measures().values() for c in m.columns if c.name not in shared]
+    columns = [
+        c.name for m in registry.measures().values() for c in m.columns if c.name not in shared
+    ]
     common = [column.name for column in (*registry.PROMPT, *registry.OUTCOME)]
     assert len({*columns, *common}) == len(columns) + len(common)
 
@@ -94,7 +117,10 @@ def test_names_are_unique_and_lead_somewhere():
         ("entropy", "coupling_measures=depth+regularity"),
         ("effective_rank", "coupling_measures=depth+regularity+spectra"),
         ("self_miscoupling", "coupling_measures=depth+regularity+self,coupling_tokens=last8"),
-        ("context_input_miscoupling", "coupling_measures=depth+regularity+context,coupling_tokens=last8"),
+        (
+            "context_input_miscoupling",
+            "coupling_measures=depth+regularity+context,coupling_tokens=last8",
+        ),
         ("trajectories", "coupling_trajectories=1"),
         ("nothing", None),
     ],
@@ -110,14 +136,14 @@ def test_depths_of_readings():
         "step_lengths": [5.0],
         "windowed_line_shape": [1.0, 2.0],
     }
-    places = {name: registry.readings()[name].in_depth(record, 2)[0].tolist() for name in list(record)[1:]}
+    places = {
+        name: registry.readings()[name].in_depth(record, 2)[0].tolist() for name in list(record)[1:]
+    }
     assert places == {"norms": [0, 1], "step_lengths": [1], "windowed_line_shape": [1.5, 2.5]}
     depth, value = registry.readings()["expodistance"].in_depth({"expodistance": 4.0}, 2)
     assert np.isnan(depth).tolist() == [True] and value.tolist() == [4.0]
 
 
 def test_nothing_heavy_is_imported():
-    code = (
-        "import sys; from lm_eval_coupling.measures import registry; registry.measures(); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from lm_eval_coupling.measures import registry; registry.measures(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

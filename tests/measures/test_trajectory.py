@@ -15,12 +15,18 @@ from lm_eval_coupling.measures.formulas.trajectory import (
     step_lengths,
 )
 
-WINDOWED = {"equidistance": equidistance, "line_shape_score": line_shape_score, "expodistance": expodistance}
+WINDOWED = {
+    "equidistance": equidistance,
+    "line_shape_score": line_shape_score,
+    "expodistance": expodistance,
+}
 windowed = pytest.mark.parametrize("name", WINDOWED)
 
 
 def trajectory(points=13, d=7, seed=0, dtype=torch.float64):
-    steps = torch.randn(points, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    steps = torch.randn(
+        points, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return steps.cumsum(0).to(dtype)
 
 
@@ -40,7 +46,9 @@ def test_windows_against_loops(name, window):
     x = trajectory()
     found = WINDOWED[name](x, window=window)
     assert found.shape == (13 - window,)
-    assert found.tolist() == pytest.approx(reference.windowed(getattr(reference, name), x, window), rel=1e-10, abs=1e-14)
+    assert found.tolist() == pytest.approx(
+        reference.windowed(getattr(reference, name), x, window), rel=1e-10, abs=1e-14
+    )
 
 
 @windowed
@@ -134,6 +142,8 @@ def test_windows_that_do_not_fit_are_refused(name):
 
 
 def test_entropy_by_hand():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), -math.inf, -math.inf], [9e4, 0.0, 0.0, 0.0]])
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), -math.inf, -math.inf], [9e4, 0.0, 0.0, 0.0]]
+    )
     expected = [math.log(4), -0.25 * math.log(0.25) - 0.75 * math.log(0.75), 0.0]
     assert torch.allclose(entropy(logits), torch.tensor(expected), atol=1e-6)

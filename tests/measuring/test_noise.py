@@ -3,10 +3,10 @@
 import cases
 import pytest
 import torch
+from coupling_analysis.noise_robustness import noise_robustness
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring.noise import noise_robustness
 from lm_eval_coupling.measuring.prompt import measure_coupling
 
 PROMPTS = [cases.tiny_tokens(5).flatten().tolist(), cases.tiny_tokens(7).flatten().tolist()]
@@ -18,14 +18,21 @@ def model(float64_device):
 
 
 def test_no_noise_changes_nothing_and_much_noise_much(model):
-    rows = noise_robustness(model, PROMPTS, [0.0, 0.01, 3.0], rank=3, dtype="float64", progress=False)
-    clean = [record.coupling(3) for record in measure_coupling(model, PROMPTS, ranks=(3,), dtype="float64", progress=False)]
+    rows = noise_robustness(
+        model, PROMPTS, [0.0, 0.01, 3.0], rank=3, dtype="float64", progress=False
+    )
+    clean = [
+        record.coupling(3)
+        for record in measure_coupling(model, PROMPTS, ranks=(3,), dtype="float64", progress=False)
+    ]
     still = rows[rows["level"] == 0]
     assert still["coupling"].tolist() == pytest.approx(clean, abs=1e-6)
     assert still["cosine_first"].tolist() == pytest.approx([1, 1]) == still["cosine_last"].tolist()
     little, much = rows[rows["level"] == 0.01], rows[rows["level"] == 3]
     assert (0.99 < little["cosine_first"]).all() and (little["cosine_first"] < 1).all()
-    assert (much["cosine_first"] < 0.9).all() and (much["coupling"] - still["coupling"].to_numpy()).abs().min() > 1e-4
+    assert (much["cosine_first"] < 0.9).all() and (
+        much["coupling"] - still["coupling"].to_numpy()
+    ).abs().min() > 1e-4
     again = noise_robustness(model, PROMPTS, [3.0], rank=3, dtype="float64", progress=False)
     assert again["coupling"].tolist() == much["coupling"].tolist()
 
@@ -37,11 +44,13 @@ def test_the_stream_starts_from_what_is_given(model):
     assert torch.equal(doubled.calls[0].resid_pre, 2 * plain.calls[0].resid_pre)
     assert not torch.allclose(doubled.resid_final, plain.resid_final)
     with torch.no_grad(), doubled.calls[0].ready():
-        assert torch.allclose(doubled.calls[0](doubled.calls[0].resid_pre), doubled.calls[1].resid_pre, atol=1e-5)
+        assert torch.allclose(
+            doubled.calls[0](doubled.calls[0].resid_pre), doubled.calls[1].resid_pre, atol=1e-5
+        )
 
 
 def test_noise_has_the_size_asked_for(model):
-    from lm_eval_coupling.measuring.noise import _noise
+    from coupling_analysis.noise_robustness import _noise
 
     resid = torch.rand(1, 50, 400) + 1
     ratio = _noise(resid, 0, 1).norm(dim=-1) / resid.norm(dim=-1)
@@ -55,19 +64,26 @@ def test_the_script(model, tmp_path, monkeypatch):
 
     import pandas as pd
     import saved_runs
+    from coupling_analysis import token_matrices as matrices
 
-    from lm_eval_coupling.measuring import matrices
-
-    rows = [saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)]
+    rows = [
+        saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)
+    ]
     run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
     monkeypatch.setattr(matrices, "load", lambda name: model)
-    spec = importlib.util.spec_from_file_location("noise", Path(__file__).parents[2] / "analysis" / "noise.py")
+    spec = importlib.util.spec_from_file_location(
+        "noise", Path(__file__).parents[2] / "analysis" / "noise.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     out = tmp_path / "figures"
-    script.main(["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)])
+    script.main(
+        ["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)]
+    )
     written = pd.read_csv(out / "noise_arc.csv")
-    with pytest.raises(CouplingError, match="got records of tiny, none of org/other; give the folder of a run"):
+    with pytest.raises(
+        CouplingError, match="got records of tiny, none of org/other; give the folder of a run"
+    ):
         script.main(["org/other", str(run)])
     assert len(written) == 4 and written["cosine_last"][0] == pytest.approx(1)
     assert (out / "noise_arc.png").stat().st_size > 1000

@@ -6,13 +6,13 @@ import pytest
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness.options import Options
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
 from lm_eval_coupling.measuring.prompt import measure_coupling
-from lm_eval_coupling.measuring.rows import DocumentKey, Row, document_couplings
-from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.measuring.store import MeasurementStore
+from lm_eval_coupling.runs.options import Options
+from lm_eval_coupling.runs.rows import DocumentKey, Row, document_couplings
+from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.tables import write_tables
 
@@ -42,8 +42,12 @@ def test_tokens_in_the_order_asked_for(choice, expected):
 def test_random_tokens_are_of_the_prompts_length():
     assert positions_at_most("random8") == 8 and positions_at_most("-1+0+last4") == 5
     assert chosen_positions("random8", 50) == chosen_positions("random8", 50)
-    assert len(set(chosen_positions("random8", 50))) == 8 and len(chosen_positions("random8", 5)) == 5
-    with pytest.raises(CouplingError, match="got coupling_position=mostly, expected a token such as -1"):
+    assert (
+        len(set(chosen_positions("random8", 50))) == 8 and len(chosen_positions("random8", 5)) == 5
+    )
+    with pytest.raises(
+        CouplingError, match="got coupling_position=mostly, expected a token such as -1"
+    ):
         chosen_positions("-1+mostly", 6)
 
 
@@ -107,7 +111,9 @@ def test_a_run_keeps_them_apart(model, tmp_path):
 def test_the_argument_as_lm_eval_hands_it_over(given, position, told):
     options = Options.parse(position=given)
     assert options.position == position
-    assert {name: value for name, value in options.as_dict().items() if name.startswith("position")} == told
+    assert {
+        name: value for name, value in options.as_dict().items() if name.startswith("position")
+    } == told
 
 
 @pytest.mark.parametrize("given", ["", "last", "-1+some", 0.5])

@@ -22,7 +22,9 @@ from lm_eval_coupling.residual import ResidualModel, TrueDtype
 RANKS = (2, 5)
 OTHERS = ("self_", "context_", "attention_", "mlp_")  # of measures that are not taken here
 MEASURES = ("depth", "regularity", "swapped")
-PAIRS = [name for name in measured_columns() if "miscoupling" in name and not name.startswith(OTHERS)]
+PAIRS = [
+    name for name in measured_columns() if "miscoupling" in name and not name.startswith(OTHERS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +98,15 @@ def test_a_record_is_the_oracles(case, position, float64_device):
                     "miscoupling_to_absolute": reference.miscoupling_to(A, S[a], absolute=True),
                     "miscoupling_to_trace": reference.miscoupling_to(A, S[a], norm="trace"),
                     "miscoupling_to_vju": reference.miscoupling_to(A_vju, S[a]),
-                    "miscoupling_to_absolute_vju": reference.miscoupling_to(A_vju, S[a], absolute=True),
+                    "miscoupling_to_absolute_vju": reference.miscoupling_to(
+                        A_vju, S[a], absolute=True
+                    ),
                 }
                 assert set(expected) == set(PAIRS)
                 for name, value in expected.items():
-                    assert getattr(found, name)[i, a, b] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, k, a, b)
+                    assert getattr(found, name)[i, a, b] == pytest.approx(
+                        value, rel=1e-5, abs=1e-6
+                    ), (name, k, a, b)
                 overlap = [reference.subspace_overlap(basis[a], basis[b]) for basis in (U, V)]
                 assert found.subspace_overlap[i, :, a, b] == pytest.approx(overlap, rel=1e-5)
             values = np.linalg.svd(J[a].numpy(), compute_uv=False)
@@ -108,7 +114,9 @@ def test_a_record_is_the_oracles(case, position, float64_device):
             assert found.singular_values[a] == pytest.approx(values[: RANKS[-1]], rel=1e-5)
         off = found.normalized_miscoupling[i]
         assert found.coupling(k) == pytest.approx(1 - reference.mean_over_pairs(off), abs=1e-6)
-        assert found.coupling(k, diagonal=True) == pytest.approx(1 - reference.mean_over_pairs(off, diagonal=True), abs=1e-6)
+        assert found.coupling(k, diagonal=True) == pytest.approx(
+            1 - reference.mean_over_pairs(off, diagonal=True), abs=1e-6
+        )
     assert found.norms == pytest.approx(reference.norms(x), rel=1e-6)
     assert found.line_shape_score == pytest.approx(reference.line_shape_score(x), rel=1e-9)
     assert found.expodistance == pytest.approx(reference.expodistance(x), rel=1e-6)
@@ -124,7 +132,16 @@ def test_shapes_and_dtypes(model):
         "singular_values": (3, 5),
         "gap": (2, 3),
         "angle_bound": (2, 3),
-        **dict.fromkeys(("jacobian_norm", "jacobian_frobenius", "stable_rank", "non_normality", "symmetric_share"), (3,)),
+        **dict.fromkeys(
+            (
+                "jacobian_norm",
+                "jacobian_frobenius",
+                "stable_rank",
+                "non_normality",
+                "symmetric_share",
+            ),
+            (3,),
+        ),
         "svd_residual": (3,),
         "certificate": (3,),
         "norms": (4,),
@@ -134,7 +151,9 @@ def test_shapes_and_dtypes(model):
         "step_lengths": (3,),
         "entropy": (4,),
     }
-    arrays = {name: value for name, value in found.to_columns().items() if isinstance(value, np.ndarray)}
+    arrays = {
+        name: value for name, value in found.to_columns().items() if isinstance(value, np.ndarray)
+    }
     assert {name: value.shape for name, value in arrays.items()} == shapes
     assert {value.dtype for value in arrays.values()} == {np.dtype("float32")}
     assert all(np.isfinite(value).all() for value in arrays.values())
@@ -145,7 +164,9 @@ def test_a_smaller_rank_is_cut_from_the_largest(model):
     alone, together = measured(model, ranks=(2,)), measured(model, ranks=[5, 2, 2])
     assert together.ranks == (2, 5)
     for name in [*PAIRS, "subspace_overlap", "gap"]:
-        np.testing.assert_allclose(getattr(alone, name)[0], getattr(together, name)[0], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(alone, name)[0], getattr(together, name)[0], rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 def test_the_largest_possible_rank(model):
@@ -166,18 +187,29 @@ def test_float32_is_float64_but_for_rounding(model):
 
 def test_a_record_does_not_depend_on_its_neighbours(model):
     prompts = [tokens(5), tokens(), tokens(12)]
-    (_, among, _) = measure_coupling(model, prompts, ranks=RANKS, measures=MEASURES, dtype="float64", progress=False)
+    (_, among, _) = measure_coupling(
+        model, prompts, ranks=RANKS, measures=MEASURES, dtype="float64", progress=False
+    )
     alone = measured(model)
     same(alone, measured(model))
-    for name in [*PAIRS, "norms", "singular_values", "subspace_overlap"]:  # beyond rounding: a batch has its own products
-        np.testing.assert_allclose(getattr(among, name), getattr(alone, name), rtol=1e-6, atol=1e-9, err_msg=name)
+    for name in [
+        *PAIRS,
+        "norms",
+        "singular_values",
+        "subspace_overlap",
+    ]:  # beyond rounding: a batch has its own products
+        np.testing.assert_allclose(
+            getattr(among, name), getattr(alone, name), rtol=1e-6, atol=1e-9, err_msg=name
+        )
 
 
 def test_only_what_is_before_the_token_counts(model):
     at = measured(model, tokens(7)[:5])
     inside = measured(model, tokens(7), position=4)
     for name in [*PAIRS, "norms"]:
-        np.testing.assert_allclose(getattr(inside, name), getattr(at, name), rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(inside, name), getattr(at, name), rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(("position", "absolute"), [(-1, 6), (6, 6), (0, 0), (-7, 0)])
@@ -188,7 +220,11 @@ def test_positions(model, position, absolute):
 
 def test_a_prompt_of_one_token(model):
     found = measured(model, tokens()[:1])
-    assert found.reason is None and np.isfinite(found.normalized_miscoupling).all() and found.certificate.max() < 1e-10
+    assert (
+        found.reason is None
+        and np.isfinite(found.normalized_miscoupling).all()
+        and found.certificate.max() < 1e-10
+    )
 
 
 @pytest.mark.parametrize(("position", "prompt"), [(7, None), (-8, None), (-1, [])])
@@ -199,7 +235,11 @@ def test_a_token_that_is_not_there_is_a_reason(model, position, prompt):
         if prompt == []
         else f"got token {position} of a prompt of" in found.reason
     )
-    assert found.normalized_miscoupling is None and math.isnan(found.coupling(2)) and math.isnan(found.line_shape_score)
+    assert (
+        found.normalized_miscoupling is None
+        and math.isnan(found.coupling(2))
+        and math.isnan(found.line_shape_score)
+    )
 
 
 def test_text_is_tokenised_with_the_tokenizers_own_special_tokens(llama, model):
@@ -207,16 +247,27 @@ def test_text_is_tokenised_with_the_tokenizers_own_special_tokens(llama, model):
         def encode(self, text):
             return [1, *map(int, text.split())]
 
-    same(measured(wrapped_on(model.device, llama, Tokenizer()), "5 6 7"), measured(model, [1, 5, 6, 7]))
+    same(
+        measured(wrapped_on(model.device, llama, Tokenizer()), "5 6 7"),
+        measured(model, [1, 5, 6, 7]),
+    )
     with pytest.raises(CouplingError, match="without a tokenizer"):
         measured(model, "5 6 7")
 
 
 def test_measures_are_independent(model):
-    both, depth, regularity = (measured(model, measures=m) for m in (("depth", "regularity"), ("depth",), ("regularity",)))
+    both, depth, regularity = (
+        measured(model, measures=m) for m in (("depth", "regularity"), ("depth",), ("regularity",))
+    )
     assert both.coupling(2) == depth.coupling(2) and math.isnan(regularity.coupling(2))
-    assert both.line_shape_score == regularity.line_shape_score and math.isnan(depth.line_shape_score)
-    assert depth.norms is None and regularity.normalized_miscoupling is None and regularity.certificate is None
+    assert both.line_shape_score == regularity.line_shape_score and math.isnan(
+        depth.line_shape_score
+    )
+    assert (
+        depth.norms is None
+        and regularity.normalized_miscoupling is None
+        and regularity.certificate is None
+    )
     assert depth.reason is regularity.reason is None
 
 
@@ -237,7 +288,11 @@ def test_a_rank_that_was_not_measured_is_named(model):
 
 
 def test_a_record_gives_every_column_by_name(model):
-    for record in (measured(model), measured(model, position=99), measured(model, measures=("regularity",))):
+    for record in (
+        measured(model),
+        measured(model, position=99),
+        measured(model, measures=("regularity",)),
+    ):
         columns = record.to_columns()
         assert list(columns) == list(record_columns())
         for name, value in columns.items():
@@ -247,7 +302,10 @@ def test_a_record_gives_every_column_by_name(model):
 def silenced(layer):
     """A llama whose one block adds nothing."""
     silent = cases.tiny_model("llama", num_hidden_layers=3)
-    for weight in (silent.model.layers[layer].self_attn.o_proj.weight, silent.model.layers[layer].mlp.down_proj.weight):
+    for weight in (
+        silent.model.layers[layer].self_attn.o_proj.weight,
+        silent.model.layers[layer].mlp.down_proj.weight,
+    ):
         weight.data.zero_()
     return ResidualModel.wrap(silent)
 
@@ -259,7 +317,9 @@ def test_pairs_with_a_block_that_adds_nothing_are_undefined_and_said_so():
     assert undefined[1].all() and undefined[:, 1].all() and undefined.sum() == 5
     assert np.isfinite(found.coupling(2)) and math.isnan(found.line_shape_score)
     assert "undefined line-shape-score:" in found.reason and np.isfinite(found.expodistance)
-    assert measured(silenced(1), measures=("regularity",)).reason.startswith("undefined line-shape-score:")
+    assert measured(silenced(1), measures=("regularity",)).reason.startswith(
+        "undefined line-shape-score:"
+    )
 
 
 def test_weights_that_are_not_finite_are_a_reason():
@@ -275,7 +335,12 @@ def test_weights_that_are_not_finite_are_a_reason():
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (MemoryError(), "out of memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "out of memory"),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"
+            ),
+            "out of memory",
+        ),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory"),
         (RuntimeError("line one\nline two " + "x" * 400), "RuntimeError: line one line two x"),
         (CouplingError("got this, expected that"), "got this, expected that"),
@@ -305,9 +370,16 @@ def test_ctrl_c_is_no_reason(model, monkeypatch):
 @pytest.mark.parametrize("error", [0.3, math.nan])
 def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, error):
     monkeypatch.setattr(jacobians.Truth, "error", lambda *args: error)
-    monkeypatch.setattr(jacobians, "certify_each", lambda calls, *args: calls[0].resid_pre.new_full((len(calls),), error))
+    monkeypatch.setattr(
+        jacobians,
+        "certify_each",
+        lambda calls, *args: calls[0].resid_pre.new_full((len(calls),), error),
+    )
     found = measured(model)
-    assert found.reason.startswith("the Jacobian of block 0 (autodiff) is off by") and "own derivative" in found.reason
+    assert (
+        found.reason.startswith("the Jacobian of block 0 (autodiff) is off by")
+        and "own derivative" in found.reason
+    )
     assert found.normalized_miscoupling is None and math.isnan(found.coupling(2))
     assert found.method == ("autodiff",) * 3 and found.certificate.shape == (3,)
     assert found.line_shape_score > 1  # the trajectory is not in doubt
@@ -326,7 +398,9 @@ def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):
             )
         ]
         handles += [
-            layer.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+            layer.register_forward_hook(
+                lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            )
             for layer in layers
         ]
         double(torch.tensor([tokens()]), use_cache=False)
@@ -337,14 +411,18 @@ def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):
     np.testing.assert_allclose(found.line_shape_scores, 3 / units.sum(1).norm(dim=-1), rtol=1e-5)
     np.testing.assert_allclose(found.line_shape_scores[-1], found.line_shape_score, rtol=1e-5)
     np.testing.assert_allclose(
-        found.windowed_line_shape, [2 / (units[-1, i] + units[-1, i + 1]).norm() for i in (0, 1)], rtol=1e-5
+        found.windowed_line_shape,
+        [2 / (units[-1, i] + units[-1, i + 1]).norm() for i in (0, 1)],
+        rtol=1e-5,
     )
     growth = x[-1].norm(dim=-1).log().diff()
     expected = [growth[i : i + 2].var(correction=0) / growth[i : i + 2].mean() ** 2 for i in (0, 1)]
     np.testing.assert_allclose(found.windowed_expodistance, expected, rtol=1e-4)
     lengths = steps[-1].norm(dim=-1)
     np.testing.assert_allclose(found.step_lengths, lengths, rtol=1e-6)
-    assert found.equidistance == pytest.approx((lengths.std(correction=0) / lengths.mean()).item(), rel=1e-6)
+    assert found.equidistance == pytest.approx(
+        (lengths.std(correction=0) / lengths.mean()).item(), rel=1e-6
+    )
     np.testing.assert_allclose(found.entropy, -(decoded.exp() * decoded).sum(-1), rtol=1e-6)
     assert found.window == 2 and measured(model).window == 3  # eleven, or all of fewer blocks
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring import session as session_module
-from lm_eval_coupling.measuring import store as store_module
-from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.measuring.store import MeasurementStore
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.runs import session as session_module
+from lm_eval_coupling.runs import store as store_module
+from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.store import MeasurementStore
 
 PROMPTS = [tuple(cases.tiny_tokens(seq)[0].tolist()) for seq in (4, 6)]
 
@@ -45,7 +45,9 @@ def asked(monkeypatch):
 def records(model, store, *measures, prompts=PROMPTS, position=-1, **settings):
     chosen = Settings(ranks=(2,), measures=measures, dtype="float64", **settings)
     subject = Subject("trained", model)
-    session = Session(subjects=[subject], settings=chosen, position=position, store=store, quiet=True)
+    session = Session(
+        subjects=[subject], settings=chosen, position=position, store=store, quiet=True
+    )
     return session.measure(prompts).of("trained")
 
 
@@ -61,8 +63,13 @@ def test_one_more_measure_costs_only_itself(model, store, asked):
     both = records(model, store, "depth", "spectra")
     assert asked == [(("depth",), 2), (("spectra",), 2)]
     for tokens in PROMPTS:
-        assert both[tokens].measures == ("depth", "spectra") and both[tokens].effective_rank is not None
-        np.testing.assert_array_equal(both[tokens].normalized_miscoupling, first[tokens].normalized_miscoupling)
+        assert (
+            both[tokens].measures == ("depth", "spectra")
+            and both[tokens].effective_rank is not None
+        )
+        np.testing.assert_array_equal(
+            both[tokens].normalized_miscoupling, first[tokens].normalized_miscoupling
+        )
         assert both[tokens].method == first[tokens].method == ("closed", "closed")
     records(model, store, "spectra")
     assert len(asked) == 2
@@ -115,7 +122,9 @@ def test_what_failed_altogether_is_tried_again(model, store, asked, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(
             "lm_eval_coupling.measuring.batch.jacobians_of_traces",
-            lambda *args: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")),
+            lambda *args: (_ for _ in ()).throw(
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+            ),
         )
         found = records(model, store, "depth", prompts=PROMPTS[:1])
     assert found[PROMPTS[0]].reason == "out of memory" and len(store) == 0
@@ -125,12 +134,19 @@ def test_what_failed_altogether_is_tried_again(model, store, asked, monkeypatch)
 def test_what_would_end_the_same_way_is_kept(store, asked):
     """A block that adds nothing has no coupling today nor tomorrow."""
     silent = cases.tiny_model("llama", num_hidden_layers=3)
-    for weight in (silent.model.layers[1].self_attn.o_proj.weight, silent.model.layers[1].mlp.down_proj.weight):
+    for weight in (
+        silent.model.layers[1].self_attn.o_proj.weight,
+        silent.model.layers[1].mlp.down_proj.weight,
+    ):
         weight.data.zero_()
     silent = ResidualModel.wrap(silent)
     first = records(silent, store, "depth", "regularity", prompts=PROMPTS[:1])[PROMPTS[0]]
     again = records(silent, store, "depth", "regularity", prompts=PROMPTS[:1])[PROMPTS[0]]
-    assert len(asked) == 1 and again.reason == first.reason and "5 of 9 layer pairs are undefined" in again.reason
+    assert (
+        len(asked) == 1
+        and again.reason == first.reason
+        and "5 of 9 layer pairs are undefined" in again.reason
+    )
     assert again.reason_codes == ("zero_or_low_rank", "undefined")
 
 
@@ -149,7 +165,10 @@ def test_a_store_of_another_version_is_refused_in_a_sentence(tmp_path):
         db.execute("CREATE TABLE meta (schema_version INTEGER)")
         db.execute("INSERT INTO meta VALUES (1)")
     db.close()
-    with pytest.raises(CouplingError, match="older.sqlite of schema version 1, expected version 2; delete it or choose"):
+    with pytest.raises(
+        CouplingError,
+        match="older.sqlite of schema version 1, expected version 2; delete it or choose",
+    ):
         MeasurementStore(path)
 
 
@@ -157,14 +176,18 @@ def test_why_a_block_was_slower_is_in_the_record_and_once_in_the_log(store, capl
     """The exception that sent a block to a slower level was swallowed."""
     experts = ResidualModel.wrap(cases.tiny_model("mixtral"))
     chosen = Settings(ranks=(2,), measures=("depth",), dtype="float64")
-    session = Session(subjects=[Subject("trained", experts)], settings=chosen, position=-1, store=store)
+    session = Session(
+        subjects=[Subject("trained", experts)], settings=chosen, position=-1, store=store
+    )
     with caplog.at_level("INFO", logger="lm_eval.coupling"):
         found = session.measure(PROMPTS).of("trained")
     for record in found.values():
         assert record.method == ("token-local",) * 2
         assert all(why.startswith("closed: ") and len(why) > 12 for why in record.slower_because)
     (told,) = [line for line in caplog.messages if "slower level" in line]
-    assert "4 Jacobians came from a slower level than the fastest: " in told and " × closed: " in told
+    assert (
+        "4 Jacobians came from a slower level than the fastest: " in told and " × closed: " in told
+    )
 
 
 def test_a_batch_is_one_transaction(model, store, monkeypatch):
@@ -198,9 +221,20 @@ def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkey
 
 def test_a_device_is_not_kept_waiting_for_one_prompt():
     """There one takes as long as many do; on a CPU what one costs is known sooner."""
-    batches = [(Settings(ranks=(2,)), [(i,) * n for i in range(m)]) for n, m in ((3, 2), (5, 3), (9, 1))]
-    assert session_module._in_order(batches, torch.device("cuda")) == [batches[1], batches[0], batches[2]]
-    assert [len(batch) for _, batch in session_module._in_order(batches, torch.device("cpu"))] == [1, 2, 2, 1]
+    batches = [
+        (Settings(ranks=(2,)), [(i,) * n for i in range(m)]) for n, m in ((3, 2), (5, 3), (9, 1))
+    ]
+    assert session_module._in_order(batches, torch.device("cuda")) == [
+        batches[1],
+        batches[0],
+        batches[2],
+    ]
+    assert [len(batch) for _, batch in session_module._in_order(batches, torch.device("cpu"))] == [
+        1,
+        2,
+        2,
+        1,
+    ]
 
 
 def test_a_store_that_takes_nothing_is_asked_once(model, store, monkeypatch, caplog):

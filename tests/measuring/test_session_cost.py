@@ -7,11 +7,11 @@ import cases
 import pytest
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.measuring import session as sessions
-from lm_eval_coupling.measuring.session import Session, Subject
 from lm_eval_coupling.measuring.settings import Settings
-from lm_eval_coupling.measuring.store import MeasurementStore
 from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.runs import session as sessions
+from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
 PROMPTS = [tuple(cases.tiny_tokens(n)[0].tolist()) for n in (5, 9, 7)]
@@ -72,7 +72,10 @@ def test_the_cost_is_told_after_a_first_prompt(make, caplog, monkeypatch):
     counted, memory, cost = caplog.messages
     assert counted == "coupling: on this process 4 prompts, 3 of them distinct, 0 measured before"
     assert "of Jacobians on the host" in memory
-    assert cost.startswith("coupling: a first prompt of 7 tokens took ") and "; the other 2 take up to " in cost
+    assert (
+        cost.startswith("coupling: a first prompt of 7 tokens took ")
+        and "; the other 2 take up to " in cost
+    )
     assert "depth " in cost and "self " in cost and "more Jacobians" in cost
     assert seen[0] == (1, 2) and sum(size for size, _ in seen) == 3 and seen[1][1] == 3
 
@@ -81,7 +84,9 @@ def test_trying_one_measures_one_of_each_weights(make):
     told = make(weights=(TRAINED, UNTRAINED)).try_one(PROMPTS)
     assert told[0] == "trained weights: 3 prompts, 3 of them distinct, 0 measured before"
     assert "; the other 2 take up to " in told[1]
-    assert told[3] == "untrained weights: 3 prompts, 3 of them distinct, 1 measured before"  # here they are the same weights
+    assert (
+        told[3] == "untrained weights: 3 prompts, 3 of them distinct, 1 measured before"
+    )  # here they are the same weights
     assert "; the other 1 take up to " in told[4] and len(told) == 6
     assert len(make().store) == 2 * 2  # measures of two prompts
     assert PROMPTS[2] in make().measure(PROMPTS).reused[TRAINED]
@@ -93,6 +98,8 @@ def test_another_thread_stores_and_finds(make, caplog):
     thread = threading.Thread(target=lambda: found.append(session.measure(PROMPTS)))
     thread.start()
     thread.join()
-    assert len(session.store) == 2 * len(PROMPTS) and not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(session.store) == 2 * len(PROMPTS) and not [
+        r for r in caplog.records if r.levelno >= logging.WARNING
+    ]
     assert session.measure(PROMPTS).reused == {TRAINED: set(PROMPTS)}
     session.store.close()

@@ -22,8 +22,14 @@ from lm_eval_coupling.residual import ResidualModel
         ({"ranks": (True, 2)}, "coupling_ranks=True.2, expected positive whole numbers"),
         ({"ranks": 2.5}, "coupling_ranks=2.5, expected positive whole numbers"),
         ({"ranks": "ten"}, "coupling_ranks=ten, expected positive whole numbers"),
-        ({"ranks": (2, 25)}, "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24"),
-        ({"measures": ("depth", "width")}, "coupling_measures=depth.width .*'width', expected any of depth, regularity"),
+        (
+            {"ranks": (2, 25)},
+            "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24",
+        ),
+        (
+            {"measures": ("depth", "width")},
+            "coupling_measures=depth.width .*'width', expected any of depth, regularity",
+        ),
         ({"measures": ()}, "no coupling_measures, expected any of depth, regularity"),
         ({"dtype": "bfloat16"}, "coupling_dtype='bfloat16', expected one of float32, float64"),
         ({"method": "fast"}, "coupling_method='fast', expected one of auto, closed"),
@@ -36,7 +42,14 @@ def test_settings_that_cannot_work_are_refused_at_once(options, message):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "expected"), [(2, (2,)), ("5+2", (2, 5)), (np.array([2, 5]), (2, 5)), (np.int64(3), (3,)), ([5, 2, 5], (2, 5))]
+    ("ranks", "expected"),
+    [
+        (2, (2,)),
+        ("5+2", (2, 5)),
+        (np.array([2, 5]), (2, 5)),
+        (np.int64(3), (3,)),
+        ([5, 2, 5], (2, 5)),
+    ],
 )
 def test_ranks_in_every_form(ranks, expected):
     """A number alone was a TypeError, a text was taken apart into characters, and NumPy's numbers were refused."""
@@ -64,7 +77,10 @@ def test_what_a_measure_depends_on_is_its_own():
         "method": "auto",
         "version": registry.measures()["depth"].version,
     }
-    one, other = Settings(measures=("depth", "regularity")), Settings(measures=("regularity", "depth"), window=5)
+    one, other = (
+        Settings(measures=("depth", "regularity")),
+        Settings(measures=("regularity", "depth"), window=5),
+    )
     assert one.measures == other.measures and one.of("depth") == other.of("depth")
     assert one.of("regularity") != other.of("regularity")
     assert other.as_dict()["window"] == 5 and other.as_dict()["regularity_version"] == 2

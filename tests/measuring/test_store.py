@@ -12,7 +12,7 @@ import pytest
 
 from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.measures.registry import Found
-from lm_eval_coupling.measuring.store import MeasurementStore, default_store_path
+from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
 
@@ -20,7 +20,7 @@ WRITER = """
 import sys
 import numpy as np
 from lm_eval_coupling.measures.registry import Found
-from lm_eval_coupling.measuring.store import MeasurementStore
+from lm_eval_coupling.runs.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:
     for i in range(count):
@@ -82,7 +82,10 @@ def test_last_one_wins(tmp_path):
 
 
 def test_objects_are_never_pickled(tmp_path):
-    with MeasurementStore(tmp_path / "s.sqlite") as store, pytest.raises(ValueError, match="allow_pickle"):
+    with (
+        MeasurementStore(tmp_path / "s.sqlite") as store,
+        pytest.raises(ValueError, match="allow_pickle"),
+    ):
         store.put({"a": Found({"x": np.array([{}], dtype=object)})})
 
 
@@ -115,8 +118,14 @@ def test_kill_loses_nothing_that_was_put(tmp_path):
             for key in written:
                 i = int(key.split("-")[1])
                 found = store.get(key).columns
-                assert found["tokens"] == [i] and (found["values"] == i).all() and found["values"].shape == (40, 40)
-            assert len(store) - len(written) <= round_ + 1  # a put may be durable before its return was reported
+                assert (
+                    found["tokens"] == [i]
+                    and (found["values"] == i).all()
+                    and found["values"].shape == (40, 40)
+                )
+            assert (
+                len(store) - len(written) <= round_ + 1
+            )  # a put may be durable before its return was reported
     assert len(written) >= 36
 
 
@@ -128,7 +137,9 @@ def test_several_processes_write_at_once(tmp_path):
         assert process.returncode == 0, errors
     with MeasurementStore(path) as store:
         assert len(store) == 75
-        assert all(store.get(f"{name}-{i}").columns["tokens"] == [i] for name in "abc" for i in range(25))
+        assert all(
+            store.get(f"{name}-{i}").columns["tokens"] == [i] for name in "abc" for i in range(25)
+        )
 
 
 def test_another_schema_version_is_refused(tmp_path):
@@ -194,7 +205,7 @@ def test_the_default_is_a_file_of_the_user():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.measuring.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.runs.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ from lm_eval_coupling.measures.formulas.headline import headline_rank
 from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measures.registry import Found
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.summary import document_value, summarize
+from lm_eval_coupling.runs.task_summary import document_value, summarize
 
 NAN = math.nan
 PAIR_MEASURES = (
@@ -28,7 +28,10 @@ def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, r
     """Two layers; at each rank all five kinds have the same values: [[diagonal, first], [second, diagonal]]."""
     arrays = {}
     if off_diagonal is not None:
-        pairs = np.array([[[diagonal, first], [second, diagonal]] for first, second in off_diagonal], dtype=np.float32)
+        pairs = np.array(
+            [[[diagonal, first], [second, diagonal]] for first, second in off_diagonal],
+            dtype=np.float32,
+        )
         arrays = {name: pairs * (i + 1) for i, name in enumerate(PAIR_MEASURES)}
     scores = {"line_shape_score": line_shape_score, "expodistance": expodistance}
     regular = {name: value for name, value in scores.items() if not math.isnan(value)}
@@ -37,7 +40,9 @@ def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, r
     return PromptCoupling(tokens=(1, 2), position=1, ranks=(4, 8), found=found)
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [((10, 30, 50), 10), ((4, 10), 10), ((30, 50), 30), ((8, 4), 4)])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [((10, 30, 50), 10), ((4, 10), 10), ((30, 50), 30), ((8, 4), 4)]
+)
 def test_the_headline_is_rank_ten_where_it_was_measured(ranks, expected):
     assert headline_rank(ranks) == expected
 
@@ -62,8 +67,13 @@ def test_a_document_is_worth_the_mean_of_its_prompts():
 
 def test_documents_count_once_however_many_prompts_they_have():
     """Three prompts of one document and one of another: 0.5·(mean of three + one), not the mean of four."""
-    group = [prompt([(m, m), (0, 0)], line_shape_score=s) for m, s in ((0.1, 1.0), (0.2, 2.0), (0.3, 6.0))]
-    found = summarize({"one": group, "two": [prompt([(0.8, 0.8), (0, 0)], line_shape_score=5.0)]}, (4, 8))
+    group = [
+        prompt([(m, m), (0, 0)], line_shape_score=s)
+        for m, s in ((0.1, 1.0), (0.2, 2.0), (0.3, 6.0))
+    ]
+    found = summarize(
+        {"one": group, "two": [prompt([(0.8, 0.8), (0, 0)], line_shape_score=5.0)]}, (4, 8)
+    )
     coupling = found["measures"]["coupling"][4]
     assert coupling["mean"] == pytest.approx((0.8 + 0.2) / 2)
     assert coupling["stderr"] == pytest.approx(0.3)  # |0.8 − 0.2| / 2
@@ -72,18 +82,35 @@ def test_documents_count_once_however_many_prompts_they_have():
 
 
 def test_every_measure_at_every_rank():
-    found = summarize({"one": [prompt([(0.2, 0.4), (0.5, 0.7)], diagonal=0.1, expodistance=2.5)]}, (4, 8))["measures"]
+    found = summarize(
+        {"one": [prompt([(0.2, 0.4), (0.5, 0.7)], diagonal=0.1, expodistance=2.5)]}, (4, 8)
+    )["measures"]
     for i, name in enumerate(PAIR_MEASURES):
         assert found[name][4]["mean"] == pytest.approx(0.3 * (i + 1))
         assert found[name][8]["mean"] == pytest.approx(0.6 * (i + 1))
     assert found["coupling"][4]["mean"] == pytest.approx(1 - 0.3)
-    assert found["coupling_with_diagonal"][4]["mean"] == pytest.approx(1 - (0.2 + 0.4 + 0.1 + 0.1) / 4)
-    assert found["coupling_with_diagonal"][8]["mean"] == pytest.approx(1 - (0.5 + 0.7 + 0.1 + 0.1) / 4)
+    assert found["coupling_with_diagonal"][4]["mean"] == pytest.approx(
+        1 - (0.2 + 0.4 + 0.1 + 0.1) / 4
+    )
+    assert found["coupling_with_diagonal"][8]["mean"] == pytest.approx(
+        1 - (0.5 + 0.7 + 0.1 + 0.1) / 4
+    )
     assert found["expodistance"] == pytest.approx({"mean": 2.5, "stderr": NAN, "n": 1}, nan_ok=True)
-    of_jacobians = {"mean_jacobian_norm", "mean_jacobian_frobenius", "mean_stable_rank", "mean_non_normality"}
+    of_jacobians = {
+        "mean_jacobian_norm",
+        "mean_jacobian_frobenius",
+        "mean_stable_rank",
+        "mean_non_normality",
+    }
     of_jacobians |= {"mean_symmetric_share", "middle_over_outer_norm"}
     of_the_trajectory = {"line_shape_score", "expodistance", "equidistance"}
-    assert set(found) == {"coupling", "coupling_with_diagonal", *PAIR_MEASURES, *of_jacobians, *of_the_trajectory}
+    assert set(found) == {
+        "coupling",
+        "coupling_with_diagonal",
+        *PAIR_MEASURES,
+        *of_jacobians,
+        *of_the_trajectory,
+    }
 
 
 def test_undefined_pairs_are_left_out():
@@ -111,5 +138,7 @@ def test_failures_are_counted_by_document_and_their_reasons_by_prompt():
 
 
 def test_the_summary_is_json():
-    found = summarize({"one": [prompt([(0.2, 0.4), (0.5, 0.7)])], "two": [prompt(None, reason="?")]}, (4, 8))
+    found = summarize(
+        {"one": [prompt([(0.2, 0.4), (0.5, 0.7)])], "two": [prompt(None, reason="?")]}, (4, 8)
+    )
     assert json.loads(json.dumps(found))["measures"]["coupling"]["4"]["mean"] == pytest.approx(0.7)

@@ -32,7 +32,10 @@ IDS, MASK = [[0, 5, 6], [7, 8, 9]], [[0, 1, 1], [1, 1, 1]]
         ([torch.tensor([5, 6]), torch.tensor([[7]])], [[5, 6], [7]]),
         ([torch.tensor(5), torch.tensor(6)], [[5, 6]]),
         (BatchEncoding({"input_ids": IDS, "attention_mask": MASK}), [[5, 6], [7, 8, 9]]),
-        (BatchEncoding({"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}), [[5, 6], [7, 8, 9]]),
+        (
+            BatchEncoding({"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}),
+            [[5, 6], [7, 8, 9]],
+        ),
         (BatchEncoding({"input_ids": [5, 6], "attention_mask": [1, 1]}), [[5, 6]]),
         ({"input_ids": IDS}, IDS),
         (torch.zeros(3, 4, 5), [[3, 4, 5]]),

@@ -9,20 +9,20 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from saved_runs import record, save, task_summary
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring import matrices
-from lm_eval_coupling.measuring.direction_words import (
+from coupling_analysis import token_matrices as matrices
+from coupling_analysis.direction_words import (
     DirectionWords,
     chance_kept,
     direction_words,
     kept_words,
     nearest_words,
 )
+from saved_runs import record, save, task_summary
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.saved.direction_words import read_words, tokens_hash
+from lm_eval_coupling.saved.words import read_words, tokens_hash
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 D = 16
@@ -40,7 +40,10 @@ class LayerNormHead:
         self.head_bias, self.device = 9 * torch.randn(2 * D, generator=draws), torch.device("cpu")
 
     def logits(self, resid):
-        return torch.nn.functional.layer_norm(resid, (D,), self.weight, self.bias) @ SIGNED.T + self.head_bias
+        return (
+            torch.nn.functional.layer_norm(resid, (D,), self.weight, self.bias) @ SIGNED.T
+            + self.head_bias
+        )
 
 
 def test_biases_have_no_say():
@@ -49,15 +52,21 @@ def test_biases_have_no_say():
     ids = nearest_words(LayerNormHead(), directions, 3)
     for direction, (plus, minus) in zip(directions, ids.tolist(), strict=True):
         values = SIGNED @ (direction - direction.mean())
-        assert plus == values.topk(3).indices.tolist() and minus == (-values).topk(3).indices.tolist()
+        assert (
+            plus == values.topk(3).indices.tolist() and minus == (-values).topk(3).indices.tolist()
+        )
         assert [(i + D) % (2 * D) for i in plus] == minus
 
 
 def test_kept_words_by_hand():
-    ids = torch.tensor([[[[1, 2], [3, 4]]], [[[4, 1], [9, 8]]], [[[2, 1], [3, 9]]]])  # 3 layers, K = 1
+    ids = torch.tensor(
+        [[[[1, 2], [3, 4]]], [[[4, 1], [9, 8]]], [[[2, 1], [3, 9]]]]
+    )  # 3 layers, K = 1
     kept = kept_words(ids)
     assert (
-        kept[0, 1].tolist() == [[0.5, 0.5]] and kept[0, 2].tolist() == [[1.0, 0.5]] and kept[1, 2].tolist() == [[0.5, 0.5]]
+        kept[0, 1].tolist() == [[0.5, 0.5]]
+        and kept[0, 2].tolist() == [[1.0, 0.5]]
+        and kept[1, 2].tolist() == [[0.5, 0.5]]
     )
     assert kept[1, 0].tolist() == [[0.5, 0.0]] and (kept[range(3), range(3)] == 1).all()
 
@@ -97,10 +106,18 @@ def writer(device):
 
 def test_blocks_that_write_words(writer):
     found = direction_words(writer, [3, 1, 4, 1, 5], rank=1, words=1)
-    assert [set(pair) for pair in found.ids[:, 0, :, 0].tolist()] == [{5, 5 + D}, {5, 5 + D}, {7, 7 + D}]
-    assert found.kept[0, :, 0].tolist() == [[1, 1], [1, 1], [0, 0]] and found.life[:, 0].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert [set(pair) for pair in found.ids[:, 0, :, 0].tolist()] == [
+        {5, 5 + D},
+        {5, 5 + D},
+        {7, 7 + D},
+    ]
+    assert found.kept[0, :, 0].tolist() == [[1, 1], [1, 1], [0, 0]] and found.life[
+        :, 0
+    ].tolist() == [[1, 1], [0, 0], [0, 0]]
     assert (found.singular_values > 0).all()
-    with pytest.raises(CouplingError, match="got rank 17 and 1 words for a model with d_model = 16"):
+    with pytest.raises(
+        CouplingError, match="got rank 17 and 1 words for a model with d_model = 16"
+    ):
         direction_words(writer, [1, 2], rank=17, words=1)
 
 
@@ -125,14 +142,39 @@ def words(monkeypatch):
 
 def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
     model = tiny.save_model(tmp_path / "tiny")
-    words.main([model, "--prompt", "The sky is", "The sea", "--rank", "3", "--words", "2", "--out", str(tmp_path / "out")])
+    words.main(
+        [
+            model,
+            "--prompt",
+            "The sky is",
+            "The sea",
+            "--rank",
+            "3",
+            "--words",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     rows, kept = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("words", "words_kept"))
-    assert len(rows) == 2 * 4 * 3 * 2 and set(rows["layer"]) == {1, 2, 3, 4} and rows["life"].max() <= 3
+    assert (
+        len(rows) == 2 * 4 * 3 * 2
+        and set(rows["layer"]) == {1, 2, 3, 4}
+        and rows["life"].max() <= 3
+    )
     assert rows["kept_next"].isna().equals(rows["layer"] == 4)
-    assert kept["distance"].tolist() == [1, 2, 3] and kept["n"].tolist() == [6, 4, 2] and kept["chance"].nunique() == 1
+    assert (
+        kept["distance"].tolist() == [1, 2, 3]
+        and kept["n"].tolist() == [6, 4, 2]
+        and kept["chance"].nunique() == 1
+    )
     assert kept["mean"][0] == pytest.approx(rows["kept_next"].mean())
-    assert (tmp_path / "out" / "words_kept.png").exists() and "tiny: The sky is" in capsys.readouterr().out
-    assert set(rows["model"]) == {"tiny"} and set(rows["fingerprint"]) == {matrices.load(model).fingerprint}
+    assert (
+        tmp_path / "out" / "words_kept.png"
+    ).exists() and "tiny: The sky is" in capsys.readouterr().out
+    assert set(rows["model"]) == {"tiny"} and set(rows["fingerprint"]) == {
+        matrices.load(model).fingerprint
+    }
     assert rows["doc_hash"].isna().all() and rows["tokens_hash"].nunique() == 2
 
 
@@ -140,8 +182,16 @@ def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
 def measured(tmp_path):
     """A model and the folder of a run of it, whose documents 0 and 1 were measured at the last but one token."""
     model = tiny.save_model(tmp_path / "tiny")
-    rows = [record("arc", i) | {"tokens": (3, 4 + i, 5, 9), "position": 2, "n_tokens": 4} for i in range(2)]
-    save(tmp_path / "out", {"arc": task_summary()}, rows=rows, fingerprint=matrices.load(model).fingerprint)
+    rows = [
+        record("arc", i) | {"tokens": (3, 4 + i, 5, 9), "position": 2, "n_tokens": 4}
+        for i in range(2)
+    ]
+    save(
+        tmp_path / "out",
+        {"arc": task_summary()},
+        rows=rows,
+        fingerprint=matrices.load(model).fingerprint,
+    )
     return model, str(tmp_path / "out")
 
 
@@ -149,17 +199,42 @@ def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp
     """The file had no key of a document and the last token's words, wherever coupling was measured."""
     model, results = measured
     size = ["--rank", "2", "--words", "3"]
-    words.main([model, "--results", results, "--task", "arc", "--doc", "1", "0", *size, "--out", str(tmp_path)])
+    words.main(
+        [
+            model,
+            "--results",
+            results,
+            "--task",
+            "arc",
+            "--doc",
+            "1",
+            "0",
+            *size,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     rows = pd.read_csv(tmp_path / "words.csv")
-    assert list(rows["doc_hash"].unique()) == ["d1", "d0"] and set(rows["position"]) == {2} and set(rows["task"]) == {"arc"}
+    assert (
+        list(rows["doc_hash"].unique()) == ["d1", "d0"]
+        and set(rows["position"]) == {2}
+        and set(rows["task"]) == {"arc"}
+    )
     wrapped = matrices.load(model)
     told = read_words(tmp_path / "words.csv")
     document = {"doc_hash": "d1", "prompt_hash": "p1", "tokens": (3, 5, 5, 9), "position": 2}
     shown = told.of(wrapped.fingerprint, document)
     expected = direction_words(wrapped, [3, 5, 5, 9], position=2, rank=2, words=3)
-    assert [(one["layer"], one["k"]) for one in shown] == [(layer, k) for layer in (1, 2, 3, 4) for k in (1, 2)]
-    np.testing.assert_allclose([one["sigma"] for one in shown], expected.singular_values.ravel(), rtol=1e-5)
-    decoded = [" ".join(repr(wrapped.tokenizer.decode([i])) for i in ids) for ids in expected.ids[:, :, 0].reshape(-1, 3)]
+    assert [(one["layer"], one["k"]) for one in shown] == [
+        (layer, k) for layer in (1, 2, 3, 4) for k in (1, 2)
+    ]
+    np.testing.assert_allclose(
+        [one["sigma"] for one in shown], expected.singular_values.ravel(), rtol=1e-5
+    )
+    decoded = [
+        " ".join(repr(wrapped.tokenizer.decode([i])) for i in ids)
+        for ids in expected.ids[:, :, 0].reshape(-1, 3)
+    ]
     assert [one["words"] for one in shown] == decoded
     assert tokens_hash((3, 5, 5, 9)) == tokens_hash([3, 5, 5, 9]) != tokens_hash((35, 5, 9))
 
@@ -169,9 +244,18 @@ def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp
     [
         (["--results", "OUT", "--task", "arc"], "got --results without --doc"),
         (["--doc", "0"], "got --doc without --results"),
-        (["--results", "OUT", "--task", "arc", "--doc", "0", "--token", "0"], "got --token with --results"),
-        (["--results", "OUT", "--task", "arc", "--doc", "0", "--untrained", "0"], "got --untrained with --results"),
-        (["--results", "OUT", "--task", "arc", "--doc", "7"], "got document 7, .* choose among 0, 1"),
+        (
+            ["--results", "OUT", "--task", "arc", "--doc", "0", "--token", "0"],
+            "got --token with --results",
+        ),
+        (
+            ["--results", "OUT", "--task", "arc", "--doc", "0", "--untrained", "0"],
+            "got --untrained with --results",
+        ),
+        (
+            ["--results", "OUT", "--task", "arc", "--doc", "7"],
+            "got document 7, .* choose among 0, 1",
+        ),
         (["--results", "OUT", "--task", "gsm", "--doc", "0"], "got task gsm, .* choose among arc"),
         (
             ["--results", "OUT", "--task", "arc", "--doc", "0", "--dtype", "bfloat16"],
@@ -182,4 +266,6 @@ def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp
 def test_prompts_that_no_run_measured_are_refused(words, measured, tmp_path, given, told):
     model, results = measured
     with pytest.raises(CouplingError, match=told):
-        words.main([model, *(results if one == "OUT" else one for one in given), "--out", str(tmp_path)])
+        words.main(
+            [model, *(results if one == "OUT" else one for one in given), "--out", str(tmp_path)]
+        )

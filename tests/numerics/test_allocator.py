@@ -29,7 +29,11 @@ print("FAULTS", kept, use())
 def faults(**environment):
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env={"PYTHONPATH": root} | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS],
+        env={"PYTHONPATH": root} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     kept, count = done.stdout.split("FAULTS")[1].split()
     return kept == "True", int(count)
@@ -44,7 +48,11 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.parametrize(
-    "environment", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
+    "environment",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"},
+    ],
 )
 def test_what_the_user_has_set_up_stays(environment):
     assert not faults(**environment)[0]

@@ -18,20 +18,28 @@ def by(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("size", "k"), [(1, 1), (2, 1), (7, 7), (40, 11)])
 def test_leading_eigenvectors_are_scipys(dtype, size, k, by):
-    A = torch.randn(3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    A = torch.randn(
+        3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)
+    )
     A = A.to(dtype)
     found = leading_gram_eigenvectors(A.mT.contiguous().mT, k).double()
     for vectors, g in zip(found, A.mT.double() @ A.double(), strict=True):
         values = scipy.linalg.eigh(g.numpy(), eigvals_only=True)[::-1][:k].copy()
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        assert torch.allclose(g @ vectors, vectors * torch.from_numpy(values), atol=tolerance * values[0])
-        assert torch.allclose(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=tolerance)
+        assert torch.allclose(
+            g @ vectors, vectors * torch.from_numpy(values), atol=tolerance * values[0]
+        )
+        assert torch.allclose(
+            vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])
 @pytest.mark.parametrize("size", [1, 2, 33])
 def test_small_matrices_are_decomposed_whole(batch, size, by):
-    A = torch.randn(batch, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    A = torch.randn(
+        batch, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)
+    )
     H = A + A.mT
     values, vectors = small_eigh(H)
     assert torch.allclose(H @ vectors, vectors * values[:, None], atol=1e-12)
@@ -53,7 +61,10 @@ def test_what_is_not_finite_spoils_no_other_matrix(function, by):
         (b"void (char *, int *, __pyx_t_5scipy_6linalg_13cython_lapack_s *)", True),
         (b"void (char *, int64_t *, __pyx_t_5scipy_6linalg_13cython_lapack_s *)", False),
         (b"void (char *, long *, int *, __pyx_t_5scipy_6linalg_13cython_lapack_d *)", False),
-        (b"void (char *, __pyx_t_5numpy_int64_t *, __pyx_t_5scipy_6linalg_13cython_lapack_d *)", False),
+        (
+            b"void (char *, __pyx_t_5numpy_int64_t *, __pyx_t_5scipy_6linalg_13cython_lapack_d *)",
+            False,
+        ),
         (b"void (char *, npy_int64 *)", False),
     ],
 )

@@ -12,7 +12,12 @@ MIB = 1 << 20
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine with 8 GiB available, no limits, and files of control groups that a test writes."""
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+    for name in (
+        "LOCAL_WORLD_SIZE",
+        "SLURM_MEM_PER_NODE",
+        "SLURM_MEM_PER_CPU",
+        "SLURM_CPUS_ON_NODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     memory = psutil.virtual_memory()._replace(available=8192 * MIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -55,12 +60,16 @@ def test_a_limit_of_the_first_version(machine):
 
 
 @pytest.mark.parametrize(
-    "job", [{"SLURM_MEM_PER_NODE": "4096"}, {"SLURM_MEM_PER_CPU": "1024", "SLURM_CPUS_ON_NODE": "4"}], ids=["node", "cpu"]
+    "job",
+    [{"SLURM_MEM_PER_NODE": "4096"}, {"SLURM_MEM_PER_CPU": "1024", "SLURM_CPUS_ON_NODE": "4"}],
+    ids=["node", "cpu"],
 )
 def test_what_a_slurm_job_was_given(machine, monkeypatch, job):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    assert limits.free_on_host() == pytest.approx(4096 * MIB - psutil.Process().memory_info().rss, abs=64 * MIB)
+    assert limits.free_on_host() == pytest.approx(
+        4096 * MIB - psutil.Process().memory_info().rss, abs=64 * MIB
+    )
     monkeypatch.setenv(next(iter(job)), "0")  # all of the node's
     assert limits.free_on_host() == 8192 * MIB
 

@@ -45,7 +45,9 @@ def free(monkeypatch, tmp_path):
 
 def seventy_billion():
     """Llama 3 70B, without its weights."""
-    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8)
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8
+    )
     with torch.device("meta"):
         block = LlamaDecoderLayer(config, 0)
     parameters = sum(p.numel() for p in block.parameters())
@@ -63,7 +65,9 @@ def test_a_model_of_70_billion_weights(free):
     free(40 * GB)
     found = memory(**seventy_billion(), rank=50, seq=128, device="cuda")
     assert found.where == "disk"
-    assert str(found).startswith(f"21.5 GB of Jacobians in a file in {tempfile.gettempdir()}, 267 MB of singular vectors, ")
+    assert str(found).startswith(
+        f"21.5 GB of Jacobians in a file in {tempfile.gettempdir()}, 267 MB of singular vectors, "
+    )
 
 
 def test_jacobians_stay_on_a_device_up_to_half_of_what_is_free(free):
@@ -79,7 +83,14 @@ def test_jacobians_stay_on_a_device_up_to_half_of_what_is_free(free):
 def test_where_blocks_lie_on_several_devices_jacobians_go_to_the_host(free):
     """Which is planned with, too: they are no part of what a device has to hold."""
     free(100 * GB, 8 * GB)
-    shape = {"n_layers": 32, "d_model": 4096, "n_heads": 32, "block_params": 218_112_000, "rank": 50, "seq": 128}
+    shape = {
+        "n_layers": 32,
+        "d_model": 4096,
+        "n_heads": 32,
+        "block_params": 218_112_000,
+        "rank": 50,
+        "seq": 128,
+    }
     found = memory(**shape, prompts=4, device="cuda", scattered=True)
     assert found.where == "host" and found.on_device == found.total - 4 * 32 * 4096**2 * 4
     free(10 * GB, 8 * GB)
@@ -87,7 +98,15 @@ def test_where_blocks_lie_on_several_devices_jacobians_go_to_the_host(free):
 
 
 def test_heads_wider_than_the_model_and_large_vocabularies_take_more():
-    shape = {"n_layers": 2, "d_model": 1024, "n_heads": 16, "block_params": 10**7, "rank": 50, "seq": 16, "prompts": 16}
+    shape = {
+        "n_layers": 2,
+        "d_model": 1024,
+        "n_heads": 16,
+        "block_params": 10**7,
+        "rank": 50,
+        "seq": 16,
+        "prompts": 16,
+    }
     plain = memory(**shape).working
     assert memory(**shape, d_head=128).working > 1.5 * plain
     assert memory(**shape, vocabulary=10).working == plain
@@ -98,8 +117,17 @@ def test_what_a_plan_puts_on_a_device_stays_there(free):
     """The traces are held when room for the Jacobians is asked for: they were once asked for without."""
     for room in (40, 80, 141):
         free(200 * GB, room * GB)
-        shape = {"n_layers": 32, "d_model": 4096, "n_heads": 32, "block_params": 218_112_000, "rank": 50, "seq": 128}
-        fitting = [n for n in range(1, 80) if memory(**shape, prompts=n, device="cuda").where == "device"]
+        shape = {
+            "n_layers": 32,
+            "d_model": 4096,
+            "n_heads": 32,
+            "block_params": 218_112_000,
+            "rank": 50,
+            "seq": 128,
+        }
+        fitting = [
+            n for n in range(1, 80) if memory(**shape, prompts=n, device="cuda").where == "device"
+        ]
         held = 3 * 32 * max(fitting) * 128 * 4096 * 4
         free(200 * GB, room * GB - held)
         assert jacobian_place(max(fitting) * 32 * 4096**2 * 4) == "device"
@@ -114,7 +142,12 @@ def test_as_many_are_decomposed_together_as_there_is_room_for(free):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     free(100 * GB, 60 * GB)
     counts = [layers_at_once(d, 4, gpu) for d in (576, 1024, 4096, 8192)]
-    assert counts == sorted(counts, reverse=True) and counts[0] > 240 and counts[2] > 32 and counts[3] > 1
+    assert (
+        counts == sorted(counts, reverse=True)
+        and counts[0] > 240
+        and counts[2] > 32
+        and counts[3] > 1
+    )
     free(100 * GB, 1 * GB)
     assert [layers_at_once(d, 4, gpu) for d in (4096, 8192)] == [2, 1]
     free(100 * GB, 60 * GB)
@@ -128,7 +161,14 @@ def test_pairs_of_as_many_prompts_are_held_as_is_announced(free):
     assert [prompts_at_once(n, 50, 4, "cuda") for n in (12, 30, 80)] == [74, 11, 1]
     assert prompts_at_once(12, 50, 4, "cpu") == 1
     # Where pairs are what takes most, the announcement holds those of a whole group, and no more.
-    shape = {"n_layers": 30, "d_model": 64, "n_heads": 1, "block_params": 10_000, "rank": 50, "seq": 4}
+    shape = {
+        "n_layers": 30,
+        "d_model": 64,
+        "n_heads": 1,
+        "block_params": 10_000,
+        "rank": 50,
+        "seq": 4,
+    }
     group, beyond = (memory(**shape, prompts=n, device="cuda").working for n in (11, 40))
     assert 0.8 * COUPLED_AT_ONCE < group < beyond < 1.3 * COUPLED_AT_ONCE
     assert memory(**shape, prompts=11, device="cpu").working < group / 5
@@ -144,7 +184,10 @@ def test_it_grows_with_what_is_measured_at_a_time():
 
 def test_jacobians_on_the_disk_are_those_in_memory(free, tmp_path):
     """And the file is gone at once: only the open mapping holds it."""
-    model, prompt = ResidualModel.wrap(cases.tiny_model("llama", torch.float32)), cases.tiny_tokens(7)
+    model, prompt = (
+        ResidualModel.wrap(cases.tiny_model("llama", torch.float32)),
+        cases.tiny_tokens(7),
+    )
     expected = block_jacobians(model, prompt).jacobians
     (record,) = measure_coupling(model, [prompt[0].tolist()], ranks=(2, 4), progress=False)
     free(0)
@@ -153,7 +196,10 @@ def test_jacobians_on_the_disk_are_those_in_memory(free, tmp_path):
     mapped = any(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert mapped or not sys.platform.startswith("linux")
     (again,) = measure_coupling(model, [prompt[0].tolist()], ranks=(2, 4), progress=False)
-    assert again.reason is None and (again.normalized_miscoupling == record.normalized_miscoupling).all()
+    assert (
+        again.reason is None
+        and (again.normalized_miscoupling == record.normalized_miscoupling).all()
+    )
 
 
 def test_a_disk_without_room_is_said(free, monkeypatch):
@@ -161,7 +207,9 @@ def test_a_disk_without_room_is_said(free, monkeypatch):
     usage = module.shutil.disk_usage("/")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
-    with pytest.raises(CouplingError, match=r"got 0 MB of Jacobians, .* expected room for them; set TMPDIR"):
+    with pytest.raises(
+        CouplingError, match=r"got 0 MB of Jacobians, .* expected room for them; set TMPDIR"
+    ):
         jacobian_stack(2, torch.zeros(1, 3, 24))
     (record,) = measure_coupling(model, [[1, 2, 3]], ranks=(2,), progress=False)
     assert "set TMPDIR" in record.reason
@@ -171,15 +219,31 @@ def test_prompts_of_like_length_go_together_as_many_as_fit():
     lengths = [10, 300, 12, 9, 310, 11, 4000]
     assert together(lengths, lambda prompts, seq: True, 8) == [[3, 0, 5, 2], [1, 4], [6]]
     assert together(lengths, lambda prompts, seq: True, 3) == [[3, 0, 5], [2], [1, 4], [6]]
-    assert together(lengths, lambda prompts, seq: prompts * seq <= 30, 8) == [[3, 0], [5, 2], [1], [4], [6]]
+    assert together(lengths, lambda prompts, seq: prompts * seq <= 30, 8) == [
+        [3, 0],
+        [5, 2],
+        [1],
+        [4],
+        [6],
+    ]
     assert together([], lambda prompts, seq: True, 8) == []
 
 
 def test_a_device_gets_as_many_prompts_as_it_has_room_for(free, monkeypatch):
     """Eight were measured at a time, whatever the card."""
-    shape = {"n_layers": 30, "d_model": 576, "n_heads": 9, "device": torch.device("cuda"), "dtype": torch.float32}
+    shape = {
+        "n_layers": 30,
+        "d_model": 576,
+        "n_heads": 9,
+        "device": torch.device("cuda"),
+        "dtype": torch.float32,
+    }
     model = SimpleNamespace(
-        **shape, block_sizes=(3_540_096, 884_736), d_head=64, vocabulary=49152, devices=[torch.device("cuda")]
+        **shape,
+        block_sizes=(3_540_096, 884_736),
+        d_head=64,
+        vocabulary=49152,
+        devices=[torch.device("cuda")],
     )
     sizes = {}
     for room in (1, 4, 40):
@@ -215,11 +279,23 @@ print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure a peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure a peak"
+)
 def test_no_more_is_taken_than_announced():
     root = str(Path(__file__).parents[2])
-    environment = {"PYTHONPATH": root, "PATH": "", "MALLOC_TRIM_THRESHOLD_": "131072"}  # nothing kept from the short prompt
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        "PYTHONPATH": root,
+        "PATH": "",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+    }  # nothing kept from the short prompt
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "ADDED" in done.stdout, done.stderr[-3000:]
     short, announced_short, long, announced_long = map(int, done.stdout.split("ADDED")[1].split())
     assert announced_short / 2 < short < 1.3 * announced_short

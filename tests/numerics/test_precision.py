@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lm_eval_coupling.measures.formulas.coupling import coupling_matrix
+from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrix
 from lm_eval_coupling.numerics.precision import exact_arithmetic, true_float32
 
 NEWER = [
@@ -90,13 +90,19 @@ def test_products_are_pinned_and_all_is_put_back(name):
     before = settings()
     with pytest.raises(KeyError), true_float32():
         inside = settings()
-        assert inside.pop("products") == "highest" and not inside.pop("cublas") and not inside.pop("cudnn")
+        assert (
+            inside.pop("products") == "highest"
+            and not inside.pop("cublas")
+            and not inside.pop("cudnn")
+        )
         assert set(inside.values()) <= {"ieee"}
         raise KeyError
     assert settings() == before
 
 
-@pytest.mark.parametrize("outside", [torch.inference_mode, torch.no_grad, lambda: torch.set_grad_enabled(False)])
+@pytest.mark.parametrize(
+    "outside", [torch.inference_mode, torch.no_grad, lambda: torch.set_grad_enabled(False)]
+)
 def test_derivatives_can_be_taken(outside):
     with outside():
         was = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -114,7 +120,11 @@ def test_autocast_does_not_reach_products():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = coupling_matrix(J, U, U)
         assert torch.is_autocast_enabled("cpu") and (U @ U).dtype == torch.bfloat16
-    assert found.dtype == torch.float32 and torch.equal(found, coupling_matrix(J, U, U)) and found.requires_grad
+    assert (
+        found.dtype == torch.float32
+        and torch.equal(found, coupling_matrix(J, U, U))
+        and found.requires_grad
+    )
 
 
 def test_threads_take_turns():

@@ -5,7 +5,11 @@ import torch
 
 from lm_eval_coupling.numerics.randomness import seeded
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+DEVICES = [
+    "cpu",
+    *(["cuda"] if torch.cuda.is_available() else []),
+    *(["mps"] if torch.backends.mps.is_available() else []),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -28,7 +32,11 @@ def test_no_accelerator_is_seeded(monkeypatch):
     def reached(*_):
         raise AssertionError("an accelerator's generator was seeded")
 
-    for module, name in ((torch.cuda, "manual_seed_all"), (torch.mps, "manual_seed"), (torch.xpu, "manual_seed_all")):
+    for module, name in (
+        (torch.cuda, "manual_seed_all"),
+        (torch.mps, "manual_seed"),
+        (torch.xpu, "manual_seed_all"),
+    ):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(torch.cuda, "manual_seed", reached)
     with seeded(3):

@@ -52,6 +52,10 @@ def test_near_enough_is_soon_enough():
 def test_rounding_may_differ_across_the_diagonal():
     """A product of two float32 matrices is symmetric to 1e-7 only; what is left of that never settled."""
     A = matrices(8)[:1]
-    askew = A + 1e-7 * torch.randn(A.shape, dtype=A.dtype, generator=torch.Generator().manual_seed(9))
+    askew = A + 1e-7 * torch.randn(
+        A.shape, dtype=A.dtype, generator=torch.Generator().manual_seed(9)
+    )
     values, _ = eigh_by_rotations(askew)
-    assert torch.allclose(values, torch.linalg.eigvalsh((askew + askew.mT) / 2).flip(-1), atol=1e-12)
+    assert torch.allclose(
+        values, torch.linalg.eigvalsh((askew + askew.mT) / 2).flip(-1), atol=1e-12
+    )

@@ -20,7 +20,9 @@ from lm_eval_coupling.numerics.spectra import (
 RESIDUAL = {torch.float32: 1.01e-5, torch.float64: 1.01e-11}
 ORTHOGONAL = {torch.float32: 1e-5, torch.float64: 1e-11}
 SIGMA = {torch.float32: 1e-5, torch.float64: 1e-10}
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
 
 
 def rng(seed=0):
@@ -33,13 +35,23 @@ def orthogonal(d, seed):
 
 def with_spectrum(values, seed=0):
     d = len(values)
-    return orthogonal(d, seed) @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ orthogonal(d, seed + 1).T
+    return (
+        orthogonal(d, seed)
+        @ torch.diag(torch.as_tensor(values, dtype=torch.float64))
+        @ orthogonal(d, seed + 1).T
+    )
 
 
 def check(J, k):
     found = top_singular(J, k)
     eye = torch.eye(k, dtype=torch.float64)
-    flat = zip(*(t.reshape(-1, *t.shape[J.ndim - 2 :]) for t in (J, found.U, found.S, found.V, found.residual)), strict=True)
+    flat = zip(
+        *(
+            t.reshape(-1, *t.shape[J.ndim - 2 :])
+            for t in (J, found.U, found.S, found.V, found.residual)
+        ),
+        strict=True,
+    )
     for j, U, S, V, residual in flat:
         _, S_true, _ = reference.top_singular(j, k)
         S_true = torch.as_tensor(S_true)
@@ -72,7 +84,11 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 def test_spectra_agree_with_full_svd(name, k, dtype):
     values = SPECTRA[name]
-    J = torch.randn(24, 24, dtype=torch.float64, generator=rng()) if values is None else with_spectrum(values)
+    J = (
+        torch.randn(24, 24, dtype=torch.float64, generator=rng())
+        if values is None
+        else with_spectrum(values)
+    )
     check(J.to(dtype), k)
 
 
@@ -89,7 +105,11 @@ def test_batches_have_any_number_of_dimensions_and_mix_kinds(dtype):
     kinds = [with_spectrum(values) for name, values in SPECTRA.items() if values is not None]
     J = torch.stack(kinds).reshape(2, 4, 24, 24).to(dtype)
     found = check(J, 7)
-    assert found.U.shape == (2, 4, 24, 7) and found.S.shape == (2, 4, 7) and found.residual.shape == (2, 4)
+    assert (
+        found.U.shape == (2, 4, 24, 7)
+        and found.S.shape == (2, 4, 7)
+        and found.residual.shape == (2, 4)
+    )
     single = top_singular(J[1, 2], 7)
     torch.testing.assert_close(single.S, found.S[1, 2])
 
@@ -119,7 +139,10 @@ WIDE = {
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
 def test_wide_matrices_of_every_kind_together(way, dtype, scale):
     """Whatever the spectrum and the scale, every matrix of a batch gets the triplets of a full float64 SVD."""
-    kinds = [with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng()) for S in WIDE.values()]
+    kinds = [
+        with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng())
+        for S in WIDE.values()
+    ]
     found = check((torch.stack(kinds) * scale).to(dtype), 12)
     again = top_singular((torch.stack(kinds) * scale).to(dtype), 12)
     assert all(torch.equal(getattr(found, name), getattr(again, name)) for name in ("U", "S", "V"))
@@ -221,7 +244,9 @@ def test_relative_gap(dtype):
 
 @dtypes
 def test_numerical_rank(dtype):
-    J = torch.stack([with_spectrum(SPECTRA[name]) for name in ("zero", "rank one", "rank below k", "flat")]).to(dtype)
+    J = torch.stack(
+        [with_spectrum(SPECTRA[name]) for name in ("zero", "rank one", "rank below k", "flat")]
+    ).to(dtype)
     assert numerical_rank(top_singular(J, 10).S).tolist() == [0, 1, 3, 10]
 
 
@@ -254,18 +279,31 @@ def test_singular_vectors_are_within_their_bound(dtype):
 
 def test_a_bound_sees_the_neighbours_on_both_sides():
     S, residual = torch.tensor([[1.0, 0.5, 0.4999]]), torch.tensor([1e-6])
-    assert angle_bound(S, residual, 1).item() == pytest.approx(2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5)
-    assert angle_bound(S, residual, 2).item() == pytest.approx(2**0.5 * 1e-6 / (1e-4 - 2e-6), rel=1e-3)
-    assert angle_bound(S[:, :2], residual, 2).item() == pytest.approx(2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5)
+    assert angle_bound(S, residual, 1).item() == pytest.approx(
+        2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5
+    )
+    assert angle_bound(S, residual, 2).item() == pytest.approx(
+        2**0.5 * 1e-6 / (1e-4 - 2e-6), rel=1e-3
+    )
+    assert angle_bound(S[:, :2], residual, 2).item() == pytest.approx(
+        2**0.5 * 1e-6 / (0.5 - 2e-6), rel=1e-5
+    )
 
 
 @dtypes
 def test_largest_singular_values(dtype):
-    kinds = [with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng()) for S in WIDE.values()]
+    kinds = [
+        with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng())
+        for S in WIDE.values()
+    ]
     J = torch.stack(kinds).reshape(3, 3, 200, 200).to(dtype)
     expected = torch.linalg.svdvals(J.double())[..., 0]
     assert torch.allclose(largest_singular_values(J).double(), expected, rtol=1e-6, atol=0)
     assert largest_singular_values(J[:0]).shape == (0, 3)
     tiny = torch.finfo(dtype).tiny * 1e6
-    assert torch.allclose(largest_singular_values(J[0] * tiny).double() / tiny, expected[0], rtol=1e-6)
-    assert largest_singular_values(J[0, 0, :5, :5]).item() == pytest.approx(torch.linalg.svdvals(J[0, 0, :5, :5])[0].item())
+    assert torch.allclose(
+        largest_singular_values(J[0] * tiny).double() / tiny, expected[0], rtol=1e-6
+    )
+    assert largest_singular_values(J[0, 0, :5, :5]).item() == pytest.approx(
+        torch.linalg.svdvals(J[0, 0, :5, :5])[0].item()
+    )

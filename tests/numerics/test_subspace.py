@@ -13,7 +13,10 @@ def rng(seed=0):
 
 def with_spectrum(S, seed=0):
     d = len(S)
-    U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=rng(seed + i)))[0] for i in (0, 1))
+    U, V = (
+        torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=rng(seed + i)))[0]
+        for i in (0, 1)
+    )
     return (U * S) @ V.mT
 
 
@@ -29,7 +32,13 @@ def small_problems(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_has_settled_is_the_leading_subspace(dtype):
     i = torch.arange(150, dtype=torch.float64)
-    spectra = [1 - 0.9 * i / 150, (1 + i) ** -0.5, torch.exp(-i / 20), torch.where(i < 12, 1.0, 0.3).double(), 0 * i]
+    spectra = [
+        1 - 0.9 * i / 150,
+        (1 + i) ** -0.5,
+        torch.exp(-i / 20),
+        torch.where(i < 12, 1.0, 0.3).double(),
+        0 * i,
+    ]
     J = torch.stack([with_spectrum(S) for S in spectra]).to(dtype)
     tolerance = 5e-6 if dtype == torch.float32 else 5e-12
     V, settled = leading_right_vectors(J, 12, tolerance)
@@ -45,7 +54,12 @@ def test_wide_matrices_are_multiplied_where_they_lie(dtype, monkeypatch):
     """Those still at work were copied, as many times as others had settled; of 70 billion weights a card held no copy."""
     monkeypatch.setattr(subspace, "GRAM", 0)
     i, right = torch.arange(150, dtype=torch.float64), subspace._Product.of
-    spectra = [torch.where(i < 12, 1.0, 1e-3).double(), 1 - 0.9 * i / 150, (1 + i) ** -0.5, torch.exp(-i / 20)]
+    spectra = [
+        torch.where(i < 12, 1.0, 1e-3).double(),
+        1 - 0.9 * i / 150,
+        (1 + i) ** -0.5,
+        torch.exp(-i / 20),
+    ]
     J, some = torch.stack([with_spectrum(S) for S in spectra]).to(dtype), []
 
     def of(self, which):
@@ -65,14 +79,19 @@ def test_wide_matrices_are_multiplied_where_they_lie(dtype, monkeypatch):
 def test_what_cannot_settle_is_said():
     """Values that differ by less than the tolerance asked for, up to the end of the spectrum, and no numbers at all."""
     i = torch.arange(300, dtype=torch.float64)
-    J = torch.stack([with_spectrum(torch.where(i < 5, 1.0, 0.3 - 1e-7 * i)), torch.full((300, 300), torch.nan)])
+    J = torch.stack(
+        [with_spectrum(torch.where(i < 5, 1.0, 0.3 - 1e-7 * i)), torch.full((300, 300), torch.nan)]
+    )
     _, settled = leading_right_vectors(J, 12, 1e-13)
     assert not settled.any()
 
 
 def test_a_matrix_comes_out_the_same_beside_others():
     J = torch.randn(4, 96, 96, generator=rng())
-    alone, beside = leading_right_vectors(J[2:3], 7, 5e-6)[0][0], leading_right_vectors(J, 7, 5e-6)[0][2]
+    alone, beside = (
+        leading_right_vectors(J[2:3], 7, 5e-6)[0][0],
+        leading_right_vectors(J, 7, 5e-6)[0][2],
+    )
     overlap = torch.linalg.svdvals(alone.double().mT @ beside.double())
     assert torch.allclose(overlap, torch.ones(7, dtype=torch.float64), atol=1e-6)
 

@@ -17,9 +17,19 @@ def saved(tmp_path_factory):
     summaries = {"arc": task_summary(0.3), "gsm": task_summary(0.2)}
     rows = [*RECORDS["arc"], nasty, failed, *RECORDS["gsm"]]
     tiny = save(out, summaries, rows=rows, groups={"both": ["arc", "gsm"]}, run_id="tiny")
-    lines = [sample("d0"), sample("d1", acc=1.0, target="blue"), sample("d5", arguments=nasty_arguments())]
+    lines = [
+        sample("d0"),
+        sample("d1", acc=1.0, target="blue"),
+        sample("d5", arguments=nasty_arguments()),
+    ]
     write_samples(tiny, "arc", lines)
-    save(out, {"arc": task_summary(0.1)}, model=BAD_MODEL, rows=[record("arc", 0, layers=6)], run_id="bad")
+    save(
+        out,
+        {"arc": task_summary(0.1)},
+        model=BAD_MODEL,
+        rows=[record("arc", 0, layers=6)],
+        run_id="bad",
+    )
     save(out, {"arc": task_summary()}, model="org/plain", coupling=False)
     return out
 

@@ -14,12 +14,23 @@ import browser
 import numpy as np
 import pandas as pd
 import pytest
-from report_pages import BAD_MODEL, NASTY, RECORDS, column, headers, open_row, packed, row_of, set_value, table
+from report_pages import (
+    BAD_MODEL,
+    NASTY,
+    RECORDS,
+    column,
+    headers,
+    open_row,
+    packed,
+    row_of,
+    set_value,
+    table,
+)
 from saved_runs import CHANCE, record, save, task_summary
 
 from lm_eval_coupling import cli
 from lm_eval_coupling.report.page import gather, page, write_report
-from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.scores_table import load_runs
 
 
 class TestInABrowser:
@@ -28,24 +39,31 @@ class TestInABrowser:
         for name in [*views[1:], views[0]]:
             opened.click(f"#tab-{name}")
             opened.until(f"!document.querySelector('#{name}').hidden")
-            assert opened.run("[...document.querySelectorAll('[role=tabpanel]')].filter(p => !p.hidden).map(p => p.id)") == [
-                name
-            ]
-            assert opened.run(f"document.querySelector('#tab-{name}').getAttribute('aria-selected')") == "true"
+            assert opened.run(
+                "[...document.querySelectorAll('[role=tabpanel]')].filter(p => !p.hidden).map(p => p.id)"
+            ) == [name]
+            assert (
+                opened.run(f"document.querySelector('#tab-{name}').getAttribute('aria-selected')")
+                == "true"
+            )
 
     def test_the_keyboard_suffices(self, opened):
         opened.press("Tab")
         opened.until("document.activeElement.id === 'tab-overview'")
         assert opened.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         opened.press("Right")
-        opened.until("document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden")
+        opened.until(
+            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"
+        )
         opened.press("End")
         opened.until("document.activeElement.id === 'tab-provenance'")
         opened.press("Home")
         opened.until("document.activeElement.id === 'tab-overview'")
         opened.run("document.querySelector('#rows tbody tr:last-child button').focus()")
         opened.press("Return")
-        opened.until("document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden")
+        opened.until(
+            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"
+        )
 
     @pytest.mark.parametrize("rank", [10, 30])
     def test_the_table_shows_what_load_runs_has(self, saved, opened, rank):
@@ -55,7 +73,9 @@ class TestInABrowser:
         assert len(table(opened, "rows")) == len(runs)
         expected = [
             "–" if math.isnan(mean) else f"{mean:.4f} ± {error:.4f}"
-            for mean, error in zip(runs[f"coupling@{rank}"], runs[f"coupling_stderr@{rank}"], strict=True)
+            for mean, error in zip(
+                runs[f"coupling@{rank}"], runs[f"coupling_stderr@{rank}"], strict=True
+            )
         ]
         assert column(opened, "rows", "Coupling") == expected and len(set(expected)) > 2
         assert column(opened, "rows", "Excess") == [
@@ -82,12 +102,16 @@ class TestInABrowser:
         header = "#rows th:nth-child(5)"
         for direction, order in (("descending", -1), ("ascending", 1)):
             opened.click(f"{header} button")
-            opened.until(f"document.querySelector('{header}').getAttribute('aria-sort') === '{direction}'")
+            opened.until(
+                f"document.querySelector('{header}').getAttribute('aria-sort') === '{direction}'"
+            )
             values = column(opened, "rows", "Coupling")
             assert values[-1] == "–"  # what is missing comes last
             numbers = [float(value.split()[0]) for value in values[:-1]]
             assert numbers == sorted(numbers, reverse=order < 0) and len(set(numbers)) > 1
-        assert opened.run(f"document.activeElement.parentElement === document.querySelector('{header}')")
+        assert opened.run(
+            f"document.activeElement.parentElement === document.querySelector('{header}')"
+        )
 
     def test_rows_are_filtered(self, opened):
         assert sorted(column(opened, "rows", "Task")) == ["arc", "arc", "both"]
@@ -128,17 +152,23 @@ class TestInABrowser:
         np.testing.assert_allclose(found, expected, atol=1e-9)
         assert f"chance {math.sqrt(1 - 1 / 10):.3f}" in opened.text("#heat")
         opened.run("document.querySelector('#layers details').open = true")
-        layers = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]["profile"]["10"]
+        layers = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]["profile"][
+            "10"
+        ]
         np.testing.assert_allclose(layers["jacobian"], np.nanmean(expected, axis=1), atol=6e-5)
         assert column(opened, "layer-numbers", "Its Jacobian, others' bases") == [
-            f"{x:.4f} ± {e:.4f}" for x, e in zip(layers["jacobian"], layers["jacobian_stderr"], strict=True)
+            f"{x:.4f} ± {e:.4f}"
+            for x, e in zip(layers["jacobian"], layers["jacobian_stderr"], strict=True)
         ]
 
     def test_a_groups_heat_map_pools_its_tasks(self, opened):
         open_row(opened, "tiny", "both")
         found = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
         documents = [
-            np.mean([r["normalized_miscoupling"][0] for r in RECORDS["arc"][2 * i : 2 * i + 2]], axis=0) for i in range(3)
+            np.mean(
+                [r["normalized_miscoupling"][0] for r in RECORDS["arc"][2 * i : 2 * i + 2]], axis=0
+            )
+            for i in range(3)
         ]
         documents += [record("arc", 5)["normalized_miscoupling"][0]] + [
             r["normalized_miscoupling"][0] for r in RECORDS["gsm"]
@@ -153,20 +183,26 @@ class TestInABrowser:
         opened.click("#compare")
         opened.until(f"{drawn}[0].name.startsWith('org/')")
         lines = opened.run(f"{drawn}.map(t => [t.name, t.x])")
-        assert [len(x) for _, x in lines] == [6, 4] and all(x[0] == 0 and x[-1] == 1 for _, x in lines)
+        assert [len(x) for _, x in lines] == [6, 4] and all(
+            x[0] == 0 and x[-1] == 1 for _, x in lines
+        )
 
     def test_a_run_without_tables_says_so(self, opened):
         open_row(opened, "plain", "arc")
         assert "No coupling table" in opened.text("#layers-missing")
         assert opened.text("#heat").strip() == "No layer-by-layer matrix was measured."
         set_value(opened, "#model", opened.run("document.querySelector('#model').options[2].value"))
-        opened.until("document.querySelector('#heat').data && !document.querySelector('#heat .note')")
+        opened.until(
+            "document.querySelector('#heat').data && !document.querySelector('#heat .note')"
+        )
 
     def test_documents(self, opened):
         open_row(opened, "tiny", "arc")
         opened.click("#tab-documents")
         opened.until("!document.querySelector('#documents').hidden")
-        assert column(opened, "document-list", "Right?") == ["✗ wrong"] * 2 + ["✓ right"] * 2 + ["–"] * 2 + ["✗ wrong", "–"]
+        assert column(opened, "document-list", "Right?") == ["✗ wrong"] * 2 + ["✓ right"] * 2 + [
+            "–"
+        ] * 2 + ["✗ wrong", "–"]
         opened.click("#document-list tbody tr:nth-child(3) button")
         opened.until("document.querySelector('#document-heat')")
         shown, expected = opened.text("#document"), record("arc", 1)
@@ -174,9 +210,18 @@ class TestInABrowser:
         for at, rank in enumerate((10, 30)):
             value = 1 - expected["normalized_miscoupling"][at][off].mean(dtype=float)
             assert f"coupling {value:.4f} at K = {rank} (chance {1 - CHANCE[rank]:.4f})" in shown
-        assert expected["text"] in shown and "measured at token 5 of 5" in shown and "✓ right" in shown and "-2.50" in shown
-        found = np.array(opened.run("document.querySelector('#document-heat').data[0].z"), dtype=float)
-        np.testing.assert_allclose(found[off], expected["normalized_miscoupling"][0][off], atol=6e-5)
+        assert (
+            expected["text"] in shown
+            and "measured at token 5 of 5" in shown
+            and "✓ right" in shown
+            and "-2.50" in shown
+        )
+        found = np.array(
+            opened.run("document.querySelector('#document-heat').data[0].z"), dtype=float
+        )
+        np.testing.assert_allclose(
+            found[off], expected["normalized_miscoupling"][0][off], atol=6e-5
+        )
         set_value(opened, "#answer", "right")
         assert column(opened, "document-list", "Document") == ["1", "1, prompt 2"]
         opened.click("#document-filter")
@@ -245,9 +290,13 @@ class TestInABrowser:
                 other.text("#document h2") == "gsm, document 1"
                 and other.run("document.querySelector('#rank').value") == "30"
             )
-            other.run("location.hash = '#tab=nowhere&rank=7&axis=__proto__&model=%3Cimg%3E&document=x'")
+            other.run(
+                "location.hash = '#tab=nowhere&rank=7&axis=__proto__&model=%3Cimg%3E&document=x'"
+            )
             other.until("!document.querySelector('#overview').hidden")
-            assert other.run("document.querySelector('#rank').value") == "10" and other.console == []
+            assert (
+                other.run("document.querySelector('#rank').value") == "10" and other.console == []
+            )
 
     def test_tables_are_downloaded_as_csv(self, opened):
         opened.run(
@@ -257,27 +306,48 @@ class TestInABrowser:
         opened.click("#rows .save")
         opened.until("window.saved")
         table = pd.read_csv(io.StringIO(opened.run("window.saved").removeprefix("\ufeff")))
-        assert {"Model", "Task", "Score", "Score stderr", "Coupling", "Coupling stderr", "Worst error"} <= set(table)
+        assert {
+            "Model",
+            "Task",
+            "Score",
+            "Score stderr",
+            "Coupling",
+            "Coupling stderr",
+            "Worst error",
+        } <= set(table)
         assert len(table) == opened.count("#rows tbody tr")
 
     def test_columns_are_chosen(self, opened):
-        assert "Chance" not in headers(opened, "rows") and "Parameters" not in headers(opened, "rows")
+        assert "Chance" not in headers(opened, "rows") and "Parameters" not in headers(
+            opened, "rows"
+        )
         opened.click(".choice summary")
         opened.click("#columns label:nth-child(3) input")
-        opened.until("document.querySelectorAll('#rows thead th button')[2].dataset.name === 'Parameters'")
+        opened.until(
+            "document.querySelectorAll('#rows thead th button')[2].dataset.name === 'Parameters'"
+        )
 
     def test_one_axis_per_metric(self, tmp_path):
         """Perplexity and accuracy were drawn on one axis, on which neither could be read."""
         for i in range(3):
-            where = save(tmp_path, {"arc": task_summary(0.1 * i), "wiki": task_summary()}, model=f"m{i}", run_id=str(i))
+            where = save(
+                tmp_path,
+                {"arc": task_summary(0.1 * i), "wiki": task_summary()},
+                model=f"m{i}",
+                run_id=str(i),
+            )
             (file,) = where.glob("results_*.json")
             run = json.loads(file.read_text())
             run["results"]["wiki"] = {"alias": "wiki", "word_perplexity,none": 20.0 + i}
             file.write_text(json.dumps(run))
         with browser.Browser() as window:
             window.open(write_report(tmp_path, tmp_path / "page.html"))
-            drawn = "document.querySelector('#scatter').data.filter(t => t.error_x).map(t => t.name)"
-            assert window.run(drawn) == ["arc"] and "3 rows of other metrics are not" in window.text("#scatter-note")
+            drawn = (
+                "document.querySelector('#scatter').data.filter(t => t.error_x).map(t => t.name)"
+            )
+            assert window.run(drawn) == [
+                "arc"
+            ] and "3 rows of other metrics are not" in window.text("#scatter-note")
             set_value(window, "#score", "word_perplexity,none")
             assert window.run(drawn) == ["wiki"]
 
@@ -285,7 +355,13 @@ class TestInABrowser:
         """On a phone they were cut off at its edge; error bars went through them, and the line of chance was a stump."""
         for i in range(6):
             summary = {"arc": task_summary(0.9 - 0.02 * (i % 3))}
-            save(tmp_path, summary, model=f"org/a-longer-name-{i}", run_id=str(i), fingerprint=f"f{i}")
+            save(
+                tmp_path,
+                summary,
+                model=f"org/a-longer-name-{i}",
+                run_id=str(i),
+                fingerprint=f"f{i}",
+            )
         box = "(({left, right, top, bottom}) => [left, right, top, bottom])(e.getBoundingClientRect())"
         for width in (390, 1300):
             with browser.Browser(width, 900) as window:
@@ -293,9 +369,12 @@ class TestInABrowser:
                 (plot,) = window.run(f"[...document.querySelectorAll('#scatter')].map(e => {box})")
                 texts = "[...document.querySelectorAll('#scatter .textpoint text')].filter(e => e.textContent)"
                 names = window.run(f"{texts}.map(e => {box})")
-                assert names and all(plot[0] <= left and right <= plot[1] for left, right, *_ in names)
+                assert names and all(
+                    plot[0] <= left and right <= plot[1] for left, right, *_ in names
+                )
                 apart = [
-                    a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2] for a, b in itertools.combinations(names, 2)
+                    a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+                    for a, b in itertools.combinations(names, 2)
                 ]
                 assert all(apart)
                 chance = window.run("document.querySelector('#scatter').data.find(t => t.chance).y")
@@ -309,7 +388,9 @@ class TestInABrowser:
             file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": {"arc": shots}}))
         with browser.Browser() as window:
             window.open(write_report(tmp_path, tmp_path / "page.html"))
-            assert window.count("#rows tbody tr") == 2 and window.text("#summary").startswith("1 model, 1 task")
+            assert window.count("#rows tbody tr") == 2 and window.text("#summary").startswith(
+                "1 model, 1 task"
+            )
             window.click("#tab-layers")
             window.until("document.querySelector('#regularity tbody tr')")
             assert "Line-shape score" in window.text("#regularity")
@@ -320,7 +401,10 @@ class TestInABrowser:
         twins = [record("arc", i, seed=3) | {"weights": "untrained"} for i in range(4)]
         save(tmp_path, {"arc": task_summary()}, rows=[*rows, *twins], untrained={"seed": 0})
         off = ~np.eye(4, dtype=bool)
-        own, other = ([1 - r["normalized_miscoupling"][0][off].mean(dtype=float) for r in part] for part in (rows, twins))
+        own, other = (
+            [1 - r["normalized_miscoupling"][0][off].mean(dtype=float) for r in part]
+            for part in (rows, twins)
+        )
         difference = np.subtract(own, other)
         expected = f"{difference.mean():.4f} ± {difference.std(ddof=1) / 2:.4f}"
         with browser.Browser() as window:
@@ -328,16 +412,24 @@ class TestInABrowser:
             assert column(window, "rows", "Less untrained") == [expected]
             window.click("#tab-layers")
             window.until("document.querySelector('#profile').data")
-            dashed = window.run("document.querySelector('#profile').data.filter(t => t.line.dash === 'dash').map(t => t.y)")
-            layers = np.mean([np.where(off, r["normalized_miscoupling"][0], np.nan) for r in twins], axis=0)
-            np.testing.assert_allclose(dashed, [np.nanmean(layers, axis=1), np.nanmean(layers, axis=0)], atol=1e-5)
+            dashed = window.run(
+                "document.querySelector('#profile').data.filter(t => t.line.dash === 'dash').map(t => t.y)"
+            )
+            layers = np.mean(
+                [np.where(off, r["normalized_miscoupling"][0], np.nan) for r in twins], axis=0
+            )
+            np.testing.assert_allclose(
+                dashed, [np.nanmean(layers, axis=1), np.nanmean(layers, axis=0)], atol=1e-5
+            )
             assert window.console == []
 
     def test_the_policy_is_in_force(self, report):
         """Without it the inline scripts of a page could be joined by others."""
         with browser.Browser() as window:
             window.open(report)
-            window.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.pwned = 4'}))")
+            window.run(
+                "document.body.append(Object.assign(document.createElement('script'), {text: 'window.pwned = 4'}))"
+            )
             assert window.run("window.pwned === undefined")
             assert any("Content Security Policy" in line for line in window.console)
 
@@ -347,7 +439,9 @@ class TestInABrowser:
             for name in ("overview", "layers", "documents", "provenance"):
                 window.click(f"#tab-{name}")
                 window.until(f"!document.querySelector('#{name}').hidden")
-                assert window.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), name
+                assert window.run(
+                    "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+                ), name
             assert window.console == []
 
     @pytest.mark.parametrize("scheme, light", [(0, False), (1, True)])

@@ -8,8 +8,8 @@ from saved_runs import CHANCE, record, save, task_summary
 from lm_eval_coupling.report.data import _limit
 from lm_eval_coupling.report.page import embeddable_json, gather, page
 from lm_eval_coupling.report.task_table import pack
-from lm_eval_coupling.saved.results import load_runs
-from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
 
 
@@ -19,16 +19,25 @@ class TestNumbers:
         assert len(gathered["rows"]) == len(runs) == 5
         for row, expected in zip(gathered["rows"], runs.to_dict("records"), strict=True):
             assert (row["model"], row["task"]) == (expected["model"], expected["task"])
-            assert row["scores"]["acc,none"] == pytest.approx([expected["acc,none"], expected["acc_stderr,none"]])
+            assert row["scores"]["acc,none"] == pytest.approx(
+                [expected["acc,none"], expected["acc_stderr,none"]]
+            )
             assert row["scores"]["f1,strict"] == [0.4, None]
             assert set(row["coupling"]) == (set() if row["model"] == "org/plain" else {"10", "30"})
             for rank, found in row["coupling"].items():
                 assert found["mean"] == pytest.approx(expected[f"coupling@{rank}"], rel=1e-5)
-                assert found["stderr"] == pytest.approx(expected[f"coupling_stderr@{rank}"], rel=1e-5)
+                assert found["stderr"] == pytest.approx(
+                    expected[f"coupling_stderr@{rank}"], rel=1e-5
+                )
                 assert found["chance"] == pytest.approx(1 - CHANCE[int(rank)], rel=1e-5)
-                assert found["excess"] == pytest.approx(expected[f"coupling_excess@{rank}"], rel=1e-5)
+                assert found["excess"] == pytest.approx(
+                    expected[f"coupling_excess@{rank}"], rel=1e-5
+                )
                 assert found["n"] == expected[f"coupling_n@{rank}"]
-            assert [row["measured"], row["n_samples"]] == [expected["measured"], expected["n_samples"]] or row["group"]
+            assert [row["measured"], row["n_samples"]] == [
+                expected["measured"],
+                expected["n_samples"],
+            ] or row["group"]
 
     def test_scores_leave_coupling_out_and_the_first_is_the_main_one(self, gathered):
         row = row_of(gathered, "org/tiny", "arc")
@@ -42,7 +51,9 @@ class TestNumbers:
         assert row_of(gathered, "org/plain", "arc")["tables"] == []
 
     def test_tables_are_not_taken_from_another_model(self, gathered):
-        ours, other = (row_of(gathered, model, "arc")["tables"] for model in ("org/tiny", BAD_MODEL))
+        ours, other = (
+            row_of(gathered, model, "arc")["tables"] for model in ("org/tiny", BAD_MODEL)
+        )
         assert ours != other and gathered["tables"][other[0]]["total"] == 1
 
     @pytest.mark.parametrize("rank", [10, 30])
@@ -51,7 +62,8 @@ class TestNumbers:
         found = packed(table["mean"][str(rank)], 4)
         at = (10, 30).index(rank)
         documents = [
-            np.mean([record("arc", i, p)["normalized_miscoupling"][at] for p in range(2)], axis=0) for i in range(3)
+            np.mean([record("arc", i, p)["normalized_miscoupling"][at] for p in range(2)], axis=0)
+            for i in range(3)
         ]
         documents.append(record("arc", 5)["normalized_miscoupling"][at])
         np.testing.assert_allclose(found, np.mean(documents, axis=0), atol=6e-5)
@@ -62,16 +74,26 @@ class TestNumbers:
 
     def test_documents(self, gathered):
         table = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]
-        assert [(one["id"], one["prompt"]) for one in table["documents"]][:3] == [(0, 0), (0, 1), (1, 0)]
+        assert [(one["id"], one["prompt"]) for one in table["documents"]][:3] == [
+            (0, 0),
+            (0, 1),
+            (1, 0),
+        ]
         one, expected = table["documents"][3], record("arc", 1, 1)
         off = ~np.eye(4, dtype=bool)
-        np.testing.assert_allclose(packed(one["matrix"], 4), expected["normalized_miscoupling"][0], atol=6e-5)
+        np.testing.assert_allclose(
+            packed(one["matrix"], 4), expected["normalized_miscoupling"][0], atol=6e-5
+        )
         for at, rank in enumerate(("10", "30")):
             wanted = 1 - expected["normalized_miscoupling"][at][off].mean(dtype=float)
             assert one["coupling"][rank] == pytest.approx(wanted, rel=1e-5)
         np.testing.assert_allclose(one["norms"], expected["norms"], rtol=1e-5)
         failed = table["documents"][-1]
-        assert failed["reason"] == "out of <b>memory</b>" and failed["matrix"] is None and failed["coupling"] == {}
+        assert (
+            failed["reason"] == "out of <b>memory</b>"
+            and failed["matrix"] is None
+            and failed["coupling"] == {}
+        )
 
     def test_undefined_pairs_are_left_out(self, tmp_path):
         rows = [record(doc_id=i) for i in range(2)]
@@ -94,7 +116,10 @@ class TestLimits:
         capped = gather(saved, documents=2)
         assert capped["limit"] == 2
         for table, whole in zip(capped["tables"], gathered["tables"], strict=True):
-            assert len(table["documents"]) == min(2, whole["total"]) and table["total"] == whole["total"]
+            assert (
+                len(table["documents"]) == min(2, whole["total"])
+                and table["total"] == whole["total"]
+            )
             assert table["mean"] == whole["mean"] and table["norms"] == whole["norms"]
         assert gather(saved, documents=0)["tables"][0]["documents"] == []
 
@@ -104,13 +129,25 @@ class TestLimits:
         assert _limit([50] * 5000, 200) == 1 and _limit([50] * 5000, 0) == 0
 
     def test_long_prompts_keep_their_end(self, tmp_path):
-        save(tmp_path, {"arc": task_summary()}, rows=[record() | {"text": "a" * 5000 + "the question"}])
+        save(
+            tmp_path,
+            {"arc": task_summary()},
+            rows=[record() | {"text": "a" * 5000 + "the question"}],
+        )
         (one,) = gather(tmp_path)["tables"][0]["documents"]
-        assert one["text"].endswith("athe question") and len(one["text"]) == 4000 and one["cut"] == 1012
+        assert (
+            one["text"].endswith("athe question")
+            and len(one["text"]) == 4000
+            and one["cut"] == 1012
+        )
 
     def test_a_full_page_stays_small(self, tmp_path):
         """200 documents of 32 layers: below 4 kB each, and plotly once."""
-        save(tmp_path, {"arc": task_summary()}, rows=[record(doc_id=i, layers=32) for i in range(250)])
+        save(
+            tmp_path,
+            {"arc": task_summary()},
+            rows=[record(doc_id=i, layers=32) for i in range(250)],
+        )
         data = gather(tmp_path)
         assert len(data["tables"][0]["documents"]) == 200
         assert len(embeddable_json(data)) < 200 * 4000

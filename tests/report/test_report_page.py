@@ -30,25 +30,48 @@ class TestPage:
 
     def test_the_policy_forbids_loads_and_foreign_scripts(self, html):
         found = Tags(html)
-        (policy,) = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
-        assert policy.startswith("default-src 'none'; ") and "unsafe-eval" not in policy and "http" not in policy
-        scripts = [found.content[i + 1] for i, (tag, a) in enumerate(found.tags) if tag == "script" and "type" not in a]
-        hashes = ["'sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() + "'" for s in scripts]
+        (policy,) = [
+            a["content"]
+            for tag, a in found.tags
+            if a.get("http-equiv") == "Content-Security-Policy"
+        ]
+        assert (
+            policy.startswith("default-src 'none'; ")
+            and "unsafe-eval" not in policy
+            and "http" not in policy
+        )
+        scripts = [
+            found.content[i + 1]
+            for i, (tag, a) in enumerate(found.tags)
+            if tag == "script" and "type" not in a
+        ]
+        hashes = [
+            "'sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() + "'"
+            for s in scripts
+        ]
         assert len(hashes) == 2 and f"script-src {' '.join(hashes)};" in policy
 
     def test_texts_are_data_and_nothing_else(self, html, gathered):
         found = Tags(html)
         (number,) = [i + 1 for i, (tag, a) in enumerate(found.tags) if a.get("id") == "data"]
         assert json.loads(found.content[number]) == json.loads(json.dumps(gathered))
-        assert [tag for tag, _ in found.tags].count("script") == 3 and "img" not in [tag for tag, _ in found.tags]
+        assert [tag for tag, _ in found.tags].count("script") == 3 and "img" not in [
+            tag for tag, _ in found.tags
+        ]
         texts = [one["text"] for table in gathered["tables"] for one in table["documents"]]
         assert NASTY in texts
         assert NASTY not in html and "</script><script>window" not in html
 
-    @pytest.mark.parametrize("text", ["</script>", "<!--<script>", "]]>", "&lt;", "\u2028\u2029", "\ud800"])
+    @pytest.mark.parametrize(
+        "text", ["</script>", "<!--<script>", "]]>", "&lt;", "\u2028\u2029", "\ud800"]
+    )
     def test_json_cannot_end_its_element(self, text):
         made = embeddable_json({"text": text})
-        assert json.loads(made) == {"text": text} and not set(made) & set("<>&\u2028\u2029\ud800") and made.isascii()
+        assert (
+            json.loads(made) == {"text": text}
+            and not set(made) & set("<>&\u2028\u2029\ud800")
+            and made.isascii()
+        )
 
     def test_numbers_without_a_value_are_null(self, gathered):
         assert row_of(gathered, "org/plain", "arc")["coupling_rank"] is None
@@ -107,7 +130,12 @@ class TestErrors:
 
     def test_command(self, saved, tmp_path, capsys):
         out = tmp_path / "deep" / "r.html"
-        assert cli.main(["report", str(saved / "org__tiny"), str(saved / "org__plain"), "-o", str(out)]) == 0
+        assert (
+            cli.main(
+                ["report", str(saved / "org__tiny"), str(saved / "org__plain"), "-o", str(out)]
+            )
+            == 0
+        )
         assert "r.html" in capsys.readouterr().out and out.stat().st_size > 10_000
         assert cli.main(["report", str(tmp_path / "none"), "-o", str(out)]) == 2
         assert capsys.readouterr().err.startswith("lm-eval-coupling: got ")

@@ -9,17 +9,26 @@ from saved_runs import record
 from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.report.page import gather, write_report
-from lm_eval_coupling.saved.direction_words import read_words, tokens_hash
+from lm_eval_coupling.saved.words import read_words, tokens_hash
 
 SIGMAS = {(layer, k): 10.0 * layer + 1 / k for layer in (1, 2) for k in (1, 2, 3, 4)}
 
 
 def rows_of(measured, **changes):
     """The lines of a file of words for one record: two layers, four directions, both signs."""
-    key = {name: measured[name] for name in ("task", "doc_id", "doc_hash", "prompt_hash", "position")}
+    key = {
+        name: measured[name] for name in ("task", "doc_id", "doc_hash", "prompt_hash", "position")
+    }
     key |= {"fingerprint": "f" * 64, "tokens_hash": tokens_hash(measured["tokens"])} | changes
     return [
-        key | {"layer": layer, "k": k, "sign": sign, "singular_value": sigma, "words": f"' {sign}{layer}{k}' {NASTY}"}
+        key
+        | {
+            "layer": layer,
+            "k": k,
+            "sign": sign,
+            "singular_value": sigma,
+            "words": f"' {sign}{layer}{k}' {NASTY}",
+        }
         for (layer, k), sigma in SIGMAS.items()
         for sign in "+-"
     ]
@@ -33,7 +42,10 @@ def write(file, rows):
 def with_words(data):
     """Task, document and prompt of what has words."""
     return [
-        (table["task"], one["id"], one["prompt"]) for table in data["tables"] for one in table["documents"] if "words" in one
+        (table["task"], one["id"], one["prompt"])
+        for table in data["tables"]
+        for one in table["documents"]
+        if "words" in one
     ]
 
 
@@ -46,9 +58,15 @@ class TestJoin:
     def test_documents_have_their_words_and_others_say_nothing(self, saved, file):
         data = gather(saved, words=file)
         assert with_words(data) == [("arc", 5, 0)]
-        shown = data["tables"][row_of(data, "org/tiny", "arc")["tables"][0]]["documents"][6]["words"]
-        assert [(one["layer"], one["k"]) for one in shown] == [(layer, k) for layer in (1, 2) for k in (1, 2, 3)]
-        assert [one["sigma"] for one in shown] == pytest.approx([SIGMAS[one["layer"], one["k"]] for one in shown], rel=1e-5)
+        shown = data["tables"][row_of(data, "org/tiny", "arc")["tables"][0]]["documents"][6][
+            "words"
+        ]
+        assert [(one["layer"], one["k"]) for one in shown] == [
+            (layer, k) for layer in (1, 2) for k in (1, 2, 3)
+        ]
+        assert [one["sigma"] for one in shown] == pytest.approx(
+            [SIGMAS[one["layer"], one["k"]] for one in shown], rel=1e-5
+        )
         assert shown[1]["words"].startswith("' +12'") and shown[1]["opposite"].startswith("' -12'")
         assert with_words(gather(saved)) == []
 
@@ -66,7 +84,10 @@ class TestJoin:
     def test_what_was_measured_otherwise_has_other_words(self, saved, tmp_path, changes):
         file = write(tmp_path / "words.csv", rows_of(record("arc", 5), **changes))
         count = 0 if changes == {"doc_hash": ""} else 1
-        with pytest.raises(CouplingError, match=rf"words\.csv with words of {count} prompts, none of them on this page"):
+        with pytest.raises(
+            CouplingError,
+            match=rf"words\.csv with words of {count} prompts, none of them on this page",
+        ):
             gather(saved, words=file)
 
     def test_documents_that_the_page_has_no_room_for(self, saved, file):
@@ -84,9 +105,18 @@ class TestRefusals:
         "change, told",
         [
             (lambda rows: rows.drop(columns="tokens_hash"), "without the column tokens_hash"),
-            (lambda rows: rows.assign(layer="first"), "'first' in the column layer, expected a whole number"),
-            (lambda rows: rows.assign(position=-1), "'-1' in the column position, expected a whole number"),
-            (lambda rows: rows.assign(singular_value="large"), "'large' in the column singular_value, expected a number"),
+            (
+                lambda rows: rows.assign(layer="first"),
+                "'first' in the column layer, expected a whole number",
+            ),
+            (
+                lambda rows: rows.assign(position=-1),
+                "'-1' in the column position, expected a whole number",
+            ),
+            (
+                lambda rows: rows.assign(singular_value="large"),
+                "'large' in the column singular_value, expected a number",
+            ),
             (lambda rows: rows.assign(sign="±"), "'±' in the column sign, expected"),
             (lambda rows: rows.assign(k=1), "layer 1, direction 1 of document d5 more than once"),
         ],
@@ -101,7 +131,9 @@ class TestRefusals:
         file = tmp_path / "words.csv"
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(CouplingError, match=r"words\.csv for words, which is no readable CSV file"):
+        with pytest.raises(
+            CouplingError, match=r"words\.csv for words, which is no readable CSV file"
+        ):
             read_words(file)
 
     def test_the_command_says_it_in_a_sentence_and_leaves_no_page(self, saved, tmp_path, capsys):
@@ -123,12 +155,23 @@ def test_words_are_seen_with_their_document_as_text(saved, file, tmp_path):
         window.click("#document-list tbody tr:nth-child(7) button")
         window.until("document.querySelector('#document-words')")
         assert column(window, "document-words", "Layer") == ["1"] * 3 + ["2"] * 3
-        assert column(window, "document-words", "σ") == ["11", "10.5", "10.33", "21", "20.5", "20.33"]
+        assert column(window, "document-words", "σ") == [
+            "11",
+            "10.5",
+            "10.33",
+            "21",
+            "20.5",
+            "20.33",
+        ]
         expected = rows_of(record("arc", 5))
         cells = "[...document.querySelectorAll('#document-words tbody tr:first-child td')].map(e => e.textContent).slice(2)"
         assert window.run(cells) == [expected[0]["words"], expected[1]["words"]]
         window.run("document.querySelector('#document-words th:nth-child(3) button').click()")
         assert column(window, "document-words", "σ")[0] == "21"
-        assert window.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        assert window.count("main script, main img, iframe") == 0 and window.run("window.pwned === undefined")
+        assert window.run(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+        assert window.count("main script, main img, iframe") == 0 and window.run(
+            "window.pwned === undefined"
+        )
         assert window.console == [] and window.requests == [page.as_uri()]

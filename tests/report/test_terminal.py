@@ -18,7 +18,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.report.terminal import show
 from lm_eval_coupling.saved.records import load_records
-from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
 
 
@@ -28,7 +28,12 @@ def printed(folder, task=None, doc=None, width=120, colour=False):
         folder,
         task,
         doc,
-        Console(file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None),
+        Console(
+            file=out,
+            width=width,
+            force_terminal=colour,
+            color_system="truecolor" if colour else None,
+        ),
     )
     assert colour or all(cell_len(line) <= width for line in out.getvalue().splitlines())
     return out.getvalue()
@@ -49,7 +54,11 @@ def test_overview(run):
     assert "2 × out of memory" in text
     rows = [record(doc_id=i, prompt_index=p) for i in range(3) for p in range(2)]
     off = ~np.eye(4, dtype=bool)
-    values = np.array([1 - row["normalized_miscoupling"][0][off].mean(dtype=float) for row in rows]).reshape(3, 2).mean(1)
+    values = (
+        np.array([1 - row["normalized_miscoupling"][0][off].mean(dtype=float) for row in rows])
+        .reshape(3, 2)
+        .mean(1)
+    )
     assert f"{values.mean():.4f} ± {values.std(ddof=1) / 3**0.5:.4f}" in text
     assert f"{values.mean() - (1 - 0.9487):+.4f}" in text
     worst = max(row["certificate"].max() for row in rows)
@@ -87,8 +96,17 @@ def test_one_table_per_model(run):
 def test_layer_profile(run):
     text = printed(run, "arc")
     assert "arc: mean miscoupling per layer, K = 10" in text and "gsm" not in text
-    matrices = np.stack([record(doc_id=i, prompt_index=p)["normalized_miscoupling"][0] for i in range(3) for p in range(2)])
-    assert f"{matrices[:, 1, [0, 2, 3]].mean():.4f}" in text and f"{matrices[:, [0, 1, 3], 2].mean():.4f}" in text
+    matrices = np.stack(
+        [
+            record(doc_id=i, prompt_index=p)["normalized_miscoupling"][0]
+            for i in range(3)
+            for p in range(2)
+        ]
+    )
+    assert (
+        f"{matrices[:, 1, [0, 2, 3]].mean():.4f}" in text
+        and f"{matrices[:, [0, 1, 3], 2].mean():.4f}" in text
+    )
 
 
 def test_matrix_of_a_document(run):
@@ -96,7 +114,9 @@ def test_matrix_of_a_document(run):
     assert "Question 1: why is the sky blue?" in text and "token 5 of 5" in text
     cells = [line for line in text.splitlines() if re.fullmatch(r" *\d+( +\d+){30} *", line)]
     found = np.array([[int(cell) for cell in line.split()] for line in cells])
-    expected = np.floor(record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float) * 100)
+    expected = np.floor(
+        record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float) * 100
+    )
     assert (found[:, 0] == np.arange(1, 31)).all() and (found[:, 1:] == expected).all()
 
 
@@ -132,7 +152,10 @@ def test_nothing_measured_is_no_error(tmp_path):
 def test_unknown_tasks_and_documents_name_what_there_is(run):
     with pytest.raises(CouplingError, match="got task mmlu.*choose one of arc, gsm"):
         show(run, "mmlu")
-    with pytest.raises(CouplingError, match="got document 5, which task arc does not have; choose one of 0, 1, 2, 7, 8"):
+    with pytest.raises(
+        CouplingError,
+        match="got document 5, which task arc does not have; choose one of 0, 1, 2, 7, 8",
+    ):
         show(run, "arc", 5)
     with pytest.raises(CouplingError, match="without a task"):
         show(run, None, 5)
@@ -156,7 +179,10 @@ def test_nothing_heavy_is_imported():
 
 def test_overview_is_legible_in_80_columns(run):
     lines = printed(run, width=80).splitlines()
-    assert any(all(name in line for name in ("docs", "coupling", "chance", "excess", "error")) for line in lines)
+    assert any(
+        all(name in line for name in ("docs", "coupling", "chance", "excess", "error"))
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize("width", [60, 66, 72, 80, 100])
@@ -164,10 +190,19 @@ def test_no_word_and_no_number_is_broken(tmp_path, width):
     """At 80 columns and below, `arc_easy` was printed as `arc_e` and `asy`, `missing` as `missi` and `ng`."""
     long = ["mmlu_", "high_", "school_", "european_", "history"]
     names = ["arc_easy", "".join(long), "gsm8k"]
-    rows = [record(name, doc_id=i) | {"weights": w} for name in names for i in range(3) for w in ("trained", "untrained")]
+    rows = [
+        record(name, doc_id=i) | {"weights": w}
+        for name in names
+        for i in range(3)
+        for w in ("trained", "untrained")
+    ]
     save(tmp_path, {name: task_summary() for name in names}, rows=rows, untrained={"seed": 0})
     pieces = {"".join(long[i:j]) for i in range(5) for j in range(i + 1, 6)}
-    lines = [line for line in printed(tmp_path, width=width).splitlines() if not line.startswith("Chance:")]
+    lines = [
+        line
+        for line in printed(tmp_path, width=width).splitlines()
+        if not line.startswith("Chance:")
+    ]
     words = set(re.findall(r"\S+", printed(tmp_path, width=200)))
     assert set(" ".join(lines).split()) <= words | pieces
 
@@ -175,10 +210,15 @@ def test_no_word_and_no_number_is_broken(tmp_path, width):
 def test_untrained_weights_stand_beside_with_the_paired_difference(tmp_path):
     """The untrained twin took half of the time and was shown nowhere."""
     trained = [record(doc_id=i) for i in range(5)]
-    twins = [record(doc_id=i, seed=3) | {"weights": "untrained"} for i in range(4)]  # one was not measured
+    twins = [
+        record(doc_id=i, seed=3) | {"weights": "untrained"} for i in range(4)
+    ]  # one was not measured
     save(tmp_path, {"arc": task_summary()}, rows=[*trained, *twins], untrained={"seed": 7})
     off = ~np.eye(4, dtype=bool)
-    own, other = ([1 - r["normalized_miscoupling"][0][off].mean(dtype=float) for r in rows] for rows in (trained, twins))
+    own, other = (
+        [1 - r["normalized_miscoupling"][0][off].mean(dtype=float) for r in rows]
+        for rows in (trained, twins)
+    )
     difference = np.subtract(own[:4], other)
     text = printed(tmp_path)
     assert "untrained weights (seed 7)" in text
@@ -189,7 +229,13 @@ def test_untrained_weights_stand_beside_with_the_paired_difference(tmp_path):
 def test_prompts_made_in_two_ways_stand_apart(tmp_path):
     """The same model and task with 2 and with 5 examples were printed as two tables under one caption."""
     for shots, date in ((2, "2025-06-01T00-00-00"), (5, "2025-06-02T00-00-00")):
-        where = save(tmp_path, {"arc": task_summary()}, rows=[record(seed=shots)], date=date, run_id=f"run{shots}")
+        where = save(
+            tmp_path,
+            {"arc": task_summary()},
+            rows=[record(seed=shots)],
+            date=date,
+            run_id=f"run{shots}",
+        )
         file = where / f"results_{date}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": {"arc": shots}}))
     text = printed(tmp_path)
@@ -207,14 +253,21 @@ def test_runs_are_compared_document_by_document(tmp_path):
         )
     off = ~np.eye(4, dtype=bool)
     base, tuned = (
-        np.array([1 - record(doc_id=i, seed=s)["normalized_miscoupling"][1][off].mean(dtype=float) for i in range(2, 6)])
+        np.array(
+            [
+                1 - record(doc_id=i, seed=s)["normalized_miscoupling"][1][off].mean(dtype=float)
+                for i in range(2, 6)
+            ]
+        )
         for s in (1, 2)
     )
     interval = stats.ttest_rel(tuned, base).confidence_interval()
     out = io.StringIO()
     show(tmp_path, console=Console(file=out, width=80), compare=True)
     (line,) = [line for line in out.getvalue().splitlines() if re.search(r" 30 ", line)]
-    assert line.replace("−", "-").split()[-3:] == [f"{v:+.4f}" for v in ((tuned - base).mean(), *interval)]
+    assert line.replace("−", "-").split()[-3:] == [
+        f"{v:+.4f}" for v in ((tuned - base).mean(), *interval)
+    ]
     assert "tuned less base" in out.getvalue() and " 4  30" in line
 
 
@@ -222,7 +275,9 @@ def test_numbers_for_other_programs(run):
     out = io.StringIO()
     show(run, console=Console(file=out, width=60), form="csv")
     table = pd.read_csv(io.StringIO(out.getvalue()))
-    assert table["task"].tolist() == ["arc", "arc", "gsm", "gsm"] and table["documents"].tolist() == [3, 3, 2, 2]
+    assert table["task"].tolist() == ["arc", "arc", "gsm", "gsm"] and table[
+        "documents"
+    ].tolist() == [3, 3, 2, 2]
     out = io.StringIO()
     show(run, "gsm", console=Console(file=out, width=60), form="json")
     rows = json.loads(out.getvalue(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -233,9 +288,13 @@ def test_what_is_compared_is_the_first_folder_given_in_every_task(tmp_path):
     """Folders were taken by name; tasks in which the first run needs a shorter name were lost."""
     for folder, shots, tasks in (("b", 0, ("arc", "gsm")), ("a", 5, ("arc",))):
         rows = [record(task, doc_id=i, seed=shots) for task in tasks for i in range(4)]
-        where = save(tmp_path / folder, dict.fromkeys(tasks, task_summary()), rows=rows, run_id=folder)
+        where = save(
+            tmp_path / folder, dict.fromkeys(tasks, task_summary()), rows=rows, run_id=folder
+        )
         (file,) = where.glob("results_*.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"n-shot": dict.fromkeys(tasks, shots)}))
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"n-shot": dict.fromkeys(tasks, shots)})
+        )
     rows = [record(task, doc_id=i, seed=9) for task in ("arc", "gsm") for i in range(4)]
     save(
         tmp_path / "c",
@@ -248,19 +307,32 @@ def test_what_is_compared_is_the_first_folder_given_in_every_task(tmp_path):
 
     def compared(*folders):
         out = io.StringIO()
-        show([tmp_path / folder for folder in folders], console=Console(file=out, width=60), compare=True, form="csv")
+        show(
+            [tmp_path / folder for folder in folders],
+            console=Console(file=out, width=60),
+            compare=True,
+            form="csv",
+        )
         found = pd.read_csv(io.StringIO(out.getvalue()))
         return {(row.label, row.base, row.task) for row in found.itertuples()}
 
     zero, five, other = "org/tiny (0-shot)", "org/tiny (5-shot)", "org/other"
-    assert compared("b", "a") == {(five, zero, "arc")} and compared("a", "b") == {(zero, five, "arc")}
-    assert compared("b", "a", "c") == {(five, zero, "arc"), (other, zero, "arc"), (other, "org/tiny", "gsm")}
+    assert compared("b", "a") == {(five, zero, "arc")} and compared("a", "b") == {
+        (zero, five, "arc")
+    }
+    assert compared("b", "a", "c") == {
+        (five, zero, "arc"),
+        (other, zero, "arc"),
+        (other, "org/tiny", "gsm"),
+    }
     out = io.StringIO()
     show([tmp_path / folder for folder in "bac"], console=Console(file=out, width=60), compare=True)
     lines = out.getvalue().splitlines()
     assert all(len(line) <= 60 for line in lines) and f"{other} less {zero}" in lines
     numbers = [line.split()[-3:] for line in lines if re.search(r"\d$", line)]
-    assert all(re.fullmatch(r"[+−]0\.\d{4}", number) for line in numbers for number in line), numbers
+    assert all(re.fullmatch(r"[+−]0\.\d{4}", number) for line in numbers for number in line), (
+        numbers
+    )
 
 
 def test_bars_show_how_layers_differ(tmp_path):
@@ -277,4 +349,8 @@ def test_one_bad_file_is_named_and_passed_over(run, caplog):
     (run / "coupling_broken.parquet").write_bytes(b"PAR1 half a table")
     (run / "results_broken.json").write_text("{")
     text = printed(run)
-    assert "org/tiny" in text and "coupling_broken.parquet" in caplog.text and "results_broken.json" in caplog.text
+    assert (
+        "org/tiny" in text
+        and "coupling_broken.parquet" in caplog.text
+        and "results_broken.json" in caplog.text
+    )

@@ -22,7 +22,10 @@ TOKENS = cases.tiny_tokens(9)
 
 def test_the_derivative_taken_on_the_way_is_the_one_taken_afterwards(float64_device):
     wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
-    with_token, without = wrapped.trace(TOKENS, torch.float64, 6, probe), wrapped.trace(TOKENS, torch.float64)
+    with_token, without = (
+        wrapped.trace(TOKENS, torch.float64, 6, probe),
+        wrapped.trace(TOKENS, torch.float64),
+    )
     assert torch.equal(with_token.resid_final, without.resid_final)
     for on_the_way, afterwards in zip(with_token.calls, without.calls, strict=True):
         assert on_the_way.pullback is not None and afterwards.pullback is None
@@ -37,13 +40,18 @@ NOT_TOGETHER = {"falcon-alibi", "mpt", "bloom"}  # ALiBi has one bias for all pr
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monkeypatch, float64_device):
+def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
+    case, monkeypatch, float64_device
+):
     """In long prompts, with sliding windows shorter than them; where it is another, the whole block is differentiated."""
     monkeypatch.setattr(model_module, "_LONG", 12)
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)
     for token in (0, 8, 16):
-        trace, without = wrapped.trace(tokens, torch.float64, token, probe), wrapped.trace(tokens, torch.float64)
+        trace, without = (
+            wrapped.trace(tokens, torch.float64, token, probe),
+            wrapped.trace(tokens, torch.float64),
+        )
         assert torch.allclose(trace.resid_final, without.resid_final, rtol=1e-12, atol=1e-12)
         for decoding, whole in zip(trace.calls, without.calls, strict=True):
             assert (decoding.keys is None) != (decoding.pullback is None)
@@ -54,7 +62,10 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(case, monk
                     found, expected = pulled_back(decoding, *pair), pulled_back(whole, *pair)
                     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
                 if case != "qwen3-next":  # linear attention has no such core
-                    found, expected = AttentionRecord.of(decoding, token), AttentionRecord.of(whole, token)
+                    found, expected = (
+                        AttentionRecord.of(decoding, token),
+                        AttentionRecord.of(whole, token),
+                    )
                     same_record(found, expected, token, decoding.keys is not None)
 
 
@@ -66,7 +77,9 @@ def same_record(found, expected, token, kept):
     for name in ("q", "z"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
     for name in ("k", "v", "weights", "slope"):
-        assert torch.allclose(getattr(found, name), getattr(expected, name)[:, keys], rtol=1e-10, atol=1e-12)
+        assert torch.allclose(
+            getattr(found, name), getattr(expected, name)[:, keys], rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -79,16 +92,26 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float6
     for calls in zip(*(trace.calls for trace in traces), strict=True):
         wholes = [dataclasses.replace(call, keys=None, pullback=None) for call in calls]
         with calls[0].ready():
-            if case not in NOT_BY_DECODING | NOT_TOGETHER:  # neither falls back to one prompt at a time
+            if (
+                case not in NOT_BY_DECODING | NOT_TOGETHER
+            ):  # neither falls back to one prompt at a time
                 directions = [probe(call.layer, call.resid_pre) for call in calls]
                 assert BlockCall.pulled_back_decoding(calls, directions, tokens).isfinite().all()
-                assert len(AttentionRecord._by_decoding(calls, tokens).z) == 3 * len(AttentionRecord.of(calls[0], 0).z)
+                assert len(AttentionRecord._by_decoding(calls, tokens).z) == 3 * len(
+                    AttentionRecord.of(calls[0], 0).z
+                )
             pulled = pulled_back_each(calls, tokens)
             for whole, found, token in zip(wholes, pulled, tokens, strict=True):
-                assert torch.allclose(found, pulled_back(whole, token, token), rtol=1e-10, atol=1e-12)
+                assert torch.allclose(
+                    found, pulled_back(whole, token, token), rtol=1e-10, atol=1e-12
+                )
             if case != "qwen3-next":
-                for whole, found, token in zip(wholes, AttentionRecord.of_each(calls, tokens), tokens, strict=True):
-                    same_record(found, AttentionRecord.of(whole, token), token, case not in NOT_BY_DECODING)
+                for whole, found, token in zip(
+                    wholes, AttentionRecord.of_each(calls, tokens), tokens, strict=True
+                ):
+                    same_record(
+                        found, AttentionRecord.of(whole, token), token, case not in NOT_BY_DECODING
+                    )
 
 
 def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
@@ -98,13 +121,17 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     tokens = cases.tiny_tokens(17)
     expected = block_jacobians(wrapped, tokens, dtype=torch.float64)
     before = Keys.before_each
-    monkeypatch.setattr(Keys, "before_each", lambda *batch: Cache(tuple(0 * kept for kept in before(*batch).kept)))
+    monkeypatch.setattr(
+        Keys, "before_each", lambda *batch: Cache(tuple(0 * kept for kept in before(*batch).kept))
+    )
     call = wrapped.trace(tokens, torch.float64, 16).calls[1]
     whole = dataclasses.replace(call, keys=None)
     with call.ready():
         assert torch.equal(pulled_back(call, 16, 16), pulled_back(whole, 16, 16))
     found = block_jacobians(wrapped, tokens, dtype=torch.float64)
-    assert expected.method == ["closed"] * len(expected.method) and found.method == ["autodiff"] * len(found.method)
+    assert expected.method == ["closed"] * len(expected.method) and found.method == [
+        "autodiff"
+    ] * len(found.method)
     assert torch.allclose(found.jacobians, expected.jacobians, rtol=1e-9, atol=1e-12)
 
 
@@ -131,9 +158,14 @@ def test_long_prompts_are_measured_as_short_ones(monkeypatch):
     expected = measure_coupling(wrapped, prompts, ranks=(2,), position=-2, progress=False)
     monkeypatch.setattr(model_module, "_LONG", 12)
     for together in (prompts, prompts[:1]):
-        assert wrapped.traces(together, torch.float32, [1] * len(together))[0].calls[0].keys is not None
+        assert (
+            wrapped.traces(together, torch.float32, [1] * len(together))[0].calls[0].keys
+            is not None
+        )
         for a, b in zip(
-            expected, measure_coupling(wrapped, together, ranks=(2,), position=-2, progress=False), strict=False
+            expected,
+            measure_coupling(wrapped, together, ranks=(2,), position=-2, progress=False),
+            strict=False,
         ):
             assert b.reason is None and b.certificate.max() < 1e-5 and a.method == b.method
             assert abs(a.coupling(2) - b.coupling(2)) < 1e-5

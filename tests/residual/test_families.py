@@ -1,4 +1,4 @@
-"""The table of model families says what becomes of each; a share of it is made anew here, as tests/make_families.py does."""
+"""The table of model families says what becomes of each; a share of it is made anew here, as tests/support/make_families.py does."""
 
 from importlib.metadata import version
 
@@ -6,7 +6,17 @@ import cases
 import make_families
 import pytest
 
-SHARE = sorted({"llama", "falcon", "gemma4_text", "biogpt", "bert", "qwen3_next", *sorted(make_families.CLASSES)[::16]})
+SHARE = sorted(
+    {
+        "llama",
+        "falcon",
+        "gemma4_text",
+        "biogpt",
+        "bert",
+        "qwen3_next",
+        *sorted(make_families.CLASSES)[::16],
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +38,15 @@ def test_a_class_is_measured_or_refused_in_a_sentence(written, model_type):
     """No other exception, whatever the class; and as the page says."""
     found = make_families.row(model_type)
     if f"transformers {version('transformers')} " in make_families.PAGE.read_text():
-        assert found == written[model_type], "run python tests/make_families.py"
+        assert found == written[model_type], "run python tests/support/make_families.py"
     assert found.count(" | ") == 3
 
 
 @pytest.mark.parametrize("case", ["vit", "beit", "resnet"])
 def test_an_image_classifier_is_measured_or_refused_in_a_sentence(case):
-    assert make_families.image_row(case) in make_families.written_images(), "run python tests/make_families.py llama"
+    assert make_families.image_row(case) in make_families.written_images(), (
+        "run python tests/support/make_families.py llama"
+    )
 
 
 def test_what_is_held_to_the_oracle_is_named(written):

@@ -74,11 +74,20 @@ def test_equal_tensors_that_change_names_change_it(folder):
 
 
 def test_another_dtype_is_another_model(folder):
-    assert len({fingerprint(load(folder, dtype=dtype)) for dtype in ("float32", "bfloat16", "float16", "float64")}) == 4
+    assert (
+        len(
+            {
+                fingerprint(load(folder, dtype=dtype))
+                for dtype in ("float32", "bfloat16", "float16", "float64")
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}]
+    "change",
+    [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}],
 )
 def test_the_architecture_counts(folder, change):
     model = load(folder)
@@ -101,7 +110,9 @@ def test_an_adapter_counts(folder):
 
 
 @pytest.mark.parametrize(
-    "shapes", [[(4000, 5000)], [(8, 8)] * 300], ids=["one large parameter", "many small ones cost no more than their size"]
+    "shapes",
+    [[(4000, 5000)], [(8, 8)] * 300],
+    ids=["one large parameter", "many small ones cost no more than their size"],
 )
 def test_it_costs_about_one_read_of_the_weights(shapes):
     """Well under a second of processor time for 20 million weights, and for hundreds of norms and biases."""

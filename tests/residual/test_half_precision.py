@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_coupling import block_jacobians
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual.checks import HALF, off_by, require_close_somewhere
 from lm_eval_coupling.residual.inputs import TokenIds
+from lm_eval_coupling.residual.load_checks import HALF, off_by, require_close_somewhere
 
 
 def chaotic():
@@ -43,7 +43,9 @@ class Adding(LlamaForCausalLM):
 
     def forward(self, input_ids, **kwargs):
         found = super().forward(input_ids, **kwargs)
-        found.logits = found.logits + 30 * self.lm_head(self.model.embed_tokens(input_ids)).to(found.logits)
+        found.logits = found.logits + 30 * self.lm_head(self.model.embed_tokens(input_ids)).to(
+            found.logits
+        )
         return found
 
 

@@ -64,14 +64,25 @@ def another_class(model):
 
 @pytest.mark.parametrize(
     "change",
-    [step, written_in_place, written_through_data, loaded, loaded_into_new_storage, cast, steered, another_class],
+    [
+        step,
+        written_in_place,
+        written_through_data,
+        loaded,
+        loaded_into_new_storage,
+        cast,
+        steered,
+        another_class,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_change_is_seen(model, change):
     """The second run of one object reused the first one's numbers after the weights had changed, by its old fingerprint."""
     wrapped = ResidualModel.wrap(model)
     change(model)
-    assert wrapped.change().startswith(("the weight model.", "the module model.", "the weight lm_head"))
+    assert wrapped.change().startswith(
+        ("the weight model.", "the module model.", "the weight lm_head")
+    )
     assert ResidualModel.wrap(model).change() is None
 
 
@@ -88,7 +99,9 @@ def test_a_few_numbers_written_through_data_are_seen(model):
 
 def test_an_adapter_that_is_switched_off_is_seen(model):
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
     wrapped = ResidualModel.wrap(adapted)
     with adapted.disable_adapter():
         assert wrapped.change() is not None
@@ -105,7 +118,7 @@ def test_the_same_model_loaded_again_has_the_same_identity(model):
 @pytest.mark.parametrize("way", ["bridge", "blocks"])
 def test_both_ways_have_one_identity(model, way, monkeypatch):
     """What is measured is the same: a version of TransformerLens that fails makes nothing be measured anew."""
-    from lm_eval_coupling.residual import ways
+    from lm_eval_coupling.residual import wrapping as ways
 
     expected = ResidualModel.wrap(model).identity
     if way == "blocks":

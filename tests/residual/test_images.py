@@ -11,9 +11,9 @@ from wrapping import wrapped_on
 
 from lm_eval_coupling import block_jacobians, measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.pairs import jacobians_of_pairs
+from lm_eval_coupling.jacobians.token_pairs import jacobians_of_pairs
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual.images import ImageTokens
+from lm_eval_coupling.residual.image_inputs import ImageTokens
 
 PAIRS = [(0, 0), (5, 5), (5, 2), (2, 5), (0, 7)]  # output, input; patches see the ones after them
 
@@ -39,9 +39,14 @@ def test_jacobians_are_those_of_plain_autodiff(case, float64_device):
 @pytest.mark.parametrize("case", ["vit", "dinov2"])
 def test_half_precision_weights(case, dtype, float64_device):
     model, image = vision_cases.tiny_classifier(case, dtype), vision_cases.tiny_images(dtype=dtype)
-    found = block_jacobians(wrapped_on(float64_device, model), image, output_token=0, dtype=torch.float64)
+    found = block_jacobians(
+        wrapped_on(float64_device, model), image, output_token=0, dtype=torch.float64
+    )
     for layer, jacobian in enumerate(found.jacobians.cpu()):
-        assert worst(jacobian, oracle(copy.deepcopy(model).double(), image.double(), layer, 0, 0)) < 1e-9
+        assert (
+            worst(jacobian, oracle(copy.deepcopy(model).double(), image.double(), layer, 0, 0))
+            < 1e-9
+        )
 
 
 def test_all_pairs_at_once_with_later_tokens_as_inputs(float64_device):
@@ -57,7 +62,10 @@ def test_all_pairs_at_once_with_later_tokens_as_inputs(float64_device):
 
 
 def test_the_model_stays_untouched():
-    model, image = vision_cases.tiny_classifier("vit", torch.float32), vision_cases.tiny_images(dtype=torch.float32)
+    model, image = (
+        vision_cases.tiny_classifier("vit", torch.float32),
+        vision_cases.tiny_images(dtype=torch.float32),
+    )
     before, kept = model(image).logits, {name: p.clone() for name, p in model.named_parameters()}
     block_jacobians(ResidualModel.wrap(model), image, output_token=0)
     assert torch.equal(model(image).logits, before) and model.config._attn_implementation == "sdpa"
@@ -113,26 +121,41 @@ def test_models_of_timm(architecture):
 
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
     torch.manual_seed(0)
-    about = {"architecture": architecture, "num_classes": 5, "model_args": arguments}  # labels would be asked for by name
+    about = {
+        "architecture": architecture,
+        "num_classes": 5,
+        "model_args": arguments,
+    }  # labels would be asked for by name
     model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(about)).double().eval()
-    found = block_jacobians(ResidualModel.wrap(model), vision_cases.tiny_images(), output_token=0, dtype=torch.float64)
+    found = block_jacobians(
+        ResidualModel.wrap(model), vision_cases.tiny_images(), output_token=0, dtype=torch.float64
+    )
     assert found.method == ["closed", "closed"] and found.certificate.max() < 1e-10
 
 
 @pytest.mark.parametrize("name", vision_cases.NO_STREAM)
 def test_other_networks_are_refused_in_a_sentence(name):
-    with pytest.raises(CouplingError, match=r"got a (ResNet|ConvNext|Swin)ForImageClassification.*expected"):
+    with pytest.raises(
+        CouplingError, match=r"got a (ResNet|ConvNext|Swin)ForImageClassification.*expected"
+    ):
         ResidualModel.wrap(vision_cases.tiny_classifier(name, torch.float32))
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(16, 16), torch.zeros(3, 16, 16, dtype=torch.uint8), [1, 2, 3]])
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(16, 16), torch.zeros(3, 16, 16, dtype=torch.uint8), [1, 2, 3]]
+)
 def test_what_is_no_image_is_told(wrong):
     wrapped = ResidualModel.wrap(vision_cases.tiny_classifier("vit"))
-    with pytest.raises(CouplingError, match=r"as an image, expected pixel values \[channel, height, width\]"):
+    with pytest.raises(
+        CouplingError, match=r"as an image, expected pixel values \[channel, height, width\]"
+    ):
         wrapped.trace(wrong)
 
 
-@pytest.mark.parametrize(("images", "words"), [((20, 16), "pixel_values .*20, 16.*does not take"), ((8, 8), "pixel_values")])
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [((20, 16), "pixel_values .*20, 16.*does not take"), ((8, 8), "pixel_values")],
+)
 def test_an_image_of_another_size_is_told(images, words):
     wrapped = ResidualModel.wrap(vision_cases.tiny_classifier("vit"))
     with pytest.raises(CouplingError, match=words):

@@ -5,7 +5,14 @@ import threading
 import cases
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 from wrapping import tiny
 
@@ -16,7 +23,13 @@ from lm_eval_coupling.residual import ResidualModel
 
 def bert():
     return BertModel(
-        BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+        BertConfig(
+            vocab_size=61,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+        )
     )
 
 
@@ -31,7 +44,9 @@ def headless():
 def packed():
     model = tiny()
     weight = model.model.layers[0].mlp.up_proj.weight
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        weight.to(torch.int8), requires_grad=False
+    )
     return model
 
 
@@ -48,7 +63,10 @@ def on_no_device():
         (headless, "got a LlamaModel without a language-model head"),
         (packed, "layers.0.mlp.up_proj.weight packed as torch.int8"),
         (on_no_device, "embed_tokens.weight on no device"),
-        (lambda: torch.nn.Linear(2, 2), "got a Linear, expected a decoder-only transformers language model"),
+        (
+            lambda: torch.nn.Linear(2, 2),
+            "got a Linear, expected a decoder-only transformers language model",
+        ),
     ],
     ids=["encoder", "encoder-decoder", "no head", "packed", "meta", "no transformer"],
 )
@@ -58,12 +76,16 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(make, message):
     assert "\n" not in str(caught.value) and "expected" in str(caught.value)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
 def test_layers_of_several_dtypes_are_named(dtypes):
     """They were told to be no residual stream."""
     model = cases.tiny_model("llama", dtypes[0])
     model.model.layers[1].to(dtypes[1])
-    with pytest.raises(CouplingError, match=r"in float32 .*bfloat16|in bfloat16 .*float32") as error:
+    with pytest.raises(
+        CouplingError, match=r"in float32 .*bfloat16|in bfloat16 .*float32"
+    ) as error:
         ResidualModel.wrap(model)
     assert "model.layers.1." in str(error.value) or "the first" in str(error.value)
     assert "expected one dtype" in str(error.value)
@@ -84,7 +106,9 @@ def test_one_model_in_several_threads(dtype):
     model, found = ResidualModel.wrap(cases.tiny_model("llama", dtype)), {}
 
     def work(number):
-        found[number] = measure_coupling(model, [[1, 2, 3, 4]], ranks=2, progress=False)[0].coupling(2)
+        found[number] = measure_coupling(model, [[1, 2, 3, 4]], ranks=2, progress=False)[
+            0
+        ].coupling(2)
 
     work(0)
     threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]

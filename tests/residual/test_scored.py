@@ -19,7 +19,13 @@ from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 
 TOKENS = cases.tiny_tokens(9)
-FUSED = {"gpt-neox": "query_key_value", "gpt2": "c_attn", "phi3": "qkv_proj", "falcon": "query_key_value", "mpt": "Wqkv"}
+FUSED = {
+    "gpt-neox": "query_key_value",
+    "gpt2": "c_attn",
+    "phi3": "qkv_proj",
+    "falcon": "query_key_value",
+    "mpt": "Wqkv",
+}
 
 
 def measured_as_scored(scored, base, tolerance=2e-5):
@@ -44,26 +50,35 @@ def test_lora_on_a_fused_projection_is_measured(case, dtype):
     assert worst(block_jacobians(wrapped, TOKENS).jacobians, plain) > 1e-2
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str
+)
 def test_other_lora(options):
-    adapted = with_lora(cases.tiny_model("llama", torch.float32), ["q_proj", "down_proj"], **options)
+    adapted = with_lora(
+        cases.tiny_model("llama", torch.float32), ["q_proj", "down_proj"], **options
+    )
     measured_as_scored(adapted, adapted.get_base_model())
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "LNTuningConfig"])
+@pytest.mark.parametrize(
+    "kind", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "LNTuningConfig"]
+)
 def test_other_adapters_of_weights(kind):
     peft = pytest.importorskip("peft")
     options = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
-    options |= {"IA3Config": {"feedforward_modules": ["down_proj"]}, "OFTConfig": {"oft_block_size": 0, "r": 4}}.get(
-        kind, {}
-    )
+    options |= {
+        "IA3Config": {"feedforward_modules": ["down_proj"]},
+        "OFTConfig": {"oft_block_size": 0, "r": 4},
+    }.get(kind, {})
     if kind == "VeraConfig":
         options = {"target_modules": ["q_proj", "o_proj"]}
     if kind == "LNTuningConfig":
         options = {}
     torch.manual_seed(0)
     model = cases.tiny_model("llama", torch.float32)
-    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **options)).eval()
+    adapted = peft.get_peft_model(
+        model, getattr(peft, kind)(task_type="CAUSAL_LM", **options)
+    ).eval()
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -84,12 +99,16 @@ def test_an_adapter_that_transformers_attaches():
     assert untrained_twin(model, 0).model.layers[0].self_attn.q_proj.weight.shape == (24, 24)
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize(
+    "kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
 def test_virtual_tokens_are_refused(kind):
     """The base model's coupling was reported as the adapted model's."""
     peft = pytest.importorskip("peft")
     model = cases.tiny_model("llama", torch.float32)
-    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    adapted = peft.get_peft_model(
+        model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
     with pytest.raises(CouplingError, match="got an adapter of virtual tokens") as caught:
         ResidualModel.wrap(adapted)
     assert "\n" not in str(caught.value) and "coupling_limit=0" in str(caught.value)
@@ -191,7 +210,9 @@ def test_mixed_precision_around_the_forward_method():
     model = cases.tiny_model("llama", torch.float32)
     accelerate.state.AcceleratorState._reset_state()  # one of the process, with the precision of whoever came first
     try:
-        prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
+        prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
+            model, evaluation_mode=True
+        )
         measured_as_scored(prepared, cases.tiny_model("llama", torch.float32))
     finally:
         accelerate.state.AcceleratorState._reset_state()
@@ -225,7 +246,9 @@ def test_every_weight_follows_the_model(case):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt-neox", "phi3", "bloom", "mpt", "falcon", "llama", "mixtral", "qwen3-next"])
+@pytest.mark.parametrize(
+    "case", ["gpt2", "gpt-neox", "phi3", "bloom", "mpt", "falcon", "llama", "mixtral", "qwen3-next"]
+)
 def test_nothing_stays_behind(case):
     """Neither a graph nor an attention pattern, and Jacobians are plain numbers: NumPy takes them as they are."""
     model = cases.tiny_model(case, torch.float32)

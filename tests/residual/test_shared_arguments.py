@@ -24,7 +24,9 @@ def test_a_kind_of_layer_shares_its_arguments():
         prompts = [cases.tiny_tokens(n)[0].tolist() for n in (9, 5)]
         first, second = wrapped.traces(prompts, torch.float64, [8, 4], probe)
         assert len({id(call.arguments) for call in first.calls}) == kinds
-        assert not {id(call.arguments) for call in first.calls} & {id(call.arguments) for call in second.calls}
+        assert not {id(call.arguments) for call in first.calls} & {
+            id(call.arguments) for call in second.calls
+        }
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,14 @@ def test_what_lies_elsewhere_is_brought_once():
 
 def test_where_a_cache_writes_does_not_keep_calls_apart():
     """transformers 5.0 hands blocks the places of their tokens in a cache, which ours has not."""
-    each = [Arguments((), {"attention_mask": mask(n)[:1], "cache_position": torch.arange(n)}) for n in (5, 3)]
+    each = [
+        Arguments((), {"attention_mask": mask(n)[:1], "cache_position": torch.arange(n)})
+        for n in (5, 3)
+    ]
     found = Arguments.at_tokens(each, [4, 2], [5, 3], [0, 0])
-    assert found.kwargs["cache_position"].tolist() == [4] and found.kwargs["attention_mask"].shape == (2, 1, 1, 5)
+    assert found.kwargs["cache_position"].tolist() == [4] and found.kwargs[
+        "attention_mask"
+    ].shape == (2, 1, 1, 5)
 
 
 def test_tokens_and_prompts_are_told_apart():
@@ -73,13 +80,21 @@ def test_tokens_and_prompts_are_told_apart():
     assert whole.of_prompt(0, 5, 5) is a and whole.of_prompt(0, 4, 5) is not a
     found = Arguments.at_tokens([a, b], [4, 2], [5, 3], [0, 0])
     assert found is Arguments.at_tokens([a, b], [4, 2], [5, 3], [0, 0])
-    assert found.kwargs["position_ids"].tolist() == [[4], [7]] and found.kwargs["attention_mask"].shape == (2, 1, 1, 5)
-    others = [([a, b], [3, 2], [5, 3], [0, 0]), ([a, b], [4, 2], [5, 3], [4, 2]), ([a, a], [4, 2], [5, 5], [0, 0])]
+    assert found.kwargs["position_ids"].tolist() == [[4], [7]] and found.kwargs[
+        "attention_mask"
+    ].shape == (2, 1, 1, 5)
+    others = [
+        ([a, b], [3, 2], [5, 3], [0, 0]),
+        ([a, b], [4, 2], [5, 3], [4, 2]),
+        ([a, a], [4, 2], [5, 5], [0, 0]),
+    ]
     for of in others:
         again = Arguments.at_tokens(*of)
         alone = [Arguments.at_tokens(*([one] for one in each)) for each in zip(*of, strict=True)]
         assert again is not found
-        assert again.kwargs["position_ids"].tolist() == [one.kwargs["position_ids"][0].tolist() for one in alone]
+        assert again.kwargs["position_ids"].tolist() == [
+            one.kwargs["position_ids"][0].tolist() for one in alone
+        ]
 
 
 def test_memory_is_given_back_at_once():
@@ -89,7 +104,11 @@ def test_memory_is_given_back_at_once():
     try:
         whole = Arguments((), {"attention_mask": mask(5)})
         a, b = whole.of_prompt(0, 5, 5), whole.of_prompt(1, 5, 5)
-        gone = weakref.ref(Arguments.at_tokens([a, b], [4, 3], [5, 5], [0, 0])), weakref.ref(whole), weakref.ref(a)
+        gone = (
+            weakref.ref(Arguments.at_tokens([a, b], [4, 3], [5, 5], [0, 0])),
+            weakref.ref(whole),
+            weakref.ref(a),
+        )
         del whole, a, b
         assert [one() for one in gone] == [None] * 3
     finally:
@@ -102,7 +121,9 @@ def test_keys_of_a_batch_are_those_of_each_prompt(tokens, rows):
     """In one step or one by one: the last ones before each token agree, what stands in front of them is not seen."""
     batch = (torch.randn(3, 2, 5, 4), torch.randn(3, 1, 5, 4))
     together = Keys.before_each([Keys(batch, row, 5) for row in rows], tokens).kept
-    apart = Keys.before_each([Keys((batch[0].clone(), batch[1].clone()), row, 5) for row in rows], tokens).kept
+    apart = Keys.before_each(
+        [Keys((batch[0].clone(), batch[1].clone()), row, 5) for row in rows], tokens
+    ).kept
     for found, expected, of_all in zip(together, apart, batch, strict=True):
         assert found.shape == expected.shape and found.isfinite().all()
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):

@@ -9,5 +9,9 @@ from lm_eval_coupling.residual.stamp import SAMPLE, _spread
 def test_entries_are_within_the_weight_whatever_its_size(size):
     """Places in float32 were rounded past the end of weights of more than 2^24 entries, and no real model was measured."""
     places = _spread(size).tolist()
-    assert places[0] == 0 and places[-1] == size - 1 and len({*places}) == len(places) == min(SAMPLE, size)
+    assert (
+        places[0] == 0
+        and places[-1] == size - 1
+        and len({*places}) == len(places) == min(SAMPLE, size)
+    )
     assert places == sorted(places)

@@ -19,7 +19,9 @@ def test_prompts_are_traced_together(case):
     assert wrapped._pads_on_the_right(torch.float64) == (case not in ALONE)
     for prompt, trace in zip(prompts, together, strict=True):
         alone = wrapped.trace(prompt, torch.float64)
-        assert torch.allclose(trace.trajectories(slice(None)), alone.trajectories(slice(None)), rtol=1e-10, atol=1e-12)
+        assert torch.allclose(
+            trace.trajectories(slice(None)), alone.trajectories(slice(None)), rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("case", vision_cases.CASES)

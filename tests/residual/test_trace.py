@@ -47,7 +47,9 @@ def test_bfloat16_weights_are_traced_in_full_precision(float64_device):
     model = tiny(dtype=torch.bfloat16)
     upcast = copy.deepcopy(model).float()
     for dtype in (torch.float32, torch.float64):
-        found, expected = (wrapped_on(float64_device, m).trace(TOKENS, dtype).resid_final for m in (model, upcast))
+        found, expected = (
+            wrapped_on(float64_device, m).trace(TOKENS, dtype).resid_final for m in (model, upcast)
+        )
         assert found.dtype == dtype and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -58,7 +60,10 @@ def test_one_block_is_upcast_at_a_time(device):
     def look(module, args):
         seen.append([{p.dtype for p in block.parameters()} for block in wrapped.blocks])
 
-    inner = [next(m for m in block.modules() if m is not block and not list(m.children())) for block in wrapped.blocks]
+    inner = [
+        next(m for m in block.modules() if m is not block and not list(m.children()))
+        for block in wrapped.blocks
+    ]
     handles = [module.register_forward_pre_hook(look) for module in inner]
     wrapped.trace(TOKENS, torch.float32)
     for handle in handles:
@@ -79,11 +84,17 @@ def test_float64_is_float64_throughout(float64_device):
 
 
 def test_blocks_can_be_called_again(device):
-    wrapped = wrapped_on(device, tiny("gemma2"))  # TransformerLens' blocks do not outlive their bridge
+    wrapped = wrapped_on(
+        device, tiny("gemma2")
+    )  # TransformerLens' blocks do not outlive their bridge
     for call in (trace := wrapped.trace(TOKENS)).calls:
         with torch.no_grad(), call.ready():
             again = call(call.resid_pre)
-        after = trace.calls[call.layer + 1].resid_pre if call.layer + 1 < len(trace.calls) else trace.resid_final
+        after = (
+            trace.calls[call.layer + 1].resid_pre
+            if call.layer + 1 < len(trace.calls)
+            else trace.resid_final
+        )
         assert torch.equal(again, after)
 
 

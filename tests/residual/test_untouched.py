@@ -24,7 +24,9 @@ def behaviour(model):
     mask[1, :3] = 0
     with torch.no_grad():
         logits = model(batch, attention_mask=mask).logits
-        generated = model.generate(batch[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        generated = model.generate(
+            batch[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+        )
     return logits, generated
 
 
@@ -38,7 +40,9 @@ def plain(model):
         "config": model.config.to_dict(),
         "attention": model.config._attn_implementation,
         "modules": [(name, type(module)) for name, module in model.named_modules()],
-        "parameters": [(n, p.data_ptr(), p.dtype, p.requires_grad) for n, p in model.named_parameters()],
+        "parameters": [
+            (n, p.data_ptr(), p.dtype, p.requires_grad) for n, p in model.named_parameters()
+        ],
         "training": model.training,
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
     }
@@ -71,7 +75,9 @@ def test_weights_are_shared(case, float64_device):
     assert not torch.allclose(wrapped.trace(TOKENS, torch.float64).resid_final, before)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__
+)
 @pytest.mark.parametrize("derivatives", [False, True])
 def test_an_exception_inside_a_block_leaves_nothing_behind(error, derivatives):
     model = tiny(dtype=torch.bfloat16)
@@ -125,5 +131,7 @@ def test_nothing_is_drawn(case):
     before = torch.get_rng_state()
     wrapped = ResidualModel.wrap(model)
     assert torch.equal(torch.get_rng_state(), before)
-    measure_coupling(wrapped, [TOKENS[0].tolist(), TOKENS[0, :5].tolist()], ranks=(2,), progress=False)
+    measure_coupling(
+        wrapped, [TOKENS[0].tolist(), TOKENS[0, :5].tolist()], ranks=(2,), progress=False
+    )
     assert torch.equal(torch.get_rng_state(), before)

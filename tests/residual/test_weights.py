@@ -21,7 +21,9 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.paper import run_coupling_hf
-from lm_eval_coupling.residual import ResidualModel, checks, ways
+from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual import load_checks as checks
+from lm_eval_coupling.residual import wrapping as ways
 from lm_eval_coupling.residual.fingerprint import fingerprint
 from lm_eval_coupling.residual.weights import named_weights, upcast
 
@@ -42,7 +44,10 @@ INT8 = [k / 127 for k in range(-127, 128)]
 PACKINGS = {
     "nf4": (NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "fp4": (FP4, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
-    "nf4 with packed scales": (NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+    "nf4 with packed scales": (
+        NF4,
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    ),
     "int8": (INT8, {"load_in_8bit": True}),
 }
 
@@ -81,7 +86,12 @@ def packed(tmp_path):
 
 @pytest.mark.parametrize(
     ("packing", "case"),
-    [*((packing, "llama") for packing in PACKINGS), ("nf4", "phi3"), ("nf4", "gpt2"), ("int8", "gpt-neox")],
+    [
+        *((packing, "llama") for packing in PACKINGS),
+        ("nf4", "phi3"),
+        ("nf4", "gpt2"),
+        ("int8", "gpt-neox"),
+    ],
 )
 def test_packed_weights_are_measured_as_what_they_stand_for(packed, packing, case):
     """Also where TransformerLens splits a joint projection, and where the packed matrix is transposed."""
@@ -106,8 +116,12 @@ def test_a_packed_model_stays_as_it_was(packed):
         assert torch.equal(model(TOKENS).logits, expected)
         assert torch.equal(block_jacobians(wrapped, TOKENS).jacobians, first)
         assert torch.equal(block_jacobians(ResidualModel.wrap(untouched), TOKENS).jacobians, first)
-    for (name, one), (_, other) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
-        assert type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other), name
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), untouched.named_parameters(), strict=True
+    ):
+        assert type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other), (
+            name
+        )
 
 
 def test_one_block_is_unpacked_at_a_time(packed):
@@ -116,11 +130,15 @@ def test_one_block_is_unpacked_at_a_time(packed):
 
     def unpacked():
         return [
-            sum(p.untyped_storage().nbytes() > 1000 for p in block.parameters() if p.dim() == 2) for block in wrapped.blocks
+            sum(p.untyped_storage().nbytes() > 1000 for p in block.parameters() if p.dim() == 2)
+            for block in wrapped.blocks
         ]
 
     seen = []
-    handles = [block.mlp.register_forward_hook(lambda *_: seen.append(unpacked())) for block in wrapped.blocks]
+    handles = [
+        block.mlp.register_forward_hook(lambda *_: seen.append(unpacked()))
+        for block in wrapped.blocks
+    ]
     calls = wrapped.trace(TOKENS).calls
     for handle in handles:
         handle.remove()
@@ -157,7 +175,8 @@ def test_the_papers_function_takes_packed_models(packed):
 
     dense, model = packed("nf4")
     expected, found = (
-        run_coupling_hf(m, Tokenizer(), "m", ["text"], ranks=[2, 4], last_layer_norm=True) for m in (dense, model)
+        run_coupling_hf(m, Tokenizer(), "m", ["text"], ranks=[2, 4], last_layer_norm=True)
+        for m in (dense, model)
     )
     for K in (2, 4):
         one, other = (out[0]["coupling_ujv"][K]["norm"] for out in (expected, found))
@@ -201,8 +220,12 @@ def with_scaled_float8(model):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
                 layer = FP8Linear(module.in_features, module.out_features, block_size=(16, 8))
-                layer.weight = nn.Parameter((module.weight * 100).to(torch.float8_e4m3fn), requires_grad=False)
-                layer.weight_scale_inv = nn.Parameter(torch.rand_like(layer.weight_scale_inv) / 50, requires_grad=False)
+                layer.weight = nn.Parameter(
+                    (module.weight * 100).to(torch.float8_e4m3fn), requires_grad=False
+                )
+                layer.weight_scale_inv = nn.Parameter(
+                    torch.rand_like(layer.weight_scale_inv) / 50, requires_grad=False
+                )
                 setattr(parent, name, layer)
     return model.train()  # so that it is not run
 
@@ -220,7 +243,9 @@ def by_hand(module):
     return None
 
 
-@pytest.mark.parametrize("pack", [with_scaled_weights, with_scaled_float8], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "pack", [with_scaled_weights, with_scaled_float8], ids=lambda f: f.__name__
+)
 def test_other_packings(pack):
     dense = cases.tiny_model("llama", torch.float32)
     model = pack(copy.deepcopy(dense))
@@ -234,7 +259,10 @@ def test_other_packings(pack):
         expected = oracle(dense, TOKENS, layer, 8, 8)
         assert (found.jacobians[layer] - expected).norm() < 1e-4 * expected.norm()
     named = dict(named_weights(model))
-    assert all(torch.allclose(named[f"{name}.weight"].double(), weight, atol=1e-6) for name, weight in weights.items())
+    assert all(
+        torch.allclose(named[f"{name}.weight"].double(), weight, atol=1e-6)
+        for name, weight in weights.items()
+    )
 
 
 def offloaded(model, where, folder):
@@ -243,7 +271,9 @@ def offloaded(model, where, folder):
 
     if where == "disk":
         return accelerate.disk_offload(model, folder, torch.device("cpu"))
-    return accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=where == "host with buffers")
+    return accelerate.cpu_offload(
+        model, torch.device("cpu"), offload_buffers=where == "host with buffers"
+    )
 
 
 @pytest.mark.parametrize("where", ["host", "host with buffers", "disk"])
@@ -274,13 +304,18 @@ def test_the_final_norm_may_be_offloaded(tmp_path):
     model = cases.tiny_model("llama", torch.float32)
     moved = offloaded(copy.deepcopy(model), "host", tmp_path)
     expected, found = (
-        run_coupling_hf(m, Tokenizer(), "m", ["text"], ranks=[2], last_layer_norm=True) for m in (model, moved)
+        run_coupling_hf(m, Tokenizer(), "m", ["text"], ranks=[2], last_layer_norm=True)
+        for m in (model, moved)
     )
-    assert torch.allclose(expected[0]["coupling_ujv"][2]["norm"], found[0]["coupling_ujv"][2]["norm"], atol=1e-4)
+    assert torch.allclose(
+        expected[0]["coupling_ujv"][2]["norm"], found[0]["coupling_ujv"][2]["norm"], atol=1e-4
+    )
 
 
 def test_offloaded_weights_are_put_away_after_an_exception(tmp_path):
-    wrapped = ResidualModel.wrap(offloaded(cases.tiny_model("llama", torch.float32), "host", tmp_path))
+    wrapped = ResidualModel.wrap(
+        offloaded(cases.tiny_model("llama", torch.float32), "host", tmp_path)
+    )
     call = wrapped.trace(TOKENS).calls[0]
     with pytest.raises(RuntimeError, match="in the middle"), call.ready():
         assert all(p.untyped_storage().nbytes() >= p.numel() * 4 for p in call.module.parameters())
@@ -292,7 +327,9 @@ def test_weights_that_are_nowhere_are_refused():
     model = cases.tiny_model("llama", torch.float32)
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to("meta"))
-    with pytest.raises(CouplingError, match=r"model\.layers\.1\.mlp\.up_proj\.weight on no device, expected"):
+    with pytest.raises(
+        CouplingError, match=r"model\.layers\.1\.mlp\.up_proj\.weight on no device, expected"
+    ):
         ResidualModel.wrap(model)
 
 
@@ -300,7 +337,10 @@ def test_a_block_on_several_devices_is_refused():
     wrapped = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
     projection = wrapped.blocks[1].mlp.up_proj.original_component
     projection.weight = nn.Parameter(projection.weight.to("meta"))
-    with pytest.raises(CouplingError, match=r"got block 1 spread over \['cpu', 'meta'\], expected each block on one device"):
+    with pytest.raises(
+        CouplingError,
+        match=r"got block 1 spread over \['cpu', 'meta'\], expected each block on one device",
+    ):
         checks.require_whole_blocks(wrapped.block_list)
 
 
@@ -312,12 +352,17 @@ def test_an_offloaded_model_that_is_bridged_wrongly_goes_by_its_own_blocks(monke
 
     def wrong(twin):
         bridge = right(twin)
-        bridge.blocks[0].original_component.mlp.up_proj.register_forward_hook(lambda module, args, output: -output)
+        bridge.blocks[0].original_component.mlp.up_proj.register_forward_hook(
+            lambda module, args, output: -output
+        )
         return bridge
 
     monkeypatch.setattr(ways, "put_bridge_into", wrong)
     wrapped = ResidualModel.wrap(model)
-    assert wrapped.way == "blocks" and "TransformerLens' bridge of LlamaForCausalLM is off by" in wrapped.way_reason
+    assert (
+        wrapped.way == "blocks"
+        and "TransformerLens' bridge of LlamaForCausalLM is off by" in wrapped.way_reason
+    )
     assert torch.allclose(block_jacobians(wrapped, TOKENS).jacobians, expected, atol=1e-5)
 
 
@@ -325,7 +370,11 @@ def test_upcast_puts_everything_back():
     half = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     whole, integer = torch.ones(3), torch.ones(3, dtype=torch.int64)
     with upcast([half, whole, integer], torch.float32):
-        assert (half.dtype, whole.dtype, integer.dtype) == (torch.float32, torch.float32, torch.int64)
+        assert (half.dtype, whole.dtype, integer.dtype) == (
+            torch.float32,
+            torch.float32,
+            torch.int64,
+        )
     assert half.dtype == torch.bfloat16
 
 
@@ -384,7 +433,13 @@ except RuntimeError as error:
 @pytest.mark.slow
 def test_blocks_on_several_devices_are_measured_where_they_lie():
     """And without bringing the stream to a block's device, there would be an error: the test can fail."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
-    done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=environment, capture_output=True, text=True, check=False)
+    tests = Path(__file__).parents[1] / "support"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parents[1])))}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "WALKED" in done.stdout, done.stderr[-3000:]

@@ -15,7 +15,10 @@ ROOMS = ("saved", "statistics", "fit", "studies", "figures", "report")
 def test_no_torch_is_loaded(room):
     """Pictures and studies loaded torch for a square root."""
     (path,) = lm_eval_coupling.__path__
-    modules = [f"lm_eval_coupling.{room}.{found.name}" for found in pkgutil.iter_modules([f"{path}/{room}"])]
+    modules = [
+        f"lm_eval_coupling.{room}.{found.name}"
+        for found in pkgutil.iter_modules([f"{path}/{room}"])
+    ]
     assert modules
     heavy = "{'torch', 'lm_eval', 'transformers'}"
     code = f"import sys, {', '.join(modules)}; sys.exit(str({heavy} & {{*sys.modules}} or ''))"

@@ -42,7 +42,13 @@ def test_family_and_tuning_from_the_name(model, family, tuned):
         ("allenai/OLMo-1B", "step20000-tokens84B", "allenai/OLMo-1B", 20000, 84e9),
         ("out/pythia-70m/checkpoint-500", "main", "out/pythia-70m", 500, math.nan),
         ("/out/x/global_step7/", "main", "/out/x", 7, math.nan),
-        ("checkpoint-500", "main", "checkpoint-500", math.nan, math.nan),  # of which training, no one knows
+        (
+            "checkpoint-500",
+            "main",
+            "checkpoint-500",
+            math.nan,
+            math.nan,
+        ),  # of which training, no one knows
         ("org/two-step-reasoner", "main", "org/two-step-reasoner", math.nan, math.nan),
     ],
 )
@@ -59,27 +65,49 @@ def test_how_prompts_were_made_is_told_in_words_and_digests_only_where_runs_diff
     assert readable(first) == readable(first, [first, same]) == "0-shot, chat template"
     assert readable(same, [first, same]) == "5-shot"
     assert differing([first, same]) == {first: "0-shot, chat template", same: "5-shot"}
-    assert differing([same, other]) == {same: "task text 6e6f3c5a", other: "task text 77777777, few-shot seed 12345678"}
+    assert differing([same, other]) == {
+        same: "task text 6e6f3c5a",
+        other: "task text 77777777, few-shot seed 12345678",
+    }
     assert differing([same, unknown]) == {same: "task text 6e6f3c5a", unknown: ""}
     changed = first.replace("1f0c22ab", "2f0c22ab")
-    assert differing([first, changed]) == {first: "chat template 1f0c22ab", changed: "chat template 2f0c22ab"}
+    assert differing([first, changed]) == {
+        first: "chat template 1f0c22ab",
+        changed: "chat template 2f0c22ab",
+    }
 
 
 def test_short_names():
-    assert [short_name(name) for name in ("org/a-1b", "/x/y/", "C:\\x\\y", "plain")] == ["a-1b", "y", "y", "plain"]
+    assert [short_name(name) for name in ("org/a-1b", "/x/y/", "C:\\x\\y", "plain")] == [
+        "a-1b",
+        "y",
+        "y",
+        "plain",
+    ]
 
 
 @pytest.mark.parametrize(
     "expected",
     [
         {"/x/y/base": "base", "org/a-1b": "a-1b", "plain": "plain"},
-        {"org1/pythia-410m": "org1/pythia-410m", "org2/pythia-410m": "org2/pythia-410m", "/secret/gpt2": "gpt2"},
+        {
+            "org1/pythia-410m": "org1/pythia-410m",
+            "org2/pythia-410m": "org2/pythia-410m",
+            "/secret/gpt2": "gpt2",
+        },
         {"/x/a/base/v1": "a/base/v1", "/x/b/base/v1": "b/base/v1", "/x/b/other/v1/": "other/v1"},
         {"base": "base", "C:\\x\\base": "x/base", "x/y/base": "y/base"},
         {"a/base": "a/base", "/a/base": "/a/base"},
         {"/x/a/base": "base", "/x/a/base/": "base"},  # the same folder
-        {"/x/a": "a", "/x/a/checkpoint-1": "a/checkpoint-1", "/x/a/checkpoint-2/": "a/checkpoint-2"},
-        {"/x/a/checkpoint-1": "x/a/checkpoint-1", "/y/a/checkpoint-2": "y/a/checkpoint-2"},  # two trainings
+        {
+            "/x/a": "a",
+            "/x/a/checkpoint-1": "a/checkpoint-1",
+            "/x/a/checkpoint-2/": "a/checkpoint-2",
+        },
+        {
+            "/x/a/checkpoint-1": "x/a/checkpoint-1",
+            "/y/a/checkpoint-2": "y/a/checkpoint-2",
+        },  # two trainings
         {"checkpoint-1": "checkpoint-1"},
         {},
     ],
@@ -102,7 +130,13 @@ def test_a_label_says_of_a_checkpoint_what_its_folder_does():
 def runs(*models, revision="main"):
     return pd.DataFrame(
         [
-            {"model": m, "revision": revision, "n_params": 5.0, "acc,none": 0.5, **facts_from_name(m, revision)}
+            {
+                "model": m,
+                "revision": revision,
+                "n_params": 5.0,
+                "acc,none": 0.5,
+                **facts_from_name(m, revision),
+            }
             for m in models
         ]
     )
@@ -114,25 +148,35 @@ def csv(tmp_path, text):
 
 
 def test_the_file_goes_before_the_name_and_adds_columns(tmp_path):
-    file = csv(tmp_path, "model,family,tuned,training_tokens,loss\na-1b,greek,yes,3e11,2.5\norg/b-2b,,0,,\nunused,x,1,1,1\n")
+    file = csv(
+        tmp_path,
+        "model,family,tuned,training_tokens,loss\na-1b,greek,yes,3e11,2.5\norg/b-2b,,0,,\nunused,x,1,1,1\n",
+    )
     found = add_facts(runs("org/a-1b", "org/b-2b", "org/c-3b"), file)
     assert list(found["family"]) == ["greek", "b", "c"]
     assert list(found["tuned"]) == [True, False, False]
-    assert found["training_tokens"].tolist() == pytest.approx([3e11, math.nan, math.nan], nan_ok=True)
+    assert found["training_tokens"].tolist() == pytest.approx(
+        [3e11, math.nan, math.nan], nan_ok=True
+    )
     assert found["loss"].tolist() == pytest.approx([2.5, math.nan, math.nan], nan_ok=True)
     assert list(found["n_params"]) == [5, 5, 5]
 
 
 def test_facts_of_no_run_are_told_and_leave_numbers_numbers(tmp_path, caplog):
     """With a typo in every name the column held objects, which `fit` could not take the logarithm of."""
-    file = csv(tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nzz,1,1,x\nb-2b,1e9,3,blue\n")
+    file = csv(
+        tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nzz,1,1,x\nb-2b,1e9,3,blue\n"
+    )
     found = add_facts(runs("org/a-1b", "org/b-2b"), file)
     assert [m.split(" has ")[1] for m in caplog.messages] == [
         "facts of org/A, zz, of which there is no run; the runs are of org/a-1b, org/b-2b"
     ]
     assert found["training_tokens"].tolist() == pytest.approx([math.nan, 1e9], nan_ok=True)
     nothing = add_facts(runs("org/c"), file)
-    assert nothing["training_tokens"].dtype == nothing["loss"].dtype == float and nothing["loss"].isna().all()
+    assert (
+        nothing["training_tokens"].dtype == nothing["loss"].dtype == float
+        and nothing["loss"].isna().all()
+    )
 
 
 def test_a_revision_in_the_file_is_of_that_revision_only(tmp_path):
@@ -166,14 +210,31 @@ def test_facts_that_lie_beside_results(tmp_path):
     """A sweep tells what its plan knows of a model without a further file; results' own columns are not its to tell."""
     from lm_eval_coupling import load_runs
 
-    told = {"family": "f", "training_tokens": 1e9, "colour": "red", "task": "x", "acc,none": 7, "n_layers": 3}
+    told = {
+        "family": "f",
+        "training_tokens": 1e9,
+        "colour": "red",
+        "task": "x",
+        "acc,none": 7,
+        "n_layers": 3,
+    }
     for folder, facts in (("a", told), ("b", None), ("c", "no JSON")):
         saved_runs.save(
-            tmp_path / folder, {"arc": saved_runs.task_summary()}, rows=[saved_runs.record()], model=f"m/{folder}"
+            tmp_path / folder,
+            {"arc": saved_runs.task_summary()},
+            rows=[saved_runs.record()],
+            model=f"m/{folder}",
         )
         if facts is not None:
-            (tmp_path / folder / "facts.json").write_text(json.dumps(facts) if isinstance(facts, dict) else facts)
+            (tmp_path / folder / "facts.json").write_text(
+                json.dumps(facts) if isinstance(facts, dict) else facts
+            )
     runs = load_runs(tmp_path).set_index("model")
-    assert runs.loc["m/a", ["family", "training_tokens", "colour", "n_layers"]].tolist() == ["f", 1e9, "red", 3]
+    assert runs.loc["m/a", ["family", "training_tokens", "colour", "n_layers"]].tolist() == [
+        "f",
+        1e9,
+        "red",
+        3,
+    ]
     assert runs.loc["m/a", "task"] == "arc" and runs.loc["m/a", "acc,none"] != 7
     assert runs.loc["m/b", "family"] == "b" and runs.loc["m/c", "colour"] != "red"

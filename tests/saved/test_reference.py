@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+from coupling_analysis.measures_page import page
+
 from lm_eval_coupling.measures.registry import readings
-from lm_eval_coupling.saved.reference import page
 from lm_eval_coupling.saved.tables import table_columns
 
 PAGE = Path(__file__).parents[2] / "docs" / "measures.md"
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m lm_eval_coupling.saved.reference > docs/measures.md"
+    assert PAGE.read_text(encoding="utf-8") == page(), (
+        "run: python -m coupling_analysis.measures_page > docs/measures.md"
+    )
 
 
 def test_every_column_and_reading_is_told():

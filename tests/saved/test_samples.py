@@ -10,7 +10,12 @@ class TestAnswers:
         return read_answers(write_samples(tmp_path, "t", samples), main)
 
     def test_multiple_choice(self, tmp_path):
-        found = self.read(tmp_path, sample("a"), sample("b", acc=1.0, target="red"), sample("c", acc=0.5, target=None))
+        found = self.read(
+            tmp_path,
+            sample("a"),
+            sample("b", acc=1.0, target="red"),
+            sample("c", acc=0.5, target=None),
+        )
         assert found["a"] == {
             "scores": {"acc,none": 0.0},
             "given": "red",
@@ -24,16 +29,27 @@ class TestAnswers:
 
     def test_choices_that_differ_in_their_context(self, tmp_path):
         names = ("Sarah", "Samantha")
-        arguments = {f"gen_args_{i}": {"arg_0": f"It was {name}", "arg_1": " who won."} for i, name in enumerate(names)}
+        arguments = {
+            f"gen_args_{i}": {"arg_0": f"It was {name}", "arg_1": " who won."}
+            for i, name in enumerate(names)
+        }
         found = self.read(tmp_path, sample("a", arguments=arguments, target="who won."))
-        assert found["a"]["options"] == [("Sarah", -1.5), ("Samantha", -2.5)] and found["a"]["expected"] == "who won."
+        assert (
+            found["a"]["options"] == [("Sarah", -1.5), ("Samantha", -2.5)]
+            and found["a"]["expected"] == "who won."
+        )
 
     def test_unconditional_likelihoods_are_no_choices(self, tmp_path):
         arguments = [("Why?", " red"), ("Why?", " blue"), ("", " red"), ("", " blue")]
-        arguments = {f"gen_args_{i}": {"arg_0": a, "arg_1": b} for i, (a, b) in enumerate(arguments)}
+        arguments = {
+            f"gen_args_{i}": {"arg_0": a, "arg_1": b} for i, (a, b) in enumerate(arguments)
+        }
         responses = [[-3.0, False], [-2.0, False], [-1.0, False], [-0.5, False]]
         found = self.read(tmp_path, sample("a", arguments=arguments, filtered_resps=responses))
-        assert found["a"]["options"] == [("red", -3.0), ("blue", -2.0)] and found["a"]["given"] == "blue"
+        assert (
+            found["a"]["options"] == [("red", -3.0), ("blue", -2.0)]
+            and found["a"]["given"] == "blue"
+        )
 
     def test_generation_with_two_filters(self, tmp_path):
         generated = {
@@ -42,22 +58,46 @@ class TestAnswers:
             "target": "42",
             "metrics": ["exact_match"],
         }
-        strict = sample("a", **generated, filter="strict-match", filtered_resps=["41"], exact_match=0.0)
-        flexible = sample("a", **generated, filter="flexible-extract", filtered_resps=["42"], exact_match=1.0)
+        strict = sample(
+            "a", **generated, filter="strict-match", filtered_resps=["41"], exact_match=0.0
+        )
+        flexible = sample(
+            "a", **generated, filter="flexible-extract", filtered_resps=["42"], exact_match=1.0
+        )
         for order in ((strict, flexible), (flexible, strict)):
             found = self.read(tmp_path, *order, main="exact_match,flexible-extract")["a"]
-            assert found["given"] == "42" and found["generated"] == "It is 42, or #### 41" and found["expected"] == "42"
+            assert (
+                found["given"] == "42"
+                and found["generated"] == "It is 42, or #### 41"
+                and found["expected"] == "42"
+            )
             assert found["right"] is True
-            assert found["scores"] == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
-            assert self.read(tmp_path, *order, main="exact_match,strict-match")["a"]["given"] == "41"
+            assert found["scores"] == {
+                "exact_match,strict-match": 0.0,
+                "exact_match,flexible-extract": 1.0,
+            }
+            assert (
+                self.read(tmp_path, *order, main="exact_match,strict-match")["a"]["given"] == "41"
+            )
 
     def test_one_scored_continuation_is_no_choice(self, tmp_path):
         arguments = {"gen_args_0": {"arg_0": "The sky is", "arg_1": " blue"}}
-        found = self.read(tmp_path, sample("a", arguments=arguments, filtered_resps=[["-1.0", "True"]], target=" blue"))
-        assert found["a"]["given"] is None and found["a"]["expected"] == "blue" and found["a"]["options"] == [("blue", -1.0)]
+        found = self.read(
+            tmp_path,
+            sample("a", arguments=arguments, filtered_resps=[["-1.0", "True"]], target=" blue"),
+        )
+        assert (
+            found["a"]["given"] is None
+            and found["a"]["expected"] == "blue"
+            and found["a"]["options"] == [("blue", -1.0)]
+        )
 
     def test_rolling_likelihoods_have_no_answer(self, tmp_path):
-        rolling = {"arguments": {"gen_args_0": {"arg_0": "text"}}, "filtered_resps": [-123.4], "resps": [[-123.4]]}
+        rolling = {
+            "arguments": {"gen_args_0": {"arg_0": "text"}},
+            "filtered_resps": [-123.4],
+            "resps": [[-123.4]],
+        }
         found = self.read(tmp_path, sample("a", **rolling, target="text"))
         assert found["a"]["options"] == [] and found["a"]["right"] is False
 

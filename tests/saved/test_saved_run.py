@@ -11,7 +11,7 @@ from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.saved.names import label_rows
-from lm_eval_coupling.saved.run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.tables import SCHEMA_VERSION
 from lm_eval_coupling.saved.values import prompt_values, value_names
 
@@ -34,24 +34,44 @@ def two_runs(folder, first, second, same_weights=True, **more):
         print_ = ("a" if same_weights else "ab"[number]) * 64
         rows = [record(seed=number) | {"prompt_hash": f"p{number}"}]
         where = save(
-            folder, {"arc": task_summary(0.1 * number)}, rows=rows, date=date, run_id=date, fingerprint=print_, **more
+            folder,
+            {"arc": task_summary(0.1 * number)},
+            rows=rows,
+            date=date,
+            run_id=date,
+            fingerprint=print_,
+            **more,
         )
         change(where, date, **changes)
 
 
 PROMPTS = {
     "shots": ({"n-shot": {"arc": 2}}, {"n-shot": {"arc": 5}}),
-    "chat template": ({"chat_template": None}, {"chat_template": "{{x}}", "chat_template_sha": "1f2e3d4c5b"}),
+    "chat template": (
+        {"chat_template": None},
+        {"chat_template": "{{x}}", "chat_template_sha": "1f2e3d4c5b"},
+    ),
     "system instruction": ({}, {"system_instruction": "Be brief."}),
-    "turns": tuple({"chat_template": "x", "fewshot_as_multiturn": turns} for turns in (True, False)),
-    "description": tuple({"configs": {"arc": {"description": text}}} for text in ("", "Questions on birds.")),
-    "answers": tuple({"configs": {"arc": {"doc_to_target": text}}} for text in ("gold", "{{answer}}")),
+    "turns": tuple(
+        {"chat_template": "x", "fewshot_as_multiturn": turns} for turns in (True, False)
+    ),
+    "description": tuple(
+        {"configs": {"arc": {"description": text}}} for text in ("", "Questions on birds.")
+    ),
+    "answers": tuple(
+        {"configs": {"arc": {"doc_to_target": text}}} for text in ("gold", "{{answer}}")
+    ),
     "answers of examples": tuple(
-        {"configs": {"arc": {"fewshot_config": {"sampler": "default", "doc_to_target": text}}}} for text in ("gold", "key")
+        {"configs": {"arc": {"fewshot_config": {"sampler": "default", "doc_to_target": text}}}}
+        for text in ("gold", "key")
     ),
     "samples": (
         {},
-        {"n-samples": {"arc": {"original": 100, "effective": 2}}, "config": None, "task_hashes": {"arc": "77"}},
+        {
+            "n-samples": {"arc": {"original": 100, "effective": 2}},
+            "config": None,
+            "task_hashes": {"arc": "77"},
+        },
     ),
 }
 
@@ -90,18 +110,29 @@ def test_where_a_function_lay_makes_no_other_prompts(tmp_path):
 def test_another_token_is_another_measurement(tmp_path):
     settings = SETTINGS | {"position": 0}
     save(tmp_path, {"arc": task_summary()}, rows=[record()], date=DAYS[0], run_id="a")
-    save(tmp_path, {"arc": task_summary()}, rows=[record(seed=1)], date=DAYS[1], run_id="b", settings=settings)
+    save(
+        tmp_path,
+        {"arc": task_summary()},
+        rows=[record(seed=1)],
+        date=DAYS[1],
+        run_id="b",
+        settings=settings,
+    )
     assert set(load_records(tmp_path)["prompting"]) == {"5-shot", "5-shot, token 0"}
     with pytest.raises(CouplingError, match="position is"):
         load_runs(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("add_bos_token", "True"), ("max_length", "512"), ("enable_thinking", "False")])
+@pytest.mark.parametrize(
+    "key, value", [("add_bos_token", "True"), ("max_length", "512"), ("enable_thinking", "False")]
+)
 @pytest.mark.parametrize("as_text", [False, True])
 def test_how_texts_become_tokens_keeps_runs_apart(tmp_path, key, value, as_text):
     """With a first token more or a shorter window the same document is another prompt: the newer run only was read."""
     plain, other = {"pretrained": "org/tiny"}, {"pretrained": "org/tiny", key: value}
-    given = [",".join(f"{k}={v}" for k, v in one.items()) if as_text else one for one in (plain, other)]
+    given = [
+        ",".join(f"{k}={v}" for k, v in one.items()) if as_text else one for one in (plain, other)
+    ]
     two_runs(tmp_path, *({"model_args": one} for one in given))
     runs = load_runs(tmp_path)
     assert sorted(label_rows(runs)) == ["tiny", f"tiny ({key}={value})"]
@@ -109,7 +140,10 @@ def test_how_texts_become_tokens_keeps_runs_apart(tmp_path, key, value, as_text)
 
 
 def test_the_models_own_tokenizer_by_name_is_no_difference(tmp_path):
-    given = {"pretrained": "org/tiny"}, {"pretrained": "org/tiny", "tokenizer": "org/tiny", "truncation": False}
+    given = (
+        {"pretrained": "org/tiny"},
+        {"pretrained": "org/tiny", "tokenizer": "org/tiny", "truncation": False},
+    )
     two_runs(tmp_path, *({"model_args": one} for one in given))
     assert len(load_runs(tmp_path)) == 1
 
@@ -192,10 +226,14 @@ def test_values_are_those_of_the_matrices_whether_or_not_they_are_kept_beside_th
     found = prompt_values(table)
     expected = [couplings_of(row["normalized_miscoupling"]) or [np.nan, np.nan] for row in rows]
     np.testing.assert_array_equal(found[["coupling@10", "coupling@30"]], expected)
-    assert found["worst_certificate"][3] == max(rows[3]["certificate"]) and np.isnan(found["worst_certificate"][150])
+    assert found["worst_certificate"][3] == max(rows[3]["certificate"]) and np.isnan(
+        found["worst_certificate"][150]
+    )
     (file,) = where.glob("*.parquet")
     older = pq.read_table(file)
-    pq.write_table(older.drop_columns("coupling").replace_schema_metadata(older.schema.metadata), file)
+    pq.write_table(
+        older.drop_columns("coupling").replace_schema_metadata(older.schema.metadata), file
+    )
     (table,) = find_runs(tmp_path).runs[0].tables
     np.testing.assert_array_equal(prompt_values(table)[["coupling@10", "coupling@30"]], expected)
 
@@ -208,9 +246,14 @@ def test_what_a_measure_keeps_for_every_rank_is_a_number_of_the_prompt(tmp_path)
     (table,) = find_runs(tmp_path).runs[0].tables
     found = prompt_values(table)
     np.testing.assert_array_equal(found["attention_coupling@10"], [0, 0.125, 0.25, np.nan, np.nan])
-    np.testing.assert_array_equal(found["attention_coupling@30"], [0.25, 0.25, 0.25, np.nan, np.nan])
+    np.testing.assert_array_equal(
+        found["attention_coupling@30"], [0.25, 0.25, 0.25, np.nan, np.nan]
+    )
     names = value_names(found)
-    assert names[:2] == ["coupling@10", "coupling@30"] and {"attention_coupling@10", "attention_coupling@30"} <= {*names}
+    assert names[:2] == ["coupling@10", "coupling@30"] and {
+        "attention_coupling@10",
+        "attention_coupling@30",
+    } <= {*names}
 
 
 def test_bad_files_are_named_and_passed_over(tmp_path, caplog):
@@ -232,6 +275,8 @@ def test_results_of_a_later_release_are_not_read_as_if_they_were_ours(tmp_path, 
     later["config"]["coupling"]["schema_version"] = SCHEMA_VERSION + 1
     (where / "results_2030-01-01T00-00-00.000000.json").write_text(json.dumps(later))
     assert len(load_runs(tmp_path)) == 1
-    assert f"of schema version {SCHEMA_VERSION + 1}, expected version {SCHEMA_VERSION}" in caplog.text
+    assert (
+        f"of schema version {SCHEMA_VERSION + 1}, expected version {SCHEMA_VERSION}" in caplog.text
+    )
     with pytest.raises(CouplingError, match="read it with the release that wrote it"):
         load_runs(where / "results_2030-01-01T00-00-00.000000.json")

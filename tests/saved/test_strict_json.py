@@ -13,7 +13,10 @@ from lm_eval_coupling.saved.strict_json import strict
 
 def test_what_is_not_finite_is_null_however_deep_it_lies():
     found = strict({"a": [math.nan, {"b": (np.float32("inf"), -math.inf)}], 10: np.nan})
-    assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, {"b": [None, None]}], "10": None}
+    assert json.loads(json.dumps(found, allow_nan=False)) == {
+        "a": [None, {"b": [None, None]}],
+        "10": None,
+    }
 
 
 def test_what_is_finite_stays_what_it_is():

@@ -17,7 +17,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import coupling_of
 from lm_eval_coupling.saved import tables
 from lm_eval_coupling.saved.records import find_tables, load_records
-from lm_eval_coupling.saved.results import load_runs
+from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.saved.tables import arrow_type, read_header, table_columns, write_tables
 from lm_eval_coupling.saved.task_rows import pool
 
@@ -26,14 +26,18 @@ TYPES = {name: arrow_type(column) for name, column in table_columns().items()}
 
 def same(a, b):
     if isinstance(b, np.ndarray):
-        return a.dtype == b.dtype == np.float32 and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return (
+            a.dtype == b.dtype == np.float32 and a.shape == b.shape and a.tobytes() == b.tobytes()
+        )
     if isinstance(b, float) and math.isnan(b):
         return isinstance(a, float) and math.isnan(a)
     return a == b and (a is None) == (b is None)
 
 
 def test_every_column_round_trips(tmp_path):
-    rows = [record(doc_id=i, over_tokens=True) for i in range(3)] + [record(doc_id=3, reason="out of memory")]
+    rows = [record(doc_id=i, over_tokens=True) for i in range(3)] + [
+        record(doc_id=3, reason="out of memory")
+    ]
     rows[0]["normalized_miscoupling"][0, 0, 1] = np.nan
     rows[0]["expodistance"] = np.nan
     rows[1]["text"] = "naïve 🧪 \x00 \u202e 日本語 \r\n\t"
@@ -42,12 +46,18 @@ def test_every_column_round_trips(tmp_path):
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
     frame = load_records(path)
     of_the_table = {"model", "coupling"}  # made as it is written
-    assert len(frame) == 4 and list(frame.columns)[: len(TYPES) - 1] == [name for name in TYPES if name != "model"]
+    assert len(frame) == 4 and list(frame.columns)[: len(TYPES) - 1] == [
+        name for name in TYPES if name != "model"
+    ]
     assert set(TYPES) - of_the_table == set(rows[0])
     for i, row in enumerate(rows):
         for name, expected in row.items():
             assert same(frame[name].iloc[i], expected), (name, i, frame[name].iloc[i], expected)
-    assert set(frame["model"]) == {"org/tiny"} and set(frame["date"]) == {DATE} and set(frame["fingerprint"]) == {"f" * 64}
+    assert (
+        set(frame["model"]) == {"org/tiny"}
+        and set(frame["date"]) == {DATE}
+        and set(frame["fingerprint"]) == {"f" * 64}
+    )
     assert frame["doc_id"].dtype == np.int64 and frame["seconds"].dtype == np.float64
 
 
@@ -66,7 +76,10 @@ def test_nothing_measured_keeps_the_types(tmp_path):
 
 
 def test_further_columns_are_kept(tmp_path):
-    rows = [record() | {"context_coupling": np.ones((2, 3), np.float32), "note": "x"}, record(doc_id=1)]
+    rows = [
+        record() | {"context_coupling": np.ones((2, 3), np.float32), "note": "x"},
+        record(doc_id=1),
+    ]
     frame = load_records(write_tables(rows, tmp_path, DATE, {})[0])
     assert same(frame["context_coupling"].iloc[0], np.ones((2, 3), np.float32))
     assert list(frame["note"]) == ["x", None]
@@ -77,10 +90,16 @@ def test_a_lone_surrogate_does_not_stop_the_table(tmp_path):
     assert frame["text"].iloc[0] == "a?b"
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "a/b", "a_b", "../../etc", "日本語", "x" * 300, "a:b?*", "mmlu-pro.1+2"])
+@pytest.mark.parametrize(
+    "task", ["arc_easy", "a/b", "a_b", "../../etc", "日本語", "x" * 300, "a:b?*", "mmlu-pro.1+2"]
+)
 def test_task_names_become_file_names(tmp_path, task):
     (path,) = write_tables([record(task)], tmp_path / "out", DATE, {})
-    assert path.parent == tmp_path / "out" and len(path.name.encode()) < 200 and path.name.startswith("coupling_")
+    assert (
+        path.parent == tmp_path / "out"
+        and len(path.name.encode()) < 200
+        and path.name.startswith("coupling_")
+    )
     assert list(load_records(tmp_path)["task"]) == [task]
 
 
@@ -107,7 +126,12 @@ def test_compressed_with_provenance(tmp_path):
     (path,) = write_tables([record()], tmp_path, DATE, coupling_config({}))
     assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
     about = read_header(path)[0]
-    assert about["task"] == "arc" and about["date"] == DATE and about["schema_version"] == 1 and about["d_model"] == 64
+    assert (
+        about["task"] == "arc"
+        and about["date"] == DATE
+        and about["schema_version"] == 1
+        and about["d_model"] == 64
+    )
 
 
 def test_a_table_has_the_summary_of_its_own_task_only(tmp_path):
@@ -126,7 +150,11 @@ def test_newest_table_per_folder_and_task(tmp_path):
             for task in ("arc", "gsm"):
                 write_tables([record(task, seed=seed)], tmp_path / model, date, {"model": model})
     frame = load_records(tmp_path)
-    assert len(frame) == 4 and set(frame["date"]) == {"2025-06-02T00-00-00"} and set(frame["model"]) == {"a", "b"}
+    assert (
+        len(frame) == 4
+        and set(frame["date"]) == {"2025-06-02T00-00-00"}
+        and set(frame["model"]) == {"a", "b"}
+    )
     assert len(load_records(tmp_path, newest=False)) == 8
     assert len(find_tables(tmp_path / "a")) == 2
 
@@ -147,7 +175,9 @@ def test_wrong_places_and_files_are_refused(tmp_path):
 def test_another_schema_version_is_refused(tmp_path):
     (path,) = write_tables([record()], tmp_path, DATE, {})
     about = read_header(path)[0] | {"schema_version": 2}
-    pq.write_table(pq.read_table(path).replace_schema_metadata({b"lm_eval_coupling": json.dumps(about)}), path)
+    pq.write_table(
+        pq.read_table(path).replace_schema_metadata({b"lm_eval_coupling": json.dumps(about)}), path
+    )
     with pytest.raises(CouplingError, match="schema version 2, expected version 1"):
         load_records(path)
 
@@ -160,16 +190,28 @@ def test_runs_join_scores_and_coupling(tmp_path):
     assert arc["acc,none"] == 0.5 and arc["acc_stderr,none"] == 0.02 and arc["f1,strict"] == 0.4
     assert math.isnan(arc["f1_stderr,strict"])
     assert arc["n_fewshot"] == 5 and arc["n_samples"] == 50 and arc["measured"] == 10
-    assert (arc["n_params"], arc["n_layers"], arc["d_model"]) == (1e6, 4, 64) and arc["fingerprint"] == "f" * 64
-    assert arc["coupling@10"] == pytest.approx(0.29) and arc["coupling_stderr@10"] == pytest.approx(0.01)
-    assert arc["miscoupling_to@30"] == pytest.approx(0.27) and arc["line_shape_score"] == 2 and arc["coupling_rank"] == 10
+    assert (arc["n_params"], arc["n_layers"], arc["d_model"]) == (1e6, 4, 64) and arc[
+        "fingerprint"
+    ] == "f" * 64
+    assert arc["coupling@10"] == pytest.approx(0.29) and arc["coupling_stderr@10"] == pytest.approx(
+        0.01
+    )
+    assert (
+        arc["miscoupling_to@30"] == pytest.approx(0.27)
+        and arc["line_shape_score"] == 2
+        and arc["coupling_rank"] == 10
+    )
     assert arc["coupling_excess@10"] == pytest.approx(0.29 - (1 - CHANCE[10]), abs=1e-4)
     assert runs.loc["gsm", "failed"] == 2 and not arc["is_group"]
 
 
 def test_groups_pool_their_documents(tmp_path):
     groups = {"all": ["half", "gsm"], "half": ["arc", "mmlu"]}
-    tasks = {"arc": task_summary(0.3, n=10), "gsm": task_summary(0.5, n=30), "mmlu": task_summary(0.2, n=1)}
+    tasks = {
+        "arc": task_summary(0.3, n=10),
+        "gsm": task_summary(0.5, n=30),
+        "mmlu": task_summary(0.2, n=1),
+    }
     save(tmp_path, tasks, groups=groups)
     runs = load_runs(tmp_path).set_index("task")
     assert list(runs[runs["is_group"]].index) == ["all", "half"]
@@ -180,7 +222,12 @@ def test_groups_pool_their_documents(tmp_path):
 def test_pooling_is_exact():
     samples = [np.random.default_rng(i).random(n) for i, n in enumerate((7, 1, 30))]
     parts = [
-        {"mean": s.mean(), "stderr": s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else math.nan, "n": len(s)} for s in samples
+        {
+            "mean": s.mean(),
+            "stderr": s.std(ddof=1) / len(s) ** 0.5 if len(s) > 1 else math.nan,
+            "n": len(s),
+        }
+        for s in samples
     ]
     everything = np.concatenate(samples)
     pooled = pool([*parts, {"mean": math.nan, "stderr": math.nan, "n": 0}])
@@ -192,7 +239,12 @@ def test_pooling_is_exact():
 def test_newest_run_counts_and_coupling_is_not_lost(tmp_path):
     save(tmp_path, {"arc": task_summary(0.1)}, date="2025-06-01T00-00-00")
     save(tmp_path, {"arc": task_summary(0.3)}, date="2025-06-02T00-00-00")
-    save(tmp_path, {"arc": task_summary(), "gsm": task_summary()}, date="2025-06-03T00-00-00", coupling=False)
+    save(
+        tmp_path,
+        {"arc": task_summary(), "gsm": task_summary()},
+        date="2025-06-03T00-00-00",
+        coupling=False,
+    )
     runs = load_runs(tmp_path).set_index("task")
     assert runs.loc["arc", "coupling@10"] == pytest.approx(0.29)
     assert math.isnan(runs.loc["gsm", "coupling@10"]) and runs.loc["gsm", "acc,none"] == 0.5
@@ -205,7 +257,9 @@ def trial(folder, day, *, scored, measured, **settings):
     rows = [record("arc", i) for i in range(measured)]
     where = save(folder, {"arc": summary}, date=date, rows=rows, settings=config)
     file = where / f"results_{date}.json"
-    run = json.loads(file.read_text()) | {"n-samples": {"arc": {"original": 100, "effective": scored}}}
+    run = json.loads(file.read_text()) | {
+        "n-samples": {"arc": {"original": 100, "effective": scored}}
+    }
     file.write_text(json.dumps(run))
 
 
@@ -216,7 +270,11 @@ def trial(folder, day, *, scored, measured, **settings):
         (dict(scored=50, measured=7), dict(scored=50, measured=2), 1),  # interrupted
         (dict(scored=50, measured=7), dict(scored=20, measured=7), 1),
         (dict(scored=50, measured=7), dict(scored=50, measured=7), 2),
-        (dict(scored=50, measured=2), dict(scored=20, measured=7), 2),  # coupling of 2 documents says nothing
+        (
+            dict(scored=50, measured=2),
+            dict(scored=20, measured=7),
+            2,
+        ),  # coupling of 2 documents says nothing
         (dict(scored=50, measured=7), dict(scored=20, measured=2, depth_version=99), 2),
         (dict(scored=50, measured=7), dict(scored=20, measured=2, measures=["depth", "halves"]), 2),
     ],
@@ -237,8 +295,14 @@ def test_documents_of_a_group_are_those_of_its_tasks_where_lm_eval_does_not_say(
     run = results({"a": task_summary(), "b": task_summary()}, groups={"both": ["a", "b"]})
     del run["results"]["both"]["sample_len"]
     counts = {name: {"original": 90, "effective": n} for name, n in (("a", 30), ("b", 20))}
-    (tmp_path / "results_2025-06-01T00-00-00.json").write_text(json.dumps(run | {"n-samples": counts}))
-    assert load_runs(tmp_path).set_index("task")["n_samples"].to_dict() == {"a": 30, "b": 20, "both": 50}
+    (tmp_path / "results_2025-06-01T00-00-00.json").write_text(
+        json.dumps(run | {"n-samples": counts})
+    )
+    assert load_runs(tmp_path).set_index("task")["n_samples"].to_dict() == {
+        "a": 30,
+        "b": 20,
+        "both": 50,
+    }
 
 
 def test_revisions_are_models_of_their_own(tmp_path):
@@ -262,7 +326,9 @@ def test_different_settings_are_not_mixed(tmp_path, key, value):
     settings = coupling_config({})["settings"]
     save(tmp_path, {"arc": task_summary()}, model="a")
     save(tmp_path, {"arc": task_summary()}, model="b", settings=settings | {key: value})
-    with pytest.raises(CouplingError, match=rf"{key} is .* in .*a.results.* but .* in .*b.results.*mixed='keep'") as error:
+    with pytest.raises(
+        CouplingError, match=rf"{key} is .* in .*a.results.* but .* in .*b.results.*mixed='keep'"
+    ) as error:
         load_runs(tmp_path)
     assert repr(settings[key]) in str(error.value) and repr(value) in str(error.value)
     assert len(load_runs(tmp_path, mixed="keep")) == 2
@@ -270,7 +336,9 @@ def test_different_settings_are_not_mixed(tmp_path, key, value):
         load_runs(tmp_path, mixed="yes")
 
 
-@pytest.mark.parametrize(("key", "value"), [("measures", ["depth"]), ("tokens", "all"), ("regularity_version", 2)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("measures", ["depth"]), ("tokens", "all"), ("regularity_version", 2)]
+)
 def test_settings_that_do_not_touch_depth_are_no_reason_to_refuse(tmp_path, key, value):
     settings = coupling_config({})["settings"]
     save(tmp_path, {"arc": task_summary()}, model="a")
@@ -283,7 +351,13 @@ def test_which_documents_were_measured_must_agree_within_a_task_only(tmp_path, k
     """A model's long task measured on fewer documents than its short one was refused."""
     settings = coupling_config({})["settings"]
     save(tmp_path, {"arc": task_summary()}, model="a")
-    save(tmp_path, {"gsm": task_summary()}, model="a", date="2025-06-02T00-00-00", settings=settings | {key: value})
+    save(
+        tmp_path,
+        {"gsm": task_summary()},
+        model="a",
+        date="2025-06-02T00-00-00",
+        settings=settings | {key: value},
+    )
     assert list(load_runs(tmp_path)["task"]) == ["arc", "gsm"]
     save(tmp_path, {"gsm": task_summary()}, model="b", date="2025-06-03T00-00-00")
     with pytest.raises(CouplingError, match=f"{key} is "):
@@ -297,11 +371,19 @@ def test_all_runs_on_request(tmp_path):
     every = load_runs(tmp_path, newest=False)
     assert list(every["date"]) == ["2025-06-01T00-00-00", "2025-06-02T00-00-00"]
     assert list(every["coupling@10"]) == pytest.approx([0.09, 0.19])
-    assert len(load_runs([tmp_path, tmp_path / "org__tiny", *tmp_path.rglob("*.json")], newest=False)) == 2
+    assert (
+        len(load_runs([tmp_path, tmp_path / "org__tiny", *tmp_path.rglob("*.json")], newest=False))
+        == 2
+    )
 
 
 def test_what_makes_scores_comparable_is_kept(tmp_path):
-    where = save(tmp_path, {"arc": task_summary(), "gsm": task_summary()}, groups={"all": ["arc", "gsm"]}, n_heads=8)
+    where = save(
+        tmp_path,
+        {"arc": task_summary(), "gsm": task_summary()},
+        groups={"all": ["arc", "gsm"]},
+        n_heads=8,
+    )
     (file,) = where.glob("results*.json")
     run = json.loads(file.read_text())
     run |= {"versions": {"arc": 1.0}, "lm_eval_version": "0.4.13", "chat_template": "{{x}}"}
@@ -309,8 +391,18 @@ def test_what_makes_scores_comparable_is_kept(tmp_path):
     file.write_text(json.dumps(run))
     runs = load_runs(tmp_path).set_index("task")
     arc = runs.loc["arc"]
-    assert (arc["task_version"], arc["lm_eval_version"], arc["n_samples"], arc["n_total"]) == (1, "0.4.13", 50, 100)
-    assert arc["chat_template"] and arc["interrupted"] and arc["run_id"] == "abc" and arc["n_heads"] == 8
+    assert (arc["task_version"], arc["lm_eval_version"], arc["n_samples"], arc["n_total"]) == (
+        1,
+        "0.4.13",
+        50,
+        100,
+    )
+    assert (
+        arc["chat_template"]
+        and arc["interrupted"]
+        and arc["run_id"] == "abc"
+        and arc["n_heads"] == 8
+    )
     assert arc["metric"] == "acc,none" and arc["group"] == "all" and runs.loc["all", "group"] == ""
     assert arc["family"] == "tiny" and not arc["tuned"] and math.isnan(arc["step"])
 
@@ -325,7 +417,16 @@ def test_facts_are_joined(tmp_path):
 def test_only_some_columns_of_the_records(tmp_path):
     write_tables([record(), record(doc_id=1)], tmp_path, DATE, {"model": "a"})
     frame = load_records(tmp_path, columns=["norms", "doc_hash", "not there"])
-    of_the_run = {"weights", "model", "revision", "variant", "fingerprint", "prompting", "date", "untrained_seed"}
+    of_the_run = {
+        "weights",
+        "model",
+        "revision",
+        "variant",
+        "fingerprint",
+        "prompting",
+        "date",
+        "untrained_seed",
+    }
     assert set(frame) == {"norms", "doc_hash"} | of_the_run and len(frame) == 2
     assert np.array_equal(frame["norms"][0], record()["norms"])
 
@@ -371,7 +472,9 @@ def test_many_runs_are_one_table(tmp_path):
     text = json.dumps(results(tasks))
     for i in range(50):
         (tmp_path / f"model{i}").mkdir()
-        (tmp_path / f"model{i}" / f"results_{DATE}.json").write_text(text.replace("org/tiny", f"org/{i}"))
+        (tmp_path / f"model{i}" / f"results_{DATE}.json").write_text(
+            text.replace("org/tiny", f"org/{i}")
+        )
     runs = load_runs(tmp_path)
     assert len(runs) == 300 and set(runs["model"]) == {f"org/{i}" for i in range(50)}
 
@@ -382,7 +485,9 @@ def test_nothing_heavy_is_imported():
 
 
 def test_the_untrained_twin_is_read_only_where_it_is_wanted(tmp_path):
-    write_tables([record(), record(doc_id=1) | {"weights": "untrained"}], tmp_path, DATE, {"model": "a"})
+    write_tables(
+        [record(), record(doc_id=1) | {"weights": "untrained"}], tmp_path, DATE, {"model": "a"}
+    )
     assert list(load_records(tmp_path)["doc_id"]) == [0]
     assert list(load_records(tmp_path, weights="untrained", columns=["doc_id"])["doc_id"]) == [1]
     assert list(load_records(tmp_path, weights="all")["weights"]) == ["trained", "untrained"]
@@ -394,13 +499,18 @@ def test_untrained_rows_have_a_file_of_their_own(tmp_path):
     """Plain pandas averaged over trained and untrained weights, and over models, as nothing in the file kept them apart."""
     rows = [record(), record() | {"weights": "untrained"}, record("untrained_arc")]
     files = write_tables(rows, tmp_path, DATE, {"model": "org/a", "run_id": "r"})
-    assert [file.name for file in files[:2]] == [f"coupling_arc_{DATE}.parquet", f"untrained_coupling_arc_{DATE}.parquet"]
+    assert [file.name for file in files[:2]] == [
+        f"coupling_arc_{DATE}.parquet",
+        f"untrained_coupling_arc_{DATE}.parquet",
+    ]
     assert len(set(files)) == 3  # a task may be called so, too
     assert {*tmp_path.glob("coupling_*.parquet")} == {files[0], files[2]}
     for file, weights in zip(files, ("trained", "untrained", "trained"), strict=True):
         plain = pd.read_parquet(file)
         assert set(plain["weights"]) == {weights} and set(plain["model"]) == {"org/a"}
-    assert [len(load_records(tmp_path, weights=weights)) for weights in ("trained", "untrained", "all")] == [2, 1, 3]
+    assert [
+        len(load_records(tmp_path, weights=weights)) for weights in ("trained", "untrained", "all")
+    ] == [2, 1, 3]
     assert list(load_records(files[1], weights="all")["weights"]) == ["untrained"]
     assert len(load_records(files[0])) == 1 and load_records(files[1]).empty
 
@@ -409,7 +519,8 @@ def test_a_field_says_what_it_is(tmp_path):
     (file,) = write_tables([record()], tmp_path, DATE, {})
     field = pq.read_schema(file).field("normalized_miscoupling")
     assert (
-        field.metadata[b"shape"] == b"[rank, layer, layer]" and "‖A − Diag A‖_F" in field.metadata[b"description"].decode()
+        field.metadata[b"shape"] == b"[rank, layer, layer]"
+        and "‖A − Diag A‖_F" in field.metadata[b"description"].decode()
     )
 
 

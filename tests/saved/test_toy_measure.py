@@ -39,7 +39,9 @@ def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
         rows = [record(doc_id=d) | {"toy_means": np.float32([0, 0, 0.5 * i + d])} for d in range(4)]
         summary = task_summary(0.1 + 0.05 * i)
         summary["measures"]["toy"] = value(0.5 * i + 1.5)
-        save(tmp_path, {"arc": summary}, model=f"m{i}", rows=rows, run_id=str(i), fingerprint=str(i))
+        save(
+            tmp_path, {"arc": summary}, model=f"m{i}", rows=rows, run_id=str(i), fingerprint=str(i)
+        )
     out = io.StringIO()
     show(tmp_path / "m4", console=Console(file=out, width=80))
     (line,) = [line for line in out.getvalue().splitlines() if "mean of the stream" in line]
@@ -47,7 +49,13 @@ def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
     found = fit_runs(tmp_path, resamples=99)
     (predictor,) = [p for p in found.observations.predictors if p.name == "toy"]
     assert predictor.kind == "toy" and predictor.sign == 1
-    assert "toy" in set(found.tables["correlations"]["predictor"]) and "toy" in set(found.tables["comparisons"]["other"])
+    assert "toy" in set(found.tables["correlations"]["predictor"]) and "toy" in set(
+        found.tables["comparisons"]["other"]
+    )
     page = gather(tmp_path)
-    assert {"name": "toy", "label": "mean of the stream", "of_rank": False, "sign": 1} in page["readings"]
-    assert [row["readings"]["toy"][""][0] for row in page["rows"]] == [0.5 * i + 1.5 for i in range(5)]
+    assert {"name": "toy", "label": "mean of the stream", "of_rank": False, "sign": 1} in page[
+        "readings"
+    ]
+    assert [row["readings"]["toy"][""][0] for row in page["rows"]] == [
+        0.5 * i + 1.5 for i in range(5)
+    ]

@@ -18,11 +18,14 @@ from lm_eval_coupling.statistics import (
 )
 from lm_eval_coupling.statistics.correlations import difference_of_correlations
 
-sm = pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+sm = pytest.importorskip(
+    "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
+)
 
 
 @pytest.mark.parametrize(
-    "method, oracle", [("pearson", stats.pearsonr), ("spearman", stats.spearmanr), ("kendall", stats.kendalltau)]
+    "method, oracle",
+    [("pearson", stats.pearsonr), ("spearman", stats.spearmanr), ("kendall", stats.kendalltau)],
 )
 def test_coefficients_with_ties_against_scipy(method, oracle):
     rng = np.random.default_rng(0)
@@ -44,7 +47,8 @@ def test_permutation_p_is_exact_for_few_pairs(method):
     x, y = np.array([1.0, 2, 3, 4, 6]), np.array([1.0, 2, 4, 3, 5])
     observed = correlation(x, y, method=method)
     all_of_them = [
-        correlation(x, y[list(order)], method=method, resamples=1).coefficient for order in itertools.permutations(range(5))
+        correlation(x, y[list(order)], method=method, resamples=1).coefficient
+        for order in itertools.permutations(range(5))
     ]
     tail = np.mean(np.array(all_of_them) >= observed.coefficient - 1e-12)
     assert observed.p == pytest.approx(min(1, 2 * min(tail, 1)), abs=1e-12) and observed.p < 0.2
@@ -60,7 +64,9 @@ def test_permutation_p_is_exact_for_few_pairs(method):
 )
 def test_intervals_of_correlations_cover_and_tests_find(method, truth, n, slack):
     def one(rng):
-        found = correlation(*normal_pair(rng, n, 0.6), method=method, resamples=399, seed=int(rng.integers(2**31)))
+        found = correlation(
+            *normal_pair(rng, n, 0.6), method=method, resamples=399, seed=int(rng.integers(2**31))
+        )
         return covers(found, truth), found.p < 0.05
 
     coverage, power = simulate(one, 200)
@@ -70,7 +76,11 @@ def test_intervals_of_correlations_cover_and_tests_find(method, truth, n, slack)
 
 @pytest.mark.parametrize(
     "method, truth",
-    [("pearson", 0.6), ("spearman", 6 / math.pi * math.asin(0.3)), ("kendall", 2 / math.pi * math.asin(0.6))],
+    [
+        ("pearson", 0.6),
+        ("spearman", 6 / math.pi * math.asin(0.3)),
+        ("kendall", 2 / math.pi * math.asin(0.6)),
+    ],
 )
 def test_large_samples_need_no_resampling(method, truth):
     def one(rng):
@@ -84,7 +94,9 @@ def test_large_samples_need_no_resampling(method, truth):
 def test_large_samples_go_on_where_small_ones_end():
     x, y = normal_pair(np.random.default_rng(5), 201, 0.1)
     for method in ("pearson", "spearman", "kendall"):
-        resampled, theory = (correlation(x[:n], y[:n], method=method, resamples=999) for n in (200, 201))
+        resampled, theory = (
+            correlation(x[:n], y[:n], method=method, resamples=999) for n in (200, 201)
+        )
         assert abs(resampled.low - theory.low) < 0.03 and abs(resampled.high - theory.high) < 0.03
         assert abs(resampled.p - theory.p) < 0.06
 
@@ -92,20 +104,29 @@ def test_large_samples_go_on_where_small_ones_end():
 def test_permutation_test_has_its_size():
     def one(rng):
         x, y = rng.exponential(size=10) ** 2, rng.exponential(size=10) ** 2  # far from normal
-        return [correlation(x, y, method=m, resamples=199, seed=int(rng.integers(2**31))).p for m in ("pearson", "spearman")]
+        return [
+            correlation(x, y, method=m, resamples=199, seed=int(rng.integers(2**31))).p
+            for m in ("pearson", "spearman")
+        ]
 
     assert all(uniform(p) for p in draws(one, 300))
 
 
 def test_incomplete_pairs_are_dropped_and_counted():
-    found = correlation([1, 2, math.nan, 4, 5], pd.Series([2, 1, 3, None, 7], dtype="Float64"), resamples=9)
+    found = correlation(
+        [1, 2, math.nan, 4, 5], pd.Series([2, 1, 3, None, 7], dtype="Float64"), resamples=9
+    )
     assert (found.n, found.dropped) == (3, 2)
     assert correlation([1, 2, math.inf, 4], [1, 3, 2, 5]).dropped == 1
 
 
 @pytest.mark.parametrize(
     "x, y, reason",
-    [([1, 2], [1, 2], "2 complete"), ([], [], "0 complete"), ([3, 3, 3, 3], [1, 2, 3, 4], "x is constant")],
+    [
+        ([1, 2], [1, 2], "2 complete"),
+        ([], [], "0 complete"),
+        ([3, 3, 3, 3], [1, 2, 3, 4], "x is constant"),
+    ],
 )
 def test_undefined_correlations_say_why(x, y, reason):
     found = correlation(x, y, method="spearman")
@@ -117,7 +138,11 @@ def test_no_interval_from_few_or_perfect_ranks():
     few = correlation([1, 2, 3, 4, 5], [1, 2, 3, 5, 4], method="kendall")
     assert math.isnan(few.low) and "5 pairs" in few.reason and few.coefficient == pytest.approx(0.8)
     perfect = correlation(range(10), range(10), method="spearman", resamples=99)
-    assert perfect.coefficient == pytest.approx(1) and math.isnan(perfect.low) and "all resamples agree" in perfect.reason
+    assert (
+        perfect.coefficient == pytest.approx(1)
+        and math.isnan(perfect.low)
+        and "all resamples agree" in perfect.reason
+    )
 
 
 def test_partial_correlation_of_ppcor():
@@ -131,19 +156,25 @@ def test_partial_correlation_of_ppcor():
         }
     )
     found = partial_correlation(frame, "hl", "disp", ["deg", "BC"])
-    assert (found.coefficient, found.p) == pytest.approx((-0.6720863, 0.06789202), abs=5e-8) and found.given == 2
+    assert (found.coefficient, found.p) == pytest.approx(
+        (-0.6720863, 0.06789202), abs=5e-8
+    ) and found.given == 2
 
 
 def test_partial_correlation_covers():
     def one(rng):
         z = rng.normal(size=15)
         x, y = (v + 2 * z for v in normal_pair(rng, 15, 0.5))
-        return covers(partial_correlation(pd.DataFrame({"x": x, "y": y, "z": z}), "x", "y", ["z"]), 0.5)
+        return covers(
+            partial_correlation(pd.DataFrame({"x": x, "y": y, "z": z}), "x", "y", ["z"]), 0.5
+        )
 
     assert near(simulate(one, 400), 0.95, 400)
 
 
-@pytest.mark.parametrize("method, truth", [("pearson", -0.5), ("spearman", 6 / math.pi * math.asin(-0.25))])
+@pytest.mark.parametrize(
+    "method, truth", [("pearson", -0.5), ("spearman", 6 / math.pi * math.asin(-0.25))]
+)
 def test_within_groups_the_sign_may_turn(method, truth):
     """Simpson's paradox: groups of higher x have higher y, within groups it is the other way."""
 
@@ -157,26 +188,38 @@ def test_within_groups_the_sign_may_turn(method, truth):
         return covers(found, truth), found.p < 0.05, pooled > 0.5
 
     coverage, power, pooled = simulate(one, 150)
-    assert near(coverage, 0.95, 150, slack=0.02 if method == "spearman" else 0)  # ranks of 20 are coarser than of many
+    assert near(
+        coverage, 0.95, 150, slack=0.02 if method == "spearman" else 0
+    )  # ranks of 20 are coarser than of many
     assert power > 0.95 and pooled == 1
 
 
 def test_ranks_within_groups_against_a_loop():
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"x": rng.integers(0, 5, 30), "y": rng.normal(size=30), "g": np.repeat([0, 1, 2], [4, 9, 17])})
+    frame = pd.DataFrame(
+        {
+            "x": rng.integers(0, 5, 30),
+            "y": rng.normal(size=30),
+            "g": np.repeat([0, 1, 2], [4, 9, 17]),
+        }
+    )
     parts = []
     for _, rows in frame.groupby("g"):
         ranks = stats.rankdata(rows[["x", "y"]], axis=0)
         parts.append((ranks - ranks.mean(axis=0)) / (len(rows) - 1))
     found = correlation_within(frame, "x", "y", "g", method="spearman")
     assert found.coefficient == pytest.approx(np.corrcoef(np.concatenate(parts).T)[0, 1], abs=1e-12)
-    half = 1.959964 * math.sqrt((1 + found.coefficient**2 / 2) / (30 - 3 - 2))  # Bonett and Wright (2000), 2 more fixed
+    half = 1.959964 * math.sqrt(
+        (1 + found.coefficient**2 / 2) / (30 - 3 - 2)
+    )  # Bonett and Wright (2000), 2 more fixed
     expected = np.tanh([np.arctanh(found.coefficient) - half, np.arctanh(found.coefficient) + half])
     assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-6)
 
 
 def test_groups_of_one_say_nothing():
-    frame = pd.DataFrame({"x": [1.0, 2, 3, 1, 2, 4, 9], "y": [1.0, 2, 4, 2, 1, 5, 9], "g": list("aaabbbc")})
+    frame = pd.DataFrame(
+        {"x": [1.0, 2, 3, 1, 2, 4, 9], "y": [1.0, 2, 4, 2, 1, 5, 9], "g": list("aaabbbc")}
+    )
     found = correlation_within(frame, "x", "y", "g")
     assert (found.n, found.dropped, found.given) == (6, 1, 1)
     assert found.coefficient == pytest.approx(
@@ -211,4 +254,6 @@ def test_compared_correlations_have_their_size_coverage_and_power():
 
     p, *rates = draws(one, 500)
     coverage, of_difference, power = np.mean(rates, axis=1)
-    assert uniform(p) and near(coverage, 0.95, 500) and near(of_difference, 0.95, 500) and power > 0.5
+    assert (
+        uniform(p) and near(coverage, 0.95, 500) and near(of_difference, 0.95, 500) and power > 0.5
+    )

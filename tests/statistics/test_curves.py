@@ -16,7 +16,9 @@ from lm_eval_coupling.statistics import (
 )
 from lm_eval_coupling.statistics.curves import _growth, _growth_gradient
 
-sm = pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+sm = pytest.importorskip(
+    "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
+)
 
 
 PEARSON_YORK = {
@@ -32,7 +34,11 @@ def test_line_of_anscombes_first_set():
     found = line_fit(*ANSCOMBE)
     slope = found.coefficients["slope"]
     assert round(found.coefficients["intercept"].value, 2) == 3.00
-    assert (round(slope.value, 3), round(slope.stderr, 3), round(found.r2, 3)) == (0.500, 0.118, 0.667)
+    assert (round(slope.value, 3), round(slope.stderr, 3), round(found.r2, 3)) == (
+        0.500,
+        0.118,
+        0.667,
+    )
     expected = stats.linregress(*ANSCOMBE)
     assert found.p == pytest.approx(expected.pvalue)
     assert slope.high - slope.value == pytest.approx(stats.t.ppf(0.975, 9) * expected.stderr)
@@ -54,11 +60,17 @@ def test_errors_in_both_of_one_size_are_demings():
     x, y = np.array(PEARSON_YORK["x"]), np.array(PEARSON_YORK["y"])
     sxx, syy, sxy = np.var(x), np.var(y), np.cov(x, y, bias=True)[0, 1]
     ratio = 49 / 9
-    deming = (syy - ratio * sxx + math.sqrt((syy - ratio * sxx) ** 2 + 4 * ratio * sxy**2)) / (2 * sxy)
+    deming = (syy - ratio * sxx + math.sqrt((syy - ratio * sxx) ** 2 + 4 * ratio * sxy**2)) / (
+        2 * sxy
+    )
     found = line_fit(x, y, x_error=np.full(10, 3.0), y_error=np.full(10, 7.0))
     assert found.coefficients["slope"].value == pytest.approx(deming, rel=1e-10)
-    assert found.dispersion < 1  # errors explain more than the scatter: larger ones still widen the interval
-    larger = line_fit(x, y, x_error=np.full(10, 6.0), y_error=np.full(10, 14.0)).coefficients["slope"]
+    assert (
+        found.dispersion < 1
+    )  # errors explain more than the scatter: larger ones still widen the interval
+    larger = line_fit(x, y, x_error=np.full(10, 6.0), y_error=np.full(10, 14.0)).coefficients[
+        "slope"
+    ]
     assert larger.stderr == pytest.approx(2 * found.coefficients["slope"].stderr)
 
 
@@ -69,7 +81,12 @@ def test_lines_cover_and_weights_help():
         plain, weighted = line_fit(x, y), line_fit(x, y, y_error=errors)
         low, high = weighted.band([0.5])
         slopes = plain.coefficients["slope"], weighted.coefficients["slope"]
-        return covers(slopes[1], 2), low[0] <= 2 <= high[0], *(slope.stderr for slope in slopes), weighted.dispersion
+        return (
+            covers(slopes[1], 2),
+            low[0] <= 2 <= high[0],
+            *(slope.stderr for slope in slopes),
+            weighted.dispersion,
+        )
 
     coverage, of_band, plain, weighted, dispersion = simulate(one, 400)
     assert near(coverage, 0.95, 400) and near(of_band, 0.95, 400)
@@ -78,13 +95,23 @@ def test_lines_cover_and_weights_help():
 
 def test_errors_of_x_flatten_a_plain_line_but_not_yorks():
     def one(rng):
-        truth, x_error, y_error = rng.normal(size=25), rng.uniform(0.2, 0.6, 25), rng.uniform(0.2, 0.6, 25)
+        truth, x_error, y_error = (
+            rng.normal(size=25),
+            rng.uniform(0.2, 0.6, 25),
+            rng.uniform(0.2, 0.6, 25),
+        )
         x, y = truth + x_error * rng.normal(size=25), 1 + 2 * truth + y_error * rng.normal(size=25)
         found = line_fit(x, y, x_error=x_error, y_error=y_error)
         slope = found.coefficients["slope"]
         low, high = found.band([1.0])
         flat = line_fit(x, y).coefficients["slope"]
-        return slope.value, covers(slope, 2), covers(found.coefficients["intercept"], 1), low[0] <= 3 <= high[0], flat.value
+        return (
+            slope.value,
+            covers(slope, 2),
+            covers(found.coefficients["intercept"], 1),
+            low[0] <= 3 <= high[0],
+            flat.value,
+        )
 
     slope, coverage, of_intercept, of_band, flat = simulate(one, 300)
     assert slope == pytest.approx(2, abs=0.05) and flat < 1.8
@@ -100,7 +127,9 @@ def test_exponential_as_published():
     assert (round(a.value, 4), round(a.stderr, 4)) == (94.1282, 8.4030)
     assert round(a.value + b.value, 4) == round(found.predict([0])[0], 4) == -8.2508
     assert (round(math.log(-c.value), 4), round(-c.stderr / c.value, 4)) == (-3.2176, 0.1386)
-    assert math.sqrt(np.sum((found.predict(age) - height) ** 2) / 3) == pytest.approx(0.7493, abs=5e-5)
+    assert math.sqrt(np.sum((found.predict(age) - height) ** 2) / 3) == pytest.approx(
+        0.7493, abs=5e-5
+    )
     low, high = found.band([0])
     assert (high[0] - low[0]) / 2 / stats.t.ppf(0.975, 3) == pytest.approx(1.2261, abs=5e-5)
 
@@ -139,9 +168,13 @@ def test_exponential_with_weights_against_a_direct_fit():
     y = np.exp(1.5 * (x - 2)) + errors * rng.normal(size=20)
     found, line = exponential_fit(x, y, y_error=errors), line_fit(x, y, y_error=errors)
     values = [found.coefficients[name].value for name in "abc"]
-    direct, covariance = optimize.curve_fit(lambda x, a, b, c: a + b * np.exp(c * x), x, y, p0=values, sigma=errors)
+    direct, covariance = optimize.curve_fit(
+        lambda x, a, b, c: a + b * np.exp(c * x), x, y, p0=values, sigma=errors
+    )
     assert values == pytest.approx(direct, rel=1e-4)
-    assert [found.coefficients[name].stderr for name in "abc"] == pytest.approx(np.sqrt(np.diag(covariance)), rel=1e-3)
+    assert [found.coefficients[name].stderr for name in "abc"] == pytest.approx(
+        np.sqrt(np.diag(covariance)), rel=1e-3
+    )
     squares = [fit.dispersion**2 * (20 - k) for fit, k in ((line, 2), (found, 3))]
     f = (squares[0] - squares[1]) / (squares[1] / 17)
     assert found.p_curvature == pytest.approx(stats.f.sf(f, 1, 17), rel=1e-8) and f > 1
@@ -152,10 +185,19 @@ def test_exponential_is_the_same_in_other_units():
     x = rng.uniform(size=20)
     y = np.exp(2 * x) + 0.1 * rng.normal(size=20)
     errors = rng.uniform(0.05, 0.2, 20)
-    here, there = exponential_fit(x, y, y_error=errors), exponential_fit(1000 * x, y / 100, y_error=errors / 100)
-    assert there.coefficients["c"].value == pytest.approx(here.coefficients["c"].value / 1000, rel=1e-5)
-    assert there.coefficients["b"].stderr == pytest.approx(here.coefficients["b"].stderr / 100, rel=1e-4)
-    assert (there.r2, there.p, there.dispersion) == pytest.approx((here.r2, here.p, here.dispersion), rel=1e-6)
+    here, there = (
+        exponential_fit(x, y, y_error=errors),
+        exponential_fit(1000 * x, y / 100, y_error=errors / 100),
+    )
+    assert there.coefficients["c"].value == pytest.approx(
+        here.coefficients["c"].value / 1000, rel=1e-5
+    )
+    assert there.coefficients["b"].stderr == pytest.approx(
+        here.coefficients["b"].stderr / 100, rel=1e-4
+    )
+    assert (there.r2, there.p, there.dispersion) == pytest.approx(
+        (here.r2, here.p, here.dispersion), rel=1e-6
+    )
 
 
 def test_exponential_is_the_same_mirrored():
@@ -175,12 +217,17 @@ def test_gradient_of_the_exponential_against_differences(k):
 
 
 def test_curves_that_cannot_be_fitted_say_why():
-    assert "at least 3" in line_fit([1, 2], [1, 2]).reason and np.isnan(line_fit([1, 2], [1, 2]).predict([1.0])).all()
+    assert (
+        "at least 3" in line_fit([1, 2], [1, 2]).reason
+        and np.isnan(line_fit([1, 2], [1, 2]).predict([1.0])).all()
+    )
     assert line_fit([1, 1, 1], [1, 2, 3]).reason == "x is constant"
     assert line_fit([1, 2, 3], [2, 2, 2]).reason == "y is constant"
     assert "different values" in exponential_fit([1, 1, 2, 2, 2], [1, 2, 3, 4, 5]).reason
     step = exponential_fit([1, 2, 3, 4, 5, 6], [0.01, 0, -0.01, 0.005, 0, 5], resamples=9)
-    assert any("not determined" in note for note in step.notes) and math.isnan(step.coefficients["c"].stderr)
+    assert any("not determined" in note for note in step.notes) and math.isnan(
+        step.coefficients["c"].stderr
+    )
 
 
 def test_errors_of_zero_are_refused_with_a_remedy():

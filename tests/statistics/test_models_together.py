@@ -9,7 +9,14 @@ from scipy import stats
 from simulations import covers, draws, near, uniform
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics import auroc_together, auroc_within, in_words, logistic_effect, logistic_together, together
+from lm_eval_coupling.statistics import (
+    auroc_together,
+    auroc_within,
+    in_words,
+    logistic_effect,
+    logistic_together,
+    together,
+)
 
 pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
 COLUMNS = {"model": "model", "task": "task", "document": "doc"}
@@ -23,9 +30,20 @@ def answers(rng, *, models=3, documents=80, shift=0.0):
         right = (0.9 * hard + 0.45 * rng.normal(size=documents) + 0.3 * i > 0).astype(int)
         value = 0.9 * coupled + math.sqrt(1 - 0.81) * rng.normal(size=documents) + shift * right
         value = (value + 5 * i) * (i + 1)  # models differ in it by more than their documents do
-        frames.append(pd.DataFrame({"value": value, "right": right, "length": rng.normal(size=documents), "model": f"m{i}"}))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "value": value,
+                    "right": right,
+                    "length": rng.normal(size=documents),
+                    "model": f"m{i}",
+                }
+            )
+        )
     doc = np.tile(np.arange(documents), models)
-    return pd.concat(frames, ignore_index=True).assign(doc=doc, task=np.where(doc % 2, "odd", "even"))
+    return pd.concat(frames, ignore_index=True).assign(
+        doc=doc, task=np.where(doc % 2, "odd", "even")
+    )
 
 
 def test_one_model_is_what_it_is_alone():
@@ -42,12 +60,18 @@ def test_copies_of_a_model_are_no_more_evidence():
     one = answers(np.random.default_rng(1), models=1, shift=0.5)
     three = pd.concat([one.assign(model=name) for name in "abc"], ignore_index=True)
     alone, found = (auroc_together(frame, "value", "right", **COLUMNS) for frame in (one, three))
-    assert (found.auroc, found.stderr, found.p) == pytest.approx((alone.auroc, alone.stderr, alone.p))
+    assert (found.auroc, found.stderr, found.p) == pytest.approx(
+        (alone.auroc, alone.stderr, alone.p)
+    )
     assert found.right == 3 * alone.right and found.models == 3
     kwargs = COLUMNS | {"correct": "right", "predictor": "value", "controls": ["length"]}
     alone, found = (logistic_together(frame, **kwargs) for frame in (one, three))
-    assert found.odds_ratio == pytest.approx(alone.odds_ratio, rel=0.01)  # per a standard deviation of n - 1
-    assert found.log_odds.stderr == pytest.approx(alone.log_odds.stderr, rel=0.03)  # but for small-sample factors
+    assert found.odds_ratio == pytest.approx(
+        alone.odds_ratio, rel=0.01
+    )  # per a standard deviation of n - 1
+    assert found.log_odds.stderr == pytest.approx(
+        alone.log_odds.stderr, rel=0.03
+    )  # but for small-sample factors
     assert (found.models, found.tasks, found.n) == (3, 2, 240)
 
 
@@ -69,7 +93,9 @@ def test_taken_for_independent_they_mislead():
 
     def one(rng):
         frame = answers(rng)
-        _, naive = auroc_within(frame.assign(task=frame["model"] + frame["task"]), "value", "right", "task")
+        _, naive = auroc_within(
+            frame.assign(task=frame["model"] + frame["task"]), "value", "right", "task"
+        )
         return naive.p < 0.05, auroc_together(frame, "value", "right", **COLUMNS).p < 0.05
 
     naive, robust = draws(one, 400).mean(axis=1)
@@ -81,11 +107,15 @@ def test_odds_of_answers_to_one_document_are_robust():
         frame = answers(rng)
         kwargs = {"correct": "right", "predictor": "value"}
         found = logistic_together(frame, **kwargs, **COLUMNS)
-        naive = logistic_effect(frame.assign(level=frame["model"] + frame["task"]), **kwargs, task="level")
+        naive = logistic_effect(
+            frame.assign(level=frame["model"] + frame["task"]), **kwargs, task="level"
+        )
         return found.p < 0.05, found.low <= 1 <= found.high, naive.p
 
     rejected, covered, _ = draws(one, 300)
-    assert near(rejected.mean(), 0.05, 300, slack=0.02) and near(covered.mean(), 0.95, 300, slack=0.02)
+    assert near(rejected.mean(), 0.05, 300, slack=0.02) and near(
+        covered.mean(), 0.95, 300, slack=0.02
+    )
 
 
 def test_what_cannot_be_told_is_said(monkeypatch):
@@ -96,13 +126,20 @@ def test_what_cannot_be_told_is_said(monkeypatch):
     assert "within 2 tasks of 2 models" in in_words(found, x="coupling@10")
     nobody = auroc_together(frame.assign(right=1), "value", "right", **COLUMNS)
     assert math.isnan(nobody.auroc) and "no model has 2 right and 2 wrong" in nobody.reason
-    with pytest.raises(CouplingError, match="got two rows of model m0, task even, doc 0, expected one of each document"):
+    with pytest.raises(
+        CouplingError,
+        match="got two rows of model m0, task even, doc 0, expected one of each document",
+    ):
         auroc_together(pd.concat([frame, frame.head(1)]), "value", "right", **COLUMNS)
     monkeypatch.setattr(together, "LEVELS", 5)
     many = logistic_together(frame, correct="right", predictor="value", **COLUMNS)
-    assert many.reason == "6 tasks of models have a level each, which is more than 5" and many.n == 240
+    assert (
+        many.reason == "6 tasks of models have a level each, which is more than 5" and many.n == 240
+    )
     monkeypatch.undo()
-    constant = logistic_together(frame.assign(value=1.0), correct="right", predictor="value", **COLUMNS)
+    constant = logistic_together(
+        frame.assign(value=1.0), correct="right", predictor="value", **COLUMNS
+    )
     assert math.isnan(constant.odds_ratio) and constant.reason
     told = in_words(logistic_together(frame, correct="right", predictor="value", **COLUMNS))
     assert "the task and the model held fixed" in told and "240 answers" in told

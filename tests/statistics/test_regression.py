@@ -19,13 +19,17 @@ from lm_eval_coupling.statistics import (
     nested_models,
 )
 
-sm = pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+sm = pytest.importorskip(
+    "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
+)
 
 
 def test_longley_as_certified():
     """NIST's certified values of Longley's data: the coefficient of YEAR and R²."""
     found = nested_models(LONGLEY, score="TOTEMP", predictor="YEAR", covariates=OTHERS)
-    assert (found.effect.value, found.effect.stderr) == pytest.approx((1829.15146461355, 455.478499142212), rel=1e-8)
+    assert (found.effect.value, found.effect.stderr) == pytest.approx(
+        (1829.15146461355, 455.478499142212), rel=1e-8
+    )
     assert found.with_predictor.r2 == pytest.approx(0.995479004577296, rel=1e-12)
     assert found.f == pytest.approx((1829.15146461355 / 455.478499142212) ** 2, rel=1e-8)
     assert found.partial.p == pytest.approx(found.p, rel=1e-6)
@@ -44,12 +48,18 @@ def test_collinearity_of_longley():
 def test_exact_dependence_is_said():
     frame = LONGLEY.assign(double=2 * LONGLEY["GNP"] + 1)
     table = collinearity(frame, ["GNP", "double", "POP"])
-    assert np.isinf(table["vif"]).tolist() == [True, True, False] and table.attrs["condition_number"] == math.inf
+    assert (
+        np.isinf(table["vif"]).tolist() == [True, True, False]
+        and table.attrs["condition_number"] == math.inf
+    )
     assert table.loc["double", "note"] == "the other predictors explain all of double"
     found = nested_models(frame, score="TOTEMP", predictor="double", covariates=["GNP", "POP"])
     assert found.reason == "GNP and double determine each other exactly" and math.isnan(found.p)
     assert "constant" in nested_models(frame.assign(one=1), score="TOTEMP", predictor="one").reason
-    assert "at least 8" in nested_models(frame[:7], score="TOTEMP", predictor="YEAR", covariates=OTHERS).reason
+    assert (
+        "at least 8"
+        in nested_models(frame[:7], score="TOTEMP", predictor="YEAR", covariates=OTHERS).reason
+    )
 
 
 def left_out(y, X, groups):
@@ -66,24 +76,49 @@ def left_out(y, X, groups):
 def family_frame(rng, families=6, each=4, share=1.0, effect=0.0, between=False):
     family = np.repeat(np.arange(families), each)
     x = rng.normal(size=families)[family] if between else rng.normal(size=len(family))
-    y = effect * x + math.sqrt(share) * rng.normal(size=families)[family] + rng.normal(size=len(family))
-    return pd.DataFrame({"score": y, "coupling": x, "size": rng.normal(size=len(y)), "family": [f"f{i}" for i in family]})
+    y = (
+        effect * x
+        + math.sqrt(share) * rng.normal(size=families)[family]
+        + rng.normal(size=len(family))
+    )
+    return pd.DataFrame(
+        {
+            "score": y,
+            "coupling": x,
+            "size": rng.normal(size=len(y)),
+            "family": [f"f{i}" for i in family],
+        }
+    )
 
 
 def test_predictions_of_what_was_left_out_against_refits():
     frame = family_frame(np.random.default_rng(0), effect=1.0).sample(frac=1, random_state=0)
-    found = nested_models(frame, score="score", predictor="coupling", covariates=["size"], family="family")
+    found = nested_models(
+        frame, score="score", predictor="coupling", covariates=["size"], family="family"
+    )
     y, one = frame["score"].to_numpy(), np.ones(len(frame))
     X = np.column_stack([one, frame["size"], frame["coupling"]])
-    assert found.with_predictor.r2_left_out == pytest.approx(left_out(y, X, range(len(y))), rel=1e-10)
-    assert found.with_predictor.r2_left_out_family == pytest.approx(left_out(y, X, list(frame["family"])), rel=1e-10)
-    assert found.without.r2_left_out_family == pytest.approx(left_out(y, X[:, :2], list(frame["family"])), rel=1e-10)
+    assert found.with_predictor.r2_left_out == pytest.approx(
+        left_out(y, X, range(len(y))), rel=1e-10
+    )
+    assert found.with_predictor.r2_left_out_family == pytest.approx(
+        left_out(y, X, list(frame["family"])), rel=1e-10
+    )
+    assert found.without.r2_left_out_family == pytest.approx(
+        left_out(y, X[:, :2], list(frame["family"])), rel=1e-10
+    )
 
 
 def test_a_family_that_alone_determines_the_regression_cannot_be_left_out():
-    frame = family_frame(np.random.default_rng(0)).assign(only_f0=lambda f: (f["family"] == "f0") * 1.0)
-    found = nested_models(frame, score="score", predictor="coupling", covariates=["only_f0"], family="family")
-    assert math.isnan(found.with_predictor.r2_left_out_family) and not math.isnan(found.with_predictor.r2_left_out)
+    frame = family_frame(np.random.default_rng(0)).assign(
+        only_f0=lambda f: (f["family"] == "f0") * 1.0
+    )
+    found = nested_models(
+        frame, score="score", predictor="coupling", covariates=["only_f0"], family="family"
+    )
+    assert math.isnan(found.with_predictor.r2_left_out_family) and not math.isnan(
+        found.with_predictor.r2_left_out
+    )
     assert "not possible" in in_words(found)
 
 
@@ -93,8 +128,18 @@ def test_nested_models_have_their_size_coverage_and_power():
     def one(rng):
         size = rng.normal(size=25)
         follows, own = size + 0.7 * rng.normal(size=25), rng.normal(size=25)
-        frame = pd.DataFrame({"score": size + 0.6 * own + 0.5 * rng.normal(size=25), "size": size, "a": follows, "b": own})
-        a, b = (nested_models(frame, score="score", predictor=name, covariates=["size"]) for name in "ab")
+        frame = pd.DataFrame(
+            {
+                "score": size + 0.6 * own + 0.5 * rng.normal(size=25),
+                "size": size,
+                "a": follows,
+                "b": own,
+            }
+        )
+        a, b = (
+            nested_models(frame, score="score", predictor=name, covariates=["size"])
+            for name in "ab"
+        )
         gain = [f.with_predictor.r2_left_out > f.without.r2_left_out and f.p < 0.05 for f in (a, b)]
         return (
             a.p,
@@ -127,12 +172,18 @@ def test_clustered_errors_against_the_sandwich():
     X, y = np.column_stack([np.ones(24), frame["coupling"]]), frame["score"].to_numpy()
     bread = np.linalg.inv(X.T @ X)
     residual = y - X @ bread @ X.T @ y
-    scores = pd.DataFrame(X * residual[:, None]).groupby(frame["family"].to_numpy()).sum().to_numpy()
+    scores = (
+        pd.DataFrame(X * residual[:, None]).groupby(frame["family"].to_numpy()).sum().to_numpy()
+    )
     variance = bread @ scores.T @ scores @ bread * 6 / 5 * 23 / 22
-    found = family_effect(frame, score="score", predictor="coupling", family="family", method="cluster")
+    found = family_effect(
+        frame, score="score", predictor="coupling", family="family", method="cluster"
+    )
     assert found.effect.value == pytest.approx((bread @ X.T @ y)[1])
     assert found.effect.stderr == pytest.approx(math.sqrt(variance[1, 1]))
-    assert found.effect.high - found.effect.value == pytest.approx(stats.t.ppf(0.975, 5) * found.effect.stderr)
+    assert found.effect.high - found.effect.value == pytest.approx(
+        stats.t.ppf(0.975, 5) * found.effect.stderr
+    )
 
 
 def test_families_that_resemble_each_other_fool_plain_least_squares_only():
@@ -142,7 +193,9 @@ def test_families_that_resemble_each_other_fool_plain_least_squares_only():
         frame = family_frame(rng, families=12, between=True)
         mixed = family_effect(frame, score="score", predictor="coupling", family="family")
         plain = nested_models(frame, score="score", predictor="coupling", family="family")
-        assert any("12 families" in note for note in plain.notes) and any("few" in note for note in mixed.notes)
+        assert any("12 families" in note for note in plain.notes) and any(
+            "few" in note for note in mixed.notes
+        )
         return mixed.p < 0.05, covers(mixed.effect, 0), plain.p < 0.05
 
     mixed, coverage, plain = simulate(one, 60)
@@ -153,7 +206,12 @@ def test_families_that_resemble_each_other_fool_plain_least_squares_only():
 def test_clustered_errors_have_their_size_in_many_families():
     def one(rng):
         frame = family_frame(rng, families=40, between=True)
-        return family_effect(frame, score="score", predictor="coupling", family="family", method="cluster").p < 0.05
+        return (
+            family_effect(
+                frame, score="score", predictor="coupling", family="family", method="cluster"
+            ).p
+            < 0.05
+        )
 
     assert near(simulate(one, 300), 0.05, 300, slack=0.02)  # asymptotic in the number of families
 
@@ -165,12 +223,30 @@ def test_families_that_cannot_be_told_apart_say_why():
     assert "one model only" in family_effect(frame.assign(family=range(24)), **of).reason
     frame["score"] -= frame.groupby("family")["score"].transform("mean")
     none = family_effect(frame, **of)
-    assert none.family_share < 1e-3 and any("no variance between families" in note for note in none.notes)
+    assert none.family_share < 1e-3 and any(
+        "no variance between families" in note for note in none.notes
+    )
 
 
 def test_adjusted_p_values_as_published():
     """Benjamini and Hochberg (1995), section 4.1: of 15 tests at 0.05 Holm rejects 3 and their procedure 4."""
-    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 0.6528, 0.759, 1]
+    p = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.324,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.759,
+        1,
+    ]
     assert (adjust_p_values(p, "holm") <= 0.05).tolist() == [True] * 3 + [False] * 12
     assert (adjust_p_values(p, "fdr_bh") <= 0.05).tolist() == [True] * 4 + [False] * 11
     assert adjust_p_values(p, "fdr_bh")[3] == pytest.approx(0.0095 * 15 / 4)

@@ -19,14 +19,28 @@ from lm_eval_coupling.statistics import (
     partial_correlation,
 )
 
-sm = pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+sm = pytest.importorskip(
+    "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
+)
 
 
 def test_results_are_rows_of_a_table():
     frame = as_frame([line_fit(*ANSCOMBE), exponential_fit(*ANSCOMBE, resamples=9)])
-    assert len(frame) == 2 and {"slope", "slope_stderr", "slope_low", "c_high", "r2", "p", "notes"} <= set(frame.columns)
+    assert len(frame) == 2 and {
+        "slope",
+        "slope_stderr",
+        "slope_low",
+        "c_high",
+        "r2",
+        "p",
+        "notes",
+    } <= set(frame.columns)
     row = nested_models(LONGLEY, score="TOTEMP", predictor="YEAR", covariates=OTHERS).to_dict()
-    assert row["covariates"] == "; ".join(OTHERS) and "without_aic" in row and "partial_coefficient" in row
+    assert (
+        row["covariates"] == "; ".join(OTHERS)
+        and "without_aic" in row
+        and "partial_coefficient" in row
+    )
     assert not any(isinstance(cell, dict | tuple | np.ndarray) for cell in row.values())
 
 
@@ -38,9 +52,14 @@ def test_results_are_rows_of_a_table():
         (lambda: correlation([1, 2, 3], [1, 2, 3], method="cosine"), "pearson, spearman, kendall"),
         (lambda: correlation([1, 2, 3], [1, 2, 3], confidence=95), "confidence=95"),
         (lambda: partial_correlation(LONGLEY, "GNP", "speed", []), "no column 'speed'"),
-        (lambda: nested_models(LONGLEY, score="GNP", predictor="POP", covariates=["POP"]), "each of them once"),
         (
-            lambda: family_effect(LONGLEY, score="GNP", predictor="POP", family="YEAR", method="fixed"),
+            lambda: nested_models(LONGLEY, score="GNP", predictor="POP", covariates=["POP"]),
+            "each of them once",
+        ),
+        (
+            lambda: family_effect(
+                LONGLEY, score="GNP", predictor="POP", family="YEAR", method="fixed"
+            ),
             "'mixed' or 'cluster'",
         ),
         (lambda: accuracy_by_bin([1], [1], bins=0), "bins=0"),

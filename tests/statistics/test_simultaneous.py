@@ -19,7 +19,9 @@ def test_size(share):
     """Of 200 data sets of noise about 5 % have any p below 0.05, however the twenty predictors hang together."""
     rng = np.random.default_rng(0)
     claims = [
-        simultaneous_p_values(hanging_together(rng, 12, 20, share), pd.Series(rng.normal(size=12)), resamples=199).min()
+        simultaneous_p_values(
+            hanging_together(rng, 12, 20, share), pd.Series(rng.normal(size=12)), resamples=199
+        ).min()
         < 0.05
         for _ in range(200)
     ]
@@ -44,7 +46,10 @@ def test_one_predictor_is_the_permutation_test():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=9), rng.normal(size=9)
     exact = stats.permutation_test(
-        (x,), lambda v: stats.pearsonr(v, y).statistic, permutation_type="pairings", n_resamples=4999
+        (x,),
+        lambda v: stats.pearsonr(v, y).statistic,
+        permutation_type="pairings",
+        n_resamples=4999,
     )
     found = simultaneous_p_values(pd.DataFrame({"x": x}), pd.Series(y))
     assert found["x"] == pytest.approx(exact.pvalue, abs=0.03)

@@ -20,15 +20,24 @@ from lm_eval_coupling.statistics import (
     nested_models,
 )
 
-sm = pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
+sm = pytest.importorskip(
+    "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
+)
 
 
 def test_words_state_what_was_found():
     x = np.arange(20.0)
     words = in_words(correlation(x, x + 3 * np.sin(7 * x)), x="coupling", y="accuracy")
-    assert words.startswith("Pearson correlation of coupling (x) with accuracy (y): 0.9") and "20 models" in words
-    assert "95% interval 0." in words and words.endswith("Higher coupling goes with higher accuracy.")
-    assert "goes with lower accuracy" in in_words(correlation(x, -x + 3 * np.sin(7 * x)), y="accuracy")
+    assert (
+        words.startswith("Pearson correlation of coupling (x) with accuracy (y): 0.9")
+        and "20 models" in words
+    )
+    assert "95% interval 0." in words and words.endswith(
+        "Higher coupling goes with higher accuracy."
+    )
+    assert "goes with lower accuracy" in in_words(
+        correlation(x, -x + 3 * np.sin(7 * x)), y="accuracy"
+    )
     assert "goes with lower score" in in_words(line_fit(x, -x + 3 * np.sin(7 * x)))
     falling = in_words(exponential_fit(x, np.exp(-0.2 * x) + 0.01 * np.sin(7 * x)))
     assert "goes with lower score, and a straight line fits worse" in falling
@@ -78,7 +87,9 @@ def test_words_need_interval_and_test_to_agree():
         return in_words(Correlation("pearson", coefficient=0.4, low=low, high=0.7, p=p, n=20))
 
     assert words(0.01, 0.04).endswith("Higher coupling goes with higher score.")
-    assert words(-0.01, 0.04).endswith("No evidence that coupling and score go together: the interval includes 0.")
+    assert words(-0.01, 0.04).endswith(
+        "No evidence that coupling and score go together: the interval includes 0."
+    )
     assert words(0.01, 0.06).endswith(
         "No clear evidence that coupling and score go together: the test does not reject chance."
     )
@@ -94,7 +105,13 @@ def test_words_heed_the_adjusted_p_value():
 
 
 def test_words_count_what_was_left_out_and_keep_the_notes():
-    assert "1 observations were left out" in in_words(correlation([*range(9), math.nan], [*range(9), 3]))
-    assert "is hard to tell" in in_words(nested_models(LONGLEY, score="TOTEMP", predictor="YEAR", covariates=OTHERS))
-    scattered = line_fit(np.arange(9.0), np.arange(9) + 5 * np.sin(np.arange(9)), y_error=np.full(9, 0.1))
+    assert "1 observations were left out" in in_words(
+        correlation([*range(9), math.nan], [*range(9), 3])
+    )
+    assert "is hard to tell" in in_words(
+        nested_models(LONGLEY, score="TOTEMP", predictor="YEAR", covariates=OTHERS)
+    )
+    scattered = line_fit(
+        np.arange(9.0), np.arange(9) + 5 * np.sin(np.arange(9)), y_error=np.full(9, 0.1)
+    )
     assert "times as much as their errors explain" in in_words(scattered)

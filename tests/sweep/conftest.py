@@ -28,7 +28,12 @@ def make_plan(tmp_path):
     """Write a plan and read it."""
 
     def make(models, **parts):
-        made = {"models": models, "tasks": ["one", "two"], "coupling": {"limit": 4}, "lm_eval": {"batch_size": 4}}
+        made = {
+            "models": models,
+            "tasks": ["one", "two"],
+            "coupling": {"limit": 4},
+            "lm_eval": {"batch_size": 4},
+        }
         made |= {"output": str(tmp_path / "out")} | parts
         file = tmp_path / "plan.yaml"
         file.write_text(yaml.safe_dump(made))

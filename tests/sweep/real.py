@@ -17,11 +17,16 @@ QUICK = (sys.executable, str(Path(__file__).with_name("quick_lm_eval.py")))
 # Without the check, which loads lm-eval and its index of tasks: it has tests of its own.
 SWEEP = """
 import sys
-from lm_eval_coupling.sweep import checks, command
+from lm_eval_coupling.sweep import command
+from lm_eval_coupling.sweep import checks
 checks.check = lambda plan, **options: {}
 sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:]))
 """
-LONG = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 20}  # long enough to be met while it measures
+LONG = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 20,
+}  # long enough to be met while it measures
 
 
 def models_and_tasks(folder):
@@ -34,7 +39,10 @@ def models_and_tasks(folder):
 
 def write_plan(folder, out, names, run, coupling=None):
     content = {
-        "models": [{"model": str(folder / name), "facts": {"family": "tiny", "released": 2024.5}} for name in names],
+        "models": [
+            {"model": str(folder / name), "facts": {"family": "tiny", "released": 2024.5}}
+            for name in names
+        ],
         "tasks": ["tiny_choice", "tiny_winogrande"],
         "coupling": {"ranks": "2+4", "limit": "all", "measures": "depth"} | (coupling or {}),
         "lm_eval": {"batch_size": 4, "include_path": str(folder / "tasks"), "device": "cpu"},

@@ -32,10 +32,23 @@ def wait_for(condition, seconds=20):
 def main(words):
     asked = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
     model = Path(asked["model_args"]["pretrained"])
-    behaviour = json.loads((model / "behaviour.json").read_text()) if (model / "behaviour.json").exists() else {}
+    behaviour = (
+        json.loads((model / "behaviour.json").read_text())
+        if (model / "behaviour.json").exists()
+        else {}
+    )
     with (model / "calls.jsonl").open("a") as calls:
-        told = {"batch_size": asked["batch_size"], "tasks": asked["tasks"], "threads": os.environ.get("OMP_NUM_THREADS")}
-        calls.write(json.dumps(told | {"device": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()}) + "\n")
+        told = {
+            "batch_size": asked["batch_size"],
+            "tasks": asked["tasks"],
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
+        calls.write(
+            json.dumps(
+                told | {"device": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()}
+            )
+            + "\n"
+        )
     print("Measuring coupling:  40%|####      | 4/10 [00:01<00:01]", flush=True)
     if use_cache := asked.get("use_cache"):
         Path(f"{use_cache}_rank0.db").write_text("answers")
@@ -48,7 +61,12 @@ def main(words):
     folder = Path(asked["output_path"]) / str(model).replace("/", "__")
     folder.mkdir(parents=True, exist_ok=True)
     measured = {task: {"measured": 4, "failed": 0} for task in asked["tasks"]}
-    coupling = {"fingerprint": f"of {model.name}", "measured": 4 * len(measured), "failed": 0, "tasks": measured}
+    coupling = {
+        "fingerprint": f"of {model.name}",
+        "measured": 4 * len(measured),
+        "failed": 0,
+        "tasks": measured,
+    }
     found = {
         "configs": {task: {"metadata": asked["metadata"]} for task in asked["tasks"]},
         "results": {task: {"acc,none": 0.5} for task in asked["tasks"]},

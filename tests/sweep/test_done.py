@@ -114,7 +114,11 @@ def test_files_cut_short_do_not_count(folder_of, make_plan, cut):
     file.write_text(file.read_text()[:-4])
     assert missing(plan) == ["one", "two"]
     assert finished(plan).complete
-    assert [f.name for f in plan.folder(plan.units[0]).glob("*/*.superseded") if f.name.startswith("results_")]
+    assert [
+        f.name
+        for f in plan.folder(plan.units[0]).glob("*/*.superseded")
+        if f.name.startswith("results_")
+    ]
 
 
 def test_only_scores_need_no_coupling(folder_of, make_plan):
@@ -146,5 +150,8 @@ def test_superseded_results_are_out_of_sight_and_not_lost(folder_of, make_plan):
     plan = make_plan([model], coupling={"limit": 5})
     finished(plan)
     folder = plan.folder(plan.units[0])
-    assert len(list(folder.glob("*/results_*.json"))) == 1 and len(list(folder.glob("*/coupling_*.parquet"))) == 2
+    assert (
+        len(list(folder.glob("*/results_*.json"))) == 1
+        and len(list(folder.glob("*/coupling_*.parquet"))) == 2
+    )
     assert len(list(folder.glob("*/*.superseded"))) == 5

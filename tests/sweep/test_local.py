@@ -13,7 +13,8 @@ from rich.console import Console
 from stand_in import STAND_IN, calls, wait_for
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import checks, local, record
+from lm_eval_coupling.sweep import checks, local
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey, sweep
@@ -23,7 +24,8 @@ from lm_eval_coupling.sweep.status import look
 
 SWEEP = """
 import sys
-from lm_eval_coupling.sweep import checks, command
+from lm_eval_coupling.sweep import command
+from lm_eval_coupling.sweep import checks
 checks.check = lambda plan, **options: {}
 sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:]))
 """
@@ -42,13 +44,21 @@ def run(plan):
 
 
 def command(plan):
-    return subprocess.Popen([sys.executable, "-c", SWEEP, str(plan.file), *STAND_IN], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(plan.file), *STAND_IN], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_unit_that_fails_does_not_stop_the_others(folder_of, make_plan):
-    plan = make_plan([folder_of("bad", fail="ValueError: no"), folder_of("good"), folder_of("fine")])
+    plan = make_plan(
+        [folder_of("bad", fail="ValueError: no"), folder_of("good"), folder_of("fine")]
+    )
     found = run(plan)
-    assert {name: status.state for name, status in found.items()} == {"bad": "failed", "good": "done", "fine": "done"}
+    assert {name: status.state for name, status in found.items()} == {
+        "bad": "failed",
+        "good": "done",
+        "fine": "done",
+    }
     assert found["bad"].detail == "ValueError: no" and found["bad"].log.exists()
 
 
@@ -60,7 +70,10 @@ def test_a_fault_of_ours_does_not_stop_the_others_either(folder_of, make_plan, m
         return 1 / 0 if unit is plan.units[0] else work(self, unit)
 
     monkeypatch.setattr(local.Worker, "run", fail_for_a)
-    assert {name: status.state for name, status in run(plan).items()} == {"a": "missing", "b": "done"}
+    assert {name: status.state for name, status in run(plan).items()} == {
+        "a": "missing",
+        "b": "done",
+    }
 
 
 def test_workers_share_the_threads_and_work_side_by_side(folder_of, make_plan):
@@ -86,9 +99,18 @@ def test_slots(monkeypatch):
     assert [slot["OMP_NUM_THREADS"] for slot in two] == ["4", "4"] and len(two) == 2
     monkeypatch.setattr(local, "visible_devices", lambda: ["0", "1"])
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local())] == ["0", "1"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(workers=3))] == ["0", "1", "0"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(devices=("0,1", "2,3")))] == ["0,1", "2,3"]
-    assert "OMP_NUM_THREADS" not in local.slots(Local(workers=2, environment={"OMP_NUM_THREADS": "1"}))[0]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(workers=3))] == [
+        "0",
+        "1",
+        "0",
+    ]
+    assert [
+        slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots(Local(devices=("0,1", "2,3")))
+    ] == ["0,1", "2,3"]
+    assert (
+        "OMP_NUM_THREADS"
+        not in local.slots(Local(workers=2, environment={"OMP_NUM_THREADS": "1"}))[0]
+    )
 
 
 def test_devices_that_are_hidden_are_not_used(monkeypatch):
@@ -111,7 +133,9 @@ def test_exit_codes_and_what_is_said(folder_of, make_plan, unchecked, capsys):
     assert [len(calls(model)) for model in (good, bad)] == [1, 2]
 
 
-def test_when_all_is_there_nothing_is_loaded_or_checked(folder_of, make_plan, unchecked, monkeypatch):
+def test_when_all_is_there_nothing_is_loaded_or_checked(
+    folder_of, make_plan, unchecked, monkeypatch
+):
     plan = make_plan([folder_of("a")])
     assert sweep(plan.file, command=STAND_IN) == 0
     monkeypatch.setattr(checks, "check", lambda plan: pytest.fail("there was nothing to be done"))
@@ -127,11 +151,15 @@ def test_facts_lie_beside_the_results_and_follow_the_plan(folder_of, make_plan, 
     assert len(calls(model)) == 1
 
 
-def test_what_is_wrong_with_the_text_and_with_the_world_is_told_at_once(folder_of, make_plan, tmp_path, monkeypatch):
+def test_what_is_wrong_with_the_text_and_with_the_world_is_told_at_once(
+    folder_of, make_plan, tmp_path, monkeypatch
+):
     """An output that cannot be made was once told alone, and a plan with a slip in its text was not looked at further."""
     (tmp_path / "file").write_text("")
     plan = make_plan([folder_of("a")], output=str(tmp_path / "file" / "out"))
-    monkeypatch.setattr(checks, "_ask", lambda plan, question: {"problems": ["no such task"], "models": {}})
+    monkeypatch.setattr(
+        checks, "_ask", lambda plan, question: {"problems": ["no such task"], "models": {}}
+    )
     with pytest.raises(PlanError) as wrong:
         sweep(plan.file, command=STAND_IN)
     assert len(wrong.value.problems) == 2 and "cannot be written" in str(wrong.value)
@@ -146,7 +174,10 @@ def test_what_is_wrong_with_the_text_and_with_the_world_is_told_at_once(folder_o
 
 def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):
     plan = make_plan([folder_of("a")])
-    with lock(plan.output / ".lock"), pytest.raises(CouplingError, match="another sweep is at work"):
+    with (
+        lock(plan.output / ".lock"),
+        pytest.raises(CouplingError, match="another sweep is at work"),
+    ):
         sweep(plan.file, command=STAND_IN)
 
 
@@ -154,7 +185,9 @@ def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_the_runs_and_loses_nothing(folder_of, make_plan, number):
     if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip(f"this process ignores signal {number}, as under nohup, and so do the processes that it starts")
+        pytest.skip(
+            f"this process ignores signal {number}, as under nohup, and so do the processes that it starts"
+        )
     model, done = folder_of("a", seconds=60), folder_of("b")
     plan = make_plan([done, model])
     head = command(plan)
@@ -187,8 +220,13 @@ def test_states_in_words(folder_of, make_plan):
     folder = plan.folder(unit)
     assert look(plan, unit, {}).state == "missing"
     with lock(folder / record.LOCK):
-        (folder / record.LOG).write_text("x\rMeasuring coupling:  40%|####      | 4/10 [00:01<00:01]\r")
-        assert (look(plan, unit, {}).state, look(plan, unit, {}).detail) == ("running", "measuring coupling 40 %")
+        (folder / record.LOG).write_text(
+            "x\rMeasuring coupling:  40%|####      | 4/10 [00:01<00:01]\r"
+        )
+        assert (look(plan, unit, {}).state, look(plan, unit, {}).detail) == (
+            "running",
+            "measuring coupling 40 %",
+        )
     record.write(folder, state="running")
     assert "ended before it was done" in look(plan, unit, {}).detail
     record.write(folder, state="waiting", job="7_0")
@@ -207,7 +245,12 @@ def test_the_table_shows_those_in_trouble_first_where_there_is_no_room(folder_of
     console = Console(width=100, record=True, file=open(os.devnull, "w"))
     console.print(board.table())
     shown = console.export_text()
-    assert "m20" in shown and "ValueError: [red] no" in shown and "and 24 more" in shown and "1 failed, 29 missing" in shown
+    assert (
+        "m20" in shown
+        and "ValueError: [red] no" in shown
+        and "and 24 more" in shown
+        and "1 failed, 29 missing" in shown
+    )
 
 
 def test_no_results_of_the_stand_in_are_mistaken(folder_of, make_plan):
@@ -215,7 +258,9 @@ def test_no_results_of_the_stand_in_are_mistaken(folder_of, make_plan):
     plan = make_plan([folder_of("a")])
     run(plan)
     (file,) = plan.folder(plan.units[0]).glob("*/results_*.json")
-    assert json.loads(file.read_text())["configs"]["one"]["metadata"]["coupling_sweep"]["tasks"] == {
+    assert json.loads(file.read_text())["configs"]["one"]["metadata"]["coupling_sweep"][
+        "tasks"
+    ] == {
         "one": None,
         "two": None,
     }

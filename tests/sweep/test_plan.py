@@ -46,9 +46,20 @@ def test_a_plan_is_read(tmp_path):
         ("EleutherAI/pythia-410m", "step143000"),
         ("some/other", "main"),
     ]
-    assert plan.units[0].arguments == {"dtype": "bfloat16", "max_memory": {0: 10, 1: 20}, "parallelize": True}
-    assert plan.units[0].facts == {"family": "pythia", "training_tokens": 3e11, "released": 2023.499}
-    assert [(task.name, task.num_fewshot) for task in plan.tasks] == [("arc_easy", None), ("gsm8k", 5)]
+    assert plan.units[0].arguments == {
+        "dtype": "bfloat16",
+        "max_memory": {0: 10, 1: 20},
+        "parallelize": True,
+    }
+    assert plan.units[0].facts == {
+        "family": "pythia",
+        "training_tokens": 3e11,
+        "released": 2023.499,
+    }
+    assert [(task.name, task.num_fewshot) for task in plan.tasks] == [
+        ("arc_easy", None),
+        ("gsm8k", 5),
+    ]
     assert plan.run == plans.Local(workers=2)
 
 
@@ -105,7 +116,9 @@ def test_run_is_checked(tmp_path, run, part):
 
 def test_yaml_means_what_people_mean(tmp_path):
     """PyYAML reads YAML 1.1: `on` is true there, 300e9 a text, 0001 the number one, and the second of two keys wins."""
-    assert yaml12.load("{on: local, a: 300e9, b: 0001, c: no, d: 1e-3, e: -2, f: true, g: ~, h: 12:30}") == {
+    assert yaml12.load(
+        "{on: local, a: 300e9, b: 0001, c: no, d: 1e-3, e: -2, f: true, g: ~, h: 12:30}"
+    ) == {
         "on": "local",
         "a": 3e11,
         "b": "0001",
@@ -135,7 +148,10 @@ def test_a_revision_that_became_a_number_is_refused(tmp_path):
 
 def test_revisions_may_have_facts_of_their_own(tmp_path):
     text = "models: [{model: a, facts: {family: x}, revisions: {s1: {training_tokens: 2e6}, s2: }}]\ntasks: b\noutput: c"
-    assert [unit.facts for unit in read(tmp_path, text).units] == [{"family": "x", "training_tokens": 2e6}, {"family": "x"}]
+    assert [unit.facts for unit in read(tmp_path, text).units] == [
+        {"family": "x", "training_tokens": 2e6},
+        {"family": "x"},
+    ]
 
 
 def test_folders_of_a_pattern_are_models_in_order_of_their_numbers(tmp_path):
@@ -144,7 +160,10 @@ def test_folders_of_a_pattern_are_models_in_order_of_their_numbers(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
     plan = read(tmp_path, f"models: '{tmp_path}/checkpoint-*'\ntasks: b\noutput: c")
     assert [unit.model.split("-")[-1] for unit in plan.units] == ["0", "9", "10", "100"]
-    assert "there is none" in problems(tmp_path, f"models: '{tmp_path}/nothing-*'\ntasks: b\noutput: c")[0]
+    assert (
+        "there is none"
+        in problems(tmp_path, f"models: '{tmp_path}/nothing-*'\ntasks: b\noutput: c")[0]
+    )
 
 
 def test_a_unit_keeps_its_name(tmp_path):
@@ -167,16 +186,24 @@ def test_fewshot_for_all_and_for_one_are_refused_together(tmp_path):
 
 @pytest.mark.parametrize(("name", "units"), [("laptop", 3), ("pythia", 42), ("paper", 43)])
 def test_plans_of_the_documentation_can_be_read(name, units):
-    assert len(plans.read(Path(__file__).parents[2] / "docs" / "plans" / f"{name}.yaml").units) == units
+    assert (
+        len(plans.read(Path(__file__).parents[2] / "docs" / "plans" / f"{name}.yaml").units)
+        == units
+    )
 
 
 def test_the_sweep_itself_is_light():
     """It waits on login nodes for days: what measures and what evaluates is loaded by the runs."""
     code = "import sys, lm_eval_coupling.sweep.command; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ("torch", "lm_eval", "transformers", "numpy", "pandas", "submitit", "huggingface_hub")
-    found = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "[]"
 
 
 def test_a_dry_run_of_the_measuring_is_no_sweep(tmp_path):
-    assert "leaves no results" in problems(tmp_path, "models: a\ntasks: b\ncoupling: {dry_run: true}\noutput: c")[0]
+    assert (
+        "leaves no results"
+        in problems(tmp_path, "models: a\ntasks: b\ncoupling: {dry_run: true}\noutput: c")[0]
+    )

@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import cluster, record, slurm
+from lm_eval_coupling.sweep import cluster, slurm
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey
@@ -19,7 +20,9 @@ ANSWERS = {
 
 
 def test_options_of_a_job():
-    run = Slurm(hours=0.51, partition="gpu", gpus=2, memory_gb=1.5, setup=("a", "b"), options={"nice": 5})
+    run = Slurm(
+        hours=0.51, partition="gpu", gpus=2, memory_gb=1.5, setup=("a", "b"), options={"nice": 5}
+    )
     asked = slurm.parameters(run, 7)
     assert asked == {
         "job_name": "coupling-sweep",
@@ -33,7 +36,9 @@ def test_options_of_a_job():
         "additional_parameters": {"nice": 5},
     }
     assert slurm.parameters(Slurm(hours=0.01, at_once=3), 7)["array_parallelism"] == 3
-    assert slurm.parameters(Slurm(hours=0.01), 1)["signal_delay_s"] == 15  # a job of a minute has little to give
+    assert (
+        slurm.parameters(Slurm(hours=0.01), 1)["signal_delay_s"] == 15
+    )  # a job of a minute has little to give
 
 
 def test_submitit_takes_these_options(tmp_path, monkeypatch):
@@ -46,7 +51,11 @@ def test_submitit_takes_these_options(tmp_path, monkeypatch):
 
 def test_the_queue_and_how_a_job_ended(monkeypatch):
     monkeypatch.setattr(cluster, "_ask", lambda *command: ANSWERS[command[0]])
-    assert cluster.jobs() == {"7_0": Job("RUNNING"), "7_1": Job("PENDING", "JobHeldUser, Priority"), "9": Job("COMPLETING")}
+    assert cluster.jobs() == {
+        "7_0": Job("RUNNING"),
+        "7_1": Job("PENDING", "JobHeldUser, Priority"),
+        "9": Job("COMPLETING"),
+    }
     assert cluster.state("7") == "OUT_OF_MEMORY"
     monkeypatch.setattr(cluster, "_ask", lambda *command: None)
     assert cluster.jobs() is None and cluster.state("7") is None
@@ -68,14 +77,21 @@ class Cluster:
         self.looks, self.ends, self.leaves, self.sizes = list(looks), list(ends), leaves, []
         monkeypatch.setattr(slurm, "_submit", self.submit)
         monkeypatch.setattr(cluster, "jobs", lambda: self.looks.pop(0) if self.looks else {})
-        monkeypatch.setattr(cluster, "state", lambda job: self.ends.pop(0) if len(self.ends) > 1 else self.ends[0])
+        monkeypatch.setattr(
+            cluster, "state", lambda job: self.ends.pop(0) if len(self.ends) > 1 else self.ends[0]
+        )
         monkeypatch.setattr(slurm, "_POLL_SECONDS", 0)
 
     def submit(self, plan, works, board):
         for work in works:
             self.sizes.append(work.batch_size)
             state = {"begins": "running", "fails": "failed"}.get(self.leaves, "waiting")
-            record.write(plan.folder(work.unit), state=state, job=f"1_{len(self.sizes)}", reason="its own word")
+            record.write(
+                plan.folder(work.unit),
+                state=state,
+                job=f"1_{len(self.sizes)}",
+                reason="its own word",
+            )
 
     def run(self, plan):
         slurm.run(plan, plan.units, Board(plan, survey(plan)))
@@ -87,7 +103,9 @@ def on_slurm(folder_of, make_plan):
     return make_plan([folder_of("a")], run={"on": "slurm", "hours": 1, "requeues": 2})
 
 
-def test_a_job_killed_for_its_memory_is_submitted_once_more_with_half_the_batch(on_slurm, monkeypatch):
+def test_a_job_killed_for_its_memory_is_submitted_once_more_with_half_the_batch(
+    on_slurm, monkeypatch
+):
     """The system kills the whole job, so that it cannot try again itself."""
     there = Cluster(monkeypatch, ends=["OUT_OF_MEMORY"])
     assert there.run(on_slurm) == "job 1_2 ended as OUT_OF_MEMORY" and there.sizes == [None, 2]
@@ -98,13 +116,19 @@ def test_a_job_killed_for_its_memory_is_submitted_once_more_with_half_the_batch(
     [
         ("NODE_FAIL", "begins", 3),  # as often as the plan lets it be queued again
         ("PREEMPTED", "begins", 3),  # where a cluster cancels what it preempts
-        ("FAILED", "", 2),  # the node could not start it: once more, for it may be the node's fault or the plan's
+        (
+            "FAILED",
+            "",
+            2,
+        ),  # the node could not start it: once more, for it may be the node's fault or the plan's
         ("FAILED", "fails", 1),
         ("CANCELLED", "begins", 1),
         ("TIMEOUT", "begins", 3),
     ],
 )
-def test_a_job_that_was_lost_through_no_fault_of_its_own_is_submitted_again(on_slurm, monkeypatch, end, leaves, submitted):
+def test_a_job_that_was_lost_through_no_fault_of_its_own_is_submitted_again(
+    on_slurm, monkeypatch, end, leaves, submitted
+):
     there = Cluster(monkeypatch, ends=[end], leaves=leaves)
     reason = there.run(on_slurm)
     assert len(there.sizes) == submitted
@@ -114,15 +138,23 @@ def test_a_job_that_was_lost_through_no_fault_of_its_own_is_submitted_again(on_s
 def test_a_controller_that_does_not_answer_says_nothing_of_the_jobs(on_slurm, monkeypatch):
     """Its silence was once taken for an empty queue, and all its jobs submitted a second time."""
     record.write(on_slurm.folder(on_slurm.units[0]), state="waiting", job="5")
-    there = Cluster(monkeypatch, [None, None, {"5": Job("PENDING")}, None, {"5": Job("PENDING")}], ["CANCELLED"])
+    there = Cluster(
+        monkeypatch, [None, None, {"5": Job("PENDING")}, None, {"5": Job("PENDING")}], ["CANCELLED"]
+    )
     said = []
     monkeypatch.setattr(slurm.Board, "say", lambda board, text: said.append(text))
     there.run(on_slurm)
-    assert not there.sizes and len(said) == 2 and all("does not answer" in text for text in said)  # once for each silence
+    assert (
+        not there.sizes and len(said) == 2 and all("does not answer" in text for text in said)
+    )  # once for each silence
 
 
-def test_a_job_that_the_queue_does_not_show_between_two_of_its_states_is_not_over(on_slurm, monkeypatch):
-    there = Cluster(monkeypatch, [{}, {}, {}, {}, {}], ["REQUEUED", "PENDING", "RUNNING", "CANCELLED"])
+def test_a_job_that_the_queue_does_not_show_between_two_of_its_states_is_not_over(
+    on_slurm, monkeypatch
+):
+    there = Cluster(
+        monkeypatch, [{}, {}, {}, {}, {}], ["REQUEUED", "PENDING", "RUNNING", "CANCELLED"]
+    )
     there.run(on_slurm)
     assert there.ends == ["CANCELLED"] and len(there.sizes) == 1
 
@@ -143,7 +175,9 @@ def test_jobs_that_are_in_the_queue_are_not_submitted_again(folder_of, make_plan
     plan = make_plan([folder_of("a"), folder_of("b")], run={"on": "slurm", "hours": 1})
     record.write(plan.folder(plan.units[0]), state="waiting", job="5_0")
     submitted = []
-    monkeypatch.setattr(slurm, "_submit", lambda plan, works, board: submitted.extend(work.unit for work in works))
+    monkeypatch.setattr(
+        slurm, "_submit", lambda plan, works, board: submitted.extend(work.unit for work in works)
+    )
     monkeypatch.setattr(slurm, "_watch", lambda plan, units, board: [])
     monkeypatch.setattr(cluster, "jobs", lambda: {"5_0": Job("PENDING")})
     slurm.run(plan, plan.units, Board(plan, survey(plan)))

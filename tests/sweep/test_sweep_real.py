@@ -9,10 +9,13 @@ import real
 from stand_in import wait_for
 
 from lm_eval_coupling import load_records
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.command import survey
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes of POSIX systems")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="processes of POSIX systems"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,9 @@ def home(tmp_path_factory):
 
 def test_killed_while_it_measures_and_gone_on_with(home):
     """kill -9 of the sweep and of lm-eval: what was measured is reused, and the tables are those of a run in one go."""
-    plan = real.write_plan(home, home / "killed", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2})
+    plan = real.write_plan(
+        home, home / "killed", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2}
+    )
     head, long = real.start(plan), plan.units[1]
     wait_for(lambda: real.measured(plan, long) > 0, seconds=200)
     head.kill()
@@ -34,9 +39,17 @@ def test_killed_while_it_measures_and_gone_on_with(home):
     kept = real.measured(plan, long)
 
     assert real.finish(real.start(plan)) == 0
-    assert record.read_json(next(plan.folder(long).glob("*/results_*.json")))["config"]["coupling"]["reused"] >= kept > 0
+    assert (
+        record.read_json(next(plan.folder(long).glob("*/results_*.json")))["config"]["coupling"][
+            "reused"
+        ]
+        >= kept
+        > 0
+    )
 
-    whole = real.write_plan(home, home / "whole", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2})
+    whole = real.write_plan(
+        home, home / "whole", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2}
+    )
     assert real.finish(real.start(whole)) == 0
     found, expected = real.table(home / "killed"), real.table(home / "whole")
     pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-6)

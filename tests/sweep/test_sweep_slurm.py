@@ -10,7 +10,8 @@ import pytest
 import real
 from stand_in import wait_for
 
-from lm_eval_coupling.sweep import cluster, record
+from lm_eval_coupling.sweep import cluster
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey
 
@@ -26,12 +27,18 @@ def controller():
     """A SLURM that answers: the machine's own, or one of one node that is installed and started here."""
     if not _answers():
         if not START.exists():
-            pytest.skip(f"there is no SLURM here and no script to start one ({START.name} of the folder shared)")
+            pytest.skip(
+                f"there is no SLURM here and no script to start one ({START.name} of the folder shared)"
+            )
         if os.geteuid() != 0:
             pytest.skip("there is no SLURM here, and only root can install one")
-        started = subprocess.run(["bash", str(START)], capture_output=True, text=True, timeout=600, check=False)
+        started = subprocess.run(
+            ["bash", str(START)], capture_output=True, text=True, timeout=600, check=False
+        )
         if started.returncode or not _answers():
-            pytest.skip(f"SLURM cannot be installed or started here: {(started.stderr or started.stdout)[-200:]}")
+            pytest.skip(
+                f"SLURM cannot be installed or started here: {(started.stderr or started.stdout)[-200:]}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,10 @@ def locally(home):
 def _answers():
     if shutil.which("sinfo") is None:
         return False
-    return "idle" in subprocess.run(["sinfo", "-h"], capture_output=True, text=True, check=False).stdout
+    return (
+        "idle"
+        in subprocess.run(["sinfo", "-h"], capture_output=True, text=True, check=False).stdout
+    )
 
 
 def _at_work(plan, unit):
@@ -61,7 +71,9 @@ def _at_work(plan, unit):
     return record.read(plan.folder(unit))["job"]
 
 
-def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(controller, home, locally):
+def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(
+    controller, home, locally
+):
     plan = real.write_plan(home, home / "cluster", NAMES, ON_SLURM)
     head = real.start(plan)
     long = plan.units[-1]
@@ -83,7 +95,10 @@ LEAVE = {
         "--signal=USR2",
     ],  # some time before the end, or a preemption for whom the plan's options say so
     "preempted": ["scontrol", "requeue"],  # SLURM ends the job
-    "preempted-with-grace": ["scancel", "--signal=TERM"],  # SLURM asks first, and the job runs on for a time
+    "preempted-with-grace": [
+        "scancel",
+        "--signal=TERM",
+    ],  # SLURM asks first, and the job runs on for a time
 }
 
 
@@ -104,13 +119,20 @@ def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(controller, home, l
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
     assert real.finish(real.start(plan)) == 0
     assert record.read(plan.folder(unit))["job"] == job
-    assert _reused(plan, unit) == kept > 0  # all that the first life had stored, and so nothing was measured twice
+    assert (
+        _reused(plan, unit) == kept > 0
+    )  # all that the first life had stored, and so nothing was measured twice
     log = (plan.folder(unit) / "log.txt").read_text()
     assert log.count("quick_lm_eval.py --config") == 2
     expected = locally[locally["model"].str.endswith("tiny-long")].reset_index(drop=True)
-    pd.testing.assert_frame_equal(real.table(home / way), expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        real.table(home / way), expected, rtol=1e-4, atol=1e-6, check_dtype=False
+    )
 
 
 def _reused(plan, unit):
     """How many measurements of the tables were found in the store."""
-    return sum(pd.read_parquet(table)["reused"].sum() for table in plan.folder(unit).glob("*/coupling_*.parquet"))
+    return sum(
+        pd.read_parquet(table)["reused"].sum()
+        for table in plan.folder(unit).glob("*/coupling_*.parquet")
+    )

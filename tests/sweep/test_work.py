@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from stand_in import STAND_IN, calls, wait_for
 
-from lm_eval_coupling.sweep import record
+from lm_eval_coupling.sweep import state as record
 from lm_eval_coupling.sweep.lock import held, lock
 from lm_eval_coupling.sweep.reasons import out_of_memory, reason
 from lm_eval_coupling.sweep.request import configuration, store_file
@@ -26,11 +26,21 @@ def work(plan, **options):
 
 def test_lm_eval_gets_one_of_its_own_files(folder_of, make_plan):
     model = folder_of("a")
-    plan = make_plan([{"model": model, "args": {"dtype": "bfloat16"}}], coupling={"ranks": [2, 4], "position": -2})
+    plan = make_plan(
+        [{"model": model, "args": {"dtype": "bfloat16"}}],
+        coupling={"ranks": [2, 4], "position": -2},
+    )
     made = configuration(plan, plan.units[0], plan.tasks, 3)
     store = str(store_file(plan.folder(plan.units[0])))
-    arguments = {"pretrained": model, "revision": "main", "dtype": "bfloat16", "coupling_store": store}
-    assert made["model"] == "coupling-hf" and made["batch_size"] == 3 and made["log_samples"] is True
+    arguments = {
+        "pretrained": model,
+        "revision": "main",
+        "dtype": "bfloat16",
+        "coupling_store": store,
+    }
+    assert (
+        made["model"] == "coupling-hf" and made["batch_size"] == 3 and made["log_samples"] is True
+    )
     assert made["model_args"] == arguments | {"coupling_ranks": [2, 4], "coupling_position": -2}
 
 
@@ -46,7 +56,9 @@ def test_memory_that_runs_out_is_tried_again_with_half_the_batch_once(folder_of,
     assert work(one).state == "failed" and len(calls(one.units[0].model)) == 1
 
 
-@pytest.mark.parametrize(("size", "smaller"), [(8, 4), (3, 1), (1, None), ("16", 8), ("auto", 1), ("auto:4", 1)])
+@pytest.mark.parametrize(
+    ("size", "smaller"), [(8, 4), (3, 1), (1, None), ("16", 8), ("auto", 1), ("auto:4", 1)]
+)
 def test_half_a_batch(size, smaller):
     assert half(size) == smaller
 
@@ -78,7 +90,11 @@ def test_reasons(text, code, said):
 
 
 def test_what_counts_as_memory():
-    assert out_of_memory("", -9) and out_of_memory("", 137) and out_of_memory("RuntimeError: CUDA out of memory.", 1)
+    assert (
+        out_of_memory("", -9)
+        and out_of_memory("", 137)
+        and out_of_memory("RuntimeError: CUDA out of memory.", 1)
+    )
     assert out_of_memory("DefaultCPUAllocator: can't allocate memory: you tried", 1)
     assert not out_of_memory("ValueError: room", 1)
 
@@ -152,7 +168,9 @@ def test_answers_are_kept_for_the_same_model_and_settings_only(folder_of, make_p
     Path(model, "calls.jsonl").touch()
     other = make_plan([model], coupling={"limit": 3}, **keep)
     work(other)
-    assert not kept.exists() or kept.read_text() != "old"  # behaviour.json is one of the model's files
+    assert (
+        not kept.exists() or kept.read_text() != "old"
+    )  # behaviour.json is one of the model's files
     kept.write_text("older")
     work(make_plan([model], coupling={"limit": 2}, run={"keep_scores": False}))
     assert kept.read_text() == "older"  # other coupling settings: the same answers
@@ -176,7 +194,9 @@ def test_locks_hold_here_and_are_seen_not_to(tmp_path, monkeypatch):
     from lm_eval_coupling.sweep import shared_store
 
     assert locks_work(tmp_path / "new")
-    monkeypatch.setattr(shared_store, "_HOLD", "print('held', flush=True); import sys; sys.stdin.read()")  # holds nothing
+    monkeypatch.setattr(
+        shared_store, "_HOLD", "print('held', flush=True); import sys; sys.stdin.read()"
+    )  # holds nothing
     assert not locks_work(tmp_path)
 
 

@@ -4,13 +4,15 @@ import datasets
 import pytest
 from coloured_images import save_classifier, save_images
 
-from lm_eval_coupling.vision.run import run_vision
+from lm_eval_coupling.vision.evaluate import run_vision
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What `datasets` makes of a folder stays out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets"
+    )
     datasets.disable_progress_bars()
 
 
@@ -26,11 +28,15 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
-    return f"ranks=4+8,limit=5,untrained=1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
+    return (
+        f"ranks=4+8,limit=5,untrained=1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
+    )
 
 
 @pytest.fixture(scope="session")
 def saved(images, classifier, settings, tmp_path_factory):
     """The file of results of one run."""
     out = tmp_path_factory.mktemp("run")
-    return run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)[0]
+    return run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)[
+        0
+    ]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lm_eval_coupling.report.page import write_report
 from lm_eval_coupling.report.task_table import _picture
-from lm_eval_coupling.vision.run import run_vision
+from lm_eval_coupling.vision.evaluate import run_vision
 
 EVIL = "<img src=x onerror=window.pwned=1>"
 
@@ -25,7 +25,10 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evil")
     save_images(folder / "images", each=3, colours={"a": (200, 0, 0), "b": (0, 0, 200)})
     rows = [
-        {"img": {"bytes": file.read_bytes(), "path": f"{EVIL}.png"}, "label": EVIL if file.parent.name == "a" else "blue"}
+        {
+            "img": {"bytes": file.read_bytes(), "path": f"{EVIL}.png"},
+            "label": EVIL if file.parent.name == "a" else "blue",
+        }
         for file in sorted((folder / "images").rglob("*.png"))
     ]
     pd.DataFrame(rows).to_parquet(folder / "evil.parquet")
@@ -54,7 +57,10 @@ def test_every_measured_image_is_shown_as_it_is(report):
         encoded = pd.read_parquet(folder / "evil.parquet")["img"][number]["bytes"]
         assert colour[:3] == np.asarray(Image.open(io.BytesIO(encoded)))[0, 0].tolist()
         assert "acc" in window.text("#document") and "labelled" in window.text("#document")
-        assert window.console == [] and window.requests in ([page.as_uri()], [page.as_uri(), source])
+        assert window.console == [] and window.requests in (
+            [page.as_uri()],
+            [page.as_uri(), source],
+        )
         assert window.run("window.pwned === undefined") and window.count("img:not(.picture)") == 0
 
 
@@ -78,6 +84,8 @@ def test_runs_of_prompts_have_no_pictures(tmp_path):
 
     from lm_eval_coupling.report.data import gather
 
-    folder = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=[saved_runs.record()])
+    folder = saved_runs.save(
+        tmp_path, {"arc": saved_runs.task_summary()}, rows=[saved_runs.record()]
+    )
     documents = gather(folder)["tables"][0]["documents"]
     assert json.dumps(documents[0]["picture"]) == "null"

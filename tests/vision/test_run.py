@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from coloured_images import COLOURS, save_classifier
+from coupling_analysis import measures_page as reference
 from oracles import oracle_by_input
 from PIL import Image
 from transformers import AutoModelForImageClassification
@@ -17,12 +18,11 @@ from vision_cases import tiny_classifier
 
 from lm_eval_coupling import ResidualModel, cli, load_records, load_runs, measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring.session import Session
-from lm_eval_coupling.saved import reference
+from lm_eval_coupling.runs.session import Session
 from lm_eval_coupling.vision.classifier import Classifier
+from lm_eval_coupling.vision.evaluate import run_vision
 from lm_eval_coupling.vision.images import load_images
 from lm_eval_coupling.vision.pictures import SIDE, picture
-from lm_eval_coupling.vision.run import run_vision
 from lm_eval_coupling.vision.summary_token import summary_token
 
 RANKS = "ranks=4+8"
@@ -37,9 +37,15 @@ def test_accuracy_is_that_of_the_model(saved, images, classifier):
     model = AutoModelForImageClassification.from_pretrained(classifier).eval()
     loaded, right = Classifier.load(classifier, "cpu"), []
     for image in load_images(str(images)).first(None):
-        right.append(model(loaded.pixels(image.decoded())[None]).logits.argmax().item() == image.label)
+        right.append(
+            model(loaded.pixels(image.decoded())[None]).logits.argmax().item() == image.label
+        )
     (row,) = load_runs(saved.parent).to_dict("records")
-    assert row["task"] == "colours" and row["metric"] == "acc,none" and row["n_samples"] == row["n_total"] == 12
+    assert (
+        row["task"] == "colours"
+        and row["metric"] == "acc,none"
+        and row["n_samples"] == row["n_total"] == 12
+    )
     assert row["acc,none"] == pytest.approx(np.mean(right))
     assert row["acc_stderr,none"] == pytest.approx(np.std(right, ddof=1) / 12**0.5)
     assert row["model"] == classifier and row["d_model"] == 24 and row["n_layers"] == 2
@@ -47,7 +53,9 @@ def test_accuracy_is_that_of_the_model(saved, images, classifier):
 
 def test_coupling_is_that_of_the_same_image_alone(saved, images, classifier):
     records, data = load_records(saved.parent), load_images(str(images))
-    assert len(records) == 5 and set(records["kind"]) == {"image"} and set(records["position"]) == {0}
+    assert (
+        len(records) == 5 and set(records["kind"]) == {"image"} and set(records["position"]) == {0}
+    )
     loaded = Classifier.load(classifier, "cpu")
     wrapped = ResidualModel.wrap(loaded.model)
     for row in records.to_dict("records"):
@@ -61,7 +69,10 @@ def test_coupling_is_that_of_the_same_image_alone(saved, images, classifier):
 def test_the_files_are_those_of_an_evaluation(saved):
     date = saved.stem.removeprefix("results_")
     samples_file = saved.with_name(f"samples_colours_{date}.jsonl")
-    tables = {saved.with_name(f"{weights}coupling_colours_{date}.parquet") for weights in ("", "untrained_")}
+    tables = {
+        saved.with_name(f"{weights}coupling_colours_{date}.parquet")
+        for weights in ("", "untrained_")
+    }
     assert {*saved.parent.iterdir()} == {saved, samples_file, *tables}
     results = json.loads(saved.read_text())
     coupling = results["config"]["coupling"]
@@ -74,7 +85,9 @@ def test_the_files_are_those_of_an_evaluation(saved):
     for sample in samples:
         likely = [float(value) for value, _ in sample["filtered_resps"]]
         assert likely == sorted(likely, reverse=True) and np.exp(likely).sum() == pytest.approx(1)
-        assert sample["acc"] == float(sample["arguments"]["gen_args_0"]["arg_1"] == sample["target"])
+        assert sample["acc"] == float(
+            sample["arguments"]["gen_args_0"]["arg_1"] == sample["target"]
+        )
     assert set(load_records(saved.parent)["doc_hash"]) < {sample["doc_hash"] for sample in samples}
 
 
@@ -115,18 +128,23 @@ def test_show_takes_it(saved, capsys):
 def test_a_network_without_a_stream_can_be_scored(images, tmp_path):
     folder = save_classifier(tmp_path / "net", "resnet")
     with pytest.raises(
-        CouplingError, match="got a ResNetForImageClassification.*; to only score it, give --coupling limit=0"
+        CouplingError,
+        match="got a ResNetForImageClassification.*; to only score it, give --coupling limit=0",
     ):
         run_vision(folder, str(images), tmp_path / "out", device="cpu", coupling=RANKS)
     results, _ = scores(images, folder, "limit=0", tmp_path / "out")
     assert "acc,none" in results["results"]["colours"] and "coupling" not in results["config"]
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out_counted_and_named(images, classifier, tmp_path, caplog):
+def test_an_image_that_cannot_be_decoded_is_left_out_counted_and_named(
+    images, classifier, tmp_path, caplog
+):
     folder = shutil.copytree(images, tmp_path / "colours")
     (folder / "green" / "broken.png").write_bytes(b"\x89PNG and nothing else")
     results, words = scores(folder, classifier, f"{RANKS},limit=2", tmp_path / "out")
-    assert "1 of 13 images could not be decoded and are left out: 8 (green/broken.png)" in caplog.text
+    assert (
+        "1 of 13 images could not be decoded and are left out: 8 (green/broken.png)" in caplog.text
+    )
     assert [one["name"] for one in results["config"]["undecodable"]] == ["8 (green/broken.png)"]
     assert results["n-samples"]["colours"] == {"original": 13, "effective": 12}
     assert "1 undecodable ones left out" in words and results["config"]["coupling"]["measured"] == 2
@@ -137,7 +155,9 @@ def test_no_image_can_be_decoded(classifier, tmp_path):
         (tmp_path / "bad" / name).mkdir(parents=True)
         (tmp_path / "bad" / name / "0.png").write_bytes(b"nothing")
     with pytest.raises(CouplingError, match="got bad, of which no image can be decoded: 0 "):
-        run_vision(classifier, str(tmp_path / "bad"), tmp_path / "out", device="cpu", coupling=RANKS)
+        run_vision(
+            classifier, str(tmp_path / "bad"), tmp_path / "out", device="cpu", coupling=RANKS
+        )
 
 
 def test_scores_are_kept_where_measuring_fails(images, classifier, tmp_path, monkeypatch, caplog):
@@ -150,33 +170,64 @@ def test_scores_are_kept_where_measuring_fails(images, classifier, tmp_path, mon
     assert "coupling was not recorded; the scores are complete" in caplog.text
 
 
-@pytest.mark.parametrize("case, expected", [("vit", 0), ("dinov2-registers", 0), ("beit", 10), ("siglip", 10)])
+@pytest.mark.parametrize(
+    "case, expected", [("vit", 0), ("dinov2-registers", 0), ("beit", 10), ("siglip", 10)]
+)
 def test_the_token_that_the_classifier_reads(case, expected):
     position, words = summary_token(ResidualModel.wrap(tiny_classifier(case, torch.float32)))
     assert position == expected
-    assert words == "the class token" if expected == 0 else words.startswith(f"token {expected} of 1")
+    assert (
+        words == "the class token" if expected == 0 else words.startswith(f"token {expected} of 1")
+    )
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--coupling", "rank=4"], "got unknown argument coupling_rank, did you mean coupling_ranks"),
+        (
+            ["--coupling", "rank=4"],
+            "got unknown argument coupling_rank, did you mean coupling_ranks",
+        ),
         (["--coupling", "ranks"], "got --coupling with 'ranks', expected name=value,name=value"),
         (["--coupling", "ranks=99"], "99"),
         (["--coupling", RANKS, "--batch_size", "0"], "got a batch size of 0"),
-        (["--coupling", RANKS, "--device", "cuda:77"], "got device='cuda:77', which this machine does not have"),
+        (
+            ["--coupling", RANKS, "--device", "cuda:77"],
+            "got device='cuda:77', which this machine does not have",
+        ),
         (["--coupling", RANKS, "--split", "validation"], "got split 'validation' of"),
-        (["--model", "/no/such/folder"], "/no/such/folder, which is no folder here and no name on the hub"),
+        (
+            ["--model", "/no/such/folder"],
+            "/no/such/folder, which is no folder here and no name on the hub",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(images, classifier, tmp_path, capsys, words, said):
-    given = ["--model", classifier, "--data", str(images), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given = [
+        "--model",
+        classifier,
+        "--data",
+        str(images),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["vision", *given, *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_found(images, classifier, tmp_path, capsys):
-    given = ["--model", classifier, "--data", str(images), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given = [
+        "--model",
+        classifier,
+        "--data",
+        str(images),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["vision", *given, "--limit", "6", "--coupling", f"{RANKS},limit=2"]) == 0
     out = capsys.readouterr().out
     assert "colours: accuracy" in out and "over 6 images" in out and "results_" in out
@@ -187,11 +238,17 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
     settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"
     file, _ = run_vision(classifier, str(images), tmp_path / "out", device="cpu", coupling=settings)
     (row,) = load_records(file.parent).to_dict("records")
-    assert row["reason"] is None and row["frobenius_norms"].shape == (2, 17) and row["frobenius_norms"].min() > 1e-4
+    assert (
+        row["reason"] is None
+        and row["frobenius_norms"].shape == (2, 17)
+        and row["frobenius_norms"].min() > 1e-4
+    )
     assert tuple(row["self_tokens"]) == tuple(row["context_tokens"]) == (14, 15, 16)
     loaded = Classifier.load(classifier, "cpu")
     pixels = loaded.pixels(load_images(str(images))[row["doc_id"]].decoded())
-    expected = oracle_by_input(loaded.model.double(), pixels[None].double(), 1, 0)  # [d_out, t_in, d_in]
+    expected = oracle_by_input(
+        loaded.model.double(), pixels[None].double(), 1, 0
+    )  # [d_out, t_in, d_in]
     np.testing.assert_allclose(row["frobenius_norms"][1], expected.norm(dim=(0, 2)), rtol=1e-4)
     spectrum = torch.linalg.svdvals(expected[:, 0])
     assert row["participation_ratio"][1] == pytest.approx(
@@ -201,7 +258,9 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
 
 def test_several_tokens_of_an_image(images, classifier, tmp_path):
     settings = f"ranks=4,limit=2,position=0+5,store={tmp_path / 'store.sqlite'}"
-    file, words = run_vision(classifier, str(images), tmp_path / "out", device="cpu", coupling=settings)
+    file, words = run_vision(
+        classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
+    )
     rows = pd.read_parquet(next(file.parent.glob("coupling_colours_*.parquet")))
     assert sorted(rows["position"]) == [0, 0, 5, 5] and len(load_records(file.parent)) == 2
     assert "as asked for" in words
@@ -209,5 +268,7 @@ def test_several_tokens_of_an_image(images, classifier, tmp_path):
 
 def test_the_same_images_are_chosen_for_every_model(saved, images, tmp_path):
     other = save_classifier(tmp_path / "other", "dinov2")
-    file, _ = run_vision(other, str(images), tmp_path / "out", device="cpu", coupling=f"{RANKS},limit=5")
+    file, _ = run_vision(
+        other, str(images), tmp_path / "out", device="cpu", coupling=f"{RANKS},limit=5"
+    )
     assert set(load_records(file.parent)["doc_hash"]) == set(load_records(saved.parent)["doc_hash"])

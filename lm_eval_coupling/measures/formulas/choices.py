@@ -70,7 +70,11 @@ def chosen_positions(choice: str | int, seq: int) -> list[int]:
     found: dict[int, int] = {}
     for part in str(choice).strip("[] ").replace(",", "+").split("+"):
         named = re.fullmatch(r"(?:last|first|random)[1-9]\d*", part.strip())
-        there = chosen_tokens(part.strip(), seq - 1) if named else _numbers(part, "coupling_position", POSITIONS)
+        there = (
+            chosen_tokens(part.strip(), seq - 1)
+            if named
+            else _numbers(part, "coupling_position", POSITIONS)
+        )
         for token in there:
             found.setdefault(token % seq if -seq <= token < seq else token, token)
     return list(found.values())
@@ -97,7 +101,9 @@ def chosen_layers(choice: str, n_layers: int) -> list[int]:
         return sorted({round(i * (n_layers - 1) / max(1, count - 1)) for i in range(count)})
     found = _numbers(choice, "coupling_layers", LAYERS)
     if bad := [layer for layer in found if not -n_layers <= layer < n_layers]:
-        raise CouplingError(f"got layer {bad[0]} of a model of {n_layers} blocks, expected {-n_layers} to {n_layers - 1}")
+        raise CouplingError(
+            f"got layer {bad[0]} of a model of {n_layers} blocks, expected {-n_layers} to {n_layers - 1}"
+        )
     return sorted({layer % n_layers for layer in found})
 
 

@@ -41,11 +41,19 @@ def mean_off_diagonal(pairs: Float[np.ndarray, "layer layer"], diagonal: bool = 
     return float(pairs[wanted].astype(np.float64).mean()) if wanted.any() else math.nan
 
 
-def coupling_of(normalized_miscoupling: Float[np.ndarray, "layer layer"], diagonal: bool = False) -> float:
+def coupling_of(
+    normalized_miscoupling: Float[np.ndarray, "layer layer"], diagonal: bool = False
+) -> float:
     """1 − the mean of m̃[layer, layer'] over different layers (with ``diagonal``, over all pairs); NaN if undefined."""
     return 1 - mean_off_diagonal(normalized_miscoupling, diagonal)
 
 
-def couplings_of(normalized_miscoupling: Float[np.ndarray, "rank layer layer"] | None) -> list[float] | None:
+def couplings_of(
+    normalized_miscoupling: Float[np.ndarray, "rank layer layer"] | None,
+) -> list[float] | None:
     """:func:`coupling_of` at every rank; ``None`` of nothing."""
-    return None if normalized_miscoupling is None else [coupling_of(matrix) for matrix in normalized_miscoupling]
+    return (
+        None
+        if normalized_miscoupling is None
+        else [coupling_of(matrix) for matrix in normalized_miscoupling]
+    )

@@ -32,7 +32,9 @@ def non_normality(
     nearly normal. ``size`` is `frobenius(J)` where that is known.
     """
     size = _nonzero(frobenius(J) if size is None else size)
-    J = J / size.to(J.dtype)[..., None, None]  # the square of a small Jacobian may vanish in float32
+    J = (
+        J / size.to(J.dtype)[..., None, None]
+    )  # the square of a small Jacobian may vanish in float32
     product = ((J - J.mT) / 2) @ ((J + J.mT) / 2)
     return 2 * frobenius(product + product.mT)
 

@@ -34,6 +34,9 @@ def inverse_against_depth(
     slope[good] = depth @ centred / (depth @ depth)
     spread = (centred**2).sum(axis=0)
     r2[good] = np.divide(
-        (depth @ centred) ** 2 / (depth @ depth), spread, out=np.full(spread.shape, np.nan), where=spread > 0
+        (depth @ centred) ** 2 / (depth @ depth),
+        spread,
+        out=np.full(spread.shape, np.nan),
+        where=spread > 0,
     )
     return slope, r2

@@ -23,7 +23,9 @@ def step_lengths(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*b
     return torch.linalg.vector_norm(_steps(x), dim=-1)
 
 
-def equidistance(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
+def equidistance(
+    x: Float[Tensor, "*batch points d_model"], window: int | None = None
+) -> Float[Tensor, "*out"]:
     """Return the coefficient of variation of the step lengths: 0 for equal steps, NaN where all are zero.
 
     Raises:
@@ -33,7 +35,9 @@ def equidistance(x: Float[Tensor, "*batch points d_model"], window: int | None =
     return _drop(lengths.std(dim=-1, correction=0) / lengths.mean(dim=-1), window)
 
 
-def line_shape_score(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
+def line_shape_score(
+    x: Float[Tensor, "*batch points d_model"], window: int | None = None
+) -> Float[Tensor, "*out"]:
     """Return L / ‖Σ_l (x^l − x^{l−1}) / ‖x^l − x^{l−1}‖‖: 1 for a straight line, larger otherwise.
 
     NaN where a step is zero, or where the unit steps return exactly to their start.
@@ -49,7 +53,9 @@ def line_shape_score(x: Float[Tensor, "*batch points d_model"], window: int | No
     return _drop(score, window)
 
 
-def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None = None) -> Float[Tensor, "*out"]:
+def expodistance(
+    x: Float[Tensor, "*batch points d_model"], window: int | None = None
+) -> Float[Tensor, "*out"]:
     """Return Var_l α^l / (Mean_l α^l)² with α^l = ln(‖x^l‖ / ‖x^{l−1}‖): 0 for exactly exponential growth of the norm.
 
     NaN where a norm or the mean growth is 0. Ill-conditioned above the number of steps, where the mean
@@ -61,7 +67,9 @@ def expodistance(x: Float[Tensor, "*batch points d_model"], window: int | None =
     size = norms(x)
     alpha = _windows(torch.where(size == 0, torch.nan, size).log().diff(dim=-1), window)
     mean = alpha.mean(dim=-1)
-    return _drop(torch.where(mean == 0, torch.nan, alpha.var(dim=-1, correction=0) / mean.square()), window)
+    return _drop(
+        torch.where(mean == 0, torch.nan, alpha.var(dim=-1, correction=0) / mean.square()), window
+    )
 
 
 def principal_trajectories(
@@ -90,10 +98,14 @@ def _steps(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch s
     return x.double().diff(dim=-2)
 
 
-def _windows(values: Float[Tensor, "*batch steps"], window: int | None) -> Float[Tensor, "*batch windows window"]:
+def _windows(
+    values: Float[Tensor, "*batch steps"], window: int | None
+) -> Float[Tensor, "*batch windows window"]:
     steps = values.shape[-1]
     if steps == 0:
-        raise CouplingError("got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block")
+        raise CouplingError(
+            "got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block"
+        )
     if window is None:
         window = steps
     if not 1 <= window <= steps:

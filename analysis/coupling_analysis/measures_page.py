@@ -1,0 +1,178 @@
+"""The page that says what every column of a table is, made from the registry.
+
+``python -m coupling_analysis.measures_page > docs/measures.md``
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from lm_eval_coupling.errors import CODES
+from lm_eval_coupling.measures.registry import (
+    OUTCOME,
+    PROMPT,
+    Column,
+    Measure,
+    Reading,
+    argument,
+    default_measures,
+    measures,
+)
+from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE
+
+_SIZES = {
+    "rank": "of the numbers K asked for (`coupling_ranks`), ascending",
+    "max_rank": "the largest K",
+    "layer": "blocks, in order of depth; a first layer index is the Jacobian's, a second that of the singular vectors",
+    "layer+1": "points of the stream: x^0, the input of the first block, to x^L",
+    "seq": "tokens of the prompt",
+    "token": "tokens that a measure over tokens compares",
+    "chosen": "blocks that a measure over tokens compares",
+    "window": "windows of blocks, in order of depth",
+    "component": "principal components, at most 3",
+    "2": "U, then V",
+}
+_INTRO = """\
+# Measures and columns
+
+<!-- Made by `python -m coupling_analysis.measures_page > docs/measures.md`; a test holds it to the registry. -->
+
+A run writes one Parquet file per task, `coupling_…`, one row per measured prompt and token; untrained twins have files of
+their own, `untrained_coupling_…`. Every field's metadata repeats its line from here. Numbers are float32 in arrays and
+float64 alone. Nested lists are read as arrays by `load_records`; in Python those of what was measured are attributes of a
+`PromptCoupling`. What was not measured is null, what is undefined is NaN, and `reason` says why.
+
+Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} what block l adds, J^l = ∂f^l/∂x^{l−1} at the
+measured token, J = U S Vᵀ with the K largest singular triplets, A = U_{l'}ᵀ J^l V_{l'}.
+"""
+
+
+# Every reader's way to one document's matrices; a test runs them.
+_RECIPES = """\
+## Read elsewhere
+
+One document's matrices, `[rank, layer, layer]`, without this package; `FILE` is a table of the run.
+
+```python
+# pandas
+column = pandas.read_parquet(FILE)["normalized_miscoupling"]
+m = numpy.stack([numpy.stack(of_rank) for of_rank in column[0]])
+```
+
+```python
+# polars
+column = polars.read_parquet(FILE)["normalized_miscoupling"]
+m = numpy.array(column[0].to_list())
+```
+
+```python
+# duckdb; within SQL, normalized_miscoupling[1][2][3] counts from 1
+rows = duckdb.sql(f"SELECT normalized_miscoupling FROM '{FILE}'").fetchall()
+m = numpy.array(rows[0][0])
+```
+
+```r
+# R; its first two dimensions are the layers, the last the rank
+column <- arrow::read_parquet(FILE)$normalized_miscoupling
+m <- simplify2array(lapply(column[[1]], function(of_rank) do.call(rbind, as.list(of_rank))))
+```
+"""
+
+
+def page() -> str:
+    """The whole page, Markdown."""
+    return "\n".join(
+        [
+            _INTRO,
+            *_overview(),
+            *_common(),
+            *(line for m in measures().values() for line in _measure(m)),
+            *_codes(),
+            _RECIPES,
+        ]
+    )
+
+
+def _overview() -> Iterator[str]:
+    yield "## What can be asked for\n"
+    rows = [
+        (
+            f"`{m.name}`",
+            "yes" if m.default else "",
+            str(m.version),
+            ", ".join(f"`{s}`" for s in ("dtype", *m.settings)),
+            m.doc,
+        )
+        for m in measures().values()
+    ]
+    yield from _table(("measure", "default", "version", "depends on", "what it says"), rows)
+    yield f"The default is `{argument([])}`; the order does not matter, and what is in the store is not measured again.\n"
+
+
+def _common() -> Iterator[str]:
+    yield "## Columns of every table\n"
+    yield from _columns((*DOCUMENT, *PROMPT, *OUTCOME))
+    yield "Of images (`lm-eval-coupling vision`) there is besides:\n"
+    yield from _columns(IMAGE)
+    yield "Sizes:\n"
+    yield from _table(("size", "of what"), [(f"`{name}`", what) for name, what in _SIZES.items()])
+
+
+def _measure(measure: Measure) -> Iterator[str]:
+    yield f"## `{measure.name}`\n"
+    others = [] if measure.name in default_measures() else [measure.name]
+    yield f"{measure.doc} Asked for with `{','.join(filter(None, (argument(others), measure.option)))}`.\n"
+    yield from _columns(measure.columns)
+    if measure.readings:
+        yield "Readings, as they are summarised, fitted and drawn:\n"
+        yield from _table(
+            ("reading", "label", "one for", "expected with the score", "at chance"),
+            map(_reading, measure.readings),
+        )
+
+
+def _reading(reading: Reading) -> Sequence[str]:
+    name = (
+        f"`{reading.name}@K`"
+        if reading.of_rank and reading.over == "prompt"
+        else f"`{reading.name}`"
+    )
+    sign = {1: "up", -1: "down", 0: "–"}[reading.sign]
+    chance = "–" if reading.chance is None else f"{reading.chance(10):.4f} at K = 10"
+    return name, reading.label, reading.over, sign, chance
+
+
+def _columns(columns: Iterable[Column]) -> Iterator[str]:
+    rows = [
+        (
+            f"`{c.name}`",
+            f"`[{', '.join(c.dimensions)}]`" if c.shape else c.kind,
+            c.doc + (f" (`{c.option}`)" if c.option else ""),
+        )
+        for c in columns
+    ]
+    yield from _table(("column", "shape", "what it is"), rows)
+
+
+def _codes() -> Iterator[str]:
+    yield "## Reasons\n"
+    rows = [
+        (f"`{code}`", what, "yes" if settled else "no") for code, (what, settled) in CODES.items()
+    ]
+    yield from _table(("code", "meaning", "kept in the store"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join('---' for _ in head)} |"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    yield ""
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(page(), end="")

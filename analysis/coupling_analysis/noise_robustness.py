@@ -1,0 +1,78 @@
+"""What noise on the input embeddings does to trajectories and coupling (paper, fig. 32)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.measuring.prompt import measure_prompt
+from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.precision import exact_arithmetic
+
+LEVELS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@exact_arithmetic()
+def noise_robustness(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    levels: Sequence[float] = LEVELS,
+    *,
+    rank: int = 10,
+    seed: int = 0,
+    position: int = -1,
+    dtype: str = "float32",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure each prompt with Gaussian noise added to the input of the first block at every token.
+
+    Args:
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
+        prompts: token ids.
+        levels: expected norm of the noise over the norm of the vector it is added to.
+        rank: number K of singular vectors.
+        seed: of the noise; the same directions at every level, other ones for every prompt.
+        position: token that is measured.
+        dtype: arithmetic, ``float32`` or ``float64``.
+        progress: show a progress bar.
+
+    Returns:
+        One row per prompt and level: ``prompt``, ``level``, ``cosine_first`` and ``cosine_last`` (of the stream after the
+        first and the last block with the clean one), ``coupling`` (NaN where it could not be measured).
+    """
+    settings = Settings((rank,), ("depth",), dtype)
+    settings.check_shape(model.d_model)
+    rows = []
+    for number, tokens in enumerate(tqdm(prompts, desc="Adding noise", disable=not progress)):
+        token = resolve_token(position, len(tokens))
+        clean = model.trace(tokens, DTYPES[dtype]).trajectory(token)
+        noise = _noise(model.trace(tokens, DTYPES[dtype]).calls[0].resid_pre, seed, number)
+        for level in levels:
+            with model.first_block_given(partial(torch.add, other=noise, alpha=level)):
+                stream = model.trace(tokens, DTYPES[dtype]).trajectory(token)
+                record = measure_prompt(model, tokens, position, settings)
+            ends = (
+                (stream[i].cpu().double(), clean[i].cpu().double()) for i in (1, -1)
+            )  # some devices have no float64
+            first, last = (torch.cosine_similarity(*pair, dim=0).item() for pair in ends)
+            about = {"prompt": number, "level": level, "cosine_first": first, "cosine_last": last}
+            rows.append(about | {"coupling": record.coupling(rank)})
+    return pd.DataFrame(rows)
+
+
+def _noise(resid: Tensor, seed: int, number: int) -> Tensor:
+    """Of expected norm ‖x‖ at every token, drawn on the host: the same on every device."""
+    generator = torch.Generator().manual_seed((seed << 32) + number)
+    noise = torch.randn(resid.shape, generator=generator, dtype=torch.float64).to(
+        resid.device, resid.dtype
+    )
+    return noise * resid.norm(dim=-1, keepdim=True) / math.sqrt(resid.shape[-1])

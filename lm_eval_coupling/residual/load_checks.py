@@ -1,0 +1,203 @@
+"""What is held to what at load: the measuring module tree to the model that is scored, the bridge to the tree."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual.argument import tensors_in
+from lm_eval_coupling.residual.block import Block
+from lm_eval_coupling.residual.block_call import BlockCall, hidden
+from lm_eval_coupling.residual.inputs import Inputs
+from lm_eval_coupling.residual.trace import ResidualTrace
+from lm_eval_coupling.residual.weights import present
+
+SAME = 1e-4  # the same function in float32, step by step
+SAME_KERNELS = 1e-2  # the same function in the model's own dtype, by the same kernels
+OTHER_KERNELS = 1e-3  # the same function in float32, attention computed in another way
+ROUNDED = 5e-2  # in bf16 or fp16, in another order
+HALF = 0.25  # in bf16 or fp16 throughout, against float32, at the token that loses least: some lose every digit
+PACKED = 0.25  # packed layers may also round what they are given
+
+
+def off_by(found: Tensor, expected: Tensor) -> float:
+    """Relative difference; 0 where the expected is not finite, which is reported prompt by prompt: the score is kept."""
+    if not torch.isfinite(expected).all():
+        return 0.0
+    return ((found.to(expected) - expected).norm() / expected.norm()).item()
+
+
+def require_close(what: str, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Refuse to measure another function than the model's.
+
+    Raises:
+        CouplingError: if ``found`` is not ``expected``.
+    """
+    error = off_by(found, expected)
+    if not error <= tolerance and (not expected.isfinite().all() or not expected.any()):
+        raise CouplingError(
+            f"got a {name} that gives {what} that are not finite or nothing but zeros when it is scored, expected weights "
+            "and activations within the range of their dtype"
+        )
+    if not error <= tolerance:
+        raise CouplingError(
+            f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected the same; "
+            "score it with --model hf, or with coupling_limit=0"
+        )
+
+
+def require_close_somewhere(
+    what: str,
+    name: str,
+    found: Float[Tensor, "token d_model"],
+    expected: Float[Tensor, "token d_model"],
+    tolerance: float,
+) -> None:
+    """As :func:`require_close`, at the nearest token: half precision leaves nothing of some, another function spares none.
+
+    Raises:
+        CouplingError: if no token of ``found`` is as expected.
+    """
+    nearest = min(range(len(expected)), key=lambda token: off_by(found[token], expected[token]))
+    require_close(what, name, found[nearest], expected[nearest], tolerance)
+
+
+@torch.no_grad()
+def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
+    """What a model says of the probe, in float32."""
+    dtype = next(
+        (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
+        torch.float32,
+    )
+    return inputs.read(model(**inputs.batch([inputs.probe], device, dtype).arguments)).float()
+
+
+def end_of(
+    model: nn.Module, module: nn.Module, inputs: Inputs, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What ``module`` hands on in a pass of ``model``, and what the model says in that pass, in float32."""
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(hidden(output))
+
+    handle = module.register_forward_hook(look)
+    try:
+        said = answer_of(model, inputs, device)
+    finally:
+        handle.remove()
+    return seen[0].float(), said
+
+
+def require_shared_weights(twin: nn.Module, original: nn.Module) -> None:
+    """Every weight that is a number on a device is used where it lies.
+
+    Raises:
+        CouplingError: if one was replaced.
+    """
+    shared = {p.data_ptr() for p in twin.parameters()}
+    processed = [name for name, p in present(original) if p.data_ptr() not in shared]
+    if processed:
+        raise CouplingError(
+            f"got {len(processed)} weights that were replaced (first: {processed[0]}), expected shared storage; "
+            "do not fold norms or use compatibility mode"
+        )
+
+
+def require_whole_blocks(blocks: Sequence[Block]) -> None:
+    """Every block lies on one device.
+
+    Raises:
+        CouplingError: if one does not.
+    """
+    for block in blocks:
+        if len(devices := {t.device for t in block.module.parameters()}) > 1:
+            raise CouplingError(
+                f"got block {block.layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
+                "keep blocks whole in the device_map"
+            )
+
+
+def held_fixed(trace: ResidualTrace) -> list[str]:
+    """Names of the arguments in which blocks hand something to later ones: it is held fixed in their derivatives."""
+    first, last = trace.calls[0].arguments.kwargs, trace.calls[-1].arguments.kwargs
+    return [name for name in last if len(tensors_in(last[name])) > len(tensors_in(first.get(name)))]
+
+
+def require_chain(trace: ResidualTrace) -> None:
+    """What one block hands on is what the next one is handed.
+
+    Raises:
+        CouplingError: if it is not.
+    """
+    for call, following in zip(trace.calls, trace.calls[1:], strict=False):
+        assert call.resid_post is not None  # a trace keeps it
+        if not off_by(following.resid_pre, call.resid_post) <= ROUNDED:
+            raise CouplingError(
+                f"got a block {call.layer} whose output is not the next one's input, expected a residual stream"
+            )
+
+
+@torch.no_grad()
+def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor) -> None:
+    """A block's output, replayed alone, is the next one's input, and what it adds it adds to that input.
+
+    Raises:
+        CouplingError: if not.
+    """
+    streams = [call.resid_pre for call in calls] + [final]
+    kinds = {type(call.module): call.layer for call in calls}
+    for call, following in zip(calls, streams[1:], strict=True):
+        if call.resid_pre.dim() != 3 or following.shape != call.resid_pre.shape:
+            raise CouplingError(
+                f"got a {name} whose block {call.layer} hands on a tensor of shape {[*following.shape]} for one of shape "
+                f"{[*call.resid_pre.shape]}, expected one vector for each token; score it with --model hf"
+            )
+        with call.ready():
+            output = call(call.resid_pre)
+        if not torch.isfinite(output).all():
+            return  # weights that are not finite are reported prompt by prompt, the score is kept
+        if not torch.allclose(
+            output, following.to(output), rtol=1e-3, atol=1e-4 * output.abs().max().item()
+        ):
+            raise CouplingError(
+                f"got a {name} whose block {call.layer} does not hand its output on as the next block's input, expected a "
+                "residual stream; score it with --model hf"
+            )
+        if kinds[type(call.module)] == call.layer:
+            _require_skip(name, call)
+
+
+def _require_skip(name: str, call: BlockCall) -> None:
+    """With all its weights zero a block adds nothing: its input must be left, or the same multiple of every token."""
+    x = call.resid_pre
+    with _zeroed(call.module, call.dtype):
+        left = call(x)
+    scale = (left * x).sum() / x.square().sum()
+    if torch.isfinite(left).all() and not (scale > 0 and off_by(left, scale * x) <= SAME):
+        raise CouplingError(
+            f"got a {name} whose block {call.layer} does not add to its input (the norm is on the skip connection, or there "
+            "are several streams), expected F(x) = x + f(x); score it with --model hf"
+        )
+
+
+@contextlib.contextmanager
+def _zeroed(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    weights = [p for p in module.parameters() if p.is_floating_point()]
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    kept: list[tuple[Tensor, Tensor]] = [(tensor, tensor.data) for tensor in [*weights, *buffers]]
+    try:
+        for tensor in weights:
+            tensor.data = torch.zeros((), dtype=dtype, device=tensor.device).expand(tensor.shape)
+        for buffer in buffers:
+            buffer.data = buffer.data.to(dtype)
+        yield
+    finally:
+        for changed, data in kept:
+            changed.data = data

@@ -1,0 +1,103 @@
+"""The lines under lm-eval's table: what was measured, how well, where it lies, and what to do next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval_coupling.runs.results import CouplingInfo
+    from lm_eval_coupling.runs.rows import Row
+
+TASKS = 20  # more of them, as of MMLU, are for `show`
+_HEADER = ("task", "coupling", "untrained", "documents", "prompts", "worst certificate")
+
+
+def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
+    """A few plain lines.
+
+    Args:
+        info: of the run, with its rows and the tables that were written.
+        results: of lm-eval, for how many documents were evaluated.
+
+    Returns:
+        One text of several lines.
+    """
+    from lm_eval_coupling.measures.formulas.means import mean_and_error
+    from lm_eval_coupling.runs.rows import document_couplings, worst_certificate
+    from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
+
+    rank = info["headline_rank"]
+
+    def coupling(rows: Sequence[Row]) -> str:
+        found = mean_and_error(document_couplings(rows, rank).values())
+        if not found["n"]:
+            return "-"
+        return f"{found['mean']:.4f}" + (f" ± {found['stderr']:.4f}" if found["n"] > 1 else "")
+
+    table = [_HEADER]
+    for task, of_task in info["tasks"].items():
+        rows = [row for row in info.rows if row.document.task == task]
+        trained, untrained = (
+            [row for row in rows if row.weights == weights] for weights in (TRAINED, UNTRAINED)
+        )
+        worst = worst_certificate(trained)
+        table.append(
+            (
+                task,
+                coupling(trained),
+                coupling(untrained),
+                f"{of_task['measured']} of {_evaluated(results, task)}",
+                str(sum(row.place == 0 for row in trained)),
+                "-" if math.isnan(worst) else f"{worst:.0e}",
+            )
+        )
+    lines = [f"Coupling at K = {rank}, where chance is {info['chance'][rank]:.4f}"]
+    lines += _aligned(table[: TASKS + 1], without=() if UNTRAINED in info else ("untrained",))
+    if len(table) > TASKS + 1:
+        lines.append(f"  and {len(table) - TASKS - 1} tasks more")
+    return "\n".join(lines + _remarks(info))
+
+
+def _evaluated(results: Mapping[str, Any], task: str) -> Any:
+    return (results.get("n-samples", {}).get(task) or {}).get(
+        "effective"
+    ) or "?"  # with --predict_only lm-eval counts none
+
+
+def _aligned(table: Sequence[Sequence[str]], without: Sequence[str]) -> list[str]:
+    columns = [column for column in zip(*table, strict=True) if column[0] not in without]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True)
+    ]
+
+
+def _remarks(info: CouplingInfo) -> list[str]:
+    lines = []
+    if info["reused"]:
+        lines.append(f"Prompts measured before and found in the store: {info['reused']}.")
+    if info["failed"]:
+        lines.append(f"Documents that could not be measured: {info['failed']}; the tables say why.")
+    if info["interrupted"]:
+        lines.append("Interrupted: what was measured is kept, the same command measures the rest.")
+    if info.tables:
+        folder = info.tables[0].parent
+        names = (
+            info.tables[0].name
+            if len(info.tables) == 1
+            else f"{len(info.tables)} files *coupling_*.parquet"
+        )
+        lines.append(f"Tables: {names} in {folder}")
+        lines.append(f"Next: {shlex.join(['lm-eval-coupling', 'show', str(folder)])}")
+    elif info.unwritten:
+        lines.append(
+            f"No tables were written: {info.unwritten}. The same command takes what was measured from the store."
+        )
+    else:
+        lines.append(
+            "No tables were written: give --output_path DIR, or coupling_out=DIR among the model arguments."
+        )
+    return lines

@@ -1,0 +1,88 @@
+"""From measured prompts to the numbers a task is reported with. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm_eval_coupling.measures.formulas.means import mean_and_error
+from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, summarised
+from lm_eval_coupling.measuring.record import PromptCoupling
+
+
+def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:
+    """A document's coupling: the mean over its measured prompts; NaN if there is none."""
+    return mean_and_error(prompt.coupling(rank) for prompt in prompts)["mean"]
+
+
+def summarize(
+    documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
+) -> dict[str, Any]:
+    """Every reading of one task over its documents, for every rank, with what could not be measured and why.
+
+    Args:
+        documents: the measured prompts of each document.
+        ranks: numbers K of singular vectors.
+
+    Returns:
+        ``measured`` and ``failed`` documents, ``reasons`` and ``reason_codes`` with the number of prompts of each, and
+        ``measures``: ``mean, stderr, n`` of every reading that some prompt has, by rank where it depends on K.
+    """
+    prompts = [prompt for group in documents.values() for prompt in group]
+    measured = sum(any(map(was_measured, group)) for group in documents.values())
+    return {
+        "measured": measured,
+        "failed": len(documents) - measured,
+        "reasons": dict(Counter(prompt.reason for prompt in prompts if prompt.reason)),
+        "reason_codes": dict(Counter(code for prompt in prompts for code in prompt.reason_codes)),
+        "measures": _measures(documents, ranks),
+    }
+
+
+_PROOF = {column.name for column in JACOBIAN}
+
+
+def was_measured(prompt: PromptCoupling) -> bool:
+    """Whether any number is known of it, beside the proof of its Jacobians."""
+    return any(not _PROOF.issuperset(found.columns) for found in prompt.found.values())
+
+
+def rests_on_jacobians(prompt: PromptCoupling) -> bool:
+    """Whether a number of it was computed from the Jacobians that its certificate is of: those refused have none."""
+    return any(
+        "certificate" in found.columns and not _PROOF.issuperset(found.columns)
+        for found in prompt.found.values()
+    )
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _measures(
+    documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
+) -> dict[str, Any]:
+    asked = {name for group in documents.values() for prompt in group for name in prompt.measures}
+    found: dict[str, Any] = {}
+    for reading in summarised(asked or default_measures()):
+        by_rank = {
+            rank: _over_documents(documents, _of_prompt(reading, rank))
+            for rank in (ranks if reading.of_rank else ranks[:1])
+        }
+        found[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
+    return found
+
+
+def _of_prompt(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
+    def value(prompt: PromptCoupling) -> float:
+        return float(reading.read(prompt, rank)) if _is_known(prompt[reading.column]) else math.nan
+
+    return value
+
+
+def _over_documents(
+    documents: Mapping[Any, Sequence[PromptCoupling]], value: Callable[[PromptCoupling], float]
+) -> dict[str, float | int]:
+    return mean_and_error(mean_and_error(map(value, group))["mean"] for group in documents.values())

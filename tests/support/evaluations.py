@@ -1,0 +1,97 @@
+"""Evaluations by lm-eval, in this process or in fresh ones, and what they leave."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HOOK = Path(__file__).parents[2] / "hook"
+ENVIRONMENT: dict[str, str] = {}  # of fresh processes, for tests that change it
+KINDS = ("choice", "generate", "winogrande", "blimp", "rolling")
+
+
+def scores(results):
+    """Metrics and samples, as far as `hf` has them."""
+    metrics = {
+        task: {k: v for k, v in row.items() if not k.startswith("coupling")}
+        for task, row in results["results"].items()
+    }
+    kept = ("doc_id", "arguments", "resps", "filtered_resps", "acc", "exact_match")
+    samples = {
+        t: [{k: str(s[k]) for k in kept if k in s} for s in rows]
+        for t, rows in results["samples"].items()
+    }
+    return metrics, samples
+
+
+def environment():
+    kept = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
+    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOK.parent)}
+    kept |= ENVIRONMENT
+    return kept | {
+        "ACCELERATE_USE_CPU": "1"
+    }  # without it accelerate takes several processes without GPUs for single ones
+
+
+def run(words):
+    done = subprocess.run(
+        list(map(str, words)), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def written(out):
+    (results,) = Path(out).rglob("results_*.json")
+    return json.loads(results.read_text())
+
+
+# Without upstream's tasks, whose index takes ten seconds to build.
+EVALUATE = """
+import sys
+from lm_eval_coupling.harness import plugin
+plugin.install(); import lm_eval; from lm_eval.loggers import EvaluationTracker; from lm_eval.tasks import TaskManager
+folder, kind, dtype, out, store = sys.argv[1:]
+arguments = dict(pretrained=folder + "/float32", device="cpu", coupling_ranks="2+4", coupling_limit="all")
+arguments |= dict(coupling_dtype=dtype, coupling_store=store)
+tracker = EvaluationTracker(output_path=out)
+found = lm_eval.simple_evaluate(
+    model="coupling-hf", model_args=arguments, tasks=["tiny_" + kind], bootstrap_iters=2, evaluation_tracker=tracker,
+    task_manager=TaskManager(include_path=folder + "/tasks", include_defaults=False),
+)
+if found:
+    tracker.save_results_aggregated(results=found, samples=found.pop("samples"))
+"""
+
+
+def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):
+    """A fresh process, or several; each runs ``before`` first."""
+    script = home / f"evaluate_{hash(before)}.py"
+    script.write_text(before + EVALUATE)
+    return [
+        str(word) for word in (sys.executable, *launcher, script, home, kind, dtype, out, store)
+    ]
+
+
+def numbers(nested):
+    """Nested arrays as Parquet hands them back, as one."""
+    return (
+        np.concatenate([numbers(x) for x in nested])
+        if np.ndim(nested[0])
+        else np.asarray(nested, dtype=float)
+    )
+
+
+def stored(store):
+    """Key and time of writing of every measurement."""
+    if not store.exists():
+        return {}
+    with sqlite3.connect(store) as db:
+        try:
+            return dict(db.execute("SELECT key, created FROM measurements"))
+        except sqlite3.OperationalError:
+            return {}

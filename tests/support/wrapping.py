@@ -1,0 +1,21 @@
+"""Models as lm-eval loads them, and as they are measured where they are told to be."""
+
+import copy
+
+import cases
+import torch
+
+from lm_eval_coupling.residual import ResidualModel
+
+
+def tiny(case="llama", dtype=torch.float32, **changes):
+    """As lm-eval loads it: with fused attention."""
+    attention = (
+        "eager" if case in ("gemma2", "falcon-alibi") else "sdpa"
+    )  # transformers has no, or another, fused one
+    return cases.tiny_model(case, dtype, **{"attn_implementation": attention} | changes)
+
+
+def wrapped_on(device, model, tokenizer=None):
+    """A copy of the model on this device, wrapped; the model itself stays where its oracle is computed."""
+    return ResidualModel.wrap(copy.deepcopy(model).to(device), tokenizer)
