@@ -9,7 +9,7 @@ from __future__ import annotations
 import command
 from coupling_analysis import by_document
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import alone, left_out
+from coupling_analysis.missing_documents import alone, left_out
 from coupling_analysis.study_figures import paired_differences
 
 from lm_eval_coupling.measures.registry import readings

@@ -9,10 +9,10 @@ Steps are read from revisions such as step1000 and from folders such as checkpoi
 from __future__ import annotations
 
 import command
-from coupling_analysis import checkpoints_table as training
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import left_out
+from coupling_analysis import training_steps as training
 from coupling_analysis.line_figures import curves
+from coupling_analysis.missing_documents import left_out
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ column the singular vectors it is written in.
 from __future__ import annotations
 
 import command
-from coupling_analysis import token_matrices as matrices
+from coupling_analysis import prompt_matrices as matrices
 from coupling_analysis.matrix_figures import coupling_matrices as draw
 
 from lm_eval_coupling.saved.names import short_name
@@ -51,12 +51,14 @@ def main(argv=None):
     )
     parser.add_argument("--untrained", type=int, metavar="SEED", help="with fresh weights instead")
     options = parser.parse_args(argv)
-    model = matrices.load(options.model, options.untrained)
+    model = matrices.load_model(options.model, options.untrained)
     ids = model.encode(options.prompt)
     if options.across == "layers":
-        found = matrices.of_layers(model, ids, options.layers, options.tokens[-1], options.rank)
+        found = matrices.layer_matrices(
+            model, ids, options.layers, options.tokens[-1], options.rank
+        )
     else:
-        found = matrices.of_tokens(
+        found = matrices.token_matrices(
             model, ids, options.layer, options.tokens, options.rank, options.across
         )
     weights = "" if options.untrained is None else ", untrained"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import command
 from coupling_analysis import spectra_by_layer as singular_values
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import left_out, too_short
 from coupling_analysis.matrix_figures import influence as draw
+from coupling_analysis.missing_documents import left_out, too_short
 
 
 def main(argv=None):

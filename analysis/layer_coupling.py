@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import command
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import left_out
 from coupling_analysis.line_figures import curves
+from coupling_analysis.missing_documents import left_out
 
 from lm_eval_coupling.measures.registry import readings
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from coupling_analysis import study_tables as tables
 from coupling_analysis.graph_figures import edge_weights, layer_graph
-from coupling_analysis.left_out import left_out
+from coupling_analysis.missing_documents import left_out
 
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 

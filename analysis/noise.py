@@ -9,8 +9,8 @@ block.
 from __future__ import annotations
 
 import command
+from coupling_analysis import prompt_matrices as matrices
 from coupling_analysis import study_tables as tables
-from coupling_analysis import token_matrices as matrices
 from coupling_analysis.noise_robustness import LEVELS, noise_robustness
 from coupling_analysis.study_figures import noise
 
@@ -52,7 +52,7 @@ def main(argv=None):
     records = tables.of_model(tables.read(options.runs, columns=["tokens"]), options.model)
     name = records["model"].iloc[0]
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
-    model = matrices.load(options.model)
+    model = matrices.load_model(options.model)
     rows = noise_robustness(model, prompts, options.levels, rank=options.rank, seed=options.seed)
     long = rows.melt(["prompt", "level"], list(PANELS), "measure")
     found = tables.summary(long, ["measure", "level"])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import command
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import left_out
 from coupling_analysis.line_figures import quartile_bars
+from coupling_analysis.missing_documents import left_out
 
 
 def main(argv=None):

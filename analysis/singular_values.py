@@ -11,8 +11,8 @@ from __future__ import annotations
 import command
 from coupling_analysis import spectra_by_layer as singular_values
 from coupling_analysis import study_tables as tables
-from coupling_analysis.left_out import left_out
 from coupling_analysis.line_figures import singular_values as draw
+from coupling_analysis.missing_documents import left_out
 
 
 def main(argv=None):

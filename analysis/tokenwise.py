@@ -13,9 +13,9 @@ import command
 import numpy as np
 import pandas as pd
 from coupling_analysis import study_tables as tables
-from coupling_analysis import token_tables as tokens
-from coupling_analysis.left_out import left_out
+from coupling_analysis import token_pairs as tokens
 from coupling_analysis.matrix_figures import token_heatmaps
+from coupling_analysis.missing_documents import left_out
 
 from lm_eval_coupling.saved.tables import require
 

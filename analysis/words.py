@@ -21,8 +21,8 @@ from typing import Any
 import command
 import numpy as np
 import pandas as pd
+from coupling_analysis import prompt_matrices as matrices
 from coupling_analysis import study_tables as tables
-from coupling_analysis import token_matrices as matrices
 from coupling_analysis.direction_words import DirectionWords, chance_kept, direction_words
 from coupling_analysis.line_figures import curves
 from coupling_matrices import PROMPT
@@ -117,7 +117,7 @@ def by_distance(found: DirectionWords) -> pd.DataFrame:
 
 def study(name: str, label: str, options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The words of one model's directions, and how they are kept with distance."""
-    model = matrices.load(name, options.untrained, options.dtype)
+    model = matrices.load_model(name, options.untrained, options.dtype)
     size = {"rank": options.rank, "words": options.words}
     if options.results is None:
         token = -1 if options.token is None else options.token

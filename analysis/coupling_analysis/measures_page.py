@@ -81,7 +81,7 @@ m <- simplify2array(lapply(column[[1]], function(of_rank) do.call(rbind, as.list
 """
 
 
-def page() -> str:
+def build_page() -> str:
     """The whole page, Markdown."""
     return "\n".join(
         [
@@ -175,4 +175,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    print(page(), end="")
+    print(build_page(), end="")

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.fit.findings import Findings
-from lm_eval_coupling.report.columns import Column, columns
+from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.tables import safe_name
 
@@ -199,8 +199,8 @@ def show(found: Findings, console: Console | None = None) -> None:
         console.print(escape(note), style="dim")
 
 
-def _print(console: Console, title: str, shown: list[Column]) -> None:
-    fitted = columns(shown, console.width)
+def _print(console: Console, title: str, shown: list[TextColumn]) -> None:
+    fitted = fit_columns(shown, console.width)
     console.print(Text(title, style="bold"))
     console.print(fitted.table)
     if fitted.left_out:
@@ -208,7 +208,7 @@ def _print(console: Console, title: str, shown: list[Column]) -> None:
     console.print()
 
 
-def _score_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _score_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     main = found.observations.main.name
     cells = []
     for score in found.observations.scores if found.fits else ():
@@ -236,7 +236,7 @@ def _correlation(found: Findings, score: str, predictor: str, method: str) -> Ma
     return rows.loc[score, predictor, method].to_dict()
 
 
-def _predictor_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _predictor_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     if not found.fits:
         return None
     score = found.observations.scores[-1]
@@ -277,7 +277,7 @@ def _predictor_table(found: Findings) -> tuple[str, list[Column]] | None:
     return _table(f"Every predictor and {score}", headers, cells)
 
 
-def _rival_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _rival_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     rows = found.tables.get("comparisons", pd.DataFrame())
     if not len(rows):
         return None
@@ -299,7 +299,7 @@ def _rival_table(found: Findings) -> tuple[str, list[Column]] | None:
     )
 
 
-def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _subset_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     rows = found.tables.get("subsets", pd.DataFrame())
     if not len(rows) or rows["subset"].nunique() == 1:
         return None
@@ -317,7 +317,7 @@ def _subset_table(found: Findings) -> tuple[str, list[Column]] | None:
     return _table(title, ("models", "number", "Pearson", "p", "R² line"), cells)
 
 
-def _nested_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _nested_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     cells = [
         (
             row["score"],
@@ -338,7 +338,7 @@ def _pair(row: Mapping[str, Any], name: str) -> tuple[float, float]:
     return row[f"without_{name}"], row[f"with_predictor_{name}"]
 
 
-def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
+def _document_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     rows = found.tables.get("auroc", pd.DataFrame())
     if not len(rows):
         return None
@@ -360,14 +360,14 @@ def _document_table(found: Findings) -> tuple[str, list[Column]] | None:
 
 def _table(
     title: str, headers: Sequence[str], cells: Sequence[tuple[Any, ...]]
-) -> tuple[str, list[Column]] | None:
+) -> tuple[str, list[TextColumn]] | None:
     """Title and columns; the last columns are left out first where the terminal is narrow."""
     if not cells:
         return None
     spare = {header: number for number, header in enumerate(headers) if number > 2}
     by_column = list(map(list, zip(*cells, strict=True)))
     return title, [
-        Column(header, column, name=number == 0, spare=spare.get(header, 0))
+        TextColumn(header, column, name=number == 0, spare=spare.get(header, 0))
         for number, (header, column) in enumerate(zip(headers, by_column, strict=True))
     ]
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import Layers, pack
-from lm_eval_coupling.report.numbers import paired
+from lm_eval_coupling.report.overview_rows import paired
 from lm_eval_coupling.saved.saved_run import SavedTable
 from lm_eval_coupling.saved.values import (
     PROMPT,

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.report import layers, numbers
-from lm_eval_coupling.report.columns import Column, columns
+from lm_eval_coupling.report import overview_rows, terminal_layers
+from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.records import require_tables
 from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs
@@ -63,7 +63,7 @@ def show(
     if doc is not None:
         there = {found for _, table in tables for found in table.read(["doc_id"])["doc_id"]}
         _require(doc, there, "document", f"task {task}")
-    rows = numbers.comparison(tables) if compare else numbers.overview(tables)
+    rows = overview_rows.comparison(tables) if compare else overview_rows.overview(tables)
     if compare and not len(rows):
         raise CouplingError(
             "got no two runs with a task in common, expected at least two; give their folders"
@@ -122,9 +122,9 @@ def _print_runs(
         ]
         name = f"{told['label'].iloc[0]}, {table.task}" if len(tables) > 1 else table.task
         if doc is None:
-            layers.print_profile(console, table, name)
+            terminal_layers.print_profile(console, table, name)
         else:
-            layers.print_document(console, table, doc)
+            terminal_layers.print_document(console, table, doc)
 
 
 def _prompts(rows: pd.DataFrame) -> list[str]:
@@ -157,15 +157,15 @@ def _print_overview(console: Console, rows: pd.DataFrame, title: str) -> None:
         "coupling = 1 − mean miscoupling of different layers (↑) ± standard error; worst error: largest certificate",
         style="dim",
     )
-    found = columns(
+    found = fit_columns(
         [
-            Column("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
-            Column("docs", rows["documents"]),
-            Column("K", rows["rank"].map(_whole)),
-            Column("coupling", map(_with_error, rows["coupling"], rows["coupling_stderr"])),
-            Column("chance", rows["chance"].map(_fixed), spare=2),
-            Column("excess", rows["excess"].map(_signed), spare=1),
-            Column(
+            TextColumn("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
+            TextColumn("docs", rows["documents"]),
+            TextColumn("K", rows["rank"].map(_whole)),
+            TextColumn("coupling", map(_with_error, rows["coupling"], rows["coupling_stderr"])),
+            TextColumn("chance", rows["chance"].map(_fixed), spare=2),
+            TextColumn("excess", rows["excess"].map(_signed), spare=1),
+            TextColumn(
                 "worst error",
                 rows["worst_certificate"].map(_short).where(~rows["task"].duplicated(), ""),
                 spare=3,
@@ -199,16 +199,18 @@ def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
         )
     )
     shown = [
-        Column("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
-        Column("docs", rows["paired"]),
-        Column("K", rows["rank"].map(_whole)),
-        Column("untrained", map(_with_error, rows["untrained"], rows["untrained_stderr"]), spare=1),
-        Column(
+        TextColumn("task", rows["task"].where(~rows["task"].duplicated(), ""), name=True),
+        TextColumn("docs", rows["paired"]),
+        TextColumn("K", rows["rank"].map(_whole)),
+        TextColumn(
+            "untrained", map(_with_error, rows["untrained"], rows["untrained_stderr"]), spare=1
+        ),
+        TextColumn(
             "trained − untrained",
             map(_with_error, rows["difference"], rows["difference_stderr"], [True] * len(rows)),
         ),
     ]
-    console.print(columns(shown, console.width, sections=rows["task"]).table)
+    console.print(fit_columns(shown, console.width, sections=rows["task"]).table)
     console.print()
 
 
@@ -229,15 +231,15 @@ def _print_other_readings(console: Console, rows: pd.DataFrame) -> None:
         return
     tasks, labels, values = map(list, zip(*found, strict=True))
     shown = [
-        Column(
+        TextColumn(
             "task",
             [task if not i or tasks[i - 1] != task else "" for i, task in enumerate(tasks)],
             name=True,
         ),
-        Column("other numbers of a prompt", labels, name=True),
-        Column("mean", values),
+        TextColumn("other numbers of a prompt", labels, name=True),
+        TextColumn("mean", values),
     ]
-    console.print(columns(shown, console.width, sections=tasks).table)
+    console.print(fit_columns(shown, console.width, sections=tasks).table)
     console.print()
 
 
@@ -248,16 +250,16 @@ def _print_comparison(console: Console, rows: pd.DataFrame) -> None:
     for (label, base), of in rows.groupby(["label", "base"], sort=False):
         console.print(Text(f"{label} less {base}", style="bold"))
         shown = [
-            Column("task", of["task"].where(~of["task"].duplicated(), ""), name=True),
-            Column("docs", of["paired"]),
-            Column("K", of["rank"]),
-            Column("coupling", of["coupling"].map(_fixed), spare=1),
-            Column("compared", of["base_coupling"].map(_fixed), spare=2),
-            Column("difference", of["difference"].map(_signed)),
-            Column("from", of["difference_low"].map(_signed)),
-            Column("to", of["difference_high"].map(_signed)),
+            TextColumn("task", of["task"].where(~of["task"].duplicated(), ""), name=True),
+            TextColumn("docs", of["paired"]),
+            TextColumn("K", of["rank"]),
+            TextColumn("coupling", of["coupling"].map(_fixed), spare=1),
+            TextColumn("compared", of["base_coupling"].map(_fixed), spare=2),
+            TextColumn("difference", of["difference"].map(_signed)),
+            TextColumn("from", of["difference_low"].map(_signed)),
+            TextColumn("to", of["difference_high"].map(_signed)),
         ]
-        console.print(columns(shown, console.width, sections=of["task"]).table)
+        console.print(fit_columns(shown, console.width, sections=of["task"]).table)
         console.print()
 
 

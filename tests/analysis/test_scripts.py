@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import saved_runs
 import tiny
-from coupling_analysis import checkpoints_table as training
-from coupling_analysis import token_tables as tokens
+from coupling_analysis import token_pairs as tokens
+from coupling_analysis import training_steps as training
 from matplotlib.collections import LineCollection
 from studied import ANALYSIS, CHANCE, NOT_OURS, record, save, script, table
 

@@ -9,10 +9,10 @@ import tiny
 import torch
 from coupling_analysis import by_document
 from coupling_analysis import matrix_figures as coupling_matrices
+from coupling_analysis import prompt_matrices as measured
 from coupling_analysis import spectra_by_layer as singular_values
 from coupling_analysis import study_tables as tables
-from coupling_analysis import token_matrices as measured
-from coupling_analysis import token_tables as tokens
+from coupling_analysis import token_pairs as tokens
 from studied import PAIRS, pair_rows, record, save
 
 from lm_eval_coupling import measure_coupling
@@ -141,19 +141,19 @@ def test_token_pairs_are_averaged_from_the_end_of_the_prompt(tmp_path):
 
 
 def test_coupling_matrices_are_those_of_the_measurement(tmp_path):
-    model = measured.load(tiny.save_model(tmp_path))
+    model = measured.load_model(tiny.save_model(tmp_path))
     ids = model.encode("The sky is blue.")
     (expected,) = measure_coupling(model, [ids], ranks=[4], progress=False)
-    found = measured.of_layers(model, ids, [1, 3], -1, 4)
+    found = measured.layer_matrices(model, ids, [1, 3], -1, 4)
     m = miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
     np.testing.assert_allclose(coupling_matrices.normalized_miscoupling(found.A), m, atol=1e-6)
     assert m == pytest.approx(expected.normalized_miscoupling[0][np.ix_([0, 2], [0, 2])], abs=1e-4)
     assert np.diagonal(found.A[1, 1]) == pytest.approx(expected.singular_values[2], rel=1e-5)
-    outputs = measured.of_tokens(model, ids, 2, [-3, -1], 4, "context_output")
-    last = measured.of_tokens(model, ids, 2, [-1], 4, "self")
+    outputs = measured.token_matrices(model, ids, 2, [-3, -1], 4, "context_output")
+    last = measured.token_matrices(model, ids, 2, [-1], 4, "self")
     assert outputs.names == ["token 14 → 16", "token 16 → 16"]
     assert np.abs(outputs.A[1, 1]) == pytest.approx(np.abs(last.A[0, 0]), abs=1e-5)
     with pytest.raises(CouplingError, match="got layer 9, expected 1 to 4"):
-        measured.of_layers(model, ids, [9], -1, 4)
+        measured.layer_matrices(model, ids, [9], -1, 4)
     with pytest.raises(CouplingError, match="which transformers cannot load"):
-        measured.load(str(tmp_path / "absent"))
+        measured.load_model(str(tmp_path / "absent"))

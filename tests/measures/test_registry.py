@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from coupling_analysis.measures_page import page
+from coupling_analysis.measures_page import build_page
 from toy_measure import toy_measure
 
 from lm_eval_coupling.errors import CouplingError
@@ -77,7 +77,7 @@ def test_a_measure_is_one_file(toy, tmp_path):
         float(record.toy_means[-1])
     )
     assert registry.option_of("toy_means") == "coupling_measures=depth+regularity+toy"
-    assert "| `toy_means` | `[layer]` | mean of x^l over its coordinates |" in page()
+    assert "| `toy_means` | `[layer]` | mean of x^l over its coordinates |" in build_page()
 
 
 def test_a_column_that_was_not_declared_is_refused(toy):

@@ -64,13 +64,13 @@ def test_the_script(model, tmp_path, monkeypatch):
 
     import pandas as pd
     import saved_runs
-    from coupling_analysis import token_matrices as matrices
+    from coupling_analysis import prompt_matrices as matrices
 
     rows = [
         saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)
     ]
     run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
-    monkeypatch.setattr(matrices, "load", lambda name: model)
+    monkeypatch.setattr(matrices, "load_model", lambda name: model)
     spec = importlib.util.spec_from_file_location(
         "noise", Path(__file__).parents[2] / "analysis" / "noise.py"
     )

@@ -102,7 +102,7 @@ def test_every_column_of_the_table_is_described(saved):
     """The picture was told nowhere: neither in the table nor on the page of columns."""
     for file in saved.parent.glob("*.parquet"):
         assert all(field.metadata[b"description"] for field in pq.read_schema(file))
-    assert "| `picture` | bytes |" in reference.page()
+    assert "| `picture` | bytes |" in reference.build_page()
 
 
 def test_large_pictures_are_reduced():

@@ -15,7 +15,7 @@ _NAME = 16  # columns that a name should have before anything is left out for it
 _PART = re.compile(r"[^_\-/. ]*[_\-/. ]*")
 
 
-class Column:
+class TextColumn:
     """One column. ``name``: left, and wrapped where it must be; ``spare``: the higher, the earlier it is left out."""
 
     def __init__(
@@ -35,14 +35,16 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedTable:
     """A table, and the headers of the columns that it has no room for."""
 
     table: Table
     left_out: tuple[str, ...]
 
 
-def columns(shown: Sequence[Column], width: int, *, sections: Iterable[object] = ()) -> Fitted:
+def fit_columns(
+    shown: Sequence[TextColumn], width: int, *, sections: Iterable[object] = ()
+) -> FittedTable:
     """A table of at most ``width`` columns of characters, if its numbers allow that.
 
     Args:
@@ -82,10 +84,10 @@ def columns(shown: Sequence[Column], width: int, *, sections: Iterable[object] =
             *map(Text, cells),
             end_section=number + 1 < len(marks) and marks[number] != marks[number + 1],
         )
-    return Fitted(table, tuple(column.header for column in shown if column not in kept))
+    return FittedTable(table, tuple(column.header for column in shown if column not in kept))
 
 
-def _room(kept: Sequence[Column], width: int) -> int:
+def _room(kept: Sequence[TextColumn], width: int) -> int:
     """Characters that are left when names have what they need, or what they should have."""
     taken = sum(min(column.width, _NAME) if column.name else column.width for column in kept)
     return width - taken - _BETWEEN * (len(kept) - 1)
