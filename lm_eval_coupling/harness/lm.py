@@ -138,7 +138,7 @@ class CouplingLM(HFLM):
     def _follow_the_weights(self) -> None:
         """A model that is trained, adapted or reloaded between two evaluations is another one, and measured as such."""
         assert self.session is not None  # whoever measures nothing has returned
-        if (change := self.session.trained.model.change()) is not None:
+        if (change := self.session.trained.model.describe_change()) is not None:
             logger.info(
                 "coupling: %s has changed since the model was last looked at; it is taken as another model",
                 change,

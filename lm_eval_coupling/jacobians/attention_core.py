@@ -212,9 +212,8 @@ class AttentionRecord:
             [call.resid_pre[:, token] for call, token in zip(calls, tokens, strict=True)]
         )
         watch = _Record(0, alone=True)
-        return cls._watched(
-            watch, lambda: calls[0].decoded(calls, x, tokens), 1, max(tokens) + 1, x.dtype
-        )
+        batch = calls[0].batch_with(calls[1:])
+        return cls._watched(watch, lambda: batch.decode(x, tokens), 1, max(tokens) + 1, x.dtype)
 
     @classmethod
     def _by_whole_sequence(cls, call: Call, output_token: int) -> AttentionRecord:

@@ -136,7 +136,7 @@ def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor
         return call.pullback[1][input_token]
     u = probe(call.layer, call.resid_pre)
     if call.keys is not None and output_token == input_token:
-        pulled = call.pulled_back_decoding([call], [u], [output_token])[0]
+        pulled = call.batch_with([]).pull_back_decoding([u], [output_token])[0]
         if torch.isfinite(pulled).all():
             return pulled
     return call.pulled_back(u, output_token)[input_token]
@@ -156,7 +156,7 @@ def pulled_back_each(
     if all(call.pullback is None and call.keys is not None for call in calls):
         directions = [probe(call.layer, call.resid_pre) for call in calls]
         try:
-            return calls[0].pulled_back_decoding(calls, directions, tokens)
+            return calls[0].batch_with(calls[1:]).pull_back_decoding(directions, tokens)
         except (ValueError, RuntimeError) as error:
             pass_on_lack_of_memory(error)
     return torch.stack(

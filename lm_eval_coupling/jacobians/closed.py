@@ -133,7 +133,7 @@ def _run(
 ) -> Float[Tensor, "prompt d_model"]:
     """The block's output for one token of each prompt, kept on ``tape``."""
     with tape:
-        out = calls[0].one_token_each(calls, x, tokens)
+        out = calls[0].batch_with(calls[1:]).one_token(x, tokens)
     if tape.stage != "done":
         raise NoRule(
             f"the run on one token stopped while looking for the {tape.stage} of the attention core"

@@ -21,8 +21,7 @@ Direction = Callable[[int, Tensor], Tensor]
 class Call(Protocol):
     """One block with the arguments that it was called with for one prompt. It is run again inside :meth:`ready` only.
 
-    F is the block as a map of the stream, skip connection included: X^{l-1} → X^l, shapes [1, seq, d_model]. What takes
-    ``calls`` takes several of this block's, one for each prompt.
+    F is the block as a map of the stream, skip connection included: X^{l-1} → X^l, shapes [1, seq, d_model].
     """
 
     @property
@@ -71,31 +70,36 @@ class Call(Protocol):
     def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
         """The block on one vector, as if it stood at ``token`` and saw only itself."""
 
-    @staticmethod
-    def one_token_each(
-        calls: Sequence[Any], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
-    ) -> Float[Tensor, "prompt d_model"]:
-        """:meth:`one_token` of several prompts of this block; ValueError where their arguments cannot be joined."""
-
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
         """F(X) of which only row ``token`` may be used."""
-
-    @staticmethod
-    def decoded(
-        calls: Sequence[Any], x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
-    ) -> Float[Tensor, "prompt 1 d_model"]:
-        """The block at one token of each prompt, the others entering by their kept keys; ValueError as above."""
 
     def pulled_back(
         self, direction: Float[Tensor, " d_model"], output_token: int
     ) -> Float[Tensor, "seq d_model"]:
         """uᵀ ∂F_t/∂X by one backward pass through the whole sequence."""
 
-    @staticmethod
-    def pulled_back_decoding(
-        calls: Sequence[Any], directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
+    def batch_with(self, others: Sequence[Any]) -> CallBatch:
+        """Return this call and other prompts' calls of the same block, to be run together."""
+
+
+@runtime_checkable
+class CallBatch(Protocol):
+    """One block's calls for several prompts. ValueError where their arguments cannot be joined."""
+
+    def one_token(
+        self, x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
     ) -> Float[Tensor, "prompt d_model"]:
-        """uᵀ ∂F_t/∂x_t of several prompts by a step of decoding; NaN where that is not the block."""
+        """Run :meth:`Call.one_token` of every prompt."""
+
+    def decode(
+        self, x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt 1 d_model"]:
+        """Run the block at one token of each prompt; the other tokens enter by their kept keys."""
+
+    def pull_back_decoding(
+        self, directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Return uᵀ ∂F_t/∂x_t by a step of decoding; NaN where that is not the block."""
 
 
 @runtime_checkable

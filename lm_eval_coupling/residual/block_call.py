@@ -1,4 +1,4 @@
-"""One block together with the arguments it was called with, ready to be called again, whole or at one token."""
+"""One block with the arguments it was called with, ready to be called again, whole or at one token."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from lm_eval_coupling.residual.keys import Cache, Keys
 
 @dataclasses.dataclass(frozen=True)
 class BlockCall:
-    """One block together with the arguments it was called with, ready to be called again.
+    """One block with the arguments of one call. Run it again inside :meth:`ready` only.
 
-    ``resid_pre`` and ``resid_post`` are the block's input X^{l-1} and output X^l, shape [1, seq, d_model]. ``pullback`` is
-    uᵀ ∂F_t / ∂X, taken on the way for the token t and the direction u that the trace was told of; ``keys`` are the keys
-    and values that the block handed to its cache, in long prompts instead. Calls must be made inside :meth:`ready`.
+    Attributes:
+        block: the block.
+        resid_pre: its input X^{l-1}.
+        arguments: everything else that it was called with.
+        resid_post: its output X^l.
+        pullback: (t, uᵀ ∂F_t / ∂X), taken during the trace along the direction u.
+        keys: keys and values that the block handed to its cache, kept for long prompts.
     """
 
     block: Block
@@ -34,72 +38,6 @@ class BlockCall:
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
     keys: Keys | None = None
 
-    def without_keys(self) -> BlockCall:
-        """The same call, whose derivatives are all taken of the whole sequence."""
-        return dataclasses.replace(self, keys=None)
-
-    def in_dtype(self, dtype: torch.dtype) -> BlockCall:
-        """The same call in another arithmetic: what was kept of the trace is cast, and no derivative is known of it."""
-        return BlockCall(
-            block=self.block,
-            resid_pre=self.resid_pre.to(dtype),
-            arguments=self.arguments.in_dtype(dtype),
-            resid_post=in_dtype(self.resid_post, dtype),
-            keys=None if self.keys is None else self.keys.in_dtype(dtype),
-        )
-
-    def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> BlockCall:
-        """The same call, which knows uᵀ ∂F_t / ∂X of one output token t already."""
-        return dataclasses.replace(self, pullback=(output_token, pulled))
-
-    def pulled_back(
-        self, direction: Float[Tensor, " d_model"], output_token: int
-    ) -> Float[Tensor, "seq d_model"]:
-        """uᵀ ∂F_{output} / ∂X along ``direction`` u, for every input token: one backward pass through the whole block.
-
-        Returns:
-            NaN where the block gives another output than it did in the trace.
-        """
-        resid_pre = self.resid_pre.detach().requires_grad_(True)
-        with torch.enable_grad():
-            at = torch.full((1,), output_token, device=resid_pre.device)
-            output = self(resid_pre)
-            pulled = gradient(direction[None], resid_pre, output, at)[0]
-        if self.resid_post is None:
-            return pulled
-        entering, found, expected = (
-            of[0, output_token].detach() for of in (resid_pre, output, self.resid_post)
-        )
-        return torch.where(_as_traced(entering, found, expected), pulled, torch.nan)
-
-    @staticmethod
-    def pulled_back_decoding(
-        calls: Sequence[BlockCall],
-        directions: Sequence[Float[Tensor, " d_model"]],
-        tokens: Sequence[int],
-    ) -> Float[Tensor, "prompt d_model"]:
-        """uᵀ ∂F_t / ∂x_t of several prompts by one step of decoding; NaN where it gives another output than the trace.
-
-        Returns:
-            A row per prompt, in the calls' dtype.
-
-        Raises:
-            ValueError: if the calls' arguments cannot be joined.
-        """
-        at = list(zip(calls, tokens, strict=True))
-        x = torch.stack([call.resid_pre[0, token] for call, token in at])[:, None].requires_grad_(
-            True
-        )
-        with torch.enable_grad():
-            output = BlockCall.decoded(calls, x, tokens)
-            pulled = gradient(
-                torch.stack(list(directions)), x, output, x.new_zeros(len(calls), dtype=torch.long)
-            )
-        expected = torch.stack([call.resid_post[0, token] for call, token in at])
-        return torch.where(
-            _as_traced(x.detach()[:, 0], output.detach()[:, 0], expected), pulled[:, 0], torch.nan
-        )
-
     @property
     def layer(self) -> int:
         """Index of the block, from 0."""
@@ -107,12 +45,12 @@ class BlockCall:
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only itself and those before it."""
+        """Whether a token sees only itself and the tokens before it."""
         return self.block.causal
 
     @property
     def module(self) -> nn.Module:
-        """The block itself."""
+        """The block's module."""
         return self.block.module
 
     @property
@@ -127,62 +65,109 @@ class BlockCall:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Upcast this block's weights, and only them, for as long as the context lasts."""
+        """Hold this block's weights, and no others, in the call's dtype."""
         with self.block.ready(self.dtype):
             yield
+
+    def without_keys(self) -> BlockCall:
+        """Return the call without keys: its derivatives are then taken of the whole sequence."""
+        return dataclasses.replace(self, keys=None)
+
+    def in_dtype(self, dtype: torch.dtype) -> BlockCall:
+        """Cast the call and what the trace kept of it to ``dtype``; drop the pullback."""
+        return BlockCall(
+            block=self.block,
+            resid_pre=self.resid_pre.to(dtype),
+            arguments=self.arguments.in_dtype(dtype),
+            resid_post=in_dtype(self.resid_post, dtype),
+            keys=None if self.keys is None else self.keys.in_dtype(dtype),
+        )
+
+    def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> BlockCall:
+        """Return the call with uᵀ ∂F_t / ∂X of one output token t filled in."""
+        return dataclasses.replace(self, pullback=(output_token, pulled))
+
+    def batch_with(self, others: Sequence[BlockCall]) -> CallBatch:
+        """Return this call and other prompts' calls of the same block as one batch."""
+        return CallBatch((self, *others))
 
     def __call__(
         self, resid_pre: Float[Tensor, "batch seq d_model"]
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The block's output F^l(X) = X + f^l(X) for the whole sequence."""
-        return self._run(resid_pre, self.arguments)
+        """Compute the block's output F^l(X) = X + f^l(X) for the whole sequence."""
+        return self.run(resid_pre, self.arguments)
 
     def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
-        """Run the block on the single vector ``x`` as if it stood at position ``token`` and saw only itself."""
-        return self.one_token_each([self], x[None], [token])[0]
-
-    @staticmethod
-    def one_token_each(
-        calls: Sequence[BlockCall], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
-    ) -> Float[Tensor, "prompt d_model"]:
-        """Run one block on one vector of each prompt, as if it stood at that prompt's token and saw only itself.
-
-        Returns:
-            F at that token, a row per prompt, skip connection included.
-
-        Raises:
-            ValueError: if the calls' arguments cannot be joined.
-        """
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # whoever follows the block need not follow its arguments' preparation
-            arguments = _at_tokens(calls, tokens, firsts=tokens)
-        return calls[0]._run(x[:, None], arguments)[:, 0]
+        """Run the block on one vector as if it stood at ``token`` and saw only itself."""
+        return CallBatch((self,)).one_token(x[None], [token])[0]
 
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
-        """Run the block with masks cut to one query row: only row ``token`` of the output may be used."""
-        return self._run(self.resid_pre, self.arguments.one_row(token, self.seq))
+        """Run the block with masks cut to one query; only row ``token`` of the output is valid."""
+        return self.run(self.resid_pre, self.arguments.one_row(token, self.seq))
 
-    @staticmethod
-    def decoded(
-        calls: Sequence[BlockCall], x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
+    def pulled_back(
+        self, direction: Float[Tensor, " d_model"], output_token: int
+    ) -> Float[Tensor, "seq d_model"]:
+        """Compute uᵀ ∂F_t / ∂X for every input token by one backward pass through the block.
+
+        Returns:
+            NaN if the block's output differs from the trace's.
+        """
+        resid_pre = self.resid_pre.detach().requires_grad_(True)
+        with torch.enable_grad():
+            tokens = torch.full((1,), output_token, device=resid_pre.device)
+            output = self(resid_pre)
+            pulled = gradient(direction[None], resid_pre, output, tokens)[0]
+        if self.resid_post is None:
+            return pulled
+        rows = (t[0, output_token].detach() for t in (resid_pre, output, self.resid_post))
+        return torch.where(_agrees_with_trace(*rows), pulled, torch.nan)
+
+    def run(
+        self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None
+    ) -> Tensor:
+        """Run the module on ``x`` with other arguments, and caches in place of some of them."""
+        args, kwargs = carried(arguments.args), carried(arguments.kwargs)
+        return hidden(self.module(x, *args, **kwargs | (caches or {})))
+
+
+@dataclasses.dataclass(frozen=True)
+class CallBatch:
+    """Calls of one block, one for each prompt. ValueError if their arguments cannot be joined."""
+
+    calls: Sequence[BlockCall]
+
+    def one_token(
+        self, x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Run the block on one vector of each prompt, as if it stood at its token, alone.
+
+        Returns:
+            F at that token, skip connection included.
+        """
+        arguments = self._arguments(tokens, first_keys=tokens)
+        return self.calls[0].run(x[:, None], arguments)[:, 0]
+
+    def decode(
+        self, x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
     ) -> Float[Tensor, "prompt 1 d_model"]:
-        """One block's output at one token of each prompt: the other tokens enter it by their kept keys and values alone.
+        """Run the block at one token of each prompt, on the kept keys of the tokens before it.
 
-        As when the model generates. Shorter prompts have keys put before their own, which masks hide.
+        This is the step that a model takes when it generates. Shorter prompts have keys put before
+        their own, which masks hide.
 
         Returns:
             F at that token, skip connection included.
 
         Raises:
-            ValueError: if the calls' arguments cannot be joined, kept no keys, or nothing would hide those before.
+            ValueError: if calls kept no keys, or no mask would hide the keys put in front.
         """
-        kept = [call.keys for call in calls if call.keys is not None]
-        if len(kept) < len(calls):
+        keys = [call.keys for call in self.calls if call.keys is not None]
+        if len(keys) < len(self.calls):
             raise ValueError("calls that kept no keys cannot be decoded")
+        arguments = self._arguments(tokens, first_keys=[0] * len(self.calls))
         with torch._C.DisableTorchFunction():
-            arguments = _at_tokens(calls, tokens, firsts=[0] * len(calls))
-            cache = Keys.before_each(kept, tokens)
+            cache = Keys.before_each(keys, tokens)
         columns, kwargs = max(tokens) + 1, arguments.kwargs
         if len(set(tokens)) > 1 and not any(
             isinstance(value, Tensor) and value.shape[-1:] == (columns,)
@@ -191,35 +176,52 @@ class BlockCall:
             raise ValueError(
                 "prompts of different lengths cannot be decoded together without a mask"
             )
-        return calls[0]._run(x, arguments, {name: cache for name in CACHES if name in kwargs})
+        caches = {name: cache for name in CACHES if name in kwargs}
+        return self.calls[0].run(x, arguments, caches)
 
-    def _run(
-        self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None
-    ) -> Tensor:
-        args, kwargs = carried(arguments.args), carried(arguments.kwargs)
-        return hidden(self.module(x, *args, **kwargs | (caches or {})))
+    def pull_back_decoding(
+        self, directions: Sequence[Float[Tensor, " d_model"]], tokens: Sequence[int]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Compute uᵀ ∂F_t / ∂x_t of every prompt by one step of decoding.
+
+        Returns:
+            A row per prompt in the calls' dtype; NaN where the output differs from the trace's.
+        """
+        x, expected = (
+            torch.stack([stream[0, token] for stream, token in zip(streams, tokens, strict=True)])
+            for streams in zip(*((call.resid_pre, call.resid_post) for call in self.calls))
+        )
+        x = x[:, None].requires_grad_(True)
+        with torch.enable_grad():
+            output = self.decode(x, tokens)
+            first_rows = x.new_zeros(len(x), dtype=torch.long)
+            pulled = gradient(torch.stack(list(directions)), x, output, first_rows)
+        agrees = _agrees_with_trace(x.detach()[:, 0], output.detach()[:, 0], expected)
+        return torch.where(agrees, pulled[:, 0], torch.nan)
+
+    def _arguments(self, tokens: Sequence[int], first_keys: Sequence[int]) -> Arguments:
+        # The tape follows the block itself, not the preparation of its arguments.
+        with torch._C.DisableTorchFunction():
+            return Arguments.at_tokens(
+                [call.arguments for call in self.calls],
+                tokens,
+                [call.seq for call in self.calls],
+                first_keys,
+            )
 
 
-def _at_tokens(
-    calls: Sequence[BlockCall], tokens: Sequence[int], firsts: Sequence[int]
-) -> Arguments:
-    return Arguments.at_tokens(
-        [call.arguments for call in calls], tokens, [call.seq for call in calls], firsts
-    )
-
-
-def _as_traced(
-    entering: Float[Tensor, "*prompt d_model"],
-    found: Float[Tensor, "*prompt d_model"],
+def _agrees_with_trace(
+    resid_pre: Float[Tensor, "*prompt d_model"],
+    output: Float[Tensor, "*prompt d_model"],
     expected: Float[Tensor, "*prompt d_model"],
 ) -> Bool[Tensor, "*prompt 1"]:
-    """Whether a block gives the output that it gave in the trace; what it adds may be little beside the stream."""
-    added = (expected - entering).abs().amax(-1, keepdim=True)
-    return ((found - expected).abs() <= 1e-4 * added + 1e-6 * expected.abs()).all(-1, keepdim=True)
+    """Return whether a block's output is the trace's, relative to what the block adds."""
+    added = (expected - resid_pre).abs().amax(-1, keepdim=True)
+    return ((output - expected).abs() <= 1e-4 * added + 1e-6 * expected.abs()).all(-1, keepdim=True)
 
 
 def hidden(output: Any) -> Tensor:
-    """The stream among what a block returns."""
+    """Return the stream among what a block returns."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -229,10 +231,10 @@ def gradient(
     output: Float[Tensor, "prompt seq d_model"],
     tokens: Int[Tensor, " prompt"],
 ) -> Float[Tensor, "prompt seq d_model"]:
-    """uᵀ ∂F_t / ∂X of every prompt of a batch, each along its own direction u at its own token t.
+    """Compute uᵀ ∂F_t / ∂X of every prompt of a batch, along its own direction at its own token.
 
     Returns:
-        In the shape of ``resid_pre``.
+        A tensor of the shape of ``resid_pre``.
 
     Raises:
         CouplingError: if no gradient reaches the output: F = X + f(X) always has one.
@@ -246,14 +248,14 @@ def gradient(
     return torch.autograd.grad((chosen * directions).sum(), resid_pre)[0]
 
 
-def require_stream(layer: int, entering: Tensor, leaving: Tensor) -> None:
+def require_stream(layer: int, resid_pre: Tensor, resid_post: Tensor) -> None:
     """Refuse feature maps, and blocks that change the number of tokens or their width.
 
     Raises:
         CouplingError: for both.
     """
-    if entering.dim() != 3 or leaving.shape != entering.shape:
+    if resid_pre.dim() != 3 or resid_post.shape != resid_pre.shape:
         raise CouplingError(
-            f"got block {layer} that hands on a tensor of shape {[*leaving.shape]} for one of shape {[*entering.shape]}, "
-            "expected one vector for each token"
+            f"got block {layer} that hands on a tensor of shape {[*resid_post.shape]} for one of "
+            f"shape {[*resid_pre.shape]}, expected one vector for each token"
         )

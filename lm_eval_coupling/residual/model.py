@@ -50,7 +50,7 @@ class ResidualModel:
     """A model as a stack of residual blocks (build one with :meth:`wrap`).
 
     Attributes: ``model`` (the measuring module tree), ``blocks`` (modules of it; ``block_list`` with their weights),
-    ``way`` (``bridge`` or ``blocks``) and ``way_reason`` (why, in words), ``n_layers``, ``d_model``, ``n_heads``,
+    ``wrapping`` (``bridge`` or ``blocks``) and ``wrapping_reason`` (why, in words), ``n_layers``, ``d_model``, ``n_heads``,
     ``d_head`` (None where the configuration does not say), ``vocabulary`` (its size),
     ``n_params``, ``block_sizes`` (numbers of the largest block, and of its largest matrix), ``inputs`` (what it is run on),
     ``device``, ``dtype`` (of the weights), ``tokenizer`` (may be ``None``).
@@ -63,13 +63,13 @@ class ResidualModel:
         *,
         inputs: Inputs,
         n_params: int,
-        way: str,
-        way_reason: str,
+        wrapping: str,
+        wrapping_reason: str,
         tokenizer: Any = None,
     ) -> None:
         self.model, self.blocks = model, list(blocks)
         self.inputs, self.tokenizer, self.n_params = inputs, tokenizer, n_params
-        self.way, self.way_reason = way, way_reason
+        self.wrapping, self.wrapping_reason = wrapping, wrapping_reason
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.vocabulary = sizes_told(model.config, inputs.causal)
         self.d_model = 0  # the first trace tells
@@ -125,12 +125,12 @@ class ResidualModel:
             )
         return wrapped(cls, hf_model, tokenizer)
 
-    def measures(self, scored: nn.Module, probed: Float[Tensor, "1 seq d_model"]) -> None:
+    def remember_scored(self, scored: nn.Module, probed: Float[Tensor, "1 seq d_model"]) -> None:
         """Remember which model this one was made of, as it stands now, and the stream after the last block for the probe."""
         self._scored = (scored, Stamp.of(scored), probed)
 
     @made_on_host()
-    def change(self) -> str | None:
+    def describe_change(self) -> str | None:
         """In words, the first thing in which the wrapped model is no longer what it was when it was wrapped, None if it is.
 
         To be asked before every evaluation: a changed model needs another fingerprint, one of new storage another twin, so
@@ -448,7 +448,7 @@ def _decodes_rightly(call: BlockCall) -> bool:
     u = u.to(call.resid_pre)
     with call.ready():
         (found,), expected = (
-            call.pulled_back_decoding([call], [u], [token]),
+            call.batch_with([]).pull_back_decoding([u], [token]),
             call.pulled_back(u, token)[token] - u,
         )
     return torch.allclose(found - u, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))

@@ -82,20 +82,20 @@ class _Entrance:
         bridged, reason = self._bridged(trace)
         model = self.plain if bridged is None else bridged
         held = checks.held_fixed(trace)
-        model.way_reason = (
+        model.wrapping_reason = (
             f"{reason}; {', '.join(held)} of earlier blocks are held fixed" if held else reason
         )
-        model.measures(
+        model.remember_scored(
             self.scored if hasattr(self.scored, "config") else self.base, trace.resid_final
         )
         return model
 
-    def _model(self, twin: nn.Module, blocks: list[nn.Module], way: str, reason: str) -> Any:
+    def _model(self, twin: nn.Module, blocks: list[nn.Module], wrapping: str, reason: str) -> Any:
         options = {
             "inputs": self.inputs,
             "n_params": self.n_params,
-            "way": way,
-            "way_reason": reason,
+            "wrapping": wrapping,
+            "wrapping_reason": reason,
         }
         return self.kind(twin, blocks, tokenizer=self.tokenizer, **options)
 

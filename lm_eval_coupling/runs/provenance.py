@@ -20,7 +20,7 @@ def about_model(session: Session, config: Any) -> dict[str, Any]:
     model, architecture = session.trained.model, config.get_text_config()
     return {
         "fingerprint": model.fingerprint,
-        "way": f"{model.way}: {model.way_reason}",
+        "way": f"{model.wrapping}: {model.wrapping_reason}",
         "model_dtype": str(model.dtype),
         "device": str(model.device),
         "d_model": model.d_model,

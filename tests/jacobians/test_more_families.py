@@ -56,9 +56,9 @@ def test_what_blocks_hand_to_each_other_is_said():
     """Gemma 4's later blocks attend to the keys and values of earlier ones, which their derivatives hold fixed."""
     assert (
         "shared_kv_states of earlier blocks are held fixed"
-        in ResidualModel.wrap(tiny("gemma4_text", torch.float32)).way_reason
+        in ResidualModel.wrap(tiny("gemma4_text", torch.float32)).wrapping_reason
     )
-    assert "held fixed" not in ResidualModel.wrap(tiny("lfm2", torch.float32)).way_reason
+    assert "held fixed" not in ResidualModel.wrap(tiny("lfm2", torch.float32)).wrapping_reason
 
 
 @pytest.mark.parametrize("case", ["falcon-two-norms", "biogpt", "gemma4_text", "mamba2", "olmoe"])

@@ -111,7 +111,7 @@ def test_keys_of_a_faint_block_are_held_to_what_it_adds():
     )
     call = dataclasses.replace(call, keys=rolled)
     with call.ready():
-        pulled = call.pulled_back_decoding([call], [probe(0, call.resid_pre)], [6])
+        pulled = call.batch_with([]).pull_back_decoding([probe(0, call.resid_pre)], [6])
     assert pulled.isnan().all()
 
 

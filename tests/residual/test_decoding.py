@@ -14,7 +14,7 @@ from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual import model as model_module
 from lm_eval_coupling.residual.arguments import Arguments
-from lm_eval_coupling.residual.block_call import BlockCall
+from lm_eval_coupling.residual.block_call import CallBatch
 from lm_eval_coupling.residual.keys import Cache, Keys
 
 TOKENS = cases.tiny_tokens(9)
@@ -96,7 +96,7 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float6
                 case not in NOT_BY_DECODING | NOT_TOGETHER
             ):  # neither falls back to one prompt at a time
                 directions = [probe(call.layer, call.resid_pre) for call in calls]
-                assert BlockCall.pulled_back_decoding(calls, directions, tokens).isfinite().all()
+                assert CallBatch(calls).pull_back_decoding(directions, tokens).isfinite().all()
                 assert len(AttentionRecord._by_decoding(calls, tokens).z) == 3 * len(
                     AttentionRecord.of(calls[0], 0).z
                 )

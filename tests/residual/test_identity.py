@@ -23,7 +23,7 @@ def test_evaluating_changes_nothing(model):
         model.generate(cases.tiny_tokens(5), max_new_tokens=3, pad_token_id=0)
     model.train().eval()
     wrapped.trace(cases.tiny_tokens(5))
-    assert wrapped.change() is None
+    assert wrapped.describe_change() is None
 
 
 def step(model):
@@ -80,10 +80,10 @@ def test_a_change_is_seen(model, change):
     """The second run of one object reused the first one's numbers after the weights had changed, by its old fingerprint."""
     wrapped = ResidualModel.wrap(model)
     change(model)
-    assert wrapped.change().startswith(
+    assert wrapped.describe_change().startswith(
         ("the weight model.", "the module model.", "the weight lm_head")
     )
-    assert ResidualModel.wrap(model).change() is None
+    assert ResidualModel.wrap(model).describe_change() is None
 
 
 def test_a_few_numbers_written_through_data_are_seen(model):
@@ -93,7 +93,7 @@ def test_a_few_numbers_written_through_data_are_seen(model):
     for weight in (layer.mlp.up_proj.weight for layer in model.model.layers):
         weight.data[1, 1] += 1
         weight.data[1, 2] -= 1
-        assert wrapped.change() == "a part of a weight"
+        assert wrapped.describe_change() == "a part of a weight"
         assert (wrapped := ResidualModel.wrap(model)).identity != before
 
 
@@ -104,9 +104,9 @@ def test_an_adapter_that_is_switched_off_is_seen(model):
     ).eval()
     wrapped = ResidualModel.wrap(adapted)
     with adapted.disable_adapter():
-        assert wrapped.change() is not None
+        assert wrapped.describe_change() is not None
         assert ResidualModel.wrap(adapted).identity != wrapped.identity
-    assert wrapped.change() is None
+    assert wrapped.describe_change() is None
 
 
 def test_the_same_model_loaded_again_has_the_same_identity(model):
@@ -124,7 +124,7 @@ def test_both_ways_have_one_identity(model, way, monkeypatch):
     if way == "blocks":
         monkeypatch.setattr(ways, "put_bridge_into", lambda twin: 1 / 0)
     wrapped = ResidualModel.wrap(model)
-    assert (wrapped.way, wrapped.identity) == (way, expected)
+    assert (wrapped.wrapping, wrapped.identity) == (way, expected)
 
 
 def test_a_library_that_computes_something_else_gives_another_identity(model, monkeypatch):

@@ -46,7 +46,7 @@ def test_lora_on_a_fused_projection_is_measured(case, dtype):
     plain = block_jacobians(ResidualModel.wrap(model), TOKENS).jacobians
     adapted = with_lora(model, [FUSED[case]])
     wrapped = measured_as_scored(adapted, adapted.get_base_model())
-    assert wrapped.way == "blocks"
+    assert wrapped.wrapping == "blocks"
     assert worst(block_jacobians(wrapped, TOKENS).jacobians, plain) > 1e-2
 
 
@@ -162,7 +162,7 @@ def test_a_subclass_is_measured():
     model = cases.tiny_model("llama", torch.float32)
     same = type("MyLlama", (type(model),), {})
     model.__class__ = same
-    assert measured_as_scored(model, model).way == "bridge"
+    assert measured_as_scored(model, model).wrapping == "bridge"
 
     class Scaled(type(model.model.layers[0].mlp)):
         def forward(self, x):

@@ -360,8 +360,8 @@ def test_an_offloaded_model_that_is_bridged_wrongly_goes_by_its_own_blocks(monke
     monkeypatch.setattr(ways, "put_bridge_into", wrong)
     wrapped = ResidualModel.wrap(model)
     assert (
-        wrapped.way == "blocks"
-        and "TransformerLens' bridge of LlamaForCausalLM is off by" in wrapped.way_reason
+        wrapped.wrapping == "blocks"
+        and "TransformerLens' bridge of LlamaForCausalLM is off by" in wrapped.wrapping_reason
     )
     assert torch.allclose(block_jacobians(wrapped, TOKENS).jacobians, expected, atol=1e-5)
 
@@ -408,7 +408,7 @@ def walk(case):
         for part in (wrapped.blocks[1], getattr(inner, "norm", None) or inner.ln_f):
             place(part, "other:0")
         wrapped.inputs._row = lambda tokens: tokens  # which looks at the ids
-        facts = {"inputs": wrapped.inputs, "n_params": 1, "way": "", "way_reason": ""}
+        facts = {"inputs": wrapped.inputs, "n_params": 1, "wrapping": "", "wrapping_reason": ""}
         again = residual.ResidualModel(wrapped.model, wrapped.blocks, **facts)
         traced = again.trace(torch.ones(5, dtype=torch.long), torch.float32, 2, probe)
         for call, device in zip(traced.calls, ("cpu", "other:0")):

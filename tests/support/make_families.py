@@ -83,7 +83,7 @@ def row(model_type: str) -> str:
     if not found.certificate.max() <= 1e-4:
         raise AssertionError(f"{model_type} is off by {found.certificate.max():.1e}")
     levels = [f"`{level}`" for level in dict.fromkeys(found.method)]
-    return f"{about} {wrapped.way} | {', '.join(levels)} |"
+    return f"{about} {wrapped.wrapping} | {', '.join(levels)} |"
 
 
 def _sentence(error: CouplingError) -> str:
@@ -104,7 +104,7 @@ def image_row(case: str) -> str:
     if not found.certificate.max() <= 1e-4:
         raise AssertionError(f"{case} is off by {found.certificate.max():.1e}")
     levels = [f"`{level}`" for level in dict.fromkeys(found.method)]
-    return f"{about} {wrapped.way} | {', '.join(levels)} | {'a patch' if position else 'the class token'} |"
+    return f"{about} {wrapped.wrapping} | {', '.join(levels)} | {'a patch' if position else 'the class token'} |"
 
 
 def image_rows() -> list[str]:
