@@ -25,7 +25,7 @@ def reliabilities(
 
     Args:
         found: the observations.
-        documents: of all models, as :func:`~lm_eval_coupling.fit.within.load_documents` reads them.
+        documents: of all models, as :func:`~lm_eval_coupling.fit.within_models.load_documents` reads them.
         leaves: single tasks of each task or group; a mean is of all of them.
 
     Returns:

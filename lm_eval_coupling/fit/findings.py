@@ -12,13 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across, document_noise, within
-from lm_eval_coupling.fit import summary as words
+from lm_eval_coupling.fit import across_models, document_noise, within_models
+from lm_eval_coupling.fit import finding_text as words
+from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.losses import add_losses
 from lm_eval_coupling.fit.observations import Observations, observe
 from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.fit.scores import scored_rows
-from lm_eval_coupling.fit.training import along_training, checkpoints
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.statistics import Fit
@@ -83,8 +83,8 @@ def fit_runs(
     steps = checkpoints(rows, main)
     training = along_training(steps, main, resamples=resamples)
     tables = {"observations": found.frame, "checkpoints": steps}
-    tables["training"] = across.table(training, "lineage", "score", "predictor", "of")
-    read = within.load_documents(found_runs.runs, _leaves(runs, found, tasks, score))
+    tables["training"] = across_models.table(training, "lineage", "score", "predictor", "of")
+    read = within_models.load_documents(found_runs.runs, _leaves(runs, found, tasks, score))
     below = {group: leaves for run in found_runs.runs for group, leaves in run.leaves.items()}
     tables_across, fits, said = _across(found, read, below, resamples)
     tables_within, said_within = _within(read, main)
@@ -105,26 +105,26 @@ def _across(
     if found.models < 2:
         return {}, {}, ["One model only: nothing to compare across models."]
     main = found.main.name
-    correlated, fits = across.correlations(found, resamples=resamples), across.fits(found)
+    correlated, fits = across_models.correlations(found, resamples=resamples), across_models.fits(found)
     compared, nested, families = (
-        across.comparisons(found),
-        across.nested(found),
-        across.families(found),
+        across_models.comparisons(found),
+        across_models.nested(found),
+        across_models.families(found),
     )
     reliable = document_noise.reliabilities(found, documents, leaves)
     corrected = document_noise.corrected(found, correlated, reliable)
-    swapped = across.swapped_tasks(found, resamples=resamples)
+    swapped = across_models.swapped_tasks(found, resamples=resamples)
     tables = {
-        "correlations": across.correlation_table(correlated, found, resamples=resamples),
-        "alone": across.alone(found),
-        "reliability": across.table(reliable, "score", "predictor"),
-        "corrected": across.table(corrected, "score", "predictor"),
-        "swapped_tasks": across.table(swapped, "score", "predictor", "measured_on"),
-        "fits": across.table(fits, "score", "predictor", "curve", "weights"),
-        "subsets": across.subsets(found),
-        "comparisons": across.comparison_table(compared),
-        "nested": across.table(nested, "score", "predictor", "given"),
-        "families": across.table(families, "score", "predictor", "given", "how"),
+        "correlations": across_models.correlation_table(correlated, found, resamples=resamples),
+        "alone": across_models.alone(found),
+        "reliability": across_models.table(reliable, "score", "predictor"),
+        "corrected": across_models.table(corrected, "score", "predictor"),
+        "swapped_tasks": across_models.table(swapped, "score", "predictor", "measured_on"),
+        "fits": across_models.table(fits, "score", "predictor", "curve", "weights"),
+        "subsets": across_models.subsets(found),
+        "comparisons": across_models.comparison_table(compared),
+        "nested": across_models.table(nested, "score", "predictor", "given"),
+        "families": across_models.table(families, "score", "predictor", "given", "how"),
     }
     pearson = {
         (score, x): r
@@ -154,15 +154,15 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
             "Within models nothing was asked: of no measured document is there an answer that is right or wrong (it needs "
             "lm-eval's --log_samples, and a task that has such answers)."
         ]
-    predictors = within.document_predictors(read, main)
-    aurocs = within.aurocs(read, [*predictors, *within.yardsticks(read)])
-    logistics = within.logistics(read, predictors)
+    predictors = within_models.document_predictors(read, main)
+    aurocs = within_models.aurocs(read, [*predictors, *within_models.yardsticks(read)])
+    logistics = within_models.logistics(read, predictors)
     tables = {
         "documents": read,
-        "auroc": within.auroc_table(aurocs),
-        "logistic": across.table(logistics, "model", "task", "predictor", "given"),
-        "graded": across.table(within.graded(read, predictors), "model", "task", "predictor", "of"),
-        "calibration": within.calibration(read, predictors[0]),
+        "auroc": within_models.auroc_table(aurocs),
+        "logistic": across_models.table(logistics, "model", "task", "predictor", "given"),
+        "graded": across_models.table(within_models.graded(read, predictors), "model", "task", "predictor", "of"),
+        "calibration": within_models.calibration(read, predictors[0]),
     }
     return tables, words.about_documents(aurocs, logistics, predictors[0])
 

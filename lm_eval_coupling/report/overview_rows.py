@@ -13,7 +13,7 @@ from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, identity
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
-from lm_eval_coupling.statistics.outcomes import Estimate
+from lm_eval_coupling.statistics.estimates import Estimate
 
 
 def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:

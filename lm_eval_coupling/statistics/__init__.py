@@ -9,8 +9,8 @@ Regressions need statsmodels, the extra ``analysis``.
 from typing import Any
 
 _PUBLIC = {
-    "Estimate": "outcomes",
-    "as_frame": "outcomes",
+    "Estimate": "estimates",
+    "as_frame": "estimates",
     "Correlation": "correlations",
     "CorrelationDifference": "correlations",
     "compare_correlations": "correlations",
@@ -29,21 +29,21 @@ _PUBLIC = {
     "family_effect": "regression",
     "left_out": "regression",
     "nested_models": "regression",
-    "Auroc": "documents",
-    "LogisticEffect": "documents",
-    "accuracy_by_bin": "documents",
-    "auroc": "documents",
-    "auroc_within": "documents",
-    "logistic_effect": "documents",
-    "auroc_together": "together",
-    "logistic_together": "together",
+    "Auroc": "right_answers",
+    "LogisticEffect": "right_answers",
+    "accuracy_by_bin": "right_answers",
+    "auroc": "right_answers",
+    "auroc_within": "right_answers",
+    "logistic_effect": "right_answers",
+    "auroc_together": "pooled_models",
+    "logistic_together": "pooled_models",
     "Corrected": "reliability",
     "Reliability": "reliability",
     "corrected_for_attenuation": "reliability",
     "document_reliability": "reliability",
     "reliability_from_errors": "reliability",
-    "simultaneous_p_values": "simultaneous",
-    "in_words": "wording",
+    "simultaneous_p_values": "multiple_tests",
+    "in_words": "sentences",
 }
 
 __all__ = [*_PUBLIC]

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.outcomes import (
+from lm_eval_coupling.statistics.estimates import (
     Result,
     Values,
     check_confidence,

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.outcomes import (
+from lm_eval_coupling.statistics.estimates import (
     Estimate,
     Result,
     Values,

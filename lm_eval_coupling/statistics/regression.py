@@ -14,7 +14,7 @@ from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.correlations import Correlation, partial_correlation
-from lm_eval_coupling.statistics.outcomes import (
+from lm_eval_coupling.statistics.estimates import (
     Estimate,
     Result,
     Values,

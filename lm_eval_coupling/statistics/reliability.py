@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.statistics.correlations import Correlation
-from lm_eval_coupling.statistics.outcomes import Result, check_confidence
+from lm_eval_coupling.statistics.estimates import Result, check_confidence
 
 _LEAST = 0.3  # below this reliability a correlation is not corrected: the quotient would be noise
 _WANTED = 0.9

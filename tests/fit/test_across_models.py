@@ -7,7 +7,7 @@ import pytest
 from fitted_runs import QUICK, observations, save_model
 from scipy import stats
 
-from lm_eval_coupling.fit import across
+from lm_eval_coupling.fit import across_models
 from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.statistics import correlation
 
@@ -84,10 +84,10 @@ class TestAcross:
         assert row["families"] == 3
 
     def test_what_is_expected_to_go_against_the_score_is_turned_around(self, series):
-        plain = across.comparisons(observations(series[0]))[
+        plain = across_models.comparisons(observations(series[0]))[
             "arc acc", "coupling@10", "log10_params"
         ]
-        turned = across.comparisons(observations(series[0], x=["miscoupling@10"]))[
+        turned = across_models.comparisons(observations(series[0], x=["miscoupling@10"]))[
             "arc acc", "miscoupling@10", "log10_params"
         ]
         # In these runs every measure of a model is the same number, so that only the sign tells them apart.
@@ -114,7 +114,7 @@ class TestAcross:
                 )
                 for name in "abc"
             }
-            claims += (across.correlation_table(results)["p_holm"] < 0.05).any()
+            claims += (across_models.correlation_table(results)["p_holm"] < 0.05).any()
         assert claims <= stats.binom.ppf(0.9999, 60, 0.05)
 
     def test_few_models_conclude_nothing(self, tmp_path):

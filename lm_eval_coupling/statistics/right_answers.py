@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.outcomes import (
+from lm_eval_coupling.statistics.estimates import (
     Estimate,
     Result,
     Values,

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit.observations import Observations
-from lm_eval_coupling.fit.within import POOLED, TOGETHER
+from lm_eval_coupling.fit.within_models import POOLED, TOGETHER
 from lm_eval_coupling.statistics import (
     Auroc,
     Corrected,
@@ -22,7 +22,7 @@ from lm_eval_coupling.statistics import (
     in_words,
 )
 from lm_eval_coupling.statistics.correlations import FEW
-from lm_eval_coupling.statistics.outcomes import Result
+from lm_eval_coupling.statistics.estimates import Result
 
 _MANY = 6  # scores or models; beyond it they are counted instead of told one by one
 
@@ -118,7 +118,7 @@ def about_many(rows: pd.DataFrame, score: str) -> Iterator[str]:
     """How many of all predictors and ranks go with the score, adjusted for all of them at once.
 
     Args:
-        rows: of :func:`~lm_eval_coupling.fit.across.correlation_table`.
+        rows: of :func:`~lm_eval_coupling.fit.across_models.correlation_table`.
         score: the one told of.
 
     Yields:

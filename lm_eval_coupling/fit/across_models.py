@@ -26,7 +26,7 @@ from lm_eval_coupling.statistics import (
     nested_models,
     simultaneous_p_values,
 )
-from lm_eval_coupling.statistics.outcomes import Result
+from lm_eval_coupling.statistics.estimates import Result
 
 METHODS = ("pearson", "spearman", "kendall")
 _SMALLEST_FAMILY = 3

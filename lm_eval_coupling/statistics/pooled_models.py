@@ -15,14 +15,14 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.documents import (
+from lm_eval_coupling.statistics.estimates import check_confidence, complete_rows
+from lm_eval_coupling.statistics.right_answers import (
     Auroc,
     LogisticEffect,
     logistic_effect,
     placements,
     with_interval,
 )
-from lm_eval_coupling.statistics.outcomes import check_confidence, complete_rows
 
 LEVELS = 400  # of a regression: memory goes as their square
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from lm_eval_coupling.statistics.correlations import FEW, Correlation, CorrelationDifference
 from lm_eval_coupling.statistics.curves import Fit
-from lm_eval_coupling.statistics.documents import Auroc, LogisticEffect
-from lm_eval_coupling.statistics.outcomes import Result
+from lm_eval_coupling.statistics.estimates import Result
 from lm_eval_coupling.statistics.regression import FamilyEffect, NestedModels
+from lm_eval_coupling.statistics.right_answers import Auroc, LogisticEffect
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lm_eval_coupling.statistics import (
     in_words,
     logistic_effect,
     logistic_together,
-    together,
+    pooled_models,
 )
 
 pytest.importorskip("statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed")
@@ -131,7 +131,7 @@ def test_what_cannot_be_told_is_said(monkeypatch):
         match="got two rows of model m0, task even, doc 0, expected one of each document",
     ):
         auroc_together(pd.concat([frame, frame.head(1)]), "value", "right", **COLUMNS)
-    monkeypatch.setattr(together, "LEVELS", 5)
+    monkeypatch.setattr(pooled_models, "LEVELS", 5)
     many = logistic_together(frame, correct="right", predictor="value", **COLUMNS)
     assert (
         many.reason == "6 tasks of models have a level each, which is more than 5" and many.n == 240

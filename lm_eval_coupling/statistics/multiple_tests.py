@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lm_eval_coupling.statistics.outcomes import constant
+from lm_eval_coupling.statistics.estimates import constant
 
 
 def simultaneous_p_values(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.fit.across import table
+from lm_eval_coupling.fit.across_models import table
 from lm_eval_coupling.fit.losses import margin_of, right_choice
 from lm_eval_coupling.saved.samples import read_answers
 from lm_eval_coupling.saved.saved_run import SavedRun

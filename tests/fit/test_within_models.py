@@ -8,10 +8,10 @@ from fitted_runs import QUICK, save_documents, save_model
 from saved_runs import record, sample, write_samples
 from scipy import stats
 
+from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.fit.scores import scored_rows
-from lm_eval_coupling.fit.training import along_training, checkpoints
-from lm_eval_coupling.fit.within import POOLED, TOGETHER, load_documents
+from lm_eval_coupling.fit.within_models import POOLED, TOGETHER, load_documents
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.statistics import adjust_p_values, auroc_together
