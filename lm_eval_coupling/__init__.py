@@ -3,9 +3,8 @@
 Public names are loaded when they are first used: importing the package imports no torch.
 """
 
-TYPE_CHECKING = (
-    False  # a type checker takes it for true: no interpreter start is to pay for `typing`
-)
+# Not imported from `typing`, for which every start of the interpreter would pay.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -33,7 +32,7 @@ __all__ = [*_PUBLIC]
 def __getattr__(name: str) -> "Any":
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib  # here, because every interpreter start pays for what stands above
+    import importlib  # Imported here, because every interpreter start pays for the lines above.
 
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 

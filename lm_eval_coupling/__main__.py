@@ -1,4 +1,4 @@
-"""`python -m lm_eval_coupling`: the command, where its script is not on the path."""
+"""The command as `python -m lm_eval_coupling`, for when its script is not on the path."""
 
 import sys
 

@@ -1,16 +1,17 @@
-"""Runs plugin.py after certain modules of lm-eval; loaded at every interpreter start, so it imports next to nothing.
+"""Import hook that patches a few modules of lm-eval once they have been executed.
 
-lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for a few of its modules only, lets the ordinary finders
-find them, and calls ``plugin.after_import`` once they have executed. ``LM_EVAL_COUPLING_NO_HOOK=1`` switches it off.
+lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for the modules of ``MODULES``, lets
+the ordinary finders find them, and calls ``plugin.after_import`` after their execution. Every start
+of the interpreter loads this module, so it imports next to nothing.
+``LM_EVAL_COUPLING_NO_HOOK=1`` switches the hook off.
 """
 
 import os
 import sys
-from _thread import get_ident  # `threading` would be most of the start-up cost
+from _thread import get_ident  # `threading` would be most of the start-up cost.
 
-TYPE_CHECKING = (
-    False  # a type checker takes it for true: no interpreter start is to pay for `typing`
-)
+# Not imported from `typing`, for which every start of the interpreter would pay.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -46,27 +47,38 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if spec is not None and spec.loader is not None:
-            _run_after(spec.loader)
+            _call_plugin_after(spec.loader, name)
         return spec
 
 
-def _run_after(loader: "Any") -> None:
+def _call_plugin_after(loader: "Any", name: str) -> None:
+    """Let ``loader`` call the plugin once, after it has executed the module ``name``."""
     execute = loader.exec_module
 
     def exec_module(module: "Any") -> None:
+        # A zip archive has one loader for all of its modules.
+        if module.__name__ != name:
+            return execute(module)
+        loader.exec_module = execute
         execute(module)
         try:
             from lm_eval_coupling.harness import plugin
         except ImportError:
-            return  # the package is half removed
-        plugin.after_import(module)
+            return None  # The package is half removed.
+        return plugin.after_import(module)
 
     loader.exec_module = exec_module
 
 
-def install(asked: bool = False) -> None:
-    """Put the finder first, once; the environment can forbid it where nobody ``asked``."""
-    if os.environ.get("LM_EVAL_COUPLING_NO_HOOK") and not asked:
+def is_switched_off() -> bool:
+    """Return whether ``LM_EVAL_COUPLING_NO_HOOK`` forbids the hook; ``0`` does not."""
+    value = os.environ.get("LM_EVAL_COUPLING_NO_HOOK", "")
+    return value.strip().lower() not in ("", "0", "false", "no")
+
+
+def install(forced: bool = False) -> None:
+    """Put the finder first on the meta path, once; ``forced`` overrides the environment."""
+    if is_switched_off() and not forced:
         return
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""The `lm-eval-coupling` command. Everything heavy is imported by the command that needs it."""
+"""The `lm-eval-coupling` command; each subcommand imports what it needs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
 
+_DEVICE = "such as cuda or cpu (default: the best available)"
+_RESULTS = "folders that lm-eval wrote, searched recursively"
+_OUT = "folder for results, samples and tables"
+_FACTS = (
+    "CSV file with a column `model` (a name as in the results, or its last part), optionally "
+    "`revision`, and any of family, tuned (true/false), training_tokens, released (year or date), "
+    "n_params, n_layers, d_model; further columns become predictors or groups"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after `lm-eval-coupling`; by default those it was called with.
+        arguments: the words after `lm-eval-coupling`; by default those of the command line.
 
     Returns:
-        The exit code: 0; 1 if a sweep is not complete; 2 after a mistake of the user, told in one sentence on stderr;
-        130 after Ctrl-C.
+        The exit code: 0, or 1 if a sweep or check found something missing. After a mistake of the
+        user, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
     """
-    _print_anywhere()
+    _replace_unprintable_characters()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words[:1] == [
-            "run"
-        ]:  # argparse would take lm-eval's own options, such as --help, for ours
+        # argparse would take lm-eval's own options, such as --help, for ours.
+        if words[:1] == ["run"]:
             return _run(words[1:])
         options = _parser().parse_args(words)
         return options.command(options) or 0
@@ -39,16 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lm-eval-coupling: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # The reader, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _print_anywhere() -> None:
-    """A character that the output has no code for, such as × on an old Windows console, must not end the command."""
+def _replace_unprintable_characters() -> None:
+    """Print `?` for characters that the output cannot encode, such as × on a Windows console."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Version(argparse.Action):
+    """Option that prints the installed version, looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from lm_eval_coupling.versions import installed_version
+
+        print(f"lm-eval-coupling {installed_version('lm-eval-coupling') or '(not installed)'}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,9 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Transformer block coupling beside the scores of lm-eval.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
-        "run", help="lm-eval's own command line, with the model class coupling-hf", add_help=False
+        "run",
+        help="run lm-eval's own command line, with the model class coupling-hf",
+        add_help=False,
     )
     for add in (
         _add_demo,
@@ -77,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
-        "demo", help="from nothing to a table and a picture: a small model on bundled tasks"
+        "demo", help="evaluate a small model on bundled tasks; make a table and a picture"
     )
     demo.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for results, tables and pictures"
@@ -87,76 +108,57 @@ def _add_demo(commands: Any) -> None:
 
 def _add_show(commands: Any) -> None:
     show = commands.add_parser(
-        "show", help="coupling of a saved run, per task; one document's layer-by-layer matrix"
+        "show", help="show coupling of saved runs per task, or one document's layer-by-layer matrix"
+    )
+    show.add_argument("folders", type=Path, nargs="+", metavar="OUT", help=_RESULTS)
+    show.add_argument("--task", metavar="T", help="show this task only, with its layer profile")
+    show.add_argument(
+        "--doc", type=int, metavar="N", help="show the matrix of this doc_id (needs --task)"
     )
     show.add_argument(
-        "folders",
-        type=Path,
-        nargs="+",
-        metavar="OUT",
-        help="folders that lm-eval wrote, searched recursively",
+        "--compare", action="store_true", help="compare every run with the first, per document"
     )
-    show.add_argument("--task", metavar="T", help="this task only, with its profile over layers")
-    show.add_argument(
-        "--doc",
-        type=int,
-        metavar="N",
-        help="the matrix of the document with this doc_id (needs --task)",
-    )
-    show.add_argument(
-        "--compare", action="store_true", help="every run against the first, document by document"
-    )
-    show.add_argument(
-        "--csv", dest="form", action="store_const", const="csv", help="the numbers as CSV"
-    )
-    show.add_argument(
-        "--json", dest="form", action="store_const", const="json", help="the numbers as JSON"
-    )
+    for form in ("csv", "json"):
+        words = f"print the numbers as {form.upper()}"
+        show.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=words)
     show.set_defaults(command=_show, form="table")
 
 
 def _add_fit(commands: Any) -> None:
     fit = commands.add_parser(
-        "fit",
-        help="does coupling predict the score? Regressions over the saved runs of many models",
+        "fit", help="test whether coupling predicts the score over the saved runs of many models"
     )
+    fit.add_argument("folders", type=Path, nargs="+", metavar="OUT", help=_RESULTS)
     fit.add_argument(
-        "folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote"
-    )
-    fit.add_argument(
-        "--score", metavar="METRIC", help="such as acc_norm; default: the first that lm-eval lists"
+        "--score", metavar="METRIC", help="such as acc_norm (default: the first that lm-eval lists)"
     )
     fit.add_argument(
         "--x",
         nargs="+",
         metavar="PREDICTOR",
-        help="the one in question first; default: coupling@10, then all",
+        help="predictors, the tested one first (default: coupling@10, then all)",
     )
     fit.add_argument(
-        "--tasks", nargs="+", metavar="T", help="these tasks or groups and their mean; default: all"
+        "--tasks", nargs="+", metavar="T", help="tasks or groups, and their mean (default: all)"
     )
-    fit.add_argument(
-        "--facts",
-        type=Path,
-        metavar="CSV",
-        help="what is known of models: family, tuned, training_tokens, …",
-    )
+    fit.add_argument("--facts", type=Path, metavar="CSV", help=_FACTS)
     fit.add_argument(
         "--out", type=Path, default=Path("coupling_fit"), metavar="DIR", help="default: %(default)s"
     )
-    fit.add_argument(
-        "--mixed", choices=("refuse", "keep"), default="refuse", help="runs of different settings"
-    )
+    _add_mixed(fit)
     fit.set_defaults(command=_fit)
+
+
+def _add_mixed(parser: argparse.ArgumentParser) -> None:
+    words = "refuse runs of different settings, or keep them side by side (default: %(default)s)"
+    parser.add_argument("--mixed", choices=("refuse", "keep"), default="refuse", help=words)
 
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser(
-        "report", help="saved runs as one self-contained page: tables, plots, every document"
+        "report", help="write saved runs as one self-contained page: tables, plots, every document"
     )
-    report.add_argument(
-        "folders", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote"
-    )
+    report.add_argument("folders", type=Path, nargs="+", metavar="OUT", help=_RESULTS)
     report.add_argument(
         "-o",
         "--out",
@@ -166,129 +168,96 @@ def _add_report(commands: Any) -> None:
         help="default: %(default)s",
     )
     report.add_argument(
-        "--documents",
-        type=int,
-        metavar="N",
-        help="prompts to include per model and task (default: 200)",
+        "--documents", type=int, metavar="N", help="prompts per model and task (default: 200)"
     )
+    _add_mixed(report)
     report.add_argument(
-        "--mixed",
-        choices=("refuse", "keep"),
-        default="refuse",
-        help="runs of different coupling settings",
-    )
-    report.add_argument(
-        "--words",
-        type=Path,
-        metavar="FILE",
-        help="words.csv of analysis/words.py: what directions say",
+        "--words", type=Path, metavar="FILE", help="words.csv of analysis/words.py, to show as well"
     )
     report.set_defaults(command=_report)
 
 
 def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
-        "sweep",
-        help="models × revisions × tasks from a plan, on this machine or on a SLURM cluster",
+        "sweep", help="run models × revisions × tasks of a plan, here or on a SLURM cluster"
     )
     sweep.add_argument(
-        "plan", type=Path, metavar="PLAN.yaml", help="the same command again goes on where it was"
+        "plan", type=Path, metavar="PLAN.yaml", help="calling it again resumes the sweep"
     )
-    looks = sweep.add_mutually_exclusive_group()
-    looks.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the plan; show what is there and what is to be done",
+    modes = sweep.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--dry-run", action="store_true", help="check the plan; show what exists and what remains"
     )
-    looks.add_argument(
+    modes.add_argument(
         "--download",
         action="store_true",
         help="check the plan; fetch models and data for nodes without network",
     )
-    looks.add_argument(
-        "--check", action="store_true", help="what is missing or failed, why, and where its log is"
+    modes.add_argument(
+        "--check", action="store_true", help="show what is missing or failed, why, and the log"
     )
     sweep.set_defaults(command=_sweep)
 
 
 def _add_measure(commands: Any) -> None:
     measure = commands.add_parser(
-        "measure", help="coupling of the prompts in a file, without any task"
+        "measure", help="measure coupling of the prompts in a file, without any task"
     )
-    measure.add_argument(
-        "model", metavar="MODEL", help="a transformers folder or a name on the hub"
-    )
+    measure.add_argument("model", metavar="MODEL", help="transformers folder or name on the hub")
     measure.add_argument(
         "prompts",
         type=Path,
         metavar="PROMPTS",
-        help="a prompt a line; of a .jsonl file a JSON line each",
+        help="text file of one prompt a line, or .jsonl file of one JSON value a line",
     )
-    measure.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="folder of results, samples and tables",
-    )
+    measure.add_argument("--out", type=Path, required=True, metavar="OUT", help=_OUT)
     measure.add_argument(
         "--model_args",
         default="",
         metavar="ARGS",
-        help="further ones of lm-eval's hf, such as dtype=float32",
+        help="further arguments of lm-eval's hf, such as dtype=float32",
     )
     measure.add_argument(
-        "--coupling",
-        default="",
-        metavar="SETTINGS",
-        help="such as ranks=10+30,untrained=0; limit: all",
+        "--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=all"
     )
-    measure.add_argument(
-        "--device", metavar="D", help="such as cuda or cpu (default: the best there is)"
-    )
+    measure.add_argument("--device", metavar="D", help=_DEVICE)
     measure.set_defaults(command=_measure)
 
 
 def _add_check(commands: Any) -> None:
     check = commands.add_parser(
-        "check", help="is this model measured exactly on this machine, and what does it cost here?"
+        "check", help="check that a model is measured exactly on this machine, and what it costs"
     )
-    check.add_argument("model", metavar="MODEL", help="a transformers folder or a name on the hub")
-    check.add_argument(
-        "--device", metavar="D", help="such as cuda or cpu (default: the best there is)"
-    )
+    check.add_argument("model", metavar="MODEL", help="transformers folder or name on the hub")
+    check.add_argument("--device", metavar="D", help=_DEVICE)
     check.add_argument(
         "--dtype",
         nargs="+",
         default=["auto"],
         metavar="T",
-        help="of the weights, such as float32 bfloat16",
+        help="dtypes of the weights, such as float32 bfloat16",
     )
-    check.add_argument("--out", type=Path, metavar="FILE", help="all that was found, as JSON")
+    check.add_argument("--out", type=Path, metavar="FILE", help="file for all results, as JSON")
     check.set_defaults(command=_check)
 
 
 def _add_vision(commands: Any) -> None:
     vision = commands.add_parser(
-        "vision", help="accuracy and coupling of an image classifier, left as an evaluation's"
+        "vision", help="evaluate an image classifier and measure its coupling"
     )
     vision.add_argument(
-        "--model", required=True, metavar="M", help="what transformers loads as an image classifier"
+        "--model", required=True, metavar="M", help="image classifier that transformers loads"
     )
     vision.add_argument(
         "--data",
         required=True,
         metavar="D",
-        help="a folder of images by label, Parquet, or a data set's name",
+        help="folder with one folder of images per label, Parquet files, or name of a data set",
     )
+    vision.add_argument("--out", type=Path, required=True, metavar="OUT", help=_OUT)
     vision.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="folder of results, samples and tables",
+        "--split", metavar="S", help="split of the data (default: test, or the only one)"
     )
-    vision.add_argument("--split", metavar="S", help="of the data (default: test, or the only one)")
     vision.add_argument("--limit", type=int, metavar="N", help="images scored (default: all)")
     vision.add_argument(
         "--batch_size",
@@ -297,24 +266,26 @@ def _add_vision(commands: Any) -> None:
         metavar="B",
         help="images in one pass (default: %(default)s)",
     )
-    vision.add_argument(
-        "--device", metavar="D", help="such as cuda or cpu (default: the best there is)"
-    )
+    vision.add_argument("--device", metavar="D", help=_DEVICE)
     vision.add_argument(
         "--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=50"
     )
     vision.set_defaults(command=_vision)
 
 
-def _run(rest: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", *rest]
+    sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
     return 0
+
+
+def _select(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -322,8 +293,8 @@ def _measure(options: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
-    chosen = {name: getattr(options, name) for name in ("out", "model_args", "coupling", "device")}
-    print(measure_texts(options.model, options.prompts, **chosen))
+    arguments = _select(options, "out", "model_args", "coupling", "device")
+    print(measure_texts(options.model, options.prompts, **arguments))
     return _code_of_measuring()
 
 
@@ -335,7 +306,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _code_of_measuring() -> int:
-    """130 where Ctrl-C cut it short, though what was measured is there."""
+    """Return 130 if Ctrl-C cut the measuring short (what was measured is kept), else 0."""
     from lm_eval_coupling.harness import plugin
 
     return 130 if plugin.interrupted.is_set() else 0
@@ -351,13 +322,12 @@ def _fit(options: argparse.Namespace) -> None:
     from lm_eval_coupling.fit import output
     from lm_eval_coupling.fit.findings import fit_runs
 
-    chosen = {name: getattr(options, name) for name in ("score", "x", "tasks", "facts", "mixed")}
-    found = fit_runs(options.folders, **chosen)
-    files = output.save(found, options.out)
-    output.show(found)
-    print(
-        f"{len(files)} files in {options.out}: tables (CSV, fit.json), pictures (PNG, SVG), finding.txt"
-    )
+    arguments = _select(options, "score", "x", "tasks", "facts", "mixed")
+    findings = fit_runs(options.folders, **arguments)
+    files = output.save(findings, options.out)
+    output.show(findings)
+    kinds = "tables (CSV, fit.json), pictures (PNG, SVG), finding.txt"
+    print(f"{len(files)} files in {options.out}: {kinds}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -373,30 +343,22 @@ def _report(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lm_eval_coupling.check.command import check
 
-    return (
-        0
-        if check(options.model, device=options.device, dtypes=options.dtype, out=options.out)
-        else 1
-    )
+    is_exact = check(options.model, device=options.device, dtypes=options.dtype, out=options.out)
+    return 0 if is_exact else 1
 
 
 def _sweep(options: argparse.Namespace) -> int:
     from lm_eval_coupling.sweep.command import sweep
 
-    return sweep(
-        options.plan, dry_run=options.dry_run, download=options.download, check=options.check
-    )
+    return sweep(options.plan, **_select(options, "dry_run", "download", "check"))
 
 
 def _vision(options: argparse.Namespace) -> int:
     from lm_eval_coupling.vision.evaluate import run_vision
 
     logging.basicConfig(format="%(message)s")
-    chosen = {
-        name: getattr(options, name)
-        for name in ("split", "limit", "batch_size", "device", "coupling")
-    }
-    file, words = run_vision(options.model, options.data, options.out, **chosen)
+    arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
+    file, words = run_vision(options.model, options.data, options.out, **arguments)
     print(words, file, sep="\n")
     return _code_of_measuring()
 

@@ -1,4 +1,4 @@
-"""What goes wrong: with a request (:class:`CouplingError`), or with one prompt among others (:class:`Reason`)."""
+"""Errors of a request, reasons why one prompt cannot be measured, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -13,27 +13,24 @@ from typing import Any
 
 
 class CouplingError(ValueError):
-    """A request that cannot be served as asked; the message says what was got, what was expected and what to do."""
+    """Request that cannot be served; the message says what was got and expected, and what to do."""
 
 
 def shown(value: object) -> str:
-    """A wrong argument in a message: one line, of bounded length."""
+    """Return a wrong argument as it appears in a message: one line of at most 80 characters."""
     return " ".join(repr(value).split())[:80]
 
 
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """Return a whole number given in any form that is one, such as 3, ``numpy.int64(3)`` or a tensor of one number.
+    """Return a whole number, given as ``3``, ``numpy.int64(3)`` or a tensor of one number.
 
     Raises:
-        CouplingError: for anything else, and below ``low`` or above ``high``.
+        CouplingError: if it is anything else, is below ``low`` or above ``high``.
     """
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     try:
-        number = (
-            None
-            if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-            else operator.index(value)
-        )
-    except (TypeError, RuntimeError):  # the second of a tensor of several
+        number = None if is_bool else operator.index(value)
+    except (TypeError, RuntimeError):  # A tensor of several numbers raises a RuntimeError.
         number = None
     if number is not None and (low is None or number >= low) and (high is None or number <= high):
         return number
@@ -46,60 +43,66 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
     raise CouplingError(f"got {name}={shown(value)}, expected a whole number{expected}")
 
 
-def one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    """Return a text that is one of those known.
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return a text that is one of ``choices``.
 
     Raises:
-        CouplingError: for anything else.
+        CouplingError: if it is anything else.
     """
-    if isinstance(value, str) and value in known:
+    if isinstance(value, str) and value in choices:
         return value
-    listed = (
-        f"one of {', '.join(known)}"
-        if len(known) < 20
-        else f"one of {len(known)}, perhaps {nearest(str(value), known)}"
-    )
-    raise CouplingError(f"got {name}={shown(value)}, expected {listed}")
+    if len(choices) < 20:
+        expected = f"one of {', '.join(choices)}"
+    else:
+        expected = f"one of {len(choices)}, perhaps {nearest(str(value), choices)}"
+    raise CouplingError(f"got {name}={shown(value)}, expected {expected}")
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return True or False, in NumPy's or torch's form too. A text is neither: ``"no"`` would count as true.
+    """Return True or False, given as such, as 0 or 1, or in NumPy's or torch's form.
 
     Raises:
-        CouplingError: for anything else.
+        CouplingError: if it is anything else; as a text, ``"no"`` would count as true.
     """
-    alone = getattr(value, "ndim", 0) == 0 and "bool" in str(getattr(value, "dtype", ""))
-    if isinstance(value, bool) or alone or (type(value) is int and value in (0, 1)):
+    is_array_bool = getattr(value, "ndim", 0) == 0 and "bool" in str(getattr(value, "dtype", ""))
+    if isinstance(value, bool) or is_array_bool or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise CouplingError(f"got {name}={shown(value)}, expected True or False")
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path of a file or folder.
+    """Return a path of a file or folder, with a leading ``~`` replaced by the home folder.
 
     Raises:
-        CouplingError: for what is no text or path.
+        CouplingError: if it is no text or path, holds a null character, or has no such home.
     """
-    if isinstance(value, str | Path) or (
+    if not isinstance(value, str | Path) and not (
         hasattr(value, "__fspath__") and isinstance(value.__fspath__(), str)
     ):
-        return Path(value)
-    raise CouplingError(f"got {name}={shown(value)}, expected a path")
+        raise CouplingError(f"got {name}={shown(value)}, expected a path")
+    if "\0" in str(value):
+        raise CouplingError(f"got {name}={shown(value)}, expected a path without null characters")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise CouplingError(
+            f"got {name}={value}, but there is no such home folder; write the path in full"
+        ) from None
 
 
 def paths(name: str, value: Any) -> list[Path]:
-    """Return one path or several.
+    """Return one path or several as a list.
 
     Raises:
-        CouplingError: for anything else.
+        CouplingError: if it is anything else.
     """
     if isinstance(value, str | Path) or hasattr(value, "__fspath__") or not is_several(value):
         return [path(name, value)]
-    return [path(name, one) for one in value]
+    return [path(name, item) for item in value]
 
 
 def is_several(value: Any) -> bool:
-    """Whether a value is some in a row: no text, mapping, or array or tensor of one number."""
+    """Return whether a value holds several: no text, mapping, or array of no dimension."""
     return (
         isinstance(value, Iterable)
         and not isinstance(value, str | bytes | Mapping)
@@ -107,36 +110,35 @@ def is_several(value: Any) -> bool:
     )
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name that was probably meant."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """Return the choice that was probably meant by ``name``."""
+    return difflib.get_close_matches(name[:200], choices, n=1, cutoff=0)[0]
+
+
+_FILE_ERRORS: dict[type[Exception], str] = {
+    FileNotFoundError: "there is no such file",
+    IsADirectoryError: "it is a folder",
+    NotADirectoryError: "a part of its path is a file",
+    FileExistsError: "a file of that name is there",
+    PermissionError: "it is not permitted",
+    UnicodeDecodeError: "it is no UTF-8 text",
+    json.JSONDecodeError: "it is no JSON",
+}
 
 
 def why(error: Exception) -> str:
-    """What is wrong with a file or folder, in words and on one line: ``there is no such file`` for ``[Errno 2] …``."""
-    known: dict[type[Exception], str] = {
-        FileNotFoundError: "there is no such file",
-        IsADirectoryError: "it is a folder",
-        NotADirectoryError: "a part of its path is a file",
-        FileExistsError: "a file of that name is there",
-        PermissionError: "it is not permitted",
-        UnicodeDecodeError: "it is no UTF-8 text",
-        json.JSONDecodeError: "it is no JSON",
-    }
-    for kind, words in known.items():
+    """Describe what is wrong with a file on one line, such as ``there is no such file``."""
+    for kind, words in _FILE_ERRORS.items():
         if isinstance(error, kind):
             return words
-    if type(error).__name__ == "EmptyDataError":  # of pandas, which is not needed here
+    if type(error).__name__ == "EmptyDataError":  # pandas raises it and need not be imported here.
         return "it is empty"
-    text = (
-        (error.strerror if isinstance(error, OSError) else None)
-        or str(error)
-        or type(error).__name__
-    )
-    return " ".join(text.split())[:300]
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join((text or type(error).__name__).split())[:300]
 
 
-# What the codes mean, and whether measuring the same prompt again would end the same way: only then is it worth keeping.
+# Codes of reasons: what each means, and whether measuring the same prompt again would end alike.
+# Only then is the reason worth keeping in the store.
 CODES = {
     "out_of_memory": ("device or host had no memory left", False),
     "error": ("an unexpected exception, named in the reason", False),
@@ -153,39 +155,43 @@ CODES = {
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why something of a prompt is missing or undefined: a ``code`` of ``CODES`` to count by, and words to read."""
+    """Reason for a missing value of a prompt: a ``code`` of ``CODES`` to count by, and words."""
 
     code: str
     words: str
 
     @property
     def settled(self) -> bool:
-        """Whether measuring again would end the same way."""
+        """True if measuring again would end the same way."""
         return CODES[self.code][1]
 
 
 class Unmeasurable(Exception):
-    """Raised where one prompt cannot be measured; the others are not touched by it."""
+    """Failure of one prompt that leaves the other prompts as they are."""
 
     def __init__(self, code: str, words: str) -> None:
         super().__init__(words)
         self.reason = Reason(code, words)
 
 
-# torch raises a plain RuntimeError for it on the host and on some devices.
+# torch raises a plain RuntimeError when the host, or some devices, have no memory left.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED", re.IGNORECASE
 )
 
 
 def pass_on_lack_of_memory(error: Exception) -> None:
-    """Raise ``error`` if memory ran out, whatever its class: fewer prompts at once are the remedy, no slower way."""
+    """Raise ``error`` if memory ran out: fewer prompts at once help then, a slower method does not.
+
+    Raises:
+        Exception: ``error`` itself.
+    """
     if reason_of(error).code == "out_of_memory":
         raise error
 
 
 def reason_of(error: Exception) -> Reason:
-    """``error`` as a reason: one line, of bounded length."""
+    """Return the reason that ``error`` stands for, on one line of bounded length."""
     if isinstance(error, Unmeasurable):
         return error.reason
     text = " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Versions of what is installed."""
+"""Versions of installed packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str) -> str | None:
-    """Of a package by the name it is installed under; None where it is run from a folder, or is not there."""
+    """Return the version of a package, or None if it is not installed (or is run from a folder)."""
     try:
         return version(package)
     except PackageNotFoundError:

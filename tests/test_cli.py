@@ -187,3 +187,9 @@ def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(monkeypatch, words, modu
 
         monkeypatch.setattr(importlib.import_module(module), name, ran)
         assert cli.main(words) == code
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("lm-eval-coupling ")

@@ -35,7 +35,7 @@ def install() -> None:
     """Take effect on the modules of lm-eval that are loaded, and through the hook on those that will be."""
     from lm_eval_coupling import _startup
 
-    _startup.install(asked=True)
+    _startup.install(forced=True)
     for name in _STEPS:
         if name in sys.modules:
             after_import(sys.modules[name])

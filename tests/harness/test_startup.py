@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,10 +120,34 @@ def test_the_opt_out_variable(lm_eval, start):
     assert quiet(python(code, ROOT, lm_eval(), **{OPT_OUT: "1"})) == ["0", "False"]
 
 
+def test_an_opt_out_of_zero_leaves_the_hook_on(lm_eval):
+    code = HOOKED + "import lm_eval.models as m; print(len(m.model_registry))"
+    assert quiet(python(code, ROOT, lm_eval(), **{OPT_OUT: "0"})) == ["1"]
+
+
+def test_an_exit_while_the_hook_is_loaded_does_not_end_the_interpreter(tmp_path):
+    package = tmp_path / "lm_eval_coupling"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit(3)")
+    assert quiet(python(HOOKED + "print('started')", tmp_path)) == ["started"]
+
+
+def test_modules_of_a_zip_archive_that_the_plugin_does_not_know_are_left_alone(lm_eval, tmp_path):
+    """All modules of an archive share one loader, which kept our wrapper for later modules."""
+    folder = lm_eval()
+    (tmp_path / "lm_eval" / "later.py").write_text("x = 1")
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "lm_eval")
+    assert folder
+    code = HOOKED + "import lm_eval_coupling.harness.plugin as p; seen = []\n"
+    code += "p.after_import = lambda module: seen.append(module.__name__)\n"
+    code += "import lm_eval.models, lm_eval.later; print(*seen)"
+    assert quiet(python(code, ROOT, archive)) == ["lm_eval.models"]
+
+
 def test_one_hook_however_often_it_is_installed():
     code = (
         HOOKED * 2
-        + "import sys, lm_eval_coupling._startup as s; s.install(); s.install(asked=True)\n"
+        + "import sys, lm_eval_coupling._startup as s; s.install(); s.install(forced=True)\n"
     )
     assert quiet(
         python(code + "print(sum(isinstance(f, s._Finder) for f in sys.meta_path))", ROOT)
