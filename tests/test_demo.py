@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 
 from lm_eval_coupling import demo, load_records, load_runs
 from lm_eval_coupling.errors import CouplingError, Reason
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 
 NAME = "tiny_llm-1.0-py3-none-any.whl"
@@ -197,7 +197,7 @@ def prompt(off_diagonal, layers=3):
     matrix = np.full((1, layers, layers), off_diagonal, np.float32)
     matrix[:, range(layers), range(layers)] = 0
     return PromptCoupling(
-        (1, 2), 1, (demo.RANK,), {"depth": Found({"normalized_miscoupling": matrix})}
+        (1, 2), 1, (demo.RANK,), {"depth": MeasureResult({"normalized_miscoupling": matrix})}
     )
 
 
@@ -211,7 +211,10 @@ def test_explanation_sets_both_models_beside_chance():
 
 def test_nothing_measured_is_an_error_that_says_why():
     failed = PromptCoupling(
-        (1, 2), 1, (demo.RANK,), {"depth": Found({}, (Reason("out_of_memory", "out of memory"),))}
+        (1, 2),
+        1,
+        (demo.RANK,),
+        {"depth": MeasureResult({}, (Reason("out_of_memory", "out of memory"),))},
     )
     with pytest.raises(CouplingError, match=r"got no measurement of 2 prompts \(out of memory\)"):
         demo._measured([failed, failed])

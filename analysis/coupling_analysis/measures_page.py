@@ -16,9 +16,9 @@ from lm_eval_coupling.measures.registry import (
     Column,
     Measure,
     Reading,
-    argument,
     default_measures,
-    measures,
+    measures_argument,
+    registered_measures,
 )
 from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE
 
@@ -88,7 +88,7 @@ def build_page() -> str:
             _INTRO,
             *_overview(),
             *_common(),
-            *(line for m in measures().values() for line in _measure(m)),
+            *(line for m in registered_measures().values() for line in _measure(m)),
             *_codes(),
             _RECIPES,
         ]
@@ -105,10 +105,10 @@ def _overview() -> Iterator[str]:
             ", ".join(f"`{s}`" for s in ("dtype", *m.settings)),
             m.doc,
         )
-        for m in measures().values()
+        for m in registered_measures().values()
     ]
     yield from _table(("measure", "default", "version", "depends on", "what it says"), rows)
-    yield f"The default is `{argument([])}`; the order does not matter, and what is in the store is not measured again.\n"
+    yield f"The default is `{measures_argument([])}`; the order does not matter, and what is in the store is not measured again.\n"
 
 
 def _common() -> Iterator[str]:
@@ -123,7 +123,7 @@ def _common() -> Iterator[str]:
 def _measure(measure: Measure) -> Iterator[str]:
     yield f"## `{measure.name}`\n"
     others = [] if measure.name in default_measures() else [measure.name]
-    yield f"{measure.doc} Asked for with `{','.join(filter(None, (argument(others), measure.option)))}`.\n"
+    yield f"{measure.doc} Asked for with `{','.join(filter(None, (measures_argument(others), measure.option)))}`.\n"
     yield from _columns(measure.columns)
     if measure.readings:
         yield "Readings, as they are summarised, fitted and drawn:\n"

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.losses import LOSSES
-from lm_eval_coupling.measures.registry import measures
+from lm_eval_coupling.measures.registry import registered_measures
 
 COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
 _SIZES = (*COVARIATES, "log10_compute", "n_heads", "vocab_size")
@@ -89,7 +89,7 @@ def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
         {int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")}
     )
     ranks.sort(key=lambda rank: rank != rows["coupling_rank"].mode()[0])
-    for measure in measures().values():
+    for measure in registered_measures().values():
         kind = _COUPLING.get(measure.name, measure.name)
         for reading in [reading for reading in measure.readings if reading.over == "prompt"]:
             at = ranks if reading.of_rank else [None]

@@ -17,11 +17,11 @@ from lm_eval_coupling.measures.formulas.headline import (
 from lm_eval_coupling.measures.registry import (
     JACOBIAN,
     Column,
-    Found,
     Measure,
+    MeasureResult,
     Reading,
     Record,
-    of_column,
+    column_reading,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ AT_ONCE = (
 )  # entries of Jacobians that a device looks at together, with four times as many beside them
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """Miscoupling of all pairs of blocks of every prompt, with the singular values it rests on."""
     from lm_eval_coupling.numerics.memory import prompts_at_once
 
@@ -44,10 +44,10 @@ def run(batch: Batch) -> list[Found]:
     at_once = prompts_at_once(
         len(batch.traces[0].calls), settings.ranks[-1], like.element_size(), like.device
     )
-    return batch.together(_of_prompts, "depth", at_once)
+    return batch.measure_together(_of_prompts, "depth", at_once)
 
 
-def _of_prompts(prompts: Sequence[TracedPrompt]) -> list[Found]:
+def _of_prompts(prompts: Sequence[TracedPrompt]) -> list[MeasureResult]:
     import torch
 
     from lm_eval_coupling.measures.formulas.miscoupling import (
@@ -85,7 +85,7 @@ def _of_prompts(prompts: Sequence[TracedPrompt]) -> list[Found]:
     )
     columns |= {"singular_values": S, "svd_residual": triplets.residual}
     return [
-        Found(found | one.proof, undefined_pairs(found["normalized_miscoupling"][-1]))
+        MeasureResult(found | one.proof, undefined_pairs(found["normalized_miscoupling"][-1]))
         for one, found in zip(prompts, rows_on_host(columns), strict=True)
     ]
 
@@ -271,7 +271,7 @@ def _readings() -> Sequence[Reading]:
         mean_of_pairs("miscoupling_to", "miscoupling m_K"),
         mean_of_pairs("miscoupling_to_absolute", "miscoupling m_K of |A|"),
         mean_of_pairs("miscoupling_to_trace", "miscoupling m_K by the trace"),
-        *(of_column(name, label, over="block") for name, label in _OWN.items()),
+        *(column_reading(name, label, over="block") for name, label in _OWN.items()),
         *(_mean_of(name, label) for name, label in _OWN.items()),
         Reading(
             "middle_over_outer_norm",

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_coupling.errors import Reason
-from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading, Record, of_column
+from lm_eval_coupling.measures.registry import (
+    Column,
+    Measure,
+    MeasureResult,
+    Reading,
+    Record,
+    column_reading,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +25,12 @@ if TYPE_CHECKING:
 _FEWEST = 3  # tokens, from which on there is a curvature
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """Geometry of the stream of every prompt."""
-    return batch.each(_of_prompt, "geometry")
+    return batch.measure_each(_of_prompt, "geometry")
 
 
-def _of_prompt(one: TracedPrompt) -> Found:
+def _of_prompt(one: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.measures.formulas import token_states as maths
 
     x = one.trajectory
@@ -35,11 +42,11 @@ def _of_prompt(one: TracedPrompt) -> Found:
     }
     if len(one.tokens) < _FEWEST:
         words = f"no geometry of the tokens' states: the prompt has {len(one.tokens)}, at least {_FEWEST} are needed"
-        return Found(columns, (Reason("too_short", words),))
+        return MeasureResult(columns, (Reason("too_short", words),))
     columns |= _of_states(one)
     undefined = [name for name, value in columns.items() if bool(value.isnan().any())]
     words = f"undefined {', '.join(undefined)}: a state, a step or their spread is zero"
-    return Found(columns, (Reason("undefined", words),) if undefined else ())
+    return MeasureResult(columns, (Reason("undefined", words),) if undefined else ())
 
 
 def _of_states(one: TracedPrompt) -> dict[str, Tensor]:
@@ -113,9 +120,9 @@ def _readings() -> Sequence[Reading]:
         "massive_activation": "max / median of |x|",
         "token_curvature": "curvature over tokens (radians)",
     }
-    drawn = [of_column(name, label, over="block") for name, label in of_blocks.items()]
+    drawn = [column_reading(name, label, over="block") for name, label in of_blocks.items()]
     drawn += [
-        of_column(name, label, over="point", log=name == "massive_activation")
+        column_reading(name, label, over="point", log=name == "massive_activation")
         for name, label in of_points.items()
     ]
     means = [
@@ -138,7 +145,7 @@ def _readings() -> Sequence[Reading]:
             lambda v: v[-1],
         ),
         _summary("curvature_drop", "drop of the curvature to the middle", "token_curvature", _drop),
-        of_column("matrix_nuclear_norm", "matrix nuclear norm of the last states"),
+        column_reading("matrix_nuclear_norm", "matrix nuclear norm of the last states"),
     )
 
 

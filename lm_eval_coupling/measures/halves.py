@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lm_eval_coupling.errors import Reason, Unmeasurable
 from lm_eval_coupling.measures.depth import undefined_pairs
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of
-from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading, Record
+from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, Reading, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,12 +20,12 @@ HALVES = ("attention", "mlp")
 _SLACK = 10  # tolerances of one Jacobian that two of them and a product may be off the whole
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """m̃ among the halves of all blocks of every prompt."""
-    return batch.each(_of_prompt, "halves")
+    return batch.measure_each(_of_prompt, "halves")
 
 
-def _of_prompt(one: TracedPrompt) -> Found:
+def _of_prompt(one: TracedPrompt) -> MeasureResult:
     import torch
 
     from lm_eval_coupling.measures.formulas.miscoupling import normalized_by_rank
@@ -47,7 +47,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
         columns[f"{half}_coupling"] = couplings_of(pairs)
         reasons += undefined_pairs(pairs[-1], f" of the {half} halves")
-    return Found(columns, tuple(reasons))
+    return MeasureResult(columns, tuple(reasons))
 
 
 def _of_block(one: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.measures.registry import Column, Found, Measure, of_column
+from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, column_reading
 
 if TYPE_CHECKING:
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
     from lm_eval_coupling.measuring.settings import Settings
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """Norms of the Jacobians from every token to the measured one, and the full spectrum of J_tt, of every prompt."""
-    return batch.each(_of_prompt, "spectra")
+    return batch.measure_each(_of_prompt, "spectra")
 
 
-def _of_prompt(one: TracedPrompt) -> Found:
+def _of_prompt(one: TracedPrompt) -> MeasureResult:
     import numpy as np
     import torch
 
@@ -45,7 +45,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         rows["participation"].append(spectrum.participation_ratio(S))
         rows["S"].append(S[: one.settings.ranks[-1]].numpy())
     slope, r2 = spectrum.inverse_against_depth(np.stack(rows["S"]))
-    return Found(
+    return MeasureResult(
         {
             "effective_rank": rows["effective_rank"],
             "participation_ratio": rows["participation"],
@@ -88,8 +88,8 @@ MEASURES = (
         run=run,
         settings=("ranks", "method"),
         readings=(
-            of_column("effective_rank", "effective rank of the Jacobian", over="block"),
-            of_column("participation_ratio", "participation ratio", over="block"),
+            column_reading("effective_rank", "effective rank of the Jacobian", over="block"),
+            column_reading("participation_ratio", "participation ratio", over="block"),
         ),
         extra=_extra,
     ),

@@ -134,14 +134,14 @@ class Reading:
         ], values
 
 
-def of_column(name: str, label: str, column: str | None = None, **more: Any) -> Reading:
+def column_reading(name: str, label: str, column: str | None = None, **more: Any) -> Reading:
     """A reading that is a column as it stands, by default the one of its name."""
     column = column or name
     return Reading(name, label, column, lambda record, rank: record[column], **more)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class MeasureResult:
     """What a measure found for one prompt: its columns, why some are missing or undefined, and how long it took."""
 
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -176,7 +176,7 @@ class Measure:
     name: str
     doc: str
     columns: tuple[Column, ...]
-    run: Callable[[Batch], Sequence[Found]]
+    run: Callable[[Batch], Sequence[MeasureResult]]
     version: int = 1
     settings: tuple[str, ...] = ()
     default: bool = False
@@ -185,7 +185,7 @@ class Measure:
     jacobians: bool = False
     extra: Callable[[int, int, Settings], tuple[int, int]] | None = None
 
-    def cast(self, found: Found) -> Found:
+    def cast(self, found: MeasureResult) -> MeasureResult:
         """``found`` with its columns as records hold them.
 
         Returns:
@@ -199,7 +199,7 @@ class Measure:
             raise CouplingError(
                 f"got column {unknown[0]!r} of measure {self.name}, expected one of {', '.join(known)}"
             )
-        return Found(
+        return MeasureResult(
             {name: known[name].cast(v) for name, v in found.columns.items()},
             found.reasons,
             found.seconds,
@@ -247,7 +247,7 @@ JACOBIAN = (
 
 
 @functools.cache
-def measures() -> dict[str, Measure]:
+def registered_measures() -> dict[str, Measure]:
     """Every measure by its name: what is measured unless others are asked for comes first, then by name."""
     names = [module.name for module in pkgutil.iter_modules(_package.__path__) if not module.ispkg]
     modules = [
@@ -263,12 +263,16 @@ def measures() -> dict[str, Measure]:
 
 def default_measures() -> tuple[str, ...]:
     """What is measured unless others are asked for."""
-    return tuple(name for name, measure in measures().items() if measure.default)
+    return tuple(name for name, measure in registered_measures().items() if measure.default)
 
 
 def measured_columns() -> dict[str, Column]:
     """The columns of all measures, in their order; one that several measures record stands once."""
-    return {column.name: column for measure in measures().values() for column in measure.columns}
+    return {
+        column.name: column
+        for measure in registered_measures().values()
+        for column in measure.columns
+    }
 
 
 def record_columns() -> dict[str, Column]:
@@ -283,11 +287,13 @@ def record_columns() -> dict[str, Column]:
 def readings() -> dict[str, Reading]:
     """Every reading by its name, in the order of the measures."""
     return {
-        reading.name: reading for measure in measures().values() for reading in measure.readings
+        reading.name: reading
+        for measure in registered_measures().values()
+        for reading in measure.readings
     }
 
 
-def summarised(names: Iterable[str] | None = None) -> list[Reading]:
+def prompt_readings(names: Iterable[str] | None = None) -> list[Reading]:
     """The readings that are one number of a prompt, of all measures or of those named.
 
     They are what tasks are summarised with and what scores are compared to.
@@ -296,27 +302,27 @@ def summarised(names: Iterable[str] | None = None) -> list[Reading]:
         In the order in which the measures are registered.
     """
     chosen = (
-        measures().values()
+        registered_measures().values()
         if names is None
-        else [measures()[name] for name in measures() if name in {*names}]
+        else [registered_measures()[name] for name in registered_measures() if name in {*names}]
     )
     return [
         reading for measure in chosen for reading in measure.readings if reading.over == "prompt"
     ]
 
 
-def argument(names: Iterable[str]) -> str:
+def measures_argument(names: Iterable[str]) -> str:
     """``coupling_measures=…`` with these measures beside those by default, in their order."""
     wanted = {*default_measures(), *names}
-    return "coupling_measures=" + "+".join(name for name in measures() if name in wanted)
+    return "coupling_measures=" + "+".join(name for name in registered_measures() if name in wanted)
 
 
-def option_of(column: str) -> str | None:
+def recording_option(column: str) -> str | None:
     """Arguments of a run that records ``column``; ``None`` if no measure does."""
-    for measure in measures().values():
+    for measure in registered_measures().values():
         for known in measure.columns:
             if known.name == column:
                 return known.option or ",".join(
-                    filter(None, (argument([measure.name]), measure.option))
+                    filter(None, (measures_argument([measure.name]), measure.option))
                 )
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_coupling.errors import Reason
-from lm_eval_coupling.measures.registry import Column, Found, Measure, of_column
+from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, column_reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,13 @@ WINDOW = 11  # blocks, as in the paper; all of them where a model has fewer
 AT_ONCE = 1 << 24  # numbers of the trajectories that are looked at together
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """Regularity of every prompt's trajectory."""
     entropies = _entropies(batch) if len(batch) > 1 else {}
     at_once = max(1, AT_ONCE // batch.trajectories[0].numel())
-    return batch.together(lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once)
+    return batch.measure_together(
+        lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once
+    )
 
 
 def _entropies(batch: Batch) -> dict[int, Any]:
@@ -46,7 +48,9 @@ def _entropies(batch: Batch) -> dict[int, Any]:
         return {}
 
 
-def _of_prompts(prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]) -> list[Found]:
+def _of_prompts(
+    prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]
+) -> list[MeasureResult]:
     """``entropies`` are those that are known already, by the prompt's place in the batch."""
     import torch
 
@@ -82,10 +86,10 @@ def _numbers(x: Tensor, window: int) -> list[dict[str, Any]]:
     ]
 
 
-def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> Found:
+def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> MeasureResult:
     entropy, reasons = _entropy(one) if known_entropy is None else ({"entropy": known_entropy}, ())
     scores = {name: columns[name] for name in ("line_shape_score", "expodistance")}
-    return Found(columns | entropy | _trajectories(one), (*_undefined(scores), *reasons))
+    return MeasureResult(columns | entropy | _trajectories(one), (*_undefined(scores), *reasons))
 
 
 def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
@@ -199,14 +203,14 @@ MEASURES = (
         settings=("window", "trajectories"),
         default=True,
         readings=(
-            of_column("line_shape_score", "line-shape score", sign=-1),
-            of_column("expodistance", "expodistance", sign=-1),
-            of_column("equidistance", "variation of step lengths"),
-            of_column("norms", "norm ‖x‖", over="point", log=True),
-            of_column("step_lengths", "step length ‖Δx‖", over="block", log=True),
-            of_column("windowed_line_shape", "line-shape score, windowed", over="window"),
-            of_column("windowed_expodistance", "expodistance, windowed", over="window"),
-            of_column("entropy", "entropy of the decoded logits (nats)", over="point"),
+            column_reading("line_shape_score", "line-shape score", sign=-1),
+            column_reading("expodistance", "expodistance", sign=-1),
+            column_reading("equidistance", "variation of step lengths"),
+            column_reading("norms", "norm ‖x‖", over="point", log=True),
+            column_reading("step_lengths", "step length ‖Δx‖", over="block", log=True),
+            column_reading("windowed_line_shape", "line-shape score, windowed", over="window"),
+            column_reading("windowed_expodistance", "expodistance, windowed", over="window"),
+            column_reading("entropy", "entropy of the decoded logits (nats)", over="point"),
         ),
     ),
 )

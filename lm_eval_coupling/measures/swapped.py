@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lm_eval_coupling.measures.depth import PAIRS, mean_of_pairs
-from lm_eval_coupling.measures.registry import JACOBIAN, Column, Found, Measure
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Measure, MeasureResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
 
 
-def run(batch: Batch) -> list[Found]:
+def run(batch: Batch) -> list[MeasureResult]:
     """m_K of all pairs of blocks of every prompt with U and V exchanged."""
-    return batch.each(_of_prompt, "swapped")
+    return batch.measure_each(_of_prompt, "swapped")
 
 
-def _of_prompt(one: TracedPrompt) -> Found:
+def _of_prompt(one: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.measures.formulas.miscoupling import (
         at_ranks,
         coupling_matrices,
@@ -40,7 +40,7 @@ def _of_prompt(one: TracedPrompt) -> Found:
         }
 
     A = coupling_matrices(one.jacobians, V, U)
-    return Found(at_ranks(A, numerical_rank(S), ranks, both) | one.proof)
+    return MeasureResult(at_ranks(A, numerical_rank(S), ranks, both) | one.proof)
 
 
 MEASURES = (

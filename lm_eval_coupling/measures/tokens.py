@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
-from lm_eval_coupling.measures.registry import Column, Found, Measure
+from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult
 
 if TYPE_CHECKING:
     from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 PAIRS = "rank chosen chosen token token"
 
 
-def run_self(batch: Batch) -> list[Found]:
+def run_self(batch: Batch) -> list[MeasureResult]:
     """m̃ between the J_tt of the chosen tokens of every prompt, for all pairs of the chosen layers."""
-    return batch.each(_self_coupling, "self")
+    return batch.measure_each(_self_coupling, "self")
 
 
-def run_context(batch: Batch) -> list[Found]:
+def run_context(batch: Batch) -> list[MeasureResult]:
     """m̃ between Jacobians with the input token fixed (the first chosen) and with the output token fixed (the measured)."""
-    return batch.each(_context_coupling, "context")
+    return batch.measure_each(_context_coupling, "context")
 
 
 def _chosen(one: TracedPrompt) -> tuple[list[int], list[int]]:
@@ -34,16 +34,16 @@ def _chosen(one: TracedPrompt) -> tuple[list[int], list[int]]:
     )
 
 
-def _self_coupling(one: TracedPrompt) -> Found:
+def _self_coupling(one: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
 
     layers, tokens = _chosen(one)
     blocks = jacobians_over(one.trace, layers, [(t, t) for t in tokens], one.settings.method)
     found = miscoupling_of_all(blocks, one.settings.ranks)
-    return Found({"self_tokens": tokens, "self_layers": layers, "self_miscoupling": found})
+    return MeasureResult({"self_tokens": tokens, "self_layers": layers, "self_miscoupling": found})
 
 
-def _context_coupling(one: TracedPrompt) -> Found:
+def _context_coupling(one: TracedPrompt) -> MeasureResult:
     import numpy as np
 
     from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
@@ -62,7 +62,7 @@ def _context_coupling(one: TracedPrompt) -> Found:
     size = 2 * (len(layers) * len(tokens)) ** 2
     words = f"{undefined} of {size} context couplings are undefined: a Jacobian is zero or of rank below K"
     reasons = (Reason("zero_or_low_rank", words),) if undefined else ()
-    return Found({"context_tokens": tokens, "context_layers": layers} | found, reasons)
+    return MeasureResult({"context_tokens": tokens, "context_layers": layers} | found, reasons)
 
 
 def _extra(kinds: int) -> Callable[[int, int, Settings], tuple[int, int]]:

@@ -18,7 +18,7 @@ from lm_eval_coupling.errors import Reason, Unmeasurable, reason_of
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_traces
 from lm_eval_coupling.jacobians.protocol import Model
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
@@ -185,7 +185,9 @@ class Batch:
         with contextlib.suppress(AttributeError):
             del self.blocks
 
-    def each(self, measure: Callable[[TracedPrompt], Found], name: str) -> list[Found]:
+    def measure_each(
+        self, measure: Callable[[TracedPrompt], MeasureResult], name: str
+    ) -> list[MeasureResult]:
         """What ``measure`` finds for each prompt; a prompt that it fails for has a reason, the others are not touched.
 
         Returns:
@@ -196,10 +198,13 @@ class Batch:
         """
         return [self._alone(measure, one, name) for one in self]
 
-    def together(
-        self, measure: Callable[[Sequence[TracedPrompt]], list[Found]], name: str, at_once: int
-    ) -> list[Found]:
-        """As :meth:`each`, but ``measure`` takes up to ``at_once`` prompts; where it fails, each of them is measured alone.
+    def measure_together(
+        self,
+        measure: Callable[[Sequence[TracedPrompt]], list[MeasureResult]],
+        name: str,
+        at_once: int,
+    ) -> list[MeasureResult]:
+        """As :meth:`measure_each`, but ``measure`` takes up to ``at_once`` prompts; where it fails, each of them is measured alone.
 
         Returns:
             As many as there are prompts, in their order.
@@ -211,10 +216,10 @@ class Batch:
 
     def _group(
         self,
-        measure: Callable[[Sequence[TracedPrompt]], list[Found]],
+        measure: Callable[[Sequence[TracedPrompt]], list[MeasureResult]],
         prompts: Sequence[TracedPrompt],
         name: str,
-    ) -> list[Found]:
+    ) -> list[MeasureResult]:
         start = time.perf_counter()
         if len(prompts) > 1:
             try:
@@ -232,23 +237,23 @@ class Batch:
         return [self._alone(lambda one: measure([one])[0], one, name) for one in prompts]
 
     def _alone(
-        self, measure: Callable[[TracedPrompt], Found], one: TracedPrompt, name: str
-    ) -> Found:
+        self, measure: Callable[[TracedPrompt], MeasureResult], one: TracedPrompt, name: str
+    ) -> MeasureResult:
         start = time.perf_counter()
         try:
             part = measure(one)
         except DoubtfulJacobian as error:  # it says the same for every measure that needs it
-            part = Found(error.proof, (error.reason,))
+            part = MeasureResult(error.proof, (error.reason,))
         except Exception as error:
             reason = reason_of(error)
             if reason.code == "out_of_memory" and len(self) > 1:
                 raise
-            part = Found({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
+            part = MeasureResult({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
         return _on_host(part, time.perf_counter() - start)
 
 
-def _on_host(part: Found, seconds: float) -> Found:
-    return Found(
+def _on_host(part: MeasureResult, seconds: float) -> MeasureResult:
+    return MeasureResult(
         {column: on_host(value) for column, value in part.columns.items()}, part.reasons, seconds
     )
 

@@ -15,7 +15,7 @@ from lm_eval_coupling.jacobians.engine import require_model, resolve_token
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.batch import DTYPES, Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings, chosen_measures, chosen_ranks
@@ -126,7 +126,7 @@ def measure_prompts(
     """
     asked = [position] * len(prompts) if isinstance(position, int) else list(position)
     at: list[int] = []
-    found: dict[int, dict[str, Found]] = {}
+    found: dict[int, dict[str, MeasureResult]] = {}
     for i, (tokens, token) in enumerate(zip(prompts, asked, strict=True)):
         try:
             at.append(resolve_token(token, len(tokens)))
@@ -142,14 +142,14 @@ def measure_prompts(
     ]
 
 
-def _nothing(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, Found]:
+def _nothing(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, MeasureResult]:
     share = seconds / len(settings.measures)
-    return {name: Found({}, (reason,), share) for name in settings.measures}
+    return {name: MeasureResult({}, (reason,), share) for name in settings.measures}
 
 
 def _measured(
     model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
-) -> list[dict[str, Found]]:
+) -> list[dict[str, MeasureResult]]:
     """What each measure found for each prompt."""
     if not prompts:
         return []
@@ -176,9 +176,9 @@ def _measured(
 @torch.no_grad()
 def _together(
     model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
-) -> list[dict[str, Found]]:
+) -> list[dict[str, MeasureResult]]:
     start = time.perf_counter()
-    known = registry.measures()
+    known = registry.registered_measures()
     # Those of the Jacobians J_tt first: their memory is given back before the others begin.
     names = sorted(settings.measures, key=lambda name: not known[name].jacobians)
     if model.device.type == "cpu":
@@ -188,12 +188,12 @@ def _together(
     if derivative:
         batch.blocks  # noqa: B018 here, because a failure would be that of the whole batch
     shared = (time.perf_counter() - start) / len(batch)
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[MeasureResult]] = {}
     for name in names:
         if not known[name].jacobians:
             batch.forget_jacobians()
         found[name] = [known[name].cast(part) for part in known[name].run(batch)]
     found[names[0]] = [
-        Found(part.columns, part.reasons, part.seconds + shared) for part in found[names[0]]
+        MeasureResult(part.columns, part.reasons, part.seconds + shared) for part in found[names[0]]
     ]
     return [{name: found[name][i] for name in settings.measures} for i in range(len(batch))]

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, Reason, flag, one_of, whole
 from lm_eval_coupling.measures.formulas.headline import coupling_of
-from lm_eval_coupling.measures.registry import Found, measured_columns, record_columns
+from lm_eval_coupling.measures.registry import MeasureResult, measured_columns, record_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +24,29 @@ class PromptCoupling:
         tokens: token ids.
         position: the measured token, from 0.
         ranks: numbers K of top singular vectors, ascending.
-        found: what each measure found, by its name, with the reasons for what is missing or undefined.
+        results: what each measure found, by its name, with the reasons for what is missing or undefined.
     """
 
     tokens: tuple[int, ...]
     position: int
     ranks: tuple[int, ...]
-    found: Mapping[str, Found] = dataclasses.field(default_factory=dict)
+    results: Mapping[str, MeasureResult] = dataclasses.field(default_factory=dict)
 
     @property
     def measures(self) -> tuple[str, ...]:
         """What was asked for."""
-        return tuple(self.found)
+        return tuple(self.results)
 
     @property
     def seconds(self) -> float:
         """What it took, a batch's time divided by its prompts."""
-        return math.fsum(found.seconds for found in self.found.values())
+        return math.fsum(found.seconds for found in self.results.values())
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """Why something is missing or undefined, each once."""
         return tuple(
-            dict.fromkeys(reason for found in self.found.values() for reason in found.reasons)
+            dict.fromkeys(reason for found in self.results.values() for reason in found.reasons)
         )
 
     @property
@@ -63,7 +63,7 @@ class PromptCoupling:
         column = None if name.startswith("_") else measured_columns().get(name)
         if column is None:
             raise AttributeError(f"{type(self).__name__} has no column {name!r}")
-        for found in self.found.values():
+        for found in self.results.values():
             if found.columns.get(name) is not None:
                 return found.columns[name]
         return column.missing

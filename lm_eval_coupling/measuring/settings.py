@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown, whole
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens, written
-from lm_eval_coupling.measures.registry import default_measures, measures
+from lm_eval_coupling.measures.registry import default_measures, registered_measures
 
 BYTES = {"float32": 4, "float64": 8}  # of a number
 METHODS = ("auto", "closed", "token-local", "autodiff")
@@ -29,7 +29,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", chosen_ranks(self.ranks))
-        known = measures()
+        known = registered_measures()
         if unknown := [name for name in self.measures if name not in known]:
             raise CouplingError(
                 f"got coupling_measures={_plus(self.measures)} with unknown measure {unknown[0]!r}, "
@@ -65,9 +65,9 @@ class Settings:
                 f"got a window of {self.window} blocks for a model of {n_layers}, give a coupling_window of at most that"
             )
 
-    def of(self, measure: str) -> dict[str, Any]:
+    def for_measure(self, measure: str) -> dict[str, Any]:
         """What the numbers of one measure depend on, JSON-able, its version included: part of their key."""
-        about = measures()[measure]
+        about = registered_measures()[measure]
         plain = {name: getattr(self, name) for name in ("dtype", *about.settings)}
         return {name: _plain(value) for name, value in plain.items()} | {"version": about.version}
 
@@ -76,21 +76,23 @@ class Settings:
         names = {
             name
             for measure in self.measures
-            for name in ("dtype", "ranks", "method", *measures()[measure].settings)
+            for name in ("dtype", "ranks", "method", *registered_measures()[measure].settings)
         }
         plain = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name in names or f.name == "measures"
         }
-        versions = {f"{name}_version": measures()[name].version for name in self.measures}
+        versions = {
+            f"{name}_version": registered_measures()[name].version for name in self.measures
+        }
         return {
             name: _plain(value) for name, value in plain.items() if value not in (None, False)
         } | versions
 
     def extra(self, n_layers: int, d_model: int, position: int) -> tuple[int, float]:
         """Jacobians that a prompt takes beside those of the depth, and MB of them held at a time."""
-        found = [measures()[name].extra for name in self.measures]
+        found = [registered_measures()[name].extra for name in self.measures]
         counts = [extra(n_layers, position, self) for extra in found if extra is not None]
         held = max((held for _, held in counts), default=0)
         return sum(number for number, _ in counts), held * d_model**2 * BYTES[self.dtype] / 1e6
@@ -111,7 +113,7 @@ def chosen_measures(given: Any) -> tuple[str, ...]:
     )
     if not all(isinstance(name, str) for name in several):
         raise CouplingError(
-            f"got coupling_measures={shown(given)}, expected any of {', '.join(measures())}"
+            f"got coupling_measures={shown(given)}, expected any of {', '.join(registered_measures())}"
         )
     return tuple(several)
 

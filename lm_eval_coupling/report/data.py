@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
-from lm_eval_coupling.measures.registry import Reading, summarised
+from lm_eval_coupling.measures.registry import Reading, prompt_readings
 from lm_eval_coupling.report.task_table import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
@@ -110,7 +110,7 @@ def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
             "of_rank": reading.of_rank,
             "sign": reading.sign,
         }
-        for reading in summarised()
+        for reading in prompt_readings()
         if reading.name in known and reading.name != "coupling"
     ]
 
@@ -195,7 +195,7 @@ def _row(row: Mapping[str, Any], run: SavedRun, tables: _Tables) -> dict[str, An
         "scores": scores,
         "main": _main_score(run, task),
         "coupling": {rank: _coupling(row, rank) for rank in _ranks(row)},
-        "readings": {reading.name: _reading(row, reading) for reading in summarised()},
+        "readings": {reading.name: _reading(row, reading) for reading in prompt_readings()},
         "tables": tables.numbers(run, task),
     }
 

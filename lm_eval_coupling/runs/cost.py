@@ -38,7 +38,7 @@ def seconds_needed(
     first = max(measured, key=lambda record: record.seconds)
     of_measures = [
         f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"
-        for name, found in first.found.items()
+        for name, found in first.results.items()
         if found.seconds > 0
     ]
     who = (

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import resolve_token
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
-from lm_eval_coupling.measures.registry import Found, measures
+from lm_eval_coupling.measures.registry import MeasureResult, registered_measures
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
@@ -30,7 +30,7 @@ logger = logging.getLogger(
 )  # below lm-eval's own, so that its verbosity and handler apply
 
 Tokens = tuple[int, ...]
-Known = dict[Tokens, dict[str, Found]]  # by the name of the measure
+Known = dict[Tokens, dict[str, MeasureResult]]  # by the name of the measure
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Session:
     def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
         position = resolve_token(self._asked(tokens), len(tokens))
         return self.store.key(
-            subject.model.identity, measure, self.settings.of(measure), tokens, position
+            subject.model.identity, measure, self.settings.for_measure(measure), tokens, position
         )
 
     def _recalled(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
@@ -148,7 +148,7 @@ class Session:
                     CouplingError
                 ):  # a token that the prompt does not have: its record says so
                     if (found := self.store.get(self._key(subject, name, tokens))) is not None:
-                        known[tokens][name] = measures()[name].cast(found)
+                        known[tokens][name] = registered_measures()[name].cast(found)
         return known
 
     def _complete(self, known: Known) -> dict[Tokens, PromptCoupling]:
@@ -159,10 +159,10 @@ class Session:
             if not self._missing(found)
         }
 
-    def _missing(self, found: Mapping[str, Found]) -> tuple[str, ...]:
+    def _missing(self, found: Mapping[str, MeasureResult]) -> tuple[str, ...]:
         return tuple(name for name in self.settings.measures if name not in found)
 
-    def _record(self, tokens: Tokens, found: Mapping[str, Found]) -> PromptCoupling:
+    def _record(self, tokens: Tokens, found: Mapping[str, MeasureResult]) -> PromptCoupling:
         position = resolve_token(self._asked(tokens), len(tokens))
         return PromptCoupling(
             tokens, position, self.settings.ranks, {n: found[n] for n in self.settings.measures}
@@ -173,7 +173,7 @@ class Session:
         settled = [
             (self._key(subject, name, record.tokens), found)
             for record in records
-            for name, found in record.found.items()
+            for name, found in record.results.items()
             if found.settled
         ]
         try:
@@ -240,9 +240,9 @@ class Session:
         return told
 
     def _with_known(self, record: PromptCoupling, known: Known) -> PromptCoupling:
-        found = {**known[record.tokens], **record.found}
+        found = {**known[record.tokens], **record.results}
         return dataclasses.replace(
-            record, found={name: found[name] for name in self.settings.measures}
+            record, results={name: found[name] for name in self.settings.measures}
         )
 
     def _counted(self, prompts: Sequence[Tokens], waiting: int) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_eval_coupling.cache import cache_folder
 from lm_eval_coupling.errors import CouplingError, Reason, why
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class MeasurementStore:
             json.dumps(what, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
-    def get(self, key: str) -> Found | None:
+    def get(self, key: str) -> MeasureResult | None:
         """What is stored under ``key``, arrays as NumPy and tuples as lists; ``None`` if missing or unreadable."""
         try:
             found = self._connection.execute(
@@ -100,7 +100,7 @@ class MeasurementStore:
             )
             return None
 
-    def put(self, entries: Mapping[str, Found]) -> None:
+    def put(self, entries: Mapping[str, MeasureResult]) -> None:
         """Keep what was found (columns of JSON-able values, NumPy arrays, ``None``) by key, durably: all or nothing.
 
         The last one under a key wins.
@@ -221,7 +221,7 @@ class MeasurementStore:
 _ANOTHER = "choose another file with coupling_store=PATH"
 
 
-def _encode(found: Found) -> bytes:
+def _encode(found: MeasureResult) -> bytes:
     columns = dict(found.columns) | {
         _REASONS: [[r.code, r.words] for r in found.reasons],
         _SECONDS: found.seconds,
@@ -235,9 +235,9 @@ def _encode(found: Found) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(blob: bytes) -> Found:
+def _decode(blob: bytes) -> MeasureResult:
     with np.load(io.BytesIO(blob), allow_pickle=False) as saved:
         order, plain = json.loads(saved[_PLAIN].tobytes())
         columns = {name: plain[name] if name in plain else saved[name] for name in order}
     reasons = tuple(Reason(*reason) for reason in columns.pop(_REASONS))
-    return Found(columns, reasons, columns.pop(_SECONDS))
+    return MeasureResult(columns, reasons, columns.pop(_SECONDS))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.means import mean_and_error
-from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, summarised
+from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, prompt_readings
 from lm_eval_coupling.measuring.record import PromptCoupling
 
 
@@ -46,14 +46,14 @@ _PROOF = {column.name for column in JACOBIAN}
 
 def was_measured(prompt: PromptCoupling) -> bool:
     """Whether any number is known of it, beside the proof of its Jacobians."""
-    return any(not _PROOF.issuperset(found.columns) for found in prompt.found.values())
+    return any(not _PROOF.issuperset(found.columns) for found in prompt.results.values())
 
 
 def rests_on_jacobians(prompt: PromptCoupling) -> bool:
     """Whether a number of it was computed from the Jacobians that its certificate is of: those refused have none."""
     return any(
         "certificate" in found.columns and not _PROOF.issuperset(found.columns)
-        for found in prompt.found.values()
+        for found in prompt.results.values()
     )
 
 
@@ -66,7 +66,7 @@ def _measures(
 ) -> dict[str, Any]:
     asked = {name for group in documents.values() for prompt in group for name in prompt.measures}
     found: dict[str, Any] = {}
-    for reading in summarised(asked or default_measures()):
+    for reading in prompt_readings(asked or default_measures()):
         by_rank = {
             rank: _over_documents(documents, _of_prompt(reading, rank))
             for rank in (ranks if reading.of_rank else ranks[:1])

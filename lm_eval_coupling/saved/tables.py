@@ -23,7 +23,12 @@ import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.measures.formulas.headline import couplings_of
-from lm_eval_coupling.measures.registry import Column, argument, option_of, record_columns
+from lm_eval_coupling.measures.registry import (
+    Column,
+    measures_argument,
+    record_columns,
+    recording_option,
+)
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
@@ -190,11 +195,11 @@ def _some(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.DataFram
     option = (
         "coupling_untrained=0"
         if needed == "untrained weights"
-        else option_of(needed) or argument([])
+        else recording_option(needed) or measures_argument([])
     )
     older = (
         ""
-        if option != argument([]) or "regularity" not in measures
+        if option != measures_argument([]) or "regularity" not in measures
         else "an older release made them or they failed: "
     )
     raise CouplingError(

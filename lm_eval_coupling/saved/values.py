@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas import means
 from lm_eval_coupling.measures.formulas.headline import couplings_of
-from lm_eval_coupling.measures.registry import Reading, record_columns, summarised
+from lm_eval_coupling.measures.registry import Reading, prompt_readings, record_columns
 from lm_eval_coupling.saved.saved_run import SavedTable
 
 # What a table says of a prompt, whoever reads it.
@@ -58,13 +58,17 @@ def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
 def plain_readings() -> tuple[Reading, ...]:
     """The readings that are one number of a prompt, have no rank and are read from no more than a number per layer."""
     dimensions = {name: column.dimensions for name, column in record_columns().items()}
-    return tuple(r for r in summarised() if not r.of_rank and len(dimensions.get(r.column, ())) < 2)
+    return tuple(
+        r for r in prompt_readings() if not r.of_rank and len(dimensions.get(r.column, ())) < 2
+    )
 
 
 def ranked_readings() -> tuple[Reading, ...]:
     """The readings that are one number of a prompt for every rank, kept in a column of their own."""
     columns = record_columns()
-    return tuple(r for r in summarised() if r.of_rank and columns[r.column].dimensions == ("rank",))
+    return tuple(
+        r for r in prompt_readings() if r.of_rank and columns[r.column].dimensions == ("rank",)
+    )
 
 
 def _read(rows: pd.DataFrame, known: Sequence[Reading]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import torch
 from wrapping import wrapped_on
 
 from lm_eval_coupling.measures.formulas import token_states as maths
-from lm_eval_coupling.measures.registry import measures, readings
+from lm_eval_coupling.measures.registry import readings, registered_measures
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 
@@ -98,7 +98,7 @@ def test_a_record_is_that_of_the_loops(seq, float64_device):
     )
     assert found.reason is None and found.certificate is None
     expected = naive(trace.trajectory(1), states)
-    assert set(expected) == {column.name for column in measures()["geometry"].columns}
+    assert set(expected) == {column.name for column in registered_measures()["geometry"].columns}
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
 

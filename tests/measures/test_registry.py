@@ -23,11 +23,11 @@ from lm_eval_coupling.saved.tables import write_tables
 TOY = '''
 """The mean of the stream after every block."""
 
-from lm_eval_coupling.measures.registry import Column, Found, Measure, Reading
+from lm_eval_coupling.measures.registry import Column, MeasureResult, Measure, Reading
 
 
 def run(batch):
-    return batch.each(lambda one: Found({"toy_means": one.trajectory[1:].mean(dim=1)}), "toy")
+    return batch.measure_each(lambda one: MeasureResult({"toy_means": one.trajectory[1:].mean(dim=1)}), "toy")
 
 
 MEASURES = (
@@ -76,35 +76,40 @@ def test_a_measure_is_one_file(toy, tmp_path):
     assert summarize({"d": [record]}, (2,))["measures"]["toy"]["mean"] == pytest.approx(
         float(record.toy_means[-1])
     )
-    assert registry.option_of("toy_means") == "coupling_measures=depth+regularity+toy"
+    assert registry.recording_option("toy_means") == "coupling_measures=depth+regularity+toy"
     assert "| `toy_means` | `[layer]` | mean of x^l over its coordinates |" in build_page()
 
 
 def test_a_column_that_was_not_declared_is_refused(toy):
-    found = registry.Found({"toys": 1})
+    found = registry.MeasureResult({"toys": 1})
     with pytest.raises(
         CouplingError, match="got column 'toys' of measure toy, expected one of toy_means"
     ):
-        registry.measures()["toy"].cast(found)
+        registry.registered_measures()["toy"].cast(found)
     with pytest.raises(
         CouplingError, match=r"got toy_means of shape \(\), expected the dimensions \[layer\]"
     ):
-        registry.measures()["toy"].cast(registry.Found({"toy_means": 1.0}))
+        registry.registered_measures()["toy"].cast(registry.MeasureResult({"toy_means": 1.0}))
 
 
 def test_names_are_unique_and_lead_somewhere():
     everything = [
-        reading for measure in registry.measures().values() for reading in measure.readings
+        reading
+        for measure in registry.registered_measures().values()
+        for reading in measure.readings
     ]
     assert len({reading.name for reading in everything}) == len(everything)
     fields = {field.name for field in dataclasses.fields(Settings)}
-    for measure in registry.measures().values():
+    for measure in registry.registered_measures().values():
         own = {column.name for column in measure.columns}
         assert {reading.column for reading in measure.readings} <= own
         assert set(measure.settings) <= fields - {"measures", "dtype"}
     shared = {column.name for column in registry.JACOBIAN}
     columns = [
-        c.name for m in registry.measures().values() for c in m.columns if c.name not in shared
+        c.name
+        for m in registry.registered_measures().values()
+        for c in m.columns
+        if c.name not in shared
     ]
     common = [column.name for column in (*registry.PROMPT, *registry.OUTCOME)]
     assert len({*columns, *common}) == len(columns) + len(common)
@@ -126,7 +131,7 @@ def test_names_are_unique_and_lead_somewhere():
     ],
 )
 def test_what_to_ask_a_run_for(column, option):
-    assert registry.option_of(column) == option
+    assert registry.recording_option(column) == option
 
 
 def test_depths_of_readings():
@@ -145,5 +150,5 @@ def test_depths_of_readings():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys; from lm_eval_coupling.measures import registry; registry.measures(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from lm_eval_coupling.measures import registry; registry.registered_measures(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

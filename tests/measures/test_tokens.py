@@ -18,7 +18,7 @@ from lm_eval_coupling.measures.formulas.spectrum import (
     inverse_against_depth,
     participation_ratio,
 )
-from lm_eval_coupling.measures.registry import measures
+from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import TrueDtype
@@ -300,7 +300,7 @@ def test_records_of_these_measures_round_trip(wrapped, tmp_path):
     from lm_eval_coupling.saved.records import load_records
     from lm_eval_coupling.saved.tables import write_tables
 
-    found = measured(wrapped, *measures(), tokens="last2", trajectories=True)
+    found = measured(wrapped, *registered_measures(), tokens="last2", trajectories=True)
     about = {
         "task": "t",
         "doc_id": 0,

@@ -71,18 +71,18 @@ def test_settings_are_json_and_tell_measurements_apart():
 
 def test_what_a_measure_depends_on_is_its_own():
     """Depth numbers are found again whatever is asked for beside them, in whatever order."""
-    assert Settings(measures=("depth",)).of("depth") == {
+    assert Settings(measures=("depth",)).for_measure("depth") == {
         "dtype": "float32",
         "ranks": [10, 30, 50],
         "method": "auto",
-        "version": registry.measures()["depth"].version,
+        "version": registry.registered_measures()["depth"].version,
     }
     one, other = (
         Settings(measures=("depth", "regularity")),
         Settings(measures=("regularity", "depth"), window=5),
     )
-    assert one.measures == other.measures and one.of("depth") == other.of("depth")
-    assert one.of("regularity") != other.of("regularity")
+    assert one.measures == other.measures and one.for_measure("depth") == other.for_measure("depth")
+    assert one.for_measure("regularity") != other.for_measure("regularity")
     assert other.as_dict()["window"] == 5 and other.as_dict()["regularity_version"] == 2
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import CouplingError, Reason
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
@@ -19,12 +19,12 @@ SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
 WRITER = """
 import sys
 import numpy as np
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.runs.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:
     for i in range(count):
-        store.put({f"{name}-{i}": Found({"values": np.full((40, 40), i, np.float32), "tokens": [i]})})
+        store.put({f"{name}-{i}": MeasureResult({"values": np.full((40, 40), i, np.float32), "tokens": [i]})})
         print(f"{name}-{i}", flush=True)
 """
 
@@ -58,7 +58,7 @@ def test_round_trip(tmp_path):
     kept, reasons = columns(), (Reason("undefined", "undefined expodistance"),)
     with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
         assert len(store) == 0 and store.get("a") is None and store
-        store.put({"a": Found(kept, reasons, 1.5)})
+        store.put({"a": MeasureResult(kept, reasons, 1.5)})
     with MeasurementStore(tmp_path / "deep" / "er" / "s.sqlite") as store:
         got = store.get("a")
         assert len(store) == 1
@@ -76,9 +76,9 @@ def test_round_trip(tmp_path):
 
 def test_last_one_wins(tmp_path):
     with MeasurementStore(tmp_path / "s.sqlite") as store:
-        store.put({"a": Found({"x": 1})})
-        store.put({"a": Found({"x": 2})})
-        assert store.get("a") == Found({"x": 2}) and len(store) == 1
+        store.put({"a": MeasureResult({"x": 1})})
+        store.put({"a": MeasureResult({"x": 2})})
+        assert store.get("a") == MeasureResult({"x": 2}) and len(store) == 1
 
 
 def test_objects_are_never_pickled(tmp_path):
@@ -86,7 +86,7 @@ def test_objects_are_never_pickled(tmp_path):
         MeasurementStore(tmp_path / "s.sqlite") as store,
         pytest.raises(ValueError, match="allow_pickle"),
     ):
-        store.put({"a": Found({"x": np.array([{}], dtype=object)})})
+        store.put({"a": MeasureResult({"x": np.array([{}], dtype=object)})})
 
 
 def test_key_depends_on_everything_and_on_nothing_else():
@@ -185,8 +185,8 @@ def test_unusable_places_are_refused(tmp_path, monkeypatch):
 def test_a_damaged_entry_counts_as_missing(tmp_path, damage):
     path = tmp_path / "s.sqlite"
     with MeasurementStore(path) as store:
-        store.put({"a": Found(columns())})
-        store.put({"b": Found({"x": 1})})
+        store.put({"a": MeasureResult(columns())})
+        store.put({"b": MeasureResult({"x": 1})})
     with sqlite3.connect(path) as connection:
         blob = connection.execute("SELECT columns FROM measurements WHERE key = 'a'").fetchone()[0]
         damaged = blob[: len(blob) // 2] if damage is None else damage
@@ -194,9 +194,9 @@ def test_a_damaged_entry_counts_as_missing(tmp_path, damage):
     connection.close()
     with MeasurementStore(path) as store:
         assert store.get("a") is None
-        assert store.get("b") == Found({"x": 1})
-        store.put({"a": Found({"x": 3})})
-        assert store.get("a") == Found({"x": 3})
+        assert store.get("b") == MeasureResult({"x": 1})
+        store.put({"a": MeasureResult({"x": 3})})
+        assert store.get("a") == MeasureResult({"x": 3})
 
 
 def test_the_default_is_a_file_of_the_user():

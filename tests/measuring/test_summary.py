@@ -9,7 +9,7 @@ import pytest
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.formulas.headline import headline_rank
 from lm_eval_coupling.measures.formulas.means import mean_and_error
-from lm_eval_coupling.measures.registry import Found
+from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.runs.task_summary import document_value, summarize
 
@@ -36,8 +36,8 @@ def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, r
     scores = {"line_shape_score": line_shape_score, "expodistance": expodistance}
     regular = {name: value for name, value in scores.items() if not math.isnan(value)}
     reasons = () if reason is None else (Reason(CODES[reason], reason),)
-    found = {"depth": Found(arrays, reasons), "regularity": Found(regular)}
-    return PromptCoupling(tokens=(1, 2), position=1, ranks=(4, 8), found=found)
+    found = {"depth": MeasureResult(arrays, reasons), "regularity": MeasureResult(regular)}
+    return PromptCoupling(tokens=(1, 2), position=1, ranks=(4, 8), results=found)
 
 
 @pytest.mark.parametrize(

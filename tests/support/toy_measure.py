@@ -17,7 +17,7 @@ def toy_measure(folder: Path, monkeypatch, source: str) -> Iterator[None]:
     (folder / "measures" / "toy.py").write_text(source)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder / "measures")])
     importlib.invalidate_caches()
-    registry.measures.cache_clear()
+    registry.registered_measures.cache_clear()
     yield
-    registry.measures.cache_clear()
+    registry.registered_measures.cache_clear()
     sys.modules.pop(f"{package.__name__}.toy", None)
