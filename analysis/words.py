@@ -27,8 +27,7 @@ from coupling_analysis.direction_words import DirectionWords, chance_kept, direc
 from coupling_analysis.line_figures import curves
 from coupling_matrices import PROMPT
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.errors import CouplingError, resolve_token
 from lm_eval_coupling.saved.names import labels
 from lm_eval_coupling.saved.words import tokens_hash
 

@@ -43,6 +43,22 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
     raise CouplingError(f"got {name}={shown(value)}, expected a whole number{expected}")
 
 
+def resolve_token(token: int, seq: int, name: str = "position") -> int:
+    """Return the index from 0 of a token of a prompt; a negative ``token`` counts from the end.
+
+    Raises:
+        CouplingError: if the prompt has no such token.
+    """
+    token = whole(name, token)
+    if not seq:
+        raise CouplingError("got a prompt of no tokens, expected at least one")
+    if not -seq <= token < seq:
+        raise CouplingError(
+            f"got token {token} of a prompt of {seq} tokens, expected {-seq} to {seq - 1}"
+        )
+    return token % seq
+
+
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return a text that is one of ``choices``.
 

@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError, flag, shown, whole, why
 from lm_eval_coupling.errors import path as as_path
-from lm_eval_coupling.jacobians.certify import probe
-from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_trace
+from lm_eval_coupling.jacobians.certify import DTYPES, TOLERANCE, probe
+from lm_eval_coupling.jacobians.engine import BlockJacobians, jacobians_of_trace
 from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrices, miscoupling_to
-from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
 from lm_eval_coupling.numerics.devices import known_device
 from lm_eval_coupling.numerics.precision import exact_arithmetic

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.jacobians.engine import resolve_token
-from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.errors import resolve_token
+from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.measuring.prompt import measure_prompt
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.precision import exact_arithmetic

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.engine import block_jacobians, resolve_token
+from lm_eval_coupling.errors import CouplingError, resolve_token
+from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrices
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.numerics.spectra import top_singular

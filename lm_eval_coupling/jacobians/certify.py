@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
+from lm_eval_coupling.jacobians.methods import BYTES
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.numerics.devices import has_float64
 
+DTYPES = {name: getattr(torch, name) for name in BYTES}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 

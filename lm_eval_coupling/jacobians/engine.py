@@ -26,12 +26,14 @@ from lm_eval_coupling.errors import (
     is_several,
     one_of,
     pass_on_lack_of_memory,
+    resolve_token,
     shown,
     whole,
 )
 from lm_eval_coupling.jacobians.attention_core import NoAttentionCore
 from lm_eval_coupling.jacobians.autodiff import autodiff_jacobian
 from lm_eval_coupling.jacobians.certify import (
+    DTYPES,
     TOLERANCE,
     Truth,
     certify_each,
@@ -40,6 +42,7 @@ from lm_eval_coupling.jacobians.certify import (
     require_true_gradients,
 )
 from lm_eval_coupling.jacobians.closed import closed_jacobian, closed_jacobians
+from lm_eval_coupling.jacobians.methods import METHODS
 from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
 from lm_eval_coupling.jacobians.rules import NoRule
 from lm_eval_coupling.jacobians.stack import Stack
@@ -360,31 +363,23 @@ def _require_derivative(
             require_true_gradients(call, jacobian.to(call.dtype), output_token, input_token)
 
 
-def resolve_token(token: int, seq: int, name: str = "position") -> int:
-    """Absolute index of ``token``, the argument ``name``; negative counts from the end."""
-    token = whole(name, token)
-    if not seq:
-        raise CouplingError("got a prompt of no tokens, expected at least one")
-    if not -seq <= token < seq:
-        raise CouplingError(
-            f"got token {token} of a prompt of {seq} tokens, expected {-seq} to {seq - 1}"
-        )
-    return token % seq
-
-
 def check_method(method: str) -> str:
     """Refuse an unknown level by name."""
-    return one_of("method", method, ("auto", *LEVELS))
+    return one_of("method", method, METHODS)
 
 
 def chosen_dtype(dtype: Any) -> torch.dtype:
-    """Of the arithmetic, also by its name; any other is refused by name."""
-    named = {str(one).removeprefix("torch."): one for one in TOLERANCE}
-    found = named.get(dtype) if isinstance(dtype, str) else dtype
-    if isinstance(found, torch.dtype) and found in TOLERANCE:
-        return found
+    """Return the arithmetic that was asked for, by its name or as torch's own.
+
+    Raises:
+        CouplingError: for any other.
+    """
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if isinstance(chosen, torch.dtype) and chosen in TOLERANCE:
+        return chosen
     raise CouplingError(
-        f"got dtype={shown(dtype)}, expected one of {', '.join(map(str, TOLERANCE))}, whatever the model runs in"
+        f"got dtype={shown(dtype)}, expected one of {', '.join(map(str, TOLERANCE))}, "
+        "whatever the model runs in"
     )
 
 

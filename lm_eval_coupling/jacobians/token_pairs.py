@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_eval_coupling.errors import pass_on_lack_of_memory
 from lm_eval_coupling.jacobians.autodiff import autodiff_row
 from lm_eval_coupling.jacobians.certify import (
+    TOLERANCE,
     certify,
     require_true_gradients,
     with_probe_pulled_back,
@@ -24,7 +25,6 @@ from lm_eval_coupling.jacobians.certify import (
 from lm_eval_coupling.jacobians.closed import closed_row
 from lm_eval_coupling.jacobians.engine import (
     BUDGET,
-    TOLERANCE,
     certified_jacobian,
     certified_jacobians,
 )

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import Reason, Unmeasurable, reason_of
-from lm_eval_coupling.jacobians.certify import probe
-from lm_eval_coupling.jacobians.engine import TOLERANCE, BlockJacobians, jacobians_of_traces
+from lm_eval_coupling.jacobians.certify import DTYPES, TOLERANCE, probe
+from lm_eval_coupling.jacobians.engine import BlockJacobians, jacobians_of_traces
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.settings import Settings
@@ -26,8 +26,6 @@ from lm_eval_coupling.numerics.transfer import on_host
 from lm_eval_coupling.residual import sublayers as halves
 
 logger = logging.getLogger("lm_eval.coupling")
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class DoubtfulJacobian(Unmeasurable):

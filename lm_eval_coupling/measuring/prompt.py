@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError, Reason, flag, reason_of
-from lm_eval_coupling.jacobians.engine import require_model, resolve_token
+from lm_eval_coupling.errors import CouplingError, Reason, flag, reason_of, resolve_token
+from lm_eval_coupling.jacobians.certify import DTYPES
+from lm_eval_coupling.jacobians.engine import require_model
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
 from lm_eval_coupling.measures.registry import MeasureResult
-from lm_eval_coupling.measuring.batch import DTYPES, Batch
+from lm_eval_coupling.measuring.batch import Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings, chosen_measures, chosen_ranks
 from lm_eval_coupling.measuring.token_ids import token_ids

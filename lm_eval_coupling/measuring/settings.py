@@ -7,11 +7,9 @@ import operator
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown, whole
+from lm_eval_coupling.jacobians.methods import BYTES, METHODS
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens, written
 from lm_eval_coupling.measures.registry import default_measures, registered_measures
-
-BYTES = {"float32": 4, "float64": 8}  # of a number
-METHODS = ("auto", "closed", "token-local", "autodiff")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.memory import memory_of

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.engine import resolve_token
+from lm_eval_coupling.errors import CouplingError, resolve_token
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
 from lm_eval_coupling.measures.registry import MeasureResult, registered_measures
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts

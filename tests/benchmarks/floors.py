@@ -21,8 +21,8 @@ import stages
 import torch
 from timing import in_turn, seconds
 
+from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.measures.registry import default_measures
-from lm_eval_coupling.measuring.batch import DTYPES
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 

@@ -18,7 +18,7 @@ import stages
 import torch
 from timing import in_turn
 
-from lm_eval_coupling.measuring.batch import DTYPES
+from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 

@@ -8,9 +8,10 @@ import pytest
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.engine import LEVELS
+from lm_eval_coupling.jacobians.methods import METHODS
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measuring.prompt import measure_coupling
-from lm_eval_coupling.measuring.settings import METHODS, Settings, chosen_ranks
+from lm_eval_coupling.measuring.settings import Settings, chosen_ranks
 from lm_eval_coupling.residual import ResidualModel
 
 
