@@ -49,7 +49,10 @@ def test_a_default_device_elsewhere_does_not_matter():
     expected = measured(model)
     with torch.device("meta"):
         wrapped = ResidualModel.wrap(model)
-        assert wrapped.identity == ResidualModel.wrap(model).identity and wrapped.describe_change() is None
+        assert (
+            wrapped.identity == ResidualModel.wrap(model).identity
+            and wrapped.describe_change() is None
+        )
         found = measured(model)
         assert torch.get_default_device().type == "meta"
     np.testing.assert_array_equal(found.normalized_miscoupling, expected.normalized_miscoupling)
