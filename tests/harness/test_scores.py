@@ -112,7 +112,7 @@ def test_a_model_split_over_devices_is_scored_and_measured(evaluate, home, tmp_p
 
 
 def test_a_packed_checkpoint_is_scored_and_measured(evaluate, home, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantised]'")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     wide = tiny.save_model(tmp_path / "wide", hidden_size=64, intermediate_size=128)

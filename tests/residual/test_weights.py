@@ -68,7 +68,7 @@ def on_grid(model, grid):
 @pytest.fixture
 def packed(tmp_path):
     """A model and the same in packed form."""
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantised]'")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
 
     def make(packing, case="llama", dtype=torch.float32):
         grid, options = PACKINGS[packing]

@@ -1,0 +1,50 @@
+"""Add pages that live elsewhere in the repository to the site: start page, results, benchmarks, contributing, changelog."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "analysis/RESULTS.md": "results.md",
+    "analysis/RESULTS-details.md": "results-details.md",
+    "analysis/README.md": "studies.md",
+    "tests/benchmarks/README.md": "benchmarks.md",
+}
+LINK = re.compile(r"(!?\[[^\]]*\])\(([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add each page with its links rewritten to the site, and the pictures that it shows."""
+    for source, target in PAGES.items():
+        file = ROOT / source
+        if not file.is_file():
+            continue
+        text = LINK.sub(lambda match, file=file: _on_site(match, file, files, config), file.read_text("utf-8"))
+        files.append(File.generated(config, target, content=text))
+    return files
+
+
+def _on_site(match: re.Match[str], page: Path, files: Files, config: Any) -> str:
+    """Return a link as the site needs it; a file that is not on the site becomes its name in code style."""
+    label, address, anchor = match[1], match[2], match[3] or ""
+    if "://" in address:
+        return match[0]
+    path = (page.parent / address).resolve()
+    name = path.relative_to(ROOT).as_posix()
+    if name in PAGES:
+        return f"{label}({PAGES[name]}{anchor})"
+    if name.startswith("docs/"):
+        return f"{label}({name.removeprefix('docs/')}{anchor})"
+    if path.suffix in (".png", ".svg"):
+        if files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+        return f"{label}({name})"
+    return label.strip("[]") if label.startswith("[`") else f"`{name}`"
