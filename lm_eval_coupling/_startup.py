@@ -1,7 +1,7 @@
 """Import hook that patches a few modules of lm-eval once they have been executed.
 
 lm-eval 0.4.13 looks for no plugins. A meta-path finder answers for the modules of ``MODULES``, lets
-the ordinary finders find them, and calls ``plugin.after_import`` after their execution. Every start
+the ordinary finders find them, and calls ``hooks.after_import`` after their execution. Every start
 of the interpreter loads this module, so it imports next to nothing.
 ``LM_EVAL_COUPLING_NO_HOOK=1`` switches the hook off.
 """
@@ -62,10 +62,10 @@ def _call_plugin_after(loader: "Any", name: str) -> None:
         loader.exec_module = execute
         execute(module)
         try:
-            from lm_eval_coupling.harness import plugin
+            from lm_eval_coupling.harness import hooks
         except ImportError:
             return None  # The package is half removed.
-        return plugin.after_import(module)
+        return hooks.after_import(module)
 
     loader.exec_module = exec_module
 

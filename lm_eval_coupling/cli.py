@@ -21,6 +21,7 @@ _FACTS = (
     "`revision`, and any of family, tuned (true/false), training_tokens, released (year or date), "
     "n_params, n_layers, d_model; further columns become predictors or groups"
 )
+_INTERRUPTED = 130  # Exit code after Ctrl-C, also if everything measured was saved.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("lm-eval-coupling: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:  # The reader, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -294,22 +295,15 @@ def _measure(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     arguments = _select(options, "out", "model_args", "coupling", "device")
-    print(measure_texts(options.model, options.prompts, **arguments))
-    return _code_of_measuring()
+    table, interrupted = measure_texts(options.model, options.prompts, **arguments)
+    print(table)
+    return _INTERRUPTED if interrupted else 0
 
 
 def _demo(options: argparse.Namespace) -> int:
     from lm_eval_coupling import demo
 
-    demo.main(out=options.out)
-    return _code_of_measuring()
-
-
-def _code_of_measuring() -> int:
-    """Return 130 if Ctrl-C cut the measuring short (what was measured is kept), else 0."""
-    from lm_eval_coupling.harness import plugin
-
-    return 130 if plugin.interrupted.is_set() else 0
+    return _INTERRUPTED if demo.main(out=options.out) else 0
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -358,9 +352,9 @@ def _vision(options: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(message)s")
     arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
-    file, words = run_vision(options.model, options.data, options.out, **arguments)
-    print(words, file, sep="\n")
-    return _code_of_measuring()
+    run = run_vision(options.model, options.data, options.out, **arguments)
+    print(run.summary, *([run.file] if run.file else []), sep="\n")
+    return _INTERRUPTED if run.interrupted else 0
 
 
 if __name__ == "__main__":

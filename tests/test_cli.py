@@ -13,6 +13,7 @@ from saved_runs import record, save, task_summary
 import lm_eval_coupling.harness
 from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.vision.evaluate import VisionRun
 
 
 def stand_in(monkeypatch, name, **attributes):
@@ -163,29 +164,25 @@ def test_demo(monkeypatch, out):
             ["measure", "M", "p.txt", "--out", "o"],
             "lm_eval_coupling.texts",
             "measure_texts",
-            "a table",
+            lambda interrupted: ("a table", interrupted),
         ),
         (
             ["vision", "--model", "M", "--data", "D", "--out", "o"],
             "lm_eval_coupling.vision.evaluate",
             "run_vision",
-            ("f", "words"),
+            lambda interrupted: VisionRun("f", "words", interrupted),
         ),
-        (["demo"], "lm_eval_coupling.demo", "main", None),
+        (["demo"], "lm_eval_coupling.demo", "main", bool),
     ],
     ids=["measure", "vision", "demo"],
 )
 def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(monkeypatch, words, module, name, answer):
     """What was measured is kept and told, but a loop over models is to know."""
-    from lm_eval_coupling.harness import plugin
-
     for interrupted, code in ((True, 130), (False, 0)):
-
-        def ran(*_, interrupted=interrupted, **__):
-            (plugin.interrupted.set if interrupted else plugin.interrupted.clear)()
-            return answer
-
-        monkeypatch.setattr(importlib.import_module(module), name, ran)
+        returned = answer(interrupted)
+        monkeypatch.setattr(
+            importlib.import_module(module), name, lambda *_, returned=returned, **__: returned
+        )
         assert cli.main(words) == code
 
 

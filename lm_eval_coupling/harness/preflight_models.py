@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
-from lm_eval_coupling.runs.options import PREFIX, Options, has_revisions, names_a_folder
+from lm_eval_coupling.runs.model_arguments import has_revisions, names_a_folder
+from lm_eval_coupling.runs.options import PREFIX, Options
 
 # What `from_pretrained` takes besides what the model class of lm-eval names itself.
 _FROM_PRETRAINED = [

@@ -21,8 +21,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-READINGS = ("scored", "rendered")
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -41,7 +39,7 @@ def document_prompts(
         lm: an `HFLM`, for its tokenizer, window and encoding rules.
         requests: the document's `Instance`s.
         target: what the task's ``doc_to_target`` says of the document: names the continuation where there is no context.
-        reading: one of `READINGS`.
+        reading: one of :data:`~lm_eval_coupling.runs.options.READINGS`.
 
     Returns:
         Token ids within the model's window, each prompt once.

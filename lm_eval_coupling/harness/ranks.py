@@ -1,4 +1,4 @@
-"""The processes of a run that share its documents: what each has found goes to the others through the host."""
+"""The processes that share a run's documents, and how results pass between them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ logger = logging.getLogger("lm_eval.coupling")
 
 @dataclass(frozen=True)
 class Part:
-    """What a step found in one process, or the words of the error that it ended with there."""
+    """The result of a step in one process, or the message of the error that ended it there."""
 
-    found: Any = None
+    value: Any = None
     error: str | None = None
 
 
 @dataclass
 class Ranks:
-    """Every process must take the same steps. An error in one of them reaches all instead of leaving them waiting.
+    """Steps that every process takes together; usable as a context manager.
 
-    lm-eval gathers with the backend that scores, which on GPUs takes device memory for what lies on the host. A context
-    manager: on leaving, the connections are closed.
+    An error in one process reaches all of them instead of leaving them waiting. Results pass through
+    the host: lm-eval's own backend would take device memory for them.
     """
 
     rank: int = 0
@@ -39,16 +39,20 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gloo's threads release tensors; one that does so while Python ends aborts the process (pytorch issue 190489)."""
+        """Close the connections.
+
+        A thread of Gloo's that releases tensors while Python ends would abort the process
+        (pytorch issue 190489).
+        """
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
 
     def everywhere(self, step: Callable[[], Any]) -> list[Any]:
-        """What ``step`` found in every process, in their order, in all of them.
+        """Return the result of ``step`` in every process, in all of them.
 
         Returns:
-            One result per process.
+            One result per process, in their order.
 
         Raises:
             CouplingError: in every process, if it failed in one.
@@ -61,29 +65,29 @@ class Ranks:
             f"process {rank}: {part.error}" for rank, part in enumerate(parts) if part.error
         ]:
             raise CouplingError(
-                f"got an error in {'; '.join(failed)}; run again with fewer processes or report this"
+                f"got an error in {'; '.join(failed)}; "
+                "run again with fewer processes or report this"
             )
-        return [part.found for part in parts]
+        return [part.value for part in parts]
 
     def at_first(self, step: Callable[[], Any]) -> list[Part] | None:
-        """In process 0 what ``step`` found in every process, or how it failed there; ``None`` in the others."""
+        """Return every process's result or error in process 0, and ``None`` in the others."""
         if self.size == 1:
-            return [Part(found=step())]
+            return [Part(value=step())]
         parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
         torch.distributed.gather_object(_attempt(step), parts, dst=0, group=self._on_host())
         return parts
 
     def _on_host(self) -> Any:
-        if (
-            self._group is None
-        ):  # without a time limit some process would give up while another measures
+        if self._group is None:
+            # With a shorter limit a process would give up while another one measures.
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(weeks=52))
         return self._group
 
 
 def _attempt(step: Callable[[], Any]) -> Part:
     try:
-        return Part(found=step())
+        return Part(value=step())
     except Exception as error:
         logger.exception("coupling: an error in this process")
         return Part(error=f"{type(error).__name__}: {' '.join(str(error).split())}")

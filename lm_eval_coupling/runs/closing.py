@@ -1,59 +1,37 @@
-"""The lines under lm-eval's table: what was measured, how well, where it lies, and what to do next."""
+"""The lines under lm-eval's table: what was measured, where it lies, and what to do next."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lm_eval_coupling.runs.results import CouplingInfo
-    from lm_eval_coupling.runs.rows import Row
+from lm_eval_coupling.measures.formulas.means import mean_and_error
+from lm_eval_coupling.runs.results import CouplingInfo
+from lm_eval_coupling.runs.rows import Row, document_couplings, worst_certificate
+from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
-TASKS = 20  # more of them, as of MMLU, are for `show`
+TASKS = 20  # more of them, as of MMLU, are left to `show`
 _HEADER = ("task", "coupling", "untrained", "documents", "prompts", "worst certificate")
+
+_INTERRUPTED = "Interrupted: what was measured is kept, the same command measures the rest."
 
 
 def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
-    """A few plain lines.
+    """Summarize a run for the terminal.
 
     Args:
-        info: of the run, with its rows and the tables that were written.
-        results: of lm-eval, for how many documents were evaluated.
+        info: the run's, with its rows and the tables that were written.
+        results: lm-eval's, for the number of evaluated documents.
 
     Returns:
-        One text of several lines.
+        A text of several lines; empty if nothing was measured.
     """
-    from lm_eval_coupling.measures.formulas.means import mean_and_error
-    from lm_eval_coupling.runs.rows import document_couplings, worst_certificate
-    from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
-
+    if not info.rows:
+        return _INTERRUPTED if info.get("interrupted") else ""
     rank = info["headline_rank"]
-
-    def coupling(rows: Sequence[Row]) -> str:
-        found = mean_and_error(document_couplings(rows, rank).values())
-        if not found["n"]:
-            return "-"
-        return f"{found['mean']:.4f}" + (f" ± {found['stderr']:.4f}" if found["n"] > 1 else "")
-
-    table = [_HEADER]
-    for task, of_task in info["tasks"].items():
-        rows = [row for row in info.rows if row.document.task == task]
-        trained, untrained = (
-            [row for row in rows if row.weights == weights] for weights in (TRAINED, UNTRAINED)
-        )
-        worst = worst_certificate(trained)
-        table.append(
-            (
-                task,
-                coupling(trained),
-                coupling(untrained),
-                f"{of_task['measured']} of {_evaluated(results, task)}",
-                str(sum(row.place == 0 for row in trained)),
-                "-" if math.isnan(worst) else f"{worst:.0e}",
-            )
-        )
+    table = [_HEADER, *(_table_row(info, results, task) for task in info["tasks"])]
     lines = [f"Coupling at K = {rank}, where chance is {info['chance'][rank]:.4f}"]
     lines += _aligned(table[: TASKS + 1], without=() if UNTRAINED in info else ("untrained",))
     if len(table) > TASKS + 1:
@@ -61,10 +39,29 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
     return "\n".join(lines + _remarks(info))
 
 
-def _evaluated(results: Mapping[str, Any], task: str) -> Any:
-    return (results.get("n-samples", {}).get(task) or {}).get(
-        "effective"
-    ) or "?"  # with --predict_only lm-eval counts none
+def _table_row(info: CouplingInfo, results: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    rows = [row for row in info.rows if row.document.task == task]
+    trained, untrained = (
+        [row for row in rows if row.weights == weights] for weights in (TRAINED, UNTRAINED)
+    )
+    worst = worst_certificate(trained)
+    # With --predict_only lm-eval counts no documents.
+    evaluated = (results.get("n-samples", {}).get(task) or {}).get("effective") or "?"
+    return (
+        task,
+        _coupling(trained, info["headline_rank"]),
+        _coupling(untrained, info["headline_rank"]),
+        f"{info['tasks'][task]['measured']} of {evaluated}",
+        str(sum(row.place == 0 for row in trained)),
+        "-" if math.isnan(worst) else f"{worst:.0e}",
+    )
+
+
+def _coupling(rows: Sequence[Row], rank: int) -> str:
+    mean = mean_and_error(document_couplings(rows, rank).values())
+    if not mean["n"]:
+        return "-"
+    return f"{mean['mean']:.4f}" + (f" ± {mean['stderr']:.4f}" if mean["n"] > 1 else "")
 
 
 def _aligned(table: Sequence[Sequence[str]], without: Sequence[str]) -> list[str]:
@@ -82,7 +79,7 @@ def _remarks(info: CouplingInfo) -> list[str]:
     if info["failed"]:
         lines.append(f"Documents that could not be measured: {info['failed']}; the tables say why.")
     if info["interrupted"]:
-        lines.append("Interrupted: what was measured is kept, the same command measures the rest.")
+        lines.append(_INTERRUPTED)
     if info.tables:
         folder = info.tables[0].parent
         names = (
@@ -94,10 +91,12 @@ def _remarks(info: CouplingInfo) -> list[str]:
         lines.append(f"Next: {shlex.join(['lm-eval-coupling', 'show', str(folder)])}")
     elif info.unwritten:
         lines.append(
-            f"No tables were written: {info.unwritten}. The same command takes what was measured from the store."
+            f"No tables were written: {info.unwritten}. "
+            "The same command takes what was measured from the store."
         )
     else:
         lines.append(
-            "No tables were written: give --output_path DIR, or coupling_out=DIR among the model arguments."
+            "No tables were written: "
+            "give --output_path DIR, or coupling_out=DIR among the model arguments."
         )
     return lines

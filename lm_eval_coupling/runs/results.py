@@ -1,44 +1,51 @@
-"""The values of a run, put where lm-eval looks for them: its results, its samples, and tables beside both."""
+"""A run's values in lm-eval's results and samples, and in tables beside them."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.measures.formulas.means import mean_and_error
-from lm_eval_coupling.runs.closing import closing_lines
-from lm_eval_coupling.runs.rows import DocumentKey, Row, document_couplings
+from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, Row, document_couplings
+from lm_eval_coupling.saved.atomic import write_text
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.tables import TRAINED, write_tables
 
 
 class CouplingInfo(dict):
-    """What the results say under ``config.coupling``; carries the rows until whoever saves the results writes the tables.
+    """The facts under ``config.coupling`` of the results, with the rows for the tables.
 
-    lm-eval hands its results on as plain dictionaries, from an evaluation to a tracker that may be made much later.
+    lm-eval hands results on as plain dictionaries, from an evaluation to a tracker that may be made
+    much later. The rows travel along as attributes, which JSON does not see.
+
+    Attributes:
+        rows: measured prompts.
+        out: folder for the tables; None for the folder of the results.
+        tables: files that were written.
+        unwritten: reason for which there are no tables; empty if there is none.
     """
 
     def __init__(
         self, facts: Mapping[str, Any], rows: Sequence[Row] = (), out: Path | None = None
     ) -> None:
-        """Keep ``rows`` for the tables, which go to ``out`` where that is given."""
+        """Keep ``facts`` as strict JSON has them, without NaN."""
         super().__init__(strict(facts, name=lambda rank_or_text: rank_or_text))
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
-        self.unwritten = ""  # why there are no tables, where there ought to be
-
-    def closing(self, results: Mapping[str, Any]) -> str:
-        """What is printed under lm-eval's table; nothing where nothing was measured or the rows are gone."""
-        return closing_lines(self, results) if self.get("tasks") and self.rows else ""
+        self.unwritten = ""
 
     def write_tables(self, folder: Path | None, date: str) -> list[Path]:
-        """Write the tables into ``coupling_out``, else into ``folder``; nowhere if there is neither.
+        """Write the tables into ``out``, else into ``folder``; nowhere if both are None.
 
-        A run has its tables once: those written before, under an earlier date, are replaced.
+        Tables that this run wrote before, under an earlier date, are removed.
 
         Returns:
             The files that were written.
@@ -62,26 +69,23 @@ class CouplingInfo(dict):
 def add_to_results(
     results: dict[str, Any], info: CouplingInfo, members: Mapping[str, Sequence[str]]
 ) -> None:
-    """One more metric per task and group, one more value per sample, and ``info`` as ``config.coupling``.
+    """Add coupling to lm-eval's results: a metric per task and group, a value per sample.
 
     Args:
-        results: what `lm_eval.evaluate` returned.
-        info: of this run, with its rows.
-        members: leaf tasks of every group.
+        results: what `lm_eval.evaluate` returned; changed in place.
+        info: the run's, with its rows; becomes ``config.coupling``.
+        members: names of the leaf tasks of every group.
     """
-    values = document_couplings(
-        [row for row in info.rows if row.weights == TRAINED], info["headline_rank"]
-    )
-    names = [name for name in results["results"] if name not in members]
-    for name, tasks in {**{name: [name] for name in names}, **members}.items():
-        found = mean_and_error(value for key, value in values.items() if key.task in tasks)
-        if found["n"]:
-            _add_metric(results, name, found)
+    trained = [row for row in info.rows if row.weights == TRAINED]
+    values = document_couplings(trained, info["headline_rank"])
+    tasks = [name for name in results["results"] if name not in members]
+    for name, leaves in {**{task: [task] for task in tasks}, **members}.items():
+        mean = mean_and_error(value for key, value in values.items() if key.task in leaves)
+        if mean["n"]:
+            _add_metric(results, name, mean)
     for task, samples in (results.get("samples") or {}).items():
         for sample in samples:
-            value = values.get(
-                DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]), math.nan
-            )
+            value = values.get(_key(task, sample), math.nan)
             sample["coupling"] = None if math.isnan(value) else value
     results.setdefault("config", {})["coupling"] = info
 
@@ -89,37 +93,82 @@ def add_to_results(
 def with_logged_ids(
     rows: Sequence[Row], results: Mapping[str, Any], chosen: Mapping[str, Sequence[int]]
 ) -> list[Row]:
-    """The rows with the ``doc_id`` under which lm-eval logs their documents.
+    """Replace the ``doc_id`` of each row by the one that lm-eval logs.
 
-    Where ``--samples`` chose documents their requests are numbered anew, from 0, in the order of the data set.
+    With ``--samples``, lm-eval numbers the requests from 0, in the order of the data set.
 
     Args:
         rows: with the numbers of the requests.
         results: what `lm_eval.evaluate` returned, with or without samples.
-        chosen: ``--samples``, numbers of documents for each task.
+        chosen: the documents that ``--samples`` chose, by task.
 
     Returns:
         As many rows, in their order.
     """
     logged = {
-        DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]): sample["doc_id"]
+        _key(task, sample): sample["doc_id"]
         for task, samples in (results.get("samples") or {}).items()
-        for sample in reversed(samples)  # of equal documents the first
+        for sample in reversed(samples)  # the first of equal documents wins
     }
     renumbered = {task: sorted(set(numbers)) for task, numbers in chosen.items() if numbers}
-    found = []
-    for row in rows:
-        numbers = renumbered.get(row.document.task)
-        own = numbers[row.doc_id] if numbers and row.doc_id < len(numbers) else row.doc_id
-        found.append(replace(row, doc_id=logged.get(row.document, own)))
-    return found
+
+    def doc_id(prompt: DocumentPrompt) -> int:
+        numbers = renumbered.get(prompt.document.task, ())
+        own = numbers[prompt.doc_id] if prompt.doc_id < len(numbers) else prompt.doc_id
+        return logged.get(prompt.document, own)
+
+    return [replace(row, prompt=replace(row.prompt, doc_id=doc_id(row.prompt))) for row in rows]
 
 
-def _add_metric(results: dict[str, Any], name: str, found: Mapping[str, float]) -> None:
-    stderr = found["stderr"] if found["n"] > 1 else "N/A"
+def save_run(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -> Path:
+    """Write results, samples and tables of a run that lm-eval's own tracker does not save.
+
+    The files have lm-eval's names. Results come last: where they are, the run is complete.
+
+    Args:
+        results: as `lm_eval.evaluate` returns them, with ``model_name`` and ``samples``.
+        info: what was measured; None if the run only scores.
+        folder: gets a folder of the model's name.
+
+    Returns:
+        The file of results.
+
+    Raises:
+        CouplingError: if a file cannot be written.
+    """
+    now = datetime.now()
+    date = now.isoformat().replace(":", "-")
+    sanitized = re.sub(r'["<>:/|\\?*\[\]]+', "__", results["model_name"])
+    results = results | {"model_name_sanitized": sanitized, "date": now.timestamp()}
+    if info is not None:
+        add_to_results(results, info, {})
+    samples = results.pop("samples")
+    where = folder / sanitized
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CouplingError(
+            f"got {folder} for the results, which cannot be written ({why(error)}); "
+            "choose another --out"
+        ) from None
+    if info is not None:
+        info.write_tables(where, date)
+    for task, members in samples.items():
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in members)
+        write_text(where / f"samples_{task}_{date}.jsonl", lines)
+    dumped = json.dumps(results, indent=2, ensure_ascii=False, default=str)
+    return write_text(where / f"results_{date}.json", dumped)
+
+
+def _key(task: str, sample: Mapping[str, Any]) -> DocumentKey:
+    return DocumentKey(task, sample["doc_hash"], sample["prompt_hash"])
+
+
+def _add_metric(results: dict[str, Any], name: str, mean: Mapping[str, float]) -> None:
+    stderr = mean["stderr"] if mean["n"] > 1 else "N/A"
     for column in ("results", "groups"):
         if name in results.get(column, {}):
             results[column][name].update(
-                {"coupling,none": found["mean"], "coupling_stderr,none": stderr}
+                {"coupling,none": mean["mean"], "coupling_stderr,none": stderr}
             )
     results.setdefault("higher_is_better", {}).setdefault(name, {})["coupling"] = True

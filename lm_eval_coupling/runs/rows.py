@@ -1,9 +1,9 @@
-"""Measured prompts with the documents they belong to: what a table has a row for."""
+"""Measured prompts with the documents that they belong to: the rows of a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from lm_eval_coupling.saved.tables import TRAINED
 
 
 class DocumentKey(NamedTuple):
-    """What identifies an evaluated document; ``doc_id`` alone does not (``--samples`` renumbers)."""
+    """The identity of an evaluated document; ``--samples`` renumbers, so ``doc_id`` is none."""
 
     task: str
     doc_hash: str
@@ -21,79 +21,110 @@ class DocumentKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt of a document, measured on one set of weights, ``trained`` or ``untrained``."""
+class DocumentPrompt:
+    """One prompt of an evaluated document, before it is measured.
+
+    Attributes:
+        document: the document that it belongs to.
+        doc_id: the document's number in the data set.
+        index: number of the prompt within its document.
+        kind: ``context``, ``continuation``, ``window``, ``text`` or ``image``.
+        tokens: token ids, or an image's
+            :class:`~lm_eval_coupling.residual.image_inputs.ImageTokens`.
+        text: the prompt as a reader of the table sees it.
+        columns: further columns of its row, such as a picture.
+    """
 
     document: DocumentKey
     doc_id: int
-    prompt_index: int
+    index: int
     kind: str
+    tokens: tuple[int, ...]
     text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt measured at one token on one set of weights, ``trained`` or ``untrained``.
+
+    Attributes:
+        prompt: the prompt and its document.
+        weights: which weights were measured.
+        measured: the record.
+        reused: True if all of it comes from the store.
+        place: number of the token among those that ``coupling_position`` names.
+    """
+
+    prompt: DocumentPrompt
     weights: str
     measured: PromptCoupling
-    reused: bool = field(default=False, kw_only=True)
-    place: int = field(default=0, kw_only=True)
+    reused: bool = False
+    place: int = 0
+
+    @property
+    def document(self) -> DocumentKey:
+        """The document that the prompt belongs to."""
+        return self.prompt.document
 
     def to_columns(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the row as the tables hold it."""
         about = self.document._asdict() | {
-            "doc_id": self.doc_id,
-            "prompt_index": self.prompt_index,
-            "kind": self.kind,
-            "text": self.text,
+            "doc_id": self.prompt.doc_id,
+            "prompt_index": self.prompt.index,
+            "kind": self.prompt.kind,
+            "text": self.prompt.text,
             "n_tokens": len(self.measured.tokens),
             "weights": self.weights,
             "reused": int(self.reused),
             "place": self.place,
         }
-        return about | self.measured.to_columns()
+        return about | self.measured.to_columns() | dict(self.prompt.columns)
 
 
 def by_document(rows: Iterable[Row]) -> dict[DocumentKey, list[PromptCoupling]]:
-    """The prompts of each document, as they were measured at the first of the tokens that were asked for."""
-    found: dict[DocumentKey, list[PromptCoupling]] = {}
+    """Group the records at the first of the measured tokens by document."""
+    records: dict[DocumentKey, list[PromptCoupling]] = {}
     for row in rows:
         if row.place == 0:
-            found.setdefault(row.document, []).append(row.measured)
-    return found
+            records.setdefault(row.document, []).append(row.measured)
+    return records
 
 
 def document_couplings(rows: Iterable[Row], rank: int) -> dict[DocumentKey, float]:
-    """A document's coupling at ``rank``; NaN where none of its prompts could be measured."""
+    """Return each document's coupling at ``rank``; NaN if it could not be measured."""
     return {key: document_value(prompts, rank) for key, prompts in by_document(rows).items()}
 
 
 def task_summaries(
     rows: Iterable[Row], tasks: Iterable[str], ranks: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """Every measure over the documents of each task that has some."""
+    """Summarize every measure over the documents of each task that has measured ones."""
     documents = by_document(rows)
-    found = {}
+    summaries = {}
     for task in tasks:
         if own := {key: prompts for key, prompts in documents.items() if key.task == task}:
-            found[task] = summarize(own, ranks)
-    return found
+            summaries[task] = summarize(own, ranks)
+    return summaries
 
 
 def worst_certificate(rows: Iterable[Row]) -> float:
-    """The largest relative error of a Jacobian that some number of the trained weights rests on; NaN if there is none.
+    """Return the largest relative error of a Jacobian that a number rests on.
 
-    Jacobians that were refused have no number, and an untrained twin's are not the model's.
+    Refused Jacobians give no number. An untrained twin's Jacobians are not the model's.
 
     Returns:
-        A relative error.
+        A relative error; NaN if no number of the trained weights rests on a Jacobian.
     """
-    found = [
+    certificates = [
         row.measured.certificate
         for row in rows
         if row.weights == TRAINED and rests_on_jacobians(row.measured)
     ]
-    return max((float(certificate.max()) for certificate in found), default=math.nan)
+    return max((float(certificate.max()) for certificate in certificates), default=math.nan)
 
 
 def reasons(rows: Iterable[Row]) -> str:
-    """In words, why something is missing."""
-    return (
-        "; ".join(sorted({row.measured.reason for row in rows if row.measured.reason}))
-        or "no prompt"
-    )
+    """Join the reasons for which something is missing, each once."""
+    distinct = {row.measured.reason for row in rows if row.measured.reason}
+    return "; ".join(sorted(distinct)) or "no prompt"

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and folders to write them into."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm_eval_coupling.errors import CouplingError, why
+
+
+def require_writable(folder: Path) -> None:
+    """Create ``folder`` unless it exists, and require that it can be written to.
+
+    Raises:
+        CouplingError: if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise CouplingError(
+            f"got output folder {folder}, which cannot be written ({error.strerror}); "
+            "choose another"
+        ) from None
 
 
 @contextlib.contextmanager

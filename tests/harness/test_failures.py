@@ -6,7 +6,6 @@ import sqlite3
 import torch
 from evaluations import scores
 
-from lm_eval_coupling.harness import plugin
 from lm_eval_coupling.jacobians import engine as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
@@ -72,7 +71,7 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
     monkeypatch.undo()
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))
     info = found["config"]["coupling"]
-    assert info["interrupted"] and 0 < info["measured"] < 8 and plugin.interrupted.is_set()
+    assert info["interrupted"] and 0 < info["measured"] < 8
 
 
 def test_interrupted_before_the_first_is_no_failure(evaluate, monkeypatch, caplog):

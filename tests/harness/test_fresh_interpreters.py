@@ -87,7 +87,7 @@ def test_other_models_are_evaluated_as_without_us(tmp_path):
         with_hook.splitlines(),
         without.splitlines(),
     )
-    assert "lm_eval_coupling.harness.plugin" in ours and none == "ours:"
+    assert "lm_eval_coupling.harness.hooks" in ours and none == "ours:"
     assert {*models.split()} - {*models_without.split()} == {"coupling-hf"}
     assert {*models_without.split()} > {"hf", "dummy", "vllm"} and {*models_without.split()} < {
         *models.split()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_coupling import _startup
-from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness import hooks
 
 ROOT = Path(__file__).parents[2]
 HOOK = ROOT / "hook"
@@ -98,7 +98,7 @@ def test_lm_eval_learns_of_the_model_once_its_own_are_there(lm_eval):
     """Registering earlier would make upstream's registration of its own models skip itself."""
     code = HOOKED + "import lm_eval.models as m; print(m.before, dict(m.model_registry))"
     assert (
-        " ".join(quiet(python(code, ROOT, lm_eval()))) == f"[] {{'coupling-hf': '{plugin.TARGET}'}}"
+        " ".join(quiet(python(code, ROOT, lm_eval()))) == f"[] {{'coupling-hf': '{hooks.TARGET}'}}"
     )
 
 
@@ -211,7 +211,7 @@ def test_a_half_removed_package_is_silent(tmp_path, lm_eval):
 
 
 def test_the_finder_answers_for_the_modules_that_the_plugin_knows():
-    assert _startup.MODULES == set(plugin._STEPS)
+    assert _startup.MODULES == set(hooks.STEPS)
     assert (
         _startup._Finder().find_spec("json") is None
         and _startup._Finder().find_spec("lm_eval") is None

@@ -61,7 +61,9 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
     file, out = tmp_path / "sky.txt", tmp_path / "out"
     file.write_text("\n".join([*TEXTS, TEXTS[0]]))
     coupling = f"ranks=2+4,untrained=1,store={tmp_path / 's'}"
-    told = measure_texts(str(home / "float32"), file, out, coupling=coupling, device="cpu")
+    told, interrupted = measure_texts(
+        str(home / "float32"), file, out, coupling=coupling, device="cpu"
+    )
     records = load_records(out)
     model = ResidualModel.wrap(AutoModelForCausalLM.from_pretrained(home / "float32"))
     lines = [*TEXTS, TEXTS[0]]
@@ -82,6 +84,7 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
         "Coupling at K = 2" in told
         and "4 of 4" in told
         and f"Next: lm-eval-coupling show {out}" in told
+        and not interrupted
     )
     assert len(load_records(out, weights="untrained")) == 4
 

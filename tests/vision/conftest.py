@@ -37,6 +37,5 @@ def settings(tmp_path_factory):
 def saved(images, classifier, settings, tmp_path_factory):
     """The file of results of one run."""
     out = tmp_path_factory.mktemp("run")
-    return run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)[
-        0
-    ]
+    run = run_vision(classifier, str(images), out, batch_size=5, device="cpu", coupling=settings)
+    return run.file

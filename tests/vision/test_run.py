@@ -29,7 +29,7 @@ RANKS = "ranks=4+8"
 
 
 def scores(images, folder, coupling, out):
-    file, words = run_vision(folder, str(images), out, device="cpu", coupling=coupling)
+    file, words, _ = run_vision(folder, str(images), out, device="cpu", coupling=coupling)
     return json.loads(file.read_text()), words
 
 
@@ -111,7 +111,7 @@ def test_large_pictures_are_reduced():
 
 
 def test_a_second_run_measures_nothing_again(saved, images, classifier, settings, tmp_path):
-    file, words = run_vision(classifier, str(images), tmp_path, device="cpu", coupling=settings)
+    file, words, _ = run_vision(classifier, str(images), tmp_path, device="cpu", coupling=settings)
     assert json.loads(file.read_text())["config"]["coupling"]["reused"] == 5
     one, other = (load_records(f.parent).sort_values("doc_hash") for f in (saved, file))
     for a, b in zip(one["normalized_miscoupling"], other["normalized_miscoupling"], strict=True):
@@ -236,7 +236,9 @@ def test_the_command_says_what_it_found(images, classifier, tmp_path, capsys):
 def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
     """Measures over tokens took those after the measured one for unable to move it: of the class token all."""
     settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"
-    file, _ = run_vision(classifier, str(images), tmp_path / "out", device="cpu", coupling=settings)
+    file, *_ = run_vision(
+        classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
+    )
     (row,) = load_records(file.parent).to_dict("records")
     assert (
         row["reason"] is None
@@ -258,7 +260,7 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
 
 def test_several_tokens_of_an_image(images, classifier, tmp_path):
     settings = f"ranks=4,limit=2,position=0+5,store={tmp_path / 'store.sqlite'}"
-    file, words = run_vision(
+    file, words, _ = run_vision(
         classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
     )
     rows = pd.read_parquet(next(file.parent.glob("coupling_colours_*.parquet")))
@@ -268,7 +270,7 @@ def test_several_tokens_of_an_image(images, classifier, tmp_path):
 
 def test_the_same_images_are_chosen_for_every_model(saved, images, tmp_path):
     other = save_classifier(tmp_path / "other", "dinov2")
-    file, _ = run_vision(
+    file, *_ = run_vision(
         other, str(images), tmp_path / "out", device="cpu", coupling=f"{RANKS},limit=5"
     )
     assert set(load_records(file.parent)["doc_hash"]) == set(load_records(saved.parent)["doc_hash"])

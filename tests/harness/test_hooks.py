@@ -15,7 +15,8 @@ import tiny
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness import hooks, plugin
+from lm_eval_coupling.saved.atomic import require_writable
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -31,7 +32,7 @@ def installed():
 
 
 def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
-    plugin.require_writable(tmp_path / "a" / "b")
+    require_writable(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -39,10 +40,10 @@ def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
             CouplingError,
             match=rf"got output folder {folder}, which cannot be written .*choose another",
         ):
-            plugin.require_writable(folder)
+            require_writable(folder)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(CouplingError, match="Permission denied"):
-        plugin.require_writable(tmp_path)
+        require_writable(tmp_path)
 
 
 @pytest.mark.parametrize("output", ["file/out", "file/out.json"])
@@ -79,7 +80,7 @@ class Manager:
 )
 def test_our_tasks_come_before_the_users(given, theirs):
     manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
-    plugin._add_tasks(manager)
+    hooks._add_tasks(manager)
     made = manager.TaskManager("INFO", given, metadata={"a": 1})
     assert made.seen == [plugin.tasks_folder(), *theirs] and made.include_path == given
     assert made.rest == ("INFO", True, {"a": 1})
@@ -122,8 +123,15 @@ def test_a_mistake_is_one_sentence(installed, capsys):
 def test_who_waits_for_an_interrupted_run_is_told(installed):
     """It ended as if all had been measured, and a loop over models went on."""
     harness = installed._cli.harness.HarnessCLI()
+
+    def interrupted(_):
+        results = carrying(lambda *_: None)
+        results["config"]["coupling"]["interrupted"] = True
+        lm = types.SimpleNamespace(record_coupling=lambda *_: None)
+        assert evaluator(results).evaluate(lm, {}) is results
+
     with pytest.raises(SystemExit) as ended:
-        harness.execute(argparse.Namespace(func=lambda _: plugin.interrupted.set()))
+        harness.execute(argparse.Namespace(func=interrupted))
     assert ended.value.code == 130
     harness.execute(argparse.Namespace(func=lambda _: None))  # a run after it is one of its own
 
@@ -178,7 +186,7 @@ def evaluator(results):
     module = types.SimpleNamespace(
         evaluate=lambda *_, **__: results, simple_evaluate=lambda *_, **__: results
     )
-    plugin._record_after_scoring(module)
+    hooks._record_after_scoring(module)
     return module
 
 
@@ -204,7 +212,7 @@ def test_how_it_was_asked_is_known(installed):
         return {}
 
     module = types.SimpleNamespace(evaluate=evaluate, simple_evaluate=evaluate)
-    plugin._record_after_scoring(module)
+    hooks._record_after_scoring(module)
     module.evaluate(
         types.SimpleNamespace(record_coupling=lambda *given: seen.append(given[2])),
         {},
@@ -241,7 +249,7 @@ def test_a_name_that_was_bound_before_us_records():
     )
     bound, seen = module.evaluate, []
     for _ in range(2):
-        plugin._record_after_scoring(module)
+        hooks._record_after_scoring(module)
     for evaluate in (bound, module.evaluate):
         evaluate(types.SimpleNamespace(record_coupling=lambda *given: seen.append(given)), {})
         assert len(seen) == 1
@@ -355,7 +363,7 @@ def test_results_of_others_write_no_tables(tracker, tmp_path, results):
 def test_an_lm_eval_that_does_not_fit_is_a_warning(caplog):
     module = types.ModuleType("lm_eval._cli.harness")
     with caplog.at_level(logging.WARNING):
-        plugin.after_import(module)
+        hooks.after_import(module)
     assert (
         "does not fit this lm-eval (lm_eval._cli.harness: " in caplog.text
         and "HarnessCLI" in caplog.text

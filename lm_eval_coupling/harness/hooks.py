@@ -1,0 +1,301 @@
+"""Changes to modules of lm-eval, one small step per module.
+
+Each step wraps one public function so that it acts only for ``coupling-hf``. Scoring is never
+touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError
+
+MODEL = "coupling-hf"
+TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
+
+# Below lm-eval's own logger, so that its verbosity and handler apply.
+logger = logging.getLogger("lm_eval.coupling")
+
+
+class DryRun(Exception):
+    """Raised instead of scoring, once lm-eval has built all requests."""
+
+
+@dataclass
+class _Command:
+    """One call of lm-eval's command line; lm-eval itself returns nothing from it."""
+
+    interrupted: bool = False
+
+
+_command: ContextVar[_Command | None] = ContextVar("lm_eval_command", default=None)
+
+
+def after_import(module: Any) -> None:
+    """Apply the step for one module of lm-eval, again after a reload.
+
+    A module that has changed upstream gives a warning, never an error.
+    """
+    try:
+        STEPS[module.__name__](module)
+    except Exception as error:
+        logger.warning(
+            "lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error
+        )
+
+
+def _wrap(
+    owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replace a function of a module or class by ``around(function)``, once per import.
+
+    Inside a decorator, the decorated function is replaced: names bound earlier, as by
+    ``from lm_eval import evaluate``, then lead to ours too.
+    """
+    original = inspect.getattr_static(owner, name)
+    plain = original.__func__ if isinstance(original, classmethod) else original
+    if getattr(plain, "_of_coupling", False):
+        return
+    if (inside := _decorated_by(plain)) is not None:
+        inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
+        plain._of_coupling = True  # type: ignore[union-attr]
+        return
+    wrapped = functools.wraps(plain)(around(plain))
+    wrapped._of_coupling = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
+
+
+def _decorated_by(function: Any) -> Any:
+    """Return the closure cell in which a decorator keeps its function; None for a plain function."""
+    inside = getattr(function, "__wrapped__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return next(
+        (cell for cell in cells if inside is not None and cell.cell_contents is inside), None
+    )
+
+
+def tasks_folder() -> Path:
+    """Return the folder of our task definitions, in an installed package or in a checkout."""
+    installed = Path(__file__).parents[1] / "_tasks"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "tasks"
+
+
+def _register_model(models: Any) -> None:
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target=TARGET)
+
+
+def _add_tasks(manager: Any) -> None:
+    """Put our tasks right after the defaults.
+
+    Later folders override earlier ones, so a user's own tasks win.
+    """
+
+    def with_ours(original: Callable) -> Callable:
+        def init(
+            self: Any,
+            verbosity: Any = None,
+            include_path: Any = None,
+            include_defaults: Any = True,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
+            ours = [tasks_folder()] if include_defaults else []
+            theirs = (
+                include_path
+                if isinstance(include_path, (list, tuple))
+                else [include_path]
+                if include_path
+                else []
+            )
+            original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
+            self.include_path = include_path
+
+        return init
+
+    _wrap(manager.TaskManager, "__init__", with_ours)
+
+
+def _refuse_early(config: Any) -> None:
+    """Refuse a wrong argument on the command line before anything heavy is loaded."""
+
+    def checked(from_cli: Callable) -> Callable:
+        def from_cli_checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            found = from_cli(cls, *args, **kwargs)
+            if found.model == MODEL:
+                from lm_eval_coupling.runs.options import Options
+
+                Options.take_from(dict(found.model_args or {}))
+                _require_output(found.output_path)
+            return found
+
+        return from_cli_checked
+
+    _wrap(config.EvaluatorConfig, "from_cli", checked)
+
+
+def _record_after_scoring(evaluator: Any) -> None:
+    def recording(evaluate: Callable) -> Callable:
+        signature = inspect.signature(evaluate)
+
+        def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            # A CachingLM holds the model in `.lm`.
+            record = getattr(getattr(lm, "lm", lm), "record_coupling", None)
+            try:
+                results = evaluate(lm, task_dict, *args, **kwargs)
+            except DryRun:
+                results = None
+            if record is not None:
+                call = signature.bind(lm, task_dict, *args, **kwargs)
+                call.apply_defaults()
+                try:
+                    record(task_dict, results, call.arguments)
+                except Exception:
+                    logger.exception("coupling was not recorded; the scores are complete")
+                # Into coupling_out. A tracker that saves the results writes them again, with its date.
+                _write_tables(results, None, _now())
+                _tell_command(results)
+            return results
+
+        return evaluate_and_record
+
+    def checking(simple_evaluate: Callable) -> Callable:
+        def simple_evaluate_checked(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if model == MODEL:
+                _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
+            return simple_evaluate(model, *args, **kwargs)
+
+        return simple_evaluate_checked
+
+    _wrap(evaluator, "evaluate", recording)
+    _wrap(evaluator, "simple_evaluate", checking)
+
+
+def _write_tables_with_results(tracking: Any) -> None:
+    def with_tables(save: Callable) -> Callable:
+        def save_results_aggregated(self: Any, results: Any, samples: Any = None) -> None:
+            save(self, results, samples)
+            # The tracker has no date if it saves nothing.
+            date = getattr(self, "date_id", _now())
+            _write_tables(results, _results_folder(self), date)
+
+        return save_results_aggregated
+
+    _wrap(tracking.EvaluationTracker, "save_results_aggregated", with_tables)
+
+
+def _results_folder(tracker: Any) -> Path | None:
+    """Return the folder into which a tracker writes; an output path may be a JSON file's."""
+    if not tracker.output_path:
+        return None
+    path = Path(tracker.output_path)
+    model = str(tracker.general_config_tracker.model_name_sanitized)
+    return path.parent if path.suffix == ".json" else path / model
+
+
+def _require_output(output_path: Any) -> None:
+    if output_path:
+        from lm_eval_coupling.saved.atomic import require_writable
+
+        path = Path(output_path)
+        require_writable(path.parent if path.suffix == ".json" else path)
+
+
+def _close_under_the_table(utils: Any) -> None:
+    """Put our lines under the last of lm-eval's tables: that of groups, if there are any."""
+
+    def with_closing(make_table: Callable) -> Callable:
+        def make_table_and_close(
+            result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any
+        ) -> Any:
+            table = make_table(result_dict, column, *args, **kwargs)
+            last = "groups" if "groups" in result_dict else "results"
+            info = _carried(result_dict)
+            if info is None or column != last:
+                return table
+            try:
+                from lm_eval_coupling.runs.closing import closing_lines
+
+                return f"{table}\n{closing_lines(info, result_dict)}"
+            except Exception:
+                logger.exception("coupling: no summary under the table")
+                return table
+
+        return make_table_and_close
+
+    _wrap(utils, "make_table", with_closing)
+
+
+def _carried(results: dict[str, Any] | None) -> Any:
+    """Return the `CouplingInfo` that results of ours carry; None for results of others.
+
+    Its class is not imported: that would load pandas in every evaluation.
+    """
+    info = ((results or {}).get("config") or {}).get("coupling")
+    return info if hasattr(info, "write_tables") else None
+
+
+def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
+    """Write the tables of a run whose rows its results carry."""
+    if (info := _carried(results)) is None:
+        return
+    try:
+        info.write_tables(folder, date)
+    except Exception as error:
+        info.unwritten = str(error)
+        logger.exception("coupling tables were not written; measurements are kept in the store")
+
+
+def _now() -> str:
+    return datetime.now().isoformat().replace(":", "-")  # the form of lm-eval's own dates
+
+
+def _tell_command(results: dict[str, Any] | None) -> None:
+    """Tell lm-eval's command line, if it runs, that its evaluation was interrupted."""
+    command, info = _command.get(), _carried(results)
+    if command is not None and info is not None and info["interrupted"]:
+        command.interrupted = True
+
+
+def _errors_as_sentences(harness: Any) -> None:
+    def plainly(execute: Callable) -> Callable:
+        def execute_plainly(self: Any, args: Any) -> Any:
+            command = _Command()
+            token = _command.set(command)
+            try:
+                returned = execute(self, args)
+            except CouplingError as error:
+                print(f"lm-eval-coupling: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+            finally:
+                _command.reset(token)
+            if command.interrupted:
+                # The results are written, but nobody is to take them for complete.
+                raise SystemExit(130)
+            return returned
+
+        return execute_plainly
+
+    _wrap(harness.HarnessCLI, "execute", plainly)
+
+
+STEPS: dict[str, Callable[[Any], None]] = {
+    "lm_eval.utils": _close_under_the_table,
+    "lm_eval.models": _register_model,
+    "lm_eval.tasks.manager": _add_tasks,
+    "lm_eval.config.evaluate_config": _refuse_early,
+    "lm_eval.evaluator": _record_after_scoring,
+    "lm_eval.loggers.evaluation_tracker": _write_tables_with_results,
+    "lm_eval._cli.harness": _errors_as_sentences,
+}

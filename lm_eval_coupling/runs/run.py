@@ -1,0 +1,194 @@
+"""One run: documents with prompts in, measured rows and their description out.
+
+The doors (:mod:`~lm_eval_coupling.harness.lm`, :mod:`~lm_eval_coupling.texts`,
+:mod:`~lm_eval_coupling.vision.evaluate`) score and make prompts. Whatever comes after that is here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual.untrained import untrained_twin
+from lm_eval_coupling.runs.options import Options
+from lm_eval_coupling.runs.provenance import about_measurement, about_model, about_software
+from lm_eval_coupling.runs.results import CouplingInfo
+from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, Row, reasons
+from lm_eval_coupling.runs.session import Measured, Session, Subject
+from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
+from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
+
+# Below lm-eval's own logger, so that its verbosity and handler apply.
+logger = logging.getLogger("lm_eval.coupling")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Measured rows, those of the trained weights first.
+
+    Attributes:
+        rows: one per prompt, measured token and set of weights.
+        reused: number of prompts whose record comes from the store.
+        interrupted: True if Ctrl-C ended the measuring early.
+    """
+
+    rows: list[Row]
+    reused: int
+    interrupted: bool
+
+    @classmethod
+    def join(cls, runs: Iterable[Run]) -> Run:
+        """Join the runs of several processes over one set of documents."""
+        runs = list(runs)
+        return cls(
+            rows=[row for run in runs for row in run.rows],
+            reused=sum(run.reused for run in runs),
+            interrupted=any(run.interrupted for run in runs),
+        )
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """The scored model's name, revision and transformers configuration, as results record them."""
+
+    name: str
+    revision: str
+    config: Any
+
+
+def open_store(options: Options) -> MeasurementStore:
+    """Open the store that the options name, or the user's own."""
+    return MeasurementStore(options.store or default_store_path())
+
+
+def open_session(
+    options: Options,
+    model: nn.Module,
+    store: MeasurementStore,
+    tokenizer: Any = None,
+    quiet: bool = False,
+) -> Session:
+    """Wrap the scored model, and its untrained twin if one is asked for, for measuring.
+
+    Args:
+        options: what to measure.
+        model: the scored model; it stays untouched.
+        store: where measurements are kept.
+        tokenizer: the model's own; None for an image classifier.
+        quiet: True for every process except the one that reports.
+
+    Returns:
+        A session that measures any prompts any number of times.
+
+    Raises:
+        CouplingError: if the model cannot be measured with these options.
+    """
+    device = next(model.parameters()).device
+    if device.type == "mps" and options.settings.dtype == "float64":
+        raise CouplingError(
+            "got coupling_dtype=float64 on MPS, which has no float64; use float32 or device=cpu"
+        )
+    trained = ResidualModel.wrap(model, tokenizer)
+    options.settings.check_shape(trained.d_model, trained.n_layers)
+    subjects = [Subject(TRAINED, trained)]
+    if options.untrained is not None:
+        twin = untrained_twin(model, options.untrained)
+        subjects.append(Subject(UNTRAINED, ResidualModel.wrap(twin, tokenizer)))
+    return Session(
+        subjects=subjects,
+        settings=options.settings,
+        position=options.position,
+        store=store,
+        quiet=quiet,
+    )
+
+
+def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Run:
+    """Measure the prompts at every token that the session names, on every set of weights.
+
+    A document counts only if all of its prompts are measured: the mean over some of them would be
+    a value of another document. Ctrl-C is not raised; the store keeps what was measured.
+
+    Returns:
+        The rows of complete documents.
+    """
+    rows: list[Row] = []
+    interrupted = False
+    for at_place in session.at_every_place():
+        asked = [prompt for prompt in prompts if at_place.has(prompt.tokens)]
+        measured = at_place.measure([prompt.tokens for prompt in asked])
+        for subject in session.subjects:
+            rows += _complete_rows(asked, measured, subject.weights, at_place.place)
+        if interrupted := measured.interrupted:
+            break
+    rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
+    reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
+    return Run(rows, reused, interrupted)
+
+
+def _complete_rows(
+    prompts: Sequence[DocumentPrompt], measured: Measured, weights: str, place: int
+) -> list[Row]:
+    records, reused = measured.of(weights), measured.reused.get(weights, ())
+    unfinished: set[DocumentKey] = {p.document for p in prompts if p.tokens not in records}
+    return [
+        Row(prompt, weights, records[prompt.tokens], reused=prompt.tokens in reused, place=place)
+        for prompt in prompts
+        if prompt.document not in unfinished
+    ]
+
+
+def describe(
+    run: Run,
+    session: Session,
+    options: Options,
+    model: ScoredModel,
+    tasks: Iterable[str],
+    **further: Any,
+) -> CouplingInfo:
+    """Return what results and tables record of a run.
+
+    Args:
+        run: the measured rows, of all processes.
+        session: which weights were measured.
+        options: how they were measured.
+        model: the scored model.
+        tasks: names of the evaluated tasks.
+        **further: facts that only one kind of run has.
+    """
+    facts = about_software() | {
+        "settings": options.as_dict(),
+        "model": model.name,
+        "revision": model.revision,
+    }
+    facts |= further | about_model(session, model.config)
+    facts |= about_measurement(run.rows, tasks, options.settings.ranks)
+    if UNTRAINED in facts:
+        facts[UNTRAINED]["seed"] = options.untrained
+    facts |= {"reused": run.reused, "interrupted": run.interrupted}
+    return CouplingInfo(facts, run.rows, options.out)
+
+
+def warn_of_failures(info: CouplingInfo, n_chosen: int) -> None:
+    """Log how many of the chosen documents could not be measured, and why."""
+    if info["interrupted"]:
+        return
+    if n_chosen and not info["measured"]:
+        logger.error(
+            "coupling: none of %d documents could be measured: %s", n_chosen, reasons(info.rows)
+        )
+    elif info["failed"]:
+        logger.warning(
+            "coupling: %d documents were not measured: %s", info["failed"], reasons(info.rows)
+        )
+
+
+def dry_run_lines(session: Session, prompts: Sequence[DocumentPrompt]) -> list[str]:
+    """Measure one prompt on each set of weights and estimate the cost of all."""
+    return session.try_one([prompt.tokens for prompt in prompts]) if prompts else []
