@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: help setup test check demo bench clean
+.PHONY: help setup test check demo bench docs bounds clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -36,6 +36,10 @@ bench: setup  ## speed and memory of MODEL=DIR, a transformers folder; BENCH_FUL
 	$(BIN)/python tests/benchmarks/growth.py $(QUICK)
 	$(BIN)/python tests/benchmarks/memory.py --model $(MODEL) $(QUICK)
 	$(BIN)/python tests/benchmarks/plot.py
+
+docs: setup  ## build the site into site/, refusing broken links
+	$(BIN)/python -m pip install --quiet '.[docs]' --no-deps && $(BIN)/python -m pip install --quiet 'mkdocs-jupyter>=0.25' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.29'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

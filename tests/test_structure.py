@@ -54,7 +54,9 @@ def test_a_package_never_imports(package, never):
 
 def test_the_package_does_not_import_the_studies():
     users = {name for name in MODULES if name.startswith("lm_eval_coupling")}
-    assert {name for name in users if "coupling_analysis" in map(package_of, imports(name))} == set()
+    assert {
+        name for name in users if "coupling_analysis" in map(package_of, imports(name))
+    } == set()
 
 
 def test_imports_of_every_package_are_those_of_the_docs():

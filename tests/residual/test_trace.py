@@ -119,7 +119,10 @@ def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blo
     """TransformerLens' Falcon adds the ALiBi bias as transformers' eager one does: another function than the fused one."""
     model = cases.tiny_model("falcon-alibi", torch.float64, attn_implementation="sdpa")
     wrapped = ResidualModel.wrap(model)
-    assert wrapped.wrapping == "blocks" and "bridge of FalconForCausalLM is off by" in wrapped.wrapping_reason
+    assert (
+        wrapped.wrapping == "blocks"
+        and "bridge of FalconForCausalLM is off by" in wrapped.wrapping_reason
+    )
     found = block_jacobians(wrapped, TOKENS, dtype=torch.float64)
     for layer, jacobian in enumerate(found.jacobians):
         assert worst(jacobian, oracle(model, TOKENS, layer, 8, 8)) < 1e-6

@@ -1,6 +1,6 @@
 """Imports of the package, read off its sources: nothing is imported.
 
-    python tests/support/imports.py   # write the table of packages in docs/architecture.md anew
+python tests/support/imports.py   # write the table of packages in docs/architecture.md anew
 """
 
 from __future__ import annotations

@@ -1,0 +1,119 @@
+"""Every number of the first page of analysis/RESULTS.md follows from the records that are committed beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
+
+ANALYSIS = Path(__file__).parents[2] / "analysis"
+RESULTS = ANALYSIS / "results"
+PAGE = " ".join((ANALYSIS / "RESULTS.md").read_text(encoding="utf-8").split())
+SIX = ["arc_easy", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2", "mmlu"]
+
+
+def correlation(x, y, given=()) -> float:
+    """Return Pearson's correlation of what is left of x and y once ``given`` is regressed out."""
+    known = np.column_stack([np.ones(len(x)), *given])
+    left = [np.asarray(v) - known @ np.linalg.lstsq(known, v, rcond=None)[0] for v in (x, y)]
+    return float(np.corrcoef(*left)[0, 1])
+
+
+def with_interval(r: float, n: int, held_fixed: int = 0) -> str:
+    """Write a correlation with its 95 % interval by Fisher's z."""
+    z, step = np.arctanh(r), stats.norm.ppf(0.975) / np.sqrt(n - 3 - held_fixed)
+    return f"{r:.2f} ({np.tanh(z - step):.2f} to {np.tanh(z + step):.2f})".replace("-", "−")
+
+
+def plain(number: float, digits: int = 2) -> str:
+    return f"{number:.{digits}f}".replace("-", "−")
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> pd.DataFrame:
+    documents = pd.read_csv(RESULTS / "real" / "documents.csv")
+    return documents[(documents["rank"] == 10) & documents.task.str.startswith(tuple(SIX))]
+
+
+def test_chance_is_that_of_a_random_matrix():
+    assert f"chance {chance_coupling(10):.4f}" in PAGE
+
+
+MODELS = ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m", "gemma3-270m"]
+
+
+def test_coupling_of_pretrained_models(pretrained):
+    trained = pretrained[pretrained.weights == "trained"].groupby("model").coupling.mean()
+    assert ", ".join(f"{trained[model]:.3f}" for model in MODELS) in PAGE
+
+
+def test_untrained_twins_are_at_chance(pretrained):
+    untrained = pretrained[pretrained.weights == "untrained"].groupby("model").coupling
+    distances = (untrained.mean() - chance_coupling(10)) / untrained.sem()
+    first, second, third, last = (plain(distances[model], digits=1) for model in MODELS)
+    assert f"{first}, {second}, {third} and {last} standard errors from chance" in PAGE
+    assert distances.abs().max() < 2
+
+
+def test_coupling_along_a_training():
+    rows = pd.read_csv(RESULTS / "training" / "checkpoints.csv")
+    rows = rows[(rows.measure == "coupling") & (rows.weights == "trained")].set_index("step")
+    coupling = rows["mean"].dropna()
+    peak = coupling.idxmax()
+    text = f"{coupling[0]:.3f} at step 0, {coupling[peak]:.3f} at step {peak:.0f}"
+    assert f"{text}, {coupling.iloc[-1]:.3f} at step {coupling.index[-1]:.0f}" in PAGE
+
+
+@pytest.fixture(scope="module")
+def zoo() -> pd.DataFrame:
+    members = pd.read_csv(RESULTS / "zoo" / "members.csv")
+    return members[members.task == "kept_out"].set_index("member")
+
+
+def test_coupling_in_the_zoo(zoo):
+    coupling, better = zoo["coupling@10"], -zoo.bits
+    assert with_interval(correlation(coupling, better), len(zoo)) in PAGE
+    left_out = [correlation(coupling.drop(m), better.drop(m)) for m in zoo.index]
+    assert f"between {plain(min(left_out))} and {plain(max(left_out))}" in PAGE
+
+
+def test_coupling_in_the_zoo_given_size_and_tokens(zoo):
+    def partial(members: pd.DataFrame) -> float:
+        given = np.log10([members.n_params, members.training_tokens])
+        return correlation(members["coupling@10"], -members.bits, given)
+
+    assert with_interval(partial(zoo), len(zoo), 2) in PAGE
+    left_out = {m: partial(zoo.drop(m)) for m in zoo.index}
+    decides = min(left_out, key=left_out.__getitem__)
+    assert decides == "text-0.03"
+    assert f"without `{decides}` {with_interval(left_out[decides], len(zoo) - 1, 2)}" in PAGE
+
+
+def test_coupling_of_damaged_copies():
+    runs = pd.read_csv(RESULTS / "family" / "observations.csv").set_index("model")
+    score, coupling = runs["acc,none"], runs["coupling,none"]
+    assert with_interval(correlation(coupling, score), len(runs)) in PAGE
+    better = score.sort_values().index[3:]
+    without = plain(correlation(coupling[better], score[better]))
+    assert f"without the three worst copies {without}" in PAGE
+
+
+def test_right_and_wrong_answers():
+    areas = pd.read_csv(RESULTS / "answers" / "auroc.csv")
+    areas = areas[(areas.predictor == "coupling@10") & (areas.model == "all models")]
+    (row,) = areas[areas.task == "all tasks"].to_dict("records")
+    assert f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})" in PAGE
+    assert f"p = {row['p_holm']:.2f} adjusted" in PAGE
+
+
+def test_trajectories_are_straighter():
+    table = pd.read_csv(RESULTS / "regularity.csv")
+    scores = table[table.measure == "line_shape_score"].pivot_table(
+        index="model", columns="weights", values="median"
+    )
+    assert (scores.trained < scores.untrained).all() and len(scores) == 4
