@@ -38,8 +38,18 @@ bench: setup  ## speed and memory of MODEL=DIR, a transformers folder; BENCH_FUL
 	$(BIN)/python tests/benchmarks/plot.py
 
 docs: setup  ## build the site into site/, refusing broken links
-	$(BIN)/python -m pip install --quiet '.[docs]' --no-deps && $(BIN)/python -m pip install --quiet 'mkdocs-jupyter>=0.25' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.29'
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# The tests that touch what other packages offer, in an environment of its own.
+RESOLUTION ?= lowest
+BOUNDS = $(if $(filter newest,$(RESOLUTION)),--prerelease allow --upgrade,--resolution lowest-direct)
+bounds:  ## tests with the lowest or the newest versions of what we need: RESOLUTION=lowest|newest
+	$(PYTHON) -m venv .venv-$(RESOLUTION)
+	.venv-$(RESOLUTION)/bin/python -m pip install --quiet uv
+	.venv-$(RESOLUTION)/bin/uv pip install --python .venv-$(RESOLUTION)/bin/python $(BOUNDS) -e '.[dev]'
+	LM_EVAL_COUPLING_NO_HOOK=1 .venv-$(RESOLUTION)/bin/python -m pytest -q -n 2 --dist loadfile \
+		tests/harness tests/jacobians tests/residual tests/saved tests/statistics
+
 clean:  ## remove the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest .venv-newest site

@@ -1,4 +1,4 @@
-"""Every number of the first page of analysis/RESULTS.md follows from the records that are committed beside it."""
+"""The numbers of the first page of analysis/RESULTS.md follow from the committed records."""
 
 from __future__ import annotations
 
