@@ -27,7 +27,9 @@ def on_files(files: Files, config: Any) -> Files:
         file = ROOT / source
         if not file.is_file():
             continue
-        text = LINK.sub(lambda match, file=file: _on_site(match, file, files, config), file.read_text("utf-8"))
+        text = LINK.sub(
+            lambda match, file=file: _on_site(match, file, files, config), file.read_text("utf-8")
+        )
         files.append(File.generated(config, target, content=text))
     return files
 

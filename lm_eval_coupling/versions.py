@@ -1,8 +1,16 @@
-"""Versions of installed packages."""
+"""Versions of installed packages, and whether they are those that this package was tested with."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import logging
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from lm_eval_coupling.errors import CouplingError
+
+logger = logging.getLogger("lm_eval.coupling")
 
 
 def installed_version(package: str) -> str | None:
@@ -11,3 +19,41 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def require_versions(*packages: str) -> None:
+    """Refuse packages older than this package's own requirements, and warn of newer ones.
+
+    Does nothing where this package is run from a folder and has no metadata to read.
+
+    Args:
+        *packages: distribution names, such as ``lm-eval``.
+
+    Raises:
+        CouplingError: naming the first package that is too old, with the command that mends it.
+    """
+    try:
+        requirements = [Requirement(line) for line in requires("lm-eval-coupling") or ()]
+    except PackageNotFoundError:
+        return
+    for requirement in requirements:
+        installed = installed_version(requirement.name)
+        if requirement.name not in packages or requirement.marker or installed is None:
+            continue
+        if requirement.specifier.contains(installed, prereleases=True):
+            continue
+        if _is_too_old(requirement.specifier, installed):
+            raise CouplingError(
+                f"expected {requirement.name}{requirement.specifier}, got {installed}; "
+                f'run: pip install "{requirement.name}{requirement.specifier}"'
+            )
+        logger.warning(
+            "coupling: %s %s is newer than any that was tested (%s)",
+            *(requirement.name, installed, requirement.specifier),
+        )
+
+
+def _is_too_old(specifier: SpecifierSet, installed: str) -> bool:
+    """Return whether a version is below a lower bound."""
+    lower = [bound for bound in specifier if bound.operator in (">=", ">", "==", "~=")]
+    return not all(bound.contains(installed, prereleases=True) for bound in lower)

@@ -8,6 +8,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+
+from lm_eval_coupling.versions import require_versions
+
+require_versions("lm-eval", "transformer-lens", "transformers")  # Before the imports below fail.
+
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
