@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
     """
     _replace_unprintable_characters()
+    _forget_backend_of_a_notebook()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # argparse would take lm-eval's own options, such as --help, for ours.
@@ -58,6 +59,18 @@ def _replace_unprintable_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _forget_backend_of_a_notebook() -> None:
+    """Unset a backend of matplotlib that is not installed here; importing matplotlib would fail.
+
+    A notebook's kernel sets it for its own environment, and for the commands that a cell calls.
+    """
+    import importlib.util
+
+    scheme, _, module = os.environ.get("MPLBACKEND", "").partition("://")
+    if scheme == "module" and importlib.util.find_spec(module.partition(".")[0] or "-") is None:
+        del os.environ["MPLBACKEND"]
 
 
 class _Version(argparse.Action):

@@ -190,3 +190,11 @@ def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out.startswith("lm-eval-coupling ")
+
+
+@pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", "module://", "agg"])
+def test_a_notebooks_backend_that_is_not_installed_is_forgotten(monkeypatch, backend):
+    """A cell's `!lm-eval-coupling fit` in another environment ended in matplotlib's ValueError."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    assert cli.main(["show", "/nowhere"]) == 2
+    assert os.environ.get("MPLBACKEND") == ("agg" if backend == "agg" else None)

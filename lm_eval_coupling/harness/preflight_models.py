@@ -92,6 +92,7 @@ def _look(
         "d_model": width,
         "n_layers": depth,
         "n_params": _parameters(config),
+        "vocab_size": getattr(text, "vocab_size", None),
         "dtype": str(_dtype(config, arguments)),
     }, wrong
 

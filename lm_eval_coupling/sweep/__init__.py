@@ -1,1 +1,1 @@
-"""Sweeps: models × revisions × tasks from one plan, on this machine or on SLURM. Imports neither torch nor lm-eval."""
+"""Sweeps: models × revisions × tasks of one plan, on this machine or on SLURM, without torch."""

@@ -1,4 +1,4 @@
-"""A plan against the world, before any work: is the output writable, do models and tasks exist, would lm-eval refuse it."""
+"""Checks of a plan before any work: its output, its store, and what lm-eval says of the rest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.errors import CouplingError, path, why
+from lm_eval_coupling.sweep import state
+from lm_eval_coupling.sweep.child_environment import environment
 from lm_eval_coupling.sweep.plan import Plan, PlanError, Slurm
+from lm_eval_coupling.sweep.plan_secrets import hide
 from lm_eval_coupling.sweep.reasons import reason
-from lm_eval_coupling.sweep.request import overrides_folder
+from lm_eval_coupling.sweep.request import include_paths, overrides_folder
 from lm_eval_coupling.sweep.shared_store import locks_work
 from lm_eval_coupling.sweep.source import source
 from lm_eval_coupling.versions import installed_version
@@ -24,45 +26,46 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
-    """Facts about the models (``d_model, n_layers, n_params, dtype`` by name), if nothing is wrong.
+    """Check a plan against the models, tasks and options that exist.
 
     Args:
         plan: the plan.
         download: fetch models and data sets as well.
 
     Returns:
-        The facts, by model.
+        Mappings with ``d_model, n_layers, n_params, vocab_size, dtype``, by model.
 
     Raises:
-        PlanError: with everything that is wrong.
+        PlanError: with all problems.
+        CouplingError: if the check itself fails.
     """
     problems = [*_output(plan), *_store(plan)]
     question = _question(plan, download)
     remembered = plan.output / "checked.json"
-    answer = record.read_json(remembered)
+    answer = state.read_json(remembered)
     if problems or download or answer.get("digest") != _digest(plan, question):
         answer = _ask(plan, question)
         if problems := [*problems, *answer["problems"]]:
-            raise PlanError(plan.file, problems)
-        record.write_json(remembered, answer | {"digest": _digest(plan, question)})
+            raise PlanError(plan.file, [hide(p, plan.secrets.values()) for p in problems])
+        state.write_json(remembered, answer | {"digest": _digest(plan, question)})
     return answer["models"]
 
 
-def with_the_world(wrong: PlanError) -> PlanError:
-    """A plan whose text is wrong, with what else is wrong with what can be read of it: told at once."""
-    if wrong.plan is None or not wrong.plan.units or not wrong.plan.tasks:
-        return wrong
+def add_checks(error: PlanError) -> PlanError:
+    """Add to the problems of a plan's text those that :func:`check` finds in what can be read."""
+    if error.plan is None or not error.plan.units or not error.plan.tasks:
+        return error
     try:
-        check(wrong.plan)
+        check(error.plan)
     except PlanError as further:
-        return PlanError(wrong.plan.file, [*wrong.problems, *further.problems])
+        return PlanError(error.plan.file, [*error.problems, *further.problems])
     except CouplingError:
-        pass  # the check itself failed, perhaps upon what is wrong with the text
-    return wrong
+        pass  # The check itself failed, perhaps because of what is wrong with the text.
+    return error
 
 
 def writable(plan: Plan) -> bool:
-    """Whether the plan's output is a folder, or can become one, in which files can be made."""
+    """Return whether the output is a folder, or can become one, in which files can be made."""
     return not _output(plan)
 
 
@@ -71,37 +74,40 @@ def _output(plan: Plan) -> list[str]:
         plan.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=plan.output):
             return []
-    except OSError as error:
-        return [
-            f"got output: {plan.output}, which cannot be written ({error.strerror}); choose another"
-        ]
+    except (OSError, ValueError) as error:
+        words = why(error)
+        return [f"got output: {plan.output}, which cannot be written ({words}); choose another"]
 
 
 def _store(plan: Plan) -> list[str]:
-    """A store that several workers write to needs locks that hold."""
-    if "store" not in plan.coupling:
+    """Return what is wrong with a store shared by several workers, which needs locks that hold."""
+    if plan.coupling.get("store") is None:
         return []
-    store = Path(str(plan.coupling["store"])).expanduser()
+    try:
+        store = path("coupling.store", plan.coupling["store"])
+    except CouplingError as error:
+        return [str(error)]
     if isinstance(plan.run, Slurm):
         return [
-            "got coupling.store with run.on: slurm, whose nodes may not see each other's locks; leave it out"
+            "got coupling.store with run.on: slurm, whose nodes may not see each other's locks; "
+            "leave it out"
         ]
     if not locks_work(store.parent):
         return [
-            f"got coupling.store: {store}, on a file system whose locks do not hold; leave it out: units have their own"
+            f"got coupling.store: {store}, on a file system whose locks do not hold; "
+            "leave it out: units have their own"
         ]
     return []
 
 
 def _question(plan: Plan, download: bool) -> dict[str, Any]:
+    """Return what the process of :func:`_ask` is asked, without any secret."""
     models: dict[str, dict[str, Any]] = {}
     for unit in plan.units:
         key = json.dumps([unit.model, unit.arguments], sort_keys=True, default=str)
-        entry = models.setdefault(
-            key, {"model": unit.model, "arguments": unit.arguments, "revisions": []}
-        )
-        entry["revisions"].append(unit.revision)
-    offline = _environment(plan, download).get("HF_HUB_OFFLINE", "").upper()
+        entry = {"model": unit.model, "arguments": unit.arguments, "revisions": []}
+        models.setdefault(key, entry)["revisions"].append(unit.revision)
+    offline = _variables(plan, download).get("HF_HUB_OFFLINE", "").upper()
     return {
         "tasks": [[task.name, task.num_fewshot] for task in plan.tasks],
         "coupling": plan.coupling,
@@ -113,55 +119,45 @@ def _question(plan: Plan, download: bool) -> dict[str, Any]:
     }
 
 
-def _environment(plan: Plan, download: bool) -> dict[str, str]:
-    """That of the units; but to fetch is to be on line, whatever the plan says of nodes without network."""
-    told = {
-        name: value
-        for name, value in plan.run.environment.items()
-        if not (download and name in _OFFLINE)
-    }
-    return {**os.environ, **told}
+def _variables(plan: Plan, download: bool) -> dict[str, str]:
+    """Return the environment of the units, without the plan's offline flags for a download."""
+    own = plan.environment
+    if download:
+        own = {name: value for name, value in own.items() if name not in _OFFLINE}
+    return environment(own)
 
 
 def _digest(plan: Plan, question: dict[str, Any]) -> str:
-    """What the answer depends on: a plan that was found right needs no second look while all this is what it was."""
-    given = plan.lm_eval.get("include_path") or []
-    folders = [*(given if isinstance(given, list) else [given]), overrides_folder(plan)]
-    tasks = [file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
-    seen = {
+    """Return a digest of all that the answer depends on, so that it need not be asked again."""
+    folders = [Path(name) for name in (*include_paths(plan), str(overrides_folder(plan)))]
+    tasks = [file for folder in folders for file in sorted(folder.rglob("*.yaml"))]
+    packages = ("lm-eval", "transformers", "lm-eval-coupling")
+    content = {
         "question": question,
-        "versions": [
-            installed_version(name) for name in ("lm-eval", "transformers", "lm-eval-coupling")
-        ],
+        "versions": [installed_version(name) for name in packages],
         "weights": [source(unit, plan.run.environment) for unit in plan.units],
-        "tasks": [[str(file), file.stat().st_mtime] for file in tasks],
+        "tasks": [[str(file), os.path.getmtime(file)] for file in tasks if file.exists()],
     }
-    return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _ask(plan: Plan, question: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: it loads lm-eval, which the sweep itself does without."""
-    download = question["download"]
+    """Answer a question in a process of its own, which loads lm-eval."""
+    is_download = question["download"]
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(question, default=str), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "lm_eval_coupling.harness.preflight",
-            str(asked),
-            str(answer),
-        ]
-        ended = subprocess.run(
-            command,
-            stderr=None if download else subprocess.PIPE,
+        file, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
+        file.write_text(json.dumps(question, default=str), encoding="utf-8")
+        module = "lm_eval_coupling.harness.preflight"
+        process = subprocess.run(
+            [sys.executable, "-m", module, str(file), str(answer)],
+            stderr=None if is_download else subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=_environment(plan, download),
-            text=True,
+            env=_variables(plan, is_download),
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
-        if ended.returncode or not answer.exists():
-            raise CouplingError(
-                f"the plan could not be checked: {reason(ended.stderr or '', ended.returncode)}"
-            )
+        if process.returncode or not answer.exists():
+            words = hide(reason(process.stderr or "", process.returncode), plan.secrets.values())
+            raise CouplingError(f"the plan could not be checked: {words}")
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -1,95 +1,104 @@
-"""What SLURM knows of jobs, as its own commands say it."""
+"""State of SLURM's jobs and limits of the cluster, read from SLURM's own commands."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep.child_environment import environment
 
-# States in which a job is over; in any other it is at work or will be, such as between its being queued again and its start.
+# States in which a job is over. In any other it runs or will run, for example between its being
+# queued again and its start.
 _OVER = {
-    *(
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-    ),
-    "TIMEOUT",
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT"),
 }
+_DEFAULT_ARRAY = 1000  # SLURM's own default allows 1001 elements.
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job in the queue: its state, and why it waits."""
+    """Job in the queue: its state, and why it waits."""
 
     state: str
     why: str = ""
 
     @property
     def running(self) -> bool:
-        """Whether it has a node."""
+        """True if the job has a node."""
         return self.state in ("RUNNING", "COMPLETING")
 
     def __str__(self) -> str:
-        """For people."""
         return f"{self.state} ({self.why})" if self.why else self.state
 
 
 def jobs() -> dict[str, Job] | None:
-    """The jobs of this user that are not over, elements of arrays one by one; None if the cluster does not answer."""
+    """Return this user's jobs that are not over by name, or None if the cluster does not answer.
+
+    Elements of arrays are listed one by one.
+    """
     listed = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %T %r")
     if listed is None:
         return None
-    found: dict[str, Job] = {}
+    queue: dict[str, Job] = {}
     for line in listed.splitlines():
         name, state, why = (*line.split(maxsplit=2), "", "", "")[:3]
         if state:
-            found[name] = Job(state, "" if why.strip() == "None" else why.strip())
-    return found
+            queue[name] = Job(state, "" if why.strip() == "None" else why.strip())
+    return queue
 
 
 def state(job: str) -> str | None:
-    """A job's state, for as long after its end as the cluster remembers it."""
-    told = _ask("scontrol", "show", "job", "--oneliner", job) or ""
-    return next(
-        (word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState=")),
-        None,
-    )
+    """Return a job's state, or None once the cluster has forgotten the job."""
+    words = (_ask("scontrol", "show", "job", "--oneliner", job) or "").split()
+    states = (word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
+    return next(states, None)
 
 
 def over(state: str | None) -> bool:
-    """Whether a job in this state is over, or not known any more."""
+    """Return whether a job in this state is over, or forgotten."""
     return state is None or state in _OVER
 
 
+def largest_array() -> int:
+    """Return how many elements an array of jobs may have on this cluster; 1 if none may."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "", re.M)
+    return max(1, min(int(match[1]), _DEFAULT_ARRAY)) if match else _DEFAULT_ARRAY
+
+
 def require() -> None:
-    """See that jobs can be submitted from here.
+    """Check that jobs can be submitted from this machine.
 
     Raises:
-        CouplingError: if not.
+        CouplingError: if sbatch or submitit is missing.
     """
     if shutil.which("sbatch") is None:
         raise CouplingError(
-            "got run.on: slurm, but there is no sbatch on this machine; call the sweep on a login node"
+            "got run.on: slurm, but this machine has no sbatch; call the sweep on a login node"
         )
     try:
         import submitit  # noqa: F401
     except ImportError:
         raise CouplingError(
-            "got run.on: slurm, which needs submitit; install it with pip install 'lm-eval-coupling[slurm]'"
+            "got run.on: slurm, which needs submitit; "
+            "install it with pip install 'lm-eval-coupling[slurm]'"
         ) from None
 
 
 def _ask(*command: str) -> str | None:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment(),
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout if answer.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The command `sweep`: read the plan, see what is there, do what is missing, say what remains."""
+"""Command `sweep`: read a plan, do what is missing, and report what remains."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lm_eval_coupling.errors import CouplingError, why
-from lm_eval_coupling.sweep import board, checks, cluster, local, slurm
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import board, checks, cluster, local, slurm, state
 from lm_eval_coupling.sweep.forecast import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Local, Plan, PlanError, Slurm, read
@@ -29,18 +28,18 @@ def sweep(
     command: Sequence[str] = COMMAND,
     console: Console | None = None,
 ) -> int:
-    """Carry out a plan, or one of the looks at it.
+    """Carry out a plan, or only look at it.
 
     Args:
         file: the plan.
-        dry_run: check it and show units × tasks, what is there, and what memory and time the rest may take.
+        dry_run: check it; show units × tasks, what exists, and the memory and time of the rest.
         download: check it and fetch models and data sets into the caches.
-        check: only say what is missing or failed, why, and where the log is.
-        command: what runs lm-eval; see :class:`~lm_eval_coupling.sweep.work.Worker`.
-        console: where to print; stdout by default.
+        check: only show what is missing or failed, why, and where the log is.
+        command: the command that runs lm-eval; see :class:`~lm_eval_coupling.sweep.work.Worker`.
+        console: the console to print on; stdout by default.
 
     Returns:
-        The exit code: 0 if everything is there (or the look found nothing wrong), 1 if something is missing or failed.
+        The exit code: 0 if everything is done (or the look found no problem), else 1.
 
     Raises:
         CouplingError: if the plan is wrong.
@@ -48,70 +47,67 @@ def sweep(
     console = console or Console(soft_wrap=False)
     try:
         plan = read(file)
-    except PlanError as wrong:
-        raise (wrong if check else checks.with_the_world(wrong)) from None
-    found = survey(plan)
+    except PlanError as error:
+        raise (error if check else checks.add_checks(error)) from None
+    statuses = survey(plan)
     if check:
-        return _report(console, plan, found)
+        return _report(console, plan, statuses)
     if dry_run or download:
         facts = checks.check(plan, download=download)
         if dry_run:
-            console.print(board.matrix(plan, found, estimates(plan, found, facts)))
+            forecast = estimates(plan, statuses, facts)
+            console.print(board.matrix(plan, statuses, forecast, console))
         else:
             console.print(
                 f"models and data of {len(plan.units)} units are in the caches", highlight=False
             )
         return 0
-    _require(plan)
+    if isinstance(plan.run, Slurm):
+        cluster.require()
     if not checks.writable(plan):
-        checks.check(plan)  # says so, with all else that is wrong
+        checks.check(plan)  # Raises an error with this and all other problems.
     with _alone(plan):
         for unit in plan.units:
-            record.write_json(plan.folder(unit) / record.FACTS, unit.facts)
-        missing = [status.unit for status in found if status.state != "done"]
+            state.write_json(plan.folder(unit) / state.FACTS, unit.facts)
+        missing = [status.unit for status in statuses if status.state != "done"]
         if missing:
             checks.check(plan)
-            with _signals(), board.Board(plan, found) as shown:
-                if isinstance(plan.run, Local):
-                    local.run(plan, missing, shown, command)
-                else:
-                    slurm.run(plan, missing, shown, command)
+            with _interrupts(), board.Board(plan, statuses) as display:
+                work = local.run if isinstance(plan.run, Local) else slurm.run
+                work(plan, missing, display, command)
     return _report(console, plan, survey(plan))
 
 
 def survey(plan: Plan) -> list[Status]:
-    """Where all units stand."""
+    """Find the states of all units."""
     queue = cluster.jobs() if isinstance(plan.run, Slurm) else {}
     return [look(plan, unit, queue) for unit in plan.units]
 
 
-def _report(console: Console, plan: Plan, found: Sequence[Status]) -> int:
-    remaining = [status for status in found if status.state != "done"]
-    for line in board.trouble(found):
+def _report(console: Console, plan: Plan, statuses: Sequence[Status]) -> int:
+    remaining = [status for status in statuses if status.state != "done"]
+    for line in board.trouble(statuses):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
-        f"{len(found) - len(remaining)} of {len(found)} units are done in {plan.output}",
+        f"{len(statuses) - len(remaining)} of {len(statuses)} units are done in {plan.output}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 1 if remaining else 0
 
 
-def _require(plan: Plan) -> None:
-    if isinstance(plan.run, Slurm):
-        cluster.require()
-
-
 @contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
-    """One sweep at a time in a folder."""
+    """Allow one sweep at a time in a folder."""
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
         with lock(plan.output / ".lock"):
             yield
     except Held:
         raise CouplingError(
-            f"got output: {plan.output}, in which another sweep is at work; wait for it, or look with --check"
+            f"got output: {plan.output}, in which another sweep is at work; "
+            "wait for it, or look with --check"
         ) from None
     except OSError as error:
         raise CouplingError(
@@ -120,27 +116,24 @@ def _alone(plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """To be told to end, or to lose the terminal, is as Ctrl-C."""
+def _interrupts() -> Iterator[None]:
+    """Treat a request to end, and a lost terminal, as Ctrl-C."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     before: Mapping[int, Any] = {}
     try:
-        names = [
-            number
-            for name in ("SIGTERM", "SIGHUP")
-            if (number := getattr(signal, name, None)) is not None
-        ]
+        names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in names]
         # `nohup` has switched hanging up off, and means it.
         before = {
             number: signal.signal(number, interrupt)
-            for number in names
+            for number in numbers
             if signal.getsignal(number) != signal.SIG_IGN
         }
     except ValueError:
-        pass  # not in the main thread
+        pass  # Only the main thread may set handlers.
     try:
         yield
     finally:

@@ -1,8 +1,9 @@
-"""What is done of a unit, read off the results that lie in its folder; no other file has a say in it."""
+"""Decision which tasks of a unit are done, from the results in its folder and no other file."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,15 @@ from lm_eval_coupling.sweep.request import NOTE, asked
 from lm_eval_coupling.sweep.source import same, source
 from lm_eval_coupling.sweep.units import Task, Unit
 
+_PARQUET = b"PAR1"  # the first and last four bytes of every Parquet file
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """``missing``: the tasks that are to be done; ``why``: what keeps results that are there from counting."""
+    """Results of a unit that count.
+
+    ``missing`` are the tasks that remain; ``why`` says what keeps other results from counting.
+    """
 
     missing: tuple[Task, ...]
     why: str | None
@@ -26,23 +32,22 @@ class Done:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing."""
+        """True if no task is missing."""
         return not self.missing
 
 
 def done(plan: Plan, unit: Unit) -> Done:
-    """Which of the plan's tasks have complete results with the plan's settings and the weights as they are now."""
-    expected, now = asked(plan, unit), source(unit, plan.run.environment)
-    wanted = {task.name: task for task in plan.tasks}
+    """Find the tasks with complete results of the plan's settings and of the present weights."""
+    expected, present = asked(plan, unit), source(unit, plan.run.environment)
+    missing = {task.name: task for task in plan.tasks}
     why: str | None = None
+    fingerprint: Any = None
     measured = failed = 0
     seconds = 0.0
-    fingerprint: str | None = None
-    for file, run, told in reversed(
-        list(results(plan.folder(unit)))
-    ):  # the newest first: it says which weights are meant
-        reason = _reason(plan, file, run, told, expected, now)
+    # The newest results come first: their fingerprint says which weights are meant.
+    for file, run, request in reversed(list(results(plan.folder(unit)))):
         coupling = _coupling(run)
+        reason = _reason(plan, file, run, request, expected, present)
         if reason is None and fingerprint not in (None, coupling.get("fingerprint")):
             reason = "they are of other weights"
         if reason is not None:
@@ -51,20 +56,18 @@ def done(plan: Plan, unit: Unit) -> Done:
         fingerprint = fingerprint or coupling.get("fingerprint")
         new = [
             name
-            for name, shots in told["tasks"].items()
-            if name in wanted and wanted[name].num_fewshot == shots
+            for name, shots in _mapping(request.get("tasks")).items()
+            if name in missing and missing[name].num_fewshot == shots
         ]
         for name in new:
-            del wanted[name]
+            del missing[name]
         if new:
-            measured, failed = (
-                measured + coupling.get("measured", 0),
-                failed + coupling.get("failed", 0),
-            )
-            seconds += float(run.get("total_evaluation_time_seconds") or 0)
+            measured += _count(coupling.get("measured"))
+            failed += _count(coupling.get("failed"))
+            seconds += number(run.get("total_evaluation_time_seconds"))
     return Done(
-        missing=tuple(wanted.values()),
-        why=why if wanted else None,
+        missing=tuple(missing.values()),
+        why=why if missing else None,
         measured=measured,
         failed=failed,
         seconds=seconds,
@@ -72,27 +75,30 @@ def done(plan: Plan, unit: Unit) -> Done:
 
 
 def results(folder: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """The results in a unit's folder, oldest first, with what they say was asked for; broken and foreign files left out."""
+    """Yield the sweep's results in a unit's folder, oldest first, with the note that they carry.
+
+    Broken files, and results of other evaluations, are left out.
+    """
     for file in sorted(folder.glob("*/results_*.json"), key=lambda file: file.name):
         run = _read(file)
-        told = _told(run) if run is not None else None
-        if run is not None and told is not None:
-            yield file, run, told
+        request = _note(run) if run is not None else None
+        if run is not None and request is not None:
+            yield file, run, request
 
 
 def set_aside(plan: Plan, unit: Unit) -> None:
-    """Rename what no longer counts, with its tables and samples, so that readers of the folder do not count it either.
+    """Rename results that no longer count, with tables and samples, so that no reader counts them.
 
-    These are results of other settings or weights, interrupted ones, and files whose writing was cut short. Nothing is
-    deleted: without the ending ``.superseded`` they are what they were.
+    These are results of other settings or weights, interrupted ones, and files cut short. Nothing
+    is deleted: only the ending ``.superseded`` is added.
     """
-    expected, now = asked(plan, unit), source(unit, plan.run.environment)
-    whole = {
-        file: _reason(plan, file, run, told, expected, now)
-        for file, run, told in results(plan.folder(unit))
+    expected, present = asked(plan, unit), source(unit, plan.run.environment)
+    reasons = {
+        file: _reason(plan, file, run, request, expected, present)
+        for file, run, request in results(plan.folder(unit))
     }
     for file in plan.folder(unit).glob("*/results_*.json"):
-        if whole.get(file) is not None or _read(file) is None:
+        if file.is_file() and (reasons.get(file) is not None or _read(file) is None):
             for belonging in file.parent.glob(f"*_{file.stem.removeprefix('results_')}.*"):
                 belonging.rename(belonging.with_name(f"{belonging.name}.superseded"))
 
@@ -101,17 +107,16 @@ def _reason(
     plan: Plan,
     file: Path,
     run: Mapping[str, Any],
-    told: Mapping[str, Any],
+    request: Mapping[str, Any],
     expected: Mapping[str, Any],
-    now: str | None,
+    present: str | None,
 ) -> str | None:
-    """Why results do not count, or None."""
-    if told.get("asked") != expected:
-        differing = sorted(
-            key for key in expected if told.get("asked", {}).get(key) != expected[key]
-        )
+    """Return why results do not count, or None if they do."""
+    if request.get("asked") != expected:
+        before = _mapping(request.get("asked"))
+        differing = sorted(key for key in expected if before.get(key) != expected[key])
         return f"asked for with other {', '.join(differing)}"
-    if not same(told.get("source"), now):
+    if not same(request.get("source"), present):
         return "the model's files have changed since"
     if plan.measures:
         coupling = _coupling(run)
@@ -125,25 +130,46 @@ def _reason(
 
 
 def _unfinished(plan: Plan, file: Path, run: Mapping[str, Any]) -> str | None:
-    """Tables and samples are written after the results; a kill in between leaves some of them out."""
+    """Return which tables or samples are missing: lm-eval writes them after the results."""
     date = file.stem.removeprefix("results_")
     coupling = _coupling(run)
-    for prefix, of in (("", coupling), ("untrained_", coupling.get("untrained") or {})):
-        measured = [
-            task for task, found in (of.get("tasks") or {}).items() if found.get("measured")
-        ]
-        if len(list(file.parent.glob(f"{prefix}coupling_*_{date}.parquet"))) < len(measured):
+    for prefix, summary in (("", coupling), ("untrained_", _mapping(coupling.get("untrained")))):
+        tasks = _mapping(summary.get("tasks"))
+        measured = [task for task, counts in tasks.items() if _mapping(counts).get("measured")]
+        tables = list(file.parent.glob(f"{prefix}coupling_*_{date}.parquet"))
+        if len(tables) < len(measured):
             return "not all tables were written"
+        for table in tables:
+            if not _is_table(table):
+                return f"the table {table.name} is empty or damaged"
     if plan.lm_eval.get("log_samples"):
-        for task in run.get("configs", {}):
-            if not _samples_whole(file.parent / f"samples_{task}_{date}.jsonl", run, task):
+        for task in _mapping(run.get("configs")):
+            if not _has_all_samples(plan, file.parent / f"samples_{task}_{date}.jsonl", run, task):
                 return f"the samples of {task} were not written to their end"
     return None
 
 
-def _samples_whole(file: Path, run: Mapping[str, Any], task: str) -> bool:
-    """One line for each document and filter."""
-    documents = (run.get("n-samples", {}).get(task) or {}).get("effective") or 0
+def _is_table(file: Path) -> bool:
+    """Return whether a file is a Parquet table of at least one row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as table:
+            if table.read(4) != _PARQUET:
+                return False
+        return pyarrow.parquet.read_metadata(file).num_rows > 0
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return False
+
+
+def _has_all_samples(plan: Plan, file: Path, run: Mapping[str, Any], task: str) -> bool:
+    """Return whether samples have as many lines for every filter as documents were evaluated.
+
+    lm-eval's ``effective`` counts scores: a document that its task cannot score has a line too.
+    """
+    counts = _mapping(_mapping(run.get("n-samples")).get(task))
+    scored, documents = _count(counts.get("effective")), _documents(plan, counts)
     try:
         lines, end = 0, b"\n"
         with file.open("rb") as samples:
@@ -151,25 +177,51 @@ def _samples_whole(file: Path, run: Mapping[str, Any], task: str) -> bool:
                 lines, end = lines + block.count(b"\n"), block[-1:]
     except OSError:
         return False
-    return end == b"\n" and lines >= documents and (not documents or lines % documents == 0)
+    is_multiple = any(n > 0 and lines % n == 0 for n in (documents, scored))
+    return end == b"\n" and lines >= scored and (is_multiple or not max(documents, scored))
+
+
+def _documents(plan: Plan, counts: Mapping[str, Any]) -> int:
+    """Return how many documents lm-eval evaluates of a task under the plan's limit."""
+    original, limit = _count(counts.get("original")), plan.lm_eval.get("limit")
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        return original
+    return min(original, math.ceil(original * limit) if limit < 1 else int(limit))
 
 
 def _coupling(run: Mapping[str, Any]) -> dict[str, Any]:
-    return (run.get("config") or {}).get("coupling") or {}
+    return _mapping(_mapping(run.get("config")).get("coupling"))
 
 
-def _told(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The note that every task's metadata carries."""
-    for configuration in (run.get("configs") or {}).values():
-        found = (configuration.get("metadata") or {}).get(NOTE)
-        if isinstance(found, dict):
-            return found
+def _note(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the note that every task's metadata carries."""
+    for configuration in _mapping(run.get("configs")).values():
+        note = _mapping(_mapping(configuration).get("metadata")).get(NOTE)
+        if isinstance(note, dict):
+            return note
     return None
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return run if isinstance(run, dict) else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def number(value: Any) -> float:
+    """Return a number that may have been written as text; 0 for anything else."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return result if math.isfinite(result) else 0.0

@@ -1,49 +1,57 @@
-"""The fields of a plan, taken one by one; whatever is wrong with them is noted and told together."""
+"""Fields of a plan, taken one by one; every problem with them is noted as a sentence."""
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lm_eval_coupling.errors import nearest
+from lm_eval_coupling.errors import nearest, shown
 
 Check = Callable[[Any], bool]
+_MAX_UNKNOWN = 10  # unknown keys named one by one; each is compared with all known keys
+_MAX_NUMBER = 10**9
 
 
 class Fields:
-    """The fields of one mapping. Each problem becomes a sentence in ``problems``, and the field its default."""
+    """Fields of one mapping. A wrong field adds a sentence to ``problems`` and has its default."""
 
-    def __init__(self, value: Any, where: str, known: list[str], problems: list[str]) -> None:
-        """Note keys that are not known, with the nearest one that is.
+    def __init__(self, value: Any, where: str, keys: list[str], problems: list[str]) -> None:
+        """Note unknown keys, each with the nearest of ``keys``.
 
         Args:
-            value: what stands in the plan.
+            value: the value in the plan, expected to be a mapping.
             where: its place there, such as ``models[0]``; empty for the whole plan.
-            known: the keys that it may have.
+            keys: the keys that it may have.
             problems: the list that sentences are added to.
         """
         self.where, self.problems = where, problems
         self.values: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
         if not isinstance(value, Mapping):
-            problems.append(
-                f"got {value!r} for {where or 'the plan'}, expected a mapping with {', '.join(known)}"
-            )
-        for key in self.values:
-            if key not in known:
-                problems.append(
-                    f"got unknown key {self.at(key)}, did you mean {nearest(str(key), known)}?"
-                )
+            place, expected = where or "the plan", ", ".join(keys)
+            problems.append(f"got {shown(value)} for {place}, expected a mapping with {expected}")
+        unknown = [key for key in self.values if key not in keys]
+        for key in unknown[:_MAX_UNKNOWN]:
+            meant = nearest(str(key), keys)
+            problems.append(f"got unknown key {self.at(key)}, did you mean {meant}?")
+        if len(unknown) > _MAX_UNKNOWN:
+            place = where or "the plan"
+            problems.append(f"got {len(unknown) - _MAX_UNKNOWN} more unknown keys in {place}")
 
     def at(self, key: Any) -> str:
-        """A field's full name."""
-        return f"{self.where}.{key}" if self.where else str(key)
+        """Return a field's full name, such as ``models[0].args``."""
+        key = "".join(character if character.isprintable() else "?" for character in str(key)[:80])
+        return f"{self.where}.{key}" if self.where else key
 
     def refuse(self, key: str, expected: str) -> None:
-        """Note that a field is not as it should be."""
-        self.problems.append(f"got {self.at(key)}: {self.values.get(key)!r}, expected {expected}")
+        """Note that a field is not as expected."""
+        self.problems.append(
+            f"got {self.at(key)}: {shown(self.values.get(key))}, expected {expected}"
+        )
 
     def take(self, key: str, check: Check, expected: str, default: Any = None) -> Any:
-        """The value of a field if ``check`` holds for it, else the default; only a field that is there can be wrong."""
+        """Return a field if ``check`` holds for it, else note a problem and return the default."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -53,49 +61,62 @@ class Fields:
         return default
 
     def need(self, key: str, check: Check, expected: str) -> Any:
-        """As :meth:`take`, for a field that must be there."""
+        """Return a field as :meth:`take` does, and note a problem if it is missing."""
         if self.values.get(key) is None:
             self.problems.append(f"got no {self.at(key)}, expected {expected}")
             return None
         return self.take(key, check, expected)
 
-    def text(self, key: str, default: str | None = None) -> Any:
-        """A word."""
-        return self.take(key, is_text, "a text", default)
+    def name(self, key: str) -> Any:
+        """Return a text of one line, or None."""
+        return self.take(key, is_name, "a text of one line")
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> Any:
-        """A whole number."""
-        return self.take(
-            key, lambda v: is_whole(v) and v >= least, f"a whole number of {least} or more", default
-        )
+    def whole(self, key: str, default: int | None = None, low: int = 1) -> Any:
+        """Return a whole number from ``low`` to a billion."""
+        expected = f"a whole number of {low} or more"
+        return self.take(key, lambda v: is_whole(v) and low <= v <= _MAX_NUMBER, expected, default)
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A number above zero."""
-        found = self.take(key, lambda v: is_number(v) and v > 0, "a number above 0", default)
-        return None if found is None else float(found)
+        """Return a number above zero, up to a billion, as a float."""
+        value = self.take(
+            key, lambda v: is_number(v) and 0 < v <= _MAX_NUMBER, "a number above 0", default
+        )
+        return None if value is None else float(value)
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """Any mapping whose keys are words."""
-        is_mapping: Check = lambda v: isinstance(v, Mapping) and all(map(is_text, v))  # noqa: E731
+        """Return a mapping whose keys are texts of one line; empty if it is missing."""
         return dict(self.take(key, is_mapping, "a mapping of names to values", {}))
 
     def texts(self, key: str) -> list[str]:
-        """A list of words; one alone may stand without brackets."""
-        is_texts: Check = lambda v: is_text(v) or (isinstance(v, list) and all(map(is_text, v)))  # noqa: E731
-        found = self.take(key, is_texts, "a list of texts", [])
-        return [found] if isinstance(found, str) else list(found)
+        """Return a list of texts; a single one may stand without brackets."""
+        value = self.take(key, _is_texts, "a list of texts", [])
+        return [value] if isinstance(value, str) else list(value)
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a text with something in it."""
+    """Return whether a value is a text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_name(value: Any) -> bool:
+    """Return whether a value is a text of one line, without control characters."""
+    return is_text(value) and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value)
+
+
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, which true and false are not."""
+    """Return whether a value is a whole number, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a value is a finite number, which true and false are not."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_mapping(value: Any) -> bool:
+    """Return whether a value is a mapping whose keys are texts of one line."""
+    return isinstance(value, Mapping) and all(map(is_name, value))
+
+
+def _is_texts(value: Any) -> bool:
+    return is_text(value) or (isinstance(value, list) and all(map(is_text, value)))

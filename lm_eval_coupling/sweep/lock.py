@@ -1,4 +1,4 @@
-"""One worker a unit and one sweep a folder: locks that the system lets go when their holder dies, however it dies."""
+"""Locks for one worker per unit and one sweep per folder, released when their holder dies."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody is kept out
+except ImportError:  # Windows has no such locks: nobody is kept out.
     fcntl = None  # type: ignore[assignment]
 
 
 class Held(Exception):
-    """Somebody else holds the lock."""
+    """Refusal of a lock that another process holds."""
 
 
 @contextmanager
 def lock(file: Path, patience: float = 0.0) -> Iterator[int]:
-    """Hold ``file``; the file descriptor can be handed to a child, which then holds it as well until it ends.
-
-    A file system without locks keeps nobody out.
+    """Hold ``file`` as a lock. On a file system without locks nobody is kept out.
 
     Args:
         file: made if it is missing.
-        patience: seconds to wait for it, such as for somebody who only looks whether it is held.
+        patience: seconds to wait for it, for example for a process that only looks at it.
 
     Yields:
-        The file descriptor.
+        The file descriptor; a child that inherits it holds the lock as well until it ends.
 
     Raises:
         Held: if another process holds it.
@@ -38,7 +36,7 @@ def lock(file: Path, patience: float = 0.0) -> Iterator[int]:
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         until = time.monotonic() + patience
-        while not _taken(descriptor):
+        while not _try_to_lock(descriptor):
             if time.monotonic() > until:
                 raise Held(str(file))
             time.sleep(0.05)
@@ -47,20 +45,20 @@ def lock(file: Path, patience: float = 0.0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _taken(descriptor: int) -> bool:
+def _try_to_lock(descriptor: int) -> bool:
     if fcntl is None:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks on this file system
+    except OSError:  # This file system has no locks.
         pass
     return True
 
 
 def held(file: Path) -> bool:
-    """Whether some process holds ``file`` now."""
+    """Return whether some process holds ``file`` now."""
     if not file.exists():
         return False
     try:

@@ -1,7 +1,10 @@
-"""A plan, read from YAML: which models at which revisions, on which tasks, measured how, and where the work is done."""
+"""Plans of sweeps, read from YAML: models and revisions, tasks, settings, and where to run."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError, path, shown, why
 from lm_eval_coupling.sweep import yaml12
-from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole
-from lm_eval_coupling.sweep.units import Task, Unit, read_units
+from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
+from lm_eval_coupling.sweep.plan_secrets import hide, secret_in, secrets_in
+from lm_eval_coupling.sweep.units import Task, Unit, plain, read_units
 
-# What the sweep decides itself, or what would spoil it.
+# Options of lm-eval that the sweep sets itself, or that would spoil it, and what to use instead.
 _NOT_FOR_LM_EVAL = {
     "model": "models",
     "model_args": "models and coupling",
@@ -26,21 +30,28 @@ _NOT_FOR_LM_EVAL = {
     "predict_only": "nothing (a sweep is for scores)",
     "use_cache": "run.keep_scores, because lm-eval's cache does not know whose scores it holds",
 }
+_MAX_PROBLEMS = 40
+_MAX_NAME = 255  # bytes in one part of a path, on all common file systems
+_MAX_STORE_PATH = 490  # bytes, with the endings of SQLite's further files; SQLite opens 512
+_LONGEST_ENDING = len("untrained_coupling__2026-01-01T00-00-00.000000.parquet.superseded")
 
 
 class PlanError(CouplingError):
-    """Everything that is wrong with a plan, a sentence each."""
+    """Problems of a plan, one sentence each."""
 
     def __init__(self, file: Path, problems: list[str], plan: Plan | None = None) -> None:
-        """Say how many there are, and all of them; ``plan`` is what can be read of it all the same."""
+        """Count and list the problems; ``plan`` holds what could be read in spite of them."""
         self.problems, self.plan = problems, plan
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"got {file} with {count}:", *problems]))
+        listed = problems[:_MAX_PROBLEMS]
+        if len(problems) > len(listed):
+            listed = [*listed, f"and {len(problems) - len(listed)} more"]
+        super().__init__("\n  ".join([f"got {file} with {count}:", *listed]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """This machine: workers side by side, on devices or sharing the processor's cores."""
+    """Settings of a sweep on this machine: workers on devices or sharing the processor's cores."""
 
     workers: int | None = None
     devices: tuple[str, ...] | None = None
@@ -51,7 +62,7 @@ class Local:
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """A cluster: one element of an array for each unit."""
+    """Settings of a sweep on a cluster: one job for each unit."""
 
     hours: float
     partition: str | None = None
@@ -71,7 +82,11 @@ class Slurm:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan that can be carried out, as far as its text tells."""
+    """Plan whose text is right.
+
+    ``secrets`` are the variables of the runs that must not be written to any file. They are no
+    part of ``run.environment``.
+    """
 
     file: Path
     units: tuple[Unit, ...]
@@ -80,193 +95,285 @@ class Plan:
     lm_eval: Mapping[str, Any]
     output: Path
     run: Local | Slurm
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def folder(self, unit: Unit) -> Path:
-        """Where everything about a unit lies."""
+        """Return the folder of all files of a unit."""
         return self.output / unit.name
 
     @property
     def measures(self) -> bool:
-        """Whether coupling is measured at all; ``limit: 0`` only scores."""
+        """False if coupling is not measured at all, as with ``limit: 0``."""
         return self.coupling.get("limit") not in (0, "0")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the plan sets for its runs, secrets included."""
+        return {**self.run.environment, **self.secrets}
 
 
 def read(file: Path | str) -> Plan:
-    """Read a plan; paths in it are seen from the current folder, as lm-eval sees its own.
+    """Read a plan. Paths in it are relative to the current folder, as for lm-eval.
 
     Returns:
-        The plan, in which everything is known by name and of its type.
+        The plan, in which every key is known and every value is of its type.
 
     Raises:
-        PlanError: with everything that is wrong with it.
-        CouplingError: if it cannot be read.
+        PlanError: with all problems of its text.
+        CouplingError: if the file cannot be read or is no YAML.
     """
     file = Path(file)
+    content = _load(file)
+    problems: list[str] = []
+    keys = ["models", "tasks", "coupling", "lm_eval", "output", "run"]
+    fields = Fields(content, "", keys, problems)
+    units, tokens = read_units(fields)
+    tasks = _tasks(fields)
+    coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
+    output = _output(fields)
+    run, secrets = _run(fields, tokens)
+    plan = None
+    if output is not None:
+        plan = Plan(
+            file=file,
+            units=tuple(units),
+            tasks=tuple(tasks),
+            coupling=coupling,
+            lm_eval=lm_eval,
+            output=output,
+            run=run or Local(),
+            secrets=secrets,
+        )
+        problems += _too_long(plan)
+    if plan is None or problems:
+        raise PlanError(file, [hide(problem, secrets_in(content)) for problem in problems], plan)
+    return plan
+
+
+def _load(file: Path) -> Any:
     try:
-        content = yaml12.load(file.read_text(encoding="utf-8"))
+        if not file.is_file() and file.exists() and not file.is_dir():
+            raise CouplingError(f"got {file}, which is no file; give a plan in YAML")
+        with file.open(encoding="utf-8") as text:
+            return yaml12.load(text.read(10**7))
     except (OSError, UnicodeDecodeError) as error:
         raise CouplingError(
             f"got {file}, which cannot be read ({why(error)}); give a plan in YAML"
         ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        words = " ".join(str(error.problem or error.context).split())[:200]
+        raise CouplingError(f"got {file}, which is no YAML ({words}{place}); mend it") from None
     except yaml.YAMLError as error:
-        raise CouplingError(f"got {file}, which is no YAML ({_one_line(error)}); mend it") from None
-    problems: list[str] = []
-    fields = Fields(
-        content, "", ["models", "tasks", "coupling", "lm_eval", "output", "run"], problems
-    )
-    units = read_units(fields)
-    tasks = _tasks(fields)
-    coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
-    output = fields.need("output", is_text, "a folder")
-    run = _run(fields)
-    if output is None:
-        raise PlanError(file, problems)
-    plan = Plan(
-        file=file,
-        units=tuple(units),
-        tasks=tuple(tasks),
-        coupling=coupling,
-        lm_eval=lm_eval,
-        output=Path(output).expanduser(),
-        run=run or Local(),
-    )
-    if problems:
-        raise PlanError(file, problems, plan)
-    return plan
+        words = " ".join(str(error).split())[:200]
+        raise CouplingError(f"got {file}, which is no YAML ({words}); mend it") from None
+
+
+def _output(fields: Fields) -> Path | None:
+    name = fields.need("output", is_name, "a folder")
+    try:
+        return None if name is None else path(fields.at("output"), name)
+    except CouplingError as error:
+        fields.problems.append(str(error))
+        return None
+
+
+def _too_long(plan: Plan) -> list[str]:
+    """Return a problem for each name too long for a file system, before it costs an evaluation."""
+    problems = []
+    for task in plan.tasks:
+        if len(os.fsencode(task.name)) + _LONGEST_ENDING > _MAX_NAME:
+            most = _MAX_NAME - _LONGEST_ENDING
+            problems.append(
+                f"got the task {task.name[:40]}… of {len(os.fsencode(task.name))} bytes, expected "
+                f"at most {most} because its files carry the name; give it a shorter one"
+            )
+    for unit in plan.units:
+        # lm-eval makes one folder name of the whole model name.
+        size = len(os.fsencode(re.sub(r"[\"<>:/|\\?*\[\]]+", "__", unit.model)))
+        if size > _MAX_NAME:
+            problems.append(
+                f"got the model {unit.model}, whose results need a folder name of {size} bytes, "
+                f"expected at most {_MAX_NAME}; link to the model by a shorter path"
+            )
+    longest = max((len(os.fsencode(unit.name)) for unit in plan.units), default=0)
+    size = len(os.fsencode(plan.output.absolute())) + longest + len("//measurements-00.sqlite")
+    if size > _MAX_STORE_PATH:
+        problems.append(
+            f"got output: {plan.output}, in which the store's path has {size} bytes, expected at "
+            f"most {_MAX_STORE_PATH}; choose a folder with a shorter path"
+        )
+    return problems
 
 
 def _tasks(fields: Fields) -> list[Task]:
-    given = fields.need(
-        "tasks", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of tasks"
+    value = fields.need(
+        "tasks", lambda v: is_name(v) or (isinstance(v, list) and bool(v)), "a list of tasks"
     )
-    found: list[Task] = []
-    for number, item in enumerate([given] if is_text(given) else given or []):
-        if is_text(item):
-            found += [Task(name.strip()) for name in item.split(",") if name.strip()]
+    tasks: list[Task] = []
+    for number, item in enumerate([value] if is_name(value) else value or []):
+        if is_name(item):
+            tasks += [Task(name.strip()) for name in item.split(",") if name.strip()]
             continue
-        task = Fields(item, f"tasks[{number}]", ["task", "num_fewshot"], fields.problems)
-        name = task.need("task", is_text, "the name of a task or group")
-        shots = task.whole("num_fewshot", least=0)
-        found += [Task(name, shots)] if name else []
-    names = [task.name for task in found]
+        entry = Fields(item, f"tasks[{number}]", ["task", "num_fewshot"], fields.problems)
+        name = entry.need("task", is_name, "the name of a task or group")
+        shots = entry.whole("num_fewshot", low=0)
+        tasks += [Task(name, shots)] if name else []
+    counts = Counter(task.name for task in tasks)
     fields.problems += [
         f"got the task {name} twice; lm-eval runs it once"
-        for name in sorted(set(names))
-        if names.count(name) > 1
+        for name, count in sorted(counts.items())
+        if count > 1
     ]
-    return found
+    return tasks
 
 
 def _coupling(fields: Fields) -> dict[str, Any]:
-    given = fields.mapping("coupling")
-    for name in given:
+    coupling = fields.mapping("coupling")
+    for name in coupling:
         if name.startswith("coupling_"):
             fields.problems.append(
-                f"got coupling.{name}, expected it without its prefix: {name.removeprefix('coupling_')}"
+                f"got coupling.{name}, expected it without its prefix: "
+                f"{name.removeprefix('coupling_')}"
             )
-    if "out" in given:
+    if "out" in coupling:
         fields.problems.append(
             "got coupling.out, expected tables to lie beside their results; leave it out"
         )
-    if "dry_run" in given:
+    if "dry_run" in coupling:
         fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
-    return {name: value for name, value in given.items() if not name.startswith("coupling_")}
+    _refuse_secrets(fields, "coupling", coupling)
+    return {
+        name: plain(value) for name, value in coupling.items() if not name.startswith("coupling_")
+    }
 
 
 def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
-    given = fields.mapping("lm_eval")
-    for name in given:
+    options = fields.mapping("lm_eval")
+    for name in options:
         if name in _NOT_FOR_LM_EVAL:
             fields.problems.append(
                 f"got lm_eval.{name}, which is not for lm_eval here; use {_NOT_FOR_LM_EVAL[name]}"
             )
-    if given.get("num_fewshot") is not None and any(task.num_fewshot is not None for task in tasks):
+    has_shots = any(task.num_fewshot is not None for task in tasks)
+    if options.get("num_fewshot") is not None and has_shots:
         fields.problems.append(
-            "got lm_eval.num_fewshot beside that of a task, which it would override; give it to each task"
+            "got lm_eval.num_fewshot beside that of a task, which it would override; "
+            "give it to each task"
         )
+    _refuse_secrets(fields, "lm_eval", options)
     return {"log_samples": True} | {
-        name: value for name, value in given.items() if name not in _NOT_FOR_LM_EVAL
+        name: plain(value) for name, value in options.items() if name not in _NOT_FOR_LM_EVAL
     }
 
 
-def _run(fields: Fields) -> Local | Slurm | None:
-    given = fields.values.get("run") or {"on": "local"}
-    on = given.get("on", "local") if isinstance(given, Mapping) else "local"
-    if on == "local":
-        return _local(given, fields.problems)
-    if on == "slurm":
-        return _slurm(given, fields.problems)
-    fields.problems.append(f"got run.on: {on!r}, expected local or slurm")
-    return None
+def _refuse_secrets(fields: Fields, key: str, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if any(secrets_in(value, name)):
+            fields.problems.append(
+                f"got a secret in {key}.{name}, which would be written to files; "
+                "give it as a variable of run.environment, such as HF_TOKEN"
+            )
 
 
-def _local(given: Any, problems: list[str]) -> Local:
-    run = Fields(
-        given,
-        "run",
-        ["on", "workers", "devices", "threads", "keep_scores", "environment"],
-        problems,
-    )
-    ids: list[Any] = (
-        [run.values["devices"]]
-        if is_text(run.values.get("devices"))
-        else run.values.get("devices") or []
-    )
-    if not isinstance(ids, list) or not all(is_text(device) or is_whole(device) for device in ids):
+def _run(fields: Fields, tokens: set[str]) -> tuple[Local | Slurm | None, dict[str, str]]:
+    value = fields.values.get("run") or {"on": "local"}
+    where = value.get("on", "local") if isinstance(value, Mapping) else "local"
+    if where not in ("local", "slurm"):
+        fields.problems.append(f"got run.on: {shown(where)}, expected local or slurm")
+        return None, {}
+    keys = _SLURM if where == "slurm" else _LOCAL
+    run = Fields(value, "run", ["on", *keys, "keep_scores", "environment"], fields.problems)
+    environment, secrets = _environment(run)
+    if tokens:
+        secrets.setdefault("HF_TOKEN", min(tokens))
+        if tokens != {secrets["HF_TOKEN"]}:
+            fields.problems.append(
+                "got different tokens for the hub, expected one for all units; "
+                "give it once as HF_TOKEN in run.environment"
+            )
+    return (_slurm if where == "slurm" else _local)(run, environment), secrets
+
+
+_LOCAL = ["workers", "devices", "threads"]
+_NAMES = ("partition", "account", "qos", "constraint")
+_SLURM = [
+    *_NAMES,
+    *("gpus", "cpus", "memory_gb", "hours", "at_once", "requeues", "setup", "options"),
+]
+# Options of sbatch that submitit or the sweep sets, and on which finding a job's files depends.
+_NOT_FOR_SBATCH = {
+    *("array", "chdir", "error", "input", "nodes", "ntasks", "open-mode", "output", "parsable"),
+    *("signal", "wait", "wrap"),
+}
+
+
+def _local(run: Fields, environment: Mapping[str, str]) -> Local:
+    devices = run.values.get("devices") or []
+    if is_name(devices):
+        devices = [devices]
+    if not isinstance(devices, list) or not all(is_name(d) or is_whole(d) for d in devices):
         run.refuse("devices", "cpu, or a list of devices such as [0, 1]")
-        ids = []
+        devices = []
     return Local(
         workers=run.whole("workers"),
-        devices=tuple(map(str, ids)) or None,
+        devices=tuple(map(str, devices)) or None,
         threads=run.whole("threads"),
         keep_scores=_keep_scores(run, False),
-        environment=_environment(run),
+        environment=environment,
     )
 
 
-_WORDS = ("partition", "account", "qos", "constraint")
-_SLURM = [
-    "on",
-    *_WORDS,
-    "gpus",
-    "cpus",
-    "memory_gb",
-    "hours",
-    "at_once",
-    "requeues",
-    "setup",
-    "options",
-]
-
-
-def _slurm(given: Any, problems: list[str]) -> Slurm:
-    run = Fields(given, "run", [*_SLURM, "keep_scores", "environment"], problems)
+def _slurm(run: Fields, environment: Mapping[str, str]) -> Slurm:
     run.need("hours", lambda v: True, "the time of a unit in hours")
     return Slurm(
         hours=run.number("hours", 1.0),
-        **{name: run.text(name) for name in _WORDS},
-        gpus=run.whole("gpus", 0, least=0),
+        **{name: run.name(name) for name in _NAMES},
+        gpus=run.whole("gpus", 0, low=0),
         cpus=run.whole("cpus"),
         memory_gb=run.number("memory_gb"),
         at_once=run.whole("at_once"),
-        requeues=run.whole("requeues", 3, least=0),
+        requeues=run.whole("requeues", 3, low=0),
         setup=tuple(run.texts("setup")),
-        options=run.mapping("options"),
+        options=_options(run),
         keep_scores=_keep_scores(run, True),
-        environment=_environment(run),
+        environment=environment,
     )
 
 
+def _options(run: Fields) -> dict[str, Any]:
+    """Return further options of ``sbatch``; each becomes one line of the job's script."""
+    options = {name: plain(value) for name, value in run.mapping("options").items()}
+    for name, value in options.items():
+        place = run.at(f"options.{name}")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            run.problems.append(f"got {place}, expected the long name of an option of sbatch")
+        elif name.replace("_", "-") in _NOT_FOR_SBATCH:
+            run.problems.append(f"got {place}, which the sweep sets itself; leave it out")
+        elif value is not True and not is_number(value) and not is_name(value):
+            expected = "true, a number or a text of one line"
+            run.problems.append(f"got {place}: {shown(value)}, expected {expected}")
+    return options
+
+
 def _keep_scores(run: Fields, default: bool) -> bool:
-    """Where jobs have to leave before they are done, answers must be kept, or a long one would never end."""
+    """Return whether to keep answers: a job that leaves before its end would never end without."""
     return run.take("keep_scores", lambda v: isinstance(v, bool), "true or false", default)
 
 
-def _environment(run: Fields) -> dict[str, str]:
-    return {
-        name: str(value) for name, value in run.mapping("environment").items() if value is not None
-    }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _environment(run: Fields) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the variables that may be written to files, and those that hold a secret."""
+    environment: dict[str, str] = {}
+    secrets: dict[str, str] = {}
+    for name, value in run.mapping("environment").items():
+        place = run.at(f"environment.{name}")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            run.problems.append(f"got {place}, expected the name of a variable")
+        elif isinstance(value, str) or is_whole(value):
+            (secrets if secret_in(name, str(value)) else environment)[name] = str(value)
+        elif value is not None:
+            run.problems.append(
+                f"got {place}: {shown(value)}, expected a text or whole number; put it in quotes"
+            )
+    return environment, secrets

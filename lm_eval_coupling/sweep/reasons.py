@@ -1,4 +1,4 @@
-"""Why a run failed: one sentence from the end of its log."""
+"""Reason why a run failed, as one sentence from the end of its log."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 _OURS = re.compile(r"^lm-eval-coupling: (.+)$")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*$")
 _MEMORY = re.compile(
-    r"out of memory|OutOfMemory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED|can(?:'t|not) allocate memory|oom[-_ ]kill",
+    r"out of memory|OutOfMemory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|can(?:'t|not) allocate memory|oom[-_ ]kill",
     re.IGNORECASE,
 )
 _LENGTH = 300
 
 
 def tail(log: Path, size: int = 20_000) -> str:
-    """The end of a log; a bar's states, which it wrote over each other, are lines of their own."""
+    """Return the end of a log, with each state of a progress bar on a line of its own."""
     try:
         with log.open("rb") as file:
             file.seek(0, 2)
@@ -27,17 +28,22 @@ def tail(log: Path, size: int = 20_000) -> str:
 
 
 def reason(text: str, code: int | None) -> str:
-    """The last sentence of ours, else the last error, else how the process ended."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return our last sentence in a log, else its last error, else how the process ended."""
+    lines = [_printable(line).strip() for line in text.splitlines() if line.strip()]
     for pattern in (_OURS, _ERROR):
         for line in reversed(lines):
-            if found := pattern.match(line):
-                return found[found.lastindex or 0][:_LENGTH]
+            if match := pattern.match(line):
+                return match[match.lastindex or 0][:_LENGTH]
     return f"ended with {ending(code)}" + (f": {lines[-1][:_LENGTH]}" if lines else "")
 
 
+def _printable(line: str) -> str:
+    """Replace control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in line)
+
+
 def ending(code: int | None) -> str:
-    """An exit code in words."""
+    """Describe an exit code."""
     if code is None:
         return "no exit code"
     try:
@@ -47,12 +53,12 @@ def ending(code: int | None) -> str:
 
 
 def out_of_memory(text: str, code: int) -> bool:
-    """Whether memory ran out, on the device or here; the system's own way of saying so is to kill the process."""
+    """Return whether memory ran out, of the device or of the host, which kills the process."""
     return code in (-9, 137) or bool(_MEMORY.search(text))
 
 
 def stopped(code: int) -> bool:
-    """Whether somebody stopped it, rather than a fault."""
+    """Return whether a process was stopped by somebody rather than by a fault."""
     return -code in (signal.SIGINT, signal.SIGTERM, *_USER_SIGNALS) or code in (130, 143)
 
 

@@ -1,4 +1,4 @@
-"""Whether the locks of a file system hold, as SQLite needs them where several workers share a store."""
+"""Test of a file system's locks, which SQLite needs if several workers share a store."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ sys.stdin.read()
 
 
 def locks_work(folder: Path) -> bool:
-    """Try it: a second process holds a database in ``folder``, and this one must be kept out, then let in.
+    """Return whether a database that a second process locks in ``folder`` is closed to this one.
 
-    Returns:
-        Whether it was; that says nothing of other machines that see the same folder.
+    That says nothing of other machines that see the same folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            return _kept_out(Path(place) / "probe.sqlite")
+            return _is_kept_out(Path(place) / "probe.sqlite")
     except (OSError, sqlite3.Error):
         return False
 
 
-def _kept_out(file: Path) -> bool:
+def _is_kept_out(file: Path) -> bool:
     with subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(file)],
         stdin=subprocess.PIPE,

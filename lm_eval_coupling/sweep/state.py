@@ -1,4 +1,4 @@
-"""What the last worker on a unit said of it: for people to read. Whether a unit is done is never decided by it."""
+"""State of a unit as its last worker described it, for people; it never decides what is done."""
 
 from __future__ import annotations
 
@@ -13,30 +13,24 @@ from typing import Any
 LOG, RECORD, LOCK, FACTS = "log.txt", "state.json", "lock", "facts.json"
 
 
-def write(folder: Path, **what: Any) -> None:
-    """Replace the record, whole or not at all."""
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "job": job()}
-    write_json(folder / RECORD, about | what)
+def write(folder: Path, job: str | None = None, **fields: Any) -> None:
+    """Replace the state in a unit's folder; ``job`` is the SLURM job that works on it, if any."""
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "job": job}
+    write_json(folder / RECORD, about | fields)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record; empty where there is none."""
+    """Return the state in a unit's folder, empty if there is none."""
     return read_json(folder / RECORD)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
+    """Return a JSON object, empty if there is no regular file that holds one."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def job() -> str | None:
-    """The SLURM job that this process belongs to, in submitit's notation."""
-    array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{element}" if array and element else os.environ.get("SLURM_JOB_ID")
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

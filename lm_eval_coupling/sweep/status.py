@@ -1,4 +1,4 @@
-"""Where every unit stands: from its results, its lock, what its last worker said, and the cluster's queue."""
+"""State of every unit, from its results, its lock, its last worker and the cluster's queue."""
 
 from __future__ import annotations
 
@@ -6,85 +6,89 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import state
 from lm_eval_coupling.sweep.cluster import Job
-from lm_eval_coupling.sweep.done import Done, done
+from lm_eval_coupling.sweep.done import Done, done, number
 from lm_eval_coupling.sweep.lock import held
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.reasons import tail
 from lm_eval_coupling.sweep.units import Unit
 
+# A bar of tqdm, perhaps behind a time and level: `Measuring coupling:  40%|####      | 4/10 …`.
 _BAR = re.compile(r"^(?:\d{4}-\S+ \S+ +\[\S+\] )?([A-Z][\w ,]*?): +(\d+)%\|")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """``state``: done, running, waiting (in the cluster's queue), failed, stopped or missing; ``detail`` in words."""
+    """State of a unit: done, running, waiting (in a queue), failed, stopped or missing."""
 
     unit: Unit
     state: str
     detail: str
-    found: Done
+    results: Done
     log: Path
     seconds: float
 
 
 def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
-    """See where a unit stands.
+    """Find the state of a unit and the reason for it.
 
     Args:
         plan: the plan.
         unit: the model and revision.
-        queue: the jobs that are not over, by name; none where no cluster is used, None if it does not answer.
+        queue: the jobs that are not over, by name; empty without a cluster, and None if the
+            cluster does not answer.
 
     Returns:
-        Its state with the reason, what is there of it, and where its log is.
+        The state, with what exists of the unit and where its log is.
     """
-    folder, found = plan.folder(unit), done(plan, unit)
-    said = record.read(folder)
-    log = folder / record.LOG
-    state, detail = "missing", found.why or ""
-    if found.complete:
-        state, detail = "done", _measured(found)
-    elif held(folder / record.LOCK):
-        state, detail = "running", progress(log)
-    elif (job := (queue or {}).get(str(said.get("job")))) is not None:
-        state, detail = (
-            ("running", progress(log)) if job.running else ("waiting", f"job {said['job']} {job}")
-        )
-    elif said.get("state") in ("failed", "stopped"):
-        state, detail = said["state"], str(said.get("reason") or "")
-    elif said.get("state") in ("running", "waiting"):
-        name = said.get("job")
-        where = f"job {name}" if name else f"process {said.get('pid')} on {said.get('host')}"
-        state, detail = "stopped", f"{where} ended before it was done"
+    folder, finished = plan.folder(unit), done(plan, unit)
+    last = state.read(folder)
+    log = folder / state.LOG
+    name, detail = _state(folder, finished, last, queue)
+    if name not in ("done", "running", "waiting") and len(finished.missing) < len(plan.tasks):
+        tasks = ", ".join(task.name for task in finished.missing)
+        remaining = f"{len(finished.missing)} of {len(plan.tasks)} tasks: {tasks}"
+        detail = f"{detail}; {remaining}" if detail else remaining
+    seconds = finished.seconds if finished.complete else number(last.get("seconds"))
+    return Status(unit=unit, state=name, detail=detail, results=finished, log=log, seconds=seconds)
+
+
+def _state(
+    folder: Path, finished: Done, last: Mapping[str, Any], queue: Mapping[str, Job] | None
+) -> tuple[str, str]:
+    """Return the state in one word and in detail."""
+    if finished.complete:
+        return "done", _measured(finished)
+    if held(folder / state.LOCK):
+        return "running", progress(folder / state.LOG)
+    name = last.get("job")
+    if (job := (queue or {}).get(str(name))) is not None:
+        if job.running:
+            return "running", progress(folder / state.LOG)
+        return "waiting", f"job {name} {job}"
+    if last.get("state") in ("failed", "stopped"):
+        return last["state"], str(last.get("reason") or "")
+    if last.get("state") in ("running", "waiting"):
         if name and queue is None:
-            state, detail = (
-                said["state"],
-                f"job {name}, as last heard of; the cluster does not answer",
-            )
-    if state not in ("done", "running", "waiting") and len(found.missing) < len(plan.tasks):
-        names = ", ".join(task.name for task in found.missing)
-        detail = (
-            f"{detail}; " * bool(detail)
-            + f"{len(found.missing)} of {len(plan.tasks)} tasks: {names}"
-        )
-    seconds = found.seconds if found.complete else float(said.get("seconds") or 0)
-    return Status(unit=unit, state=state, detail=detail, found=found, log=log, seconds=seconds)
+            return last["state"], f"job {name} when last seen; the cluster does not answer"
+        where = f"job {name}" if name else f"process {last.get('pid')} on {last.get('host')}"
+        return "stopped", f"{where} ended before it was done"
+    return "missing", finished.why or ""
 
 
 def progress(log: Path) -> str:
-    """What lm-eval's own bar shows at the moment."""
+    """Return what lm-eval's last progress bar shows, such as ``measuring coupling 40 %``."""
     for line in reversed(tail(log, 4000).splitlines()):
         if bar := _BAR.match(line.strip()):
             return f"{bar[1].lower()} {bar[2]} %"
     return "starting"
 
 
-def _measured(found: Done) -> str:
-    if not found.measured and not found.failed:
+def _measured(finished: Done) -> str:
+    if not finished.measured and not finished.failed:
         return ""
-    return f"{found.measured} documents measured" + (
-        f", {found.failed} not" if found.failed else ""
-    )
+    failed = f", {finished.failed} not" if finished.failed else ""
+    return f"{finished.measured} documents measured{failed}"

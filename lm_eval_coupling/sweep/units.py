@@ -1,8 +1,9 @@
-"""Units of work: one model at one revision, with all tasks. A unit's name depends on nothing but the unit."""
+"""Units of work of a plan: one model at one revision, evaluated on all tasks."""
 
 from __future__ import annotations
 
 import datetime
+import difflib
 import glob
 import hashlib
 import json
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import nearest
+from lm_eval_coupling.errors import CouplingError, nearest, path, shown
 from lm_eval_coupling.sweep import yaml12
-from lm_eval_coupling.sweep.fields import Fields, is_text, is_whole
+from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
+from lm_eval_coupling.sweep.plan_secrets import secret_in, secrets_in
 
-# The facts that `fit` knows; any other name is a column of its own.
+# The facts that `fit` knows; any other name becomes a column of its own.
 FACTS = (
     "family",
     "tuned",
@@ -28,31 +30,24 @@ FACTS = (
     "n_heads",
     "vocab_size",
 )
-_MEANT = {
+_OTHER_NAMES = {
     "tokens": "training_tokens",
     "release": "released",
     "release_date": "released",
     "params": "n_params",
 }
 _COLUMNS = (
-    "model",
-    "revision",
-    "task",
-    "alias",
-    "group",
-    "metric",
-    "date",
-    "file",
-    "dtype",
-    "fingerprint",
-    "step",
-    "lineage",
+    *("model", "revision", "task", "alias", "group", "metric", "date", "file", "dtype"),
+    *("fingerprint", "step", "lineage"),
 )
+_TRUE, _FALSE = ("true", "yes", "y", "on", "t"), ("false", "no", "n", "off", "f")
+_TOKEN_ARGUMENTS = ("token", "use_auth_token", "hf_token")
+_MAX_LABEL = 150
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task or group as lm-eval names it, with its number of examples where the plan gives one."""
+    """Task or group as lm-eval names it, with a number of examples where the plan gives one."""
 
     name: str
     num_fewshot: int | None = None
@@ -60,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One model at one revision: one run of lm-eval."""
+    """Model at one revision, which is one run of lm-eval."""
 
     model: str
     revision: str = "main"
@@ -69,106 +64,115 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of its folder: readable, and the same for ever."""
-        asked = json.dumps([self.model, self.revision, self.arguments], sort_keys=True, default=str)
-        return f"{_safe(self.label)}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        """Readable name of the unit's folder, which depends on model, revision and args alone."""
+        identity = json.dumps(
+            [self.model, self.revision, self.arguments], sort_keys=True, default=str
+        )
+        label = re.sub(r"[^A-Za-z0-9._@+-]+", "--", self.label)[-_MAX_LABEL:]
+        return f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
-        """A name for people: the end of the model's, with the revision if it is not main."""
+        """Name for people: the last two parts of the model's, and the revision if not main."""
         end = "/".join(re.split(r"[\\/]+", self.model.rstrip("\\/"))[-2:]).lstrip("/.")
         return end if self.revision == "main" else f"{end}@{self.revision}"
 
 
-def read_units(fields: Fields) -> list[Unit]:
-    """The units of a plan, in its order; problems are noted in ``fields``."""
-    given = fields.need(
-        "models", lambda v: is_text(v) or (isinstance(v, list) and bool(v)), "a list of models"
+def read_units(fields: Fields) -> tuple[list[Unit], set[str]]:
+    """Read the units of a plan in its order and note problems in ``fields``.
+
+    Returns:
+        The units, and the access tokens among their arguments, which are left out of these.
+    """
+    value = fields.need(
+        "models", lambda v: is_name(v) or (isinstance(v, list) and bool(v)), "a list of models"
     )
     units: list[Unit] = []
-    for number, item in enumerate([given] if is_text(given) else given or []):
-        units += _units_of(
-            {"model": item} if is_text(item) else item, f"models[{number}]", fields.problems
-        )
-    seen: set[str] = set()
+    tokens: set[str] = set()
+    for number, item in enumerate([value] if is_name(value) else value or []):
+        entry = {"model": item} if isinstance(item, str) else item
+        units += _units_of(entry, f"models[{number}]", fields.problems, tokens)
+    names: set[str] = set()
     for unit in units:
-        if unit.name in seen:
+        if unit.name in names:
             fields.problems.append(
                 f"got the model {unit.model} at revision {unit.revision} twice; name it once"
             )
-        seen.add(unit.name)
-    return units
+        names.add(unit.name)
+    return units, tokens
 
 
-def _units_of(item: Any, where: str, problems: list[str]) -> list[Unit]:
+def _units_of(item: Any, where: str, problems: list[str], tokens: set[str]) -> list[Unit]:
     fields = Fields(item, where, ["model", "revisions", "args", "facts"], problems)
-    model = fields.need("model", is_text, "a name on the hub or a folder")
-    arguments, facts = _arguments(fields), _facts(fields, "facts")
+    model = fields.need("model", is_name, "a name on the hub or a folder, on one line")
+    arguments, facts = _arguments(fields, tokens), _facts(fields, "facts")
     revisions = _revisions(fields)
     return [
-        Unit(model=name, revision=revision, arguments=arguments, facts=facts | own)
+        Unit(model=name, revision=revision, arguments=arguments, facts=facts | own_facts)
         for name in (_models(model, fields) if model else [])
-        for revision, own in revisions.items()
+        for revision, own_facts in revisions.items()
     ]
 
 
 def _models(model: str, fields: Fields) -> list[str]:
-    """The model itself, or the folders that a pattern such as ``training/checkpoint-*`` names, in order of their numbers."""
-    if not glob.has_magic(model):
+    """Return the model, or the folders of a pattern such as ``training/checkpoint-*``.
+
+    Brackets may belong to a folder's name, as in ``runs/lr[0.1]/checkpoint-*``: a folder that
+    exists under that name goes before the pattern.
+    """
+    if model.startswith("~"):
+        try:
+            model = str(path(fields.at("model"), model))
+        except CouplingError as error:
+            fields.problems.append(str(error))
+            return []
+    if not glob.has_magic(model) or Path(model).is_dir():
         return [model]
-    found = [folder for folder in glob.glob(model) if (Path(folder) / "config.json").is_file()]
-    if not found:
-        fields.refuse("model", "a pattern of folders with a config.json; there is none")
-    return sorted(
-        found,
-        key=lambda name: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
-        ],
-    )
+    for pattern in (re.sub(r"\[", "[[]", model), model):
+        folders = [name for name in glob.glob(pattern) if (Path(name) / "config.json").is_file()]
+        if folders:
+            return sorted(folders, key=_by_number)
+    fields.refuse("model", "a pattern of folders with a config.json; there is none")
+    return []
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key by which checkpoint-9 comes before checkpoint-10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _revisions(fields: Fields) -> dict[str, dict[str, Any]]:
-    """Revision → facts of its own."""
-    given = fields.values.get("revisions")
-    if given is None:
+    """Return the facts of each revision's own, by revision."""
+    value = fields.values.get("revisions")
+    if value is None:
         return {"main": {}}
-    pairs = (
-        given.items()
-        if isinstance(given, Mapping)
-        else [(revision, None) for revision in _listed(given)]
-    )
-    named = {
-        str(revision): facts for revision, facts in pairs if is_text(revision) or is_whole(revision)
-    }
-    if not named or len(named) != len(pairs):
-        fields.refuse(
-            "revisions",
-            "a list of different texts, such as [step1000, step143000]; put numbers in quotes",
-        )
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        pairs = [(item, None) for item in (value if isinstance(value, list) else [value])]
+    facts = {str(name): facts for name, facts in pairs if is_name(name) or is_whole(name)}
+    if not facts or len(facts) != len(pairs):
+        expected = "a list of different texts, such as [step1000, step143000]"
+        fields.refuse("revisions", f"{expected}; put numbers in quotes")
         return {"main": {}}
-    own = Fields(named, fields.at("revisions"), [*named], fields.problems)
-    return {revision: _facts(own, revision) for revision in named}
+    own = Fields(facts, fields.at("revisions"), [*facts], fields.problems)
+    return {revision: _facts(own, revision) for revision in facts}
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _arguments(fields: Fields, tokens: set[str]) -> dict[str, Any]:
+    """Return the model's further arguments, from a mapping or from lm-eval's ``a=1,b=2``.
 
-
-def _arguments(fields: Fields) -> dict[str, Any]:
-    """Further arguments of the model, from a mapping or from lm-eval's own ``a=1,b=2``."""
-    given = fields.values.get("args")
-    if given is None:
+    lm-eval copies arguments to its results. An access token goes to ``tokens`` instead, and any
+    other secret is refused.
+    """
+    value = fields.values.get("args")
+    if value is None:
         return {}
-    if is_text(given):
-        parts = _split(given)
-        if any("=" not in part for part in parts):
-            fields.refuse("args", "name=value,name=value or a mapping")
-            return {}
-        given = {
-            name.strip(): _value(value)
-            for name, _, value in (part.partition("=") for part in parts)
-        }
-    if not isinstance(given, Mapping) or not all(map(is_text, given)):
+    if isinstance(value, str) and all("=" in part for part in _split(value)):
+        pairs = [part.partition("=") for part in _split(value)]
+        value = {name.strip(): _value(text) for name, _, text in pairs}
+    if not isinstance(value, Mapping) or not all(map(is_name, value)):
         fields.refuse("args", "name=value,name=value or a mapping")
         return {}
     for name, instead in (
@@ -176,13 +180,33 @@ def _arguments(fields: Fields) -> dict[str, Any]:
         ("revision", "revisions"),
         ("coupling_out", "nothing"),
     ):
-        if name in given:
+        if name in value:
             fields.problems.append(f"got {name} among {fields.at('args')}; use {instead}")
-    return dict(given)
+    arguments = {}
+    for name, argument in value.items():
+        if name in _TOKEN_ARGUMENTS and (token := secret_in(name, argument)):
+            tokens.add(token)
+            continue
+        if any(secrets_in(argument, name)):
+            fields.problems.append(
+                f"got a secret as {name} among {fields.at('args')}, which lm-eval would write to "
+                "its results; give it as a variable of run.environment"
+            )
+        arguments[name] = plain(argument)
+    return arguments
+
+
+def plain(value: Any) -> Any:
+    """Return a value of a plan with its dates as text; only facts have a use for dates."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.isoformat() if isinstance(value, datetime.date) else value
 
 
 def _split(text: str) -> list[str]:
-    """At commas that no bracket holds."""
+    """Split a text at the commas that stand in no bracket."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[({") - (letter in "])}")
@@ -198,47 +222,79 @@ def _value(text: str) -> Any:
         return None
     try:
         return yaml12.load(text)
-    except Exception:  # any text is a value
+    except Exception:  # Anything that is no YAML is a text.
         return text
 
 
 def _facts(fields: Fields, key: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     given = fields.values.get(key)
     if given is None:
-        return found
+        return facts
     if not isinstance(given, Mapping):
         fields.refuse(key, "a mapping of facts, such as {family: pythia, training_tokens: 300e9}")
-        return found
+        return facts
     for name, value in given.items():
-        place = f"{fields.at(key)}.{name}"
-        if not is_text(name) or name in _COLUMNS or "," in name or "@" in name:
+        place = f"{fields.at(key)}.{name if is_name(name) else shown(name)}"
+        if not is_name(name) or name in _COLUMNS or "," in name or "@" in name:
             fields.problems.append(f"got {place}, which results have themselves; use another name")
-        elif name in _MEANT:
-            fields.problems.append(f"got {place}, did you mean {_MEANT[name]}?")
-        elif name not in FACTS and _alike(name):
+        elif name in _OTHER_NAMES:
+            fields.problems.append(f"got {place}, did you mean {_OTHER_NAMES[name]}?")
+        elif name not in FACTS and _is_misspelt(name):
             fields.problems.append(f"got {place}, did you mean {nearest(name, [*FACTS])}?")
-        elif isinstance(value, Mapping | list) or (name in FACTS[2:] and isinstance(value, str)):
-            fields.problems.append(
-                f"got {place}: {value!r}, expected a number" + " or a date" * (name == "released")
-            )
         else:
-            found[name] = _year(value) if isinstance(value, datetime.date) else value
-    return found
+            try:
+                facts[name] = _fact(name, value)
+            except ValueError as error:
+                fields.problems.append(f"got {place}: {shown(value)}, expected {error}")
+    return facts
 
 
-def _alike(name: str) -> bool:
-    """A slip of the pen of a known fact."""
-    import difflib
+def _fact(name: str, value: Any) -> Any:
+    """Return a fact in its type.
 
-    return difflib.SequenceMatcher(None, name, nearest(name, [*FACTS])).ratio() > 0.8
+    Raises:
+        ValueError: naming what is expected.
+    """
+    if value is None:
+        return None
+    if name == "tuned":
+        word = str(value).lower()
+        if word in (*_TRUE, *_FALSE) or (is_whole(value) and value in (0, 1)):
+            return word in (*_TRUE, "1")
+        raise ValueError("true or false")
+    if name == "family":
+        if is_name(value):
+            return value.strip()
+        raise ValueError("a text of one line; put numbers in quotes")
+    if name == "released":
+        year = _year(value) if isinstance(value, datetime.date) else value
+        if is_number(year) and 1950 <= year <= 2200:
+            return year
+        raise ValueError("a date such as 2023-07-01, or a number of years such as 2023.5")
+    if name in FACTS:
+        is_right = is_number(value) if name == "training_tokens" else _is_count(value)
+        if is_right and value >= 0:
+            return value
+        kind = "a number" if name == "training_tokens" else "a whole number"
+        raise ValueError(f"{kind} such as 300e9, without a unit or separators")
+    if isinstance(value, datetime.date):
+        return _year(value)
+    if isinstance(value, bool) or is_number(value) or is_name(value):
+        return value
+    raise ValueError("a number, a date, true or false, or a text of one line")
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and value == int(value)
+
+
+def _is_misspelt(name: str) -> bool:
+    ratio = difflib.SequenceMatcher(None, name[:100], nearest(name, [*FACTS])).ratio()
+    return ratio > 0.8
 
 
 def _year(day: datetime.date) -> float:
-    """A date as a number that regressions can use: 2023-07-01 is 2023.496."""
+    """Return a date as a number that regressions can use: 2023-07-01 is 2023.496."""
     first, next_first = datetime.date(day.year, 1, 1), datetime.date(day.year + 1, 1, 1)
     return round(day.year + (day - first).days / (next_first - first).days, 3)
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._@+-]+", "--", text)

@@ -1,4 +1,4 @@
-"""The work on one unit: lm-eval in a process of its own, tried again with smaller batches where memory runs out."""
+"""Work on one unit: lm-eval in a process of its own, with smaller batches if memory runs out."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 import yaml
 
 from lm_eval_coupling.errors import why
-from lm_eval_coupling.sweep import answers
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import answers, state
+from lm_eval_coupling.sweep.child_environment import environment
 from lm_eval_coupling.sweep.done import done, set_aside
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Plan
+from lm_eval_coupling.sweep.plan_secrets import hide
 from lm_eval_coupling.sweep.reasons import ending, out_of_memory, reason, stopped, tail
 from lm_eval_coupling.sweep.request import NOTE, configuration
 from lm_eval_coupling.sweep.units import Unit
 
-# What `lm_eval` itself does, where its start-up hook may be missing or forbidden.
+# The command `lm_eval`, also if its start-up hook is missing or forbidden.
 COMMAND = (sys.executable, "-m", "lm_eval_coupling.cli", "run")
 GRACE_SECONDS = 30
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -33,7 +34,7 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How the work on a unit ended: ``done``, ``failed``, ``stopped`` or ``busy`` (another process has it)."""
+    """State that a unit is left in: done, failed, stopped, or busy (another process has it)."""
 
     state: str
     reason: str | None = None
@@ -42,48 +43,46 @@ class Outcome:
 
 
 class Worker:
-    """Runs units, one at a time; :meth:`stop` and :meth:`kill` may be called from anywhere."""
+    """Worker that runs units one at a time; any thread may call :meth:`stop` and :meth:`kill`."""
 
     def __init__(
         self,
         plan: Plan,
-        environment: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] | None = None,
         command: Sequence[str] = COMMAND,
+        *,
         patience: float = 1.0,
+        job: str | None = None,
     ) -> None:
-        """Prepare.
+        """Prepare the environment of lm-eval.
 
         Args:
             plan: the plan.
-            environment: further variables of the process, such as the device that it may see.
-            command: what to run before ``--config FILE``.
+            variables: further variables of the process, such as the device that it may see.
+            command: the command before ``--config FILE``.
             patience: seconds to wait for a unit that another process holds.
+            job: the SLURM job that this worker belongs to.
         """
-        self.plan, self.command, self.patience = plan, command, patience
-        self.environment = {
-            **os.environ,
-            **plan.run.environment,
-            **(environment or {}),
-            "PYTHONUNBUFFERED": "1",
-        }
+        self.plan, self.command, self.patience, self.job = plan, command, patience, job
+        self.environment = environment(plan.environment, variables or {}, {"PYTHONUNBUFFERED": "1"})
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, unit: Unit, batch_size: Any = None) -> Outcome:
-        """Do what is missing of a unit, and say how it went; what goes wrong with it is never raised.
+        """Do what is missing of a unit; a failure is returned and never raised.
 
         Args:
             unit: the model and revision.
-            batch_size: instead of the plan's.
+            batch_size: a batch size instead of the plan's.
 
         Returns:
-            The state that the unit is left in, and the reason.
+            The state that the unit is left in, with the reason.
         """
         folder = self.plan.folder(unit)
         try:
-            with lock(folder / record.LOCK, patience=self.patience) as descriptor:
+            with lock(folder / state.LOCK, patience=self.patience) as descriptor:
                 outcome = self._run(unit, folder, descriptor, batch_size)
-                record.write(
+                self._write(
                     folder, state=outcome.state, reason=outcome.reason, seconds=outcome.seconds
                 )
         except Held:
@@ -93,13 +92,16 @@ class Worker:
         return outcome
 
     def stop(self) -> None:
-        """End the run in progress, with some time to write what it has, and begin no other."""
+        """End the run in progress, with some time to write its results, and begin no other."""
         self._stopping.set()
 
     def kill(self) -> None:
         """End the run in progress at once; its measurements are stored as they are made."""
         self._stopping.set()
         _signal(self._process, _KILL)
+
+    def _write(self, folder: Path, **fields: Any) -> None:
+        state.write(folder, job=self.job, **fields)
 
     def _run(self, unit: Unit, folder: Path, descriptor: int, batch_size: Any) -> Outcome:
         size = self.plan.lm_eval.get("batch_size", 1) if batch_size is None else batch_size
@@ -115,55 +117,62 @@ class Worker:
         if not (missing := done(self.plan, unit).missing):
             return Outcome(state="done")
         start = time.monotonic()
-        code = self._process_of(
-            folder, configuration(self.plan, unit, missing, batch_size), descriptor
-        )
-        seconds, text = time.monotonic() - start, tail(folder / record.LOG)
-        if (found := done(self.plan, unit)).complete:
+        content = configuration(self.plan, unit, missing, batch_size)
+        code = self._evaluate(folder, content, descriptor)
+        seconds, text = time.monotonic() - start, tail(folder / state.LOG)
+        finished = done(self.plan, unit)
+        if finished.complete:
             return Outcome(state="done", seconds=seconds)
         if self._stopping.is_set() or stopped(code):
-            why = "by Ctrl-C or its like" if self._stopping.is_set() else f"by {ending(code)}"
-            return Outcome(
-                state="stopped", reason=f"{why}; what was measured is kept", seconds=seconds
-            )
-        why = (
-            reason(text, code)
-            if code
-            else found.why or "lm-eval ended well but left no complete results"
-        )
-        memory = code != 0 and out_of_memory(text, code)
-        if memory:
-            why = f"out of memory with batch size {batch_size}: {why}"
-        return Outcome(state="failed", reason=why, seconds=seconds, out_of_memory=memory)
+            by = "Ctrl-C or a request to end" if self._stopping.is_set() else ending(code)
+            words = f"by {by}; what was measured is kept"
+            return Outcome(state="stopped", reason=words, seconds=seconds)
+        if code:
+            words = reason(text, code)
+        else:
+            words = finished.why or "lm-eval ended well but left no complete results"
+        has_no_memory = code != 0 and out_of_memory(text, code)
+        if has_no_memory:
+            words = f"out of memory with batch size {batch_size}: {words}"
+        return Outcome(state="failed", reason=words, seconds=seconds, out_of_memory=has_no_memory)
 
-    def _process_of(self, folder: Path, made: Mapping[str, Any], descriptor: int) -> int:
-        """Run lm-eval to its end; returns its exit code."""
-        answers.forget_old(folder, made["metadata"][NOTE])
+    def _evaluate(self, folder: Path, content: Mapping[str, Any], descriptor: int) -> int:
+        """Run lm-eval to its end and return its exit code."""
+        answers.forget_old(folder, content["metadata"][NOTE])
         file = folder / "lm_eval.yaml"
-        file.write_text(
-            yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+        file.write_text(text, encoding="utf-8")
         command = [*self.command, "--config", str(file)]
-        with (folder / record.LOG).open("ab") as log:
-            log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
-            log.flush()
-            # A group of its own: Ctrl-C reaches it through us, and what it starts ends with it. It holds the unit's lock
-            # too, so that a sweep that comes after a killed one leaves it in peace.
+        log = folder / state.LOG
+        start = f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n"
+        with log.open("ab") as output:
+            output.write(start.encode("utf-8", "replace"))
+            output.flush()
+            # A session of its own: Ctrl-C reaches it through us, and what it starts ends with it.
+            # It holds the unit's lock too, so that a sweep after a killed one leaves it in peace.
             posix: dict[str, Any] = (
                 {"start_new_session": True, "pass_fds": (descriptor,)} if os.name == "posix" else {}
             )
             with subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 **posix,
             ) as self._process:
-                record.write(
-                    folder, state="running", batch_size=made["batch_size"], child=self._process.pid
-                )
-                return self._wait(self._process)
+                size, child = content.get("batch_size"), self._process.pid
+                self._write(folder, state="running", batch_size=size, child=child)
+                code = self._wait(self._process)
+        self._hide_secrets(log)
+        return code
+
+    def _hide_secrets(self, log: Path) -> None:
+        """Replace secrets that lm-eval, or a library, has printed."""
+        text = log.read_text(encoding="utf-8", errors="surrogateescape")
+        hidden = hide(text, self.plan.secrets.values())
+        if hidden != text:
+            log.write_text(hidden, encoding="utf-8", errors="surrogateescape")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         steps: list[tuple[int, float]] = [
@@ -183,7 +192,7 @@ class Worker:
 
 
 def half(batch_size: Any) -> int | None:
-    """Half of a batch; 1 where a size that lm-eval found itself was too large; None if nothing is left to halve."""
+    """Return half of a batch size, 1 for a size found by lm-eval, or None if it was 1."""
     try:
         size = int(batch_size)
     except (TypeError, ValueError):
@@ -192,7 +201,7 @@ def half(batch_size: Any) -> int | None:
 
 
 def _signal(process: subprocess.Popen[bytes] | None, number: int) -> None:
-    """Signal a process with all that it has started."""
+    """Send a signal to a process and all that it has started."""
     if process is None or process.returncode is not None:
         return
     try:

@@ -1,4 +1,4 @@
-"""YAML as its users mean it: `on` is a word, 300e9 a number, 0001 a name, and a key that stands twice is a mistake."""
+"""Bounded reader of YAML 1.2, in which `on` is a word, 300e9 a number and 0001 a name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,89 @@ from typing import Any
 
 import yaml
 
-# PyYAML reads YAML 1.1, in which `on:` is the key True, 300e9 a text and 0001 the number 1. These are the rules of 1.2.
+_MAX_CHARACTERS = 300_000
+_MAX_NODES = 8_000  # Aliases count as often as they are used. PyYAML reads 20,000 a second.
+_MAX_DEPTH = 30
+_MAX_DIGITS = 40
+
+# PyYAML reads YAML 1.1, in which `on:` is the key True, 300e9 a text and 0001 the number 1.
 _SCALARS = {
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     "tag:yaml.org,2002:float": (
-        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         "-+.0123456789",
     ),
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
     "tag:yaml.org,2002:timestamp": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "0123456789"),
 }
+_TAGS = {
+    *_SCALARS,
+    *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map", "merge")),
+}
 
 
 class _Loader(yaml.SafeLoader):
+    """Loader that counts nodes and levels while it composes them, before anything is built."""
+
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._count = 0
+        self._sizes: dict[str, int] = {}  # nodes below an anchor, once it is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        anchor: Any = getattr(event, "anchor", None)
+        before = self._count
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in self.anchors and anchor not in self._sizes:
+                _refuse(f"the anchor {anchor!r} contains itself", event)
+            self._count += self._sizes.get(anchor, 0)
+        self._count += 1
+        self._depth += 1
+        if self._count > _MAX_NODES:
+            _refuse(f"it has more than {_MAX_NODES} values", event)
+        if self._depth > _MAX_DEPTH:
+            _refuse(f"it is nested more than {_MAX_DEPTH} levels deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if anchor is not None and not isinstance(event, yaml.AliasEvent):
+            self._sizes[anchor] = self._count - before
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag not in _TAGS:
+            _refuse(f"the tag {node.tag!r} is not allowed", node)
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         self.flatten_mapping(node)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=mark
-                )
+        keys: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                _refuse("a list or mapping stands as a key", key_node)
+            if key in keys:
+                _refuse(f"the key {key!r} stands twice", key_node)
+            keys.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    is_number = node.tag.endswith((":int", ":float"))
+    if is_number and len(node.value) > _MAX_DIGITS:
+        _refuse(f"a number has {len(node.value)} digits, at most {_MAX_DIGITS} are allowed", node)
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in node.value):
+        _refuse("a text holds a null character or half of a character", node)
+
+
+def _refuse(problem: str, place: Any) -> None:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
@@ -45,12 +102,17 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def load(text: str) -> Any:
-    """The content of a YAML document.
+    """Read a YAML document in bounded time, by the rules of YAML 1.2.
 
     Returns:
-        Mappings, lists and plain values, read as YAML 1.2 says.
+        Mappings, lists and plain values.
 
     Raises:
-        yaml.YAMLError: if it is none, or a key stands twice.
+        yaml.YAMLError: if it is no YAML, has a key twice, holds itself, or is too large or deep.
     """
-    return yaml.load(text, Loader=_Loader)
+    if len(text) > _MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text)} characters, at most {_MAX_CHARACTERS} are read")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # such as the 45th of a month
+        raise yaml.YAMLError(str(error)) from None

@@ -13,8 +13,7 @@ from rich.console import Console
 from stand_in import STAND_IN, calls, wait_for
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import checks, local
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import checks, local, state
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey, sweep
@@ -147,11 +146,11 @@ def test_facts_lie_beside_the_results_and_follow_the_plan(folder_of, make_plan, 
     for facts in ({"family": "x", "training_tokens": 1e9}, {"family": "y"}):
         plan = make_plan([{"model": model, "facts": facts}])
         assert sweep(plan.file, command=STAND_IN) == 0
-        assert record.read_json(plan.folder(plan.units[0]) / "facts.json") == facts
+        assert state.read_json(plan.folder(plan.units[0]) / "facts.json") == facts
     assert len(calls(model)) == 1
 
 
-def test_what_is_wrong_with_the_text_and_with_the_world_is_told_at_once(
+def test_what_is_wrong_with_the_text_and_add_checks_is_told_at_once(
     folder_of, make_plan, tmp_path, monkeypatch
 ):
     """An output that cannot be made was once told alone, and a plan with a slip in its text was not looked at further."""
@@ -219,17 +218,17 @@ def test_states_in_words(folder_of, make_plan):
     (unit,) = plan.units
     folder = plan.folder(unit)
     assert look(plan, unit, {}).state == "missing"
-    with lock(folder / record.LOCK):
-        (folder / record.LOG).write_text(
+    with lock(folder / state.LOCK):
+        (folder / state.LOG).write_text(
             "x\rMeasuring coupling:  40%|####      | 4/10 [00:01<00:01]\r"
         )
         assert (look(plan, unit, {}).state, look(plan, unit, {}).detail) == (
             "running",
             "measuring coupling 40 %",
         )
-    record.write(folder, state="running")
+    state.write(folder, state="running")
     assert "ended before it was done" in look(plan, unit, {}).detail
-    record.write(folder, state="waiting", job="7_0")
+    state.write(folder, state="waiting", job="7_0")
     waiting = look(plan, unit, {"7_0": Job("PENDING", "Resources")})
     assert (waiting.state, waiting.detail) == ("waiting", "job 7_0 PENDING (Resources)")
     assert look(plan, unit, {"7_0": Job("RUNNING")}).state == "running"

@@ -5,8 +5,7 @@ import threading
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.sweep import cluster, slurm
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import cluster, slurm, state
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey
@@ -76,6 +75,7 @@ class Cluster:
     def __init__(self, monkeypatch, looks=(), ends=("FAILED",), leaves="begins"):
         self.looks, self.ends, self.leaves, self.sizes = list(looks), list(ends), leaves, []
         monkeypatch.setattr(slurm, "_submit", self.submit)
+        monkeypatch.setattr(cluster, "largest_array", lambda: 1000)
         monkeypatch.setattr(cluster, "jobs", lambda: self.looks.pop(0) if self.looks else {})
         monkeypatch.setattr(
             cluster, "state", lambda job: self.ends.pop(0) if len(self.ends) > 1 else self.ends[0]
@@ -85,17 +85,17 @@ class Cluster:
     def submit(self, plan, works, board):
         for work in works:
             self.sizes.append(work.batch_size)
-            state = {"begins": "running", "fails": "failed"}.get(self.leaves, "waiting")
-            record.write(
+            left = {"begins": "running", "fails": "failed"}.get(self.leaves, "waiting")
+            state.write(
                 plan.folder(work.unit),
-                state=state,
+                state=left,
                 job=f"1_{len(self.sizes)}",
                 reason="its own word",
             )
 
     def run(self, plan):
         slurm.run(plan, plan.units, Board(plan, survey(plan)))
-        return record.read(plan.folder(plan.units[0]))["reason"]
+        return state.read(plan.folder(plan.units[0]))["reason"]
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_job_that_was_lost_through_no_fault_of_its_own_is_submitted_again(
 
 def test_a_controller_that_does_not_answer_says_nothing_of_the_jobs(on_slurm, monkeypatch):
     """Its silence was once taken for an empty queue, and all its jobs submitted a second time."""
-    record.write(on_slurm.folder(on_slurm.units[0]), state="waiting", job="5")
+    state.write(on_slurm.folder(on_slurm.units[0]), state="waiting", job="5")
     there = Cluster(
         monkeypatch, [None, None, {"5": Job("PENDING")}, None, {"5": Job("PENDING")}], ["CANCELLED"]
     )
@@ -161,8 +161,8 @@ def test_a_job_that_the_queue_does_not_show_between_two_of_its_states_is_not_ove
 
 def test_a_unit_that_another_process_has_is_waited_for_and_then_gone_on_with(on_slurm, monkeypatch):
     there, folder = Cluster(monkeypatch, ends=["CANCELLED"]), on_slurm.folder(on_slurm.units[0])
-    record.write(folder, state="stopped", reason="by Ctrl-C")
-    with lock(folder / record.LOCK):
+    state.write(folder, state="stopped", reason="by Ctrl-C")
+    with lock(folder / state.LOCK):
         head = threading.Thread(target=there.run, args=(on_slurm,), daemon=True)
         head.start()
         head.join(0.5)
@@ -173,7 +173,7 @@ def test_a_unit_that_another_process_has_is_waited_for_and_then_gone_on_with(on_
 
 def test_jobs_that_are_in_the_queue_are_not_submitted_again(folder_of, make_plan, monkeypatch):
     plan = make_plan([folder_of("a"), folder_of("b")], run={"on": "slurm", "hours": 1})
-    record.write(plan.folder(plan.units[0]), state="waiting", job="5_0")
+    state.write(plan.folder(plan.units[0]), state="waiting", job="5_0")
     submitted = []
     monkeypatch.setattr(
         slurm, "_submit", lambda plan, works, board: submitted.extend(work.unit for work in works)

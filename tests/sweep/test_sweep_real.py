@@ -9,7 +9,7 @@ import real
 from stand_in import wait_for
 
 from lm_eval_coupling import load_records
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import state
 from lm_eval_coupling.sweep.command import survey
 
 pytestmark = [
@@ -33,14 +33,14 @@ def test_killed_while_it_measures_and_gone_on_with(home):
     head, long = real.start(plan), plan.units[1]
     wait_for(lambda: real.measured(plan, long) > 0, seconds=200)
     head.kill()
-    os.killpg(record.read(plan.folder(long))["child"], signal.SIGKILL)
+    os.killpg(state.read(plan.folder(long))["child"], signal.SIGKILL)
     assert real.finish(head) == -signal.SIGKILL
     wait_for(lambda: survey(plan)[0].state != "running", seconds=200)
     kept = real.measured(plan, long)
 
     assert real.finish(real.start(plan)) == 0
     assert (
-        record.read_json(next(plan.folder(long).glob("*/results_*.json")))["config"]["coupling"][
+        state.read_json(next(plan.folder(long).glob("*/results_*.json")))["config"]["coupling"][
             "reused"
         ]
         >= kept

@@ -10,8 +10,7 @@ import pytest
 import real
 from stand_in import wait_for
 
-from lm_eval_coupling.sweep import cluster
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import cluster, state
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey
 
@@ -68,7 +67,7 @@ def _answers():
 def _at_work(plan, unit):
     """Wait until a unit's job has stored a measurement, and return the job."""
     wait_for(lambda: real.measured(plan, unit) > 0, seconds=200)
-    return record.read(plan.folder(unit))["job"]
+    return state.read(plan.folder(unit))["job"]
 
 
 def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(
@@ -118,7 +117,7 @@ def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(controller, home, l
     # the job fails. Three seconds are enough for that.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
     assert real.finish(real.start(plan)) == 0
-    assert record.read(plan.folder(unit))["job"] == job
+    assert state.read(plan.folder(unit))["job"] == job
     assert (
         _reused(plan, unit) == kept > 0
     )  # all that the first life had stored, and so nothing was measured twice

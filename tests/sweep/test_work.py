@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from stand_in import STAND_IN, calls, wait_for
 
-from lm_eval_coupling.sweep import state as record
+from lm_eval_coupling.sweep import state
 from lm_eval_coupling.sweep.lock import held, lock
 from lm_eval_coupling.sweep.reasons import out_of_memory, reason
 from lm_eval_coupling.sweep.request import configuration, store_file
@@ -67,7 +67,7 @@ def test_a_failure_has_a_reason_and_is_tried_again_by_the_next_sweep(folder_of, 
     model = folder_of("a", fail="Traceback …\nValueError: no such thing\n")
     plan = make_plan([model])
     assert work(plan).reason == "ValueError: no such thing"
-    assert record.read(plan.folder(plan.units[0]))["reason"] == "ValueError: no such thing"
+    assert state.read(plan.folder(plan.units[0]))["reason"] == "ValueError: no such thing"
     Path(model, "behaviour.json").write_text("{}")
     assert work(plan).state == "done"
 
@@ -102,9 +102,9 @@ def test_what_counts_as_memory():
 def test_only_one_worker_at_a_time_on_a_unit(folder_of, make_plan):
     plan = make_plan([folder_of("a")])
     folder = plan.folder(plan.units[0])
-    assert not held(folder / record.LOCK)
-    with lock(folder / record.LOCK):
-        assert held(folder / record.LOCK)
+    assert not held(folder / state.LOCK)
+    with lock(folder / state.LOCK):
+        assert held(folder / state.LOCK)
         assert work(plan).state == "busy"
     assert calls(plan.units[0].model) == [] and work(plan).state == "done"
 
