@@ -1,4 +1,4 @@
-"""Every argument of every public function, given wrongly: one sentence that names it, or what was meant."""
+"""A wrong argument of any public function is one sentence that names it, or what was meant."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import lm_eval_coupling
 
 
 def test_a_wrong_argument_is_named_in_one_sentence():
-    """One layer as a number was a raw TypeError, a flag given as "no" was true, one column's name was its letters."""
+    """A layer as a number was a raw TypeError, a flag of "no" true, a column's name its letters."""
     tests = Path(__file__).parent / "support"
     paths = os.pathsep.join([str(tests.parents[1]), str(tests)])
     environment = os.environ | {
@@ -23,7 +23,7 @@ def test_a_wrong_argument_is_named_in_one_sentence():
 
 
 def test_no_public_function_is_left_out():
-    """What is exported is in the table above; classes that are only handed out have nothing to be given."""
+    """Exports are in the table above, except for classes that functions only return."""
     tried = {
         "block_jacobians",
         "top_singular",

@@ -1,4 +1,4 @@
-"""The command: quick help, one sentence for a mistake, and lm-eval's own arguments handed on untouched."""
+"""The command: quick help, one sentence for a mistake, lm-eval's own arguments untouched."""
 
 import importlib
 import logging
@@ -36,7 +36,8 @@ def command(*words, **environment):
 def test_help_names_the_commands_and_loads_nothing_heavy():
     found = command("--help")
     assert found.returncode == 0 and all(name in found.stdout for name in ("run", "demo", "show"))
-    code = "import sys, lm_eval_coupling.cli as c; c._parser(); sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
+    code = "import sys, lm_eval_coupling.cli as c; c._parser(); "
+    code += "sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
     heavy = ("torch", "lm_eval", "pandas", "numpy", "rich", "pyarrow")
     assert subprocess.run([sys.executable, "-c", code, *heavy], check=False).returncode == 0
 
@@ -98,7 +99,7 @@ def test_a_path_that_is_something_else_is_one_sentence(
     words, kind, bad, tmp_path, capsys, monkeypatch
 ):
     """Regression: `[Errno 2] No such file or directory: …` and other people's words for it."""
-    # transformers logs to the standard error of the test that first imported it, which is closed by now.
+    # transformers logs to the standard error of the test that imported it first, closed by now.
     monkeypatch.setattr(logging, "raiseExceptions", False)
     run = tmp_path / "run"
     save(run, {"arc": task_summary()}, rows=[record()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def _interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before: Mapping[int, Any] = {}
+    before: dict[int, Any] = {}
     try:
         names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         numbers = [getattr(signal, name) for name in names]
@@ -132,6 +132,10 @@ def _interrupts() -> Iterator[None]:
             for number in numbers
             if signal.getsignal(number) != signal.SIG_IGN
         }
+        # Shells start background jobs of scripts with Ctrl-C ignored. Runs would inherit that, and
+        # could not be asked to end: with a handler that does nothing they start with the default.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     except ValueError:
         pass  # Only the main thread may set handlers.
     try:

@@ -16,7 +16,7 @@ from lm_eval_coupling.errors import CouplingError, path, shown, why
 from lm_eval_coupling.sweep import yaml12
 from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
 from lm_eval_coupling.sweep.plan_secrets import hide, secret_in, secrets_in
-from lm_eval_coupling.sweep.units import Task, Unit, plain, read_units
+from lm_eval_coupling.sweep.units import Task, Unit, plain, read_units, wrong_value
 
 # Options of lm-eval that the sweep sets itself, or that would spoil it, and what to use instead.
 _NOT_FOR_LM_EVAL = {
@@ -243,7 +243,8 @@ def _coupling(fields: Fields) -> dict[str, Any]:
         )
     if "dry_run" in coupling:
         fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
-    _refuse_secrets(fields, "coupling", coupling)
+    for name, value in coupling.items():
+        fields.problems += wrong_value(f"coupling.{name}", name, value)
     return {
         name: plain(value) for name, value in coupling.items() if not name.startswith("coupling_")
     }
@@ -262,19 +263,11 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
             "got lm_eval.num_fewshot beside that of a task, which it would override; "
             "give it to each task"
         )
-    _refuse_secrets(fields, "lm_eval", options)
+    for name, value in options.items():
+        fields.problems += wrong_value(f"lm_eval.{name}", name, value)
     return {"log_samples": True} | {
         name: plain(value) for name, value in options.items() if name not in _NOT_FOR_LM_EVAL
     }
-
-
-def _refuse_secrets(fields: Fields, key: str, options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if any(secrets_in(value, name)):
-            fields.problems.append(
-                f"got a secret in {key}.{name}, which would be written to files; "
-                "give it as a variable of run.environment, such as HF_TOKEN"
-            )
 
 
 def _run(fields: Fields, tokens: set[str]) -> tuple[Local | Slurm | None, dict[str, str]]:

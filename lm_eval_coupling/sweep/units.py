@@ -7,6 +7,7 @@ import difflib
 import glob
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,13 +188,30 @@ def _arguments(fields: Fields, tokens: set[str]) -> dict[str, Any]:
         if name in _TOKEN_ARGUMENTS and (token := secret_in(name, argument)):
             tokens.add(token)
             continue
-        if any(secrets_in(argument, name)):
-            fields.problems.append(
-                f"got a secret as {name} among {fields.at('args')}, which lm-eval would write to "
-                "its results; give it as a variable of run.environment"
-            )
+        fields.problems += wrong_value(f"{fields.at('args')}.{name}", name, argument)
         arguments[name] = plain(argument)
     return arguments
+
+
+def wrong_value(place: str, name: str, value: Any) -> list[str]:
+    """Return what rules out a value that lm-eval copies to its results, as sentences."""
+    problems = []
+    if any(secrets_in(value, name)):
+        problems.append(
+            f"got a secret as {place}, which lm-eval would write to its results; "
+            "give it as a variable of run.environment, such as HF_TOKEN"
+        )
+    if _has_no_finite(value):  # NaN never equals itself: such results would never count.
+        problems.append(f"got {place}: {shown(value)}, expected finite numbers")
+    return problems
+
+
+def _has_no_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_no_finite, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_no_finite, value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Stands in for lm-eval: reads its configuration file, leaves what it leaves, and fails as the model's folder says.
+"""Stand-in for lm-eval that leaves the same files and fails as the model's folder says.
 
-``behaviour.json`` beside the model's files: ``fail`` (a text that it ends with), ``most`` (documents in a batch that fit
-into memory), ``seconds`` (to take), ``leave_out`` (files not to write), ``coupling`` (to change in what it reports),
-``say`` (names of variables whose values it prints).
+``behaviour.json`` lies beside the model's files: ``fail`` (a text to end with), ``most`` (documents
+of a batch that fit into memory), ``seconds`` (to take), ``leave_out`` (files not to write),
+``coupling`` (changes of its summary), ``say`` (names of variables whose values to print).
 """
 
 import base64

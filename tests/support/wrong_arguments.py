@@ -1,4 +1,4 @@
-"""Every argument of every public function, given wrongly and in other forms; run as a program, it says what is not well met.
+"""Wrong arguments of every public function; run as a program, it prints those badly refused.
 
 In a process of its own: tests check types as they call, users do not.
 """
@@ -102,13 +102,15 @@ def no(function, name, values, words=None):
 
 WRONG = [
     *no(blocks, "model", [None, 5, "gpt2", torch.nn.Linear(2, 2)]),
-    *no(blocks, "tokens", [None, [], [1.5], [True], [-1], [61], [[1, 2], [3, 4]], {"input_ids": [1]}, b"x"], "token|prompt"),
+    *no(blocks, "tokens", [None, [], [1.5], [True], [-1], [61], [[1, 2], [3, 4]],
+                           {"input_ids": [1]}, b"x"], "token|prompt"),
     *no(blocks, "output_token", [3, -4, *NO_NUMBER], "token"),
     *no(blocks, "input_token", [3, -4, True, *ODD], "token"),
     *no(blocks, "layers", [2, -3, [0, 2], [0.0], [True], "01", True, *ODD]),
     *no(blocks, "method", NO_TEXT),
     *no(blocks, "dtype", [*NO_TEXT, "bfloat16", torch.bfloat16, np.float64]),
-    *no(partial(top_singular, k=1), "J", [*NO_TENSOR, torch.ones(2), J[0, :2], J.long(), J[..., :0]], "J|matri"),
+    *no(partial(top_singular, k=1), "J",
+        [*NO_TENSOR, torch.ones(2), J[0, :2], J.long(), J[..., :0]], "J|matri"),
     *no(partial(top_singular, J), "k", [0, 7, -1, *NO_NUMBER]),
     *no(partial(top_singular, J, 1), "device",
         ["nope", "meta", 5, True, [], "cuda:99"]),

@@ -1,11 +1,22 @@
 """Plans over models that are mere folders, for lm-eval's stand-in; and over real tiny ones."""
 
 import json
+import signal
 
 import pytest
 import yaml
 
 from lm_eval_coupling.sweep import plan as plans
+
+
+@pytest.fixture(autouse=True)
+def obeyed_interrupts():
+    """Let children obey SIGINT, which shells switch off for background jobs of scripts."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

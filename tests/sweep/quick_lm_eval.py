@@ -1,4 +1,4 @@
-"""lm-eval's command line without upstream's tasks, whose index takes longer to build than a tiny model to be measured."""
+"""Command line of lm-eval without its own tasks, whose index takes longer than a tiny model."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What is done is read off the results that lie there: those of these settings and weights, whole, and no others."""
+"""Tasks are done if complete results of these settings and weights lie there, and not else."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_a_copied_folder_with_its_times_is_the_same_model(folder_of, make_plan):
     ],
 )
 def test_incomplete_results_do_not_count(folder_of, make_plan, behaviour, why):
-    """lm-eval writes results before tables and samples, and an interrupted measuring leaves results as well."""
+    """lm-eval writes results before tables and samples, and after an interruption too."""
     plan = make_plan([folder_of("a", **behaviour)])
     outcome = Worker(plan, command=STAND_IN).run(plan.units[0])
     assert outcome.state == "failed" and why in outcome.reason
@@ -128,7 +128,7 @@ def test_only_scores_need_no_coupling(folder_of, make_plan):
 
 
 def test_results_of_other_weights_in_one_folder_are_not_mixed(folder_of, make_plan):
-    """Where nothing is known of the files, the fingerprints in the results still tell: the newest says which are meant."""
+    """Unknown files are told apart by the fingerprints in the results; the newest counts."""
     plan = make_plan([folder_of("a")])
     finished(plan)
     (file,) = plan.folder(plan.units[0]).glob("*/results_*.json")
@@ -144,7 +144,7 @@ def test_results_of_other_weights_in_one_folder_are_not_mixed(folder_of, make_pl
 
 
 def test_superseded_results_are_out_of_sight_and_not_lost(folder_of, make_plan):
-    """Readers of the folder would refuse two settings in it, or count changed weights as two models."""
+    """Readers of the folder would refuse two settings, or count changed weights as two models."""
     model = folder_of("a")
     finished(make_plan([model]))
     plan = make_plan([model], coupling={"limit": 5})
@@ -155,3 +155,87 @@ def test_superseded_results_are_out_of_sight_and_not_lost(folder_of, make_plan):
         and len(list(folder.glob("*/coupling_*.parquet"))) == 2
     )
     assert len(list(folder.glob("*/*.superseded"))) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"table", None])
+def test_a_table_that_was_emptied_or_damaged_does_not_count(folder_of, make_plan, content):
+    """On a full disk lm-eval ended well and left tables of nothing; `--check` said done."""
+    plan = make_plan([folder_of("a")])
+    finished(plan)
+    (table,) = plan.folder(plan.units[0]).glob("*/coupling_two_*")
+    table.write_bytes(table.read_bytes()[:-20] if content is None else content)
+    assert missing(plan) == ["one", "two"]
+    assert "is empty or damaged" in done(plan, plan.units[0]).why
+    assert finished(plan).complete
+
+
+def test_a_table_without_rows_does_not_count(folder_of, make_plan):
+    import pyarrow
+    import pyarrow.parquet
+
+    plan = make_plan([folder_of("a")])
+    finished(plan)
+    (table,) = plan.folder(plan.units[0]).glob("*/coupling_two_*")
+    pyarrow.parquet.write_table(pyarrow.table({"x": pyarrow.array([], pyarrow.int8())}), table)
+    assert missing(plan) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "lines", "complete"),
+    [
+        ({"original": 8, "effective": 5}, None, 8, True),  # three that the task cannot score
+        ({"original": 8, "effective": 5}, None, 16, True),  # two filters
+        ({"original": 8, "effective": 5}, None, 7, False),
+        ({"original": 8, "effective": 0}, None, 8, True),
+        ({"original": 100, "effective": 5}, 8, 8, True),
+        ({"original": 100, "effective": 5}, 0.075, 8, True),
+        ({"original": 100, "effective": 8}, 8, 7, False),
+        ({"original": 8, "effective": 8}, None, 12, False),
+        ({"original": 8, "effective": 8}, None, 4, False),
+    ],
+)
+def test_documents_that_their_task_cannot_score_have_samples(
+    folder_of, make_plan, counts, limit, lines, complete
+):
+    """Such a unit was never done: lm-eval counts scores, and writes a line for each document."""
+    plan = make_plan([folder_of("a")], tasks=["one"], lm_eval={"limit": limit} if limit else {})
+    finished(plan)
+    folder = plan.folder(plan.units[0])
+    (results,) = folder.glob("*/results_*")
+    (samples,) = folder.glob("*/samples_*")
+    run = json.loads(results.read_text())
+    run["n-samples"] = {"one": counts}
+    results.write_text(json.dumps(run))
+    samples.write_text("{}\n" * lines)
+    assert (missing(plan) == []) is complete
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": 3},
+        {"config": {"coupling": []}},
+        {"configs": None},
+        {"configs": {"one": 3}},
+        {"configs": {"one": {"metadata": {"coupling_sweep": {"tasks": 3}}}}},
+        {"n-samples": {"one": "x"}},
+        {"total_evaluation_time_seconds": "soon"},
+        None,
+    ],
+)
+def test_results_of_another_shape_are_passed_over(folder_of, make_plan, change):
+    plan = make_plan([folder_of("a")])
+    finished(plan)
+    (results,) = plan.folder(plan.units[0]).glob("*/results_*")
+    if change is None:
+        results.write_text("[" * 10**6)
+    else:
+        results.write_text(json.dumps(json.loads(results.read_text()) | change))
+    (results.parent / "results_2020.json").mkdir()
+    (results.parent / "results_2021.json").symlink_to("nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(results.parent / "results_2022.json")
+    assert done(plan, plan.units[0]).complete is (
+        change == {"total_evaluation_time_seconds": "soon"}
+    )
+    assert finished(plan).complete

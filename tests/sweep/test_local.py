@@ -14,9 +14,10 @@ from stand_in import STAND_IN, calls, wait_for
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.sweep import checks, local, state
-from lm_eval_coupling.sweep.board import Board
+from lm_eval_coupling.sweep.board import Board, matrix
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey, sweep
+from lm_eval_coupling.sweep.forecast import gigabytes
 from lm_eval_coupling.sweep.lock import lock
 from lm_eval_coupling.sweep.plan import Local, PlanError
 from lm_eval_coupling.sweep.status import look
@@ -153,7 +154,7 @@ def test_facts_lie_beside_the_results_and_follow_the_plan(folder_of, make_plan, 
 def test_what_is_wrong_with_the_text_and_add_checks_is_told_at_once(
     folder_of, make_plan, tmp_path, monkeypatch
 ):
-    """An output that cannot be made was once told alone, and a plan with a slip in its text was not looked at further."""
+    """An impossible output hid all other problems, and so did a slip in the plan's text."""
     (tmp_path / "file").write_text("")
     plan = make_plan([folder_of("a")], output=str(tmp_path / "file" / "out"))
     monkeypatch.setattr(
@@ -184,9 +185,7 @@ def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_the_runs_and_loses_nothing(folder_of, make_plan, number):
     if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip(
-            f"this process ignores signal {number}, as under nohup, and so do the processes that it starts"
-        )
+        pytest.skip(f"this process and its children ignore signal {number}, as under nohup")
     model, done = folder_of("a", seconds=60), folder_of("b")
     plan = make_plan([done, model])
     head = command(plan)
@@ -199,6 +198,25 @@ def test_an_interrupt_ends_the_runs_and_loses_nothing(folder_of, make_plan, numb
         os.kill(calls(model)[0]["pid"], 0)
     Path(model, "behaviour.json").write_text("{}")
     assert command(plan).wait(30) == 0 and len(calls(done)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+def test_a_sweep_in_the_background_of_a_script_ends_its_runs_as_well(folder_of, make_plan):
+    """Its runs inherited the ignored Ctrl-C and were killed after half a minute."""
+    model = folder_of("a", seconds=60)
+    plan = make_plan([model])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        head = command(plan)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: calls(model))
+    head.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert head.poll() is None  # still ignored by the sweep itself
+    head.terminate()
+    head.communicate(timeout=20)
+    assert survey(plan)[0].state == "stopped"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are of POSIX systems")
@@ -250,6 +268,51 @@ def test_the_table_shows_those_in_trouble_first_where_there_is_no_room(folder_of
         and "and 24 more" in shown
         and "1 failed, 29 missing" in shown
     )
+
+
+LONG = "a-name-of-a-model-that-is-longer-than-any-column-" * 3
+
+
+def test_names_are_not_cut(folder_of, make_plan):
+    plan = make_plan([folder_of(LONG)], tasks=["a-task-with-a-long-name" * 3, "two", "three"])
+    board = Board(plan, survey(plan), Console(width=60, height=30, file=open(os.devnull, "w")))
+    console = Console(width=60, record=True, file=open(os.devnull, "w"))
+    console.print(board.table())
+    assert LONG in "".join(letter for letter in console.export_text() if letter not in "│ \n|┃")
+    console = Console(record=True, width=60, file=open(os.devnull, "w"))
+    console.print(matrix(plan, survey(plan), {}, console))
+    shown = console.export_text()
+    assert LONG in shown and plan.tasks[0].name in shown and "…" not in shown
+
+
+def test_a_narrow_terminal_counts_tasks(folder_of, make_plan):
+    plan = make_plan([folder_of("a")], tasks=[f"task-number-{n}" for n in range(20)])
+    console = Console(width=80, record=True, force_terminal=True, file=open(os.devnull, "w"))
+    console.print(matrix(plan, survey(plan), {}, console))
+    assert "0 of 20" in console.export_text() and "…" not in console.export_text()
+
+
+def test_between_running_and_done_the_progress_is_printed(folder_of, make_plan, monkeypatch):
+    monkeypatch.setattr("lm_eval_coupling.sweep.board._REPORT_SECONDS", 0.2)
+    plan = make_plan([folder_of("a", seconds=1)])
+    console = Console(record=True, width=300, file=open(os.devnull, "w"))
+    local.run(plan, plan.units, Board(plan, survey(plan), console), STAND_IN)
+    words = console.export_text()
+    assert words.index("running") < words.index("measuring coupling 40 %") < words.index("done")
+    assert words.count("40 %") == 1  # the same state is printed once
+
+
+def test_memory_is_forecast_near_what_runs_take(folder_of, make_plan):
+    """It was 1.13 GB where 3.7 were used: no logits, no batch of prompts, no process."""
+    smollm = {"n_params": 134.5e6, "n_layers": 30, "d_model": 576, "vocab_size": 49152}
+    qwen = {"n_params": 494e6, "n_layers": 24, "d_model": 896, "vocab_size": 151936}
+    plan = make_plan([folder_of("a")], coupling={"untrained": 0}, lm_eval={"batch_size": 8})
+    assert gigabytes(plan, smollm | {"dtype": "bfloat16"}) == pytest.approx(2.36, rel=0.2)
+    plan = make_plan([folder_of("a")], lm_eval={"batch_size": 8})
+    assert gigabytes(plan, qwen | {"dtype": "bfloat16"}) == pytest.approx(3.7, rel=0.2)
+    only_scores = make_plan([folder_of("a")], coupling={"limit": 0})
+    assert gigabytes(only_scores, smollm | {"dtype": "float32"}) == pytest.approx(1.84, rel=0.02)
+    assert gigabytes(plan, {"n_params": None}) is None
 
 
 def test_no_results_of_the_stand_in_are_mistaken(folder_of, make_plan):

@@ -115,7 +115,7 @@ def test_run_is_checked(tmp_path, run, part):
 
 
 def test_yaml_means_what_people_mean(tmp_path):
-    """PyYAML reads YAML 1.1: `on` is true there, 300e9 a text, 0001 the number one, and the second of two keys wins."""
+    """In PyYAML's YAML 1.1 `on` is true, 300e9 a text, 0001 the number one, and keys may repeat."""
     assert yaml12.load(
         "{on: local, a: 300e9, b: 0001, c: no, d: 1e-3, e: -2, f: true, g: ~, h: 12:30}"
     ) == {
@@ -138,7 +138,7 @@ def test_yaml_means_what_people_mean(tmp_path):
 
 
 def test_a_revision_that_became_a_number_is_refused(tmp_path):
-    """A commit such as 12e45678 is a number in YAML, and infinite: it would name another revision."""
+    """A commit such as 12e45678 is an infinite number in YAML and would name another revision."""
     assert "put numbers in quotes" in "\n".join(
         problems(tmp_path, "models: [{model: a, revisions: [12e45678]}]\ntasks: b\noutput: c")
     )
@@ -147,7 +147,8 @@ def test_a_revision_that_became_a_number_is_refused(tmp_path):
 
 
 def test_revisions_may_have_facts_of_their_own(tmp_path):
-    text = "models: [{model: a, facts: {family: x}, revisions: {s1: {training_tokens: 2e6}, s2: }}]\ntasks: b\noutput: c"
+    model = "{model: a, facts: {family: x}, revisions: {s1: {training_tokens: 2e6}, s2: }}"
+    text = f"models: [{model}]\ntasks: b\noutput: c"
     assert [unit.facts for unit in read(tmp_path, text).units] == [
         {"family": "x", "training_tokens": 2e6},
         {"family": "x"},
@@ -166,8 +167,49 @@ def test_folders_of_a_pattern_are_models_in_order_of_their_numbers(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["lr[0.1]", "a[b]c", "[0]", "x?y", "st*r"])
+def test_brackets_of_a_folders_name_are_no_pattern(tmp_path, name):
+    folder = tmp_path / "runs" / name
+    for step in (2, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+
+    def models(model):
+        return [
+            unit.model for unit in read(tmp_path, f"models: '{model}'\ntasks: b\noutput: c").units
+        ]
+
+    assert models(folder) == [str(folder)]
+    steps = [str(folder / f"checkpoint-{step}") for step in (2, 10)]
+    assert models(folder / "checkpoint-*") == steps
+
+
+def test_a_pattern_with_brackets_is_one_where_no_folder_has_that_name(tmp_path):
+    for name in ("seed1", "seed2", "seed9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    plan = read(tmp_path, f"models: '{tmp_path}/seed[12]'\ntasks: b\noutput: c")
+    assert [unit.label.split("/")[-1] for unit in plan.units] == ["seed1", "seed2"]
+
+
+def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
+    """transformers does not know `~`, so that a plan passed its check and every unit failed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    plan = read(tmp_path, "models: ~/model\ntasks: b\noutput: ~/out")
+    assert plan.units[0].model == str(tmp_path / "model") and plan.output == tmp_path / "out"
+
+
+def test_a_long_label_is_cut_and_stays_unique():
+    first, second = (
+        Unit(model="/".join(["x" * 200, end * 150]), arguments={}, facts={}) for end in "yz"
+    )
+    assert len(first.name) < 200 and first.name != second.name
+
+
 def test_a_unit_keeps_its_name(tmp_path):
-    """Results lie under it: it must not depend on the other models of a plan, nor on their order."""
+    """Results lie under it: other models of a plan, and their order, must not change it."""
     first = Unit(model="a/b", revision="main", arguments={"x": 1, "y": 2}, facts={})
     again = Unit(model="a/b", revision="main", arguments={"y": 2, "x": 1}, facts={"family": "z"})
     others = [
@@ -194,7 +236,8 @@ def test_plans_of_the_documentation_can_be_read(name, units):
 
 def test_the_sweep_itself_is_light():
     """It waits on login nodes for days: what measures and what evaluates is loaded by the runs."""
-    code = "import sys, lm_eval_coupling.sweep.command; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, lm_eval_coupling.sweep.command; "
+    code += "print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ("torch", "lm_eval", "transformers", "numpy", "pandas", "submitit", "huggingface_hub")
     found = subprocess.run(
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True

@@ -108,7 +108,7 @@ def test_a_changed_token_is_no_other_unit(folder_of, make_plan):
         {"lm_eval": {"hf_hub_log_args": f"hub_results_org=x,token={KEY}"}},
         {"lm_eval": {"wandb_args": {"api_key": KEY}}},
         {"coupling": {"password": KEY}},
-        {"models": [{"model": "a", "args": {"token": TOKEN}}, {"model": "b", "args": f"token={KEY}"}]},
+        {"models": [{"model": m, "args": f"token={t}"} for m, t in (("a", TOKEN), ("b", KEY))]},
         {"models": [{"model": "a", "args": f"token {TOKEN}"}]},
         {"run": {"environment": {"bad name": TOKEN}, "workers": TOKEN}},
     ],

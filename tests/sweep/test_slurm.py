@@ -69,7 +69,7 @@ def test_without_sbatch_it_is_said(monkeypatch):
 class Cluster:
     """Stands in for SLURM: what the queue holds look by look (then nothing), and how jobs end.
 
-    A job leaves the record that its worker would: ``begins`` (and says no more), or ``fails`` with a word of its own.
+    A job leaves its worker's state: it ``begins`` (and says no more), or ``fails`` with a reason.
     """
 
     def __init__(self, monkeypatch, looks=(), ends=("FAILED",), leaves="begins"):

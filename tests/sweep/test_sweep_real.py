@@ -1,4 +1,4 @@
-"""A sweep by lm-eval itself on this machine: killed while it measures, gone on with, and read by `fit`."""
+"""A sweep by lm-eval itself on this machine: killed, resumed, and read by `fit`."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def home(tmp_path_factory):
 
 
 def test_killed_while_it_measures_and_gone_on_with(home):
-    """kill -9 of the sweep and of lm-eval: what was measured is reused, and the tables are those of a run in one go."""
+    """kill -9 of the sweep and of lm-eval: measurements are reused, the tables stay the same."""
     plan = real.write_plan(
         home, home / "killed", ["tiny-2", "tiny-long"], {"on": "local", "workers": 2}
     )

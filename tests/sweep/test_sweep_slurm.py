@@ -1,4 +1,4 @@
-"""The real thing: a SLURM of one node, its arrays, jobs that are cancelled and queued again, against a local sweep."""
+"""A real SLURM of one node: arrays, jobs that are cancelled or queued again, as a local sweep."""
 
 import os
 import shutil
@@ -23,21 +23,17 @@ ON_SLURM = {"on": "slurm", "hours": 0.2, "cpus": 1, "setup": ["export FROM_SETUP
 
 @pytest.fixture(scope="module")
 def controller():
-    """A SLURM that answers: the machine's own, or one of one node that is installed and started here."""
+    """A SLURM that answers: the machine's own, or one of one node, installed and started here."""
     if not _answers():
         if not START.exists():
-            pytest.skip(
-                f"there is no SLURM here and no script to start one ({START.name} of the folder shared)"
-            )
+            pytest.skip(f"no SLURM here and no script to start one ({START.name})")
         if os.geteuid() != 0:
             pytest.skip("there is no SLURM here, and only root can install one")
         started = subprocess.run(
             ["bash", str(START)], capture_output=True, text=True, timeout=600, check=False
         )
         if started.returncode or not _answers():
-            pytest.skip(
-                f"SLURM cannot be installed or started here: {(started.stderr or started.stdout)[-200:]}"
-            )
+            pytest.skip(f"SLURM does not start here: {(started.stderr or started.stdout)[-200:]}")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +99,7 @@ LEAVE = {
 
 @pytest.mark.parametrize("way", LEAVE)
 def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(controller, home, locally, way):
-    """The job keeps its number, and nothing is measured twice; the sweep dies meanwhile, and the same command takes over."""
+    """The job keeps its number, nothing is measured twice, and a new sweep takes over."""
     plan = real.write_plan(home, home / way, ["tiny-long"], ON_SLURM)
     (unit,) = plan.units
     head = real.start(plan)
@@ -113,8 +109,8 @@ def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(controller, home, l
     subprocess.run([*LEAVE[way], job], check=True)
     wait_for(lambda: (cluster.jobs() or {}).get(job, Job("")).state == "PENDING", seconds=60)
     kept = real.measured(plan, unit)
-    # SLURM waits for two minutes, because a node refuses a job in the second in which its last life was ended there, and
-    # the job fails. Three seconds are enough for that.
+    # SLURM waits for two minutes, because a node refuses a job in the second in which it was ended
+    # there, and the job fails. Three seconds are enough for that.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
     assert real.finish(real.start(plan)) == 0
     assert state.read(plan.folder(unit))["job"] == job

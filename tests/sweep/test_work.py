@@ -127,7 +127,7 @@ def test_somebody_who_looks_keeps_no_worker_out(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are of POSIX systems")
 def test_a_killed_sweep_leaves_its_run_in_peace(folder_of, make_plan, tmp_path):
-    """kill -9 of the sweep: lm-eval goes on and holds the unit, so that nobody works on it a second time."""
+    """After kill -9 of the sweep lm-eval goes on and holds the unit, so that no other begins."""
     plan = make_plan([folder_of("a", seconds=3)])
     code = "import sys; from lm_eval_coupling.sweep import plan, work; p = plan.read(sys.argv[1]);"
     code += "work.Worker(p, command=sys.argv[2:]).run(p.units[0])"
@@ -157,7 +157,7 @@ def test_a_stop_ends_the_run_and_the_next_one_goes_on(folder_of, make_plan):
 
 
 def test_answers_are_kept_for_the_same_model_and_settings_only(folder_of, make_plan):
-    """lm-eval's cache knows requests only: the answers of other weights would become this model's scores."""
+    """lm-eval's cache knows requests only: answers of other weights would become this model's."""
     model = folder_of("a", fail="no")
     keep = {"run": {"keep_scores": True}}
     plan = make_plan([model], **keep)
