@@ -22,8 +22,11 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 test: setup  ## run all tests
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup  ## lint and types
+check: setup  ## lint, types, workflows and citation
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/cffconvert --validate
 
 demo: setup  ## evaluate a small real model, measure its coupling, draw the picture
 	$(BIN)/lm-eval-coupling demo
