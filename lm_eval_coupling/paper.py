@@ -189,7 +189,7 @@ def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings
 
 
 def _check_device(device: str | torch.device | None, actual: torch.device) -> None:
-    asked = actual if device is None else known_device(device, there=False)
+    asked = actual if device is None else known_device(device, is_here=False)
     if asked.type != actual.type or asked.index not in (None, actual.index):
         raise CouplingError(
             f"got device={device!r} for a model on {actual}, expected the same, move the model or leave it out"

@@ -1,4 +1,7 @@
-"""Level ``autodiff``: reverse mode through the whole sequence. Any model; slow; the oracle of the other levels."""
+"""Level ``autodiff``: reverse mode through the whole sequence.
+
+Works for any model, is slow, and is what the other levels are tested against.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from lm_eval_coupling.jacobians.protocol import Call
 def autodiff_jacobian(
     call: Call, output_token: int, input_token: int, budget: int
 ) -> Float[Tensor, "d_model d_model"]:
-    """∂f_{output}/∂x_{input} of one block (skip connection excluded), by one backward pass per output coordinate.
+    """Return ∂f_{output}/∂x_{input} of one block by one backward pass per output coordinate.
 
-    Arguments and result as in ``token_local_jacobian``; memory and time grow with the sequence although the result does not.
+    The skip connection is left out. Arguments are those of ``token_local_jacobian``. Memory and
+    time grow with the sequence, although the result does not.
 
     Returns:
         Row = output coordinate, column = input coordinate, in the call's dtype.
@@ -36,9 +40,9 @@ def autodiff_jacobian(
 def autodiff_row(
     call: Call, output_token: int, input_tokens: Sequence[int], budget: int
 ) -> Float[Tensor, "token d_model d_model"]:
-    """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
+    """Return ∂F_{output}/∂x_{input} of one block for several input tokens other than the output's.
 
-    A backward pass leads to all tokens, so that many cost about as much as one: one pass per output coordinate.
+    A backward pass reaches all tokens, so many cost about as much as one.
 
     Returns:
         One matrix per input token, in the call's dtype.
@@ -47,11 +51,10 @@ def autodiff_row(
     def function(x: Tensor) -> Tensor:
         return call(x.view_as(call.resid_pre))[0, output_token]
 
-    d_model, tokens, done = call.resid_pre.shape[-1], list(input_tokens), 0
-    found = call.resid_pre.new_empty(len(tokens), d_model, d_model)
+    d_model, tokens, start = call.resid_pre.shape[-1], list(input_tokens), 0
+    jacobians = call.resid_pre.new_empty(len(tokens), d_model, d_model)
     for rows in jacobian_row_parts(function, call.resid_pre.reshape(-1), budget, live=64):
-        found[:, done : done + len(rows)] = rows.view(len(rows), call.seq, d_model)[
-            :, tokens
-        ].transpose(0, 1)
-        done += len(rows)
-    return found
+        by_token = rows.view(len(rows), call.seq, d_model)
+        jacobians[:, start : start + len(rows)] = by_token[:, tokens].transpose(0, 1)
+        start += len(rows)
+    return jacobians

@@ -1,4 +1,4 @@
-"""Every Jacobian is compared with the model's own derivative before it is used."""
+"""Certificates: every Jacobian is compared with the block's own derivative before it is used."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ DTYPES = {name: getattr(torch, name) for name in BYTES}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def probe(layer: int, like: Float[Tensor, "*shape d_model"]) -> Float[Tensor, " d_model"]:
-    """The fixed random direction u that a layer's Jacobian is checked along, in the dtype and on the device of ``like``."""
-    return _probe(layer, like.shape[-1], like.dtype, like.device)
+def probe(layer: int, stream: Float[Tensor, "*shape d_model"]) -> Float[Tensor, " d_model"]:
+    """Return the fixed random direction u that a layer's Jacobian is checked along.
+
+    It is in the dtype and on the device of ``stream``, and the same on every machine.
+    """
+    return _probe(layer, stream.shape[-1], stream.dtype, stream.device)
 
 
-@functools.lru_cache(
-    maxsize=512
-)  # it is asked for several times a block and prompt, and comes from the host
+# A direction comes from the host, and is needed several times per block and prompt.
+@functools.lru_cache(maxsize=512)
 def _probe(
     layer: int, d_model: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, " d_model"]:
@@ -36,10 +38,14 @@ def _probe(
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """∂(u·f)/∂x of one block by backpropagation, u being its fixed random direction: what uᵀJ is compared with.
+    """∂(u·f)/∂x of one block by backpropagation, which uᵀJ is compared with.
 
-    ``lost`` is the least size, relative to ‖u‖, that an error is compared with: of anything smaller the identity's rounding
-    says nothing. ``finer`` is the call in float64, where J is so small that float32 would leave it too few digits.
+    Attributes:
+        u: the block's fixed random direction.
+        derivative: ∂(u·f)/∂x.
+        lost: smallest ‖derivative‖ / ‖u‖ that errors are relative to; below it the rounding of the
+            identity hides them.
+        finer: the call in float64, if J is so small that float32 would leave it too few digits.
     """
 
     u: Float[Tensor, " d_model"]
@@ -49,7 +55,7 @@ class Truth:
 
     @classmethod
     def of(cls, call: Call, output_token: int, input_token: int) -> Truth:
-        """One backward pass through the block, and where J_tt is small beside the identity another one in float64.
+        """Take the derivative by one backward pass, and by one in float64 where J_tt is small.
 
         Args:
             call: the block's call, inside its ``ready()`` context.
@@ -57,7 +63,7 @@ class Truth:
             input_token: absolute index.
 
         Returns:
-            The derivative in the call's dtype, or in float64 with the call that it is of.
+            The derivative in the call's dtype, or in float64 together with the call in float64.
         """
         u, lost = probe(call.layer, call.resid_pre), _lost(call.dtype, call.dtype)
         pulled = pulled_back(call, output_token, input_token)
@@ -66,41 +72,35 @@ class Truth:
         if (pulled - u).norm() >= lost * u.norm() or not has_finer(call):
             return cls(u, pulled - u, lost)
         finer = call.in_dtype(torch.float64)
-        u = probe(finer.layer, finer.resid_pre)
+        u, lost = probe(finer.layer, finer.resid_pre), _lost(torch.float64, call.dtype)
         with finer.ready():
-            return cls(
-                u,
-                pulled_back(finer, output_token, input_token) - u,
-                _lost(torch.float64, call.dtype),
-                finer,
-            )
+            return cls(u, pulled_back(finer, output_token, input_token) - u, lost, finer)
 
     @property
     def is_small(self) -> bool:
-        """Whether J is so small beside the identity that float32 has too few digits for their sum."""
+        """True if float32 has too few digits for the sum of J and the identity."""
         return bool(self.derivative.norm() < _lost(torch.float32, torch.float32) * self.u.norm())
 
     def error(self, jacobian: Float[Tensor, "d_model d_model"]) -> float:
-        """‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, lost ‖u‖), NaN for a Jacobian that is not finite."""
-        return _relative_errors(
-            self.u, jacobian[None].to(self.u.dtype), self.derivative[None], self.lost
-        ).item()
+        """Return ‖uᵀJ − ∂(u·f)/∂x‖ / max(‖∂(u·f)/∂x‖, lost ‖u‖); NaN for a J that is not finite."""
+        jacobians, derivatives = jacobian[None].to(self.u.dtype), self.derivative[None]
+        return _relative_errors(self.u, jacobians, derivatives, self.lost).item()
 
 
 def _lost(arithmetic: torch.dtype, dtype: torch.dtype) -> float:
-    """‖J‖ relative to the identity's from which on four roundings of their sum are within the tolerance of ``dtype``."""
+    """Return the smallest relative ‖J‖ for which four roundings of I + J are within tolerance."""
     return 4 * torch.finfo(arithmetic).eps / TOLERANCE[dtype]
 
 
 def has_finer(call: Call) -> bool:
-    """Whether the call can be made again in an arithmetic of more digits."""
+    """Return whether the call can be repeated in an arithmetic with more digits."""
     return call.dtype == torch.float32 and has_float64(call.resid_pre.device)
 
 
 def certify(
     call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int
 ) -> float:
-    """Relative error of uᵀJ against one backward pass through the whole block, for its fixed random u; see :class:`Truth`.
+    """Return the relative error of uᵀJ against one backward pass through the whole block.
 
     Args:
         call: the block's call, inside its ``ready()`` context.
@@ -109,7 +109,7 @@ def certify(
         input_token: absolute index.
 
     Returns:
-        As :meth:`Truth.error` has it.
+        :meth:`Truth.error` of the Jacobian.
     """
     return Truth.of(call, output_token, input_token).error(jacobian)
 
@@ -117,23 +117,26 @@ def certify(
 def certify_each(
     calls: Sequence[Call], jacobians: Float[Tensor, "prompt d_model d_model"], tokens: Sequence[int]
 ) -> Float[Tensor, " prompt"]:
-    """:func:`certify` of one block's J_tt for several prompts, each at its own token t. Nothing is read from the device.
+    """Return :func:`certify` of J_tt of several prompts of one block, each at its own token t.
+
+    Nothing is read from the device.
 
     Returns:
-        NaN where J is so small that only a finer arithmetic can tell.
+        Errors, NaN where J is so small that only a finer arithmetic can tell.
     """
     u, lost = probe(calls[0].layer, calls[0].resid_pre), _lost(calls[0].dtype, calls[0].dtype)
     truth = pulled_back_each(calls, tokens) - u
     errors = _relative_errors(u, jacobians, truth, lost)
-    return (
-        torch.where(truth.norm(dim=-1) < lost * u.norm(), torch.nan, errors)
-        if has_finer(calls[0])
-        else errors
-    )
+    if not has_finer(calls[0]):
+        return errors
+    return torch.where(truth.norm(dim=-1) < lost * u.norm(), torch.nan, errors)
 
 
 def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor, " d_model"]:
-    """uᵀ ∂F_{output} / ∂x_{input} of the call's probe u: taken on the way, by a step of decoding, or of the whole block."""
+    """Return uᵀ ∂F_{output} / ∂X_{input} for the block's direction u.
+
+    It was taken with the trace, or is taken by a step of decoding, or through the whole block.
+    """
     if call.pullback is not None and call.pullback[0] == output_token:
         return call.pullback[1][input_token]
     u = probe(call.layer, call.resid_pre)
@@ -147,13 +150,16 @@ def pulled_back(call: Call, output_token: int, input_token: int) -> Float[Tensor
 def pulled_back_each(
     calls: Sequence[Call], tokens: Sequence[int]
 ) -> Float[Tensor, "prompt d_model"]:
-    """:func:`pulled_back` of several prompts, each from its own token to itself: at once where they kept keys.
+    """Return :func:`pulled_back` of several prompts, each from its own token to itself.
+
+    They are taken together if they kept keys.
 
     Returns:
-        NaN where a step of decoding is not the block; alone, such a prompt is pulled back through its whole sequence.
+        A row per prompt; NaN where a step of decoding is not the block. Such a prompt is pulled
+        back through its whole sequence when it is done alone.
 
     Raises:
-        RuntimeError: as the device has it, if the prompts take more memory together than there is.
+        RuntimeError: by the device, if its memory does not hold the prompts together.
     """
     if all(call.pullback is None and call.keys is not None for call in calls):
         directions = [probe(call.layer, call.resid_pre) for call in calls]
@@ -167,28 +173,30 @@ def pulled_back_each(
 
 
 def with_probe_pulled_back(call: Call, output_token: int) -> Call:
-    """The call, which then certifies every Jacobian to ``output_token`` at no further cost. One pass through the block."""
+    """Return the call with its pullback from ``output_token``, taken by one pass if it is missing.
+
+    Every Jacobian to that token is then certified at no further cost.
+    """
     if call.pullback is not None and call.pullback[0] == output_token:
         return call
     with call.ready():
-        return call.with_pullback(
-            output_token, call.pulled_back(probe(call.layer, call.resid_pre), output_token)
-        )
+        pulled = call.pulled_back(probe(call.layer, call.resid_pre), output_token)
+    return call.with_pullback(output_token, pulled)
 
 
-STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, in units of the vector that is moved
+STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, relative to the norm of the vector that is moved
 
 
 def require_true_gradients(
     call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int
 ) -> None:
-    """Move the input a little each way and see whether the output follows as J says.
+    """Compare J with differences of outputs along one direction.
 
-    Autograd cannot tell of itself that a part of a block runs without gradients; the closed level can, whose rules do not
-    ask it. For what the other levels give this costs two to six passes through the block.
+    Autograd does not see a part of a block that runs without gradients. Costs two to six passes
+    through the block.
 
     Raises:
-        CouplingError: if the output moves in another way: by a twentieth or more, however small the step.
+        CouplingError: if the two differ by a twentieth or more at every step width.
     """
     x = call.resid_pre[0, input_token]
     v = probe(call.layer, x)
@@ -208,27 +216,26 @@ def require_true_gradients(
         if (difference - predicted).norm() <= allowed:
             return
     raise CouplingError(
-        f"got a block {call.layer} whose output does not move as its gradients say, expected true ones; "
-        "take torch.no_grad and detach out of the model's own code"
+        f"got a block {call.layer} whose output does not move as its gradients say, "
+        "expected true ones; take torch.no_grad and detach out of the model's own code"
     )
 
 
 def require_not_constant(
     call: Call, jacobian: Float[Tensor, "d_model d_model"], error: float, token: int
 ) -> None:
-    """Refuse a J_tt of exactly zero, with a perfect certificate, of a block that changes its token.
+    """Refuse a J_tt of exactly zero, certified with an error of 0, if the block changes its token.
 
     Raises:
         CouplingError: naming the block.
     """
-    if (
-        error == 0
-        and not jacobian.any()
-        and not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token])
-    ):
+    if error != 0 or jacobian.any():
+        return
+    if not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token]):
         raise CouplingError(
-            f"got a Jacobian of block {call.layer} that is exactly zero though the block changes its token, expected "
-            "derivatives of it; take torch.no_grad and detach out of the model's own code"
+            f"got a Jacobian of block {call.layer} that is exactly zero though the block changes "
+            "its token, expected its derivatives; take torch.no_grad and detach out of the model's "
+            "own code"
         )
 
 

@@ -1,10 +1,11 @@
-"""Level ``closed``: the real block on one token, differentiated step by step into matrix products.
+"""Level ``closed``: the block on one token, differentiated step by step into matrix products.
 
-Like ``token-local``, but for any number of prompts at once, and each step hands on a structured tangent (tangent.py) instead
-of d_model directions: norms stay diagonal plus low rank, the derivative of a projection is its weight as it stands, an
-activation only scales rows, and what is left to multiply is W_out·(rows of the MLP's inner weights), the output projection,
-and the product of the two halves of the block. Rules go by kind of operation and know no model family; a step without a
-rule raises, and the block is done by the next level.
+It differs from ``token-local`` in two ways: any number of prompts go through at once, and each step
+hands on a structured tangent (:mod:`.tangent`) instead of d_model directions. Norms stay diagonal
+plus low rank, the derivative of a projection is its weight, and an activation only scales rows.
+Left to multiply are W_out · (rows of the MLP's inner weights), the output projection, and the
+product of the two halves of the block. A step without a rule raises, and the next level does the
+block.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from lm_eval_coupling.jacobians.tape import Tape
 
 
 class _Reached(Exception):
-    """The attention core was reached; nothing after it is needed."""
+    """Ends a run at the attention core; nothing after it is needed."""
 
 
 def closed_jacobian(
     call: Call, output_token: int, input_token: int, budget: int
 ) -> Float[Tensor, "d_model d_model"]:
-    """∂f_{output}/∂x_{input} of one block (skip connection excluded).
+    """Return ∂f_{output}/∂x_{input} of one block, skip connection excluded.
 
-    Arguments and result as in ``token_local_jacobian``; ``budget`` is not needed: working memory is a few d_ff·d_model.
+    Arguments are those of ``token_local_jacobian``. ``budget`` is not needed: working memory is a
+    few d_ff·d_model.
 
     Returns:
         Row = output coordinate, column = input coordinate, in the call's dtype.
@@ -60,9 +62,9 @@ def closed_jacobian(
 def closed_row(
     call: Call, output_token: int, input_tokens: Sequence[int]
 ) -> Float[Tensor, "token d_model d_model"]:
-    """∂F_{output}/∂x_{input} of one block for several input tokens other than the output token.
+    """Return ∂F_{output}/∂x_{input} of one block for several input tokens other than the output's.
 
-    They share the half of the block that comes after the attention core: J = M C with M = ∂F/∂z at the output token.
+    They share the part of the block after the attention core: J = M C with M = ∂F/∂z at the output.
 
     Returns:
         One matrix per input token, in the call's dtype.
@@ -76,13 +78,19 @@ def closed_row(
 def closed_jacobians(
     calls: Sequence[Call], tokens: Sequence[int]
 ) -> Float[Tensor, "prompt d_model d_model"]:
-    """∂f_t/∂x_t of one block for several prompts (or one prompt's call, several times), each at its own token t.
+    """Return ∂f_t/∂x_t of one block for several prompts, each at its own token t.
 
-    The skip connection is left out where it stands, not taken off ∂F at the end: a small ∂f keeps its digits. The steps are
-    gone through once for all. Raises what :func:`closed_jacobian` does, and ValueError where the calls cannot be joined.
+    The skip connection is left out where it is added, not subtracted from ∂F at the end, so that a
+    small ∂f keeps its digits. Steps are gone through once for all prompts. One prompt's call may
+    occur several times.
 
     Returns:
         One matrix per call, in the calls' dtype.
+
+    Raises:
+        NoAttentionCore: if the block holds no softmax attention.
+        NoRule: if a step of the block has no rule.
+        ValueError: if the arguments of the calls cannot be joined.
     """
     core = LinearCore.of_each(calls, tokens)
     x = torch.stack([call.resid_pre[0, token] for call, token in zip(calls, tokens, strict=True)])
@@ -95,7 +103,7 @@ def closed_jacobians(
 def output_factor(
     call: Call, record: AttentionRecord, output_token: int
 ) -> Float[Tensor, "d_model head_value"]:
-    """M = ∂F_{output}/∂z, z being what the attention core hands on at the output token: shared by all input tokens."""
+    """Return M = ∂F_{output}/∂z, z being the output of the attention core at the output token."""
     root = Origin(1, record.z.numel())
 
     def start(tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:
@@ -103,15 +111,14 @@ def output_factor(
         return tape.watch(z, NearIdentity.identity(root, z))
 
     tape = Tape(start)
-    return _derivative(
-        tape, _run(tape, [call], call.resid_pre[:, output_token], [output_token]), root
-    )[0]
+    output = _run(tape, [call], call.resid_pre[:, output_token], [output_token])
+    return _derivative(tape, output, root)[0]
 
 
 def input_factors(
     call: Call, record: AttentionRecord, output_token: int, input_tokens: Sequence[int]
 ) -> Float[Tensor, "token head_value d_model"]:
-    """C = ∂z_{output}/∂x_{input} for each input token other than the output token."""
+    """Return C = ∂z_{output}/∂x_{input} for each input token other than the output token."""
     core = LinearCore.joined([LinearCore.at(record, output_token, token) for token in input_tokens])
     x = call.resid_pre[0, list(input_tokens)]
     root = Origin(*x.shape)
@@ -131,7 +138,7 @@ def input_factors(
 def _run(
     tape: Tape, calls: Sequence[Call], x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
 ) -> Float[Tensor, "prompt d_model"]:
-    """The block's output for one token of each prompt, kept on ``tape``."""
+    """Run the block on one token of each prompt, with its steps kept on ``tape``."""
     with tape:
         out = calls[0].batch_with(calls[1:]).one_token(x, tokens)
     if tape.stage != "done":
@@ -144,11 +151,11 @@ def _run(
 def _derivative(
     tape: Tape, outcome: Tensor, root: Origin, less: float = 0.0
 ) -> Float[Tensor, "prompt d_out width"]:
-    """Multiplied out, less so many times the identity."""
-    found = lifted(tape.differentiate(outcome), outcome.shape, root)
-    if isinstance(found, NearIdentity):
-        return found.matrix(less)
-    rows = found.rows(outcome.shape)
+    """Multiply out the derivative of ``outcome`` and subtract ``less`` times the identity."""
+    tangent = lifted(tape.differentiate(outcome), outcome.shape, root)
+    if isinstance(tangent, NearIdentity):
+        return tangent.matrix(less)
+    rows = tangent.rows(outcome.shape)
     if less:
         rows = rows.clone()
         rows.diagonal(dim1=1, dim2=2).sub_(less)
@@ -156,7 +163,7 @@ def _derivative(
 
 
 def _through(core: LinearCore, tape: Tape, q: Tensor, k_t: Tensor, v: Tensor) -> Tensor:
-    """The core's output at one token. Its tangent comes from those of q, k and v (attention_core.py has the formulas)."""
+    """Put the attention core on the tape as one step; :mod:`.attention_core` has its derivative."""
     z = core.z.reshape(*q.shape[:-2], 1, core.z.shape[-1])
     return tape.note(_through, partial(_core_tangent, core), (q, k_t, v), {}, z)
 
@@ -171,11 +178,8 @@ def _core_tangent(
     batch = q.shape[:-2]
 
     def per_head(tangent: Tangent, value: Tensor) -> Tensor:
-        rows = (
-            dense(lifted(tangent, value.shape, origin), value.shape)
-            .values()
-            .expand(*value.shape, origin.width)
-        )
+        rows = dense(lifted(tangent, value.shape, origin), value.shape).values()
+        rows = rows.expand(*value.shape, origin.width)
         return rows.expand(*batch, *rows.shape[-3:]).reshape(batch.numel(), -1, origin.width)
 
     dq, dk, dv = (per_head(t, value) for t, value in zip(tangents, (q, k_t, v), strict=True))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import pass_on_lack_of_memory
 
-# Bytes alive per direction, in units of d_model numbers: inputs, gated MLP of width 4 d_model, and their tangents.
+# Numbers alive per direction, in units of d_model: inputs, a gated MLP of width 4 d_model,
+# tangents.
 _LIVE = 64
 
 
@@ -21,16 +22,22 @@ def _chunk(x: Tensor, budget: int, live: int = _LIVE) -> int:
 def jacobian_columns(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int
 ) -> Float[Tensor, "d_out d_in"]:
-    """Jacobian of ``function`` at ``x``: batched forward mode where every step has it, else batched reverse mode, else rows.
+    """Return the Jacobian of ``function`` at ``x`` by the first mode of autograd that works.
 
-    Forward mode is up to 2.6 times faster on CPU; some activations (BLOOM's) have none, and some steps (experts chosen by
-    the data) cannot be batched at all.
+    Batched forward mode is tried first: on a CPU it is up to 2.6 times faster. Some activations
+    (BLOOM's) have none, so batched reverse mode is next. Steps such as experts chosen by the data
+    cannot be batched: those are done row by row.
+
+    Args:
+        function: maps a vector to a vector.
+        x: the point.
+        budget: bytes that the directions differentiated at once may take.
 
     Returns:
         Row = output coordinate, column = input coordinate, in the dtype and on the device of ``x``.
 
     Raises:
-        RuntimeError: as the device has it, if memory runs out, in whatever mode.
+        RuntimeError: by the device, if memory runs out, in any mode.
     """
     for attempt in (_forward_mode, jacobian_rows):
         try:
@@ -51,30 +58,32 @@ def _forward_mode(function: Callable[[Tensor], Tensor], x: Tensor, budget: int) 
 def jacobian_rows(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE
 ) -> Float[Tensor, "d_out d_in"]:
-    """Batched reverse mode; ``live`` is the memory a row needs, in units of d_in numbers."""
+    """Return the Jacobian by batched reverse mode; a row takes ``live`` · d_in numbers."""
     return torch.cat(list(jacobian_row_parts(function, x, budget, live)))
 
 
 def jacobian_row_parts(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, " d_in"], budget: int, live: int = _LIVE
-) -> Iterator[Float[Tensor, "some d_in"]]:
-    """:func:`jacobian_rows` some rows at a time, for who needs a part of each."""
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        y = function(x)
+) -> Iterator[Float[Tensor, "part d_in"]]:
+    """Yield the rows of :func:`jacobian_rows`, some at a time, to keep parts of them."""
+    x, y = _with_history(function, x)
     eye = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
-    for some in eye.split(_chunk(x, budget, live)):
-        yield _grad(y, x, some, is_grads_batched=True, retain_graph=True)
+    for directions in eye.split(_chunk(x, budget, live)):
+        yield _grad(y, x, directions, is_grads_batched=True, retain_graph=True)
 
 
 def _row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        y = function(x)
+    x, y = _with_history(function, x)
     eye = torch.eye(y.numel(), dtype=y.dtype, device=y.device)
     return torch.stack([_grad(y, x, row, retain_graph=True) for row in eye])
 
 
+def _with_history(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        return x, function(x)
+
+
 def _grad(y: Tensor, x: Tensor, direction: Tensor, **options: bool) -> Tensor:
-    """An output without history, or without ``x`` in it, raises: it is not taken for a derivative of zero."""
+    """Return directionᵀ ∂y/∂x. Raises for a ``y`` without ``x`` in its history: that is no zero."""
     return torch.autograd.grad(y, x, direction, **options)[0]

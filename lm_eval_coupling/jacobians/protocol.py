@@ -1,6 +1,7 @@
-"""What the mathematics needs of a model: blocks that can be run again, whole or at one token. No framework is known here.
+"""Interface of a model to the mathematics: blocks that can be run again, whole or at one token.
 
-:mod:`lm_eval_coupling.residual` serves these for transformers models; a test may serve them by hand.
+No framework is known here. :mod:`lm_eval_coupling.residual` implements it for transformers models;
+a test may implement it by hand.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 Direction = Callable[[int, Tensor], Tensor]
-"""(layer, vectors like those of the stream) → the direction u [d_model] that a block's output is differentiated along."""
+"""(layer, vectors of the stream) → direction u [d_model] to pull a block's output back along."""
 
 
 @runtime_checkable
 class Call(Protocol):
-    """One block with the arguments that it was called with for one prompt. It is run again inside :meth:`ready` only.
+    """Call of a block for one prompt, which can be repeated inside :meth:`ready`.
 
-    F is the block as a map of the stream, skip connection included: X^{l-1} → X^l, shapes [1, seq, d_model].
+    F is the block as a map of the stream, skip connection included: X^{l-1} → X^l, shapes
+    [1, seq, d_model].
     """
 
     @property
@@ -38,7 +40,7 @@ class Call(Protocol):
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only itself and those before it: J is zero then where the input token is the later one."""
+        """True if a token sees only itself and earlier ones, so that J_{t2 t1} = 0 for t1 > t2."""
 
     @property
     def resid_pre(self) -> Float[Tensor, "1 seq d_model"]:
@@ -46,37 +48,37 @@ class Call(Protocol):
 
     @property
     def pullback(self) -> tuple[int, Float[Tensor, "seq d_model"]] | None:
-        """(t, uᵀ ∂F_t/∂X), where the trace took it on the way along the layer's direction u."""
+        """(t, uᵀ ∂F_t/∂X) for the layer's direction u, if the trace took it."""
 
     @property
     def keys(self) -> Any | None:
-        """The keys and values that the block kept, where a step of decoding is known to be the block at one token."""
+        """Kept keys and values, if a step of decoding is known to equal the block."""
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Hold the block's weights, and only them, in the call's dtype."""
 
     def without_keys(self) -> Call:
-        """The same call, whose derivatives are all taken of the whole sequence."""
+        """Return the call without kept keys: derivatives are taken through the whole sequence."""
 
     def in_dtype(self, dtype: torch.dtype) -> Call:
-        """The same call in another arithmetic: what was kept of the trace is cast, and no derivative is known of it."""
+        """Return the call in another arithmetic, without its pullback; kept tensors are cast."""
 
     def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> Call:
-        """The same call, which knows uᵀ ∂F_t/∂X of one output token t already."""
+        """Return the call with uᵀ ∂F_t/∂X of one output token t."""
 
     def __call__(self, resid_pre: Float[Tensor, "1 seq d_model"]) -> Float[Tensor, "1 seq d_model"]:
-        """F(X) of the whole sequence."""
+        """Return F(X) of the whole sequence."""
 
     def one_token(self, x: Float[Tensor, " d_model"], token: int) -> Float[Tensor, " d_model"]:
-        """The block on one vector, as if it stood at ``token`` and saw only itself."""
+        """Run the block on one vector, as if it stood at ``token`` and saw only itself."""
 
     def one_query(self, token: int) -> Float[Tensor, "1 queries d_model"]:
-        """F(X) of which only row ``token`` may be used."""
+        """Return F(X), of which only row ``token`` is right."""
 
     def pulled_back(
         self, direction: Float[Tensor, " d_model"], output_token: int
     ) -> Float[Tensor, "seq d_model"]:
-        """uᵀ ∂F_t/∂X by one backward pass through the whole sequence."""
+        """Return uᵀ ∂F_t/∂X by one backward pass through the whole sequence."""
 
     def batch_with(self, others: Sequence[Any]) -> CallBatch:
         """Return this call and other prompts' calls of the same block, to be run together."""
@@ -84,7 +86,7 @@ class Call(Protocol):
 
 @runtime_checkable
 class CallBatch(Protocol):
-    """One block's calls for several prompts. ValueError where their arguments cannot be joined."""
+    """Calls of a block for several prompts. ValueError where their arguments cannot be joined."""
 
     def one_token(
         self, x: Float[Tensor, "prompt d_model"], tokens: Sequence[int]
@@ -104,18 +106,18 @@ class CallBatch(Protocol):
 
 @runtime_checkable
 class Trace(Protocol):
-    """One prompt's pass through a model: every block's call, and the stream after the last block."""
+    """Pass of one prompt through a model: every block's call, and the stream after the last."""
 
     @property
     def calls(self) -> Sequence[Call]:
-        """In the order of the blocks."""
+        """Calls in the order of the blocks."""
 
     @property
     def resid_final(self) -> Float[Tensor, "1 seq d_model"]:
-        """X^L."""
+        """The stream X^L after the last block."""
 
     def trajectory(self, token: int) -> Float[Tensor, "layer_plus_1 d_model"]:
-        """x_t^0 … x_t^L."""
+        """Return x_t^0 … x_t^L."""
 
 
 @runtime_checkable
@@ -132,10 +134,14 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the stream begins."""
+        """Device of the embeddings."""
+
+    @property
+    def has_independent_blocks(self) -> bool:
+        """True if passes through different blocks may run at the same time."""
 
     def encode(self, prompt: Any) -> Sequence[int]:
-        """Token ids of a text, or the numbers that name the tokens of an image: what :meth:`traces` takes."""
+        """Return token ids of a text, or numbers of the tokens of an image, for :meth:`traces`."""
 
     def traces(
         self,
@@ -144,4 +150,4 @@ class Model(Protocol):
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
     ) -> Sequence[Trace]:
-        """Passes of several prompts, whose blocks keep what their derivatives at ``output_tokens`` need."""
+        """Run several prompts and keep what derivatives at ``output_tokens`` need."""

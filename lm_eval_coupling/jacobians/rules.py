@@ -1,7 +1,8 @@
-"""How a structured tangent passes each kind of operation. Nothing here knows a model family.
+"""Rules for how a structured tangent passes each kind of operation. No model family is known.
 
-A rule gets the tangents of a step's arguments from ``of`` and returns that of its ``value``; constants have none. What has
-no rule raises :class:`NoRule`: a wrong derivative is never guessed.
+A rule gets the tape, the operation, its value and its arguments, and returns the tangent of the
+value. ``tape.of`` gives the tangents of the arguments; constants have none. An operation without a
+rule raises :class:`NoRule`: a derivative is never guessed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ class NoRule(RuntimeError):
     """A step of the block has no closed derivative here."""
 
 
-def _rule(*functions: Callable) -> Callable[[Callable], Callable]:
+def _rule(names: str, *namespaces: Any) -> Callable[[Callable], Callable]:
+    """Register a rule for the functions ``names`` of each namespace: torch, Tensor or F."""
+
     def register(rule: Callable) -> Callable:
-        RULES.update(dict.fromkeys(functions, rule))
+        for namespace in namespaces:
+            RULES.update({getattr(namespace, name): rule for name in names.split()})
         return rule
 
     return register
@@ -39,62 +43,38 @@ T = Tensor
 # Rearrangements
 
 
-@_rule(
-    T.view,
-    T.reshape,
-    torch.reshape,
-    T.flatten,
-    torch.flatten,
-    T.unflatten,
-    T.unsqueeze,
-    torch.unsqueeze,
-    T.squeeze,
-)
-@_rule(
-    torch.squeeze,
-    T.view_as,
-    T.reshape_as,
-    T.contiguous,
-    T.clone,
-    torch.clone,
-    T.to,
-    T.float,
-    T.double,
-    T.type,
-    T.type_as,
-)
+@_rule("view unflatten view_as reshape_as contiguous to float double type type_as", T)
+@_rule("reshape flatten unsqueeze squeeze clone", T, torch)
 def _same_order(
-    run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
+    tape: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tangent | None:
-    """The entries keep their order."""
-    tangent = run.of(x)
+    """Operations that keep the order of the entries."""
+    tangent = tape.of(x)
     if isinstance(tangent, Dense):
         return tangent.mapped(lambda m: m.reshape(*value.shape, m.shape[-1]), x.shape)
     return tangent
 
 
-@_rule(F.dropout, F.dropout2d)
+@_rule("dropout dropout2d", F)
 def _dropout(
-    run: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
+    tape: Any, func: Callable, value: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tangent | None:
     if value is not x and not torch.equal(value, x):
         raise NoRule("dropout is active")
-    return run.of(x)
+    return tape.of(x)
 
 
-@_rule(T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
-def _transpose(run: Any, func: Callable, value: Any, x: Tensor, dim0: int, dim1: int) -> Tangent:
+@_rule("transpose swapaxes", T, torch)
+def _transpose(tape: Any, func: Callable, value: Any, x: Tensor, dim0: int, dim1: int) -> Tangent:
     order = list(range(x.dim()))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _permuted(run.of(x), x, order)
+    return _permuted(tape.of(x), x, order)
 
 
-@_rule(T.permute, torch.permute)
-def _permute(run: Any, func: Callable, value: Any, x: Tensor, *dims: Any) -> Tangent:
-    order = [
-        d % x.dim() for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)
-    ]
-    return _permuted(run.of(x), x, order)
+@_rule("permute", T, torch)
+def _permute(tape: Any, func: Callable, value: Any, x: Tensor, *dims: Any) -> Tangent:
+    given = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    return _permuted(tape.of(x), x, [d % x.dim() for d in given])
 
 
 def _permuted(tangent: Tangent, x: Tensor, order: list[int]) -> Tangent:
@@ -104,81 +84,75 @@ def _permuted(tangent: Tangent, x: Tensor, order: list[int]) -> Tangent:
     return dense(tangent, x.shape).mapped(lambda m: m.permute(*order, x.dim()), x.shape)
 
 
-@_rule(T.__getitem__)
-def _getitem(run: Any, func: Callable, value: Any, x: Tensor, index: Any) -> Tangent:
+@_rule("__getitem__", T)
+def _getitem(tape: Any, func: Callable, value: Any, x: Tensor, index: Any) -> Tangent:
     items = index if isinstance(index, tuple) else (index,)
-    plain = all(
+    is_plain = all(
         item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items
     )
-    if plain and value.numel() == x.numel():
-        return _same_order(run, func, value, x)
+    if is_plain and value.numel() == x.numel():
+        return _same_order(tape, func, value, x)
     if any(isinstance(item, Tensor) for item in items):
         raise NoRule("entries are chosen by the data")
     if Ellipsis in items:
         items = (*items, slice(None))
-    return dense(run.of(x), x.shape).mapped(lambda m: m[items], x.shape)
+    return dense(tape.of(x), x.shape).mapped(lambda m: m[items], x.shape)
 
 
-@_rule(T.split, torch.split, T.chunk, torch.chunk, T.tensor_split, torch.tensor_split)
+@_rule("split chunk tensor_split", T, torch)
 def _split(
-    run: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: Any = 0
+    tape: Any, func: Callable, value: Any, x: Tensor, sections: Any, dim: Any = 0
 ) -> list[Dense]:
-    tangent, axis, start, cut = dense(run.of(x), x.shape), dim % x.dim(), 0, []
+    tangent, axis, start, parts = dense(tape.of(x), x.shape), dim % x.dim(), 0, []
     for part in value:
         width = part.shape[axis]
-        cut.append(
-            tangent.mapped(partial(torch.narrow, dim=axis, start=start, length=width), x.shape)
-        )
+        narrow = partial(torch.narrow, dim=axis, start=start, length=width)
+        parts.append(tangent.mapped(narrow, x.shape))
         start += width
-    return cut
+    return parts
 
 
-@_rule(T.unbind, torch.unbind)
-def _unbind(run: Any, func: Callable, value: Any, x: Tensor, dim: Any = 0) -> list[Dense]:
-    axis = dim % x.dim()
-    tangent = dense(run.of(x), x.shape)
-    return [
-        tangent.mapped(partial(torch.select, dim=axis, index=i), x.shape)
-        for i in range(x.shape[axis])
-    ]
+@_rule("unbind", T, torch)
+def _unbind(tape: Any, func: Callable, value: Any, x: Tensor, dim: Any = 0) -> list[Dense]:
+    tangent, axis = dense(tape.of(x), x.shape), dim % x.dim()
+    selections = (partial(torch.select, dim=axis, index=i) for i in range(x.shape[axis]))
+    return [tangent.mapped(select, x.shape) for select in selections]
 
 
-@_rule(T.expand, T.expand_as)
-def _expand(run: Any, func: Callable, value: Any, x: Tensor, *sizes: Any) -> Tangent:
-    return dense(run.of(x), x.shape).mapped(lambda m: m.expand(*value.shape, m.shape[-1]), x.shape)
+@_rule("expand expand_as", T)
+def _expand(tape: Any, func: Callable, value: Any, x: Tensor, *sizes: Any) -> Tangent:
+    return dense(tape.of(x), x.shape).mapped(lambda m: m.expand(*value.shape, m.shape[-1]), x.shape)
 
 
-@_rule(T.repeat_interleave, torch.repeat_interleave)
+@_rule("repeat_interleave", T, torch)
 def _repeat_interleave(
-    run: Any, func: Callable, value: Any, x: Tensor, repeats: Any, dim: Any = None
+    tape: Any, func: Callable, value: Any, x: Tensor, repeats: Any, dim: Any = None
 ) -> Tangent:
     if dim is None or isinstance(repeats, Tensor):
         raise NoRule("repeat_interleave of a flattened tensor")
-    return dense(run.of(x), x.shape).mapped(
+    return dense(tape.of(x), x.shape).mapped(
         lambda m: m.repeat_interleave(repeats, dim=dim % x.dim()), x.shape
     )
 
 
-@_rule(torch.cat, torch.concat, torch.concatenate)
-def _cat(run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0) -> Tangent:
-    parts = [(t, run.of(t)) for t in tensors]
-    if all(isinstance(tangent, Dense) for _, tangent in parts):
-        return _joined(parts, dim % value.dim())
-    raise NoRule("a constant is joined to what depends on the token")
+@_rule("cat concat concatenate", torch)
+def _cat(tape: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0) -> Tangent:
+    return _joined([(t, _dense_part(tape, t)) for t in tensors], dim % value.dim())
 
 
-@_rule(torch.stack)
+@_rule("stack", torch)
 def _stack(
-    run: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0
+    tape: Any, func: Callable, value: Any, tensors: Sequence[Tensor], dim: Any = 0
 ) -> Tangent:
-    axis = dim % value.dim()
-    parts = [(t.unsqueeze(axis), run.of(t)) for t in tensors]
-    if not all(isinstance(tangent, Dense) for _, tangent in parts):
-        raise NoRule("a constant is joined to what depends on the token")
-    shape = tensors[0].shape
-    return _joined(
-        [(t, tangent.mapped(lambda m: m.unsqueeze(axis), shape)) for t, tangent in parts], axis
-    )
+    axis, shape = dim % value.dim(), tensors[0].shape
+    tangents = [_dense_part(tape, t).mapped(lambda m: m.unsqueeze(axis), shape) for t in tensors]
+    return _joined([(t.unsqueeze(axis), d) for t, d in zip(tensors, tangents, strict=True)], axis)
+
+
+def _dense_part(tape: Any, x: Tensor) -> Dense:
+    if isinstance(tangent := tape.of(x), Dense):
+        return tangent
+    raise NoRule("a constant is joined to what depends on the token")
 
 
 def _joined(parts: list[tuple[Tensor, Dense]], axis: int) -> Dense:
@@ -199,59 +173,61 @@ def _joined(parts: list[tuple[Tensor, Dense]], axis: int) -> Dense:
 # Sums and products
 
 
-@_rule(torch.add, T.add, T.__add__, T.__radd__)
-def _add(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
-    return _sum(run, value.shape, a, b)
+@_rule("add", T, torch)
+@_rule("__add__ __radd__", T)
+def _add(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+    return _sum(tape, value.shape, a, b)
 
 
-@_rule(T.add_, T.__iadd__)
-def _add_in_place(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+@_rule("add_ __iadd__", T)
+def _add_in_place(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
     if a._is_view():
         raise NoRule("a view is changed in place")
-    return _sum(run, value.shape, a, b)
+    return _sum(tape, value.shape, a, b)
 
 
-@_rule(torch.sub, T.sub, T.__sub__)
-def _sub(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
-    if run.of(b) is None:
-        return _sum(run, value.shape, a, b)
+@_rule("sub", T, torch)
+@_rule("__sub__", T)
+def _sub(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+    if tape.of(b) is None:
+        return _sum(tape, value.shape, a, b)
     negative = -b
-    run.watch(negative, _scaled(run.of(b), b, -1))
-    return _sum(run, value.shape, a, negative)
+    tape.watch(negative, _scaled(tape.of(b), b, -1))
+    return _sum(tape, value.shape, a, negative)
 
 
-@_rule(T.__rsub__, torch.rsub)
-def _rsub(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
-    if run.of(b) is not None:
+@_rule("__rsub__", T)
+@_rule("rsub", torch)
+def _rsub(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+    if tape.of(b) is not None:
         raise NoRule("a reversed difference of two things that depend on the token")
-    return _scaled(run.of(a), a, -1)
+    return _scaled(tape.of(a), a, -1)
 
 
-def _sum(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
-    parts = [(run.of(x), x) for x in (a, b) if run.of(x) is not None]
+def _sum(tape: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
+    parts = [(tape.of(x), x) for x in (a, b) if tape.of(x) is not None]
     if len(parts) == 1:
         tangent, x = parts[0]
-        return (
-            tangent
-            if isinstance(tangent, Dense) or x.numel() == shape.numel()
-            else dense(tangent, x.shape)
-        )
+        keeps_form = isinstance(tangent, Dense) or x.numel() == shape.numel()
+        return tangent if keeps_form else dense(tangent, x.shape)
     (ta, a), (tb, b) = parts
     return added(ta, tb, a.shape, b.shape, shape)
 
 
-@_rule(torch.neg, T.neg, T.__neg__)
-def _neg(run: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
-    return _scaled(run.of(x), x, -1)
+@_rule("neg", T, torch)
+@_rule("__neg__", T)
+def _neg(tape: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
+    return _scaled(tape.of(x), x, -1)
 
 
-@_rule(torch.mul, T.mul, T.__mul__, T.__rmul__)
-def _mul(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
-    return _product(run, value.shape, a, b)
+@_rule("mul", T, torch)
+@_rule("__mul__ __rmul__", T)
+def _mul(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+    return _product(tape, value.shape, a, b)
 
 
-def _product(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
-    ta, tb = run.of(a), run.of(b)
+def _product(tape: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
+    ta, tb = tape.of(a), tape.of(b)
     if tb is None:
         return _scaled(ta, a, b)
     if ta is None:
@@ -260,59 +236,56 @@ def _product(run: Any, shape: torch.Size, a: Any, b: Any) -> Tangent:
 
 
 def _scaled(tangent: Tangent, x: Tensor, factor: Any) -> Tangent:
-    """Tangent of x times ``factor``, a constant."""
-    factor = (
-        factor if isinstance(factor, Tensor) else x.new_full((), factor)
-    )  # no transfer, which would be waited for
+    """Return the tangent of x times ``factor``, a constant."""
+    if not isinstance(factor, Tensor):
+        factor = x.new_full((), factor)  # filled on the device, which would wait for a transfer
     if isinstance(tangent, NearIdentity) and not _fits(factor.shape, x.shape):
         tangent = dense(tangent, x.shape)
     return tangent.scaled(factor, x.shape)
 
 
 def _fits(small: torch.Size, shape: torch.Size) -> bool:
-    """Whether a product with something of shape ``small`` leaves ``shape`` as it is, but for leading ones."""
+    """Return whether a product with a tensor of shape ``small`` keeps ``shape``."""
     extra = len(small) - len(shape)
     if extra > 0:
         return small.numel() == small[extra:].numel() and _fits(small[extra:], shape)
     return all(s in (1, n) for s, n in zip(small, shape[-extra:] if extra else shape, strict=True))
 
 
-@_rule(torch.div, T.div, T.__truediv__, torch.true_divide)
-def _div(run: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
-    if run.of(b) is None:
-        return _scaled(run.of(a), a, 1 / b)
+@_rule("div", T, torch)
+@_rule("true_divide", torch)
+@_rule("__truediv__", T)
+def _div(tape: Any, func: Callable, value: Any, a: Any, b: Any) -> Tangent:
+    if tape.of(b) is None:
+        return _scaled(tape.of(a), a, 1 / b)
     inverse = 1 / b
-    run.watch(inverse, _scaled(run.of(b), b, -inverse.square()))
-    return _product(run, value.shape, a, inverse)
+    tape.watch(inverse, _scaled(tape.of(b), b, -inverse.square()))
+    return _product(tape, value.shape, a, inverse)
 
 
-@_rule(T.mean, torch.mean)
+@_rule("mean", T, torch)
 def _mean(
-    run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
+    tape: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
 ) -> Tangent:
-    return _scaled(_total(run, x, dim, keepdim, value), value, value.numel() / x.numel())
+    return _scaled(_total(tape, x, dim, keepdim, value), value, value.numel() / x.numel())
 
 
-@_rule(T.sum, torch.sum)
+@_rule("sum", T, torch)
 def _sum_over(
-    run: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
+    tape: Any, func: Callable, value: Any, x: Tensor, dim: Any = None, keepdim: bool = False
 ) -> Tangent:
-    return _total(run, x, dim, keepdim, value)
+    return _total(tape, x, dim, keepdim, value)
 
 
-def _total(run: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
-    tangent = run.of(x)
-    axes = tuple(
-        d % x.dim()
-        for d in (range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim)
-    )
-    batch = tangent.origin.batch
-    if (
-        isinstance(tangent, NearIdentity)
-        and value.numel() == batch
-        and math.prod(x.shape[: min(axes)]) == batch
-    ):
-        return Dense(tangent.origin, tangent.total().reshape(*value.shape, tangent.origin.width))
+def _total(tape: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
+    tangent = tape.of(x)
+    given = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    axes = tuple(d % x.dim() for d in given)
+    if isinstance(tangent, NearIdentity):
+        batch = tangent.origin.batch
+        if value.numel() == batch and math.prod(x.shape[: min(axes)]) == batch:
+            total = tangent.total()
+            return Dense(tangent.origin, total.reshape(*value.shape, tangent.origin.width))
     values = dense(tangent, x.shape).values().expand(*x.shape, tangent.origin.width)
     return Dense(tangent.origin, values.sum(axes, keepdim=keepdim))
 
@@ -320,28 +293,29 @@ def _total(run: Any, x: Tensor, dim: Any, keepdim: bool, value: Any) -> Dense:
 # Projections
 
 
-@_rule(F.linear)
+@_rule("linear", F)
 def _linear(
-    run: Any, func: Callable, value: Any, x: Tensor, weight: Any, bias: Any = None
+    tape: Any, func: Callable, value: Any, x: Tensor, weight: Any, bias: Any = None
 ) -> Tangent:
-    return _projected(run, x, weight)
+    return _projected(tape, x, weight)
 
 
-@_rule(torch.addmm)
-def _addmm(run: Any, func: Callable, value: Any, bias: Any, x: Tensor, weight: Any) -> Tangent:
-    if run.of(bias) is not None:
+@_rule("addmm", torch)
+def _addmm(tape: Any, func: Callable, value: Any, bias: Any, x: Tensor, weight: Any) -> Tangent:
+    if tape.of(bias) is not None:
         raise NoRule("a bias that depends on the token")
-    return _projected(run, x, weight.mT)
+    return _projected(tape, x, weight.mT)
 
 
-@_rule(torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm)
-def _matmul(run: Any, func: Callable, value: Any, x: Tensor, weight: Any) -> Tangent:
-    return _projected(run, x, weight.mT, depends=run.of(weight) is not None)
+@_rule("matmul mm", T, torch)
+@_rule("__matmul__", T)
+def _matmul(tape: Any, func: Callable, value: Any, x: Tensor, weight: Any) -> Tangent:
+    return _projected(tape, x, weight.mT, depends=tape.of(weight) is not None)
 
 
-def _projected(run: Any, x: Tensor, weight: Tensor, depends: bool = False) -> Dense:
-    tangent = run.of(x)
-    if tangent is None or depends or run.of(weight) is not None or weight.dim() != 2:
+def _projected(tape: Any, x: Tensor, weight: Tensor, depends: bool = False) -> Dense:
+    tangent = tape.of(x)
+    if tangent is None or depends or tape.of(weight) is not None or weight.dim() != 2:
         raise NoRule("a product of two things that depend on the token")
     weight = weight.to(x.dtype)
     if isinstance(tangent, NearIdentity) and x.shape[-1] == tangent.origin.width:
@@ -356,63 +330,30 @@ def _projected(run: Any, x: Tensor, weight: Tensor, depends: bool = False) -> De
 # Entry by entry
 
 
-@_rule(
-    F.silu,
-    F.gelu,
-    F.relu,
-    F.leaky_relu,
-    F.elu,
-    F.mish,
-    F.softplus,
-    F.hardswish,
-    F.relu6,
-    F.logsigmoid,
-)
-@_rule(
-    torch.tanh,
-    T.tanh,
-    torch.sigmoid,
-    T.sigmoid,
-    F.sigmoid,
-    F.tanh,
-    torch.relu,
-    T.relu,
-    torch.erf,
-    T.erf,
-)
-@_rule(torch.exp, T.exp, torch.sqrt, T.sqrt, torch.square, T.square)
-@_rule(
-    torch.clamp,
-    T.clamp,
-    torch.clip,
-    T.clip,
-    torch.abs,
-    T.abs,
-    torch.reciprocal,
-    T.reciprocal,
-    torch.log,
-    T.log,
-)
-def _entrywise(run: Any, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> Tangent:
-    """A function of each entry alone."""
-    if run.of(x) is None:
+@_rule("silu gelu leaky_relu elu mish softplus hardswish relu6 logsigmoid", F)
+@_rule("relu tanh sigmoid", T, torch, F)
+@_rule("erf exp sqrt square clamp clip abs reciprocal log", T, torch)
+def _entrywise(tape: Any, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> Tangent:
+    """Functions of each entry alone."""
+    if tape.of(x) is None:
         raise NoRule("the second argument of an entrywise function depends on the token")
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(func(leaf, *args, **kwargs).sum(), leaf)
-    return _scaled(run.of(x), x, slope)
+    return _scaled(tape.of(x), x, slope)
 
 
-@_rule(torch.pow, T.pow, T.__pow__)
-def _pow(run: Any, func: Callable, value: Any, x: Any, exponent: Any) -> Tangent:
+@_rule("pow", T, torch)
+@_rule("__pow__", T)
+def _pow(tape: Any, func: Callable, value: Any, x: Any, exponent: Any) -> Tangent:
     if isinstance(exponent, Tensor) or isinstance(x, (int, float)):
-        return _entrywise(run, func, value, x, exponent)
-    return _scaled(run.of(x), x, exponent * x ** (exponent - 1))
+        return _entrywise(tape, func, value, x, exponent)
+    return _scaled(tape.of(x), x, exponent * x ** (exponent - 1))
 
 
-@_rule(torch.rsqrt, T.rsqrt)
-def _rsqrt(run: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
-    return _scaled(run.of(x), x, -0.5 * value**3)
+@_rule("rsqrt", T, torch)
+def _rsqrt(tape: Any, func: Callable, value: Any, x: Tensor) -> Tangent:
+    return _scaled(tape.of(x), x, -0.5 * value**3)
 
 
 # Norms

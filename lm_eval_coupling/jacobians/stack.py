@@ -1,8 +1,8 @@
-"""Jacobians of several prompts as they are made, block by block, and their singular triplets.
+"""Jacobians of several prompts, stored block by block as they are computed, and their triplets.
 
-Where they fit they stay on the device, and are decomposed there all at once. Larger ones are decomposed while they are on
-the device that made them, and leave it once: into one of a few buffers that the device writes to by itself, and from there,
-while the next block is at work, to where they will lie.
+Where they fit they stay on the device, and are decomposed there all at once. Larger ones are
+decomposed on the device that computed them, and leave it once: first for one of a few pinned
+buffers, then, while the next block is computed, for their final place.
 """
 
 from __future__ import annotations
@@ -15,137 +15,136 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.memory import jacobian_stack
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 
-PIECE, WAITING = (
-    256 << 20,
-    8,
-)  # bytes of a buffer, and how many: torch never gives memory back that devices write to
+# Size of a pinned buffer, and their number: torch never gives pinned memory back.
+BUFFER_BYTES, BUFFERS = 256 << 20, 8
+_FIELDS = ("U", "S", "V", "residual")
 
 
 class Stack:
-    """Room for J of ``prompts`` times ``layers``; with ``rank``, their top triplets are found as well."""
+    """Storage for J of ``prompts`` times ``layers``; with a ``rank``, also their top triplets."""
 
     def __init__(
-        self, prompts: int, layers: int, like: Tensor, *, rank: int | None, scattered: bool = False
+        self,
+        prompts: int,
+        layers: int,
+        stream: Tensor,
+        *,
+        rank: int | None,
+        scattered: bool = False,
     ) -> None:
-        """``scattered``: blocks lie on several devices, where they are decomposed."""
-        self.device, self.rank = (
-            torch.device("cpu") if like.device.type == "mps" else like.device,
-            rank,
-        )
-        room = jacobian_stack(prompts * layers, like, on_host=scattered)
+        """Reserve the memory.
+
+        Args:
+            prompts: number of prompts.
+            layers: number of blocks.
+            stream: a tensor with the width, dtype and device of the residual stream.
+            rank: number of singular triplets, or None for none.
+            scattered: whether blocks lie on several devices, where they are decomposed then.
+        """
+        self.device = torch.device("cpu") if stream.device.type == "mps" else stream.device
+        self.rank = rank
+        room = jacobian_stack(prompts * layers, stream, on_host=scattered)
         self.jacobians: Float[Tensor, "prompt layer d_model d_model"] = room.view(
             prompts, layers, *room.shape[1:]
         )
-        self.stays = room.device == like.device and not scattered
-        self._leaving = None if self.stays else _Leaving()
+        stays = room.device == stream.device and not scattered
+        self._transfers = None if stays else _Transfers()
         self._triplets: dict[int, SingularTriplets | None] = {}
 
     def put(self, layer: int, jacobians: Float[Tensor, "prompt d_model d_model"]) -> None:
-        """Those of one block."""
-        if self._leaving is None:
+        """Store one layer's Jacobians."""
+        if self._transfers is None:
             self.jacobians[:, layer] = jacobians
             return
         if self.rank is not None:
-            self._triplets[layer] = self._found(jacobians)
-        self._leaving.put(self.jacobians[:, layer], jacobians)
+            self._triplets[layer] = self._decompose(jacobians)
+        self._transfers.start(self.jacobians[:, layer], jacobians)
 
     def correct(self, prompt: int, layer: int, jacobian: Float[Tensor, "d_model d_model"]) -> None:
-        """One that was made again, of a block whose others are there."""
-        if self._leaving is not None:
-            self._leaving.finish()
+        """Replace one prompt's Jacobian in a stored layer."""
+        if self._transfers is not None:
+            self._transfers.finish()
         self.jacobians[prompt, layer] = jacobian.to(self.jacobians.device)
-        if self._leaving is None or self.rank is None:
+        if self._transfers is None or self.rank is None:
             return
-        found = self._found(jacobian)
-        whole = self._triplets[layer]
-        if found is None or whole is None:
+        corrected, stored = self._decompose(jacobian), self._triplets[layer]
+        if corrected is None or stored is None:
             self._triplets[layer] = None
             return
-        for name in ("U", "S", "V", "residual"):
-            getattr(whole, name)[prompt] = getattr(found, name)
+        for name in _FIELDS:
+            getattr(stored, name)[prompt] = getattr(corrected, name)
 
     def finish(self) -> list[SingularTriplets] | None:
-        """Wait until all lies where it will; the triplets of each prompt, if they were asked for and all can be had."""
-        if self._leaving is not None:
-            self._leaving.finish()
+        """Wait for all transfers.
+
+        Returns:
+            The triplets of each prompt; None without a rank, or if a Jacobian is not finite.
+        """
+        if self._transfers is not None:
+            self._transfers.finish()
         if self.rank is None:
             return None
-        if self._leaving is None:
-            found = self._found(self.jacobians)
-            if found is None:
+        if self._transfers is None:
+            triplets = self._decompose(self.jacobians)
+            if triplets is None:
                 return None
-            return [
-                SingularTriplets(found.U[i], found.S[i], found.V[i], found.residual[i])
-                for i in range(len(found.S))
+            parts = [getattr(triplets, name) for name in _FIELDS]
+        else:
+            layers = [self._triplets[layer] for layer in range(self.jacobians.shape[1])]
+            if None in layers:
+                return None
+            parts = [
+                torch.stack([getattr(layer, name) for layer in layers], dim=1) for name in _FIELDS
             ]
-        layers = [
-            found
-            for layer in range(self.jacobians.shape[1])
-            if (found := self._triplets[layer]) is not None
-        ]
-        if len(layers) < self.jacobians.shape[1]:
-            return None
-        return [
-            SingularTriplets(
-                *(
-                    torch.stack([getattr(one, name)[i] for one in layers])
-                    for name in ("U", "S", "V", "residual")
-                )
-            )
-            for i in range(len(self.jacobians))
-        ]
+        return [SingularTriplets(*(part[i] for part in parts)) for i in range(len(self.jacobians))]
 
-    def _found(self, jacobians: Tensor) -> SingularTriplets | None:
-        assert self.rank is not None  # who asked for no triplets does not come here
+    def _decompose(self, jacobians: Tensor) -> SingularTriplets | None:
+        assert self.rank is not None
         try:
-            found = top_singular(jacobians, self.rank)
-        except (
-            CouplingError
-        ):  # one that is not finite: whoever asks for each prompt's alone learns whose it is
+            triplets = top_singular(jacobians, self.rank)
+        except CouplingError:
+            # One is not finite. The caller decomposes each prompt's alone, and learns whose it is.
             return None
-        return SingularTriplets(
-            *(getattr(found, name).to(self.device) for name in ("U", "S", "V", "residual"))
-        )
+        return SingularTriplets(*(getattr(triplets, name).to(self.device) for name in _FIELDS))
 
 
-class _Leaving:
-    """Copies from devices to pageable memory that a device cannot write to by itself, one behind the computation."""
+class _Transfers:
+    """Copies from devices to pageable memory, through pinned buffers that a device can write to."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         self.free: list[Tensor] = []
 
-    def put(
+    def start(
         self,
-        place: Float[Tensor, "prompt d_model d_model"],
+        target: Float[Tensor, "prompt d_model d_model"],
         values: Float[Tensor, "prompt d_model d_model"],
     ) -> None:
-        """Begin to bring ``values`` to ``place``."""
+        """Start to copy ``values`` to ``target``."""
         if values.device.type != "cuda":
-            place.copy_(values)
+            target.copy_(values)
             return
-        at_once = max(1, min(len(values), PIECE // (values[0].numel() * values.element_size())))
-        for part, piece in zip(place.split(at_once), values.split(at_once), strict=True):
-            if len(self.waiting) == WAITING:
-                self._arrive()
-            size = (at_once, *values.shape[1:])
-            buffer = (
-                self.free.pop()
-                if self.free
-                else torch.empty(size, dtype=values.dtype, pin_memory=True)
-            )
+        itemsize = values[0].numel() * values.element_size()
+        at_once = max(1, min(len(values), BUFFER_BYTES // itemsize))
+        for part, piece in zip(target.split(at_once), values.split(at_once), strict=True):
+            if len(self.waiting) == BUFFERS:
+                self._finish_first()
+            buffer = self.free.pop() if self.free else None
+            if buffer is None:
+                shape = (at_once, *values.shape[1:])
+                buffer = torch.empty(shape, dtype=values.dtype, pin_memory=True)
             buffer[: len(piece)].copy_(piece, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(values.device))
             self.waiting.append((part, buffer, event))
 
     def finish(self) -> None:
-        """Wait for all that has begun."""
+        """Wait for every transfer that has started."""
         while self.waiting:
-            self._arrive()
+            self._finish_first()
 
-    def _arrive(self) -> None:
-        place, buffer, event = self.waiting.pop(0)
+    def _finish_first(self) -> None:
+        target, buffer, event = self.waiting.pop(0)
         event.synchronize()
-        place.copy_(buffer[: len(place)])
+        target.copy_(buffer[: len(target)])
         self.free.append(buffer)

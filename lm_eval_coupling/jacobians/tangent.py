@@ -1,9 +1,10 @@
-"""Derivatives kept in the shape they have: near-identity, rows of a weight matrix, or a product not yet multiplied out.
+"""Derivatives kept in their structure: near-identity, rows of a weight matrix, or a product.
 
-A tangent is the derivative of a tensor with respect to an :class:`Origin`, a vector of ``width`` numbers (one per row of a
-batch). An origin is the variable itself, or a vector inside the block whose own derivative by an earlier origin is known.
-Placing an origin where a norm ends and where a residual is added is what makes the derivative cheap: a weight matrix is
-then the derivative of its output as it stands, and the factors in between are multiplied out once, at the end.
+A tangent is the derivative of a tensor with respect to an :class:`Origin`, a vector of ``width``
+numbers for each row of a batch. An origin is the variable itself, or a vector inside the block
+whose derivative by an earlier origin is known. Origins are placed where a norm ends and where a
+residual is added, which makes the derivative cheap. A weight matrix is then the derivative of its
+output, without any product, and the factors in between are multiplied once, at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """What tangents are taken with respect to. ``operator`` is its own tangent over an earlier origin, None at the root."""
+    """Vector that tangents are taken with respect to.
+
+    ``operator`` is its own tangent over an earlier origin; the root, which is the variable, has
+    none.
+    """
 
     batch: int
     width: int
@@ -28,16 +33,23 @@ class Origin:
 
     @property
     def ancestors(self) -> list[Origin]:
-        """This origin and those it depends on, nearest first."""
+        """The origin itself and the earlier ones it depends on, nearest first."""
         return [self, *(self.operator.origin.ancestors if self.operator is not None else [])]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NearIdentity:
-    """diag(d) + L Rᵀ + M, the derivative of a vector as wide as its origin: what residuals and norms leave of the identity.
+    """Tangent diag(d) + L Rᵀ + M of a vector as wide as its origin, as left by residuals and norms.
 
-    ``left`` and ``right`` are None where there is no low-rank part, ``rest`` where there is no M; ``exact`` marks the
-    identity itself. What a block adds to the stream is in M, apart from the 1 beside which its digits would be lost.
+    What a block adds to the stream is in M, apart from the 1 beside which its digits would be lost.
+
+    Attributes:
+        origin: the vector it is taken with respect to.
+        diagonal: d.
+        left: L, or None if there is no low-rank part.
+        right: R, or None likewise.
+        rest: M, or None if it is zero.
+        exact: whether this is the identity itself.
     """
 
     origin: Origin
@@ -48,20 +60,20 @@ class NearIdentity:
     exact: bool = False
 
     @classmethod
-    def identity(cls, origin: Origin, like: Tensor) -> NearIdentity:
-        """The derivative of an origin with respect to itself, in the dtype and on the device of ``like``."""
-        return cls(origin, like.new_ones(()).expand(origin.batch, origin.width), exact=True)
+    def identity(cls, origin: Origin, x: Tensor) -> NearIdentity:
+        """Return the derivative of an origin by itself, in the dtype and on the device of ``x``."""
+        return cls(origin, x.new_ones(()).expand(origin.batch, origin.width), exact=True)
 
     @cached_property
     def as_origin(self) -> Origin:
-        """The vector itself as an origin, the same one for every weight that is applied to it."""
+        """The vector itself as an origin, the same for every weight that is applied to it."""
         if self.exact:
             return self.origin
-        # Of a copy: an origin that led back to where it is kept would hold a matrix per prompt until the next collection.
+        # The copy breaks a reference cycle, which would hold a matrix per prompt until collected.
         return Origin(self.origin.batch, self.origin.width, dataclasses.replace(self))
 
     def scaled(self, factor: Tensor, shape: torch.Size) -> NearIdentity:
-        """Derivative of the vector times ``factor``, entry by entry; ``shape`` is that of the vector."""
+        """Return the tangent of the vector, of ``shape``, times ``factor``, entry by entry."""
         f = factor.expand(shape).reshape(self.origin.batch, self.origin.width)
         left = None if self.left is None else self.left * f[..., None]
         rest = None if self.rest is None else self.rest * f[..., None]
@@ -74,16 +86,11 @@ class NearIdentity:
         diagonal: Tensor | float = 0,
         rest: Tensor | None = None,
     ) -> NearIdentity:
-        """With diag(d) + L Rᵀ + M added."""
-        if (
-            self.left is not None
-            and self.right is not None
-            and left is not None
-            and right is not None
-        ):
-            left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
-        elif left is None:
+        """Return the sum with diag(d) + L Rᵀ + M."""
+        if left is None or right is None:
             left, right = self.left, self.right
+        elif self.left is not None and self.right is not None:
+            left, right = torch.cat([self.left, left], -1), torch.cat([self.right, right], -1)
         if self.rest is not None:
             rest = self.rest if rest is None else self.rest + rest
         return NearIdentity(
@@ -91,14 +98,14 @@ class NearIdentity:
         )
 
     def after(self, matrix: Float[Tensor, "batch rows width"]) -> Float[Tensor, "batch rows width"]:
-        """``matrix`` @ (diag(d) + L Rᵀ + M)."""
+        """Return ``matrix`` @ (diag(d) + L Rᵀ + M)."""
         product = matrix * self.diagonal[:, None]
         if self.left is not None and self.right is not None:
             product = product.baddbmm_(matrix @ self.left, self.right.mT)
         return product if self.rest is None else product.baddbmm_(matrix, self.rest)
 
     def over(self, operator: NearIdentity) -> NearIdentity:
-        """Their product, over the earlier origin of ``operator``, the derivative of this one's."""
+        """Return the product with ``operator``, the tangent of this origin over an earlier one."""
         product = NearIdentity(operator.origin, self.diagonal * operator.diagonal)
         by_row = self.diagonal[..., None]
         if operator.left is not None:
@@ -110,32 +117,31 @@ class NearIdentity:
         return product if self.rest is None else product.plus(rest=operator.after(self.rest))
 
     def total(self) -> Float[Tensor, "batch width"]:
-        """Derivative of the sum of the vector's entries."""
+        """Return the tangent of the sum of the vector's entries."""
         total = self.diagonal
         if self.left is not None and self.right is not None:
             total = total + (self.right @ self.left.sum(1)[..., None])[..., 0]
         return total if self.rest is None else total + self.rest.sum(1)
 
     def matrix(self, less: float = 0.0) -> Float[Tensor, "batch width width"]:
-        """Multiplied out, less so many times the identity."""
+        """Multiply out, and subtract ``less`` times the identity."""
         diagonal = self.diagonal - less
         if self.rest is None:
             product = torch.diag_embed(diagonal)
         else:
             product = self.rest.clone()
             product.diagonal(dim1=1, dim2=2).add_(diagonal)
-        return (
-            product
-            if self.left is None or self.right is None
-            else product.baddbmm_(self.left, self.right.mT)
-        )
+        if self.left is None or self.right is None:
+            return product
+        return product.baddbmm_(self.left, self.right.mT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense:
-    """``scale`` times ``matrix``, the derivative of a tensor of any shape, one row of ``width`` numbers for each entry.
+    """Tangent ``scale`` * ``matrix`` of a tensor of any shape: a row of numbers per entry.
 
-    Both broadcast to [*shape of the tensor, width]; a weight matrix serves as it stands, never copied for its scale.
+    Both broadcast to [*shape of the tensor, width]. A weight matrix is used in place, and not
+    copied to be scaled.
     """
 
     origin: Origin
@@ -143,7 +149,7 @@ class Dense:
     scale: Float[Tensor, "*#shape 1"] | None = None
 
     def scaled(self, factor: Tensor, shape: torch.Size) -> Dense:
-        """Derivative of the tensor times ``factor``, entry by entry."""
+        """Return the tangent of the tensor times ``factor``, entry by entry."""
         del shape
         factor = factor[..., None]
         return dataclasses.replace(
@@ -151,17 +157,17 @@ class Dense:
         )
 
     def mapped(self, function: Callable[[Tensor], Tensor], shape: torch.Size) -> Dense:
-        """Derivative after a linear rearrangement of the entries of a tensor of ``shape``."""
+        """Return the tangent once ``function`` has rearranged the tensor of ``shape``."""
         matrix = function(self.matrix.expand(*shape, self.origin.width))
         scale = None if self.scale is None else function(self.scale.expand(*shape, 1))
         return Dense(self.origin, matrix, scale)
 
     def values(self) -> Float[Tensor, "*#shape width"]:
-        """The product of scale and matrix."""
+        """Return the product of scale and matrix."""
         return self.matrix if self.scale is None else self.matrix * self.scale
 
     def rows(self, shape: torch.Size) -> Float[Tensor, "batch rows width"]:
-        """Multiplied out for a tensor of ``shape``, one matrix per row of the batch."""
+        """Multiply out for a tensor of ``shape``: one matrix per row of the batch."""
         return (
             self.values()
             .expand(*shape, self.origin.width)
@@ -169,7 +175,11 @@ class Dense:
         )
 
     def outer(self, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-        """Factors L, R [batch, width, 1] if this is the derivative of a vector times one number per row of the batch."""
+        """Return factors L, R [batch, width, 1] if L Rᵀ is the tangent of a tensor of ``shape``.
+
+        It is if the tensor is as wide as the origin and all of its rows are multiples of one. None
+        otherwise.
+        """
         batch, width = self.origin.batch, self.origin.width
         if self.matrix.numel() != batch * width or math.prod(shape) != batch * width:
             return None
@@ -181,36 +191,35 @@ Tangent = NearIdentity | Dense
 
 
 def dense(tangent: Tangent, shape: torch.Size) -> Dense:
-    """``tangent``, that of a tensor of ``shape``, as one row per entry."""
+    """Return the tangent of a tensor of ``shape`` as one row per entry."""
     if isinstance(tangent, Dense):
         return tangent
     return Dense(tangent.origin, tangent.matrix().reshape(*shape, tangent.origin.width))
 
 
 def lifted(tangent: Tangent, shape: torch.Size, origin: Origin) -> Tangent:
-    """``tangent``, that of a tensor of ``shape``, over ``origin``, an ancestor of its own."""
+    """Return the tangent of a tensor of ``shape`` over ``origin``, an ancestor of its own."""
     while tangent.origin is not origin:
         operator = tangent.origin.operator
-        assert operator is not None  # only the root has none, and it is everyone's last ancestor
+        assert operator is not None  # only the root has none, and it is the last ancestor of all
         if isinstance(tangent, NearIdentity) and isinstance(operator, NearIdentity):
             tangent = operator if tangent.exact else tangent.over(operator)
             continue
         if isinstance(tangent, NearIdentity) and tangent.exact:
-            assert isinstance(operator, Dense)  # two of the other kind are multiplied above
+            assert isinstance(operator, Dense)  # two near-identities are multiplied above
             rows = operator.matrix
         else:
             rows = dense(tangent, shape).rows(shape)
-            rows = (
-                operator.after(rows)
-                if isinstance(operator, NearIdentity)
-                else rows @ operator.matrix
-            )
+            if isinstance(operator, NearIdentity):
+                rows = operator.after(rows)
+            else:
+                rows = rows @ operator.matrix
         tangent = Dense(operator.origin, rows.reshape(*shape, operator.origin.width))
     return tangent
 
 
 def common_origin(tangents: Sequence[Tangent]) -> Origin:
-    """The nearest origin that all depend on."""
+    """Return the nearest origin that all tangents depend on."""
     lines = [tangent.origin.ancestors for tangent in tangents]
     return next(origin for origin in lines[0] if all(origin in line for line in lines[1:]))
 
@@ -218,14 +227,17 @@ def common_origin(tangents: Sequence[Tangent]) -> Origin:
 def added(
     a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shape: torch.Size
 ) -> Tangent:
-    """Derivative of the sum, of ``shape``. Where a residual is added to something dense, the sum becomes a new origin."""
+    """Return the tangent of the sum a + b, a tensor of ``shape``.
+
+    Where a residual is added to a dense tangent, the sum becomes a new origin.
+    """
     origin = common_origin([a, b])
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)
     if isinstance(a, Dense) and isinstance(b, Dense):
         return _both_dense(a, b, shape)
     if isinstance(a, Dense):
         a, b = b, a
-    assert isinstance(a, NearIdentity)  # two dense ones are dealt with above
+    assert isinstance(a, NearIdentity)  # two dense tangents are added above
     if isinstance(b, NearIdentity):
         return a.plus(b.left, b.right, b.diagonal, b.rest)
     if (factors := b.outer(shape)) is not None:
@@ -244,7 +256,8 @@ def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
     if b.scale is None:
         total = product + b.matrix
     elif product.shape == torch.broadcast_shapes(product.shape, b.matrix.shape, b.scale.shape):
-        total = product.addcmul_(b.matrix, b.scale)  # no second buffer of the size of the weights
+        # In place: a second buffer would be as large as the weights.
+        total = product.addcmul_(b.matrix, b.scale)
     else:
         total = torch.addcmul(product, b.matrix, b.scale)
     return Dense(a.origin, total.expand(full))

@@ -1,7 +1,8 @@
-"""What a block does with one token, step by step, and the derivative of the outcome.
+"""A record of what a block does with one token, and the derivative of its outcome.
 
-The block runs first; then those steps alone that the outcome depends on are differentiated, in order. Blocks do more than
-they need: TransformerLens' norms compute their scale a second time for its hook.
+The block runs first. Only steps that the outcome depends on are differentiated then, in order:
+blocks do more than they need, such as TransformerLens' norms, which compute their scale a second
+time for its hook.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from lm_eval_coupling.jacobians.attention_core import Watch
 from lm_eval_coupling.jacobians.rules import COMPOSITES, RULES, NoRule
 from lm_eval_coupling.jacobians.tangent import Tangent
+from lm_eval_coupling.jacobians.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation on what depends on a variable. ``versions`` tell whether an input has been changed in place since."""
+    """Operation on tensors that depend on a variable.
+
+    ``versions`` are those of the inputs: a later one shows that an input was changed in place.
+    """
 
     function: Callable
     rule: Callable[..., Any]
@@ -31,9 +35,9 @@ class Step:
 
 
 class Tape(Watch):
-    """Keeps what is done with the watched tensors while a block runs inside, and differentiates it afterwards.
+    """Mode that records the operations on watched tensors, and differentiates them afterwards.
 
-    ``core`` answers for the attention core: it gets (tape, q, kᵀ, v) and returns the core's output.
+    ``core`` stands for the attention core: it gets (tape, q, kᵀ, v) and returns the core's output.
     """
 
     def __init__(self, core: Callable[[Tape, Tensor, Tensor, Tensor], Any]) -> None:
@@ -44,7 +48,7 @@ class Tape(Watch):
         self.tangents: dict[int, Tangent] = {}
 
     def watch(self, value: Tensor, tangent: Tangent | None = None) -> Tensor:
-        """Follow ``value`` from here on; returns it. A variable has its tangent given."""
+        """Follow ``value`` from now on and return it; a variable comes with its tangent."""
         self.watched[id(value)] = value
         if tangent is not None:
             self.tangents[id(value)] = tangent
@@ -58,8 +62,9 @@ class Tape(Watch):
         kwargs: dict[str, Any],
         value: Any,
     ) -> Any:
-        """Put a step on the tape; returns its value."""
-        for part in (produced := [part for part in _tensors((value,)) if part.is_floating_point()]):
+        """Record a step and return its value."""
+        produced = [part for part in _tensors((value,)) if part.is_floating_point()]
+        for part in produced:
             self.watch(part)
         if produced:
             inputs = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self.watched]
@@ -85,37 +90,31 @@ class Tape(Watch):
             return func(*args, **kwargs)
         if func in COMPOSITES:
             with self:
-                same = COMPOSITES[func](*args, **kwargs)
-            return self.note(func, _same, (same,), {}, func(*args, **kwargs))
-        return self.note(func, RULES.get(func, _missing), args, kwargs, func(*args, **kwargs))
+                in_steps = COMPOSITES[func](*args, **kwargs)
+            return self.note(func, _tangent_of, (in_steps,), {}, func(*args, **kwargs))
+        return self.note(func, RULES.get(func, _no_rule), args, kwargs, func(*args, **kwargs))
 
     def of(self, value: Any) -> Tangent | None:
-        """Tangent of ``value``; None for whatever does not depend on a variable."""
+        """Return the tangent of ``value``; None if it depends on no variable."""
         return self.tangents.get(id(value))
 
     def differentiate(self, outcome: Tensor) -> Tangent:
-        """Tangent of ``outcome``.
-
-        Returns:
-            How it changes with the variables, in whatever form their tangents were given.
+        """Return the tangent of ``outcome`` with respect to the watched variables.
 
         Raises:
             NoRule: if a step on the way has no rule, or the outcome depends on no variable.
         """
-        steps = self._on_the_way_to(outcome)
-        last = {id(x): i for i, step in enumerate(steps) for x in step.inputs}
+        steps = self._steps_to(outcome)
+        last_use = {id(x): i for i, step in enumerate(steps) for x in step.inputs}
         for i, step in enumerate(steps):
             if any(x._version != was for x, was in zip(step.inputs, step.versions, strict=True)):
                 raise NoRule("a tensor was changed in place after it had been used")
             if any(self.of(x) is not None for x in step.inputs):
-                self._keep(
-                    step.value,
-                    step.rule(self, step.function, step.value, *step.args, **step.kwargs),
-                )
-            for (
-                x
-            ) in step.inputs:  # most are as large as a weight matrix, for every prompt of a batch
-                if last[id(x)] == i:
+                tangent = step.rule(self, step.function, step.value, *step.args, **step.kwargs)
+                self._keep(step.value, tangent)
+            # Most tangents are as large as a weight matrix, for every prompt of a batch.
+            for x in step.inputs:
+                if last_use[id(x)] == i:
                     self.tangents.pop(id(x), None)
         if (tangent := self.of(outcome)) is None:
             raise NoRule(
@@ -123,13 +122,13 @@ class Tape(Watch):
             )
         return tangent
 
-    def _on_the_way_to(self, outcome: Tensor) -> list[Step]:
-        wanted, found = {id(outcome)}, []
+    def _steps_to(self, outcome: Tensor) -> list[Step]:
+        needed, steps = {id(outcome)}, []
         for step in reversed(self.steps):
-            if any(id(part) in wanted for part in _tensors((step.value,))):
-                wanted |= {id(x) for x in step.inputs}
-                found.append(step)
-        return found[::-1]
+            if any(id(part) in needed for part in _tensors((step.value,))):
+                needed |= {id(x) for x in step.inputs}
+                steps.append(step)
+        return steps[::-1]
 
     def _keep(self, value: Any, tangent: Any) -> None:
         if not isinstance(value, Tensor):
@@ -139,19 +138,19 @@ class Tape(Watch):
             self.watch(value, tangent)
 
 
-def _same(run: Tape, func: Callable, value: Tensor, same: Tensor) -> Tangent | None:
-    return run.of(same)
+def _tangent_of(tape: Tape, func: Callable, value: Tensor, in_steps: Tensor) -> Tangent | None:
+    return tape.of(in_steps)
 
 
-def _missing(run: Tape, func: Callable, value: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def _no_rule(tape: Tape, func: Callable, value: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise NoRule(f"no rule for {getattr(func, '__qualname__', func)}")
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    found = []
+    tensors = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (tuple, list)):
-            found += [item for item in value if isinstance(item, Tensor)]
-    return found
+            tensors += [item for item in value if isinstance(item, Tensor)]
+    return tensors

@@ -1,31 +1,34 @@
-"""Level ``token-local``: the real block on one token, with the attention core in closed form. Any softmax attention.
+"""Level ``token-local``: the block on one token, with the attention core in closed form.
 
-With the other tokens fixed, x_t enters a block's output only through the q_t, k_t, v_t that reach the attention core and
-through steps that act on each token alone. So the block is run on *one* token, the core's output is replaced by its
-linearisation (exact to first order, see attention_core.py), and that single-token function is differentiated. Cost: about
-d_model one-token passes, whatever the length of the sequence.
+With the other tokens fixed, x_t reaches a block's output in two ways only: through the q_t, k_t and
+v_t that enter the attention core, and through steps that act on each token alone. So the block is
+run on *one* token, its attention core is replaced by a linearization that is exact to first order
+(:mod:`.attention_core`), and this function of one token is differentiated. Costs about d_model
+one-token passes, whatever the length of the sequence. Works for any softmax attention.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore, Substitute
+from lm_eval_coupling.jacobians.attention_core import AttentionRecord, LinearCore
 from lm_eval_coupling.jacobians.differentiate import jacobian_columns
 from lm_eval_coupling.jacobians.protocol import Call
+from lm_eval_coupling.jacobians.watch import Substitute
 
 
 class _Reached(Exception):
-    """The attention core was reached; nothing after it is needed."""
+    """Ends a run at the attention core; nothing after it is needed."""
 
 
 def token_local_jacobian(
     call: Call, output_token: int, input_token: int, budget: int
 ) -> Float[Tensor, "d_model d_model"]:
-    """∂f_{output}/∂x_{input} of one block (skip connection excluded).
+    """Return ∂f_{output}/∂x_{input} of one block, skip connection excluded.
 
     Args:
         call: the block's call, inside its ``ready()`` context.
@@ -62,7 +65,7 @@ def _same_token(call: Call, core: LinearCore, token: int) -> Callable[[Tensor], 
 def _other_token(
     call: Call, core: LinearCore, output_token: int, input_token: int
 ) -> Callable[[Tensor], Tensor]:
-    """x_{t1} moves the output at t2 > t1 only through its key and value."""
+    """Return the output at t2 as a function of x_{t1}, which moves it through its key and value."""
     at_output = call.resid_pre[0, output_token]
 
     def function(x: Tensor) -> Tensor:
@@ -72,11 +75,8 @@ def _other_token(
             reached.append(core(q, k, v))
             raise _Reached
 
-        try:
-            with Substitute(stop):
-                call.one_token(x, input_token)
-        except _Reached:
-            pass
+        with contextlib.suppress(_Reached), Substitute(stop):
+            call.one_token(x, input_token)
         with Substitute(lambda q, k, v: reached[0]):
             return call.one_token(at_output, output_token)
 

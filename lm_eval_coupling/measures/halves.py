@@ -53,7 +53,7 @@ def _of_prompt(one: TracedPrompt) -> MeasureResult:
 def _of_block(one: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]:
     """J of attention and MLP at the measured token, and their certificates."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE
-    from lm_eval_coupling.jacobians.engine import certified_jacobian
+    from lm_eval_coupling.jacobians.levels import certified_jacobian
 
     at, method = one.position, one.settings.method
     jacobians, errors = [], []

@@ -1,11 +1,47 @@
-"""The processor as this process may use it. No torch."""
+"""The number of processor cores that this process is given. No torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm_eval_coupling.numerics.cgroups import own_groups, read_number
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    # Not every system knows which those are.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> int:
+    """Return the number of cores that the scheduler gives to this process, at least 1.
+
+    It is the least of the process's affinity, the quotas of its control groups, what SLURM allots
+    to it, and OMP_NUM_THREADS. A quota of two cores and a half is two.
+    """
+    # Not every system knows which cores a process may use.
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    limits = [affinity or os.cpu_count() or 1, *_quotas()]
+    # The first is per task, the other of the job on this machine; OMP_NUM_THREADS may be a list.
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").split(",")[0].strip()
+        if text.isdecimal() and int(text):
+            limits.append(int(text))
+    return max(1, int(min(limits)))
+
+
+def _quotas() -> Iterator[float]:
+    """Yield the quota of each control group around this process, in cores."""
+    for folder in own_groups("cpu"):
+        quota, period = _second_version(folder / "cpu.max")
+        if quota is None:
+            quota = read_number(folder / "cpu.cfs_quota_us")
+            period = read_number(folder / "cpu.cfs_period_us")
+        # Version 1 writes -1 for no quota.
+        if quota is not None and quota > 0 and period:
+            yield quota / period
+
+
+def _second_version(file: Path) -> tuple[int | None, int | None]:
+    """Return quota and period from a line such as ``50000 100000`` or ``max 100000``."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota), int(period)
+    except (OSError, ValueError):
+        return None, None

@@ -1,4 +1,4 @@
-"""Which devices there are, what they lack, and tensors and devices as they are handed over."""
+"""Devices of this machine, and arguments that are devices or tensors."""
 
 from __future__ import annotations
 
@@ -12,82 +12,71 @@ from lm_eval_coupling.errors import CouplingError, shown
 
 
 def off_mps(tensor: Tensor) -> Tensor:
-    """``tensor`` on the host where it lies on MPS, which has neither float64 nor a symmetric eigendecomposition."""
+    """Move a tensor from MPS, which has no float64 and no eigendecomposition, to the host."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether ``device`` computes in float64."""
+    """Return whether ``device`` computes in float64."""
     return device.type != "mps"
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of this name; by default the first GPU, else Apple's, else the CPU.
-
-    Returns:
-        A device that this machine has.
+    """Return the device of this name; by default the first GPU, else Apple's, else the CPU.
 
     Raises:
         CouplingError: if there is no such device.
     """
     if name is None:
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    there = ", ".join(devices())
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    names = ", ".join(devices())
     try:
         device = torch.device(name)
     except RuntimeError:
         raise CouplingError(
-            f"got device={name!r}, which torch does not know, expected one of: {there}"
+            f"got device={name!r}, which torch does not know, expected one of: {names}"
         ) from None
     if device.type != "cpu" and str(device) not in devices():
         raise CouplingError(
-            f"got device={name!r}, which this machine does not have, expected one of: {there}"
+            f"got device={name!r}, which this machine does not have, expected one of: {names}"
         )
     return device
 
 
 def devices() -> list[str]:
-    """Names of the devices of this machine that can be measured on."""
-    gpus = (
-        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    return [
-        "cpu",
-        *(["cuda"] if gpus else []),
-        *gpus,
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
+    """Return the names of the devices of this machine that can be measured on."""
+    names = ["cpu"]
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        names += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return [*names, "mps"] if torch.backends.mps.is_available() else names
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """Return a tensor, also of a NumPy array.
+    """Return a tensor or a NumPy array as a tensor.
 
     Raises:
-        CouplingError: for anything else.
+        CouplingError: for any other value.
     """
     try:
         if isinstance(value, Tensor | np.ndarray):
             return torch.as_tensor(value)
-    except TypeError:  # of objects or texts
+    except TypeError:  # an array of objects or texts
         pass
     raise CouplingError(f"got {name}={shown(value)}, expected a tensor")
 
 
-def known_device(device: Any, there: bool = True) -> torch.device:
-    """Return a device, also by its name.
+def known_device(device: Any, is_here: bool = True) -> torch.device:
+    """Return a device that is given as one or by its name.
 
     Raises:
-        CouplingError: for a name that torch does not know, with ``there`` for a device that this machine does not have.
+        CouplingError: for a name that torch does not know, and with ``is_here`` for a device that
+        this
+            machine does not have.
     """
     if not isinstance(device, str | torch.device):
         raise CouplingError(f"got device={shown(device)}, expected one of: {', '.join(devices())}")
-    if there:
+    if is_here:
         return device_named(str(device))
     try:
         return torch.device(device)

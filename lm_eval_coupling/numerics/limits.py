@@ -1,7 +1,8 @@
-"""How much memory this process may still take, on the host and on a device.
+"""Memory that this process may still take, on the host and on a device.
 
-What a machine has free is no measure where a container or a batch system sets a limit, and a process that goes beyond one is
-killed without a word. Several processes of one job on one machine share what is free there.
+A container or a batch system may set a limit below what the machine has free, and kills a process
+that exceeds it without a message. Several processes of one job on one machine share what is free
+there.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from pathlib import Path
 import psutil
 import torch
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
+from lm_eval_coupling.numerics.cgroups import own_groups, read_number
+
 _CACHE = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)
+# Limit and use, of version 2 and of version 1.
+_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def free(device: torch.device) -> int:
-    """Bytes that this process may still take on ``device``, those included that torch holds there for its next tensors."""
+    """Return the bytes that this process may still take on ``device``, torch's reserve included."""
     if device.type in ("cuda", "xpu"):
         backend = getattr(torch, device.type)
         available, _ = backend.mem_get_info(device)
@@ -31,7 +37,10 @@ def free(device: torch.device) -> int:
 
 
 def free_on_host() -> int:
-    """Bytes of main memory: what is available, within every limit that is set, shared by the job's processes here."""
+    """Return the bytes of main memory available to this process within every limit.
+
+    Processes of one job on this machine get equal shares.
+    """
     limits = [psutil.virtual_memory().available, *_left_by_cgroups()]
     if (job := _left_by_slurm()) is not None:
         limits.append(job)
@@ -39,7 +48,7 @@ def free_on_host() -> int:
 
 
 def processes_here() -> int:
-    """How many processes of this job run on this machine, as torchrun and accelerate say."""
+    """Return the number of this job's processes here, as torchrun and accelerate set it."""
     try:
         return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except ValueError:
@@ -47,57 +56,28 @@ def processes_here() -> int:
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """The limit less what is used, of each group of processes around this one that has one, of version 1 or 2."""
-    for folder, names in _own_groups():
-        limit, used = (_number(folder / name) for name in names)
-        if (
-            limit is not None and used is not None and limit < 1 << 60
-        ):  # version 1 writes a huge number for none
-            yield limit - used + _reclaimable(folder)
-
-
-def _own_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
-    second, first = (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    )
-    roots = [
-        (_CGROUPS, second),
-        (_CGROUPS / "memory", first),
-    ]  # a container often sees its own group as the root
-    try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root, names = roots[controllers == "memory"]
-            inside = Path(path.lstrip("/"))
-            yield from (
-                (root / part, names) for part in (inside, *inside.parents) if part != Path()
-            )
-    yield from roots
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
+    """Yield the limit less the use of each control group around this process that has a limit."""
+    for folder in own_groups("memory"):
+        for limit, used in ((read_number(folder / file) for file in pair) for pair in _FILES):
+            # Version 1 writes a huge number for no limit.
+            if limit is not None and used is not None and limit < 1 << 60:
+                yield limit - used + _reclaimable(folder)
 
 
 def _reclaimable(folder: Path) -> int:
-    """Files kept in memory for as long as nobody else needs it."""
+    """Return the bytes of cached files, which the system drops when memory is needed."""
     try:
-        found = _CACHE.findall((folder / "memory.stat").read_text())
+        sizes = _CACHE.findall((folder / "memory.stat").read_text())
     except OSError:
         return 0
-    return max(map(int, found), default=0)
+    return max(map(int, sizes), default=0)
 
 
 def _left_by_slurm() -> int | None:
-    """What a SLURM job was given on this machine, less what this process and its kin hold; it may enforce that late."""
+    """Return what a SLURM job was given on this machine less what its processes hold.
+
+    SLURM may notice an excess late. None outside a job, or if the job has all memory.
+    """
     node, cpu, cpus = (
         os.environ.get(f"SLURM_{name}", "")
         for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
@@ -108,6 +88,6 @@ def _left_by_slurm() -> int | None:
         megabytes = int(cpu) * int(cpus)
     else:
         return None
-    if not megabytes:  # all there is
+    if not megabytes:  # SLURM writes 0 for all memory of the node
         return None
     return (megabytes << 20) - psutil.Process().memory_info().rss * processes_here()

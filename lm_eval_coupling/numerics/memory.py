@@ -1,8 +1,9 @@
-"""How much memory a measurement takes, known before it starts; where its Jacobians lie; how many prompts go together.
+"""Memory of a measurement, known before it starts: its size, its place, and the prompts per batch.
 
-All Jacobians of a prompt are needed at once, one for every pair of layers: n_layers · d_model² numbers, 21 GB for 80 layers
-of width 8192. They lie on the model's device up to half of what is free there, else on the host up to half of what is free
-there, else in a temporary file; whatever works on them takes one layer at a time to the device.
+All Jacobians of a prompt are needed at once, for the pairs of layers: n_layers · d_model² numbers,
+21 GB for 80 layers of width 8192. They lie on the model's device if they take at most half of its
+free memory, else on the host by the same rule, else in a temporary file. Code that uses them brings
+one layer at a time to the device.
 """
 
 from __future__ import annotations
@@ -23,26 +24,25 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics import limits
 from lm_eval_coupling.numerics.subspace import GRAM, block_of
+from lm_eval_coupling.numerics.workers import workers
 
-SPECTRA = 2 << 30  # bytes that the decompositions going on at the same time on a CPU may take
-ROOM = 0.8  # of what is free on a device: the rest is for what libraries take, and for what allocators leave unused
-PROMPTS, TOKENS, BYTES = (
-    8,
-    2048,
-    1 << 30,
-)  # together on a CPU: more of them, of their tokens or Jacobians gain nothing there
+SPECTRA = 2 << 30  # bytes of all decompositions that run at the same time on a CPU
+ROOM = 0.8  # of the free memory of a device; libraries and gaps of the allocator take the rest
+# Prompts per batch on a CPU, their tokens, and bytes of their Jacobians: more gain nothing there.
+PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30
 PROMPTS_ON_DEVICE = 256
-SPECTRA_ON_DEVICE = (
-    16 << 30
-)  # the same there: a thousand matrices of a small model, beyond which nothing is gained
-COUPLED_AT_ONCE = 1 << 30  # bytes that the pairs of several prompts may take on a device
-PAIRS_AT_ONCE = 1 << 27  # bytes of J V that a device may hold for several layers
-POINTS = 512  # of the stream, whose logits are decoded together
-_DECOMPOSITION = 6  # matrices of the size of J that its decomposition holds on a CPU
+SPECTRA_ON_DEVICE = 16 << 30  # bytes; a thousand matrices of a small model, more gain nothing
+COUPLED_AT_ONCE = 1 << 30  # bytes of the pairs of several prompts on a device
+PAIRS_AT_ONCE = 1 << 27  # bytes of J V of several layers on a device
+POINTS = 512  # vectors of the stream whose logits are decoded together
+_DECOMPOSITION = 6  # matrices of the size of J in memory while it is decomposed on a CPU
 
 
 def place(size: int, device: torch.device, held: int = 0) -> str:
-    """Where ``size`` bytes of Jacobians go, ``device``, ``host`` or ``disk``, once ``held`` more are taken on the device."""
+    """Return where ``size`` bytes of Jacobians go: ``device``, ``host`` or ``disk``.
+
+    ``held`` bytes of the device will be taken by other tensors.
+    """
     if device.type != "cpu":
         if size <= (limits.free(device) - held) // 2:
             return "device"
@@ -51,38 +51,43 @@ def place(size: int, device: torch.device, held: int = 0) -> str:
 
 
 def jacobian_stack(
-    layers: int, like: Tensor, on_host: bool = False
+    layers: int, stream: Tensor, on_host: bool = False
 ) -> Float[Tensor, "layer d_model d_model"]:
-    """Room for the Jacobians of ``layers`` blocks whose stream is ``like``, where they fit; not on a device if ``on_host``.
+    """Allocate memory for the Jacobians of ``layers`` blocks where it is free.
+
+    Args:
+        layers: number of Jacobians.
+        stream: a tensor with the width, dtype and device of the residual stream.
+        on_host: whether to leave out the device.
 
     Returns:
-        Numbers yet to be written, in the dtype of ``like``: on its device, on the host, or in a temporary file.
+        Numbers yet to be written: on the device, on the host, or in a temporary file.
 
     Raises:
         CouplingError: if they must go to the disk and it has no room.
     """
-    d_model = like.shape[-1]
+    d_model = stream.shape[-1]
     shape = (layers, d_model, d_model)
-    size = layers * d_model**2 * like.element_size()
-    where = place(size, torch.device("cpu") if on_host else like.device)
+    size = layers * d_model**2 * stream.element_size()
+    where = place(size, torch.device("cpu") if on_host else stream.device)
     if where == "disk":
-        return _in_file(size, like.dtype).view(shape)
-    return like.new_empty(shape, device=like.device if where == "device" else "cpu")
+        return _in_file(size, stream.dtype).view(shape)
+    return stream.new_empty(shape, device=stream.device if where == "device" else "cpu")
 
 
 def layers_at_once(d_model: int, itemsize: int, device: torch.device, rank: int = 64) -> int:
-    """How many Jacobians to decompose at once: on a CPU a few for each thread, elsewhere as many as there is room for."""
+    """Return how many Jacobians a device, or each worker of a CPU, decomposes at once."""
     if device.type == "cpu":
-        most, room, each = 4 * torch.get_num_threads(), SPECTRA, _DECOMPOSITION * d_model**2
+        most, room, each = 4, SPECTRA // workers(), _DECOMPOSITION * d_model**2
     else:
-        # Some may be done again in float64, a quarter at a time, from a copy of twice the size.
+        # Some may be repeated in float64, a quarter at a time, from a copy of twice the size.
         room = min(limits.free(device) // 3, SPECTRA_ON_DEVICE)
         most, each = 4096, 4 * _by_products(d_model, rank) + d_model**2
     return max(1, min(most, room // (each * itemsize)))
 
 
 def _by_products(d_model: int, rank: int) -> int:
-    """Numbers that a matrix's decomposition holds beside it: its Gram matrix twice, a dozen blocks of columns."""
+    """Return the numbers held beside a matrix: its Gram matrix twice, a dozen column blocks."""
     columns = block_of(min(rank, d_model), d_model)
     return (2 * d_model**2 if d_model <= GRAM else 0) + 12 * columns * (d_model + columns)
 
@@ -90,31 +95,30 @@ def _by_products(d_model: int, rank: int) -> int:
 def together(
     lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
 ) -> list[list[int]]:
-    """Indices of the prompts to measure together: of like length, as many as fit.
+    """Group prompts of similar length into batches, as large as they fit.
 
     Args:
         lengths: tokens of each prompt.
-        fits: whether so many prompts of so many tokens may be measured together; one alone is never asked about.
-        most: prompts of a batch at most.
+        fits: returns whether a number of prompts of a number of tokens fit; unused for one prompt.
+        most: largest number of prompts in a batch.
 
     Returns:
-        Every index once, short prompts first.
+        Indices of the prompts of each batch, short prompts first.
     """
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        batch = found[-1] if found else []
-        alike = (
-            bool(batch) and lengths[i] <= 1.5 * lengths[batch[0]] + 32
-        )  # shorter ones are padded to the longest
-        if alike and len(batch) < most and fits(len(batch) + 1, lengths[i]):
+        batch = groups[-1] if groups else []
+        # Prompts are padded to the longest of their batch.
+        is_similar = bool(batch) and lengths[i] <= 1.5 * lengths[batch[0]] + 32
+        if is_similar and len(batch) < most and fits(len(batch) + 1, lengths[i]):
             batch.append(i)
         else:
-            found.append([i])
-    return found
+            groups.append([i])
+    return groups
 
 
 def batches(model: Any, lengths: Sequence[int], *, rank: int, itemsize: int = 4) -> list[list[int]]:
-    """:func:`together` for a :class:`~lm_eval_coupling.residual.ResidualModel`, within what its device has free now."""
+    """Group prompts by :func:`together`, within the free memory of a ResidualModel's devices."""
     shape = shape_of(model, itemsize)
     if shape["device"].type == "cpu":
         jacobians = model.n_layers * model.d_model**2 * itemsize
@@ -124,27 +128,27 @@ def batches(model: Any, lengths: Sequence[int], *, rank: int, itemsize: int = 4)
     where = "host" if shape["scattered"] else "device"
 
     def fits(prompts: int, seq: int) -> bool:
-        found = memory(**shape, rank=rank, seq=seq, prompts=prompts)
-        return found.where == where and found.on_device <= room
+        needed = memory(**shape, rank=rank, seq=seq, prompts=prompts)
+        return needed.where == where and needed.on_device <= room
 
     return together(lengths, fits, PROMPTS_ON_DEVICE)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT = (1 << 31) - 1  # bytes at the end of the heap, the largest C int
-_LARGEST_IN_HEAP = 32 << 20  # bytes, the most that glibc accepts
+_KEPT = (1 << 31) - 1  # free bytes at the end of the heap, the largest C int
+_LARGEST_IN_HEAP = 32 << 20  # bytes, the largest value that glibc accepts
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell the C library's allocator to keep what is freed for the next use, for the rest of the process.
+    """Make the C library keep freed memory for its next use, for the rest of the process.
 
-    On Linux it hands large blocks back to the system at once, and every block taken again is filled with zeros page by page
-    while the other threads wait: a sixth of the time of a Jacobian on a CPU. Blocks of up to 32 MiB are kept, where they are
-    free at the end of the heap up to 2 GiB of them.
+    On Linux its allocator returns large blocks to the system at once. The system then fills every
+    new block with zeros, page by page, while other threads wait: a sixth of the time of a Jacobian
+    on a CPU. Blocks of up to 32 MiB are kept, and up to 2 GiB at the end of the heap.
 
     Returns:
-        Whether it was told so: no, where it is another allocator or the user set it up.
+        True if the allocator is glibc's and the user has not configured it.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
         "GLIBC_TUNABLES", ""
@@ -162,7 +166,7 @@ def keep_freed_memory() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that measuring takes beside the model: what lies where, and the largest step on the way."""
+    """Bytes that measuring takes beside the model."""
 
     jacobians: int
     where: str
@@ -171,12 +175,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it together, wherever it lies."""
+        """Sum of all parts, wherever they lie."""
         return self.jacobians + self.bases + self.working
 
     @property
     def on_device(self) -> int:
-        """What of it lies on a device that the model computes on."""
+        """Bytes of it on a device that the model computes on."""
         return self.total - (0 if self.where == "device" else self.jacobians)
 
     def __str__(self) -> str:
@@ -185,8 +189,9 @@ class Memory:
             "host": "on the host",
             "disk": f"in a file in {tempfile.gettempdir()}",
         }
-        jacobians = f"{_in_words(self.jacobians)} of Jacobians {where[self.where]}"
-        return f"{jacobians}, {_in_words(self.bases)} of singular vectors, {_in_words(self.working)} while at work"
+        jacobians = f"{_bytes(self.jacobians)} of Jacobians {where[self.where]}"
+        parts = f"{_bytes(self.bases)} of singular vectors, {_bytes(self.working)} while at work"
+        return f"{jacobians}, {parts}"
 
 
 def memory(
@@ -206,7 +211,7 @@ def memory(
     vocabulary: int = 0,
     scattered: bool = False,
 ) -> Memory:
-    """What measuring takes; measured peaks lie below, the more so the more heads share keys.
+    """Estimate the memory of a measurement from above; peaks are lower where heads share keys.
 
     Args:
         n_layers: number of blocks.
@@ -215,68 +220,87 @@ def memory(
         block_params: weights of the largest block.
         rank: largest number K of singular vectors.
         seq: tokens of the longest prompt.
-        prompts: measured together.
+        prompts: number of prompts in a batch.
         itemsize: bytes of a number.
         device: where the model computes.
         largest_weight: numbers of the block's largest matrix; a third of its weights unless given.
-        cast: whether the weights come in another dtype, so that a block's are copied while it is at work.
+        cast: whether the weights have another dtype, so that those of a block are copied meanwhile.
         d_head: width of an attention head; ``d_model / n_heads`` unless given.
-        vocabulary: number of words, for the logits that are decoded at every depth.
-        scattered: whether the blocks lie on several devices, so that their Jacobians go to the host.
+        vocabulary: number of token types, for the logits that are decoded at every depth.
+        scattered: whether blocks lie on several devices, so that their Jacobians go to the host.
 
     Returns:
-        Bytes, and where the Jacobians will lie.
+        Bytes, and the place of the Jacobians.
     """
     device = torch.device(device)
     tokens, square, basis = prompts * seq, d_model**2, prompts * n_layers * d_model * (rank + 1)
     largest = block_params // 3 if largest_weight is None else largest_weight
     copied, scores = block_params if cast else 0, n_heads * prompts * seq**2
-    trace = (
-        3 * n_layers * tokens * d_model + prompts * seq**2
-    )  # inputs, keys and values of every block; a mask
-    forward = (
-        copied + 2 * scores + (3 if seq >= 64 else 8) * tokens * (largest // d_model + d_model)
-    )
+    # Inputs, keys and values of every block, and a mask.
+    trace = 3 * n_layers * tokens * d_model + prompts * seq**2
+    per_token = (3 if seq >= 64 else 8) * (largest // d_model + d_model)
+    forward = copied + 2 * scores + tokens * per_token
     wide = max(d_model, n_heads * (d_head or d_model // n_heads))
-    jacobian = copied + prompts * max(13 * d_model * wide // 2, 5 * square // 2 + largest)
-    at_once = min(prompts * n_layers, layers_at_once(d_model, itemsize, device, rank))
+    jacobian = copied + prompts * _closed(d_model, wide, largest)
+    at_once = layers_at_once(d_model, itemsize, device, rank)
+    if device.type == "cpu":
+        jacobian *= min(n_layers, workers(jacobian * itemsize))
+        at_once *= workers()
+    at_once = min(prompts * n_layers, at_once)
     spectra = at_once * (
         _DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank)
     )
     coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
-    pairs = (
-        3 * basis // prompts + coupled * _pairs(n_layers, rank) + square
-    )  # all bases times one J
+    # All bases times one J.
+    pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square
     if device.type != "cpu":
         pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
     logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     size = prompts * n_layers * square * itemsize
     working = (trace + max(forward, jacobian, spectra, pairs, logits)) * itemsize
-    where = place(
-        size, torch.device("cpu") if scattered else device, 0 if scattered else trace * itemsize
-    )
+    held = 0 if scattered else trace * itemsize
+    where = place(size, torch.device("cpu") if scattered else device, held)
     return Memory(size, where, 2 * basis * itemsize, working)
 
 
+def _closed(d_model: int, wide: int, largest: int) -> int:
+    """Return the numbers that the closed level takes for one prompt's Jacobian of one block."""
+    return max(13 * d_model * wide // 2, 5 * d_model**2 // 2 + largest)
+
+
+def block_workers(model: Any, prompts: int, itemsize: int = 4) -> int:
+    """Return how many blocks of a ResidualModel to compute side by side for a batch of prompts.
+
+    It is 1 on a device, and where blocks share something that a pass may change.
+    """
+    if model.device.type != "cpu" or len(model.devices) > 1 or not model.has_independent_blocks:
+        return 1
+    block_params, largest = model.block_sizes
+    wide = max(model.d_model, model.n_heads * (model.d_head or model.d_model // model.n_heads))
+    copied = block_params if model.dtype.itemsize != itemsize else 0
+    numbers = copied + prompts * _closed(model.d_model, wide, largest)
+    return min(model.n_layers, workers(numbers * itemsize))
+
+
 def prompts_at_once(n_layers: int, rank: int, itemsize: int, device: str | torch.device) -> int:
-    """Prompts whose pairs of blocks are looked at in the same operations: on a device many, as launches count there."""
+    """Return for how many prompts pairs of blocks are computed at once: many on a device."""
     if torch.device(device).type == "cpu":
         return 1
     return max(1, COUPLED_AT_ONCE // (_pairs(n_layers, rank) * itemsize))
 
 
 def _pairs(n_layers: int, rank: int) -> int:
-    """Numbers that all pairs of one prompt take, some of them in float64."""
+    """Return the numbers that all pairs of one prompt take, some of them in float64."""
     return 10 * (n_layers * rank) ** 2
 
 
 def memory_of(model: Any, *, rank: int, seq: int, prompts: int = 1, itemsize: int = 4) -> Memory:
-    """:func:`memory` for a :class:`~lm_eval_coupling.residual.ResidualModel`."""
+    """Return :func:`memory` for a :class:`~lm_eval_coupling.residual.ResidualModel`."""
     return memory(**shape_of(model, itemsize), rank=rank, seq=seq, prompts=prompts)
 
 
 def shape_of(model: Any, itemsize: int) -> dict[str, Any]:
-    """What :func:`memory` asks of a model; its weights are looked through for it."""
+    """Return the arguments of :func:`memory` that depend on the model alone."""
     block_params, largest = model.block_sizes
     return {
         "n_layers": model.n_layers,
@@ -293,24 +317,24 @@ def shape_of(model: Any, itemsize: int) -> dict[str, Any]:
     }
 
 
-def _in_words(size: int) -> str:
+def _bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _in_file(size: int, dtype: torch.dtype) -> Tensor:
-    """A vector in a temporary file, which has no name any more and goes when the vector does."""
+    """Return a vector in a temporary file without a name, which is removed with the vector."""
     folder = tempfile.gettempdir()
     if (free := shutil.disk_usage(folder).free) < size:
         raise CouplingError(
-            f"got {_in_words(size)} of Jacobians, more than half of the free memory, and only {_in_words(free)} free in "
-            f"{folder}, expected room for them; set TMPDIR to a folder that has it"
+            f"got {_bytes(size)} of Jacobians, more than half of the free memory, and only "
+            f"{_bytes(free)} free in {folder}, expected room for them; set TMPDIR to a folder "
+            "that has it"
         )
     descriptor, name = tempfile.mkstemp(prefix="lm_eval_coupling_")
     try:
+        # A full disk is an error now then, not a crash while the vector is written.
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(
-                descriptor, 0, size
-            )  # a full disk is an error now, not a crash while writing
+            os.posix_fallocate(descriptor, 0, size)
         return torch.from_file(name, shared=True, size=size // dtype.itemsize, dtype=dtype)
     finally:
         os.close(descriptor)

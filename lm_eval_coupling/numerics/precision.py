@@ -1,9 +1,10 @@
-"""Arithmetic as it is written down, whatever the caller has switched on around it.
+"""Full precision, whatever modes the caller has switched on.
 
-A derivative taken inside ``torch.inference_mode()`` or ``no_grad`` is zero, a product under autocast is rounded to 8 or 11
-bits, and float32 products are rounded to 11 bits (TensorFloat32) or 8 where the process allows it: NVIDIA's containers and
-many training scripts do. Whatever measures enters :func:`exact_arithmetic`; functions of tensors alone, which their caller
-may want to differentiate, enter :func:`true_float32`.
+A derivative taken inside ``torch.inference_mode()`` or ``no_grad`` is zero. Products under autocast
+are rounded to 8 or 11 bits. Where the process allows it, as NVIDIA's containers and many training
+scripts do, float32 products are rounded to 11 bits (TensorFloat32) or 8. Code that measures enters
+:func:`exact_arithmetic`. Functions of tensors alone, which the caller may differentiate, enter
+:func:`true_float32`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Settings of torch's newer way, general ones first: what is not set takes the value of the more general one.
+# Settings of torch's newer interface, general ones first: an unset one has the value of the more
+# general one.
 _NEWER = [
     ("generic", "all"),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
@@ -23,19 +25,21 @@ _NEWER = [
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone")
 
 
-# What is set here is the whole process's, and a block's weights are held in another dtype while it is measured.
+# Precision is a setting of the whole process, and so is the dtype of a block that is being
+# measured.
 _ONE_AT_A_TIME = threading.RLock()
+_THREAD = threading.local()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_ONE_AT_A_TIME._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Inside, derivatives can be taken, and float32 is float32; afterwards all is as before, also after an exception.
+    """Allow derivatives and full float32 inside; restore every setting afterwards.
 
-    Gradients are on (leave them off with ``torch.no_grad`` where none is wanted), inference mode and autocast are off, new
-    tensors lie on the host unless they say where. Works as a decorator too. The precision of products is a setting of the
-    whole process: other threads have it as well meanwhile, and wait where they enter this.
+    Gradients are on, inference mode and autocast are off, and new tensors lie on the host by
+    default. The precision of products is a setting of the whole process: other threads have it too
+    meanwhile, and wait if they enter this themselves. Works as a decorator.
     """
     with torch.inference_mode(False), torch.enable_grad(), true_float32(), made_on_host():
         yield
@@ -43,13 +47,12 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_on_host() -> Iterator[None]:
-    """Inside, a tensor that does not say where it is to lie lies on the host, whatever ``torch.set_default_device`` says.
+    """Create tensors on the host by default inside, despite ``torch.set_default_device``.
 
-    A generator of random numbers that are the same on every machine is one of the host, and draws nothing elsewhere.
+    Random numbers that are the same on every machine come from a generator of the host.
     """
-    if (
-        torch.get_default_device().type == "cpu"
-    ):  # the usual one; a device's context costs a little at every call of torch
+    # The context of a device costs a little at every call of torch, and is rarely needed.
+    if torch.get_default_device().type == "cpu":
         yield
         return
     with torch.device("cpu"):
@@ -58,10 +61,13 @@ def made_on_host() -> Iterator[None]:
 
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
-    """Inside, float32 products and convolutions have float32 factors on every device, and nothing is autocast."""
+    """Compute float32 products and convolutions from float32 factors inside, without autocast."""
+    if is_worker():  # the thread that waits for this one is inside, and holds the lock
+        yield
+        return
     with _ONE_AT_A_TIME:
         casting = [device for device in _AUTOCAST if _is_autocast(device)]
-        saved = _taken_off()
+        saved = _take_off()
         try:
             for device in casting:
                 torch.set_autocast_enabled(device, False)
@@ -73,35 +79,45 @@ def true_float32() -> Iterator[None]:
                 torch.set_autocast_enabled(device, True)
 
 
+def is_worker() -> bool:
+    """Return whether this thread works for one that has entered :func:`true_float32` and waits."""
+    return getattr(_THREAD, "is_worker", False)
+
+
+def become_worker() -> None:
+    """Declare that this thread works for one that has entered :func:`true_float32` and waits."""
+    _THREAD.is_worker = True
+
+
 def _is_autocast(device: str) -> bool:
     try:
         return torch.is_autocast_enabled(device)
-    except RuntimeError:  # a kind of device that this torch does not know
+    except RuntimeError:  # this torch does not know the kind of device
         return False
 
 
-# torch has two ways to set the precision: an older one of two switches, and one of settings by backend and operation. Each
-# writes some of the other's; reading the older one fails where they disagree. So the newer settings are read and taken off
-# from the general to the particular (a reader gets the general value where there is none), which leaves the older switches
-# alone and readable.
+# torch has two interfaces for the precision: an older one of two switches, and a newer one of
+# settings by backend and operation. Each writes some values of the other, and reading the older one
+# fails where they disagree. So the newer settings are read and removed first, from the general to
+# the particular (an unset one reads as the general one), which leaves the older switches readable.
 
 
-def _has_newer_way() -> bool:
+def _has_newer_interface() -> bool:
     return hasattr(torch._C, "_set_fp32_precision_setter")
 
 
-def _taken_off() -> tuple[dict[tuple[str, str], str], str, bool]:
-    """What is set in both ways; nothing of the newer one stays set."""
+def _take_off() -> tuple[dict[tuple[str, str], str], str, bool]:
+    """Return the settings of both interfaces, and remove those of the newer one."""
     newer = {}
-    for place in _NEWER if _has_newer_way() else ():
+    for place in _NEWER if _has_newer_interface() else ():
         newer[place] = torch._C._get_fp32_precision_getter(*place)
         torch._C._set_fp32_precision_setter(*place, "none")
     return newer, torch.get_float32_matmul_precision(), _convolutions_round()
 
 
 def _convolutions_round() -> bool:
-    """The older switch of convolutions, which can only be read while the newer setting agrees with it."""
-    if not _has_newer_way():
+    """Read the older switch of convolutions; reading fails unless newer settings agree with it."""
+    if not _has_newer_interface():
         return torch.backends.cudnn.allow_tf32
     for op in ("conv", "rnn"):
         torch._C._set_fp32_precision_setter("cuda", op, "tf32")
@@ -117,7 +133,7 @@ def _convolutions_round() -> bool:
 def _pin() -> None:
     torch.set_float32_matmul_precision("highest")
     torch._C._set_cudnn_allow_tf32(False)
-    for place in _NEWER if _has_newer_way() else ():
+    for place in _NEWER if _has_newer_interface() else ():
         torch._C._set_fp32_precision_setter(*place, "ieee")
 
 

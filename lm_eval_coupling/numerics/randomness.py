@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed alone, and leave whatever else draws as if nothing had been drawn."""
+"""Random numbers that depend on a seed alone and do not disturb other random draws."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import nn
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws inside come from ``seed``, on the host; afterwards the generators of every device are as they were.
+    """Draw from ``seed`` inside, on the host; afterwards restore the generators of every device.
 
-    `torch.manual_seed` is no help: it seeds all accelerators too, those not yet started at their start, and
-    `torch.random.fork_rng` puts back only the ones it is told of. A run would then sample other texts than one without us.
+    `torch.manual_seed` seeds all accelerators too, some of them only when they start, and
+    `torch.random.fork_rng` restores only the ones it is given. A run with coupling would then
+    sample other texts than a run without.
     """
     host, devices = torch.get_rng_state(), _device_states()
     try:
         torch.default_generator.manual_seed(seed)
-        with torch.device("cpu"):  # whatever default device the caller has set
+        with torch.device("cpu"):  # the caller may have set another default device
             yield
     finally:
         torch.set_rng_state(host)
@@ -30,7 +31,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Inside, new `nn.Linear` layers are left as memory is: for those whose weights are set right away, in no time."""
+    """Skip the initialization of `nn.Linear` inside: the weights are set right after."""
     drawn = nn.Linear.reset_parameters
     nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
@@ -40,14 +41,17 @@ def undrawn() -> Iterator[None]:
 
 
 def _device_states() -> list[Callable[[], None]]:
-    """What puts back every accelerator that has started; one that has not has drawn nothing, and asking would start it."""
-    found: list[Callable[[], None]] = []
+    """Return functions that restore the generators of all accelerators that have started.
+
+    One that has not started has drawn nothing, and asking for its state would start it.
+    """
+    restores: list[Callable[[], None]] = []
     for module in (torch.cuda, torch.xpu):
         if module.is_initialized():
-            found += [
+            restores += [
                 partial(module.set_rng_state, module.get_rng_state(index), index)
                 for index in range(module.device_count())
             ]
     if torch.backends.mps.is_available():
-        found.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    return found
+        restores.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return restores

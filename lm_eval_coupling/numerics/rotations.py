@@ -1,8 +1,9 @@
-"""Eigendecompositions of many small symmetric matrices at once, by plane rotations in products (Jacobi's method).
+"""Eigendecompositions of many small symmetric matrices at once, by Jacobi's plane rotations.
 
-A GPU's own library decomposes one matrix after the other, and the host's cores take as long for a thousand as for everything
-else together. Here n/2 rotations of every matrix are done in the same two products; n − 1 such rounds let every pair of
-columns meet once, and from sweep to sweep what is left off the diagonal falls quadratically (Brent and Luk, 1985).
+n/2 rotations of every matrix are done in the same two products. After n − 1 such rounds, a sweep,
+every pair of columns has met once. From sweep to sweep the part off the diagonal falls
+quadratically (Brent and Luk, 1985). Whether a GPU's library is faster depends on its version and on
+the size: :mod:`.device_eigh` times both.
 """
 
 from __future__ import annotations
@@ -11,26 +12,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SWEEPS = 16  # at most; six to nine are what it takes to 1e-14
+SWEEPS = 16  # at most; six to nine reach 1e-14
 
 
 def eigh_by_rotations(
     H: Float[Tensor, "batch n n"], settled_at: float = 1e-14
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
-    """Eigenvalues and eigenvectors, largest first; NaN for a matrix that has not settled or is not finite.
+    """Return eigenvalues and eigenvectors, largest first.
 
-    Deterministic. Costs a sweep about n · (3 · 2n³) operations a matrix, and 16 launches a round whatever their number.
+    Deterministic. A sweep costs about n · (3 · 2n³) operations per matrix, and 16 launches per
+    round for any number of matrices.
 
     Args:
-        H: symmetric but for rounding, in float64, or in float32 where 1e-5 is near enough.
+        H: symmetric up to rounding, in float64, or in float32 where 1e-5 is accurate enough.
         settled_at: ‖off-diagonal part‖ / ‖H‖ at which to stop.
 
     Returns:
-        In the dtype and on the device of H; vectors are columns.
+        In the dtype and on the device of H; vectors are columns. NaN for a matrix that has not
+        settled or is not finite.
     """
     batch, n, _ = H.shape
     even = n + n % 2
-    # What is added to an odd number of columns meets only zeros, and comes last.
+    # A column added to an odd number meets only zeros, and is sorted last.
     product = H.new_zeros(batch, even, even)
     product[:, :n, :n] = (H + H.mT) / 2
     size = torch.linalg.matrix_norm(product)
@@ -42,22 +45,18 @@ def eigh_by_rotations(
         for _ in range(even - 1):
             state = rotation.next(*state)
         product, vectors = state
-        left = torch.linalg.matrix_norm(
-            product - torch.diag_embed(product.diagonal(dim1=1, dim2=2))
-        )
-        settled = left <= settled_at * size
+        diagonal = torch.diag_embed(product.diagonal(dim1=1, dim2=2))
+        settled = torch.linalg.matrix_norm(product - diagonal) <= settled_at * size
         if bool((settled | ~torch.isfinite(size)).all()):
             break
     values, order = product.diagonal(dim1=1, dim2=2).sort(dim=-1, descending=True)
     vectors = vectors.gather(2, order[:, None].expand(-1, even, -1))[:, :n, :n]
-    wrong = ~settled
-    return values[:, :n].masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(
-        wrong[:, None, None], torch.nan
-    )
+    values = values[:, :n].masked_fill(~settled[:, None], torch.nan)
+    return values, vectors.masked_fill(~settled[:, None, None], torch.nan)
 
 
 class _Rotation:
-    """One round: column i of the first half with column i of the second, which then move on to their next partners."""
+    """One round of rotations of column i of the first half with column i of the second."""
 
     def __init__(
         self, product: Float[Tensor, "batch n n"], vectors: Float[Tensor, "batch n n"]
@@ -66,16 +65,17 @@ class _Rotation:
         self.half = n // 2
         self.R, self.turned = torch.zeros_like(product), torch.empty_like(product)
         self.places = _places(n).to(product.device).expand(batch, -1)
-        self.other = torch.empty_like(vectors)  # a second buffer: what is read is not written
+        self.other = torch.empty_like(vectors)  # a product cannot be written over its factor
 
     def next(
         self, H: Tensor, V: Tensor
     ) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch n n"]]:
-        """RᵀHR in place of H, and VR."""
+        """Return RᵀHR, written over H, and VR."""
         half = self.half
         diagonal, across = H.diagonal(dim1=1, dim2=2), H[:, :half, half:].diagonal(dim1=1, dim2=2)
         difference = diagonal[:, half:] - diagonal[:, :half]
-        # The smaller of the two angles that annul the entry, without which a sweep may undo the one before.
+        # The smaller of the two angles that annul the entry, without which a sweep may undo the one
+        # before.
         angle = 0.5 * torch.atan2(
             torch.copysign(2 * across.abs(), across * difference), difference.abs()
         )
@@ -89,12 +89,13 @@ class _Rotation:
 
 
 def _places(n: int) -> Int[Tensor, " entries"]:
-    """Where the cosines and sines of a round stand in R, whose columns are already those of the next round.
+    """Return the places in R of the cosines and sines of a round; its columns are the next round's.
 
-    As in a tournament of n players: the first stays, the others go round the table by one seat.
+    Columns are paired as in a tournament of n players: the first stays, the others move by one
+    seat.
 
     Returns:
-        Indices of R read row by row: of the n/2 cosines, −sines, sines and cosines.
+        Indices of the flattened R: those of the n/2 cosines, −sines, sines and cosines.
     """
     half = n // 2
     ring = [*range(1, half), *range(n - 1, half - 1, -1)]

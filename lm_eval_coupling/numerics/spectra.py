@@ -1,8 +1,9 @@
 """Top singular triplets of square matrices, with a measured error bound.
 
-A basis of the top right singular vectors comes from the Gram matrix JᵀJ: on a CPU from LAPACK, one matrix a core (gram.py),
-elsewhere from products alone, all matrices at once (subspace.py). U and S follow from J itself. What comes out is checked
-against J, and a matrix that fails is done again in float64, and in the end by a full SVD.
+A basis of the top right singular vectors comes from the Gram matrix JᵀJ: on a CPU by LAPACK, one
+matrix per core (:mod:`.gram`), elsewhere by products alone, all matrices at once
+(:mod:`.subspace`). U and S follow from J itself. The triplets are checked against J. A matrix that
+fails the check is decomposed again in float64, and at last by a full SVD.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
 from lm_eval_coupling.numerics.memory import layers_at_once
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
+from lm_eval_coupling.numerics.workers import run_each, workers
 
-# Largest accepted residual, and loss of orthogonality; rounding costs eps · σ_1/σ_k.
+# Largest accepted residual and loss of orthogonality. Rounding costs eps · σ_1/σ_k.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 
 
@@ -31,10 +33,10 @@ class SingularTriplets:
     """The k largest singular triplets of each matrix of a batch, largest first.
 
     Attributes:
-        U: left singular vectors, orthonormal columns. Each (u, v) pair carries an arbitrary joint sign.
-        S: singular values, descending.
-        V: right singular vectors, orthonormal columns.
-        residual: max over the k triplets of max(‖J v − σ u‖, ‖Jᵀ u − σ v‖) / σ_1; 0 for a zero matrix.
+        U: left singular vectors, orthonormal columns. Each (u, v) pair carries an arbitrary joint
+        sign. S: singular values, descending. V: right singular vectors, orthonormal columns.
+        residual: max over the k triplets of max(‖J v − σ u‖, ‖Jᵀ u − σ v‖) / σ_1; 0 for a zero
+            matrix.
     """
 
     U: Float[Tensor, "*batch d_model rank"]
@@ -50,16 +52,18 @@ def top_singular(
 ) -> SingularTriplets:
     """Return the k largest singular triplets of every matrix in J.
 
-    As many matrices are decomposed together as the device has room for.
+    As many matrices are decomposed together as fit the device. On a CPU, workers of one thread each
+    decompose a few matrices at a time.
 
     Args:
         J: square matrices, float32 or float64.
-        k: number of triplets, at most d_model. Ask for one more than needed where `relative_gap` is wanted.
-        device: where to decompose, and where the triplets are left; by default where J lies. An MPS device leaves both to
-            the CPU, for want of float64.
+        k: number of triplets, at most d_model. One more than needed allows `relative_gap`.
+        device: where to decompose, and where the triplets stay; by default where J lies. The CPU
+            stands in for MPS, which has no float64.
 
     Raises:
-        CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1 … d_model.
+        CouplingError: if J is not float32 or float64 or holds non-finite values, or k is outside 1
+        … d_model.
     """
     J = as_tensor("J", J)
     if J.ndim < 2 or J.shape[-1] != J.shape[-2] or not J.shape[-1]:
@@ -70,8 +74,8 @@ def top_singular(
     k = whole("k", k)
     if not 1 <= k <= d_model:
         raise CouplingError(
-            f"got k = {k} singular triplets of matrices with d_model = {d_model}, expected 1 to {d_model}, "
-            "choose a smaller rank"
+            f"got k = {k} singular triplets of matrices with d_model = {d_model}, "
+            f"expected 1 to {d_model}, choose a smaller rank"
         )
     if J.dtype not in TOLERANCE:
         raise CouplingError(
@@ -80,13 +84,11 @@ def top_singular(
     device = J.device if device is None else known_device(device)
     device = torch.device("cpu") if device.type == "mps" else device
     matrices = J.detach().reshape(-1, d_model, d_model)
-    parts = (
-        matrices.split(layers_at_once(d_model, J.element_size(), device, k))
-        if len(matrices)
-        else [matrices]
-    )
-    found = [_of_part(part.to(device), k) for part in parts]
-    U, S, V, residual = (torch.cat(some) for some in zip(*found, strict=True))
+    at_once = layers_at_once(d_model, J.element_size(), device, k)
+    parts = matrices.split(at_once) if len(matrices) else [matrices]
+    count = workers() if device.type == "cpu" else 1
+    triplets = run_each(lambda part: _decompose(part.to(device), k), parts, count)
+    U, S, V, residual = (torch.cat(each) for each in zip(*triplets, strict=True))
     batch = J.shape[:-2]
     return SingularTriplets(
         U.reshape(*batch, d_model, k),
@@ -105,7 +107,8 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     values = S.shape[-1]
     if not 1 <= k <= values:
         raise CouplingError(
-            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
+            f"got k = {k} with {values} singular values, expected 1 to {values}, "
+            "ask top_singular for more"
         )
     if k == values:
         return torch.full_like(S[..., 0], torch.nan)
@@ -113,10 +116,11 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
 
 
 def numerical_rank(S: Float[Tensor, "*batch values"]) -> Int[Tensor, "*batch"]:
-    """Return how many of the given singular values are told from zero: above `TOLERANCE` · σ_1, their largest error.
+    """Return how many of the singular values are above `TOLERANCE` · σ_1, their largest error.
 
-    Whatever the width: rounding in a product over d_model terms grows with √d_model, and stays below that up to tens of
-    thousands; the usual d_model · eps · σ_1 would call half a thousandth of σ_1 zero in a wide model.
+    The bound does not depend on the width. Rounding in a product over d_model terms grows with
+    √d_model, and stays below the bound up to tens of thousands. The usual d_model · eps · σ_1 would
+    take half a thousandth of σ_1 for zero in a wide model.
     """
     return (S > TOLERANCE[S.dtype] * S[..., :1]).sum(dim=-1)
 
@@ -124,15 +128,16 @@ def numerical_rank(S: Float[Tensor, "*batch values"]) -> Int[Tensor, "*batch"]:
 def angle_bound(
     S: Float[Tensor, "*batch values"], residual: Float[Tensor, "*batch"], k: int
 ) -> Float[Tensor, "*batch"]:
-    """Return a bound on the sine of the angle between the computed and the exact v_k (and u_k); 1 where nothing is known.
+    """Return a bound on the sine of the angle between the computed and the exact v_k (and u_k).
 
-    By Davis and Kahan for the matrix [[0, J], [Jᵀ, 0]], whose eigenvector is (u, v)/√2: √2 · ‖residual‖ over the distance of
-    σ_k to the other singular values, each of which may be off by the residual.
+    It is Davis and Kahan's for the matrix [[0, J], [Jᵀ, 0]], whose eigenvector is (u, v)/√2: √2 ·
+    ‖residual‖ over the distance of σ_k to the other singular values, each of which may be off by
+    the residual. It is 1 where the residual says nothing.
 
     Args:
         S: singular values, descending; σ_{k+1} must be among them unless there is none.
-        residual: of the triplets, over σ_1.
-        k: which pair, from 1.
+        residual: that of the triplets, relative to σ_1.
+        k: number of the pair, from 1.
 
     Raises:
         CouplingError: if k is outside 1 … number of values.
@@ -140,7 +145,8 @@ def angle_bound(
     values = S.shape[-1]
     if not 1 <= k <= values:
         raise CouplingError(
-            f"got k = {k} with {values} singular values, expected 1 to {values}, ask top_singular for more"
+            f"got k = {k} with {values} singular values, expected 1 to {values}, "
+            "ask top_singular for more"
         )
     S, error = S.double(), residual.double() * S[..., 0].double()
     away = [S[..., k - 2] - S[..., k - 1]] if k > 1 else []
@@ -153,7 +159,9 @@ def angle_bound(
 @exact_arithmetic()
 @torch.no_grad()
 def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
-    """σ_1 of every matrix, to 1e-6 relative, by products alone: its error is that of the residual squared.
+    """Return σ_1 of every matrix, to 1e-6 relative, by products alone.
+
+    The error of σ_1 is the square of the residual.
 
     Returns:
         In the dtype and on the device of J.
@@ -165,7 +173,7 @@ def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float
     matrices = J.detach().reshape(-1, d_model, d_model)
     if J.device.type == "mps" or not len(matrices) or 2 * block_of(1, d_model) > d_model:
         return top_singular(J, 1).S[..., 0]
-    found = []
+    sigmas = []
     for part in matrices.split(layers_at_once(d_model, J.element_size(), J.device, 1)):
         scale = torch.linalg.vector_norm(part.flatten(1), ord=math.inf, dim=-1)
         scaled = part / torch.where(scale == 0, 1, scale)[:, None, None]
@@ -173,14 +181,14 @@ def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float
         sigma = scale * torch.linalg.vector_norm(scaled @ v, dim=(-2, -1))
         for i in (~settled | ~torch.isfinite(sigma)).nonzero().flatten().tolist():
             sigma[i] = top_singular(part[i], 1).S[0]
-        found.append(sigma)
-    return torch.cat(found).reshape(J.shape[:-2])
+        sigmas.append(sigma)
+    return torch.cat(sigmas).reshape(J.shape[:-2])
 
 
-def _of_part(
+def _decompose(
     J: Float[Tensor, "batch d_model d_model"], k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U, S, V and residual, by the first method that passes the check for each matrix."""
+    """Return U, S, V and residual of each matrix, by the first method that passes the check."""
     peak = torch.linalg.vector_norm(J.flatten(-2), ord=math.inf, dim=-1)
     exponent = _exponents(peak)
     finite, scaled = torch.stack([torch.isfinite(peak).all(), (exponent != 0).any()]).tolist()
@@ -197,43 +205,38 @@ def _of_part(
     for method in _methods(J, k):
         failed = []
         for part in left.split(at_once) if len(left) else ():
-            some = J if len(part) == len(J) else J[part]
-            found = method(some)
-            errors = _residual(some, *found)
-            for kept, new in zip((U, S, V, residual), (*found, errors), strict=True):
-                kept[part] = new
-            failed.append(
-                part[
-                    ~(
-                        torch.maximum(errors, _orthogonality_loss(found[0], found[2]))
-                        <= TOLERANCE[J.dtype]
-                    )
-                ]
-            )
+            matrices = J if len(part) == len(J) else J[part]
+            triplets = method(matrices)
+            errors = _residual(matrices, *triplets)
+            for stored, new in zip((U, S, V, residual), (*triplets, errors), strict=True):
+                stored[part] = new
+            worst = torch.maximum(errors, _orthogonality_loss(triplets[0], triplets[2]))
+            # Not `>`: a result that is no number has failed.
+            failed.append(part[~(worst <= TOLERANCE[J.dtype])])
         left = torch.cat(failed) if failed else left
         at_once = max(1, len(J) // 4)  # the other methods take copies of twice the size
     return U, torch.ldexp(S, exponent[:, None]), V, residual
 
 
 def _zeros(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets of zero matrices, for which any vectors are right."""
-    some = torch.eye(J.shape[-1], k, dtype=J.dtype, device=J.device).repeat(len(J), 1, 1)
-    return some, J.new_zeros(len(J), k), some.clone()
+    """Return triplets of zero matrices, for which any vectors are right."""
+    vectors = torch.eye(J.shape[-1], k, dtype=J.dtype, device=J.device).repeat(len(J), 1, 1)
+    return vectors, J.new_zeros(len(J), k), vectors.clone()
 
 
 def _methods(J: Tensor, k: int) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Ways to the triplets, the fastest first, the surest last."""
+    """Yield functions that compute the triplets, the fastest first, the most reliable last."""
     basis = _right_vectors_on_cpu if J.device.type == "cpu" else _right_vectors_on_device
-    yield lambda some: _triplets(some, basis(some, k, TOLERANCE[J.dtype] / 2))
-    if J.dtype == torch.float32:  # whose Gram matrix holds a σ_k down to σ_1/1000 at best
+    yield lambda matrices: _triplets(matrices, basis(matrices, k, TOLERANCE[J.dtype] / 2))
+    if J.dtype == torch.float32:  # its Gram matrix holds a σ_k down to σ_1/1000 at best
 
-        def in_float64(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            wide = some.double()
+        def in_float64(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            wide = matrices.double()
             U, S, V = _triplets(wide, basis(wide, k, TOLERANCE[J.dtype] / 20))
             return U.to(J.dtype), S.to(J.dtype), V.to(J.dtype)
 
         yield in_float64
-    yield lambda some: _by_svd(some, k)
+    yield lambda matrices: _by_svd(matrices, k)
 
 
 def _right_vectors_on_cpu(
@@ -246,17 +249,17 @@ def _right_vectors_on_cpu(
 def _right_vectors_on_device(
     J: Tensor, k: int, tolerance: float
 ) -> Float[Tensor, "batch d_model rank"]:
-    if (
-        2 * block_of(k, J.shape[-1]) > J.shape[-1]
-    ):  # too narrow for a block of columns to save anything
+    # A narrow matrix is decomposed whole: a block of columns would save nothing.
+    if 2 * block_of(k, J.shape[-1]) > J.shape[-1]:
         return leading_gram_eigenvectors(J.cpu(), k).to(J.device)
     return leading_right_vectors(J, k, tolerance)[0]
 
 
 def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor, Tensor, Tensor]:
-    """U and S for right singular vectors V, and V in the order of S. Where σ is rounding, u completes the basis.
+    """Complete right singular vectors V to triplets, in the order of S.
 
-    The Cholesky factor R of JV = U R has the singular values on its diagonal, and beside it what V is off.
+    The Cholesky factor R of JV = U R has the singular values on its diagonal, and the error of V
+    beside it. Where σ is rounding, u completes the basis.
 
     Returns:
         U, S and V.
@@ -275,20 +278,20 @@ def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor
 
 def _by_svd(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = [torch.linalg.svd(matrix.double()) for matrix in J]
-    U, S, Vt = (torch.stack(some) for some in zip(*parts, strict=True))
+    U, S, Vt = (torch.stack(each) for each in zip(*parts, strict=True))
     return U[..., :k].to(J.dtype), S[..., :k].to(J.dtype), Vt[..., :k, :].mT.to(J.dtype)
 
 
 def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Powers of two by which to scale down matrices of these largest entries, 0 where their Gram matrix is safe as it is.
+    """Return exponents e of factors 2⁻ᵉ that keep the Gram matrix from overflow and underflow.
 
-    A power of two scales exactly and keeps the Gram matrix from overflow and underflow.
+    A power of two scales exactly. ``peak`` is the largest entry of each matrix.
 
     Returns:
-        Exponents e of the factors 2⁻ᵉ.
+        0 where no scaling is needed.
     """
     exponent = torch.frexp(peak).exponent
-    # The power itself must not overflow either: hence the limit.
+    # The limit keeps the power itself from overflow.
     limit = -math.frexp(torch.finfo(peak.dtype).tiny)[1] - 5
     return torch.where(exponent.abs() <= limit // 6, 0, exponent.clamp(-limit, limit))
 

@@ -1,9 +1,10 @@
-"""Leading right singular vectors of many matrices at once by products alone: Chebyshev-filtered subspace iteration.
+"""Leading right singular vectors of many matrices at once by Chebyshev-filtered subspace iteration.
 
-A full decomposition grows as d_model³, and a GPU does one after the other. Here a block of somewhat more than k columns goes
-through a polynomial of JᵀJ that is small on the unwanted part of the spectrum and steep on the wanted one, for all matrices
-of a batch in the same products. Bases come from Cholesky factors of Gram matrices in float64; what is decomposed is as small
-as the block, on the host's cores (Zhou, Saad, Tiago and Chelikowsky, 2006).
+A full decomposition grows as d_model³. Here a block of somewhat more than k columns is multiplied
+by a polynomial of JᵀJ that is small on the unwanted part of the spectrum and steep on the wanted
+part, for all matrices of a batch in the same products. Bases come from Cholesky factors of Gram
+matrices in float64. Only matrices of the size of the block are decomposed (Zhou, Saad, Tiago and
+Chelikowsky, 2006).
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from torch import Tensor
 
 from lm_eval_coupling.numerics.gram import small_eigh
 
-GRAM = 2048  # up to this width JᵀJ is multiplied out once: half the products afterwards
+GRAM = 2048  # largest width for which JᵀJ is computed once, which halves the products afterwards
 PASSES = 30  # filters after which a matrix is left to another method
 DEGREE = 16  # of a filter at most
-# How much more a filter may magnify the first vector than the k-th. Directions that lose by more than a float32 can hold
-# would be rounded away; once the columns are nearly eigenvectors they no longer compete.
+# Largest ratio of a filter's gains on the first and the k-th vector, at first and later. Directions
+# that lose by more than float32 can hold would be rounded away. Columns that are nearly
+# eigenvectors no longer compete.
 SPREAD = {torch.float32: (3e4, 3e5), torch.float64: (1e9, 1e11)}
 
 
 def block_of(k: int, d_model: int) -> int:
-    """Columns that are carried for k wanted ones: the more, the steeper the filter, and the dearer its small problem."""
-    # A narrow model waits for the small problems, which on a device cost as the fourth power, a wide one for the products.
+    """Return the number of columns to iterate for k wanted ones.
+
+    More columns make the filter steeper and its small problem more expensive.
+    """
+    # Small problems, which cost as the fourth power on a device, dominate in a narrow model,
+    # products in a wide one.
     spare = 0.25 * k if d_model <= GRAM else 0.5 * k
     return min(d_model, 16 * math.ceil((k + max(spare, 12)) / 16))
 
@@ -35,18 +41,19 @@ def block_of(k: int, d_model: int) -> int:
 def leading_right_vectors(
     J: Float[Tensor, "batch d_model d_model"], k: int, tolerance: float
 ) -> tuple[Float[Tensor, "batch d_model rank"], Bool[Tensor, " batch"]]:
-    """Orthonormal bases of the top k right singular vectors, largest first, and which of them have settled.
+    """Return orthonormal bases of the top k right singular vectors, largest first.
 
-    Settled means ‖JᵀJ v − σ² v‖ ≤ ``tolerance`` · σ_1 σ for each, or as small as rounding lets it be. Deterministic. Costs
-    some 10 to 40 products of JᵀJ with :func:`block_of` columns, and two to five decompositions of that size.
+    A basis has settled if ‖JᵀJ v − σ² v‖ ≤ ``tolerance`` · σ_1 σ for each vector, or rounding
+    allows no less. Deterministic. Costs 10 to 40 products of JᵀJ with :func:`block_of` columns, and
+    two to five decompositions of that size.
 
     Args:
-        J: entries of about the size of 1, so that those of JᵀJ neither overflow nor vanish.
+        J: entries of about 1, so that those of JᵀJ neither overflow nor vanish.
         k: number of vectors.
         tolerance: relative, 1e-6 to 1e-5 for float32.
 
     Returns:
-        The bases, and for each matrix whether all of its vectors have settled.
+        The bases, and whether each has settled.
     """
     batch, d_model, _ = J.shape
     V, settled = J.new_zeros(batch, d_model, k), torch.zeros(batch, dtype=torch.bool)
@@ -56,12 +63,11 @@ def leading_right_vectors(
     while True:
         GQ = product(Q)
         H = Q.double().mT @ GQ.double()
-        # Rotations end where what they leave is far below what a residual may be; the first only give bounds.
+        # Rotations end far below the allowed residual. The first only give bounds.
         theta, Z = small_eigh(H, 1e-2 if filters == 0 else max(1e-13, tolerance / 50))
         Q, GQ = Q @ Z.to(Q), GQ @ Z.to(Q)
         theta = theta.clamp_min(0)
-        found = _look(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
-        (excess, noise), bounds = found[:2], found[2:]
+        excess, noise, *bounds = _look(GQ - Q * theta.to(Q)[:, None], theta, k, tolerance)
         done, hopeless = looks.at(excess, noise)
         ends = done | hopeless | (filters >= PASSES)
         if ends.any():
@@ -71,10 +77,10 @@ def leading_right_vectors(
             looks.keep(going)
             if not len(going):
                 return V, settled.to(J.device)
-            bounds, product = bounds[:, going], product.of(going)
+            bounds, product = [bound[going] for bound in bounds], product.of(going)
             going = going.to(Q.device)
             Q, GQ = Q[going], GQ[going]
-        step = _Filter(bounds, SPREAD[J.dtype][filters > 0])
+        step = _Filter(torch.stack(bounds), SPREAD[J.dtype][filters > 0])
         for turn in range(step.turns(looks.excess)):
             Q = orthonormal(step(product, Q, GQ if turn == 0 else product(Q)))
             filters += 1
@@ -86,10 +92,13 @@ def _look(
     k: int,
     tolerance: float,
 ) -> Float[Tensor, "5 batch"]:
-    """On the host, in one transfer, as a device waits for each.
+    """Return how far each matrix is from settled, and bounds for its next filter.
+
+    A device waits for every transfer, so there is one.
 
     Returns:
-        The largest residual over what is allowed, and over what rounding alone leaves; the first, k-th and last Ritz value.
+        On the host: the largest residual relative to the allowed one, and to that of rounding; the
+        first, k-th and last Ritz value.
     """
     residual, first = difference[..., :k].norm(dim=-2).double(), theta[:, :1]
     rounding = torch.finfo(difference.dtype).eps * first
@@ -100,32 +109,30 @@ def _look(
 
 
 class _Looks:
-    """The matrices still at work, by index, and how far each was from settled when it was last looked at. On the host."""
+    """Indices of the matrices that have not settled, and their excess at the last look."""
 
     def __init__(self, batch: int) -> None:
-        self.active, self.excess = (
-            torch.arange(batch),
-            torch.full((batch,), torch.inf, dtype=torch.float64),
-        )
+        self.active = torch.arange(batch)
+        self.excess = torch.full((batch,), torch.inf, dtype=torch.float64)
 
     def at(
         self, excess: Tensor, noise: Tensor
     ) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
-        """Which are settled, and which no longer come nearer (or are not numbers)."""
+        """Return which have settled, and which no longer come closer (or are not numbers)."""
         stuck = ~(excess <= 0.7 * self.excess)
         self.excess = excess
         done = (excess <= 1) | (stuck & (noise <= 1))
         return done, stuck & ~done
 
     def keep(self, which: Int[Tensor, " some"]) -> None:
-        """Only these go on."""
+        """Go on with ``which`` only."""
         self.active, self.excess = self.active[which], self.excess[which]
 
 
 def orthonormal(
     Y: Float[Tensor, "batch d_model columns"],
 ) -> Float[Tensor, "batch d_model columns"]:
-    """Orthonormal bases of the columns, each in the span of those up to it: Cholesky twice, in float64."""
+    """Orthonormalize columns in their order, by Cholesky twice, in float64."""
     Y64 = Y.double()
     eye = torch.eye(Y.shape[-1], dtype=torch.float64, device=Y.device)
     for _ in range(2):
@@ -133,13 +140,13 @@ def orthonormal(
         gram = Y64.mT @ Y64
         gram.diagonal(dim1=-2, dim2=-1).add_(1e-14)
         factor, _ = torch.linalg.cholesky_ex(gram)
-        # By its inverse: a product, where a GPU's triangular solver takes one column after the other.
+        # A product with the inverse: a GPU's triangular solver takes one column after the other.
         Y64 = Y64 @ torch.linalg.solve_triangular(factor, eye, upper=False).mT
     return Y64.to(Y.dtype)
 
 
 class _Product:
-    """X → JᵀJ X for a batch, or for ``some`` of it. Wide matrices are not copied, however few are still at work."""
+    """Product X → JᵀJ X for a batch or for ``some`` of it; wide matrices are not copied."""
 
     def __init__(
         self,
@@ -160,7 +167,7 @@ class _Product:
         )
 
     def recurrence(self, scale: Float[Tensor, "batch 1 1"]) -> Callable[[Tensor, Tensor], Tensor]:
-        """(Y, Z) → 2 (scale · JᵀJ − 1) Y − Z, in one step where JᵀJ is at hand."""
+        """Return (Y, Z) → 2 (scale · JᵀJ − 1) Y − Z, which is one step where JᵀJ is known."""
         if self.gram is None:
             return lambda Y, Z: 2 * (self(Y) * scale - Y) - Z
         tilted = self.gram * (2 * scale)
@@ -168,54 +175,51 @@ class _Product:
         return lambda Y, Z: torch.baddbmm(Z, tilted, Y, beta=-1)
 
     def of(self, which: Int[Tensor, " some"]) -> _Product:
-        """Of some of the matrices, whose indices are on the host."""
+        """Return the product for some of the matrices, whose indices are on the host."""
         if self.gram is not None:
             return _Product(self.J, self.gram[which.to(self.gram.device)])
-        return _Product(
-            self.J, None, [i if self.some is None else self.some[i] for i in which.tolist()]
-        )
+        some = [i if self.some is None else self.some[i] for i in which.tolist()]
+        return _Product(self.J, None, some)
 
 
 class _Filter:
-    """p(JᵀJ), of the degree that suits each matrix: |p| ≤ 1 on [0, smallest Ritz value of the block], steep above it.
+    """Polynomial p(JᵀJ): |p| ≤ 1 on [0, smallest Ritz value of the block], steep above it.
 
-    Its coefficients are found on the host, where the bounds are.
+    Its degree suits each matrix. Coefficients are computed on the host, where the bounds are.
     """
 
     def __init__(self, bounds: Float[Tensor, "3 batch"], spread: float) -> None:
-        first, wanted, last = bounds
+        first, kth, last = bounds
         self.cut = torch.maximum(last, first * (4 / spread)).clamp_min(
             torch.finfo(torch.float32).tiny
         )
         above_first, above_last = (
-            torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, wanted)
+            torch.acosh((2 * x / self.cut - 1).clamp_min(1)) for x in (first, kth)
         )
         degree = math.log(spread) / (above_first - above_last).clamp_min(1e-3)
         self.degree = degree.floor().clamp(1, DEGREE)
-        self.gain = (
-            self.degree * above_last
-        )  # log of what the k-th gains on the unwanted in one turn
+        self.gain = self.degree * above_last  # log gain of the k-th over the unwanted, per filter
         self.ends = {int(degree) for degree in self.degree.tolist()}
 
     def turns(self, excess: Float[Tensor, " batch"]) -> int:
-        """Filters to apply before looking again: for most matrices as many as bring the residual down, three at most."""
+        """Return how many filters bring the residual of most matrices down, three at most."""
         needed = excess.log() / self.gain.clamp_min(0.1)
         return int(needed.median().ceil().clamp(1, 3))
 
     def __call__(self, product: _Product, Q: Tensor, GQ: Tensor) -> Tensor:
         scale = (2 / self.cut).to(Q)[:, None, None]
         degree = self.degree.to(Q)[:, None, None]
-        before, now = Q, GQ * scale - Q
-        found, onwards = now, product.recurrence(scale)
+        previous, current = Q, GQ * scale - Q
+        filtered, advance = current, product.recurrence(scale)
         for step in range(2, max(self.ends) + 1):
-            before, now = now, onwards(now, before)
+            previous, current = current, advance(current, previous)
             if step in self.ends:
-                found = torch.where(degree == step, now, found)
-        return found
+                filtered = torch.where(degree == step, current, filtered)
+        return filtered
 
 
 def _start(product: _Product, J: Tensor, columns: int) -> Tensor:
-    """Two steps of the power method from the same noise for every matrix; what J takes to zero is kept, if small."""
+    """Take two steps of the power method from noise; what J takes to zero is kept, but small."""
     noise = torch.randn(
         J.shape[-1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )

@@ -20,6 +20,7 @@ from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, LeftBehind
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
+from lm_eval_coupling.residual.block_independence import are_independent
 from lm_eval_coupling.residual.fingerprint import digest, fingerprint
 from lm_eval_coupling.residual.image_inputs import ImageTokens, pixel_digest, pixels_of
 from lm_eval_coupling.residual.inputs import Inputs
@@ -417,6 +418,11 @@ class ResidualModel:
     def norm_jacobian(self, resid: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
         """∂norm(x)/∂x, norm being all that the model does between its last block and its head; I where that is nothing."""
         return self._lens.norm_jacobian(vectors(resid, self.d_model, alone=True), self._outputs)
+
+    @property
+    def has_independent_blocks(self) -> bool:
+        """True if blocks share no module or tensor and call no hook of the user's."""
+        return are_independent(self.block_list)
 
     def answer(self, stream: Float[Tensor, "1 seq d_model"]) -> Tensor:
         """What the model says of ``inputs.probe`` once it has ended as ``stream``; it can be differentiated."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from lm_eval_coupling.numerics.cores import cores
+from lm_eval_coupling.numerics.cores import usable_cores
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.plan import Local, Plan
 from lm_eval_coupling.sweep.units import Unit
@@ -109,7 +109,7 @@ def slots(run: Local, most: int = 1024) -> list[dict[str, str]]:
         # Nothing is hidden if no device is seen: those of other makers obey the same variable.
         own = {} if device is None else {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
         if run.threads or count > 1:
-            share = run.threads or max(1, cores() // count)
+            share = run.threads or max(1, usable_cores() // count)
             names = [name for name in _THREADS if run.threads or name not in run.environment]
             own |= dict.fromkeys(names, str(share))
         variables.append(own)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from timing import synchronize
 
-from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.jacobians import levels as jacobians
 from lm_eval_coupling.jacobians import stack
 from lm_eval_coupling.measures import depth, regularity, swapped
 from lm_eval_coupling.measuring import batch

@@ -6,7 +6,7 @@ import sqlite3
 import torch
 from evaluations import scores
 
-from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.jacobians import levels as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
 from lm_eval_coupling.runs.closing import closing_lines

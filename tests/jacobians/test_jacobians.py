@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import engine, rules
+from lm_eval_coupling.jacobians import levels, rules
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
 
@@ -86,9 +86,9 @@ def test_levels_agree(case, float64_device):
     for t_in in (6, 2):
         found = [
             block_jacobians(wrapped, tokens, input_token=t_in, method=m, dtype=torch.float64)
-            for m in engine.LEVELS
+            for m in levels.LEVELS
         ]
-        assert [f.method for f in found] == [[level] * 2 for level in engine.LEVELS]
+        assert [f.method for f in found] == [[level] * 2 for level in levels.LEVELS]
         for other in found[1:]:
             assert worst(found[0].jacobians, other.jacobians) < 1e-12
 
@@ -108,18 +108,18 @@ def test_tokens_are_mixed_and_causal(float64_device):
 )
 def test_a_broken_level_is_caught_by_its_certificate(monkeypatch, level, following):
     """A wrong Jacobian is never recorded under ``auto``: the layer falls to the next level and says so."""
-    right = engine.LEVELS[level]
-    names = list(engine.LEVELS)
-    later = {name: engine.LEVELS[name] for name in names[names.index(level) :]}
-    monkeypatch.setattr(engine, "LEVELS", later | {level: lambda *args: right(*args) * 1.001})
-    of_a_batch = engine.closed_jacobians
+    right = levels.LEVELS[level]
+    names = list(levels.LEVELS)
+    later = {name: levels.LEVELS[name] for name in names[names.index(level) :]}
+    monkeypatch.setattr(levels, "LEVELS", later | {level: lambda *args: right(*args) * 1.001})
+    of_a_batch = levels.closed_jacobians
 
     def closed(*args):
         if level != "closed":
             raise rules.NoRule("none today")
         return of_a_batch(*args) * 1.001
 
-    monkeypatch.setattr(engine, "closed_jacobians", closed)
+    monkeypatch.setattr(levels, "closed_jacobians", closed)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(5)
     found = block_jacobians(wrapped, tokens)
@@ -154,9 +154,9 @@ def test_a_level_that_throws_falls_to_the_next(monkeypatch):
     def broken(*args):
         raise RuntimeError("no rule")
 
-    monkeypatch.setitem(engine.LEVELS, "closed", broken)
-    monkeypatch.setattr(engine, "closed_jacobians", broken)
-    monkeypatch.setitem(engine.LEVELS, "token-local", broken)
+    monkeypatch.setitem(levels.LEVELS, "closed", broken)
+    monkeypatch.setattr(levels, "closed_jacobians", broken)
+    monkeypatch.setitem(levels.LEVELS, "token-local", broken)
     found = block_jacobians(ResidualModel.wrap(cases.tiny_model("gpt2")), cases.tiny_tokens(5))
     assert set(found.method) == {"autodiff"} and set(found.why) == {
         "closed: no rule; token-local: no rule"
@@ -175,8 +175,8 @@ def test_small_memory_budget_gives_the_same_numbers(monkeypatch, float64_device)
     wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(5)
     whole = block_jacobians(wrapped, tokens, dtype=torch.float64)
-    monkeypatch.setattr(engine, "BUDGET", 1)
-    for method in engine.LEVELS:
+    monkeypatch.setattr(levels, "BUDGET", 1)
+    for method in levels.LEVELS:
         chunked = block_jacobians(wrapped, tokens, dtype=torch.float64, method=method)
         assert worst(chunked.jacobians, whole.jacobians) < 1e-12
 

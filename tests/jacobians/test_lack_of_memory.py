@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm_eval_coupling import ResidualModel, block_jacobians
-from lm_eval_coupling.jacobians import engine
+from lm_eval_coupling.jacobians import levels
 from lm_eval_coupling.jacobians.tangent import NearIdentity, Origin
 
 
@@ -37,6 +37,6 @@ def test_lack_of_memory_is_no_reason_for_a_slower_level(words, monkeypatch):
     def scarce(*_):
         raise RuntimeError(words)
 
-    monkeypatch.setattr(engine, "closed_jacobians", scarce)
+    monkeypatch.setattr(levels, "closed_jacobians", scarce)
     with pytest.raises(RuntimeError, match=words):
         block_jacobians(wrapped, cases.tiny_tokens(5))

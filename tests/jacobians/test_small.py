@@ -9,7 +9,7 @@ import torch
 from oracles import oracle, worst
 
 from lm_eval_coupling import ResidualModel, block_jacobians
-from lm_eval_coupling.jacobians import certify, engine
+from lm_eval_coupling.jacobians import certify, levels
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.jacobians.engine import jacobians_of_traces
 from lm_eval_coupling.jacobians.tangent import NearIdentity, Origin
@@ -88,14 +88,14 @@ def test_several_prompts_of_a_faint_model(case):
 
 def test_certificate_is_relative_to_a_small_jacobian(monkeypatch):
     """An error of a thousandth of J was within the floor where ‖J‖ is 1e-5 of the identity's."""
-    right = engine.LEVELS["token-local"]
+    right = levels.LEVELS["token-local"]
     model, expected = faint("llama", 1e-5)
 
     def wrong(call, output_token, input_token, budget):
         identity = torch.eye(24, dtype=call.dtype)
         return (right(call, output_token, input_token, budget) + identity) * (1 + 2e-8) - identity
 
-    monkeypatch.setitem(engine.LEVELS, "token-local", wrong)
+    monkeypatch.setitem(levels.LEVELS, "token-local", wrong)
     assert (
         block_jacobians(model, cases.tiny_tokens(7), method="token-local").certificate.min() > 1e-4
     )

@@ -12,7 +12,7 @@ from oracles import decoder_layers, oracle
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians import engine as jacobians
+from lm_eval_coupling.jacobians import levels as jacobians
 from lm_eval_coupling.measures.registry import measured_columns, record_columns
 from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring.prompt import measure_coupling, measure_prompt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.engine import LEVELS
+from lm_eval_coupling.jacobians.levels import LEVELS
 from lm_eval_coupling.jacobians.methods import METHODS
 from lm_eval_coupling.measures import registry
 from lm_eval_coupling.measuring.prompt import measure_coupling

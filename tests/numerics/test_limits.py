@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from lm_eval_coupling.numerics import limits
+from lm_eval_coupling.numerics import cgroups, limits
 
 MIB = 1 << 20
 
@@ -21,8 +21,8 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     memory = psutil.virtual_memory()._replace(available=8192 * MIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(limits, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(limits, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_OWN", tmp_path / "own")
 
     def write(path, text):
         file = tmp_path / path

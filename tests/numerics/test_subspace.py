@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_eval_coupling.numerics import gram, subspace
+from lm_eval_coupling.numerics import device_eigh, gram, subspace
 from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
 
 
@@ -20,12 +20,15 @@ def with_spectrum(S, seed=0):
     return (U * S) @ V.mT
 
 
-@pytest.fixture(params=["on the host", "by rotations"])
+@pytest.fixture(params=["on the host", "rotations", "library"])
 def small_problems(request, monkeypatch):
-    """Both ways to the small eigenproblems, the second as on a card that is fast in float64."""
-    if request.param == "by rotations":
-        monkeypatch.setattr(gram, "ROTATED", 0)
-        monkeypatch.setattr(gram, "_doubles_at_full_speed", lambda device: True)
+    """Every way to the small eigenproblems, two of them as on a card that is fast in float64."""
+    if request.param != "on the host":
+        monkeypatch.setattr(gram, "MANY", 0)
+        monkeypatch.setattr(gram, "has_fast_float64", lambda device: True)
+        ways = {request.param: device_eigh._WAYS[request.param]}
+        monkeypatch.setattr(device_eigh, "_WAYS", ways)
+        monkeypatch.setattr(device_eigh, "_CHOICES", {})
 
 
 @pytest.mark.usefixtures("small_problems")

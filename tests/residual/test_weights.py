@@ -388,7 +388,7 @@ import cases
 from lm_eval_coupling import residual
 from lm_eval_coupling.residual.arguments import OnePass
 from lm_eval_coupling.jacobians.certify import probe, pulled_back
-from lm_eval_coupling.jacobians.engine import LEVELS
+from lm_eval_coupling.jacobians.levels import LEVELS
 
 mode = FakeTensorMode()  # one for all: directions are made once and kept
 OnePass.indices = lambda self, key, device, make: make()  # constants are no fake ones, and no other device is really there
