@@ -215,14 +215,27 @@ def _add_sweep(commands: Any) -> None:
 
 def _add_measure(commands: Any) -> None:
     measure = commands.add_parser(
-        "measure", help="measure coupling of the prompts in a file, without any task"
+        "measure",
+        help="measure coupling of prompts in a file, or of an evaluation that is already there",
     )
     measure.add_argument("model", metavar="MODEL", help="transformers folder or name on the hub")
     measure.add_argument(
         "prompts",
+        nargs="?",
         type=Path,
         metavar="PROMPTS",
         help="text file of one prompt a line, or .jsonl file of one JSON value a line",
+    )
+    measure.add_argument(
+        "--samples",
+        type=Path,
+        metavar="RESULTS",
+        help="instead of PROMPTS: results of lm_eval --log_samples, of any backend",
+    )
+    measure.add_argument(
+        "--same-model",
+        action="store_true",
+        help="with --samples: measure even if the results name another model",
     )
     measure.add_argument("--out", type=Path, required=True, metavar="OUT", help=_OUT)
     measure.add_argument(
@@ -303,12 +316,21 @@ def _select(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from lm_eval_coupling.texts import measure_texts
-
+    if (options.prompts is None) == (options.samples is None):
+        raise CouplingError("expected either PROMPTS or --samples RESULTS, got both or neither")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     arguments = _select(options, "out", "model_args", "coupling", "device")
-    table, interrupted = measure_texts(options.model, options.prompts, **arguments)
+    if options.samples is not None:
+        from lm_eval_coupling.samples.measure import measure_samples
+
+        table, interrupted = measure_samples(
+            options.model, options.samples, same_model=options.same_model, **arguments
+        )
+    else:
+        from lm_eval_coupling.texts import measure_texts
+
+        table, interrupted = measure_texts(options.model, options.prompts, **arguments)
     print(table)
     return _INTERRUPTED if interrupted else 0
 

@@ -105,7 +105,10 @@ def _across(
     if found.models < 2:
         return {}, {}, ["One model only: nothing to compare across models."]
     main = found.main.name
-    correlated, fits = across_models.correlations(found, resamples=resamples), across_models.fits(found)
+    correlated, fits = (
+        across_models.correlations(found, resamples=resamples),
+        across_models.fits(found),
+    )
     compared, nested, families = (
         across_models.comparisons(found),
         across_models.nested(found),
@@ -161,7 +164,9 @@ def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], lis
         "documents": read,
         "auroc": within_models.auroc_table(aurocs),
         "logistic": across_models.table(logistics, "model", "task", "predictor", "given"),
-        "graded": across_models.table(within_models.graded(read, predictors), "model", "task", "predictor", "of"),
+        "graded": across_models.table(
+            within_models.graded(read, predictors), "model", "task", "predictor", "of"
+        ),
         "calibration": within_models.calibration(read, predictors[0]),
     }
     return tables, words.about_documents(aurocs, logistics, predictors[0])

@@ -255,13 +255,16 @@ class CouplingLM(HFLM):
         }
         return self.describe(run, list(requested.tasks), prompts)
 
-    def describe(self, run: Run, tasks: Sequence[str], prompts: Mapping[str, Any]) -> CouplingInfo:
+    def describe(
+        self, run: Run, tasks: Sequence[str], prompts: Mapping[str, Any], **further: Any
+    ) -> CouplingInfo:
         """Return what results and tables record of a run of this model.
 
         Args:
             run: the measured rows.
             tasks: names of the evaluated tasks.
             prompts: by task, what made its prompts.
+            **further: facts that only one kind of run has.
         """
         assert self.session is not None
         named = not isinstance(self.pretrained, str) or has_revisions(
@@ -273,4 +276,4 @@ class CouplingLM(HFLM):
             config=self.model.config,
         )
         options = self.coupling_options
-        return describe(run, self.session, options, model, tasks, prompts=dict(prompts))
+        return describe(run, self.session, options, model, tasks, prompts=dict(prompts), **further)

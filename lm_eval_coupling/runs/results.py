@@ -120,7 +120,12 @@ def with_logged_ids(
     return [replace(row, prompt=replace(row.prompt, doc_id=doc_id(row.prompt))) for row in rows]
 
 
-def save_run(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -> Path:
+def save_run(
+    results: dict[str, Any],
+    info: CouplingInfo | None,
+    folder: Path,
+    members: Mapping[str, Sequence[str]] | None = None,
+) -> Path:
     """Write results, samples and tables of a run that lm-eval's own tracker does not save.
 
     The files have lm-eval's names. Results come last: where they are, the run is complete.
@@ -129,6 +134,7 @@ def save_run(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -
         results: as `lm_eval.evaluate` returns them, with ``model_name`` and ``samples``.
         info: what was measured; None if the run only scores.
         folder: gets a folder of the model's name.
+        members: names of the leaf tasks of every group; none by default.
 
     Returns:
         The file of results.
@@ -141,7 +147,7 @@ def save_run(results: dict[str, Any], info: CouplingInfo | None, folder: Path) -
     sanitized = re.sub(r'["<>:/|\\?*\[\]]+', "__", results["model_name"])
     results = results | {"model_name_sanitized": sanitized, "date": now.timestamp()}
     if info is not None:
-        add_to_results(results, info, {})
+        add_to_results(results, info, members or {})
     samples = results.pop("samples")
     where = folder / sanitized
     try:

@@ -1,0 +1,207 @@
+"""Evaluations on disk: lm-eval's results file with the samples beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.runs.rows import DocumentKey
+
+logger = logging.getLogger("lm_eval.coupling")
+
+_REQUEST_TYPES = {
+    "multiple_choice": "loglikelihood",
+    "loglikelihood": "loglikelihood",
+    "loglikelihood_rolling": "loglikelihood_rolling",
+    "generate_until": "generate_until",
+}
+_RERUN = "run lm_eval 0.4.5 or later again with --log_samples"
+
+
+class LoggedRequest(NamedTuple):
+    """One request as lm-eval sent it.
+
+    ``args`` are the context, and the continuation or the generation arguments.
+    """
+
+    request_type: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class LoggedEvaluation:
+    """One evaluation by lm-eval: ``results`` as in its JSON, and ``samples`` by task.
+
+    A task with several filters has one sample per document and filter.
+    """
+
+    file: Path
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+    @cached_property
+    def members(self) -> dict[str, list[str]]:
+        """Leaf tasks of every group."""
+        groups = self._groups
+        return {name: _leaves(name, groups) for name in groups}
+
+    @cached_property
+    def roots(self) -> list[Any]:
+        """Requested groups as nested lists of names, and tasks outside of groups."""
+        groups = self._groups
+        inner = {member for members in groups.values() for member in members}
+        nested = [_nested(name, groups) for name in groups if name not in inner]
+        return nested + [task for task in self.samples if task not in inner]
+
+    @property
+    def _groups(self) -> dict[str, list[str]]:
+        listed = self.results.get("group_subtasks") or {}
+        return {name: list(members) for name, members in listed.items() if members}
+
+    def documents(self, task: str) -> dict[DocumentKey, dict[str, Any]]:
+        """Return one sample per document, whatever the number of filters."""
+        documents: dict[DocumentKey, dict[str, Any]] = {}
+        for sample in self.samples[task]:
+            key = DocumentKey(task, sample["doc_hash"], sample["prompt_hash"])
+            documents.setdefault(key, sample)
+        return documents
+
+    def requests(self, task: str, sample: Mapping[str, Any]) -> list[LoggedRequest]:
+        """Return the requests of one document in the order of their ``idx``.
+
+        Raises:
+            CouplingError: if the sample does not hold them, or holds images or audio.
+        """
+        output_type = self.results["configs"][task].get("output_type")
+        if output_type not in _REQUEST_TYPES:
+            raise CouplingError(
+                f"got output_type={output_type!r} for task {task} in {self.file}, "
+                f"expected one of {', '.join(_REQUEST_TYPES)}"
+            )
+        arguments = sample["arguments"]
+        requests = []
+        for number in range(len(arguments)):
+            given = arguments[f"gen_args_{number}"]
+            args = tuple(given[f"arg_{place}"] for place in range(len(given)))
+            if len(args) > 2:
+                raise CouplingError(
+                    f"got images or audio in the samples of task {task}, expected text alone"
+                )
+            requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args))
+        return requests
+
+
+def read_evaluation(path: Path) -> LoggedEvaluation:
+    """Read one evaluation with its samples.
+
+    Args:
+        path: lm-eval's results file, or a folder that holds one of them, at any depth.
+
+    Returns:
+        The results, with the whole lines of the samples; a cut line is named in a warning.
+
+    Raises:
+        CouplingError: if there is none or more than one, or if its samples cannot be measured.
+    """
+    file = _results_file(path)
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        tasks = list(results["configs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CouplingError(
+            f"got {file}, expected the results of lm-eval, with `configs` ({why(error)})"
+        ) from None
+    samples = {}
+    for task in tasks:
+        if (logged := _samples_file(file, task)) is None:
+            logger.warning("coupling: %s has no samples beside %s; it is left out", task, file)
+            continue
+        samples[task] = _read_samples(logged, task)
+        _compare_count(results, task, samples[task])
+    if not samples:
+        raise CouplingError(f"got {file} without samples_*.jsonl beside it; {_RERUN}")
+    return LoggedEvaluation(file, results, samples)
+
+
+def _results_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(path.rglob("results_*.json")) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise CouplingError(
+            f"got --samples {path}, expected a results_*.json of lm-eval or a folder with one"
+        )
+    named = ", ".join(file.relative_to(path).as_posix() for file in files[:3])
+    raise CouplingError(
+        f"got --samples {path} with {len(files)} evaluations ({named}, …), expected one; "
+        "give its results file"
+    )
+
+
+def _samples_file(results: Path, task: str) -> Path | None:
+    date = results.stem.removeprefix("results_")
+    exact = results.with_name(f"samples_{task}_{date}.jsonl")
+    if exact.is_file():
+        return exact
+    # Files that were renamed: take the samples if there is no doubt which they are.
+    others = list(results.parent.glob("results_*.json"))
+    dated = list(results.parent.glob(f"samples_{task}_20*.jsonl"))
+    return dated[0] if len(dated) == 1 and len(others) <= 1 else None
+
+
+def _read_samples(file: Path, task: str) -> list[dict[str, Any]]:
+    """Read the whole lines; a line that was cut off is named and left out."""
+    samples = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            logger.warning("coupling: line %d of %s is cut off and is left out", number, file)
+            continue
+        samples.append(_checked(sample, f"line {number} of {file}"))
+    if not samples:
+        raise CouplingError(f"got {file} without a whole line, expected the samples of {task}")
+    return samples
+
+
+def _checked(sample: Any, where: str) -> dict[str, Any]:
+    if not isinstance(sample, dict) or not {"doc_id", "doc_hash", "prompt_hash"} <= sample.keys():
+        raise CouplingError(f"got {where} without doc_hash and prompt_hash; {_RERUN}")
+    arguments = sample.get("arguments")
+    numbered = isinstance(arguments, dict) and all(
+        isinstance(arguments.get(f"gen_args_{number}"), dict) for number in range(len(arguments))
+    )
+    if not arguments or not numbered:
+        raise CouplingError(f"got {where} without the requests of lm-eval (`arguments`); {_RERUN}")
+    return sample
+
+
+def _compare_count(
+    results: Mapping[str, Any], task: str, samples: Sequence[Mapping[str, Any]]
+) -> None:
+    evaluated = ((results.get("n-samples") or {}).get(task) or {}).get("effective")
+    logged = len({sample["doc_id"] for sample in samples})
+    if evaluated is not None and logged != evaluated:
+        logger.warning(
+            "coupling: %d of %d documents of %s are among the samples", logged, evaluated, task
+        )
+
+
+def _nested(name: str, groups: Mapping[str, Sequence[str]]) -> Any:
+    return [_nested(member, groups) for member in groups[name]] if name in groups else name
+
+
+def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    if name not in groups:
+        return [name]
+    return list(dict.fromkeys(leaf for member in groups[name] for leaf in _leaves(member, groups)))

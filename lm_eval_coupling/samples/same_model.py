@@ -1,0 +1,65 @@
+"""Whether the model at hand is the one that was evaluated, as far as the results tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lm_eval.utils import hash_string
+
+from lm_eval_coupling.saved.prompting import model_arguments
+
+
+def differences(lm: Any, results: Mapping[str, Any]) -> list[str]:
+    """Name what differs between a loaded model and the results of an evaluation.
+
+    Only what both sides know is compared: backends other than ``hf`` record little.
+
+    Args:
+        lm: a `CouplingLM`.
+        results: lm-eval's results.
+
+    Returns:
+        One phrase per difference, such as ``dtype (evaluated bfloat16, loaded float32)``.
+    """
+    return [
+        f"{name} (evaluated {evaluated}, loaded {loaded})"
+        for name, evaluated, loaded in _facts(lm, results)
+        if evaluated is not None and loaded is not None and evaluated != loaded
+    ]
+
+
+def _facts(lm: Any, results: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, value of the evaluation and value of the model; None where it is not known."""
+    config = results.get("config") or {}
+    arguments = model_arguments(results)
+    evaluated = arguments.get("pretrained") or arguments.get("model") or results.get("model_name")
+    yield "name", _last_part(evaluated), _last_part(lm.pretrained)
+    yield "revision", config.get("model_revision"), lm.revision
+    dtype = config.get("model_dtype")
+    yield "dtype", dtype and str(dtype).removeprefix("torch."), _dtype(lm)
+    yield (
+        "parameters",
+        config.get("model_num_parameters"),
+        lm.get_model_info().get("model_num_parameters"),
+    )
+    yield "maximum length", _whole(results.get("max_length")), lm.max_length
+    bos = arguments.get("add_bos_token")
+    yield "add_bos_token", None if bos is None else str(bos), str(lm.add_bos_token)
+    if template := results.get("chat_template"):
+        own = lm.chat_template(True) if lm.tokenizer.chat_template else ""
+        yield "chat template", hash_string(template)[:8], hash_string(own)[:8]
+    yield "token after which generation ends", results.get("eot_token_id"), lm.eot_token_id
+
+
+def _last_part(name: Any) -> str | None:
+    return PurePath(str(name)).name.lower() if isinstance(name, str) and name else None
+
+
+def _dtype(lm: Any) -> str:
+    return str(lm.model.dtype).removeprefix("torch.")
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

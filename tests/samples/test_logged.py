@@ -1,0 +1,109 @@
+"""Unusable logged evaluations are refused in one sentence; cut ones are read as far as they go."""
+
+import json
+import logging
+
+import pytest
+
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.samples.logged import read_evaluation
+
+SAMPLE = {
+    "doc_id": 0,
+    "doc_hash": "a",
+    "prompt_hash": "b",
+    "arguments": {"gen_args_0": {"arg_0": "Question:", "arg_1": " yes"}},
+}
+
+
+def save(folder, *samples, results=None, date="2026-01-01T00-00-00.0", task="t"):
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "configs": {task: {"output_type": "multiple_choice"}},
+        "n-samples": {task: {"effective": 1}},
+    }
+    (folder / f"results_{date}.json").write_text(json.dumps(about if results is None else results))
+    if samples:
+        lines = [sample if isinstance(sample, str) else json.dumps(sample) for sample in samples]
+        (folder / f"samples_{task}_{date}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def without(name):
+    return {key: value for key, value in SAMPLE.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (without("arguments"), "line 1 of .* without the requests of lm-eval .*--log_samples"),
+        (SAMPLE | {"arguments": [["Question:", " yes"]]}, "without the requests of lm-eval"),
+        (SAMPLE | {"arguments": {}}, "without the requests of lm-eval"),
+        (without("doc_hash"), "line 1 of .* without doc_hash and prompt_hash"),
+        ("3", "line 1 of .* without doc_hash and prompt_hash"),
+        ("{cut", "without a whole line, expected the samples of t"),
+    ],
+)
+def test_unusable_samples_are_refused(tmp_path, sample, message):
+    with pytest.raises(CouplingError, match=message):
+        read_evaluation(save(tmp_path, sample))
+
+
+def test_a_cut_line_is_named_and_the_others_are_read(tmp_path, caplog):
+    folder = save(tmp_path, SAMPLE, '{"doc_id": 1, "doc_ha')
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        evaluation = read_evaluation(folder)
+    assert "line 2 of" in caplog.text and "cut off" in caplog.text
+    assert [sample["doc_id"] for sample in evaluation.samples["t"]] == [0]
+
+
+def test_missing_documents_are_counted(tmp_path, caplog):
+    about = {"configs": {"t": {}}, "n-samples": {"t": {"effective": 7}}}
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        read_evaluation(save(tmp_path, SAMPLE, results=about))
+    assert "1 of 7 documents of t are among the samples" in caplog.text
+
+
+@pytest.mark.parametrize("results", [{}, [], {"configs": None}, 3])
+def test_other_files_are_no_results(tmp_path, results):
+    with pytest.raises(CouplingError, match="expected the results of lm-eval"):
+        read_evaluation(save(tmp_path, SAMPLE, results=results))
+
+
+def test_a_folder_without_or_with_several_evaluations_is_refused(tmp_path):
+    with pytest.raises(CouplingError, match="expected a results_"):
+        read_evaluation(tmp_path / "nowhere")
+    save(tmp_path / "one", SAMPLE)
+    save(tmp_path / "two", SAMPLE)
+    with pytest.raises(CouplingError, match="with 2 evaluations .* give its results file"):
+        read_evaluation(tmp_path)
+
+
+def test_results_without_samples_are_refused(tmp_path):
+    with pytest.raises(CouplingError, match="without samples_.*--log_samples"):
+        read_evaluation(save(tmp_path))
+
+
+def test_images_and_other_output_types_are_refused(tmp_path):
+    picture = {"gen_args_0": {"arg_0": "Q", "arg_1": {}, "arg_2": {"visual": []}}}
+    evaluation = read_evaluation(save(tmp_path / "a", SAMPLE | {"arguments": picture}))
+    with pytest.raises(CouplingError, match="images or audio"):
+        evaluation.requests("t", evaluation.samples["t"][0])
+    evaluation = read_evaluation(save(tmp_path / "b", SAMPLE, results={"configs": {"t": {}}}))
+    with pytest.raises(CouplingError, match="output_type=None for task t"):
+        evaluation.requests("t", evaluation.samples["t"][0])
+
+
+def test_one_document_with_several_filters_is_one(tmp_path):
+    folder = save(tmp_path, SAMPLE | {"filter": "strict"}, SAMPLE | {"filter": "flexible"})
+    assert len(read_evaluation(folder).documents("t")) == 1
+
+
+def test_groups_are_nested_as_they_were_requested(tmp_path):
+    about = {
+        "configs": {"t": {"output_type": "multiple_choice"}},
+        "group_subtasks": {"outer": ["inner", "t"], "inner": ["t"], "t": []},
+    }
+    evaluation = read_evaluation(save(tmp_path, SAMPLE, results=about))
+    assert evaluation.roots == [[["t"], "t"]]
+    assert evaluation.members == {"outer": ["t"], "inner": ["t"]}
