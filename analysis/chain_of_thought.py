@@ -1,4 +1,4 @@
-r"""Does "Let's think step by step." change coupling? The same documents in two tasks, paired (zero-shot chain of thought).
+r"""Does "Let's think step by step." change coupling? Pair the same documents of two tasks.
 
 lm_eval --model coupling-hf … --tasks gsm8k,gsm8k_cot_zeroshot --num_fewshot 0 --output_path OUT
 python analysis/chain_of_thought.py OUT --first gsm8k --second gsm8k_cot_zeroshot --out figures
@@ -7,46 +7,43 @@ python analysis/chain_of_thought.py OUT --first gsm8k --second gsm8k_cot_zerosho
 from __future__ import annotations
 
 import command
-from coupling_analysis import by_document
-from coupling_analysis import study_tables as tables
-from coupling_analysis.missing_documents import alone, left_out
+from coupling_analysis import by_document, study_tables
+from coupling_analysis.missing_documents import describe_missing, describe_unpaired
 from coupling_analysis.study_figures import paired_differences
 
 from lm_eval_coupling.measures.registry import readings
 
+REGULARITY = ["line_shape_score", "expodistance"]
+
 
 def main(argv=None):
-    parser = command.arguments(__doc__)
-    parser.add_argument(
-        "--first", default="gsm8k", metavar="T", help="task without it (%(default)s)"
-    )
-    parser.add_argument(
-        "--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)"
-    )
+    parser = command.build_parser(__doc__)
+    add = parser.add_argument
+    add("--first", default="gsm8k", metavar="T", help="task without it (%(default)s)")
+    add("--second", default="gsm8k_cot_zeroshot", metavar="T", help="task with it (%(default)s)")
     options = parser.parse_args(argv)
     names = options.first, options.second
-    regularity = ["line_shape_score", "expodistance"]
-    records = tables.read(options.runs, names, measures=["coupling", *regularity])
-    rank = tables.choose_rank(records, options.rank)
-    whole = ["coupling", *tables.recorded(records, regularity)]
-    values = tables.long(records, [*whole, "layer_coupling"], rank)
-    pairs = by_document.paired(values, *names)
-    means = tables.named(by_document.mean_differences(pairs), rank)
-    pairs = tables.named(pairs, rank)
+    records = study_tables.read(options.runs, names, measures=["coupling", *REGULARITY])
+    rank = study_tables.choose_rank(records, options.rank)
+    measures = ["coupling", *study_tables.recorded_measures(records, REGULARITY)]
+    values = study_tables.long(records, [*measures, "layer_coupling"], rank)
+    pairs = by_document.pair_documents(values, *names)
+    means = study_tables.named(by_document.mean_differences(pairs), rank)
+    pairs = study_tables.named(pairs, rank)
+    coupling = readings()["coupling"]
     figure = paired_differences(
-        pairs[pairs["measure"].isin(whole)],
+        pairs[pairs["measure"].isin(measures)],
         means[means["measure"] == "layer_coupling"],
         names=names,
-        chance={readings()["coupling"].label: readings()["coupling"].chance_at(rank)},
+        chance={coupling.label: coupling.chance_at(rank)},
         title=f"The same documents in {names[0]} and {names[1]}, K = {rank}",
     )
-    name = command.of_tasks("chain_of_thought", records, names)
-    command.save(
-        options.out, name, figure, means, [*left_out(records, whole), *alone(values, *names)]
-    )
+    name = command.name_study("chain_of_thought", records, names)
+    notes = [*describe_missing(records, measures), *describe_unpaired(values, *names)]
+    command.save(options.out, name, figure, means, notes)
     command.save_table(options.out, f"{name}_documents", pairs)
     columns = ["line", "weights", "measure", "difference", "low", "high", "positive", "n"]
-    print(means.loc[means["measure"].isin(whole), columns].to_string(index=False))
+    print(means.loc[means["measure"].isin(measures), columns].to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts in ``analysis/`` have in common: their arguments, their files, and mistakes told in one sentence."""
+"""Command line, files and errors that the scripts in ``analysis/`` share."""
 
 from __future__ import annotations
 
@@ -11,72 +11,63 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError, why
-from lm_eval_coupling.figures.canvas import caption
+from lm_eval_coupling.figures.canvas import add_caption
 from lm_eval_coupling.saved.tables import safe_name
 
-_NAMED = 3  # tasks; the names of more are no name of a file
+_MOST_TASKS = 3  # that a file name lists
 
 
-def arguments(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
-    """A parser with ``--out``, and with what chooses saved records: folders, ``--tasks``, ``--rank``."""
+def build_parser(doc: str, *, runs: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with ``--out`` and, for scripts that read runs, folders, tasks and rank."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
     if runs:
-        parser.add_argument(
-            "runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote"
-        )
-        parser.add_argument(
-            "--tasks", nargs="+", metavar="T", help="these tasks only; all by default"
-        )
-        parser.add_argument(
-            "--rank",
-            type=int,
-            metavar="K",
-            help="number of singular vectors (default: 10 if measured)",
-        )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("figures"),
-        metavar="DIR",
-        help="folder of what is made (%(default)s)",
-    )
+        add("runs", type=Path, nargs="+", metavar="OUT", help="folders that lm-eval wrote")
+        add("--tasks", nargs="+", metavar="T", help="these tasks only (default: all)")
+        help_rank = "number of singular vectors (default: 10 if measured)"
+        add("--rank", type=int, metavar="K", help=help_rank)
+    help_out = "folder of the tables and pictures (%(default)s)"
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help=help_out)
     return parser
 
 
-def of_tasks(study: str, records: pd.DataFrame, asked: Sequence[str] | None = None) -> str:
-    """Name of a study's files: with its task, or with those asked for; plainly ``study`` of all there are."""
+def name_study(study: str, records: pd.DataFrame, requested: Sequence[str] | None = None) -> str:
+    """Name a study's files: with its one task, or with the tasks asked for, else just ``study``."""
     tasks = list(dict.fromkeys(records["task"]))
-    if len(tasks) > 1 and not asked:
+    if len(tasks) > 1 and not requested:
         return study
-    told = "+".join(map(safe_name, tasks)) if len(tasks) <= _NAMED else f"{len(tasks)}_tasks"
-    return f"{study}_{told}"
+    many = len(tasks) > _MOST_TASKS
+    return f"{study}_{f'{len(tasks)}_tasks' if many else '+'.join(map(safe_name, tasks))}"
 
 
 def save(
-    folder: Path, name: str, figure: Figure, rows: pd.DataFrame, left_out: Sequence[str] = ()
+    folder: Path, name: str, figure: Figure, rows: pd.DataFrame, notes: Sequence[str] = ()
 ) -> None:
-    """Write ``name.csv``, ``name.png`` and ``name.svg``: the numbers, and the picture made of them.
+    """Write a picture and its numbers as ``name.csv``, ``name.png`` and ``name.svg``.
 
     Args:
-        folder: where to; made if missing.
-        name: of the files, without a suffix.
+        folder: made if missing.
+        name: file name without a suffix.
         figure: the picture.
         rows: its numbers.
-        left_out: sentences that say which documents are not in it; they stand below the title.
+        notes: sentences below the title, such as which documents are missing; also printed.
 
     Raises:
         CouplingError: if the folder cannot be written.
     """
-    caption(figure, left_out)
-    for sentence in left_out:
+    add_caption(figure, notes)
+    for sentence in notes:
         print(f"{name}: {sentence}")
     save_table(folder, name, rows)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for every format again
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{suffix}")
+    figure.set_layout_engine("none")  # laid out once, not again for every format
+    try:
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"{name}.{suffix}")
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
     print(f"{folder / name}.png and .svg")
 
 
@@ -90,14 +81,18 @@ def save_table(folder: Path, name: str, rows: pd.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows.to_csv(folder / f"{name}.csv", index=False)
     except OSError as error:
-        raise CouplingError(
-            f"got {folder}, which cannot be written ({why(error)}); choose another with --out"
-        ) from None
+        raise _cannot_write(folder, error) from None
     print(f"{folder / name}.csv: {len(rows)} rows")
 
 
+def _cannot_write(folder: Path, error: OSError) -> CouplingError:
+    return CouplingError(
+        f"got {folder}, which cannot be written ({why(error)}); choose another with --out"
+    )
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Call a script's ``main`` with the words of the command line; a mistake is one sentence and the exit code 2."""
+    """Call a script's ``main``; a :class:`CouplingError` is one line on stderr and exit code 2."""
     try:
         main(None)
     except CouplingError as error:

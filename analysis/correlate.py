@@ -1,8 +1,8 @@
-"""Does coupling predict the score? The regression of the paper (fig. 7, table 4, fig. 36) for saved runs of many models.
+"""Does coupling predict the score? The paper's regression for saved runs (figs. 7 and 36, table 4).
 
-    python analysis/correlate.py RESULTS [RESULTS …] --x coupling@10 --score acc --facts FACTS.csv --out OUT
+    python analysis/correlate.py RESULTS --x coupling@10 --score acc --facts FACTS.csv --out OUT
 
-The same as ``lm-eval-coupling fit``, as a script to start from: what it reads, computes and writes stands below.
+Does the same as ``lm-eval-coupling fit``, as a script to start from.
 """
 
 from __future__ import annotations
@@ -16,39 +16,30 @@ from lm_eval_coupling.fit.findings import fit_runs
 
 
 def main(argv=None):
-    parser = command.arguments(__doc__, runs=False)
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="OUT",
-        help="folders that lm-eval wrote, searched recursively",
-    )
-    parser.add_argument("--score", metavar="METRIC", help="a metric of lm-eval such as acc_norm")
-    parser.add_argument(
-        "--x", nargs="+", metavar="PREDICTOR", help="predictors, the one in question first"
-    )
-    parser.add_argument("--tasks", nargs="+", metavar="T", help="these tasks only; all by default")
-    parser.add_argument(
-        "--facts",
-        type=Path,
-        metavar="CSV",
-        help="a column model, and family, tuned, training_tokens, …",
-    )
+    parser = command.build_parser(__doc__, runs=False)
+    add = parser.add_argument
+    help_runs = "folders that lm-eval wrote, searched recursively"
+    add("runs", type=Path, nargs="+", metavar="OUT", help=help_runs)
+    add("--score", metavar="METRIC", help="a metric of lm-eval such as acc_norm")
+    add("--x", nargs="+", metavar="PREDICTOR", help="predictors, the main one first")
+    add("--tasks", nargs="+", metavar="T", help="these tasks only (default: all)")
+    help_facts = "a column model, and family, tuned, training_tokens, …"
+    add("--facts", type=Path, metavar="CSV", help=help_facts)
     options = parser.parse_args(argv)
 
-    found = fit_runs(
+    findings = fit_runs(
         options.runs, score=options.score, x=options.x, tasks=options.tasks, facts=options.facts
     )
-    output.show(found)
-    output.save(found, options.out)
+    output.show(findings)
+    output.save(findings, options.out)
 
-    # Every number is in a table, for questions of your own:
-    pearson = found.tables["correlations"].query("method == 'pearson'") if found.fits else None
-    if pearson is not None:
+    # Every number is in a table, ready for further questions:
+    if findings.fits:
+        pearson = findings.tables["correlations"].query("method == 'pearson'")
         strongest = pearson.loc[pearson["coefficient"].abs().idxmax()]
         print(
-            f"Strongest of {len(pearson)} correlations, hence by chance too: {strongest.predictor} with {strongest.score}"
+            f"Strongest of {len(pearson)} correlations, hence by chance too: "
+            f"{strongest.predictor} with {strongest.score}"
         )
 
 

@@ -1,49 +1,45 @@
-r"""How much does each token of the context move the measured one, layer by layer? Norms of J between the two.
+r"""How much does each token of the context move the measured one, layer by layer?
 
     python analysis/influence.py OUT [OUT …] --last 16 --out figures
 
-The runs must have measured spectra (coupling_measures=depth+regularity+spectra).
+Draws norms of the Jacobian between the two tokens. The runs must have measured spectra
+(coupling_measures=depth+regularity+spectra).
 """
 
 from __future__ import annotations
 
 import command
-from coupling_analysis import spectra_by_layer as singular_values
-from coupling_analysis import study_tables as tables
-from coupling_analysis.matrix_figures import influence as draw
-from coupling_analysis.missing_documents import left_out, too_short
+from coupling_analysis import study_tables
+from coupling_analysis.matrix_figures import influence_heatmaps
+from coupling_analysis.missing_documents import describe_missing, describe_too_short
+from coupling_analysis.spectra_by_layer import influence_rows
+
+NORMS = ["frobenius_norms", "spectral_norms"]
 
 
 def main(argv=None):
-    parser = command.arguments(__doc__)
-    parser.add_argument(
-        "--last",
-        type=int,
-        default=16,
-        metavar="N",
-        help="tokens up to the measured one (%(default)s)",
-    )
-    parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
+    parser = command.build_parser(__doc__)
+    add = parser.add_argument
+    help_last = "tokens up to the measured one (%(default)s)"
+    add("--last", type=int, default=16, metavar="N", help=help_last)
+    add("--norm", choices=("frobenius", "spectral"), default="frobenius")
     options = parser.parse_args(argv)
-    records = tables.read(
-        options.runs, options.tasks, columns=["frobenius_norms", "spectral_norms"]
-    )
-    values = singular_values.influence(records, options.last)
-    rows = tables.summary(
-        values.rename(columns={options.norm: "value"}), [*tables.RUN, "depth", "token"]
-    )
-    names = list(dict.fromkeys(rows["token"]))
+    records = study_tables.read(options.runs, options.tasks, columns=NORMS)
+    values = influence_rows(records, options.last).rename(columns={options.norm: "value"})
+    rows = study_tables.summarize(values, [*study_tables.RUN, "depth", "token"])
+    tokens = list(dict.fromkeys(rows["token"]))
     panels = {
-        f"{tables.label(*run)} (n = {of['n'].max()})": of.pivot(
+        f"{study_tables.label_run(*run)} (n = {of['n'].max()})": of.pivot(
             index="depth", columns="token", values="median"
-        )[names].to_numpy()
-        for run, of in rows.groupby(tables.RUN, sort=False)
+        )[tokens].to_numpy()
+        for run, of in rows.groupby(study_tables.RUN, sort=False)
     }
+    label = f"{options.norm} norm of the Jacobian"
     title = "From input token to the measured one: median over documents"
-    figure = draw(panels, tokens=names, label=f"{options.norm} norm of the Jacobian", title=title)
-    name = command.of_tasks("influence", values, options.tasks)
-    missing = left_out(records, columns=["frobenius_norms", "spectral_norms"])
-    command.save(options.out, name, figure, rows, [*missing, *too_short(records, options.last)])
+    figure = influence_heatmaps(panels, tokens=tokens, label=label, title=title)
+    name = command.name_study("influence", values, options.tasks)
+    notes = describe_missing(records, columns=NORMS) + describe_too_short(records, options.last)
+    command.save(options.out, name, figure, rows, notes)
 
 
 if __name__ == "__main__":

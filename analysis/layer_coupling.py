@@ -1,4 +1,4 @@
-r"""How strongly is each layer coupled to the others? Median over documents with quartiles, beside chance (paper, fig. 15).
+r"""How strongly is each layer coupled to the others? Medians and quartiles (paper, fig. 15).
 
 python analysis/layer_coupling.py OUT [OUT …] --tasks gsm8k --out figures
 """
@@ -6,31 +6,28 @@ python analysis/layer_coupling.py OUT [OUT …] --tasks gsm8k --out figures
 from __future__ import annotations
 
 import command
-from coupling_analysis import study_tables as tables
+from coupling_analysis import study_tables
 from coupling_analysis.line_figures import curves
-from coupling_analysis.missing_documents import left_out
+from coupling_analysis.missing_documents import describe_missing
 
-from lm_eval_coupling.measures.registry import readings
+MEASURES = ["layer_coupling", "layer_coupling_as_basis"]
 
 
 def main(argv=None):
-    options = command.arguments(__doc__).parse_args(argv)
-    measures = ["layer_coupling", "layer_coupling_as_basis"]
-    records = tables.read(options.runs, options.tasks, measures=measures)
-    rank = tables.choose_rank(records, options.rank)
-    values = tables.long(records, measures, rank)
-    rows = tables.named(tables.quartiles(values, tables.RUN), rank)
+    options = command.build_parser(__doc__).parse_args(argv)
+    records = study_tables.read(options.runs, options.tasks, measures=MEASURES)
+    rank = study_tables.choose_rank(records, options.rank)
+    rows = study_tables.quartile_rows(records, MEASURES, rank)
     title = f"Coupling of each layer, K = {rank}: median and quartiles over documents"
-    name = command.of_tasks("layer_coupling", records, options.tasks)
-    command.save(
-        options.out, name, curves(rows, columns=2, title=title), rows, left_out(records, measures)
-    )
-    known = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
-    for line, of in known.groupby(["line", "weights"], sort=False):
+    figure = curves(rows, columns=2, title=title, share_y=True)
+    name = command.name_study("layer_coupling", records, options.tasks)
+    command.save(options.out, name, figure, rows, describe_missing(records, MEASURES))
+    defined = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
+    for line, of in defined.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]
-        chance = readings()["layer_coupling"].chance_at(rank)
         print(
-            f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, {best['median']:.3f} (chance {chance:.3f})"
+            f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, "
+            f"{best['median']:.3f} (chance {best['chance']:.3f})"
         )
 
 

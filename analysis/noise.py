@@ -2,17 +2,18 @@ r"""How robust are trajectories and coupling to noise on the input embeddings? (
 
     python analysis/noise.py MODEL OUT --prompts 20 --levels 0 0.03 0.1 0.3 1 --out figures
 
-OUT holds saved records: the prompts of this model among them are measured again, with noise added to the input of the first
-block.
+Prompts of this model among the saved records in OUT are measured again, with noise added to the
+input of the first block.
 """
 
 from __future__ import annotations
 
+import math
+
 import command
-from coupling_analysis import prompt_matrices as matrices
-from coupling_analysis import study_tables as tables
+from coupling_analysis import prompt_matrices, study_tables
 from coupling_analysis.noise_robustness import LEVELS, noise_robustness
-from coupling_analysis.study_figures import noise
+from coupling_analysis.study_figures import noise_curves
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 
@@ -21,53 +22,40 @@ PANELS = {
     "cosine_last": "cosine with the clean stream, last block",
     "coupling": "coupling",
 }
+PRINTED = ["measure", "level", "median", "q25", "q75", "n"]
 
 
 def main(argv=None):
-    parser = command.arguments(__doc__, runs=False)
-    parser.add_argument("model", metavar="MODEL", help="folder or name for transformers")
-    parser.add_argument(
-        "runs", nargs="+", metavar="OUT", help="folders that lm-eval wrote, for their prompts"
-    )
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=20,
-        metavar="N",
-        help="the first so many distinct ones (%(default)s)",
-    )
-    parser.add_argument(
-        "--levels",
-        type=float,
-        nargs="+",
-        default=LEVELS,
-        metavar="X",
-        help="over the embeddings' norm",
-    )
-    parser.add_argument(
-        "--rank", type=int, default=10, metavar="K", help="number of singular vectors (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser = command.build_parser(__doc__, runs=False)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or name for transformers")
+    add("runs", nargs="+", metavar="OUT", help="folders that lm-eval wrote, for their prompts")
+    add("--prompts", type=int, default=20, metavar="N", help="the first N distinct prompts (20)")
+    help_levels = "norms of the noise, relative to the embeddings'"
+    add("--levels", type=float, nargs="+", default=LEVELS, metavar="X", help=help_levels)
+    add("--rank", type=int, default=10, metavar="K", help="number of singular vectors (10)")
+    add("--seed", type=int, default=0, help="seed of the noise (0)")
     options = parser.parse_args(argv)
-    records = tables.of_model(tables.read(options.runs, columns=["tokens"]), options.model)
-    name = records["model"].iloc[0]
+    every = study_tables.read(options.runs, columns=["tokens"])
+    records = study_tables.select_model(every, options.model)
+    model_name = records["model"].iloc[0]
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
-    model = matrices.load_model(options.model)
+    model = prompt_matrices.load_model(options.model)
     rows = noise_robustness(model, prompts, options.levels, rank=options.rank, seed=options.seed)
-    long = rows.melt(["prompt", "level"], list(PANELS), "measure")
-    found = tables.summary(long, ["measure", "level"])
-    found = found.assign(
-        panel=found["measure"].map(PANELS), line=f"{name}, K = {options.rank}", weights="trained"
+    values = rows.melt(["prompt", "level"], list(PANELS), "measure")
+    summary = study_tables.summarize(values, ["measure", "level"])
+    chances = {"coupling": chance_coupling(options.rank)}
+    summary = summary.assign(
+        panel=summary["measure"].map(PANELS),
+        chance=[chances.get(measure, math.nan) for measure in summary["measure"]],
+        line=f"{model_name}, K = {options.rank}",
+        weights="trained",
     )
-    found["chance"] = (
-        found["measure"]
-        .eq("coupling")
-        .map({True: chance_coupling(options.rank), False: float("nan")})
-    )
-    figure = noise(found, title=f"{name}: noise on the input embeddings of {len(prompts)} prompts")
+    title = f"{model_name}: noise on the input embeddings of {len(prompts)} prompts"
     drawn = records[records["tokens"].isin(prompts)]
-    command.save(options.out, command.of_tasks("noise", drawn), figure, rows)
-    print(found[["measure", "level", "median", "q25", "q75", "n"]].to_string(index=False))
+    name = command.name_study("noise", drawn)
+    command.save(options.out, name, noise_curves(summary, title=title), rows)
+    print(summary[PRINTED].to_string(index=False))
 
 
 if __name__ == "__main__":

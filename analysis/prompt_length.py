@@ -6,37 +6,36 @@ python analysis/prompt_length.py OUT [OUT …] --tasks gsm8k --out figures
 from __future__ import annotations
 
 import command
-from coupling_analysis import by_document
-from coupling_analysis import study_tables as tables
-from coupling_analysis.missing_documents import left_out
-from coupling_analysis.study_figures import against_number
+from coupling_analysis import by_document, study_tables
+from coupling_analysis.missing_documents import describe_missing
+from coupling_analysis.study_figures import document_scatter
+
+REGULARITY = ["line_shape_score", "expodistance"]
+PRINTED = ["line", "task", "measure", "coefficient", "low", "high", "p", "n"]
 
 
 def main(argv=None):
-    options = command.arguments(__doc__).parse_args(argv)
-    regularity = ["line_shape_score", "expodistance"]
-    records = tables.read(
-        options.runs, options.tasks, weights="trained", measures=["coupling", *regularity]
+    options = command.build_parser(__doc__).parse_args(argv)
+    records = study_tables.read(
+        options.runs, options.tasks, weights="trained", measures=["coupling", *REGULARITY]
     )
-    rank = tables.choose_rank(records, options.rank)
-    measures = ["coupling", *tables.recorded(records, regularity)]
-    rows = tables.named(tables.long(records, measures, rank), rank)
-    bins = tables.named(by_document.bins(rows, "n_tokens"), rank)
-    found = tables.named(by_document.correlations(rows, "n_tokens"), rank)
-    title = (
-        f"Documents by the length of their prompt, K = {rank}; large: medians and quartiles of bins"
+    rank = study_tables.choose_rank(records, options.rank)
+    measures = ["coupling", *study_tables.recorded_measures(records, REGULARITY)]
+    rows = study_tables.named(study_tables.long(records, measures, rank), rank)
+    bins = study_tables.named(by_document.bin_documents(rows, "n_tokens"), rank)
+    correlations = study_tables.named(by_document.correlations(rows, "n_tokens"), rank)
+    figure = document_scatter(
+        rows,
+        bins,
+        correlations,
+        x="n_tokens",
+        x_label="tokens of the prompt",
+        title=f"Documents by length of the prompt, K = {rank}; large: medians, quartiles of bins",
     )
-    figure = against_number(
-        rows, bins, found, x="n_tokens", x_label="tokens of the prompt", title=title
-    )
-    name = command.of_tasks("prompt_length", records, options.tasks)
-    command.save(options.out, name, figure, rows, left_out(records, measures))
-    command.save_table(options.out, f"{name}_correlations", found)
-    print(
-        found[["line", "task", "measure", "coefficient", "low", "high", "p", "n"]].to_string(
-            index=False
-        )
-    )
+    name = command.name_study("prompt_length", records, options.tasks)
+    command.save(options.out, name, figure, rows, describe_missing(records, measures))
+    command.save_table(options.out, f"{name}_correlations", correlations)
+    print(correlations[PRINTED].to_string(index=False))
 
 
 if __name__ == "__main__":

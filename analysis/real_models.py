@@ -1,13 +1,14 @@
-r"""What a few real models say: coupling and its rivals, task by task, trained and untrained, beside the score.
+r"""What do a few real models say? Coupling and its rivals beside the score, task by task.
 
     python analysis/real_models.py OUT [OUT …] --out analysis/results/real
-    python analysis/real_models.py analysis/results/real --out analysis/results/real    # of what is committed
+    python analysis/real_models.py analysis/results/real --out analysis/results/real
 
-Too few models are no sample: nothing is fitted here. documents.csv has every number of every document; a folder without
-tables is read from such a file. models.csv has, for every model, weights and task, the mean over documents of
-each number with its standard error, and the score of the trained weights. The tasks of a group (BLiMP's) count as one. The
-picture has a panel a task, each model a point; printed is in how many tasks the models stand in the same order by a number
-as by the score.
+A few models are no sample: nothing is fitted here. documents.csv has every number of every
+document; a folder without tables is read from its documents.csv. models.csv has the mean over
+documents of each number by model, weights and task, with its standard error, and the score of the
+trained weights. The tasks of a group, such as BLiMP's, count as one. The picture has a panel per
+task and a point per model. Printed is the number of tasks that order the models in the same way by
+a number as by the score.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import command
 import pandas as pd
-from coupling_analysis import study_tables as tables
+from coupling_analysis import study_tables
 from matplotlib.figure import Figure
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import grid, legend_outside
-from lm_eval_coupling.figures.palette import CATEGORIES
+from lm_eval_coupling.figures.canvas import add_legend, label_y_axis, make_grid
+from lm_eval_coupling.figures.palette import assign_colors
 from lm_eval_coupling.statistics import correlation
 
 NUMBERS = (
@@ -40,166 +41,161 @@ NUMBERS = (
     "mean_linearity",
     "last_state_effective_rank_centred",
 )
-SCORES = ("acc_norm,none", "acc,none")  # the first that a task has
-NAMES = [
-    "model",
-    "fingerprint",
-    "weights",
-    "task",
-    "leaf",
-    "doc_hash",
-]  # task: of a group's tasks the topmost group
-KEPT = "documents.csv"
+METRICS = ("acc_norm,none", "acc,none")  # a task is scored by the first that all models have
+KEYS = ["model", "fingerprint", "weights", "task", "leaf", "doc_hash"]  # leaf: a group's own task
+DOCUMENTS = "documents"
 
 
-def documents(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -> pd.DataFrame:
-    """One row per model, weights, task and document: its ``rank`` K, and every number.
+def read_documents(folders: Sequence[Path], runs: pd.DataFrame, rank: int | None) -> pd.DataFrame:
+    """Return one row per model, weights, task and document: its ``rank`` K, and every number.
 
     Raises:
         CouplingError: if the ranks differ, or one name has two models.
     """
     tabled = [folder for folder in folders if any(folder.rglob("*coupling_*.parquet"))]
-    kept = [folder / KEPT for folder in folders if folder not in tabled]
-    if lacking := [file for file in kept if not file.is_file()]:
+    files = [folder / f"{DOCUMENTS}.csv" for folder in folders if folder not in tabled]
+    if missing := [file for file in files if not file.is_file()]:
         raise CouplingError(
-            f"got {lacking[0].parent}, which has neither tables of coupling nor {KEPT}"
+            f"got {missing[0].parent}, which has neither tables of coupling nor {missing[0].name}"
         )
-    parts = [pd.read_csv(file, dtype=dict.fromkeys(NAMES, str)) for file in kept]
-    parts += [_of_tables(tabled, runs, asked)] if tabled else []
-    found = pd.concat(parts, ignore_index=True).drop_duplicates(NAMES, keep="last")
-    if found["rank"].nunique() > 1 or asked not in (None, found["rank"].iloc[0]):
+    parts = [pd.read_csv(file, dtype=dict.fromkeys(KEYS, str)) for file in files]
+    parts += [_read_tables(tabled, runs, rank)] if tabled else []
+    documents = pd.concat(parts, ignore_index=True).drop_duplicates(KEYS, keep="last")
+    ranks = sorted(documents["rank"].unique())
+    if len(ranks) > 1 or rank not in (None, ranks[0]):
+        expected = f"one K = {rank}" if rank else "one K"
+        raise CouplingError(f"got numbers at K = {ranks}, expected {expected}")
+    fingerprints = documents.groupby("model")["fingerprint"].nunique()
+    if (fingerprints > 1).any():
         raise CouplingError(
-            f"got numbers at K = {sorted(found['rank'].unique())}, expected one K{f' = {asked}' if asked else ''}"
+            f"got two models of the name {fingerprints.idxmax()}, expected one; give folders of "
+            "one of them"
         )
-    several = found.groupby("model")["fingerprint"].nunique()
-    if (several > 1).any():
-        raise CouplingError(
-            f"got two models of the name {several.idxmax()}, expected one; give folders of one of them"
-        )
-    return found
+    return documents
 
 
-def _of_tables(folders: Sequence[Path], runs: pd.DataFrame, asked: int | None) -> pd.DataFrame:
-    records = tables.read(folders, measures=NUMBERS, columns=["fingerprint"])
-    rank = tables.choose_rank(records, asked)
-    values = tables.long(records, tables.recorded(records, NUMBERS), rank)
-    prints = records.drop_duplicates("model").set_index("model")["fingerprint"]
-    values = values.assign(fingerprint=values["model"].map(prints), leaf=values["task"])
-    above = {(row.fingerprint, row.task): row.group for row in runs.itertuples()}
-    values["task"] = [
-        _topmost(*key, above) for key in zip(values["fingerprint"], values["leaf"], strict=True)
-    ]
-    wide = values.pivot_table(
-        index=NAMES, columns="measure", values="value", sort=False
-    ).reset_index()
-    wide.insert(len(NAMES), "rank", rank)
+def _read_tables(folders: Sequence[Path], runs: pd.DataFrame, rank: int | None) -> pd.DataFrame:
+    records = study_tables.read(folders, measures=NUMBERS, columns=["fingerprint"])
+    rank = study_tables.choose_rank(records, rank)
+    measures = study_tables.recorded_measures(records, NUMBERS)
+    values = study_tables.long(records, measures, rank)
+    fingerprints = records.drop_duplicates("model").set_index("model")["fingerprint"]
+    values = values.assign(fingerprint=values["model"].map(fingerprints), leaf=values["task"])
+    groups = {(row.fingerprint, row.task): row.group for row in runs.itertuples()}
+    leaves = zip(values["fingerprint"], values["leaf"], strict=True)
+    values["task"] = [_topmost_group(*leaf, groups) for leaf in leaves]
+    wide = values.pivot_table(index=KEYS, columns="measure", values="value", sort=False)
+    wide = wide.reset_index()
+    wide.insert(len(KEYS), "rank", rank)
     return wide.round(6)
 
 
-def _topmost(fingerprint: str, task: str, above: Mapping[tuple[str, str], str]) -> str:
-    group = above.get((fingerprint, task))
-    return _topmost(fingerprint, group, above) if group else task
+def _topmost_group(fingerprint: str, task: str, groups: Mapping[tuple[str, str], str]) -> str:
+    group = groups.get((fingerprint, task))
+    return _topmost_group(fingerprint, group, groups) if group else task
 
 
-def scores(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """One row per model and task, of the models whose weights have ``names``: score, its standard error, and documents."""
-    found = runs[(runs["group"] == "") & runs["fingerprint"].isin(names)].copy()
-    found["model"] = found["fingerprint"].map(names)
-    rows = []
-    for row in found.sort_values("n_samples").to_dict("records"):
-        metric = next((name for name in SCORES if name in row and pd.notna(row[name])), None)
-        if metric:
-            error = row.get(metric.replace(",", "_stderr,"))
-            about = {
-                "model": row["model"],
-                "task": row["task"],
-                "weights": "trained",
-                "measure": metric,
-            }
-            rows.append(about | {"mean": row[metric], "stderr": error, "n": row["n_samples"]})
-    return pd.DataFrame(rows).drop_duplicates(["model", "task"], keep="last")  # of most documents
+def read_scores(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """Return one row per model and task: metric, score, standard error and documents.
+
+    Args:
+        runs: from :func:`load_runs`.
+        names: model names by fingerprint; other models are left out.
+    """
+    scored = runs[(runs["group"] == "") & runs["fingerprint"].isin(names)]
+    scored = scored.assign(model=scored["fingerprint"].map(names), weights="trained")
+    # Of several runs of a model, the one with most documents counts.
+    scored = scored.sort_values("n_samples").drop_duplicates(["model", "task"], keep="last")
+    parts = []
+    for _, of_task in scored.groupby("task", sort=False):
+        metrics = [name for name in METRICS if name in of_task and of_task[name].notna().any()]
+        shared = [name for name in metrics if of_task[name].notna().all()]
+        for metric in (shared or metrics)[:1]:
+            error = of_task.get(metric.replace(",", "_stderr,"))
+            parts.append(
+                of_task[["model", "task", "weights"]]
+                .assign(measure=metric, mean=of_task[metric], stderr=error, n=of_task["n_samples"])
+                .dropna(subset="mean")
+            )
+    return pd.concat(parts, ignore_index=True)
 
 
-def means(of_documents: pd.DataFrame) -> pd.DataFrame:
-    """Mean over documents of each number, by task and over all of them."""
-    numbers = [name for name in NUMBERS if name in of_documents]
-    values = of_documents.melt(NAMES, numbers, var_name="measure").dropna(subset="value")
+def mean_numbers(documents: pd.DataFrame) -> pd.DataFrame:
+    """Average each number over documents, by task and over all tasks."""
+    numbers = [name for name in NUMBERS if name in documents]
+    values = documents.melt(KEYS, numbers, var_name="measure").dropna(subset="value")
     by = ["model", "weights", "task", "measure"]
-    everything = tables.summary(values.assign(task="all"), by)
-    return pd.concat([tables.summary(values, by), everything])[[*by, "mean", "stderr", "n"]]
+    parts = [study_tables.summarize(of, by) for of in (values, values.assign(task="all"))]
+    return pd.concat(parts)[[*by, "mean", "stderr", "n"]]
 
 
-def same_order(found: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """For every number: tasks in which Spearman's correlation over the models with the score is positive, of how many."""
-    trained = found[(found["weights"] == "trained") & (found["task"] != "all")]
-    joined = trained.merge(
-        scored[["model", "task", "mean"]], on=["model", "task"], suffixes=("", "_score")
-    )
+def count_same_order(means: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Count, for each number, the tasks whose Spearman correlation with the score is positive."""
+    trained = means[(means["weights"] == "trained") & (means["task"] != "all")]
+    keys = ["model", "task"]
+    joined = trained.merge(scores[[*keys, "mean"]], on=keys, suffixes=("", "_score"))
     rows = []
     for name, of in joined.groupby("measure", sort=False):
-        each = [
+        coefficients = [
             correlation(of_task["mean"], of_task["mean_score"], method="spearman").coefficient
             for _, of_task in of.groupby("task")
             if len(of_task) > 2 and of_task["mean"].nunique() > 1
         ]
-        up = sum(r > 0 for r in each)
-        rows.append(
-            {"number": name, "models": of["model"].nunique(), "same_way": up, "tasks": len(each)}
-        )
+        counts = {"same_way": sum(r > 0 for r in coefficients), "tasks": len(coefficients)}
+        rows.append({"number": name, "models": of["model"].nunique()} | counts)
     return pd.DataFrame(rows)
 
 
-def picture(found: pd.DataFrame, scored: pd.DataFrame, rank: int) -> Figure:
-    """The score over coupling, a panel a task, with standard errors of both."""
-    trained = found[(found["weights"] == "trained") & (found["measure"] == "coupling")]
-    names = [task for task in dict.fromkeys(scored["task"]) if task in set(trained["task"])]
-    figure, axes = grid(
-        len(names), title=f"Score over coupling, K = {rank}, and their standard errors"
+def score_panels(means: pd.DataFrame, scores: pd.DataFrame, rank: int) -> Figure:
+    """Draw the score over coupling, a panel per task, with standard errors of both."""
+    trained = means[(means["weights"] == "trained") & (means["measure"] == "coupling")]
+    both = trained.merge(
+        scores.drop(columns="weights"), on=["model", "task"], suffixes=("", "_score")
     )
-    colour = dict(zip(dict.fromkeys(trained["model"]), CATEGORIES, strict=False))
-    for ax, task in zip(axes, names, strict=True):
-        both = trained[trained["task"] == task].merge(
-            scored[scored["task"] == task], on="model", suffixes=("", "_score")
-        )
-        for row in both.itertuples():
-            errors = {"xerr": row.stderr, "yerr": row.stderr_score}
+    tasks = [task for task in dict.fromkeys(scores["task"]) if task in set(both["task"])]
+    title = f"Score over coupling, K = {rank}, and their standard errors"
+    figure, axes = make_grid(len(tasks), title=title)
+    colors = assign_colors(trained["model"])
+    for ax, task in zip(axes, tasks, strict=True):
+        of_task = both[both["task"] == task]
+        for row in of_task.itertuples():
             ax.errorbar(
                 row.mean,
                 row.mean_score,
-                **errors,
+                xerr=row.stderr,
+                yerr=row.stderr_score,
                 fmt="o",
-                color=colour[row.model],
+                color=colors[row.model],
                 label=row.model,
                 markersize=4,
             )
         ax.set_title(task, fontsize="small")
         ax.set_xlabel("coupling", fontsize="small")
-        ax.set_ylabel("score", fontsize="small")
-    legend_outside(figure, axes)
+        label_y_axis(ax, of_task["measure_score"].iloc[0].partition(",")[0])
+    add_legend(figure, axes)
     return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read, average, save, and print what goes the way of the score."""
-    options = command.arguments(__doc__).parse_args(argv)
+    """Read, average, save, and print in how many tasks a number goes with the score."""
+    options = command.build_parser(__doc__).parse_args(argv)
     runs = load_runs(options.runs, mixed="keep")
-    everything = documents(options.runs, runs, options.rank)
-    scored = scores(runs, everything.set_index("fingerprint")["model"].to_dict())
-    if unknown := set(options.tasks or ()) - set(everything["task"]):
-        known = ", ".join(dict.fromkeys(everything["task"]))
-        raise CouplingError(f"got task {sorted(unknown)[0]}, expected some of {known}")
-    command.save_table(options.out, KEPT.removesuffix(".csv"), everything)
-    tasks = options.tasks or [*everything["task"].unique()]
-    each, scored = (rows[rows["task"].isin(tasks)] for rows in (everything, scored))
-    found, rank = means(each), int(each["rank"].iloc[0])
-    command.save(
-        options.out, "models", picture(found, scored, rank), pd.concat([found, scored]).round(6)
-    )
-    overall = found[found["task"] == "all"].pivot(
+    documents = read_documents(options.runs, runs, options.rank)
+    scores = read_scores(runs, documents.set_index("fingerprint")["model"].to_dict())
+    if unknown := set(options.tasks or ()) - set(documents["task"]):
+        listed = ", ".join(dict.fromkeys(documents["task"]))
+        raise CouplingError(f"got task {sorted(unknown)[0]}, expected some of {listed}")
+    command.save_table(options.out, DOCUMENTS, documents)
+    tasks = options.tasks or [*documents["task"].unique()]
+    documents, scores = (rows[rows["task"].isin(tasks)] for rows in (documents, scores))
+    means, rank = mean_numbers(documents), int(documents["rank"].iloc[0])
+    figure = score_panels(means, scores, rank)
+    command.save(options.out, "models", figure, pd.concat([means, scores]).round(6))
+    overall = means[means["task"] == "all"].pivot(
         index=["model", "weights"], columns="measure", values="mean"
     )
     print(overall[[name for name in NUMBERS if name in overall]].T.round(4).to_string())
-    print(same_order(found, scored).to_string(index=False))
+    print(count_same_order(means, scores).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,47 @@
-r"""How do singular values of the blocks scale with depth, and is 1/σ a straight line? (Paper, figs. 33 and 34.)
+r"""How do singular values of the blocks scale with depth, is 1/σ a line? (Paper, figs. 33 and 34.)
 
     python analysis/singular_values.py OUT [OUT …] --indices 1 3 10 30 --out figures
 
-Lines are fitted to the medians over documents; where the runs measured spectra, the table has the medians of the fits of
-single prompts, too.
+Lines are fitted to the medians over documents. Where the runs measured spectra, the table also has
+the medians of the fits of single prompts.
 """
 
 from __future__ import annotations
 
 import command
-from coupling_analysis import spectra_by_layer as singular_values
-from coupling_analysis import study_tables as tables
-from coupling_analysis.line_figures import singular_values as draw
-from coupling_analysis.missing_documents import left_out
+from coupling_analysis import study_tables
+from coupling_analysis.line_figures import singular_value_curves
+from coupling_analysis.missing_documents import describe_missing
+from coupling_analysis.spectra_by_layer import (
+    fit_inverses,
+    median_document_fits,
+    singular_value_rows,
+)
+
+COLUMNS = ["singular_values", "depth_slope", "depth_r2"]
 
 
 def main(argv=None):
-    parser = command.arguments(__doc__)
-    parser.add_argument(
-        "--indices",
-        type=int,
-        nargs="+",
-        metavar="k",
-        help="which ones, from 1 (default: 1 3 10 … measured)",
-    )
+    parser = command.build_parser(__doc__)
+    help_indices = "numbers k, from 1 (default: 1 3 10 30, as far as measured)"
+    parser.add_argument("--indices", type=int, nargs="+", metavar="k", help=help_indices)
     options = parser.parse_args(argv)
-    records = tables.read(
-        options.runs, options.tasks, columns=["singular_values", "depth_slope", "depth_r2"]
-    )
-    most = tables.common_ranks(records)[-1]
+    records = study_tables.read(options.runs, options.tasks, columns=COLUMNS)
+    most = study_tables.common_ranks(records)[-1]
     indices = options.indices or [k for k in (1, 3, 10, 30) if k <= most]
-    rows = tables.summary(
-        singular_values.singular_values(records, indices), [*tables.RUN, "k", "depth"]
-    )
-    fits = singular_values.inverse_fits(rows)
+    values = singular_value_rows(records, indices)
+    rows = study_tables.summarize(values, [*study_tables.RUN, "k", "depth"])
+    fits = fit_inverses(rows)
     if "depth_slope" in records and records["depth_slope"].notna().any():
-        fits = fits.merge(
-            singular_values.document_fits(records, indices), how="left"
-        )  # not every run measured spectra
-    rows, fits = tables.with_line(rows), tables.with_line(fits)
+        # A left join: not every run measured spectra.
+        fits = fits.merge(median_document_fits(records, indices), how="left")
+    rows, fits = study_tables.add_line_names(rows), study_tables.add_line_names(fits)
     title = "Singular values of the blocks with depth: median and quartiles over documents"
-    name = command.of_tasks("singular_values", records, options.tasks)
-    missing = left_out(records, columns=["singular_values"])
-    command.save(options.out, name, draw(rows, fits, title=title), rows.merge(fits), missing)
-    print(fits.drop(columns=[*tables.RUN[:2]]).to_string(index=False))
+    figure = singular_value_curves(rows, fits, title=title)
+    name = command.name_study("singular_values", records, options.tasks)
+    notes = describe_missing(records, columns=["singular_values"])
+    command.save(options.out, name, figure, rows.merge(fits), notes)
+    print(fits.drop(columns=["model", "revision"]).to_string(index=False))
 
 
 if __name__ == "__main__":

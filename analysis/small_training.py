@@ -1,14 +1,15 @@
-r"""One training from scratch, small enough for a single core: does coupling emerge while the loss falls?
+r"""Train one small model from scratch: does coupling emerge while the loss falls?
 
-    python analysis/small_training.py TEXT [TEXT …] --column page question --out TRAINING --run wikitext \
-        --limit 20 --coupling-limit 20 --output-path RESULTS
+    python analysis/small_training.py TEXT [TEXT …] --column page question --out TRAINING \\
+        --run wikitext --limit 20 --coupling-limit 20 --output-path RESULTS
     python analysis/checkpoints.py RESULTS
     lm-eval-coupling fit RESULTS
 
-A Llama and a byte-level BPE tokenizer learn from files of plain text, JSONL or Parquet. TRAINING/checkpoint-0, checkpoint-10
-and so on are ordinary transformers folders; training.csv beside them has the loss of every step on its batch before the
-update, and of every checkpoint on windows that were kept out. The same files, settings and threads give the same weights,
-also where a stopped training goes on from its last checkpoint; what exists is not trained or evaluated again.
+A Llama and a byte-level BPE tokenizer learn from plain text, JSONL or Parquet; a single core is
+enough. TRAINING/checkpoint-0, checkpoint-10 and so on are ordinary transformers folders.
+training.csv has the loss of every step on its batch before the update, and of every checkpoint on
+windows that were kept out. The same files, settings and threads give the same weights, also where a
+stopped training goes on from its last checkpoint. What exists is not trained or evaluated again.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ SIZES = {
     "windows": 8,
 }
 RECIPE = ("column", "steps", *SIZES, "rate", "seed")
-END = "<|endoftext|>"  # of every document; also the prefix token of the harness
+END = "<|endoftext|>"  # ends every document; also lm-eval's prefix token
 
 
 def documents(file: Path, columns: list[str]) -> list[str]:
-    """The rows of a table, each with its columns of text on lines of their own; or all of a plain text."""
+    """Read documents: a plain text, or a table's rows with each column of text on its own line."""
     try:
         if file.suffix not in (".parquet", ".jsonl"):
             return [file.read_text(encoding="utf-8")]
@@ -54,13 +55,15 @@ def documents(file: Path, columns: list[str]) -> list[str]:
         )
     except (OSError, ValueError) as error:
         raise CouplingError(
-            f"got {file}, expected plain text, .jsonl or .parquet that can be read: {why(error)}"
+            f"got {file}, expected readable plain text, .jsonl or .parquet: {why(error)}"
         ) from None
-    if not (found := [name for name in columns if name in rows]):
+    present = [name for name in columns if name in rows]
+    if not present:
         raise CouplingError(
-            f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with --column"
+            f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with "
+            "--column"
         )
-    return ["\n".join(map(str, row)) for row in rows[found].fillna("").itertuples(index=False)]
+    return ["\n".join(map(str, row)) for row in rows[present].fillna("").itertuples(index=False)]
 
 
 def learn_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -80,7 +83,7 @@ def learn_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
-    """All documents in one row of tokens, cut into windows of one context."""
+    """Join all documents to one row of tokens and cut it into windows: Int[window size]."""
     ids = [
         token
         for document in tokenizer(texts).input_ids
@@ -88,7 +91,8 @@ def cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, size: int) -> torc
     ]
     if (count := len(ids) // size) < 2:
         raise CouplingError(
-            f"got {len(ids)} tokens, expected two contexts of {size}; give more text or a smaller --context"
+            f"got {len(ids)} tokens, expected two contexts of {size}; give more text or a smaller "
+            "--context"
         )
     return torch.tensor(ids[: count * size]).view(count, size)
 
@@ -109,7 +113,7 @@ def fresh_model(
 
 
 def save(folder: Path, model, tokenizer, optimizer) -> None:
-    """Under its name once it is complete: a stopped training leaves no half of a checkpoint."""
+    """Save a checkpoint aside and rename it, so that a stopped training leaves no half of one."""
     unfinished = folder.with_name("unfinished")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
@@ -118,14 +122,15 @@ def save(folder: Path, model, tokenizer, optimizer) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Write the checkpoints that are not there."""
+    """Train and write the missing checkpoints."""
     recipe = {"texts": [str(file) for file in options.texts]} | {
         name: getattr(options, name) for name in RECIPE
     }
-    about = options.out / "training.json"
-    if about.exists() and json.loads(about.read_text()) != recipe:
+    recipe_file = options.out / "training.json"
+    if recipe_file.exists() and json.loads(recipe_file.read_text()) != recipe:
         raise CouplingError(
-            f"got {options.out}, a training of other texts or settings (see {about}); choose another --out"
+            f"got {options.out}, a training of other texts or settings (see {recipe_file}); choose "
+            "another --out"
         )
     folders = {step: options.out / f"checkpoint-{step}" for step in options.steps}
     done, last = [step for step, folder in folders.items() if folder.exists()], max(folders)
@@ -154,7 +159,7 @@ def train(options: argparse.Namespace) -> None:
         optimizer.load_state_dict(torch.load(folders[start] / "optimizer.pt"))
         rows = pd.read_csv(options.out / "training.csv").query("step < @start").to_dict("records")
     options.out.mkdir(parents=True, exist_ok=True)
-    about.write_text(json.dumps(recipe, indent=1) + "\n")
+    recipe_file.write_text(json.dumps(recipe, indent=1) + "\n")
     print(f"{model.num_parameters():,} parameters, {windows.numel():,} tokens of text", flush=True)
     for step in (
         progress := tqdm(range(start, last + 1), initial=start, total=last + 1, unit="step")
@@ -176,10 +181,9 @@ def train(options: argparse.Namespace) -> None:
                 save(folders[step], model, tokenizer, optimizer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        falling = (
-            1 + math.cos(math.pi * step / last)
-        ) / 2  # after a warm-up over a twentieth of the steps
-        optimizer.param_groups[0]["lr"] = options.rate * min(1.0, 20 * (step + 1) / last) * falling
+        warm_up = min(1.0, 20 * (step + 1) / last)
+        cosine = (1 + math.cos(math.pi * step / last)) / 2
+        optimizer.param_groups[0]["lr"] = options.rate * warm_up * cosine
         optimizer.step()
         optimizer.zero_grad()
 
@@ -188,43 +192,22 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet"
-    )
-    parser.add_argument(
-        "--column",
-        nargs="+",
-        default=["text"],
-        metavar="NAME",
-        help="of tables; of each those that it has",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="TRAINING", help="folder of the checkpoints"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=[0, 10, 30, 100, 300, 1000],
-        metavar="N",
-        help="to save",
-    )
+    add = parser.add_argument
+    add("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
+    help_column = "columns of text; a table without some of them gives the others"
+    add("--column", nargs="+", default=["text"], metavar="NAME", help=help_column)
+    add("--out", type=Path, required=True, metavar="TRAINING", help="folder of the checkpoints")
+    steps = [0, 10, 30, 100, 300, 1000]
+    add("--steps", type=int, nargs="+", default=steps, metavar="N", help="steps to save")
     for name, default in SIZES.items():
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help="%(default)s by default"
-        )
-    parser.add_argument(
-        "--rate", type=float, default=2e-3, help="of learning, at its height (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first weights and of the order of the text"
-    )
+        add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
+    add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the weights and of the order of the text")
     evaluation_arguments(parser)
     options = parser.parse_args(argv)
     if min(options.steps) < 0 or max(options.steps) < 1:
-        parser.error(
-            f"got --steps {' '.join(map(str, options.steps))}, expected none below 0 and a last one of 1 or more"
-        )
+        given = " ".join(map(str, options.steps))
+        parser.error(f"got --steps {given}, expected none below 0 and a last one of 1 or more")
     train(options)
     evaluate_all([f"checkpoint-{step}" for step in sorted(set(options.steps))], options)
 

@@ -1,9 +1,10 @@
-"""Vision transformers that differ in nothing but how they are regularised, trained side by side as one batched model.
+"""Vision transformers that differ only in regularization, trained as one batched model.
 
-Every weight has a leading dimension of members, so that a product is one batched product for all of them. They see the same
-images, start from the same weights and are offered the same draws of stochastic depth: what tells them apart is the rate
-of stochastic depth and the weight decay alone. A member is an ordinary ``ViTForImageClassification``: transformers'
-configuration of it has no stochastic depth, which has no weights and is off in evaluation, so it lives here.
+Every weight has a leading dimension of members, so that one batched product serves all of them.
+Members see the same images, start from the same weights and use the same draws of stochastic depth;
+only the rate of stochastic depth and the weight decay differ. A member is an ordinary
+``ViTForImageClassification``. Stochastic depth lives here: it has no weights, is off in evaluation,
+and transformers' ViT does not have it.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10's colours
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10's channels
 _LAYERS = "vit.layers."
 _NOT_DECAYED = ("bias", "layernorm", "cls_token", "position_embeddings")  # as in DeiT
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """How one model of the family is regularised."""
+    """Regularization of one model of the family."""
 
     stochastic_depth: float
     weight_decay: float
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the member's folder."""
         return f"depth-{self.stochastic_depth:g}-decay-{self.weight_decay:g}"
 
 
 def fresh_model(
     width: int, depth: int, heads: int, patch: int, side: int, classes: list[str], seed: int
 ):
-    """The ViT that every member starts from."""
+    """Return the ViT that every member starts from."""
     config = ViTConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -57,40 +58,33 @@ def fresh_model(
 
 
 class Members:
-    """Several members as one model; ``weights`` has the names of a ViT's parameters, those of blocks without a number.
+    """Several members as one model.
 
-    Shapes: [layer, member, …] in blocks, [member, …] elsewhere; float32 on ``device``.
+    ``weights`` has the names of a ViT's parameters, without the number of the block. Shapes are
+    [layer, member, …] for blocks and [member, …] elsewhere; float32 on ``device``.
     """
 
     def __init__(
         self, model: ViTForImageClassification, members: list[Member], device: torch.device
     ) -> None:
         self.config, self.members, self.device = model.config, members, device
-        self.weights: dict[str, Tensor] = {}
+        layers, count = self.config.num_hidden_layers, len(members)
         own = {name: p.detach() for name, p in model.named_parameters()}
-        for name in own:
-            if name.startswith(f"{_LAYERS}0."):
-                role = name.removeprefix(f"{_LAYERS}0.")
-                stacked = torch.stack(
-                    [
-                        own[f"{_LAYERS}{layer}.{role}"]
-                        for layer in range(self.config.num_hidden_layers)
-                    ]
-                )
-                self.weights[role] = stacked[:, None].repeat(
-                    1, len(members), *[1] * own[name].dim()
-                )
+        weights: dict[str, Tensor] = {}
+        for name, weight in own.items():
+            role = name.removeprefix(f"{_LAYERS}0.")
+            if role != name:
+                stacked = torch.stack([own[f"{_LAYERS}{layer}.{role}"] for layer in range(layers)])
+                weights[role] = stacked[:, None].repeat(1, count, *[1] * weight.dim())
             elif not name.startswith(_LAYERS):
-                self.weights[name] = own[name][None].repeat(len(members), *[1] * own[name].dim())
-        self.weights = {name: w.to(device).requires_grad_(True) for name, w in self.weights.items()}
+                weights[name] = weight[None].repeat(count, *[1] * weight.dim())
+        self.weights = {name: w.to(device).requires_grad_(True) for name, w in weights.items()}
         rates = torch.tensor([member.stochastic_depth for member in members])
-        self.rates = (torch.linspace(0, 1, self.config.num_hidden_layers)[:, None] * rates).to(
-            device
-        )
+        self.rates = (torch.linspace(0, 1, layers)[:, None] * rates).to(device)
         self.decay = torch.tensor([member.weight_decay for member in members], device=device)
 
     def decayed(self) -> list[str]:
-        """Names of the weights that decay."""
+        """Return the names of the weights that decay."""
         return [name for name in self.weights if not any(part in name for part in _NOT_DECAYED)]
 
     def logits(
@@ -99,18 +93,20 @@ class Members:
         dtype: torch.dtype,
         draws: torch.Generator | None = None,
     ) -> Float[Tensor, "member image label"]:
-        """What every member says of the same images, with stochastic depth where ``draws`` are given."""
+        """Return every member's logits of the same images, with stochastic depth if ``draws``."""
         w = {name: weight.to(dtype) for name, weight in self.weights.items()}
-        x = self._embedded(images.to(dtype), w)
-        kept = self._kept(len(images), dtype, draws)
+        x = self._embed(images.to(dtype), w)
+        kept = self._branch_factors(len(images), dtype, draws)
         blocks = {
             name: w[name].unbind(0) for name in w if not name.startswith(("vit.", "classifier"))
         }
         for layer in range(self.config.num_hidden_layers):
             x = self._block(x, {name: parts[layer] for name, parts in blocks.items()}, kept[layer])
-        return _linear(_normed(x[:, :, 0]), *_after_norm(w, "vit.layernorm", "classifier")).float()
+        return _linear(
+            _normalize_layer(x[:, :, 0]), *_fold_norm(w, "vit.layernorm", "classifier")
+        ).float()
 
-    def _embedded(self, images: Tensor, w: dict[str, Tensor]) -> Tensor:
+    def _embed(self, images: Tensor, w: dict[str, Tensor]) -> Tensor:
         size, name = self.config.patch_size, "vit.embeddings.patch_embeddings.projection"
         patches = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=size, q=size)
         x = _linear(
@@ -122,8 +118,10 @@ class Members:
         classes = w["vit.embeddings.cls_token"].expand(-1, len(images), -1, -1)
         return torch.cat([classes, x], 2) + w["vit.embeddings.position_embeddings"]
 
-    def _kept(self, images: int, dtype: torch.dtype, draws: torch.Generator | None) -> Tensor:
-        """Factor of each branch, [layer, 2, member, image, 1, 1]: 0 or 1 / (1 − rate); all 1 in evaluation."""
+    def _branch_factors(
+        self, images: int, dtype: torch.dtype, draws: torch.Generator | None
+    ) -> Tensor:
+        """Return each branch's factor, 0 or 1 / (1 − rate): [layer 2 member image 1 1]."""
         shape = (len(self.rates), 2, len(self.members), images)
         if draws is None:
             return torch.ones(shape, dtype=dtype, device=self.device)[..., None, None]
@@ -132,12 +130,12 @@ class Members:
         return ((drawn >= rates) / (1 - rates)).to(dtype)[..., None, None]
 
     def _block(self, x: Tensor, w: dict[str, Tensor], kept: Tensor) -> Tensor:
-        x = torch.addcmul(x, kept[0], self._attention(_normed(x), w))
-        hidden = F.gelu(_linear(_normed(x), *_after_norm(w, "layernorm_after", "mlp.fc1")))
+        x = torch.addcmul(x, kept[0], self._attention(_normalize_layer(x), w))
+        hidden = F.gelu(_linear(_normalize_layer(x), *_fold_norm(w, "layernorm_after", "mlp.fc1")))
         return torch.addcmul(x, kept[1], _linear(hidden, w["mlp.fc2.weight"], w["mlp.fc2.bias"]))
 
     def _attention(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        joint = _after_norm(w, "layernorm_before", *(f"attention.{part}_proj" for part in "qkv"))
+        joint = _fold_norm(w, "layernorm_before", *(f"attention.{part}_proj" for part in "qkv"))
         heads = rearrange(
             _linear(x, *joint),
             "m b t (three h d) -> three (m b) h t d",
@@ -150,20 +148,20 @@ class Members:
         return _linear(mixed, w["attention.o_proj.weight"], w["attention.o_proj.bias"])
 
     def model_of(self, index: int) -> ViTForImageClassification:
-        """One member by itself."""
+        """Return one member as a model of its own."""
         model = ViTForImageClassification(self.config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 layer, _, role = name.removeprefix(_LAYERS).partition(".")
-                of_block = name.startswith(_LAYERS)
+                is_block = name.startswith(_LAYERS)
                 parameter.copy_(
-                    self.weights[role][int(layer), index] if of_block else self.weights[name][index]
+                    self.weights[role][int(layer), index] if is_block else self.weights[name][index]
                 )
         return model
 
 
-class Optimiser:
-    """AdamW with a weight decay of its own for every member, and gradients clipped member by member."""
+class Optimizer:
+    """AdamW with each member's own weight decay and gradient clipping."""
 
     def __init__(self, members: Members, clip: float = 1.0) -> None:
         self.members, self.clip = members, clip
@@ -178,7 +176,7 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One step with this learning rate, from the gradients that are there."""
+        """Make one step at this learning rate from the current gradients."""
         members = self.members
         gradients = {
             name: self._by_member(name, weight.grad) for name, weight in members.weights.items()
@@ -198,24 +196,24 @@ class Optimiser:
         self.adam.zero_grad(set_to_none=True)
 
     def _by_member(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor with the members first."""
+        """Return a view of the tensor with members as the first dimension."""
         return tensor if name.startswith(("vit.", "classifier")) else tensor.transpose(0, 1)
 
 
-def normalised(
+def normalize(
     images: UInt8[Tensor, "image channel side side"],
 ) -> Float[Tensor, "image channel side side"]:
-    """Colours with mean 0 and standard deviation 1."""
+    """Scale channels to mean 0 and standard deviation 1."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
-def augmented(
+def augment(
     images: UInt8[Tensor, "image channel side side"], pad: int, draws: torch.Generator
 ) -> Tensor:
-    """Every image moved by up to ``pad`` pixels each way (zeros come in), and mirrored or not; normalised."""
+    """Normalize, shift each image by up to ``pad`` pixels each way, and mirror half of them."""
     count, side, device = len(images), images.shape[-1], images.device
-    padded = F.pad(normalised(images), [pad] * 4)
+    padded = F.pad(normalize(images), [pad] * 4)
     top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=draws, device=device)
     along = torch.arange(side, device=device)
     mirrored = torch.rand(count, 1, generator=draws, device=device) < 0.5
@@ -233,8 +231,8 @@ def augmented(
     ]
 
 
-def mixed(images: Tensor, targets: Tensor, draws: random.Random) -> tuple[Tensor, Tensor]:
-    """A box of the previous image in every one (CutMix), its area drawn evenly, and targets in proportion."""
+def cut_mix(images: Tensor, targets: Tensor, draws: random.Random) -> tuple[Tensor, Tensor]:
+    """Paste a box of the previous image into each one (CutMix), and mix targets in proportion."""
     side = images.shape[-1]
     length = round(side * draws.random() ** 0.5)
     top, left = (draws.randrange(side - length + 1) for _ in "yx")
@@ -244,13 +242,16 @@ def mixed(images: Tensor, targets: Tensor, draws: random.Random) -> tuple[Tensor
     return images, (1 - share) * targets + share * targets.roll(1, 0)
 
 
-def _normed(x: Tensor) -> Tensor:
-    """Layer norm without its scale and shift, which :func:`_after_norm` puts into the next product."""
+def _normalize_layer(x: Tensor) -> Tensor:
+    """Apply layer norm without scale and shift, which :func:`_fold_norm` adds to the next layer."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _after_norm(w: dict[str, Tensor], norm: str, *linear: str) -> tuple[Tensor, Tensor]:
-    """Weight [member, out, in] and bias of several linear layers side by side, with the scale and shift of a norm before."""
+def _fold_norm(w: dict[str, Tensor], norm: str, *linear: str) -> tuple[Tensor, Tensor]:
+    """Fold a norm's scale and shift into the linear layers after it; join these side by side.
+
+    Returns weight [member, out, in] and bias [member, out].
+    """
     weight = torch.cat([w[f"{name}.weight"] for name in linear], 1)
     bias = torch.cat([w[f"{name}.bias"] for name in linear], 1)
     shift = torch.baddbmm(bias[..., None], weight, w[f"{norm}.bias"][..., None])[..., 0]
@@ -258,7 +259,7 @@ def _after_norm(w: dict[str, Tensor], norm: str, *linear: str) -> tuple[Tensor, 
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[member, …, in] → [member, …, out]."""
+    """Apply each member's linear layer: [member, …, in] → [member, …, out]."""
     flat = torch.baddbmm(
         bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2)
     )

@@ -1,1 +1,1 @@
-"""From saved records to what a study shows: tidy tables, one number a row, which the scripts in ``analysis/`` draw."""
+"""Studies of saved runs: tidy tables with one number a row, and the pictures drawn from them."""

@@ -1,4 +1,4 @@
-"""The page that says what every column of a table is, made from the registry.
+"""Build docs/measures.md, the reference of all columns, from the registry of measures.
 
 ``python -m coupling_analysis.measures_page > docs/measures.md``
 """
@@ -23,9 +23,10 @@ from lm_eval_coupling.measures.registry import (
 from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE
 
 _SIZES = {
-    "rank": "of the numbers K asked for (`coupling_ranks`), ascending",
+    "rank": "the numbers K asked for (`coupling_ranks`), ascending",
     "max_rank": "the largest K",
-    "layer": "blocks, in order of depth; a first layer index is the Jacobian's, a second that of the singular vectors",
+    "layer": "blocks, in order of depth; of two layers, the first is the Jacobian's, the second "
+    "that of the singular vectors",
     "layer+1": "points of the stream: x^0, the input of the first block, to x^L",
     "seq": "tokens of the prompt",
     "token": "tokens that a measure over tokens compares",
@@ -37,23 +38,25 @@ _SIZES = {
 _INTRO = """\
 # Measures and columns
 
-<!-- Made by `python -m coupling_analysis.measures_page > docs/measures.md`; a test holds it to the registry. -->
+<!-- Made by `python -m coupling_analysis.measures_page > docs/measures.md`; a test compares. -->
 
-A run writes one Parquet file per task, `coupling_…`, one row per measured prompt and token; untrained twins have files of
-their own, `untrained_coupling_…`. Every field's metadata repeats its line from here. Numbers are float32 in arrays and
-float64 alone. Nested lists are read as arrays by `load_records`; in Python those of what was measured are attributes of a
-`PromptCoupling`. What was not measured is null, what is undefined is NaN, and `reason` says why.
+A run writes one Parquet file per task, `coupling_…`, with one row per measured prompt and token.
+Untrained twins have files of their own, `untrained_coupling_…`. Every field's metadata repeats its
+line from here. Arrays are float32, single numbers float64. `load_records` reads nested lists as
+arrays; in Python, what was measured is an attribute of `PromptCoupling`. What was not measured is
+null, what is undefined is NaN, and `reason` says why.
 
-Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} what block l adds, J^l = ∂f^l/∂x^{l−1} at the
-measured token, J = U S Vᵀ with the K largest singular triplets, A = U_{l'}ᵀ J^l V_{l'}.
+Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} is what block l adds, and
+J^l = ∂f^l/∂x^{l−1} at the measured token. J = U S Vᵀ has the K largest singular triplets, and
+A = U_{l'}ᵀ J^l V_{l'}.
 """
 
 
-# Every reader's way to one document's matrices; a test runs them.
+# A test runs these recipes.
 _RECIPES = """\
-## Read elsewhere
+## Read without this package
 
-One document's matrices, `[rank, layer, layer]`, without this package; `FILE` is a table of the run.
+Each recipe reads one document's matrices, `[rank, layer, layer]`; `FILE` is a table of the run.
 
 ```python
 # pandas
@@ -82,7 +85,7 @@ m <- simplify2array(lapply(column[[1]], function(of_rank) do.call(rbind, as.list
 
 
 def build_page() -> str:
-    """The whole page, Markdown."""
+    """Return the page as Markdown."""
     return "\n".join(
         [
             _INTRO,
@@ -108,13 +111,16 @@ def _overview() -> Iterator[str]:
         for m in registered_measures().values()
     ]
     yield from _table(("measure", "default", "version", "depends on", "what it says"), rows)
-    yield f"The default is `{measures_argument([])}`; the order does not matter, and what is in the store is not measured again.\n"
+    yield (
+        f"The default is `{measures_argument([])}`. The order does not matter, and what is in the store is "
+        "not measured again.\n"
+    )
 
 
 def _common() -> Iterator[str]:
     yield "## Columns of every table\n"
     yield from _columns((*DOCUMENT, *PROMPT, *OUTCOME))
-    yield "Of images (`lm-eval-coupling vision`) there is besides:\n"
+    yield "Tables of images (`lm-eval-coupling vision`) have in addition:\n"
     yield from _columns(IMAGE)
     yield "Sizes:\n"
     yield from _table(("size", "of what"), [(f"`{name}`", what) for name, what in _SIZES.items()])
@@ -123,22 +129,18 @@ def _common() -> Iterator[str]:
 def _measure(measure: Measure) -> Iterator[str]:
     yield f"## `{measure.name}`\n"
     others = [] if measure.name in default_measures() else [measure.name]
-    yield f"{measure.doc} Asked for with `{','.join(filter(None, (measures_argument(others), measure.option)))}`.\n"
+    arguments = ",".join(filter(None, (measures_argument(others), measure.option)))
+    yield f"{measure.doc} Asked for with `{arguments}`.\n"
     yield from _columns(measure.columns)
     if measure.readings:
-        yield "Readings, as they are summarised, fitted and drawn:\n"
-        yield from _table(
-            ("reading", "label", "one for", "expected with the score", "at chance"),
-            map(_reading, measure.readings),
-        )
+        yield "Readings, as they are summarized, fitted and drawn:\n"
+        head = ("reading", "label", "one for", "expected with the score", "at chance")
+        yield from _table(head, map(_reading, measure.readings))
 
 
 def _reading(reading: Reading) -> Sequence[str]:
-    name = (
-        f"`{reading.name}@K`"
-        if reading.of_rank and reading.over == "prompt"
-        else f"`{reading.name}`"
-    )
+    has_rank = reading.of_rank and reading.over == "prompt"
+    name = f"`{reading.name}@K`" if has_rank else f"`{reading.name}`"
     sign = {1: "up", -1: "down", 0: "–"}[reading.sign]
     chance = "–" if reading.chance is None else f"{reading.chance(10):.4f} at K = 10"
     return name, reading.label, reading.over, sign, chance

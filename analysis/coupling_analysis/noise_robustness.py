@@ -1,4 +1,4 @@
-"""What noise on the input embeddings does to trajectories and coupling (paper, fig. 32)."""
+"""Effect of noise on the input embeddings on trajectories and coupling (paper, fig. 32)."""
 
 from __future__ import annotations
 
@@ -33,46 +33,52 @@ def noise_robustness(
     dtype: str = "float32",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure each prompt with Gaussian noise added to the input of the first block at every token.
+    """Measure each prompt with Gaussian noise added to the first block's input at every token.
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
         prompts: token ids.
-        levels: expected norm of the noise over the norm of the vector it is added to.
+        levels: expected norm of the noise, relative to the norm of the vector it is added to.
         rank: number K of singular vectors.
-        seed: of the noise; the same directions at every level, other ones for every prompt.
-        position: token that is measured.
+        seed: seed of the noise; a prompt gets the same directions at every level.
+        position: measured token.
         dtype: arithmetic, ``float32`` or ``float64``.
         progress: show a progress bar.
 
     Returns:
-        One row per prompt and level: ``prompt``, ``level``, ``cosine_first`` and ``cosine_last`` (of the stream after the
-        first and the last block with the clean one), ``coupling`` (NaN where it could not be measured).
+        One row per prompt and level: ``prompt, level``, the cosines with the clean stream after
+        the first and the last block, ``cosine_first`` and ``cosine_last``, and ``coupling``, NaN
+        where it could not be measured.
     """
     settings = Settings((rank,), ("depth",), dtype)
     settings.check_shape(model.d_model)
     rows = []
     for number, tokens in enumerate(tqdm(prompts, desc="Adding noise", disable=not progress)):
         token = resolve_token(position, len(tokens))
-        clean = model.trace(tokens, DTYPES[dtype]).trajectory(token)
-        noise = _noise(model.trace(tokens, DTYPES[dtype]).calls[0].resid_pre, seed, number)
+        trace = model.trace(tokens, DTYPES[dtype])
+        clean = trace.trajectory(token)
+        noise = _draw_noise(trace.calls[0].resid_pre, seed, number)
         for level in levels:
             with model.first_block_given(partial(torch.add, other=noise, alpha=level)):
-                stream = model.trace(tokens, DTYPES[dtype]).trajectory(token)
+                noisy = model.trace(tokens, DTYPES[dtype]).trajectory(token)
                 record = measure_prompt(model, tokens, position, settings)
-            ends = (
-                (stream[i].cpu().double(), clean[i].cpu().double()) for i in (1, -1)
-            )  # some devices have no float64
-            first, last = (torch.cosine_similarity(*pair, dim=0).item() for pair in ends)
-            about = {"prompt": number, "level": level, "cosine_first": first, "cosine_last": last}
-            rows.append(about | {"coupling": record.coupling(rank)})
+            rows.append(
+                {"prompt": number, "level": level}
+                | {"cosine_first": _cosine(noisy[1], clean[1])}
+                | {"cosine_last": _cosine(noisy[-1], clean[-1])}
+                | {"coupling": record.coupling(rank)}
+            )
     return pd.DataFrame(rows)
 
 
-def _noise(resid: Tensor, seed: int, number: int) -> Tensor:
-    """Of expected norm ‖x‖ at every token, drawn on the host: the same on every device."""
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Return the cosine in float64, on the CPU: some devices have no float64."""
+    return torch.cosine_similarity(a.cpu().double(), b.cpu().double(), dim=0).item()
+
+
+def _draw_noise(resid: Tensor, seed: int, number: int) -> Tensor:
+    """Draw noise of expected norm ‖x‖ at every token, on the CPU: equal on every device."""
     generator = torch.Generator().manual_seed((seed << 32) + number)
-    noise = torch.randn(resid.shape, generator=generator, dtype=torch.float64).to(
-        resid.device, resid.dtype
-    )
+    noise = torch.randn(resid.shape, generator=generator, dtype=torch.float64)
+    noise = noise.to(resid.device, resid.dtype)
     return noise * resid.norm(dim=-1, keepdim=True) / math.sqrt(resid.shape[-1])

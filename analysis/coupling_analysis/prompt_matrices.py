@@ -30,8 +30,8 @@ ACROSS = {
 class CouplingMatrices:
     """Coupling matrices of every ordered pair of several Jacobians.
 
-    ``A[i, j] = U_jᵀ J_i V_j``, [jacobian basis rank rank]; ``scale[i]`` is σ_1 of J_i; ``names`` are
-    those of the Jacobians; ``about`` says where they were taken, for the title of a picture.
+    ``A[i, j] = U_jᵀ J_i V_j``: [jacobian basis rank rank]. ``scale[i]`` is σ_1 of J_i. ``names``
+    are those of the Jacobians; ``about`` says where they were taken, for the title of a picture.
     """
 
     A: np.ndarray

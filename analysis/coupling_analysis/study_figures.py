@@ -1,4 +1,4 @@
-"""Pictures of studies over documents: a number of each against its coupling, the same ones twice, noise."""
+"""Pictures of studies over documents: against a number, paired between tasks, with noise."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 
 from coupling_analysis.line_figures import curves
 from lm_eval_coupling.figures.canvas import (
-    caption,
-    chance_line,
-    grid,
-    label_beside,
-    labelled,
-    panels_of,
+    add_caption,
+    draw_chance_line,
+    label_y_axis,
+    layer_ticks,
+    make_grid,
+    split_panels,
 )
-from lm_eval_coupling.figures.palette import colours
+from lm_eval_coupling.figures.palette import assign_colors
 
 
-def against_number(
+def document_scatter(
     rows: pd.DataFrame,
     bins: pd.DataFrame,
     correlations: pd.DataFrame,
@@ -31,54 +31,62 @@ def against_number(
     x_label: str,
     title: str | None = None,
 ) -> Figure:
-    """Draw every document's value over a number of it, the bins' medians with quartiles on top (paper, fig. 9).
+    """Draw each document's value over a number of it, with medians and quartiles of bins (fig. 9).
 
     Args:
-        rows: ``panel, line, value``, the column ``x``, and ``chance`` (NaN where there is none): one per document.
+        rows: one per document: ``panel, line, value, chance`` and the column ``x``.
         bins: ``panel, line, q25, median, q75`` and the column ``x``.
         correlations: ``panel, line, coefficient, low, high, n`` of Spearman's correlation.
         x: column of the number.
-        x_label: what it is.
+        x_label: name of the number.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
-    panels, empty = panels_of(rows, [x, "value"])
-    figure, axes = grid(len(panels), width=3.6, title=title)
-    caption(figure, empty)
-    colour = colours(rows["line"])
+    panels, empty = split_panels(rows, [x, "value"])
+    figure, axes = make_grid(len(panels), width=3.6, title=title)
+    add_caption(figure, empty)
+    colors = assign_colors(rows["line"])
     for ax, panel in zip(axes, panels, strict=True):
-        of = rows[rows["panel"] == panel]
-        for line, points in of.groupby("line", sort=False):
-            ax.scatter(
-                points[x], points["value"], s=5, color=colour[line], alpha=0.35, linewidths=0
-            )
-            binned = bins[(bins["panel"] == panel) & (bins["line"] == line)]
-            sides = np.abs(binned[["q25", "q75"]].sub(binned["median"], axis=0)).T.to_numpy()
-            found = correlations[
-                (correlations["panel"] == panel) & (correlations["line"] == line)
-            ].iloc[0]
+        of_panel, bins_of, correlations_of = (
+            frame[frame["panel"] == panel] for frame in (rows, bins, correlations)
+        )
+        for line, points in of_panel.groupby("line", sort=False):
+            color = colors[line]
+            ax.scatter(points[x], points["value"], s=5, color=color, alpha=0.35, linewidths=0)
+            binned = bins_of[bins_of["line"] == line]
+            outcome = correlations_of[correlations_of["line"] == line].iloc[0]
             ax.errorbar(
-                binned[x], binned["median"], yerr=sides, fmt="o-", color=colour[line], markersize=4, capsize=2, linewidth=1,
-                markeredgecolor="black", markeredgewidth=0.4, label=f"{line}: {_rho(found)}",
-            )  # fmt: skip
-        for chance in of["chance"].dropna().unique():
-            chance_line(ax, chance)
-        label_beside(ax, panel)
+                binned[x],
+                binned["median"],
+                yerr=np.abs(binned[["q25", "q75"]].sub(binned["median"], axis=0)).T.to_numpy(),
+                fmt="o-",
+                color=color,
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                markeredgecolor="black",
+                markeredgewidth=0.4,
+                label=f"{line}: {_describe_correlation(outcome)}",
+            )
+        for chance in of_panel["chance"].dropna().unique():
+            draw_chance_line(ax, chance)
+        label_y_axis(ax, panel)
         ax.set_xlabel(x_label, fontsize="small")
         ax.tick_params(labelsize="small")
+        # Each panel has its own correlations, hence its own legend, below it.
         ax.legend(fontsize="xx-small", frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
     return figure
 
 
-def _rho(found: pd.Series) -> str:
-    interval = "" if np.isnan(found["low"]) else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
-    return (
-        f"ρ = {found['coefficient']:+.2f}{interval}, n = {found['n']}"
-        if found["n"] > 1
-        else f"n = {found['n']}"
-    )
+def _describe_correlation(outcome: pd.Series) -> str:
+    n = f"n = {outcome['n']}"
+    if outcome["n"] < 2:
+        return n
+    has_interval = not np.isnan(outcome["low"])
+    interval = f" [{outcome['low']:+.2f}, {outcome['high']:+.2f}]" if has_interval else ""
+    return f"ρ = {outcome['coefficient']:+.2f}{interval}, {n}"
 
 
 def paired_differences(
@@ -89,87 +97,83 @@ def paired_differences(
     chance: Mapping[str, float],
     title: str | None = None,
 ) -> Figure:
-    """Draw the same documents in two tasks: each as a point of both values, and the mean difference at every layer.
+    """Draw the same documents in two tasks: one value over the other, and differences by layer.
 
     Args:
-        pairs: ``panel, line, weights, first, second`` of the measures of whole prompts.
-        by_layer: ``line, weights, depth, difference, low, high, n`` of the coupling of every layer.
+        pairs: ``panel, line, weights, first, second``, one per document.
+        by_layer: ``line, weights, depth, difference, low, high, n`` of each layer's coupling.
         names: of the two tasks.
-        chance: chance level of those panels that have one.
+        chance: chance level of the panels that have one.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
-    panels, empty = panels_of(pairs, ["first", "second"])
+    panels, empty = split_panels(pairs, ["first", "second"])
     by_layer = by_layer.dropna(subset=["depth", "difference"])
-    figure, axes = grid(len(panels) + bool(len(by_layer)), width=3.6, columns=2, title=title)
-    caption(figure, empty)
-    colour = colours(pairs["line"])
+    figure, axes = make_grid(len(panels) + bool(len(by_layer)), width=3.6, columns=2, title=title)
+    add_caption(figure, empty)
+    colors = assign_colors(pairs["line"])
     for ax, panel in zip(axes, panels, strict=False):
-        of = pairs[pairs["panel"] == panel].dropna(subset=["first", "second"])
-        for (line, weights), points in of.groupby(["line", "weights"], sort=False):
-            hollow: dict[str, Any] = (
-                {"facecolors": "none", "edgecolors": colour[line]}
-                if weights == "untrained"
-                else {"color": colour[line]}
-            )
-            above = (points["second"] > points["first"]).mean()
-            name = f"{line}, {weights} (n = {len(points)}, {above:.0%} higher)"
+        of_panel = pairs[pairs["panel"] == panel].dropna(subset=["first", "second"])
+        for (line, weights), points in of_panel.groupby(["line", "weights"], sort=False):
+            style: dict[str, Any] = {"color": colors[line]}
+            if weights == "untrained":
+                style = {"facecolors": "none", "edgecolors": colors[line]}
+            higher = (points["second"] > points["first"]).mean()
             ax.scatter(
                 points["first"],
                 points["second"],
                 s=9,
                 linewidths=0.6,
                 alpha=0.7,
-                label=name,
-                **hollow,
+                label=f"{line}, {weights} (n = {len(points)}, {higher:.0%} higher)",
+                **style,
             )
-        _diagonal(ax, chance.get(panel))
+        _draw_diagonal(ax, chance.get(panel))
         ax.set_title(panel, fontsize="small")
         ax.set_xlabel(names[0], fontsize="small")
         ax.set_ylabel(names[1], fontsize="small")
         ax.tick_params(labelsize="small")
         ax.legend(fontsize="xx-small", frameon=False)
     if len(by_layer):
-        _differences(axes[-1], by_layer, colour)
+        _draw_differences(axes[-1], by_layer, colors)
     return figure
 
 
-def _diagonal(ax: Axes, chance: float | None) -> None:
-    low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
-    ax.plot([low, high], [low, high], color="0.5", linewidth=0.8)
+def _draw_diagonal(ax: Axes, chance: float | None) -> None:
+    limits = [*ax.get_xlim(), *ax.get_ylim()]
+    ends = [min(limits), max(limits)]
+    ax.plot(ends, ends, color="0.5", linewidth=0.8)
     if chance is not None:
-        chance_line(ax, chance)
+        draw_chance_line(ax, chance)
         ax.axvline(chance, color="black", linewidth=1, linestyle=":")
 
 
-def _differences(ax: Axes, rows: pd.DataFrame, colour: Mapping[Any, str]) -> None:
+def _draw_differences(ax: Axes, rows: pd.DataFrame, colors: Mapping[Any, str]) -> None:
     for (line, weights), of in rows.groupby(["line", "weights"], sort=False):
-        of, style = of.sort_values("depth"), "--" if weights == "untrained" else "-"
-        name = f"{line}, {weights} (n = {of['n'].max()})"
-        ax.plot(of["depth"], of["difference"], style, color=colour[line], linewidth=1.2, label=name)
-        ax.fill_between(
-            of["depth"], of["low"], of["high"], color=colour[line], alpha=0.18, linewidth=0
-        )
+        of = of.sort_values("depth")
+        color, style = colors[line], "--" if weights == "untrained" else "-"
+        label = f"{line}, {weights} (n = {of['n'].max()})"
+        ax.plot(of["depth"], of["difference"], style, color=color, linewidth=1.2, label=label)
+        ax.fill_between(of["depth"], of["low"], of["high"], color=color, alpha=0.18, linewidth=0)
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set_title("coupling of each layer: mean difference, 95 %", fontsize="small")
-    ax.set_xticks(labelled(int(rows["depth"].max())))
+    ax.set_xticks(layer_ticks(int(rows["depth"].max())))
     ax.set_xlabel("layer", fontsize="small")
     ax.tick_params(labelsize="small")
     ax.legend(fontsize="xx-small", frameon=False)
 
 
-def noise(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
-    """Draw what noise on the input embeddings does, over its level (paper, fig. 32).
+def noise_curves(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """Draw trajectories' cosine and coupling over the level of noise on the embeddings (fig. 32).
 
     Args:
         rows: ``panel, line, level, median, q25, q75, n, undefined, chance``.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
-    return curves(
-        rows, x="level", x_label="noise, relative to the embeddings' norm", log_x=True, title=title
-    )
+    x_label = "noise, relative to the embeddings' norm"
+    return curves(rows, x="level", x_label=x_label, log_x=True, title=title)

@@ -1,4 +1,4 @@
-"""Records in, tidy tables out: which records a study takes, its measures in rows, and their quartiles."""
+"""Tables of studies: choose records, put one measure's values in each row, summarize them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
@@ -22,17 +23,8 @@ from lm_eval_coupling.statistics import adjust_p_values
 
 RUN = ["model", "revision", "weights"]
 DOCUMENT = ["task", "doc_hash", "prompt_hash"]
-_KEYS = [
-    *DOCUMENT,
-    "doc_id",
-    "prompt_index",
-    "weights",
-    "n_tokens",
-    "position",
-    "ranks",
-    "measures",
-    "reason",
-]
+_PROMPT = ["doc_id", "prompt_index", "n_tokens", "position"]
+_ALWAYS = [*DOCUMENT, *_PROMPT, "weights", "ranks", "measures", "reason", "window"]
 
 
 def read(
@@ -43,143 +35,140 @@ def read(
     measures: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """The records at ``paths``, each prompt of a run and its weights once, the newest; ``weights`` is always there.
+    """Read the newest record of every prompt, trained and untrained weights alike.
 
-    Read is what tells prompts apart, what these ``measures`` are read from, and these ``columns``; else all.
+    ``model`` is the shortest name that tells a model from all others at ``paths``, whatever the
+    tasks (:func:`~lm_eval_coupling.saved.names.labels`), so that all tables and pictures agree.
 
-    ``model`` is no more of a model's name than tells it from all others there, whatever the tasks
-    (:func:`~lm_eval_coupling.saved.names.labels`): the same in every table and picture.
+    Args:
+        paths: folders that lm-eval wrote.
+        tasks: these tasks only.
+        weights: ``trained`` or ``untrained`` only.
+        measures: readings to load; with ``columns``, nothing else is loaded.
+        columns: further columns to load.
 
     Returns:
-        One row per prompt and token, in the order of the files.
+        One row per run, prompt and token, in the order of the files.
 
     Raises:
-        CouplingError: if nothing was saved there, nothing of these tasks or weights, or if one name has two models' records,
-            two untrained twins' or two ways of making the prompts.
+        CouplingError: if nothing was saved there or nothing of these tasks or weights, or if one
+            name stands for two models, two untrained twins or two ways of making the prompts.
     """
     paths = list(paths)
     runs = find_runs(paths)
     tables = runs.newest_tables()
     require_tables(tables, runs, ", ".join(map(str, paths)))
-    names = label_weights(
-        pd.DataFrame([dict(model=r.model, variant=r.variant) for r, _ in tables])
-    ).tolist()
-    known = sorted({table.task for _, table in tables})
-    if unknown := [task for task in tasks or () if task not in known]:
+    models = pd.DataFrame([{"model": run.model, "variant": run.variant} for run, _ in tables])
+    names = label_weights(models).tolist()
+    measured = sorted({table.task for _, table in tables})
+    if unknown := [task for task in tasks or () if task not in measured]:
         raise CouplingError(
-            f"got task {unknown[0]}, which was not measured; choose among {', '.join(known)}"
+            f"got task {unknown[0]}, which was not measured; choose among {', '.join(measured)}"
         )
-    chosen = [
-        *_KEYS,
-        "window",
-        *(columns or ()),
-        *(readings()[name].column for name in measures or ()),
-    ]
-    wanted = None if measures is columns is None else chosen
+    sources = [readings()[name].column for name in measures or ()]
+    every = measures is None and columns is None
+    selected = None if every else [*_ALWAYS, *(columns or ()), *sources]
     records = pd.concat(
         [
-            read_table(run, table, wanted, "all").assign(model=name)
+            read_table(run, table, selected, "all").assign(model=name)
             for name, (run, table) in zip(names, tables, strict=True)
             if not tasks or table.task in tasks
         ],
         ignore_index=True,
     )
-    _require_one_model_a_name(records)
-    _require_one_prompt_a_document(records)
-    prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
+    _require_one_model_per_name(records)
+    _require_one_prompt_per_document(records)
     if weights:
         records = require(records, [], weights=weights)
-    _require_one_twin_a_name(records)
-    return (
-        records.sort_values("date", kind="stable").drop_duplicates(prompt, keep="last").sort_index()
-    )
+    _require_one_twin_per_name(records)
+    prompt = [*RUN, *DOCUMENT, "prompt_index", "position"]
+    by_date = records.sort_values("date", kind="stable")
+    return by_date.drop_duplicates(prompt, keep="last").sort_index()
 
 
-def _require_one_model_a_name(records: pd.DataFrame) -> None:
-    """Documents that were not measured again would else count with those of the newer weights."""
-    known = (
-        records.dropna(subset="fingerprint")
-        .groupby(["model", "revision", "fingerprint"], sort=False)["date"]
-        .max()
-    )
-    for run, dates in known.groupby(level=["model", "revision"], sort=False):
-        if len(dates) > 1:
-            told = " and ".join(
+def _require_one_model_per_name(records: pd.DataFrame) -> None:
+    """Refuse two models under one name: documents would be taken from either."""
+    dated = records.dropna(subset="fingerprint")
+    dates = dated.groupby(["model", "revision", "fingerprint"], sort=False)["date"].max()
+    for run, of_run in dates.groupby(level=["model", "revision"], sort=False):
+        if len(of_run) > 1:
+            listed = " and ".join(
                 f"{fingerprint[:8]} of {date}"
-                for (*_, fingerprint), date in dates.sort_values().items()
+                for (*_, fingerprint), date in of_run.sort_values().items()
             )
             raise CouplingError(
-                f"got {label(*run)} with different weights or configuration under one name (fingerprints {told}), expected "
-                "one; give folders or --tasks that have one of them only"
+                f"got {label_run(*run)} with different weights or configuration under one name "
+                f"(fingerprints {listed}), expected one; give folders or --tasks that have one of "
+                "them only"
             )
 
 
-def _require_one_prompt_a_document(records: pd.DataFrame) -> None:
-    """Prompts with 0 and 5 examples of the same documents are no sample of one thing."""
-    for (model, revision, task), of in records.groupby(["model", "revision", "task"], sort=False):
-        if of["prompting"].nunique() > 1:
-            told = "; ".join(differing(of["prompting"].unique()).values())
-        elif of["date"].nunique() > 1 and not _same_prompts(of):
-            told = "of " + " and of ".join(sorted(of["date"].unique()))
+def _require_one_prompt_per_document(records: pd.DataFrame) -> None:
+    """Refuse a task whose prompts were made in two ways, such as with 0 and 5 examples."""
+    for (model, revision, task), rows in records.groupby(["model", "revision", "task"], sort=False):
+        if rows["prompting"].nunique() > 1:
+            ways = "; ".join(differing(rows["prompting"].unique()).values())
+        elif rows["date"].nunique() > 1 and not _have_same_prompts(rows):
+            ways = "of " + " and of ".join(sorted(rows["date"].unique()))
         else:
             continue
         raise CouplingError(
-            f"got {task} of {label(model, revision)} with different prompts ({told}), expected one way of making them; give "
-            "folders of one of them"
+            f"got {task} of {label_run(model, revision)} with different prompts ({ways}), expected "
+            "one way of making them; give folders of one of them"
         )
 
 
-def _same_prompts(of: pd.DataFrame) -> bool:
-    """Whether a document that several runs measured had the same prompts in all of them."""
-    prompts = of.groupby(["doc_hash", "date"])["prompt_hash"].agg(
+def _have_same_prompts(rows: pd.DataFrame) -> bool:
+    """Return whether documents that several runs measured had the same prompts in all of them."""
+    prompts = rows.groupby(["doc_hash", "date"])["prompt_hash"].agg(
         lambda hashes: tuple(sorted(set(hashes)))
     )
     return not (prompts.groupby(level="doc_hash").nunique() > 1).any()
 
 
-def _require_one_twin_a_name(records: pd.DataFrame) -> None:
-    for run, seeds in records.dropna(subset="untrained_seed").groupby(["model", "revision"])[
-        "untrained_seed"
-    ]:
+def _require_one_twin_per_name(records: pd.DataFrame) -> None:
+    seeded = records.dropna(subset="untrained_seed")
+    for run, seeds in seeded.groupby(["model", "revision"])["untrained_seed"]:
         if seeds.nunique() > 1:
-            told = " and ".join(map(str, sorted(seeds.unique())))
+            listed = " and ".join(map(str, sorted(seeds.unique())))
             raise CouplingError(
-                f"got untrained twins of {label(*run)} of the seeds {told}, expected one; give folders or --tasks "
-                "that have one of them only"
+                f"got untrained twins of {label_run(*run)} of the seeds {listed}, expected one; "
+                "give folders or --tasks that have one of them only"
             )
 
 
 def choose_rank(records: pd.DataFrame, rank: int | None = None) -> int:
-    """``rank`` if all records have it; without one 10, or else the smallest that all have.
+    """Return ``rank`` if all records have it; by default 10, or else the smallest common one.
 
     Returns:
-        The number K.
+        The number K of singular vectors.
 
     Raises:
-        CouplingError: if they do not.
+        CouplingError: if not all records have this rank, or have no rank in common.
     """
     common = common_ranks(records)
     if rank is None and common:
         return headline_rank(common)
     if rank not in common:
+        listed = ", ".join(map(str, common)) or "there is none"
         raise CouplingError(
-            f"got rank {rank}, expected one that all records have ({', '.join(map(str, common)) or 'there is none'}); "
+            f"got rank {rank}, expected one that all records have ({listed}); "
             f"measure again with coupling_ranks={rank or 10}"
         )
     return rank
 
 
 def common_ranks(records: pd.DataFrame) -> list[int]:
-    """The ranks that all records have, ascending."""
+    """Return the ranks that all records have, ascending."""
     return sorted(set.intersection(*(set(ranks) for ranks in records["ranks"])))
 
 
 def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFrame:
-    """Every document's values of these measures: ``model, revision, weights, task, doc_hash, prompt_hash, measure, depth,
-    value, n_tokens``; of several prompts of a document their mean.
+    """Put each document's values of these measures in rows, averaged over its prompts.
 
     Returns:
-        One row per measure, document and place in depth; NaN where it is undefined.
+        One row per measure, document and depth: ``model, revision, weights, task, doc_hash,
+        prompt_hash, measure, depth, value, n_tokens``. Undefined values are NaN.
 
     Raises:
         CouplingError: if no record has one of the measures.
@@ -192,27 +181,23 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
             about = {key: record[key] for key in (*RUN, *DOCUMENT, "n_tokens")}
             rows.append(pd.DataFrame(about | {"measure": name, "depth": depth, "value": value}))
     keys = [*RUN, *DOCUMENT, "measure", "depth"]
-    return (
-        pd.concat(rows)
-        .groupby(keys, sort=False, dropna=False, as_index=False)[["value", "n_tokens"]]
-        .mean()
-    )
+    groups = pd.concat(rows).groupby(keys, sort=False, dropna=False, as_index=False)
+    return groups[["value", "n_tokens"]].mean()
 
 
 def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """``rows`` of :func:`long` summarised over documents: ``mean, stderr, q25, median, q75``, their number ``n``, and how
-    many are ``undefined``.
+    """Summarize rows of :func:`long` over documents, see :func:`summarize`.
 
     Returns:
-        One row for each group of ``by``, measure and depth.
+        One row per group of ``by``, measure and depth.
     """
-    return summary(rows, [*by, "measure", "depth"])
+    return summarize(rows, [*by, "measure", "depth"])
 
 
-def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """``mean, stderr, q25, median, q75, n, undefined`` of the column ``value`` in the groups of ``by``."""
+def summarize(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Return ``mean, stderr, q25, median, q75, n, undefined`` of ``value`` in each group."""
     values = rows.groupby(list(by), sort=False, dropna=False)["value"]
-    found = values.agg(
+    summary = values.agg(
         mean="mean",
         stderr=lambda v: v.std(ddof=1) / np.sqrt(v.notna().sum()),
         q25=lambda v: v.quantile(0.25),
@@ -221,58 +206,63 @@ def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         n="count",
         undefined=lambda v: v.isna().sum(),
     )
-    return found.reset_index()
+    return summary.reset_index()
 
 
 def mean_matrices(
     records: pd.DataFrame, rank: int, by: Sequence[str] = RUN
-) -> dict[tuple, tuple[np.ndarray, int]]:
-    """m̃[layer, layer'] averaged over the documents of every group, NaN on the diagonal, and the number of documents."""
-    found = {}
-    for key, group in require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False):
-        documents = [
-            nanmean(
-                np.stack([different_layers(record, rank) for record in prompts.to_dict("records")])
-            )
-            for _, prompts in group.groupby(DOCUMENT, sort=False)
-        ]
-        found[key] = nanmean(np.stack(documents)), len(documents)
-    return found
+) -> dict[tuple, tuple[Float[np.ndarray, "layer layer"], int]]:
+    """Average m̃[l, l'] over the documents of each group; NaN on the diagonal.
+
+    Returns:
+        For each group the mean matrix and the number of documents.
+    """
+    documents = _document_matrices(records, rank, by)
+    return {key: (nanmean(matrices), len(matrices)) for key, matrices in documents.items()}
 
 
 def pairs_beyond_chance(
     records: pd.DataFrame, rank: int, by: Sequence[str] = RUN, *, level: float = 0.05
-) -> dict[tuple, np.ndarray]:
-    """Which pairs of layers are coupled more than by chance, beyond the error of their mean over documents.
+) -> dict[tuple, Bool[np.ndarray, "layer layer"]]:
+    """Test which pairs of layers are coupled more than by chance, over documents.
 
-    Student's one-sided test of the mean of m̃[l, l'] and m̃[l', l] against chance, adjusted by Holm for all pairs of layers.
-    Of a single document there is no error, and no pair is.
+    Student's one-sided test compares the mean of m̃[l, l'] and m̃[l', l] with chance; Holm adjusts
+    for the number of pairs. One document alone has no error, hence no pair.
 
     Returns:
-        For every group a symmetric matrix of truth values, in the order of :func:`mean_matrices`.
+        For each group a symmetric matrix, in the order of :func:`mean_matrices`.
     """
-    found = {}
-    for key, group in require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False):
-        documents = np.stack(
+    clear = {}
+    for key, documents in _document_matrices(records, rank, by).items():
+        excess = chance_level(rank) - (documents + documents.transpose(0, 2, 1)) / 2
+        upper = np.triu_indices(excess.shape[1], 1)
+        is_clear = np.zeros(excess.shape[1:], dtype=bool)
+        p_values = _p_above_zero(excess[:, upper[0], upper[1]])
+        is_clear[upper] = adjust_p_values(p_values) < level
+        clear[key] = is_clear | is_clear.T
+    return clear
+
+
+def _document_matrices(
+    records: pd.DataFrame, rank: int, by: Sequence[str]
+) -> dict[tuple, np.ndarray]:
+    """Return m̃ of each group, [document layer layer], averaged over a document's prompts."""
+    groups = require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False)
+    return {
+        key: np.stack(
             [
-                nanmean(
-                    np.stack(
-                        [different_layers(record, rank) for record in prompts.to_dict("records")]
-                    )
-                )
-                for _, prompts in group.groupby(DOCUMENT, sort=False)
+                nanmean(np.stack([different_layers(row, rank) for row in of.to_dict("records")]))
+                for _, of in group.groupby(DOCUMENT, sort=False)
             ]
         )
-        pairs = chance_level(rank) - (documents + documents.transpose(0, 2, 1)) / 2
-        upper = np.triu_indices(pairs.shape[1], 1)
-        clear = np.zeros(pairs.shape[1:], dtype=bool)
-        clear[upper] = adjust_p_values(_above_zero(pairs[:, upper[0], upper[1]])) < level
-        found[key] = clear | clear.T
-    return found
+        for key, group in groups
+    }
 
 
-def _above_zero(values: np.ndarray) -> np.ndarray:
-    """One-sided p-values of Student's test for the mean of each column; NaN below two values, 0 or 1 without any spread."""
+def _p_above_zero(
+    values: Float[np.ndarray, "document column"],
+) -> Float[np.ndarray, " column"]:
+    """Return Student's one-sided p-value of each column's mean; NaN below two values."""
     n = np.isfinite(values).sum(axis=0)
     mean = nanmean(values)
     variance = np.nansum((values - mean) ** 2, axis=0) / np.maximum(n - 1, 1) / np.maximum(n, 1)
@@ -282,71 +272,74 @@ def _above_zero(values: np.ndarray) -> np.ndarray:
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is defined; NaN, without a warning, where nothing is."""
+    """Average over the first axis; NaN, without NumPy's warning, where all entries are NaN."""
     n = np.isfinite(values).sum(axis=0)
     return np.where(n, np.nansum(values, axis=0) / np.maximum(n, 1), np.nan)
 
 
-def recorded(records: pd.DataFrame, measures: Sequence[str], needed: int = 0) -> list[str]:
-    """Those of ``measures`` that were recorded, the first ``needed`` of them whether or not."""
+def recorded_measures(
+    records: pd.DataFrame, measures: Sequence[str], required: int = 0
+) -> list[str]:
+    """Return the measures that were recorded, and the first ``required`` in any case."""
+    columns = [readings()[name].column for name in measures]
     return [
         name
-        for i, name in enumerate(measures)
-        if i < needed or _is_recorded(records, readings()[name].column)
+        for i, (name, column) in enumerate(zip(measures, columns, strict=True))
+        if i < required or (column in records and records[column].notna().any())
     ]
-
-
-def _is_recorded(records: pd.DataFrame, column: str) -> bool:
-    return column in records and bool(records[column].notna().any())
 
 
 def named(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
-    """``rows`` with what a picture needs: ``panel`` (the measure's label), ``line`` (the run) and ``chance``."""
+    """Add what a picture needs: ``panel`` (the measure's label), ``line`` (the run), ``chance``."""
     panels = rows["measure"].map(lambda name: readings()[name].label)
     chances = rows["measure"].map(lambda name: readings()[name].chance_at(rank))
-    return with_line(rows).assign(panel=panels, chance=chances)
+    return add_line_names(rows).assign(panel=panels, chance=chances)
 
 
-def with_line(rows: pd.DataFrame) -> pd.DataFrame:
-    """``rows`` with a column ``line``: the label of their run, and the task if there are several."""
-    lines = [
-        label(model, revision)
-        for model, revision in zip(rows["model"], rows["revision"], strict=True)
-    ]
+def quartile_rows(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFrame:
+    """Return each run's quartiles over documents of these measures, ready to be drawn."""
+    return named(quartiles(long(records, measures, rank), RUN), rank)
+
+
+def add_line_names(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the column ``line``: the label of the run, and the task if there are several."""
+    runs = zip(rows["model"], rows["revision"], strict=True)
+    lines = [label_run(model, revision) for model, revision in runs]
     if "task" in rows and rows["task"].nunique() > 1:
         lines = [f"{line}, {task}" for line, task in zip(lines, rows["task"], strict=True)]
     return rows.assign(line=lines)
 
 
-def label(model: str, revision: str | None = None, weights: str | None = None) -> str:
-    """Of a run of :func:`read`: the model, its revision if that is not main, untrained if it is."""
+def label_run(model: str, revision: str | None = None, weights: str | None = None) -> str:
+    """Name a run: the model, its revision unless that is main, and whether it is untrained."""
     return run_label(model, revision) + (", untrained" if weights == "untrained" else "")
 
 
-def of_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The records of :func:`read` that are of the model with this name: the tokens of another would be other words.
+def select_model(records: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Select the records of the model with this name, or whose name ends with it.
 
     Returns:
         At least one record.
 
     Raises:
-        CouplingError: if there is none, or it may be one of several.
+        CouplingError: if there is none, or the name fits several models.
     """
-    known = sorted(records["model"].unique())
-    meant = sorted((model for model in known if ends_with(name, model)), key=len)[-1:]
-    meant = meant or [model for model in known if ends_with(model, name)]
-    if not meant:
-        listed = ", ".join(known)
+    models = sorted(records["model"].unique())
+    fitting = sorted((model for model in models if ends_with(name, model)), key=len)[-1:]
+    fitting = fitting or [model for model in models if ends_with(model, name)]
+    if not fitting:
         raise CouplingError(
-            f"got records of {listed}, none of {name}; give the folder of a run that measured this model"
+            f"got records of {', '.join(models)}, none of {name}; give the folder of a run that "
+            "measured this model"
         )
-    if len(meant) > 1:
-        raise CouplingError(f"got {name}, which may be {' or '.join(meant)}; give more of its path")
-    return records[records["model"] == meant[0]]
+    if len(fitting) > 1:
+        listed = " or ".join(fitting)
+        raise CouplingError(f"got {name}, which may be {listed}; give more of its path")
+    return records[records["model"] == fitting[0]]
 
 
-def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
-    """The records of the document with this ``doc_id``; all of them for None.
+def select_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
+    """Select the records of the document with this ``doc_id``; all of them for None.
 
     Returns:
         At least one record.
@@ -356,27 +349,25 @@ def of_document(records: pd.DataFrame, doc: int | None) -> pd.DataFrame:
     """
     if doc is None:
         return records
-    known = sorted(records["doc_id"].unique())
-    if doc not in known:
-        listed = ", ".join(map(str, known[:20])) + (", …" if len(known) > 20 else "")
+    documents = sorted(records["doc_id"].unique())
+    if doc not in documents:
+        listed = ", ".join(map(str, documents[:20])) + (", …" if len(documents) > 20 else "")
         raise CouplingError(f"got document {doc}, which has no such record; choose among {listed}")
     return records[records["doc_id"] == doc]
 
 
-def chosen(wanted: Sequence[int] | None, known: Sequence[int], number: int) -> list[int]:
-    """``wanted`` layers, or ``number`` of the ``known`` ones spread evenly.
+def choose_layers(requested: Sequence[int] | None, layers: Sequence[int], number: int) -> list[int]:
+    """Return the layers asked for, or by default ``number`` of ``layers``, spread evenly.
 
     Returns:
-        Layers, as they are numbered in ``known``.
+        Layers, numbered as in ``layers``.
 
     Raises:
-        CouplingError: if one is not known.
+        CouplingError: if a layer that is asked for is not among them.
     """
-    if bad := [layer for layer in wanted or () if layer not in known]:
-        raise CouplingError(f"got layer {bad[0]}, expected one of {', '.join(map(str, known))}")
-    return list(
-        wanted
-        or dict.fromkeys(
-            known[i] for i in np.linspace(0, len(known) - 1, number).round().astype(int)
+    if unknown := [layer for layer in requested or () if layer not in layers]:
+        raise CouplingError(
+            f"got layer {unknown[0]}, expected one of {', '.join(map(str, layers))}"
         )
-    )
+    places = np.linspace(0, len(layers) - 1, number).round().astype(int)
+    return list(requested or dict.fromkeys(layers[i] for i in places))

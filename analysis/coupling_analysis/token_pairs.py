@@ -1,4 +1,7 @@
-"""Miscoupling of pairs of tokens: self-coupling, and context coupling with the input or the output token fixed."""
+"""Miscoupling of pairs of tokens, averaged over prompts.
+
+There are three kinds: self-coupling, and context coupling with the input or the output token fixed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from lm_eval_coupling.saved.tables import require
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of token-wise coupling and where the records have it."""
+class TokenPairKind:
+    """A kind of token-wise coupling, and the columns of the records that hold it."""
 
     label: str
     column: str
@@ -23,14 +26,14 @@ class Kind:
 
 
 KINDS = {
-    "self": Kind("self-coupling", "self_miscoupling", "self_tokens", "self_layers"),
-    "context_input": Kind(
+    "self": TokenPairKind("self-coupling", "self_miscoupling", "self_tokens", "self_layers"),
+    "context_input": TokenPairKind(
         "context coupling, input token fixed",
         "context_input_miscoupling",
         "context_tokens",
         "context_layers",
     ),
-    "context_output": Kind(
+    "context_output": TokenPairKind(
         "context coupling, output token fixed",
         "context_output_miscoupling",
         "context_tokens",
@@ -41,9 +44,10 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenPairs:
-    """m̃[layer, layer', token, token'] averaged over ``n`` prompts, layers counted from 1.
+    """Mean miscoupling m̃[layer, layer', token, token'] of ``n`` prompts; layers count from 1.
 
-    ``tokens`` are positions as in the records or, where these differ, from the end of the prompt (-1 is the last).
+    ``tokens`` are positions as recorded, if all prompts have the same. Otherwise they count from
+    the end of the prompt, where -1 is the last.
     """
 
     miscoupling: np.ndarray
@@ -52,7 +56,7 @@ class TokenPairs:
     n: int
 
     def rows(self) -> pd.DataFrame:
-        """One row for every pair of layers and tokens."""
+        """Return one row per pair of layers and pair of tokens."""
         a, b, t, s = (index.ravel() for index in np.indices(self.miscoupling.shape))
         layers, tokens = np.array(self.layers), np.array(self.tokens)
         places = {
@@ -64,53 +68,56 @@ class TokenPairs:
         return pd.DataFrame(places | {"miscoupling": self.miscoupling.ravel(), "n": self.n})
 
     def by_layers(self) -> np.ndarray:
-        """m̃[layer, layer'] averaged over pairs of different tokens; NaN where none is defined."""
-        different = ~np.eye(len(self.tokens), dtype=bool)
-        return nanmean(np.moveaxis(self.miscoupling[..., different], -1, 0))
+        """Return m̃[layer, layer'], averaged over pairs of different tokens."""
+        is_different = ~np.eye(len(self.tokens), dtype=bool)
+        return nanmean(np.moveaxis(self.miscoupling[..., is_different], -1, 0))
 
 
-def token_pairs(records: pd.DataFrame, kind: str, rank: int) -> TokenPairs:
-    """The mean over prompts of one kind of token-wise miscoupling.
+def mean_token_pairs(records: pd.DataFrame, kind: str, rank: int) -> TokenPairs:
+    """Average one kind of token-wise miscoupling over prompts.
 
     Args:
         records: of one run and its weights.
-        kind: one of ``KINDS``.
+        kind: key of ``KINDS``.
         rank: number K of singular vectors.
 
     Returns:
-        The mean, with the layers and tokens that it is of and the number of prompts.
+        The mean, its layers and tokens, and the number of prompts.
 
     Raises:
-        CouplingError: if it was not recorded, or prompts differ in layers or number of tokens, so that there is no mean.
+        CouplingError: if it was not recorded, or if prompts differ in layers or number of tokens.
     """
-    where = KINDS[kind]
-    records = require(records, [where.column])
-    layers = {tuple(record) for record in records[where.layers]}
-    numbers = {len(tokens) for tokens in records[where.tokens]}
+    names = KINDS[kind]
+    records = require(records, [names.column])
+    layers = {tuple(of_prompt) for of_prompt in records[names.layers]}
+    numbers = {len(tokens) for tokens in records[names.tokens]}
     if len(layers) > 1 or len(numbers) > 1:
-        what = (
-            f"layers {sorted(layers)}"
-            if len(layers) > 1
-            else f"{min(numbers)} to {max(numbers)} tokens"
+        of_layers, of_tokens = (
+            f"layers {sorted(layers)}",
+            f"{min(numbers)} to {max(numbers)} tokens",
         )
         raise CouplingError(
-            f"got prompts with {what} for {where.label}, expected the same in all; choose one with --doc"
+            f"got prompts with {of_layers if len(layers) > 1 else of_tokens} for {names.label}, "
+            "expected the same in all; choose one with --doc"
         )
-    positions = [tuple(tokens) for tokens in records[where.tokens]]
-    if len(set(positions)) > 1:
-        positions = [
-            tuple(t - n for t in tokens)
-            for tokens, n in zip(records[where.tokens], records["n_tokens"], strict=True)
-        ]
-    if len(set(positions)) > 1:  # sampled: places mean something in one prompt only
-        positions = [tuple(range(1, numbers.pop() + 1))]
     values = [
         array[list(ranks).index(rank)].astype(np.float64)
-        for array, ranks in zip(records[where.column], records["ranks"], strict=True)
+        for array, ranks in zip(records[names.column], records["ranks"], strict=True)
     ]
-    return TokenPairs(
-        nanmean(np.stack(values)),
-        [layer + 1 for layer in layers.pop()],
-        list(positions[0]),
-        len(values),
-    )
+    tokens = _shared_positions(records[names.tokens], records["n_tokens"])
+    blocks = layers.pop()
+    return TokenPairs(nanmean(np.stack(values)), [b + 1 for b in blocks], tokens, len(values))
+
+
+def _shared_positions(positions: pd.Series, lengths: pd.Series) -> list[int]:
+    """Return positions that fit all prompts: from the start, else from the end, else 1, 2, …."""
+    from_start = {tuple(of_prompt) for of_prompt in positions}
+    from_end = {
+        tuple(token - length for token in of_prompt)
+        for of_prompt, length in zip(positions, lengths, strict=True)
+    }
+    for shared in (from_start, from_end):
+        if len(shared) == 1:
+            return list(shared.pop())
+    # Sampled tokens: a position has a meaning in its own prompt only.
+    return list(range(1, len(positions.iloc[0]) + 1))

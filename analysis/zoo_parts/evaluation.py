@@ -1,4 +1,4 @@
-"""The harness in one process for many checkpoints: tasks are loaded once, every checkpoint leaves an ordinary run."""
+"""lm-eval in one process for many checkpoints: tasks load once, each checkpoint leaves a run."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ import transformers
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from lm_eval_coupling.harness import (
-    lm as _measured,  # with torch and TransformerLens: once, not in every evaluator
-)
-from lm_eval_coupling.harness import plugin
+from lm_eval_coupling.harness import lm, plugin
 
 TASKS = ("blimp", "kept_out")
-USED = (_measured.CouplingLM, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
+# Import torch, transformers and TransformerLens before the evaluators fork, not in each of them.
+PRELOADED = (lm.CouplingLM, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
 
 
 class LoadedTasks(TaskManager):
-    """Loads tasks at the first call only: their documents are the same for every checkpoint."""
+    """Task manager that loads tasks once: their documents are the same for every checkpoint."""
 
     def load(self, task_list: Any) -> Any:
-        """What the first call loaded."""
+        """Return the tasks that the first call loaded."""
         if not hasattr(self, "_loaded"):
             self._loaded = super().load(task_list)
         return self._loaded
 
 
 class Evaluation:
-    """BLiMP and the kept-out text, scored and measured.
+    """Evaluation of checkpoints on BLiMP and the kept-out text, scored and measured.
 
     Args:
-        data: what ``text.prepare`` wrote; tasks find their documents there.
-        out: folder of the zoo; models and results are named from there.
+        data: folder that ``text.prepare`` wrote; tasks find their documents there.
+        out: folder of the zoo; names of models and results are relative to it.
         pairs: minimal pairs scored of each paradigm of BLiMP.
-        measured: documents measured of BLiMP, and of the kept-out text.
+        measured: documents measured of each task.
         measures: as ``coupling_measures``.
         ranks: as ``coupling_ranks``.
     """
@@ -53,16 +51,14 @@ class Evaluation:
         with inside(data):
             self.tasks = LoadedTasks(include_path=str(Path(__file__).parent))
             for name, task in self.tasks.load(list(TASKS))["tasks"].items():
-                if (
-                    name != "kept_out"
-                ):  # lm-eval goes through all documents at every evaluation, whatever the limit
+                # lm-eval reads all documents at every evaluation, whatever the limit.
+                if name != "kept_out":
                     split = task.config.validation_split
-                    task.dataset[split] = task.dataset[split].select(
-                        range(min(pairs, len(task.dataset[split])))
-                    )
+                    documents = task.dataset[split]
+                    task.dataset[split] = documents.select(range(min(pairs, len(documents))))
 
     def run(self, model: str) -> None:
-        """Evaluate the checkpoint in the folder ``out/model`` and write what lm-eval writes into ``out/results``."""
+        """Evaluate the checkpoint in ``out/model``; lm-eval's files go into ``out/results``."""
         with inside(self.out):
             tracker = EvaluationTracker(output_path="results")
             results = lm_eval.simple_evaluate(
@@ -87,14 +83,14 @@ class Evaluation:
                 tracker.save_results_samples(task, of_task)
 
 
-def is_there(out: Path, model: str) -> bool:
-    """Whether the results of a checkpoint are written."""
+def has_results(out: Path, model: str) -> bool:
+    """Return whether the results of a checkpoint are written."""
     return any((out / "results" / model.replace("/", "__")).glob("results_*.json"))
 
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder for a while."""
+    """Change the working directory for a while."""
     before = Path.cwd()
     os.chdir(folder)
     try:

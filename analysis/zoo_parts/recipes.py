@@ -1,4 +1,4 @@
-"""The members of the zoo: what each is made of, most telling ones first, so that a training cut short leaves a zoo."""
+"""Recipes of the zoo's members, the most telling first, so that a training cut short is a zoo."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ HEAD = 32  # components of an attention head
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One member. ``family`` is what was changed about the standard recipe: families are left out whole in cross-checks.
+    """Recipe of one member.
 
-    ``text`` is the share of what is read that is read for the first time (0.1: ten passes over a tenth), ``length`` the
-    share of the steps that are made, ``shuffled`` the share of windows whose words are in random order, ``noise`` the share
-    of tokens drawn at random.
+    ``family`` is the change to the standard recipe; cross-checks leave whole families out.
+    ``text`` is the share of the text that is read for the first time: 0.1 means ten passes over a
+    tenth. ``length`` is the share of the standard number of steps. ``shuffled`` is the share of
+    windows whose words are in random order, ``noise`` the share of tokens drawn at random.
     """
 
     name: str
@@ -28,21 +29,21 @@ class Recipe:
     shuffled: float = 0.0
     noise: float = 0.0
     seed: int = 0
-    along: bool = False  # saved at logarithmic steps, not only at the last
+    along: bool = False  # save at logarithmic steps, not only at the last
 
     def steps(self, most: int) -> int:
-        """How many it makes where the standard recipe makes ``most``."""
+        """Return the number of steps if the standard recipe makes ``most``."""
         return max(1, round(self.length * most))
 
     def saved(self, most: int) -> list[int]:
-        """The steps at which it is saved, the last one of all included."""
+        """Return the steps that are saved, the last one included."""
         last = self.steps(most)
         early = [0, *(last // 2**k for k in range(5, 0, -1))] if self.along else []
         return sorted({*early, last})
 
 
 def zoo() -> list[Recipe]:
-    """Every member, in the order in which they are trained."""
+    """Return every member, in the order of training."""
     return list(_members())
 
 

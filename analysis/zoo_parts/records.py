@@ -1,4 +1,4 @@
-"""Results small enough to be committed: a group as one task, its coupling pooled, without what no reader asks for."""
+"""Results small enough to be committed: groups as one task with their coupling pooled."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ PER_TASK = ("versions", "n-shot", "higher_is_better")
 
 
 def write_small(results: Path, to: Path) -> int:
-    """Copy every results file below ``results`` into a folder of its model in ``to``, made small; how many there are."""
+    """Copy the results files below ``results`` into ``to``, made small; return their number."""
     files = sorted(results.glob("*/results_*.json"))
     for file in files:
         small = to / file.parent.name / file.name
         small.parent.mkdir(parents=True, exist_ok=True)
-        small.write_text(json.dumps(made_small(json.loads(file.read_text())), indent=1) + "\n")
+        small.write_text(json.dumps(shrink_results(json.loads(file.read_text())), indent=1) + "\n")
     return len(files)
 
 
-def made_small(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a results file with every group as one task; ``load_runs`` gives the same numbers of it."""
+def shrink_results(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Make every group of a results file one task; ``load_runs`` reads the same numbers from it."""
     groups = {name: members for name, members in run["group_subtasks"].items() if members}
     grouped = {member for members in groups.values() for member in members}
     tasks = {name: groups.get(name, [name]) for name in run["results"] if name not in grouped}
     coupling = run["config"]["coupling"]
     summaries = {
-        name: pooled(coupling["tasks"][leaf] for leaf in of if leaf in coupling["tasks"])
+        name: pool_summaries(coupling["tasks"][leaf] for leaf in of if leaf in coupling["tasks"])
         for name, of in tasks.items()
     }
-    told = coupling.get("prompts", {})
+    prompts_of_leaves = coupling.get("prompts", {})
     prompts = {
-        name: _common([told[leaf] for leaf in of if leaf in told]) for name, of in tasks.items()
+        name: _common([prompts_of_leaves[leaf] for leaf in of if leaf in prompts_of_leaves])
+        for name, of in tasks.items()
     }
     arguments = {key: run["config"]["model_args"][key] for key in ("pretrained", "dtype")}
     about = {key: coupling[key] for key in coupling if key not in ("tasks", "prompts")}
@@ -58,8 +59,8 @@ def made_small(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pooled(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One summary of the coupling of several tasks, as if they were one."""
+def pool_summaries(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pool the coupling summaries of several tasks as if they were one task."""
     parts = list(summaries)
     measures = {
         name: pool([part["measures"][name] for part in parts])
@@ -78,7 +79,7 @@ def _counted(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _common(prompts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same for all tasks of a group."""
+    """Return the entries that all tasks of a group share."""
     return {
         key: value
         for key, value in (prompts[0] if prompts else {}).items()

@@ -1,4 +1,4 @@
-"""The text of the zoo: one tokenizer, the corpus as tokens, kept-out documents, and what spoils a text on purpose."""
+"""Text of the zoo: tokenizer, corpus as tokens, kept-out documents, and spoiled text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from lm_eval_coupling.errors import CouplingError, why
 
 VOCABULARY = 4096
 CONTEXT = 128
-BYTES = 480  # of a kept-out document at most: about one context
-SUBSET = (
-    20_000  # seed of the order in which the corpus is taken: smaller shares are part of larger ones
-)
+BYTES = 480  # of a kept-out document at most, about one context
+SUBSET_SEED = 20_000  # one order of the corpus, so that smaller shares are part of larger ones
 
 
 def prepare(corpus: Path, blimp: Path, data: Path) -> None:
-    """Write what training and evaluation need into the folder ``data``, unless it is there.
+    """Write what training and evaluation need into the folder ``data``, unless it exists.
 
     Args:
         corpus: folder with train.parquet and validation.parquet, each with a column ``text``.
@@ -45,7 +43,8 @@ def prepare(corpus: Path, blimp: Path, data: Path) -> None:
         )
     except (OSError, KeyError) as error:
         raise CouplingError(
-            f"got {corpus}, expected train.parquet and validation.parquet with text in it: {why(error)}"
+            f"got {corpus}, expected train.parquet and validation.parquet with a column text: "
+            f"{why(error)}"
         ) from None
     data.mkdir(parents=True, exist_ok=True)
     documents = dict.fromkeys(filter(None, map(opening, validation)))
@@ -67,19 +66,22 @@ def prepare(corpus: Path, blimp: Path, data: Path) -> None:
 
 
 def opening(text: str, size: int = BYTES) -> str:
-    """The whole sentences at the start of a text that fit into so many bytes; nothing if the first is longer."""
+    """Return the sentences at the start of a text that fit into ``size`` bytes, or ""."""
     if len(text.encode()) <= size:
         return text.strip()
     start = text.encode()[:size].decode(errors="ignore")
-    ends = [found.end() for found in re.finditer(r"[.!?][\"')]*(?=\s)", start)]
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s)", start)]
     return start[: ends[-1]].strip() if ends else ""
 
 
 def windows_of(recipe: Recipe, data: Path, most: int) -> Tensor:
-    """What a member reads: Int[window CONTEXT], a share of the ``most`` windows it has time for, spoiled as it says."""
+    """Return the windows that a member reads, spoiled as its recipe says: Int[window CONTEXT].
+
+    They are the recipe's share of the ``most`` windows that it has time for.
+    """
     tokens = torch.from_numpy(np.load(data / "tokens.npz")["tokens"].astype(np.int64))
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(SUBSET))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(SUBSET_SEED))
     windows = windows[order[: max(1, round(recipe.text * min(most, len(windows))))]]
     draws = torch.Generator().manual_seed(recipe.seed)
     if recipe.shuffled:
@@ -92,19 +94,19 @@ def windows_of(recipe: Recipe, data: Path, most: int) -> Tensor:
 
 
 def word_starts(data: Path) -> Tensor:
-    """Bool[vocabulary]: whether a token begins a word, a line or a document."""
+    """Mark the tokens that begin a word, a line or a document: Bool[vocabulary]."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return torch.tensor([piece.startswith(("Ġ", "Ċ", END)) for piece in pieces])
 
 
 def with_shuffled_words(windows: Tensor, starts: Tensor, draws: torch.Generator) -> Tensor:
-    """Each window with its words in random order; the tokens of a word stay together.
+    """Put the words of each window in random order; the tokens of a word stay together.
 
     Args:
         windows: Int[window token].
-        starts: Bool[vocabulary].
-        draws: what decides the order.
+        starts: Bool[vocabulary], from :func:`word_starts`.
+        draws: decides the order.
     """
     word = starts[windows].long().cumsum(dim=1)
     keys = torch.rand(word.shape[0], word.shape[1] + 1, generator=draws).gather(1, word)

@@ -1,4 +1,4 @@
-"""One member from its first weights to its last: a plain loop on the CPU, one captured graph a step on a GPU."""
+"""Training of one zoo member: a plain loop on the CPU, one captured graph per step on a GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zoo_parts.recipes import HEAD, Recipe
 from zoo_parts.text import CONTEXT, windows_of
 
-WARM_UP = 3  # steps made as they come before one is captured: the optimizer's state must be there
+WARM_UP = 3  # plain steps before a graph is captured, which needs the optimizer's state
 
 
 def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of the recipe's shape with the first weights of its seed, float32 on the CPU."""
+    """Return a Llama of the recipe's shape, initialized with its seed, float32 on the CPU."""
     special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -38,7 +38,7 @@ def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(config)
     for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):  # one kernel of torch's own instead of six
+        if isinstance(module, LlamaRMSNorm):  # one kernel of torch instead of six
             module.forward = partial(
                 nn.functional.rms_norm,
                 normalized_shape=module.weight.shape,
@@ -49,9 +49,9 @@ def fresh_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def loss_of(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
-    """Nats per token of Int[window token], as ``model(batch, labels=batch).loss``.
+    """Return nats per token of Int[window token], equal to ``model(batch, labels=batch).loss``.
 
-    The blocks are called one by one, as transformers builds masks with steps that no graph can capture.
+    Blocks are called one by one: transformers builds masks in ways that no graph can capture.
     """
     stream = model.model.embed_tokens(batch)
     angles = model.model.rotary_emb(stream, torch.arange(batch.shape[1], device=batch.device)[None])
@@ -63,18 +63,18 @@ def loss_of(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
-    """A twentieth of the steps up, then down along a cosine."""
+    """Return the learning rate: up over a twentieth of the steps, then down along a cosine."""
     return highest * min(1.0, 20 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def train(
     recipe: Recipe, data: Path, folder: Path, *, steps: int, windows: int, device: str
 ) -> Iterator[str | None]:
-    """Train one member: yields after every step, and the name of each checkpoint as soon as its folder is complete.
+    """Train one member; yield each checkpoint's name once it is complete, and None after a step.
 
     Args:
         recipe: the member.
-        data: what ``text.prepare`` wrote.
+        data: folder that ``text.prepare`` wrote.
         folder: gets checkpoint-STEP, ordinary transformers folders, and training.csv.
         steps: of the standard recipe.
         windows: of a batch.
@@ -106,7 +106,7 @@ def train(
 
 
 def reading_order(windows: int, needed: int, seed: int) -> Tensor:
-    """Int[needed]: all windows once in random order, then again in another."""
+    """Return indices of windows, Int[needed]: each once in random order, then again in another."""
     draws = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(windows, generator=draws) for _ in range(math.ceil(needed / windows))]
     return torch.cat(passes)[:needed]
@@ -115,9 +115,9 @@ def reading_order(windows: int, needed: int, seed: int) -> Tensor:
 def stepper(
     model: LlamaForCausalLM, batch: Callable[[], Tensor], rate: Tensor, decay: float
 ) -> Callable[[], Tensor]:
-    """A function that makes one step on ``batch()`` at ``rate`` and returns the loss before it.
+    """Return a function that makes one step on ``batch()`` at ``rate`` and returns its loss.
 
-    On a GPU its kernels are captured once and replayed: small models wait for Python more than for the GPU.
+    On a GPU the step is captured once and replayed: small models wait for Python, not for the GPU.
     """
     cuda = rate.is_cuda
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -137,7 +137,9 @@ def stepper(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"].copy_(rate)  # read from memory, so that a graph sees the rate of its step
+            group["lr"].copy_(
+                rate
+            )  # a tensor: a captured graph reads the rate of its step from memory
         optimizer.step()
         return loss.detach()
 
@@ -145,18 +147,18 @@ def stepper(
 
 
 def _captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same step from a graph after WARM_UP plain ones; where none can be captured, plain ones all along.
+    """Return the step as a graph after WARM_UP plain ones, or plain ones if capturing fails.
 
-    It must be called on one stream, which is not the device's default one.
+    It must be called on one stream other than the device's default.
     """
-    made, chosen = 0, step
+    made, current = 0, step
 
     def run() -> Tensor:
-        nonlocal made, chosen
+        nonlocal made, current
         if made == WARM_UP:
-            chosen = _graph_of(step) or step
+            current = _graph_of(step) or step
         made += 1
-        return chosen()
+        return current()
 
     return run
 
@@ -182,9 +184,9 @@ def _graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Under its name once it is complete: a stopped training leaves no half of a checkpoint."""
+    """Save a checkpoint aside and rename it, so that a stopped training leaves no half of one."""
     if model.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # whatever stream the weights are copied on
+        torch.cuda.current_stream().synchronize()  # the weights may be copied on another stream
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

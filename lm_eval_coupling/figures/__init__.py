@@ -1,1 +1,1 @@
-"""Every picture, drawn from measured numbers alone: one function per picture, each returns a matplotlib figure."""
+"""Pictures as matplotlib figures, without pyplot, hence without global state."""

@@ -1,4 +1,4 @@
-"""Pictures of regressions: scores over a predictor, predictors compared, answers over coupling, curves over training."""
+"""Pictures of regressions: scores over a predictor, estimates, curves along training."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from lm_eval_coupling.figures.palette import CATEGORIES, colours
+from lm_eval_coupling.figures.canvas import add_legend, draw_chance_line, make_grid
+from lm_eval_coupling.figures.palette import CATEGORIES, assign_colors
 from lm_eval_coupling.statistics import Fit
 
 _JOINED: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1}
-_CLOSE = 0.03  # of the axes: labels nearer than this would cover each other
-_FAR = (
-    0.6  # of the width: names of points beyond it stand on their left, or they would leave the axes
-)
-_FAMILIES = 12  # more than that are not told apart by colour
-_NAMED = 40  # points; more names than that are not legible
+_CLOSE = 0.03  # share of the axes' height within which two names would overlap
+_RIGHT_PART = 0.6  # share of the width beyond which a name stands left of its point
+_MOST_FAMILIES = 12  # that colors tell apart
+_MOST_NAMES = 40  # that are legible
 
 
 def score_scatter(
@@ -30,45 +30,48 @@ def score_scatter(
     x_label: str,
     y_label: str,
     title: str | None = None,
+    chance: float | None = None,
 ) -> Figure:
-    """Draw one point per model with its errors, its name and the colour of its family; fits with their bands.
+    """Draw one named point per model with its errors, in the color of its family, and the fits.
 
     Args:
-        points: ``x, y, x_error, y_error`` (standard errors or NaN), ``label`` and ``family`` (of many, none is told apart).
-        fits: curves through the points; those without a solution are left out.
-        x_label: what the predictor is.
-        y_label: what the score is.
+        points: ``x, y, x_error, y_error`` (standard errors or NaN), ``label`` and ``family``.
+        fits: curves through the points; fits without a solution are left out.
+        x_label: name of the predictor.
+        y_label: name of the score.
         title: stands above.
+        chance: value of the predictor by chance, drawn as a vertical line.
 
     Returns:
-        The figure; it has one ``ErrorbarContainer`` per family.
+        The figure, with one ``ErrorbarContainer`` per family. Many families share one color.
     """
-    figure, (ax,) = _figure(1, width=6.4, height=4.6, title=title)
+    figure, (ax,) = make_grid(1, width=5.8, height=4.4, title=title)
     points = points.dropna(subset=["x", "y"])
-    if points["family"].nunique() > _FAMILIES:
+    if points["family"].nunique() > _MOST_FAMILIES:
         points = points.assign(family="models")
-    families = list(dict.fromkeys(points["family"]))
-    for index, family in enumerate(families):
-        of = points[points["family"] == family]
+    colors = assign_colors(points["family"])
+    for family, of in points.groupby("family", sort=False):
+        errors = of[["x_error", "y_error"]].fillna(0)
         ax.errorbar(
             of["x"],
             of["y"],
-            xerr=of["x_error"].fillna(0),
-            yerr=of["y_error"].fillna(0),
+            xerr=errors["x_error"],
+            yerr=errors["y_error"],
             fmt="o",
-            color=_colour(index, len(families)),
+            color=colors[family],
             elinewidth=0.8,
             markersize=4,
             label=family,
         )
     for fit, style in zip(fits, ("-", "--", ":", "-."), strict=False):
         _draw_fit(ax, fit, points["x"], style)
-    if len(points) <= _NAMED:
+    if chance is not None:
+        draw_chance_line(ax, chance, vertical=True)
+    if len(points) <= _MOST_NAMES:
         _name_points(ax, points)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize="x-small", frameon=False)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
+    add_legend(figure, [ax])
     return figure
 
 
@@ -76,71 +79,74 @@ def _draw_fit(ax: Axes, fit: Fit, x: pd.Series, style: str) -> None:
     if fit.parameters is None:
         return
     at = np.linspace(x.min(), x.max(), 200)
-    low, high = fit.band(at)
-    r2 = "" if np.isnan(fit.r2) else f", R² = {fit.r2:.2f}"
     weights = {"none": "", "y": ", weighted", "x and y": ", errors in both"}[fit.errors]
-    ax.plot(
-        at, fit.predict(at), style, color="0.3", linewidth=1.2, label=f"{fit.form}{weights}{r2}"
-    )
+    r2 = "" if np.isnan(fit.r2) else f", R² = {fit.r2:.2f}"
+    label = f"{fit.form}{weights}{r2}"
+    ax.plot(at, fit.predict(at), style, color="0.3", linewidth=1.2, label=label)
+    low, high = fit.band(at)
     if fit.form == "line" and np.isfinite(low).all():
         ax.fill_between(at, low, high, color="0.5", alpha=0.15, linewidth=0)
 
 
 def _name_points(ax: Axes, points: pd.DataFrame) -> None:
-    """Above the right bar of each point, or where no name stands yet: bars strike through none, curves shine around it."""
+    """Name each point above or below its horizontal bar, where no other name stands yet."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    taken: list[tuple[float, float]] = []
+    placed: list[tuple[float, float]] = []
     for row in points.sort_values("y").itertuples():
         x, y = (row.x - left) / (right - left), (row.y - bottom) / (top - bottom)
-        across, anchor, away = (
-            (4, "left", "right") if x < _FAR else (-4, "right", "left")
-        )  # into the picture first
-        sides = [(across, dy, anchor) for dy in (6, -6, 15, -15)] + [
-            (-across, dy, away) for dy in (6, -6)
+        # Names point into the picture, or they would leave the axes.
+        dx, anchor, other = (4, "left", "right") if x < _RIGHT_PART else (-4, "right", "left")
+        places = [(dx, dy, anchor) for dy in (6, -6, 15, -15)] + [
+            (-dx, dy, other) for dy in (6, -6)
         ]
         free = [
-            s
-            for s in sides
+            (across, up, side)
+            for across, up, side in places
             if all(
-                abs(y + s[1] / 250 - b) > _CLOSE or abs(x + s[0] / 50 - a) > 0.15 for a, b in taken
+                abs(y + up / 250 - b) > _CLOSE or abs(x + across / 50 - a) > 0.15 for a, b in placed
             )
         ]
-        dx, dy, side = (free or sides)[0]
-        taken.append((x + dx / 50, y + dy / 250))
+        across, up, side = (free or places)[0]
+        placed.append((x + across / 50, y + up / 250))
         ax.annotate(
-            row.label, (row.x, row.y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize="xx-small",
+            row.label,
+            (row.x, row.y),
+            (across, up),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize="xx-small",
             path_effects=[withStroke(linewidth=2, foreground="white")],
-        )  # fmt: skip
+        )
 
 
 def intervals(
     rows: pd.DataFrame, *, x_label: str, chance: float, title: str | None = None
 ) -> Figure:
-    """Draw an estimate with its interval per row, from top to bottom; the line marks chance.
+    """Draw one estimate with its interval per row, from top to bottom, beside chance.
 
     Args:
-        rows: ``label, value, low, high`` and ``kind``, which gives the colour.
-        x_label: what the estimate is.
-        chance: its value if there were nothing.
+        rows: ``label, value, low, high`` and ``kind``, which gives the color.
+        x_label: name of the estimate.
+        chance: value of the estimate if there were no relation.
         title: stands above.
 
     Returns:
-        The figure, not yet saved; the more rows, the higher.
+        The figure; its height grows with the rows.
     """
     rows = rows.dropna(subset="value")
-    figure, (ax,) = _figure(1, width=6.4, height=1.2 + 0.19 * len(rows), title=title)
+    figure, (ax,) = make_grid(1, width=5.8, height=0.6 + 0.19 * len(rows), title=title)
     kinds = list(dict.fromkeys(rows["kind"]))
-    for index, kind in enumerate(kinds):
+    colors = assign_colors(kinds)
+    for kind in kinds:
         at = np.flatnonzero(rows["kind"] == kind)
         of = rows.iloc[at]
-        sides = np.abs(of[["low", "high"]].sub(of["value"], axis=0)).fillna(0).T.to_numpy()
-        colour = _colour(index, len(kinds))
         ax.errorbar(
             of["value"],
             at,
-            xerr=sides,
+            xerr=_bar_sides(of, "value"),
             fmt="o",
-            color=colour,
+            color=colors[kind],
             elinewidth=1,
             markersize=4,
             label=kind,
@@ -150,114 +156,90 @@ def intervals(
     ax.invert_yaxis()
     ax.set_xlabel(x_label)
     if len(kinds) > 1:
-        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+        add_legend(figure, [ax])
     return figure
 
 
 def rank_sweep(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
-    """Draw the correlation with each score over K, the number of singular vectors (paper, fig. 36).
+    """Draw the correlation with each score over K, the number of singular vectors (fig. 36).
 
     Args:
         rows: ``score, rank, coefficient, low, high``.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
-    figure, (ax,) = _figure(1, width=5.2, height=3.8, title=title)
+    figure, (ax,) = make_grid(1, width=4.6, height=3.4, title=title)
     ranks = sorted(rows["rank"].unique())
-    for index, (score, of) in enumerate(rows.sort_values("rank").groupby("score", sort=False)):
-        sides = np.abs(of[["low", "high"]].sub(of["coefficient"], axis=0)).fillna(0).T.to_numpy()
-        at = of["rank"].map(ranks.index) + 0.04 * index  # beside each other, not on top
-        ax.errorbar(at, of["coefficient"], yerr=sides, color=_colour(index), label=score, **_JOINED)
+    colors = assign_colors(rows["score"])
+    for number, (score, of) in enumerate(rows.sort_values("rank").groupby("score", sort=False)):
+        at = of["rank"].map(ranks.index) + 0.04 * number  # shifted, so that bars do not overlap
+        sides = _bar_sides(of, "coefficient")
+        ax.errorbar(at, of["coefficient"], yerr=sides, color=colors[score], label=score, **_JOINED)
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_xticks(range(len(ranks)), ranks)
     ax.set_xlabel("K, number of singular vectors")
     ax.set_ylabel("Pearson correlation with the score")
-    ax.legend(fontsize="x-small", frameon=False)
+    add_legend(figure, [ax])
     return figure
 
 
 def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = None) -> Figure:
-    """Draw the share of right answers over a predictor's bins with its interval, one panel per task, one line per model.
+    """Draw the share of right answers over bins of a predictor, a panel per task, a line per model.
 
     Args:
         rows: ``model, task, mean`` (of the predictor in the bin), ``accuracy, low, high``.
-        x_label: what the predictor is.
+        x_label: name of the predictor.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
     tasks = list(dict.fromkeys(rows["task"]))
-    figure, axes = _figure(len(tasks), width=3.2, height=3.2, title=title)
-    models = list(dict.fromkeys(rows["model"]))
+    figure, axes = make_grid(len(tasks), width=3.2, height=2.8, title=title, share_y=True)
+    colors = assign_colors(rows["model"])
     for ax, task in zip(axes, tasks, strict=True):
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
-            sides = np.abs(of[["low", "high"]].sub(of["accuracy"], axis=0)).T.to_numpy()
-            colour = _colour(models.index(model), len(models))
+            sides = _bar_sides(of, "accuracy")
             ax.errorbar(
-                of["mean"], of["accuracy"], yerr=sides, color=colour, label=model, **_JOINED
+                of["mean"], of["accuracy"], yerr=sides, color=colors[model], label=model, **_JOINED
             )
         ax.set_title(task, fontsize="small")
         ax.set_xlabel(x_label, fontsize="small")
         ax.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of right answers")
-    named = {
-        label: handle
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        named.values(), named, loc="outside right upper", fontsize="xx-small", frameon=False
-    )
+    add_legend(figure, axes)
     return figure
 
 
 def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = None) -> Figure:
-    """Draw predictor and score over the steps of training, one above the other, one line per training and score.
+    """Draw predictor and score over training steps, a line per training and score.
 
     Args:
         rows: ``lineage, score_of, step, x, score`` in the order of steps.
-        x_label: what the predictor is.
+        x_label: name of the predictor.
         title: stands above.
 
     Returns:
-        The figure, not yet saved.
+        The figure.
     """
-    figure = Figure(figsize=(6.0, 5.0), dpi=200, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    for index, ((lineage, score), of) in enumerate(
-        rows.groupby(["lineage", "score_of"], sort=False)
-    ):
-        for ax, column in ((above, "x"), (below, "score")):
-            ax.errorbar(
-                of["step"], of[column], color=_colour(index), label=f"{lineage}: {score}", **_JOINED
-            )
+    figure, (above, below) = make_grid(2, width=5.4, height=2.2, columns=1, title=title)
+    lines = list(rows.groupby(["lineage", "score_of"], sort=False))
+    for number, ((lineage, score), of) in enumerate(lines):
+        style = {"color": CATEGORIES[number % len(CATEGORIES)], "label": f"{lineage}: {score}"}
+        above.errorbar(of["step"], of["x"], **style, **_JOINED)
+        below.errorbar(of["step"], of["score"], **style, **_JOINED)
     if (rows["step"] > 0).all() and rows["step"].max() > 100 * rows["step"].min():
+        above.set_xscale("log")
         below.set_xscale("log")
     above.set_ylabel(x_label)
     below.set_ylabel("score")
     below.set_xlabel("step of training")
-    below.legend(fontsize="xx-small", frameon=False)
-    if title:
-        figure.suptitle(title)
+    add_legend(figure, [below])
     return figure
 
 
-def _figure(
-    panels: int, *, width: float, height: float, title: str | None
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * panels, height), dpi=200, layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize="medium")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def _colour(index: int, of: int = 0) -> str:
-    """One of a few that are told apart without colour vision; of more than these, a place on a scale."""
-    return (
-        list(colours(range(of)).values())[index]
-        if of > len(CATEGORIES)
-        else CATEGORIES[index % len(CATEGORIES)]
-    )
+def _bar_sides(rows: pd.DataFrame, value: str) -> Float[np.ndarray, "2 row"]:
+    """Return the lengths of the error bars below and above; 0 where there is no interval."""
+    return np.abs(rows[["low", "high"]].sub(rows[value], axis=0)).fillna(0).T.to_numpy()

@@ -1,1 +1,1 @@
-"""Saved runs as pages to look at: one HTML file (:mod:`.page`) or the terminal (:mod:`.terminal`)."""
+"""Saved runs to look at: one HTML page (:mod:`.page`), or the terminal (:mod:`.terminal`)."""

@@ -1,10 +1,10 @@
-"""What a terminal shows of saved runs, as rows of numbers: one per run, task and rank."""
+"""Numbers that a terminal shows of saved runs: coupling and score, one row per run, task and K."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,78 +12,101 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, identity
+from lm_eval_coupling.saved.task_rows import rows_of_run
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.estimates import Estimate
 
 
 def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
-    """One row per table and rank: means over documents with their standard errors, trained beside untrained weights.
+    """Return one row per table and rank: means over documents with their standard errors.
 
     Returns:
-        Columns: ``label`` (of the run), ``folder, model, revision, variant, prompting, task, documents, rank, coupling,
-        coupling_stderr, chance, excess``; ``untrained, untrained_stderr, paired`` (documents that both weights have),
-        ``difference, difference_stderr, difference_low, difference_high`` (trained less untrained, 95 %); every other number
-        of a prompt by its name, with its error; ``worst_certificate, missing`` (in words), ``seed`` of the untrained
-        weights.
+        Columns:
+
+        * ``label`` (of the run), ``folder, model, revision, variant, fingerprint, prompting,
+          task``;
+        * ``metric, score, score_stderr, scored``: the metric that lm-eval lists first, and the
+          documents behind it;
+        * ``rank, documents, coupling, coupling_stderr, chance, excess``;
+        * ``untrained, untrained_stderr``, and the trained less the untrained weights over the
+          documents of both, see :func:`paired_difference`; ``seed`` of the untrained weights;
+        * every other number of a prompt by its name, with its ``_stderr``;
+        * ``worst_certificate, missing`` (in words).
     """
-    rows = pd.DataFrame([row for run, table in tables for row in _rows(run, table)])
-    return rows.assign(label=label_rows(rows, full_names(rows["model"].unique())))
+    scores: dict[int, dict[str, dict[str, Any]]] = {}
+    rows = []
+    for run, table in tables:
+        if id(run) not in scores:
+            tasks = rows_of_run(run) if run.file else ()
+            scores[id(run)] = {row["task"]: main_score(row) for row in tasks}
+        rows += _rows(run, table, scores[id(run)].get(table.task, {}))
+    frame = pd.DataFrame(rows)
+    return frame.assign(label=label_rows(frame, full_names(frame["model"].unique())))
 
 
-def _rows(run: SavedRun, table: SavedTable) -> Iterator[dict[str, Any]]:
+def main_score(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the score that lm-eval lists first, from a row of one task."""
+    metric = row["metric"]
+    return {
+        "metric": metric,
+        "score": row.get(metric, math.nan),
+        "score_stderr": row.get(metric and metric.replace(",", "_stderr,", 1), math.nan),
+        "scored": row["n_samples"],
+    }
+
+
+def _rows(run: SavedRun, table: SavedTable, score: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     values = prompt_values(table, "all")
-    trained, untrained = (
-        values[values["weights"] == weights] for weights in ("trained", "untrained")
-    )
+    trained, untrained = (values[values["weights"] == of] for of in ("trained", "untrained"))
     about: dict[str, Any] = {
         "folder": str(table.file.parent),
         "model": run.model,
         "revision": run.revision,
         "variant": run.variant,
-    }
-    about |= {
         "fingerprint": run.fingerprint,
         "prompting": run.prompting(table.task),
         "task": table.task,
-    }
+    } | dict(score)
     own, twin = document_values(trained), document_values(untrained)
-    plain: dict[str, float] = {}
+    others: dict[str, Any] = {}
     for name in [name for name in own if "@" not in name]:
-        plain[name], plain[f"{name}_stderr"], _ = mean_and_error(own[name])
-    rest = {
+        others[name], others[f"{name}_stderr"], _ = mean_and_error(own[name])
+    others |= {
         "worst_certificate": trained["worst_certificate"].max(),
-        "missing": _missing(trained),
+        "missing": _describe_missing(trained),
         "seed": (table.about.get("untrained") or {}).get("seed"),
     }
     ranks: Sequence[int | None] = ranks_of(trained) or [None]
     for rank in ranks:
-        yield about | _coupling(own, twin, rank) | plain | rest
+        yield about | _coupling(own, twin, rank) | others
 
 
 def _coupling(trained: pd.DataFrame, untrained: pd.DataFrame, rank: int | None) -> dict[str, Any]:
-    name = f"coupling@{rank}"
-    own, twin = (
-        v[name].dropna() if name in v else pd.Series(dtype=float) for v in (trained, untrained)
-    )
+    name, none = f"coupling@{rank}", pd.Series(dtype=float)
+    own, twin = (v[name].dropna() if name in v else none for v in (trained, untrained))
     mean, error, n = mean_and_error(own)
+    twin_mean, twin_error, _ = mean_and_error(twin)
     chance = math.nan if rank is None else chance_coupling(rank)
-    found = {
+    return {
         "rank": rank,
         "documents": n,
         "coupling": mean,
         "coupling_stderr": error,
         "chance": chance,
-    }
-    found |= {"excess": mean - chance}
-    found["untrained"], found["untrained_stderr"], _ = mean_and_error(twin)
-    return found | paired(own, twin)
+        "excess": mean - chance,
+        "untrained": twin_mean,
+        "untrained_stderr": twin_error,
+    } | paired_difference(own, twin)
 
 
-def paired(first: pd.Series, second: pd.Series) -> dict[str, float | int]:
-    """``difference``, first less second over the documents that both have, with Student's 95 % interval."""
-    differences = (
-        (first - second).dropna() if len(first) and len(second) else pd.Series(dtype=float)
-    )
+def paired_difference(first: pd.Series, second: pd.Series) -> dict[str, float | int]:
+    """Return ``difference``, first less second, over the ``paired`` documents of both.
+
+    With it come ``difference_stderr`` and Student's 95 % interval, ``difference_low`` and
+    ``difference_high``.
+    """
+    empty = pd.Series(dtype=float)
+    differences = (first - second).dropna() if len(first) and len(second) else empty
     mean, error, n = mean_and_error(differences)
     estimate = Estimate.from_t(mean, error, max(n - 1, 1), 0.95)
     return {
@@ -95,8 +118,8 @@ def paired(first: pd.Series, second: pd.Series) -> dict[str, float | int]:
     }
 
 
-def _missing(values: pd.DataFrame) -> str:
-    """How many prompts were not measured, and why."""
+def _describe_missing(values: pd.DataFrame) -> str:
+    """Count the prompts that were not measured, by reason."""
     names = [f"coupling@{rank}" for rank in ranks_of(values)]
     missing = values[values[names].isna().all(axis=1)] if names else values
     reasons = Counter(reason or "not asked for" for reason in missing["reason"])
@@ -104,39 +127,40 @@ def _missing(values: pd.DataFrame) -> str:
 
 
 def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
-    """Every later run against the first, over the documents that both have: base and instruct, 0 and 5 shots.
+    """Compare every later run with the first, over the documents that both have.
 
-    The first is the weights of the first table; of a task that it has in several ways the first way.
+    The first run is that of the first table. Documents are paired by ``doc_hash``: their prompts
+    may differ, as with 0 and 5 examples.
 
     Returns:
-        Documents are paired by ``doc_hash``: their prompts may differ. Columns: ``label, base, task, rank, coupling`` and
-        ``base_coupling`` (means of the documents that are paired), and those of :func:`paired`.
+        ``label, base, task, rank``, the means over the paired documents ``coupling`` and
+        ``base_coupling``, and the columns of :func:`paired_difference`.
     """
     about = overview(tables).drop_duplicates(["folder", "label", "task"])
     labels, tasks = about["label"].tolist(), about["task"].tolist()
-    couplings = [_by_document(prompt_values(table)) for _, table in tables]
+    couplings = [_document_couplings(prompt_values(table)) for _, table in tables]
     first = identity(tables[0][0])
-    of_first = [number for number, (run, _) in enumerate(tables) if identity(run) == first]
-    bases = {tasks[number]: number for number in reversed(of_first)}
-    found = []
+    bases: dict[str, int] = {}
+    for number, (run, _) in enumerate(tables):
+        if identity(run) == first:
+            bases.setdefault(tasks[number], number)
+    rows = []
     for number, (label, task, own) in enumerate(zip(labels, tasks, couplings, strict=True)):
-        if bases.get(task, number) != number:
-            base, other = labels[bases[task]], couplings[bases[task]]
-            for name in [name for name in own if name in other]:
-                both = pd.concat([own[name], other[name]], axis=1, join="inner").dropna()
-                means = {
-                    "coupling": both.iloc[:, 0].mean(),
-                    "base_coupling": both.iloc[:, 1].mean(),
-                }
-                rank = int(name.removeprefix("coupling@"))
-                found.append(
-                    {"label": label, "base": base, "task": task, "rank": rank}
-                    | means
-                    | paired(both.iloc[:, 0], both.iloc[:, 1])
-                )
-    return pd.DataFrame(found)
+        base = bases.get(task, number)
+        if base == number:
+            continue
+        for name in [name for name in own if name in couplings[base]]:
+            both = pd.concat([own[name], couplings[base][name]], axis=1, join="inner").dropna()
+            of_label, of_base = both.iloc[:, 0], both.iloc[:, 1]
+            rows.append(
+                {"label": label, "base": labels[base], "task": task}
+                | {"rank": int(name.removeprefix("coupling@"))}
+                | {"coupling": of_label.mean(), "base_coupling": of_base.mean()}
+                | paired_difference(of_label, of_base)
+            )
+    return pd.DataFrame(rows)
 
 
-def _by_document(values: pd.DataFrame) -> pd.DataFrame:
+def _document_couplings(values: pd.DataFrame) -> pd.DataFrame:
     names = [f"coupling@{rank}" for rank in ranks_of(values)]
     return values.groupby("doc_hash")[names].mean()

@@ -1,7 +1,7 @@
-"""Saved runs as one self-contained HTML page: opened from disk it reaches for nothing else.
+"""Saved runs as one self-contained HTML page, which loads nothing else.
 
-Python gathers numbers and texts (:mod:`.data`), the browser shows them (``assets/`` and plotly.js). Everything that was
-measured, prompts included, travels as JSON and is shown as text only.
+Python gathers numbers and texts (:mod:`.data`), the browser shows them (``assets/`` and plotly.js).
+Everything that was measured, prompts included, travels as JSON and is shown as text only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.report.data import DOCUMENTS, gather
+from lm_eval_coupling.saved.atomic import writing
 
 _SCRIPTS = (
     "basics",
@@ -40,43 +41,39 @@ def write_report(
     mixed: str = "refuse",
     words: Path | str | None = None,
 ) -> Path:
-    """Write the page.
+    """Write the page; an earlier page at ``out`` stays as it was if that fails.
 
     Args:
         paths: folders that lm-eval wrote, searched recursively.
-        out: the page's file; made anew.
-        documents: how many measured prompts of each model and task it may hold, the texts and matrices being what
-            makes it large; a page of very many tasks holds fewer, and says so.
+        out: file of the page.
+        documents: most measured prompts of each model and task on the page. Their texts and
+            matrices make it large: a page of very many tasks holds fewer, and says so.
         mixed: ``refuse`` or ``keep`` runs whose coupling settings differ.
-        words: the ``words.csv`` of ``analysis/words.py``, shown with the documents that it has words of.
+        words: the ``words.csv`` of ``analysis/words.py``, shown with its documents.
 
     Returns:
         The file.
 
     Raises:
-        CouplingError: if there is no run, plotly is missing, the page cannot be written, or ``words`` has none of its
-            documents.
+        CouplingError: if there is no run, plotly is missing, the page cannot be written, or
+            ``words`` has none of its documents.
     """
-    _plotly()  # better missed now than after minutes of reading
-    html = page(gather(paths, documents=documents, mixed=mixed, words=words))
+    _plotly()  # fails now if plotly is missing, not after minutes of reading
+    html = build_page(gather(paths, documents=documents, mixed=mixed, words=words))
     out = Path(out)
-    try:
+    with writing(out) as temporary:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise CouplingError(
-            f"got {out} for the report, which cannot be written ({why(error)}); choose another file"
-        ) from None
+        temporary.write_text(html, encoding="utf-8")
     return out
 
 
-def page(data: dict[str, Any]) -> str:
-    """The HTML of ``data``, as :func:`gather` returns it."""
+def build_page(data: dict[str, Any]) -> str:
+    """Return the HTML of ``data``, as :func:`gather` returns it."""
     scripts = [_plotly(), _script()]
-    # A policy of no loads at all, and of no script but these two: were a prompt ever taken for markup, it would stay inert.
+    # Nothing loads, and no script runs but these two: a prompt taken for markup would stay inert.
     policy = (
-        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     parts = {
         "policy": policy,
@@ -85,34 +82,34 @@ def page(data: dict[str, Any]) -> str:
         "plotly": scripts[0],
         "script": scripts[1],
     }
-    # One pass over the template, none over what is put in: a prompt may contain any placeholder.
+    # The template is filled in one pass: a prompt may contain any placeholder.
     first, *others = _asset("page.html").split("{{")
-    return first + "".join(
-        parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in others)
-    )
+    filled = [first]
+    for piece in others:
+        name, rest = piece.split("}}", 1)
+        filled += [parts[name], rest]
+    return "".join(filled)
 
 
 def embeddable_json(value: Any) -> str:
-    """JSON that no HTML parser can take for the end of its script element."""
+    """Return JSON in which no HTML parser finds the end of a script element."""
     plain = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _asset(name: str) -> str:
-    return (
-        resources.files("lm_eval_coupling.report")
-        .joinpath("assets", name)
-        .read_text(encoding="utf-8")
-    )
+    assets = resources.files("lm_eval_coupling.report") / "assets"
+    return (assets / name).read_text(encoding="utf-8")
 
 
 def _script() -> str:
-    """All of ours as one, in a block of its own, so that its names meet no others."""
+    """Join our scripts in one block, so that its names do not meet plotly's."""
     return "\n".join(['"use strict";', "{", *(_asset(f"{name}.js") for name in _SCRIPTS), "}"])
 
 
 def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _plotly() -> str:
@@ -120,6 +117,6 @@ def _plotly() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise CouplingError(
-            "got no plotly, which draws the report: pip install 'lm-eval-coupling[analysis]'"
+            "got no plotly, which draws the report; pip install 'lm-eval-coupling[analysis]'"
         ) from None
     return get_plotlyjs()

@@ -1,4 +1,4 @@
-"""One coupling table for the page: mean over its documents, and the documents one by one."""
+"""One coupling table for the page: means over its documents, and its documents one by one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
-from lm_eval_coupling.report.layer_means import Layers, pack
-from lm_eval_coupling.report.overview_rows import paired
+from lm_eval_coupling.report.layer_means import LayerMeans, pack
+from lm_eval_coupling.report.overview_rows import paired_difference
 from lm_eval_coupling.saved.saved_run import SavedTable
 from lm_eval_coupling.saved.values import (
     PROMPT,
@@ -21,9 +21,10 @@ from lm_eval_coupling.saved.values import (
 )
 from lm_eval_coupling.saved.words import SavedWords
 
-_TEXT = 4000  # characters of a prompt, its end: few-shot examples come first
-_DIRECTIONS = 3  # of each layer whose words are shown
-_SHOWN = (
+_TEXT = 4000  # characters of a prompt that are kept: its end, as few-shot examples come first
+_DIRECTIONS = 3  # directions of each layer whose words are kept
+_LAYERS = ("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms")
+_DOCUMENT = (
     *PROMPT,
     "text",
     "picture",
@@ -40,75 +41,77 @@ def describe_table(
     limit: int,
     words: SavedWords | None = None,
 ) -> dict[str, Any]:
-    """Everything the page shows of a table; its matrices are held some rows at a time.
+    """Return what the page shows of a table; matrices are read some rows at a time.
 
     Args:
-        table: of one task.
-        answers: what the model answered, by ``doc_hash``.
-        limit: how many of the measured prompts to include one by one; the means are over all.
-        words: of the directions of some of the prompts.
+        table: table of one task.
+        answers: the model's answers, by ``doc_hash``.
+        limit: most prompts to include one by one; means are over all.
+        words: words of the directions of some prompts.
 
     Returns:
-        ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean`` (packed m̃ by rank), ``profile`` (by
-        rank, see :class:`Layers`), ``norms``, ``worst_certificate``, ``total`` (prompts), ``documents``, and ``untrained``:
-        ``seed, coupling, profile, norms`` of the twin, with the paired ``difference`` at every rank; None if there is none.
+        ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean``,
+        ``profile`` and ``norms`` (see :class:`LayerMeans`), ``worst_certificate``, ``total``
+        (prompts), ``documents``, and ``untrained``: ``seed, coupling, profile, norms`` of the twin
+        with the paired ``difference`` at every rank, or None.
     """
     values = prompt_values(table, "all")
-    values, untrained = (
-        values[values["weights"] == weights] for weights in ("trained", "untrained")
-    )
-    own, twin = document_values(values), document_values(untrained)
-    ranks = ranks_of(values)
+    trained, untrained = (values[values["weights"] == of] for of in ("trained", "untrained"))
+    own, twin = document_values(trained), document_values(untrained)
+    ranks = ranks_of(trained)
     headline = headline_rank(ranks) if ranks else None
-    layers = Layers(ranks, _prompts(values))
+    means = LayerMeans(ranks, _count_prompts(trained))
     documents: list[dict[str, Any]] = []
-    for rows in table.batches(_SHOWN if words is None else (*_SHOWN, "tokens")):
+    for rows in table.batches(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
         for row in rows.head(limit - len(documents)).to_dict("records"):
-            told = words and words.of(table.about.get("fingerprint"), row)
-            directions = {"words": [one for one in told if one["k"] <= _DIRECTIONS]} if told else {}
-            documents.append(_document(row, headline, answers) | directions)
-        layers.add(rows)
+            document = _describe_document(row, headline, answers)
+            directions = words and words.of(table.about.get("fingerprint"), row)
+            if directions:
+                document["words"] = [line for line in directions if line["k"] <= _DIRECTIONS]
+            documents.append(document)
+        means.add(rows)
     return {
         "ranks": ranks,
         "headline": headline,
-        "chance": {k: chance_coupling(k) for k in ranks},
+        "chance": {rank: chance_coupling(rank) for rank in ranks},
         "measured": len(own.dropna(how="all")),
-        **layers.summary(matrices=True),
-        "worst_certificate": values["worst_certificate"].max(),
-        "total": len(values),
+        **means.summary(matrices=True),
+        "worst_certificate": trained["worst_certificate"].max(),
+        "total": len(trained),
         "documents": documents,
-        "untrained": _untrained(table, own, twin, _prompts(untrained)) if len(twin) else None,
+        "untrained": _describe_twin(table, own, untrained) if len(twin) else None,
     }
 
 
-def _prompts(values: pd.DataFrame) -> dict[tuple[str, str], int]:
-    """How many prompts each document has."""
+def _count_prompts(values: pd.DataFrame) -> dict[tuple[str, str], int]:
     return values.groupby(["doc_hash", "prompt_hash"]).size().to_dict()
 
 
-def _untrained(
-    table: SavedTable, own: pd.DataFrame, twin: pd.DataFrame, prompts: dict[tuple[str, str], int]
+def _describe_twin(
+    table: SavedTable, trained: pd.DataFrame, untrained: pd.DataFrame
 ) -> dict[str, Any]:
-    ranks = ranks_of(twin)
-    layers = Layers(ranks, prompts)
-    for rows in table.batches(
-        ("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms"), weights="untrained"
-    ):
-        layers.add(rows)
-    names = {k: f"coupling@{k}" for k in ranks}
+    """Return what the page shows of the untrained twin.
+
+    ``trained`` has the documents' values, ``untrained`` the prompts'.
+    """
+    twin, ranks = document_values(untrained), ranks_of(untrained)
+    means = LayerMeans(ranks, _count_prompts(untrained))
+    for rows in table.batches(_LAYERS, weights="untrained"):
+        means.add(rows)
+    names = {rank: f"coupling@{rank}" for rank in ranks}
     return {
         "seed": (table.about.get("untrained") or {}).get("seed"),
-        "coupling": {k: mean_and_error(twin[name]) for k, name in names.items()},
+        "coupling": {rank: mean_and_error(twin[name]) for rank, name in names.items()},
         "difference": {
-            k: paired(own[name].dropna(), twin[name].dropna())
-            for k, name in names.items()
-            if name in own
+            rank: paired_difference(trained[name].dropna(), twin[name].dropna())
+            for rank, name in names.items()
+            if name in trained
         },
-        **layers.summary(matrices=False),
+        **means.summary(matrices=False),
     }
 
 
-def _document(
+def _describe_document(
     row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     matrices, text = row["normalized_miscoupling"], row["text"] or ""
@@ -132,10 +135,9 @@ def _document(
 
 
 def _picture(encoded: bytes | None) -> str | None:
-    """A measured image as a URI that holds it; of another kind than pictures are saved in, nothing."""
-    kinds = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
-    encoded = encoded or b""
-    kind = next((kind for kind, first in kinds.items() if encoded.startswith(first)), None)
-    return (
-        None if kind is None else f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
-    )
+    """Return a PNG or JPEG as a data URI, and None for anything else."""
+    signatures = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
+    for kind, signature in signatures.items():
+        if encoded and encoded.startswith(signature):
+            return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+    return None

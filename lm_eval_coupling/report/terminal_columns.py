@@ -1,4 +1,4 @@
-"""Tables that fit their terminal: names wrap where a word ends, and columns are left out before a number breaks."""
+"""Tables that fit the width of a terminal: names wrap at word ends, spare columns are left out."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-_BETWEEN = 2  # spaces between columns
-_NAME = 16  # columns that a name should have before anything is left out for it
+from lm_eval_coupling.safe_text import one_line
+
+_GAP = 2  # spaces between columns
+_NAME_WIDTH = 16  # characters that a column of names gets before spare columns are left out
 _PART = re.compile(r"[^_\-/. ]*[_\-/. ]*")
 
 
 class TextColumn:
-    """One column. ``name``: left, and wrapped where it must be; ``spare``: the higher, the earlier it is left out."""
+    """One column of a table.
+
+    Args:
+        header: one or more words; each may take a line of its own.
+        cells: values, shown by their ``str``.
+        name: align left and wrap; numbers are aligned right and never broken.
+        spare: 0 for a column that is always shown; the column with the highest number goes first.
+    """
 
     def __init__(
         self, header: str, cells: Iterable[object], *, name: bool = False, spare: int = 0
     ) -> None:
-        self.header, self.cells, self.name, self.spare = (
-            header,
-            [str(cell) for cell in cells],
-            name,
-            spare,
-        )
+        self.header = one_line(header)
+        self.cells = [one_line(cell) for cell in cells]
+        self.name, self.spare = name, spare
 
     @property
     def width(self) -> int:
-        """Of its widest cell; a header of several words may take several lines."""
+        """Characters of the widest cell or word of the header."""
         return max(map(cell_len, [*self.header.split(), *self.cells]))
 
 
@@ -43,58 +49,53 @@ class FittedTable:
 
 
 def fit_columns(
-    shown: Sequence[TextColumn], width: int, *, sections: Iterable[object] = ()
+    columns: Sequence[TextColumn], width: int, *, sections: Iterable[object] = ()
 ) -> FittedTable:
-    """A table of at most ``width`` columns of characters, if its numbers allow that.
+    """Build a table of at most ``width`` characters, if its numbers allow that.
 
     Args:
-        shown: from left to right.
-        width: of the terminal.
-        sections: a value per row; where it changes, a line is drawn.
+        columns: from left to right.
+        width: characters of the terminal.
+        sections: a value per row; a line is drawn where it changes.
 
     Returns:
-        The table, and the headers of the columns that were left out to keep within the width.
+        The table, and the headers of the columns that were left out.
     """
-    kept = list(shown)
-    for column in sorted((c for c in shown if c.spare), key=lambda c: -c.spare):
-        if _room(kept, width) >= 0:
+    shown = list(columns)
+    for column in sorted((c for c in columns if c.spare), key=lambda c: -c.spare):
+        if _free_width(shown, width) >= 0:
             break
-        kept.remove(column)
-    names = [column for column in kept if column.name]
-    room = max(_room(kept, width), 0) + sum(min(column.width, _NAME) for column in names)
+        shown.remove(column)
+    names = [column for column in shown if column.name]
+    room = max(_free_width(shown, width), 0) + sum(min(c.width, _NAME_WIDTH) for c in names)
     table = Table(
-        box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False, show_edge=False, header_style="bold"
+        box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_edge=False, header_style="bold"
     )
-    for column in kept:
-        own = max(6, min(column.width, room // len(names))) if column.name else column.width
-        room -= own if column.name else 0
-        names = names[1:] if column.name else names
-        table.add_column(
-            column.header,
-            justify="left" if column.name else "right",
-            width=own,
-            no_wrap=False,
-            overflow="fold",
-        )
+    cells = []
+    for column in shown:
+        own = column.width
         if column.name:
-            column.cells = [wrapped(cell, own) for cell in column.cells]
+            own = max(6, min(own, room // len(names)))
+            room -= own
+            names = names[1:]
+        justify = "left" if column.name else "right"
+        table.add_column(Text(column.header), justify=justify, width=own, overflow="fold")
+        cells.append([wrap_name(c, own) if column.name else c for c in column.cells])
     marks = list(sections)
-    for number, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
-        table.add_row(
-            *map(Text, cells),
-            end_section=number + 1 < len(marks) and marks[number] != marks[number + 1],
-        )
-    return FittedTable(table, tuple(column.header for column in shown if column not in kept))
+    for number, row in enumerate(zip(*cells, strict=True), start=1):
+        ends = number < len(marks) and marks[number - 1] != marks[number]
+        table.add_row(*map(Text, row), end_section=ends)
+    return FittedTable(table, tuple(c.header for c in columns if c not in shown))
 
 
-def _room(kept: Sequence[TextColumn], width: int) -> int:
-    """Characters that are left when names have what they need, or what they should have."""
-    taken = sum(min(column.width, _NAME) if column.name else column.width for column in kept)
-    return width - taken - _BETWEEN * (len(kept) - 1)
+def _free_width(columns: Sequence[TextColumn], width: int) -> int:
+    """Return the characters left when each name has its width, or ``_NAME_WIDTH`` of it."""
+    taken = sum(min(c.width, _NAME_WIDTH) if c.name else c.width for c in columns)
+    return width - taken - _GAP * (len(columns) - 1)
 
 
-def wrapped(name: str, width: int) -> str:
-    """A name in lines of at most ``width``, broken after ``_ - / .`` or a space; a longer word stays whole."""
+def wrap_name(name: str, width: int) -> str:
+    """Wrap a name after ``_ - / .`` or a space; a longer word is left to be folded."""
     lines = [""]
     for part in filter(None, _PART.findall(name)):
         if lines[-1] and cell_len(lines[-1] + part) > width:

@@ -1,30 +1,67 @@
-"""Layers in the terminal: a task's profile over them, and one document's matrix."""
+"""Layers in the terminal: a task's mean coupling per layer, and one document's matrix."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lm_eval_coupling.figures.palette import on_scale
+from lm_eval_coupling.figures.palette import scale_color
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
+from lm_eval_coupling.safe_text import for_terminal, one_line
 from lm_eval_coupling.saved.saved_run import SavedTable
 
-_PROMPT_TAIL = 400
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-)  # prompts are other people's text: keep the terminal safe
+_PROMPT_TAIL = 400  # characters of a prompt that are shown
+_BAR = 60  # characters of the longest bar
+_DOCUMENT = (
+    "doc_id",
+    "kind",
+    "prompt_index",
+    "position",
+    "n_tokens",
+    "text",
+    "reason",
+    "ranks",
+    "normalized_miscoupling",
+)
 
 
-def print_profile(console: Console, table: SavedTable, name: str) -> None:
-    """Mean miscoupling of every layer's Jacobian with the bases of the others, over all measured prompts."""
+def print_profile(
+    console: Console, table: SavedTable, name: str, *, miscoupling: bool = False
+) -> None:
+    """Print the mean coupling of every layer with the others, over all measured prompts."""
+    rank, own, others = _mean_profile(table, miscoupling)
+    chance = "" if rank is None else f" (chance {_chance(rank, miscoupling):.4f})"
+    title = f"{name}: mean {_quantity(miscoupling)} per layer, K = {rank}{chance}"
+    console.print(Text(one_line(title), style="bold"))
+    about = "its Jacobian in the others' bases, and the others' Jacobians in its basis"
+    console.print(about, style="dim")
+    shown = Table(box=None, pad_edge=False)
+    for header in ("layer", "its Jacobian", "its basis"):
+        shown.add_column(header, justify="right")
+    shown.add_column("")
+    low, high = (np.nanmin(own), np.nanmax(own)) if np.isfinite(own).any() else (0.0, 1.0)
+    if len(own):
+        shown.columns[3].header = f"bars from {low:.3f} to {high:.3f}"
+    longest = min(_BAR, console.width - 34)
+    for layer, (a, b) in enumerate(zip(own, others, strict=True), start=1):
+        share = 0.0 if math.isnan(a) else (a - low) / max(high - low, 1e-6)
+        bar = "" if math.isnan(a) else "█" * max(1, round(longest * share))
+        colored = Text(bar, style=_color(share), no_wrap=True)
+        shown.add_row(str(layer), f"{a:.4f}", f"{b:.4f}", colored)
+    console.print(shown)
+
+
+def _mean_profile(
+    table: SavedTable, miscoupling: bool
+) -> tuple[int | None, Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
+    """Return K and each layer's mean as Jacobian and as basis; empty if nothing was measured."""
     rank: int | None = None
     total: Any = 0.0
     count: Any = 0
@@ -32,84 +69,66 @@ def print_profile(console: Console, table: SavedTable, name: str) -> None:
         for ranks, matrices in zip(rows["ranks"], rows["normalized_miscoupling"], strict=True):
             rank = rank or headline_rank(ranks)
             if matrices is not None and rank in ranks:
-                pairs = np.where(
-                    np.eye(matrices.shape[-1], dtype=bool),
-                    np.nan,
-                    matrices[list(ranks).index(rank)],
-                )
-                total, count = (
-                    total + np.nan_to_num(pairs.astype(np.float64)),
-                    count + np.isfinite(pairs),
-                )
-    console.print(Text(f"{name}: mean miscoupling per layer, K = {rank}", style="bold"))
-    console.print(
-        "its Jacobian in the others' bases, and the others' Jacobians in its basis", style="dim"
-    )
-    shown = Table(box=None, pad_edge=False)
-    for header in ("layer", "its Jacobian", "its basis"):
-        shown.add_column(header, justify="right")
-    shown.add_column("")
-    if np.any(count):
-        own, others = (_ratio(np.sum(total, axis), np.sum(count, axis)) for axis in (1, 0))
-        low, high = np.nanmin(own), np.nanmax(own)
-        shown.columns[3].header = f"bars from {low:.3f} to {high:.3f}"
-        for layer, (a, b) in enumerate(zip(own, others, strict=True)):
-            share = 0.0 if math.isnan(a) else (a - low) / max(high - low, 1e-6)
-            bar = "" if math.isnan(a) else "█" * max(1, round(min(60, console.width - 34) * share))
-            shown.add_row(
-                str(layer + 1),
-                f"{a:.4f}",
-                f"{b:.4f}",
-                Text(bar, style=_colour(share), no_wrap=True),
-            )
-    console.print(shown)
+                matrix = matrices[list(ranks).index(rank)].astype(np.float64)
+                pairs = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+                total, count = total + np.nan_to_num(pairs), count + np.isfinite(pairs)
+    if not np.any(count):
+        return rank, np.empty(0), np.empty(0)
+    own, others = (_ratio(np.sum(total, axis), np.sum(count, axis)) for axis in (1, 0))
+    return (rank, own, others) if miscoupling else (rank, 1 - own, 1 - others)
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def print_document(console: Console, table: SavedTable, doc: int) -> None:
-    """Every measured prompt of a document: its end, what was measured of it, and its matrix."""
-    wanted = [
-        "doc_id",
-        "kind",
-        "prompt_index",
-        "position",
-        "n_tokens",
-        "text",
-        "reason",
-        "ranks",
-        "normalized_miscoupling",
-    ]
-    for rows in table.batches(wanted):
+def _quantity(miscoupling: bool) -> str:
+    return "miscoupling" if miscoupling else "coupling"
+
+
+def _chance(rank: int, miscoupling: bool) -> float:
+    return 1 - chance_coupling(rank) if miscoupling else chance_coupling(rank)
+
+
+def print_document(
+    console: Console, table: SavedTable, doc: int, *, miscoupling: bool = False
+) -> None:
+    """Print every measured prompt of a document: its end, where it was measured, its matrix."""
+    for rows in table.batches(_DOCUMENT):
         for _, row in rows[rows["doc_id"] == doc].iterrows():
-            _print_prompt(console, row, table)
+            _print_prompt(console, row, miscoupling)
 
 
-def token_in_words(position: int, n_tokens: int) -> str:
-    """Which token of how many, counted from 1."""
+def describe_token(position: int, n_tokens: int) -> str:
+    """Name a token, counted from 1."""
     return f"token {position + 1} of {n_tokens}"
 
 
-def _print_prompt(console: Console, row: pd.Series, table: SavedTable) -> None:
+def describe_prompt(index: int, kind: str) -> str:
+    """Name a document's prompt, counted from 1."""
+    return f"prompt {index + 1} ({kind})"
+
+
+def _print_prompt(console: Console, row: pd.Series, miscoupling: bool) -> None:
     rank = headline_rank(row["ranks"])
     text = row["text"] if len(row["text"]) <= _PROMPT_TAIL else "…" + row["text"][-_PROMPT_TAIL:]
-    where = token_in_words(row["position"], row["n_tokens"])
-    console.print(
-        f"[bold]Document {row['doc_id']}, {escape(row['kind'])} {row['prompt_index']}[/bold], measured at {where}"
-    )
-    console.print(Text(_CONTROL.sub("�", text), style="italic"))
+    prompt = one_line(describe_prompt(row["prompt_index"], row["kind"]))
+    token = describe_token(row["position"], row["n_tokens"])
+    title = Text(f"Document {row['doc_id']}, {prompt}", style="bold")
+    console.print(title.append(f", measured at {token}", style="not bold"))
+    console.print(Text(for_terminal(text), style="italic"))
     if row["reason"]:
-        console.print(Text(f"Note: {row['reason']}"))
+        console.print(Text(f"Note: {one_line(row['reason'])}"))
     if row["normalized_miscoupling"] is None:
         console.print("No layer-by-layer matrix was measured.")
         return
     matrix = row["normalized_miscoupling"][list(row["ranks"]).index(rank)]
     console.print(
-        f"\nMiscoupling in hundredths (cut off), K = {rank}; row = layer of the Jacobian, column = layer of the bases"
-        f"; coupling {coupling_of(matrix):.4f}, chance {chance_coupling(rank):.4f}"
+        f"\n{_quantity(miscoupling).capitalize()} in hundredths (cut off), K = {rank}; "
+        "row = layer of the Jacobian, column = layer of the bases; "
+        f"coupling {coupling_of(matrix):.4f}, chance {chance_coupling(rank):.4f}"
     )
+    matrix = matrix if miscoupling else 1 - matrix.astype(np.float64)
     for first in range(0, len(matrix), columns := _columns_that_fit(console.width)):
         for line in _heat_map(matrix, range(first, min(first + columns, len(matrix)))):
             console.print(line, no_wrap=True, crop=True)
@@ -117,36 +136,38 @@ def _print_prompt(console: Console, row: pd.Series, table: SavedTable) -> None:
 
 
 def _columns_that_fit(width: int) -> int:
-    """Three characters a cell beside four for the layer's number: 30 layers need 94."""
+    """Return how many cells of three characters fit beside the four of the layer's number."""
     return max(1, (width - 4) // 3)
 
 
-def _heat_map(matrix: np.ndarray, columns: range) -> list[Text]:
-    """Colours span what occurs between different layers: real matrices use only the upper part of 0 to 1."""
-    known = matrix[~np.eye(len(matrix), dtype=bool) & ~np.isnan(matrix)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    header = Text("    " + "".join(f"{column + 1:>3}" for column in columns), style="dim")
-    lines = [header]
-    for number, values in enumerate(matrix[:, columns.start : columns.stop]):
-        line = Text().append(f"{number + 1:>3} ", style="dim")
-        for value in values:
-            line.append(
-                _cell(float(value)), style=_cell_style((float(value) - low) / max(high - low, 1e-6))
-            )
+def _heat_map(matrix: Float[np.ndarray, "layer layer"], columns: range) -> list[Text]:
+    """Return lines of colored cells; colors span the values of different layers."""
+    is_pair = ~np.eye(len(matrix), dtype=bool) & ~np.isnan(matrix)
+    low, high = (matrix[is_pair].min(), matrix[is_pair].max()) if is_pair.any() else (0.0, 1.0)
+    lines = [Text("    " + "".join(f"{column + 1:>3}" for column in columns), style="dim")]
+    for row, values in enumerate(matrix):
+        line = Text().append(f"{row + 1:>3} ", style="dim")
+        for column in columns:
+            value = float(values[column])
+            if row == column:  # 1 by definition
+                line.append("  ·", style="dim")
+            else:
+                place = (value - low) / max(high - low, 1e-6)
+                line.append(_cell(value), style=_cell_style(place))
         lines.append(line)
     return lines
 
 
 def _cell(value: float) -> str:
-    """Never three digits, which would touch their neighbours."""
+    """Return hundredths, never of three digits, which would touch their neighbors."""
     return "  ?" if math.isnan(value) else f"{min(int(100 * value), 99):>3}"
 
 
-def _cell_style(value: float) -> str:
-    if math.isnan(value):
+def _cell_style(place: float) -> str:
+    if math.isnan(place):
         return "default on default"
-    return f"{'black' if value > 0.5 else 'white'} on {_colour(value)}"
+    return f"{'black' if place > 0.5 else 'white'} on {_color(place)}"
 
 
-def _colour(value: float) -> str:
-    return "default" if math.isnan(value) else "rgb({},{},{})".format(*on_scale(value))
+def _color(place: float) -> str:
+    return "default" if math.isnan(place) else "rgb({},{},{})".format(*scale_color(place))

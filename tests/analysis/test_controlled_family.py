@@ -153,7 +153,7 @@ def test_nothing_is_made_or_evaluated_twice(run, model, tmp_path, capsys):
         len(again) == 1 and f"pretrained={tmp_path / 'f' / 'bits-8'},coupling_limit=100" in again[0]
     )
     assert (tmp_path / "f" / "intact" / "model.safetensors").stat().st_mtime_ns == made
-    assert capsys.readouterr().out.splitlines() == ["intact: results are there", "bits-8: arc"]
+    assert capsys.readouterr().out.splitlines() == ["intact: has results", "bits-8: arc"]
     assert run(*words, "--limit", 10) == [] and len(run(*words, "--limit", 20)) == 2
 
 

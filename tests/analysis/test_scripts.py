@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import saved_runs
 import tiny
-from coupling_analysis import token_pairs as tokens
-from coupling_analysis import training_steps as training
+from coupling_analysis.token_pairs import KINDS
+from coupling_analysis.training_steps import add_steps
 from matplotlib.collections import LineCollection
 from studied import ANALYSIS, CHANCE, NOT_OURS, record, save, script, table
 
@@ -222,7 +222,7 @@ def test_trajectories(run, tmp_path):
         script("trajectories")([str(run), "--doc", "9"])
 
 
-@pytest.mark.parametrize("kind", tokens.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokenwise(run, tmp_path, kind):
     script("tokenwise")([str(run), "--kind", kind, "--layers", "2", "--out", str(tmp_path)])
     rows = table(tmp_path, f"tokenwise_{kind}").query("weights == 'trained'")
@@ -331,7 +331,7 @@ def test_checkpoints(tmp_path):
     with pytest.raises(
         CouplingError, match="got 1 checkpoints of a training, expected at least two"
     ):
-        training.with_steps(pd.DataFrame({"model": ["m", "n"], "revision": ["step1", "main"]}))
+        add_steps(pd.DataFrame({"model": ["m", "n"], "revision": ["step1", "main"]}))
 
 
 def test_coupling_matrices(tmp_path):
@@ -411,8 +411,8 @@ def test_pictures_say_their_task(tmp_path):
     names = {file.name for file in tmp_path.glob("*.png")}
     assert names == {f"regularity{of}.png" for of in ("", "_arc", "_wino", "_arc+wino")}
     many = pd.DataFrame({"task": ["a", "b", "c/d", "e"]})
-    assert command.of_tasks("x", many, ["a", "b", "c/d", "e"]) == "x_4_tasks"
-    assert command.of_tasks("x", many[2:3]).startswith("x_c_d-")
+    assert command.name_study("x", many, ["a", "b", "c/d", "e"]) == "x_4_tasks"
+    assert command.name_study("x", many[2:3]).startswith("x_c_d-")
 
 
 def test_documents_that_a_picture_lacks_are_counted_below_its_title(tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_tables_of_several_columns(script, tmp_path):
     [
         ("", "got 1 tokens, expected two contexts of 16; give more text or a smaller --context"),
         ("The sky is blue.", "expected two contexts of 16; give more text or a smaller --context"),
-        (None, "got .*none.txt, expected plain text, .jsonl or .parquet that can be read"),
+        (None, "got .*none.txt, expected readable plain text, .jsonl or .parquet"),
     ],
 )
 def test_too_little_text(script, tmp_path, content, said):

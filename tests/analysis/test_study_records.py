@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from coupling_analysis import study_tables as tables
+from coupling_analysis import study_tables
 from studied import record, save
 
 from lm_eval_coupling.errors import CouplingError
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 def test_of_a_prompt_measured_twice_the_newer_counts(tmp_path):
     save(tmp_path / "a", [record(0)], date="2025-01-01T00-00-00")
     save(tmp_path / "b", [record(0, shift=0.1), record(1)], date="2025-02-01T00-00-00")
-    found = tables.read([tmp_path / "b", tmp_path / "a"])
+    found = study_tables.read([tmp_path / "b", tmp_path / "a"])
     assert found["doc_id"].tolist() == [0, 1]
     assert found["line_shape_score"].tolist() == pytest.approx([1.6, 1.5])
 
 
 def test_tables_of_before_there_were_twins_are_trained(plain):
-    assert tables.read([plain])["weights"].tolist() == ["trained", "trained"]
+    assert study_tables.read([plain])["weights"].tolist() == ["trained", "trained"]
     with pytest.raises(
         CouplingError, match="none with untrained weights; measure again with coupling_untrained=0"
     ):
@@ -67,9 +67,9 @@ def test_one_name_with_two_weights_is_refused(tmp_path):
     save(tmp_path / "b", [record(1)], date="2025-02-01T00-00-00", fingerprint="after" * 6)
     message = r"got tiny with .* \(fingerprints beforebe of 2025-01-01T00-00-00 and afteraft of 2025-02-01T00-00-00\), expected"
     with pytest.raises(CouplingError, match=message):
-        tables.read([tmp_path])
-    assert tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]
-    assert tables.read([tmp_path], ["mmlu"])["fingerprint"].tolist() == ["before" * 5]
+        study_tables.read([tmp_path])
+    assert study_tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]
+    assert study_tables.read([tmp_path], ["mmlu"])["fingerprint"].tolist() == ["before" * 5]
 
 
 def test_one_name_with_two_twins_is_refused(tmp_path):
@@ -78,9 +78,9 @@ def test_one_name_with_two_twins_is_refused(tmp_path):
     with pytest.raises(
         CouplingError, match="got untrained twins of tiny of the seeds 0 and 1, expected one"
     ):
-        tables.read([tmp_path])
-    assert tables.read([tmp_path / "1"])["untrained_seed"].tolist() == [None, 1]
-    assert len(tables.read([tmp_path], weights="trained")) == 2
+        study_tables.read([tmp_path])
+    assert study_tables.read([tmp_path / "1"])["untrained_seed"].tolist() == [None, 1]
+    assert len(study_tables.read([tmp_path], weights="trained")) == 2
 
 
 def test_revisions_and_old_tables_need_no_common_fingerprint(tmp_path):
@@ -88,14 +88,14 @@ def test_revisions_and_old_tables_need_no_common_fingerprint(tmp_path):
     save(tmp_path, [record(0)], fingerprint="other", revision="step2")
     save(tmp_path, [record(0)], fingerprint="third")
     save(tmp_path / "old", [record(1)], fingerprint=None)
-    assert len(tables.read([tmp_path])) == 4
+    assert len(study_tables.read([tmp_path])) == 4
 
 
 def test_names_are_the_same_whatever_the_tasks(tmp_path):
     save(tmp_path, [record(0), record(0, task="gsm8k")], model="/x/a/tiny")
     save(tmp_path, [record(0)], model="/x/b/tiny")
-    assert tables.read([tmp_path])["model"].unique().tolist() == ["a/tiny", "b/tiny"]
-    assert tables.read([tmp_path], ["gsm8k"])["model"].unique().tolist() == ["a/tiny"]
+    assert study_tables.read([tmp_path])["model"].unique().tolist() == ["a/tiny", "b/tiny"]
+    assert study_tables.read([tmp_path], ["gsm8k"])["model"].unique().tolist() == ["a/tiny"]
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/b/tiny", "b/tiny/", "/home/b/tiny", "C:\\b\\tiny"])
@@ -103,26 +103,26 @@ def test_records_of_the_model_that_is_meant(tmp_path, name):
     """Regression: those of another model with the same last part of its name came along."""
     for model in ("/home/a/tiny", "/home/b/tiny", "org/other"):
         save(tmp_path, [record(0)], model=model)
-    records = tables.read([tmp_path])
-    assert tables.of_model(records, name)["model"].tolist() == ["b/tiny"]
-    assert tables.of_model(records, "/moved/other")["model"].tolist() == ["other"]
+    records = study_tables.read([tmp_path])
+    assert study_tables.select_model(records, name)["model"].tolist() == ["b/tiny"]
+    assert study_tables.select_model(records, "/moved/other")["model"].tolist() == ["other"]
     with pytest.raises(
         CouplingError, match="got tiny, which may be a/tiny or b/tiny; give more of its path"
     ):
-        tables.of_model(records, "tiny")
+        study_tables.select_model(records, "tiny")
     with pytest.raises(
         CouplingError, match="got records of a/tiny, b/tiny, other, none of c/tiny; give"
     ):
-        tables.of_model(records, "c/tiny")
+        study_tables.select_model(records, "c/tiny")
 
 
 def test_what_was_not_measured_is_named(run):
     with pytest.raises(
         CouplingError, match="got task mmlu, which was not measured; choose among arc"
     ):
-        tables.read([run], ["mmlu"])
+        study_tables.read([run], ["mmlu"])
     with pytest.raises(
         CouplingError, match=r"got rank 7, expected one that all records have \(10, 30\)"
     ):
-        tables.choose_rank(tables.read([run]), 7)
-    assert tables.choose_rank(tables.read([run])) == 10
+        study_tables.choose_rank(study_tables.read([run]), 7)
+    assert study_tables.choose_rank(study_tables.read([run])) == 10

@@ -76,7 +76,7 @@ def test_a_member_says_what_its_transformers_model_says():
 
 def test_stochastic_depth_drops_branches_of_a_share_of_the_images_and_keeps_their_mean():
     _, family = a_family()
-    kept = family._kept(4000, torch.float32, torch.Generator().manual_seed(0))[..., 0, 0]
+    kept = family._branch_factors(4000, torch.float32, torch.Generator().manual_seed(0))[..., 0, 0]
     assert (kept[:, :, 0] == 1).all() and (
         kept[0] == 1
     ).all()  # no rate; and the first block is always kept
@@ -87,16 +87,16 @@ def test_stochastic_depth_drops_branches_of_a_share_of_the_images_and_keeps_thei
 
 
 def test_a_step_is_that_of_adamw_with_the_members_own_decay():
-    """One optimiser for all must not mix the members' gradients, clippings or decays."""
+    """One optimizer for all must not mix the members' gradients, clippings or decays."""
     model, family = a_family(rates=(0.0, 0.0))
-    optimiser, images = vit.Optimiser(family, clip=0.5), torch.randn(2, 6, 3, 8, 8)
+    optimizer, images = vit.Optimizer(family, clip=0.5), torch.randn(2, 6, 3, 8, 8)
     targets = torch.tensor([0, 1] * 3)
     for step in range(3):
         logits = family.logits(images[step % 2], torch.float32)
         torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.repeat(2), reduction="sum"
         ).div(6).backward()
-        optimiser.step(0.01)
+        optimizer.step(0.01)
     for index, decay in enumerate((0.1, 0.3)):
         alone = type(model)(model.config)
         alone.load_state_dict(model.state_dict())
@@ -128,8 +128,8 @@ def test_a_step_is_that_of_adamw_with_the_members_own_decay():
 
 def test_a_moved_image_is_a_cut_of_the_padded_one():
     images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(vit.normalised(images), [2] * 4)
-    for image, moved in enumerate(vit.augmented(images, 2, torch.Generator().manual_seed(0))):
+    padded = torch.nn.functional.pad(vit.normalize(images), [2] * 4)
+    for image, moved in enumerate(vit.augment(images, 2, torch.Generator().manual_seed(0))):
         cuts = [
             padded[image, :, top : top + 8, left : left + 8]
             for top in range(5)
@@ -141,7 +141,7 @@ def test_a_moved_image_is_a_cut_of_the_padded_one():
 def test_cutmix_weighs_targets_by_area():
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
     targets = script.smoothed(torch.tensor([0, 1, 0, 1]), 2, 0.0)
-    mixed, weighed = vit.mixed(images, targets, script.random.Random(0))
+    mixed, weighed = vit.cut_mix(images, targets, script.random.Random(0))
     for i in range(4):
         share = (mixed[i] == (i - 1) % 4).double().mean().item()
         assert 0 < share < 1

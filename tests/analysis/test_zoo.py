@@ -193,9 +193,9 @@ def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained, monkey
         data, out, pairs=5, measured=2, measures="depth", ranks="10"
     )
     name = "zoo/small/checkpoint-16"
-    assert not parts.evaluation.is_there(out, name)
+    assert not parts.evaluation.has_results(out, name)
     evaluation.run(name)
-    assert parts.evaluation.is_there(out, name) and not parts.evaluation.is_there(
+    assert parts.evaluation.has_results(out, name) and not parts.evaluation.has_results(
         out, "zoo/small/checkpoint-1"
     )
     model, tokenizer = (

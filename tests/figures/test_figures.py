@@ -10,7 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import grid, legend_outside
+from lm_eval_coupling.figures.canvas import add_legend, make_grid
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
 
@@ -19,12 +19,12 @@ def matrix(layers=5, low=0.6, seed=0):
 
 
 def images(figure):
-    """The panels' images; the colour bar's own is drawn by other means."""
+    """Return the panels' images; the color bar's own is not among an axes' images."""
     return [ax.images[0] for ax in figure.axes if ax.images]
 
 
-def colour_at(figure, ax, x, y):
-    """The colour that is really on the canvas at a place in data coordinates."""
+def color_at(figure, ax, x, y):
+    """Return the color on the canvas at a place in data coordinates."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())
@@ -34,11 +34,11 @@ def colour_at(figure, ax, x, y):
 
 @pytest.mark.parametrize("lines", [2, 24, 120])
 def test_long_legends_take_no_room_of_the_panels(lines):
-    """With four models and six tasks the legend was larger than the figure, and not drawn at all."""
-    figure, axes = grid(3, title="many")
+    """Regression: with four models and six tasks the legend was not drawn at all."""
+    figure, axes = make_grid(3, title="many")
     for i in range(lines):
         axes[0].plot([0, 1], [i, i], label=f"some-model-{i}, some_task")
-    legend_outside(figure, axes)
+    add_legend(figure, axes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a layout that cannot be made
         figure.draw_without_rendering()
@@ -48,14 +48,19 @@ def test_long_legends_take_no_room_of_the_panels(lines):
     assert axes[0].get_window_extent().height > 1.5 * figure.dpi
 
 
-def test_values_are_those_given_and_the_diagonal_is_blank():
+@pytest.mark.parametrize("miscoupling", [False, True])
+def test_values_are_those_given_and_the_diagonal_is_blank(miscoupling):
+    """Regression: a picture called coupling showed miscoupling, where down is good."""
     given = {"trained": matrix(), "untrained": matrix(seed=1)}
-    drawn = images(layer_heatmaps(given, rank=10))
+    figure = layer_heatmaps(given, rank=10, miscoupling=miscoupling)
+    drawn = images(figure)
+    assert figure.axes[-1].get_ylabel().startswith("normalized misc" if miscoupling else "coupling")
     assert len(drawn) == 2
     for image, values in zip(drawn, given.values(), strict=True):
         data, off = image.get_array(), ~np.eye(5, dtype=bool)
         assert np.array_equal(data.mask, ~off)
-        assert np.array_equal(data.data[off], values[off].astype(np.float64))
+        values = values[off].astype(np.float64)
+        assert np.array_equal(data.data[off], values if miscoupling else 1 - values)
 
 
 def test_rows_are_jacobians_and_columns_singular_vectors_counted_from_one():
@@ -67,32 +72,33 @@ def test_rows_are_jacobians_and_columns_singular_vectors_counted_from_one():
     assert ax.get_ylabel() == "Jacobian of layer" and ax.get_xlabel() == "singular vectors of layer"
     assert [*ax.get_xticks()] == [*ax.get_yticks()] == [1, 2, 3, 4]
     figure.canvas.draw()
-    right, wrong = (image.cmap(image.norm(value)) for value in (0.9, 0.5))
-    assert np.allclose(colour_at(figure, ax, 4, 1), right, atol=0.02)
-    assert np.allclose(colour_at(figure, ax, 1, 4), wrong, atol=0.02)
-    assert np.allclose(colour_at(figure, ax, 2, 2), 1), "the diagonal is blank"
+    right, wrong = (image.cmap(image.norm(1 - value)) for value in (0.9, 0.5))
+    assert np.allclose(color_at(figure, ax, 4, 1), right, atol=0.02)
+    assert np.allclose(color_at(figure, ax, 1, 4), wrong, atol=0.02)
+    assert np.allclose(color_at(figure, ax, 2, 2), 1), "the diagonal is blank"
 
 
 def test_panels_share_one_scale_that_holds_the_chance_level():
     figure = layer_heatmaps({"low": matrix(low=0.2), "high": matrix(low=0.7)}, rank=10)
     scales = {image.get_clim() for image in images(figure)}
     ((low, high),) = scales
-    assert 0.2 <= low < 0.4 and high == pytest.approx(np.sqrt(0.9))
+    chance = 1 - np.sqrt(0.9)
+    assert low == pytest.approx(chance) and 0.6 < high <= 0.8
     (bar,) = [ax for ax in figure.axes if not ax.images]
     assert "K = 10" in bar.get_ylabel()
-    (line,) = [line for line in bar.lines if np.allclose(line.get_ydata(), np.sqrt(0.9))]
+    (line,) = [line for line in bar.lines if np.allclose(line.get_ydata(), chance)]
     (label,) = [text.get_text() for text in bar.texts]
-    assert line.get_visible() and label == "chance\n0.949"
+    assert line.get_visible() and label == "chance\n0.051"
 
 
 def test_means_stand_above_the_panels():
     values = np.array([[0.0, 0.5], [0.7, np.nan]])
     (image,) = images(layer_heatmaps({"model": values}, rank=10))
-    assert image.axes.get_title() == "model\nmean 0.600"
+    assert image.axes.get_title() == "model\nmean 0.400"
 
 
 @pytest.mark.parametrize(
-    ("layers", "labelled"),
+    ("layers", "labeled"),
     [
         (2, [1, 2]),
         (12, [1, 2, 4, 6, 8, 10, 12]),
@@ -101,10 +107,10 @@ def test_means_stand_above_the_panels():
         (500, 2),
     ],
 )
-def test_few_layers_are_labelled(layers, labelled):
+def test_few_layers_are_labeled(layers, labeled):
     (image,) = images(layer_heatmaps({"model": matrix(layers)}, rank=10))
     ticks = [*image.axes.get_xticks()]
-    assert ticks == labelled if isinstance(labelled, list) else len(ticks) == labelled
+    assert ticks == labeled if isinstance(labeled, list) else len(ticks) == labeled
 
 
 def test_what_is_not_a_number_is_blank():
@@ -143,5 +149,6 @@ def test_nothing_to_draw_is_an_error(panels, message):
 
 @pytest.mark.slow
 def test_pyplot_stays_out():
-    code = "import sys, lm_eval_coupling.figures.heatmaps; sys.exit('matplotlib.pyplot' in sys.modules)"
+    module = "lm_eval_coupling.figures.heatmaps"
+    code = f"import sys, {module}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

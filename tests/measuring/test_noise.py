@@ -50,12 +50,12 @@ def test_the_stream_starts_from_what_is_given(model):
 
 
 def test_noise_has_the_size_asked_for(model):
-    from coupling_analysis.noise_robustness import _noise
+    from coupling_analysis.noise_robustness import _draw_noise
 
     resid = torch.rand(1, 50, 400) + 1
-    ratio = _noise(resid, 0, 1).norm(dim=-1) / resid.norm(dim=-1)
+    ratio = _draw_noise(resid, 0, 1).norm(dim=-1) / resid.norm(dim=-1)
     assert ratio.mean().item() == pytest.approx(1, abs=0.02)
-    assert not torch.equal(_noise(resid, 0, 1), _noise(resid, 0, 2))
+    assert not torch.equal(_draw_noise(resid, 0, 1), _draw_noise(resid, 0, 2))
 
 
 def test_the_script(model, tmp_path, monkeypatch):
@@ -64,13 +64,13 @@ def test_the_script(model, tmp_path, monkeypatch):
 
     import pandas as pd
     import saved_runs
-    from coupling_analysis import prompt_matrices as matrices
+    from coupling_analysis import prompt_matrices
 
     rows = [
         saved_runs.record("arc", i) | {"tokens": tuple(prompt)} for i, prompt in enumerate(PROMPTS)
     ]
     run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
-    monkeypatch.setattr(matrices, "load_model", lambda name: model)
+    monkeypatch.setattr(prompt_matrices, "load_model", lambda name: model)
     spec = importlib.util.spec_from_file_location(
         "noise", Path(__file__).parents[2] / "analysis" / "noise.py"
     )

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from coupling_analysis import prompt_matrices as matrices
+from coupling_analysis import prompt_matrices
 from coupling_analysis.direction_words import (
     DirectionWords,
     chance_kept,
@@ -173,7 +173,7 @@ def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
         tmp_path / "out" / "words_kept.png"
     ).exists() and "tiny: The sky is" in capsys.readouterr().out
     assert set(rows["model"]) == {"tiny"} and set(rows["fingerprint"]) == {
-        matrices.load_model(model).fingerprint
+        prompt_matrices.load_model(model).fingerprint
     }
     assert rows["doc_hash"].isna().all() and rows["tokens_hash"].nunique() == 2
 
@@ -190,7 +190,7 @@ def measured(tmp_path):
         tmp_path / "out",
         {"arc": task_summary()},
         rows=rows,
-        fingerprint=matrices.load_model(model).fingerprint,
+        fingerprint=prompt_matrices.load_model(model).fingerprint,
     )
     return model, str(tmp_path / "out")
 
@@ -220,7 +220,7 @@ def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp
         and set(rows["position"]) == {2}
         and set(rows["task"]) == {"arc"}
     )
-    wrapped = matrices.load_model(model)
+    wrapped = prompt_matrices.load_model(model)
     told = read_words(tmp_path / "words.csv")
     document = {"doc_hash": "d1", "prompt_hash": "p1", "tokens": (3, 5, 5, 9), "position": 2}
     shown = told.of(wrapped.fingerprint, document)

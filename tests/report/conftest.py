@@ -5,7 +5,7 @@ import pytest
 from report_pages import BAD_MODEL, NASTY, RECORDS, nasty_arguments
 from saved_runs import record, sample, save, task_summary, write_samples
 
-from lm_eval_coupling.report.page import gather, page, write_report
+from lm_eval_coupling.report.page import build_page, gather, write_report
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def html(gathered):
-    return page(gathered)
+    return build_page(gathered)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from report_pages import (
 from saved_runs import CHANCE, record, save, task_summary
 
 from lm_eval_coupling import cli
-from lm_eval_coupling.report.page import gather, page, write_report
+from lm_eval_coupling.report.page import build_page, gather, write_report
 from lm_eval_coupling.saved.scores_table import load_runs
 
 
@@ -91,7 +91,7 @@ class TestInABrowser:
         for row in gathered["rows"]:
             if row["group"]:
                 row["scores"], row["main"] = {}, None
-        (tmp_path / "report.html").write_text(page(gathered))
+        (tmp_path / "report.html").write_text(build_page(gathered))
         with browser.Browser() as window:
             window.open(tmp_path / "report.html")
             assert len(table(window, "rows")) == len(gathered["rows"])

@@ -6,7 +6,7 @@ from report_pages import BAD_MODEL, packed, row_of
 from saved_runs import CHANCE, record, save, task_summary
 
 from lm_eval_coupling.report.data import _limit
-from lm_eval_coupling.report.page import embeddable_json, gather, page
+from lm_eval_coupling.report.page import build_page, embeddable_json, gather
 from lm_eval_coupling.report.task_table import pack
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import load_runs
@@ -151,4 +151,4 @@ class TestLimits:
         data = gather(tmp_path)
         assert len(data["tables"][0]["documents"]) == 200
         assert len(embeddable_json(data)) < 200 * 4000
-        assert page(data).count("plotly.js v") == 1
+        assert build_page(data).count("plotly.js v") == 1

@@ -1,4 +1,4 @@
-// Making elements, writing numbers. Other people's texts reach the page through element() as text nodes only.
+// Elements and numbers as text. Texts of others reach the page through element(), as text nodes only.
 
 const at = (id) => document.getElementById(id);
 
@@ -21,17 +21,17 @@ const short = (value) =>
       ? value.toExponential(1)
       : String(+value.toPrecision(4));
 const mean = (values) => {
-  const there = values.filter((value) => Number.isFinite(value));
-  return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : NaN;
+  const finite = values.filter((value) => Number.isFinite(value));
+  return finite.length ? finite.reduce((sum, value) => sum + value, 0) / finite.length : NaN;
 };
-/** Plotly reads a little HTML in names and hover texts. */
+/** Escape text for Plotly, which reads some HTML in names and hover texts. */
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const withError = (value, error, digits = 4) => {
   const cell = element("span", {}, fixed(value, digits));
   if (known(value) && known(error)) cell.append(" ", element("span", { class: "error" }, "± " + errorText(error, digits)));
   return cell;
 };
-/** An error is never rounded to zero. */
+/** Return an error as text, never rounded to zero. */
 const errorText = (error, digits) => (error && error < 0.5 * 10 ** -digits ? error.toExponential(0) : fixed(error, digits));
 const ending = (text) => (text.length > 120 ? "… " + text.slice(-120).replace(/^\S*\s/, "") : text);
 const size = (count) =>
@@ -43,10 +43,10 @@ const size = (count) =>
         ? (count / 1e6).toPrecision(3) + "M"
         : String(count);
 
-/** Comma-separated values of a table; a cell that a spreadsheet would take for a formula is marked as text. */
+/** Return a table as CSV. A cell that a spreadsheet would take for a formula is marked as text. */
 function csvOf(columns, items) {
   const cell = (value) => {
-    const text = !known(value) ? "" : typeof value === "number" ? String(value) : String(value);
+    const text = known(value) ? String(value) : "";
     const safe = typeof value !== "number" && /^[=+\-@\t]/.test(text) ? "'" + text : text;
     return /[",\r\n]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
   };

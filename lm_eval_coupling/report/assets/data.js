@@ -1,7 +1,10 @@
-// The numbers that the page carries, and what has been chosen of them.
+// The numbers that the page carries, and the reader's choices.
 
 const DATA = JSON.parse(at("data").textContent);
 const rows = DATA.rows;
+rows.forEach((row, number) => {
+  row.number = number;
+});
 const ranks = [...new Set(rows.flatMap((row) => Object.keys(row.coupling)))].sort((a, b) => a - b);
 const state = {
   tab: "overview",
@@ -13,40 +16,46 @@ const state = {
   rank: String((rows.find((row) => row.coupling_rank !== null) || {}).coupling_rank ?? ranks[0] ?? ""),
   score: "",
   axis: "coupling",
-  // A group alone says nothing of scores where it has none of its own: then its tasks are seen beside it.
+  // Where a group has no score of its own, its tasks are listed beside it.
   level: rows.some((row) => row.group && !known((row.scores[row.main] || [null])[0])) ? "all" : "top",
   filter: "",
   search: "",
   answer: "all",
   compare: false,
+  miscoupling: false,
   scatterTask: "",
   columns: null,
 };
 
-/** Inverse of Python's pack(): rows of a square matrix, NaN where undefined. */
+/** Invert Python's pack(): rows of a square matrix, NaN where undefined. */
 function unpack(packed) {
   const bytes = atob(packed);
   const values = Array.from({ length: bytes.length / 2 }, (_, i) => {
-    const whole = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
-    return whole === 0xffff ? NaN : whole / 10000;
+    const digits = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
+    return digits === 0xffff ? NaN : digits / 10000;
   });
   const layers = Math.round(Math.sqrt(values.length));
   return Array.from({ length: layers }, (_, row) => values.slice(row * layers, (row + 1) * layers));
 }
-const offDiagonal = (matrix) => matrix.map((row, i) => row.map((value, j) => (i === j ? NaN : value)));
+const quantity = () => (state.miscoupling ? "miscoupling" : "coupling");
+/** Turn a stored miscoupling into the quantity that is shown. */
+const asShown = (value) => (known(value) && !state.miscoupling ? 1 - value : value);
+const pairsShown = (matrix) => matrix.map((row, i) => row.map((value, j) => (i === j ? NaN : asShown(value))));
+/** Return the shown quantity of unrelated layers. */
+const chanceShown = (rank) => (known(DATA.chance[rank]) ? asShown(1 - DATA.chance[rank]) : null);
 
-/** Mean of [matrix, weight] pairs, entry by entry over what is defined. */
+/** Average [matrix, weight] pairs, entry by entry over what is defined. */
 function weightedMean(parts) {
   return parts[0][0].map((line, i) =>
     line.map((_, j) => {
-      const there = parts.filter(([matrix]) => Number.isFinite(matrix[i][j]));
-      const total = there.reduce((sum, [, weight]) => sum + weight, 0);
-      return there.reduce((sum, [matrix, weight]) => sum + (matrix[i][j] * weight) / total, there.length ? 0 : NaN);
+      const defined = parts.filter(([matrix]) => Number.isFinite(matrix[i][j]));
+      const total = defined.reduce((sum, [, weight]) => sum + weight, 0);
+      return defined.reduce((sum, [matrix, weight]) => sum + (matrix[i][j] * weight) / total, defined.length ? 0 : NaN);
     }),
   );
 }
 
-/** Profiles of several tables as one, with the errors of independent samples of documents; null of none. */
+/** Pool the profiles of several tables, as independent samples of documents; null if there are none. */
 function pooledProfile(parts) {
   if (!parts.length) return null;
   const total = parts.reduce((sum, [, weight]) => sum + weight, 0);
@@ -54,7 +63,7 @@ function pooledProfile(parts) {
   for (const of of ["jacobian", "basis"]) {
     pooled[of] = parts[0][0][of].map((_, i) =>
       parts.every(([profile]) => known(profile[of][i]))
-        ? parts.reduce((sum, [profile, weight]) => sum + (profile[of][i] * weight) / total, 0)
+        ? asShown(parts.reduce((sum, [profile, weight]) => sum + (profile[of][i] * weight) / total, 0))
         : null,
     );
     pooled[of + "_stderr"] = parts[0][0][of].map((_, i) =>
@@ -66,27 +75,27 @@ function pooledProfile(parts) {
   return pooled;
 }
 
-/** Trained less untrained over the same documents of a row's tables: mean, error and number. */
+/** Return the coupling of trained less untrained weights over the documents of both: mean, error, number. */
 function differenceOf(row, rank) {
   const parts = row.tables
     .map((number) => DATA.tables[number].untrained?.difference[rank])
-    .filter((found) => found && known(found.difference));
-  const n = parts.reduce((sum, found) => sum + found.paired, 0);
+    .filter((part) => part && known(part.difference));
+  const n = parts.reduce((sum, part) => sum + part.paired, 0);
   if (!n) return [null, null, 0];
-  const weighted = (of) => parts.reduce((sum, found) => sum + of(found) * (found.paired / n), 0);
-  const error = parts.every((found) => known(found.difference_stderr))
-    ? Math.sqrt(parts.reduce((sum, found) => sum + ((found.difference_stderr * found.paired) / n) ** 2, 0))
+  const weighted = (of) => parts.reduce((sum, part) => sum + of(part) * (part.paired / n), 0);
+  const error = parts.every((part) => known(part.difference_stderr))
+    ? Math.sqrt(parts.reduce((sum, part) => sum + ((part.difference_stderr * part.paired) / n) ** 2, 0))
     : null;
-  return [weighted((found) => found.difference), error, n];
+  return [weighted((part) => part.difference), error, n];
 }
 const worstOf = (row) => {
   const worst = row.tables.map((number) => DATA.tables[number].worst_certificate).filter(known);
   return worst.length ? Math.max(...worst) : null;
 };
-/** Mean and error of a reading of the registry at the rank in sight. */
+/** Return mean and error of a reading at the chosen rank. */
 const readingOf = (row, reading) => row.readings[reading.name]?.[reading.of_rank ? state.rank : ""] || [null, null];
 
-/** A row's tables as one: a group's mean weighs each task by its measured documents. */
+/** Join a row's tables: a group's mean weighs each task by its measured documents. */
 function contents(row, rank) {
   const tables = row.tables.map((number) => DATA.tables[number]);
   const measured = tables.filter((table) => table.mean[rank]);
@@ -104,8 +113,7 @@ function contents(row, rank) {
   const profile = pooledProfile(measured.map((table) => [table.profile[rank], table.measured]));
   const twins = tables.filter((table) => table.untrained && table.untrained.profile[rank]);
   const untrained = pooledProfile(twins.map((table) => [table.untrained.profile[rank], table.untrained.coupling[rank][2]]));
-  const documents = tables.flatMap((table) => table.documents.map((found) => ({ ...found, table })));
+  const documents = tables.flatMap((table) => table.documents.map((part) => ({ ...part, table })));
   const prompts = tables.reduce((sum, table) => sum + table.total, 0);
-  return { matrix: matrix && offDiagonal(matrix), profile, untrained, norms, documents, prompts, documentsMeasured };
+  return { matrix: matrix && pairsShown(matrix), profile, untrained, norms, documents, prompts, documentsMeasured };
 }
-const chanceOf = (rank) => DATA.chance[rank] || { coupling: null, miscoupling: null };

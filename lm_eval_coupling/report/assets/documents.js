@@ -1,4 +1,4 @@
-// Third view: prompts, answers and their layers, one by one.
+// Third view: prompts, answers and their layers, document by document.
 
 const LISTED = 300;
 const verdict = (answer) =>
@@ -7,8 +7,8 @@ const verdict = (answer) =>
 function renderDocuments() {
   const row = rows[state.row];
   const { documents, prompts } = contents(row, state.rank);
-  documents.forEach((one, i) => {
-    one.number = i;
+  documents.forEach((document, number) => {
+    document.number = number;
   });
   const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
   const matching = documents.filter((one) => {
@@ -19,7 +19,7 @@ function renderDocuments() {
   });
   const limits = [`${matching.length} of ${prompts} measured prompts.`];
   if (documents.length < prompts)
-    limits.push(`This page holds ${documents.length} of them (at most ${DATA.limit} a task; see --documents).`);
+    limits.push(`This page holds ${documents.length} of them (at most ${DATA.limit} per task; see --documents).`);
   if (matching.length > LISTED) limits.push(`The first ${LISTED} are listed: search to see others.`);
   if (documents.length && documents.every((one) => !one.answer))
     limits.push("Answers are known where lm-eval ran with --log_samples.");
@@ -34,25 +34,27 @@ function renderDocuments() {
         cell: (one) =>
           `${several ? one.table.task + " " : ""}${one.id}${one.prompt ? `, prompt ${one.prompt + 1}` : ""}`,
       },
-      { name: "Prompt", text: true, value: (one) => one.text, cell: (one) => ending(one.text) },
-      { name: "Answer", text: true, value: (one) => one.answer && one.answer.given },
-      { name: "Right?", value: (one) => verdict(one.answer), cell: (one) => mark(one.answer) },
       {
         name: "Coupling",
         numeric: true,
         value: (one) => one.coupling[state.rank],
         cell: (one) => fixed(one.coupling[state.rank]),
       },
+      { name: "Right?", value: (one) => verdict(one.answer), cell: (one) => mark(one.answer) },
+      { name: "Prompt", text: true, value: (one) => one.text, cell: (one) => ending(one.text) },
+      { name: "Answer", text: true, value: (one) => one.answer && one.answer.given },
     ],
     matching.slice(0, LISTED),
     { current: (one) => one.number === state.document, open: (one) => openDocument(one.number) },
   );
+  // Without a document beside it, the list takes the whole width.
+  at("document-pair").classList.toggle("single", !documents[state.document]);
   renderDocument(documents[state.document]);
 }
 
 function mark(answer) {
-  const found = verdict(answer);
-  return found ? element("span", { class: found }, (found === "right" ? "✓ " : "✗ ") + found) : "–";
+  const word = verdict(answer);
+  return word ? element("span", { class: word }, (word === "right" ? "✓ " : "✗ ") + word) : "–";
 }
 
 function openDocument(number) {
@@ -110,10 +112,10 @@ function renderDocument(one) {
     ...(answer && known(answer.generated) ? part("Generated text", text(answer.generated)) : []),
     ...(answer && known(answer.expected) ? part("Expected", text(answer.expected)) : []),
     ...(answer && answer.options.length > 1 ? part("Choices", choices(answer)) : []),
-    ...part(`Miscoupling of every pair of layers, K = ${headline}`, heat),
+    ...part(`${sentence(quantity())} of every pair of layers, K = ${headline}`, heat),
     ...(one.words ? directionWords(part, one.words) : []),
   );
-  if (one.matrix) heatMap(heat, offDiagonal(unpack(one.matrix)), headline);
+  if (one.matrix) heatMap(heat, pairsShown(unpack(one.matrix)), headline);
   else clear(heat, "No layer-by-layer matrix was measured.");
 }
 
@@ -121,8 +123,8 @@ function directionWords(part, directions) {
   const attributes = { id: "document-words", class: "wide tall", role: "region", tabindex: "0" };
   const holder = element("div", { ...attributes, "aria-label": "Words of directions" });
   const note =
-    "The vocabulary nearest to each layer's top left singular vectors at the measured token, and to their opposites: " +
-    "their signs mean nothing.";
+    "The vocabulary nearest to each layer's top left singular vectors at the measured token, and to their opposites. " +
+    "Signs of singular vectors have no meaning.";
   sortable(
     holder,
     [
@@ -130,7 +132,7 @@ function directionWords(part, directions) {
       { name: "Direction", numeric: true, value: (one) => one.k },
       { name: "σ", numeric: true, value: (one) => one.sigma },
       { name: "Words", text: true, value: (one) => one.words },
-      { name: "Of its opposite", text: true, value: (one) => one.opposite },
+      { name: "Words of the opposite", text: true, value: (one) => one.opposite },
     ],
     directions,
     {},

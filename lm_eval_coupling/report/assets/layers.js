@@ -2,32 +2,32 @@
 
 function renderLayers() {
   const row = rows[state.row];
-  const found = contents(row, state.rank);
+  const joined = contents(row, state.rank);
   at("layers-missing").textContent = row.tables.length
     ? ""
-    : "No coupling table of this run was found, hence no layers: it was scored only, or its tables lie in another folder.";
+    : "This run has no coupling table, hence no layers: it was only scored, or its tables are in another folder.";
   const rivals = state.compare ? rows.filter((other) => other.task === row.task && other.tables.length) : [row];
   at("heat-caption").textContent =
-    `Miscoupling of every pair of layers, mean over ${found.documentsMeasured} documents`;
-  if (found.matrix) heatMap(at("heat"), found.matrix, state.rank);
+    `${sentence(quantity())} of every pair of layers, mean over ${joined.documentsMeasured} documents`;
+  if (joined.matrix) heatMap(at("heat"), joined.matrix, state.rank);
   else clear(at("heat"), "No layer-by-layer matrix was measured.");
   renderProfile(row, rivals);
-  renderNorms(row, rivals, found);
+  renderNorms(row, rivals, joined);
   const [difference, error, n] = differenceOf(row, state.rank);
   at("untrained").textContent = known(difference)
-    ? `Trained less untrained weights, over the ${n} documents of both: ${signed(difference)} ± ${fixed(error)}.`
+    ? `Coupling of trained less untrained weights, over the ${n} documents of both: ${signed(difference)} ± ${fixed(error)}.`
     : "";
   renderOtherNumbers(row);
-  renderLayerNumbers(found);
+  renderLayerNumbers(joined);
 }
 
-/** What a task has one number of, beside coupling. */
+/** List the numbers of a task other than coupling. */
 function renderOtherNumbers(row) {
-  const there = DATA.readings.filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]));
-  at("regularity").closest("details").hidden = !there.length;
+  const measured = DATA.readings.filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]));
+  at("regularity").closest("details").hidden = !measured.length;
   const of = (reading) => readingOf(row, reading);
-  const mean = { name: "Mean", numeric: true, value: (one) => of(one)[0], error: (one) => of(one)[1], cell: (one) => withError(...of(one)) };
-  sortable(at("regularity"), [{ name: "Number of a prompt", value: (one) => sentence(one.label) }, mean], there, {});
+  const mean = { name: "Mean", numeric: true, value: (reading) => of(reading)[0], error: (reading) => of(reading)[1], cell: (reading) => withError(...of(reading)) };
+  sortable(at("regularity"), [{ name: "Number of a prompt", value: (reading) => sentence(reading.label) }, mean], measured, {});
 }
 
 const SIDES = { jacobian: "its Jacobian, others' bases", basis: "its basis, others' Jacobians" };
@@ -50,11 +50,14 @@ function renderProfile(row, rivals) {
       continue;
     }
     for (const [of, name] of Object.entries(SIDES)) add(profile, of, name);
-    number = 0; // the colours of the trained weights, dashed
+    number = 0; // the colors of the trained weights, dashed
     if (untrained) for (const [of, name] of Object.entries(SIDES)) add(untrained, of, `untrained: ${name}`, "dash");
   }
+  const dashed = traces.some((trace) => trace.line.dash === "dash");
+  at("profile-caption").textContent =
+    `Mean ${quantity()} of each layer with the others (bands: one standard error${dashed ? "; dashed: untrained weights" : ""})`;
   if (!traces.length) return clear(at("profile"), "No layer was measured.");
-  const chance = chanceOf(state.rank).miscoupling;
+  const chance = chanceShown(state.rank);
   const ends = traces.flatMap((trace) => trace.x);
   traces.push(levelLine(`chance ${chance.toFixed(3)}`, [Math.min(...ends), Math.max(...ends)], [chance, chance]));
   draw(
@@ -64,20 +67,20 @@ function renderProfile(row, rivals) {
       height: 440,
       showlegend: true,
       xaxis: { title: { text: state.compare ? "relative depth" : "layer" } },
-      yaxis: { title: { text: `mean miscoupling, K = ${state.rank}` } },
+      yaxis: { title: { text: `mean ${quantity()}, K = ${state.rank}` } },
     },
-    `Mean miscoupling of each layer with the others, ${row.label} on ${row.task}; bands are one standard error.`,
+    `Mean ${quantity()} of each layer with the others, ${row.label} on ${row.task}; bands are one standard error.`,
   );
 }
 
-function renderNorms(row, rivals, found) {
+function renderNorms(row, rivals, joined) {
   const traces = [];
   if (!state.compare) {
-    for (const one of found.documents.filter((document) => document.norms).slice(0, 30)) {
+    for (const document of joined.documents.filter(({ norms }) => norms).slice(0, 30)) {
       traces.push({
         type: "scatter",
         mode: "lines",
-        y: one.norms,
+        y: document.norms,
         hoverinfo: "skip",
         showlegend: false,
         line: { width: 1, color: "rgba(128,128,128,0.35)" },
@@ -85,7 +88,7 @@ function renderNorms(row, rivals, found) {
     }
   }
   rivals.forEach((rival, i) => {
-    const norms = rival === row ? found.norms : contents(rival, state.rank).norms;
+    const norms = rival === row ? joined.norms : contents(rival, state.rank).norms;
     if (norms)
       traces.push(
         line(norms, state.compare ? rival.label : "mean", i, state.compare ? { x: depths(norms.length) } : {}),
@@ -99,31 +102,29 @@ function renderNorms(row, rivals, found) {
       height: 420,
       showlegend: state.compare,
       xaxis: { title: { text: state.compare ? "relative depth" : "after block (0: embedding)" } },
-      yaxis: { title: { text: "norm" }, type: "log" },
+      yaxis: { title: { text: "norm" }, type: "log", ...logTicks(traces.flatMap((trace) => trace.y)) },
     },
     `Norm of the residual stream over depth, ${row.label} on ${row.task}.`,
   );
 }
 
-function renderLayerNumbers(found) {
-  if (!found.profile) return at("layer-numbers").replaceChildren();
-  const lines = found.profile.jacobian.map((_, i) => ({ layer: i + 1, i }));
-  const column = (name, profile, of) => ({
+function renderLayerNumbers({ profile, untrained, norms }) {
+  if (!profile) return at("layer-numbers").replaceChildren();
+  const lines = profile.jacobian.map((_, i) => ({ layer: i + 1, i }));
+  const column = (name, values, of) => ({
     name,
     numeric: true,
-    value: (one) => profile[of][one.i],
-    error: (one) => profile[of + "_stderr"][one.i],
-    cell: (one) => withError(profile[of][one.i], profile[of + "_stderr"][one.i]),
+    value: (line) => values[of][line.i],
+    error: (line) => values[of + "_stderr"][line.i],
+    cell: (line) => withError(values[of][line.i], values[of + "_stderr"][line.i]),
   });
   sortable(
     at("layer-numbers"),
     [
-      { name: "Layer", numeric: true, value: (one) => one.layer },
-      ...Object.entries(SIDES).map(([of, name]) => column(name[0].toUpperCase() + name.slice(1), found.profile, of)),
-      ...(found.untrained
-        ? Object.entries(SIDES).map(([of, name]) => column(`Untrained: ${name}`, found.untrained, of))
-        : []),
-      { name: "Norm after it", numeric: true, value: (one) => found.norms && found.norms[one.i + 1] },
+      { name: "Layer", numeric: true, value: (line) => line.layer },
+      ...Object.entries(SIDES).map(([of, name]) => column(name[0].toUpperCase() + name.slice(1), profile, of)),
+      ...(untrained ? Object.entries(SIDES).map(([of, name]) => column(`Untrained: ${name}`, untrained, of)) : []),
+      { name: "Norm after it", numeric: true, value: (line) => norms && norms[line.i + 1] },
     ],
     lines,
     {},

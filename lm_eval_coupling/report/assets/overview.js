@@ -29,7 +29,8 @@ function shownRows() {
   );
 }
 
-/** Every column there is; `shown` are those that a page of 1,300 pixels has room for. */
+const NARROW = ["Model", "Task", "Coupling", "Score"]; // columns that 390 pixels have room for
+/** Return every column; `shown` marks those that 1,300 pixels have room for. */
 function overviewColumns() {
   const measured = (name, of, digits, more = {}) => ({
     name,
@@ -40,15 +41,13 @@ function overviewColumns() {
     ...more,
   });
   const twins = rows.some((row) => known(differenceOf(row, state.rank)[0]));
-  // Beyond the number of examples, which has a column of its own.
+  // Without the number of examples, which has a column of its own.
   const prompting = (row) => row.prompting.split(", ").slice(1).join(", ");
   const several = new Set(rows.filter((row) => row.measured).map(prompting)).size > 1;
   return [
     { name: "Model", shown: true, value: (row) => row.label },
     { name: "Task", shown: true, value: (row) => row.task },
     { name: "Parameters", numeric: true, value: (row) => row.n_params, cell: (row) => size(row.n_params) },
-    measured("Score", scoreOf, 4, { shown: true }),
-    { name: "Metric", shown: true, value: (row) => (known(scoreOf(row)[0]) ? metric(scoreName(row)) : null) },
     measured("Coupling", (row) => [couplingOf(row).mean, couplingOf(row).stderr], 4, { shown: true }),
     { name: "Chance", numeric: true, value: (row) => couplingOf(row).chance, cell: (row) => fixed(couplingOf(row).chance) },
     {
@@ -63,9 +62,11 @@ function overviewColumns() {
       shown: twins,
       title: "coupling of the trained weights less that of the untrained ones, over the documents of both",
     }),
+    measured("Score", scoreOf, 4, { shown: true }),
+    { name: "Metric", shown: true, value: (row) => (known(scoreOf(row)[0]) ? metric(scoreName(row)) : null) },
     ...DATA.readings.map((reading) => measured(sentence(reading.label), (row) => readingOf(row, reading), 3)),
     { name: "Shots", shown: true, numeric: true, value: (row) => row.n_fewshot },
-    { name: "Prompts", shown: several, text: true, value: (row) => prompting(row) || null, title: "how they were made" },
+    { name: "Prompts", shown: several, text: true, value: (row) => prompting(row) || null, title: "how the prompts were made" },
     { name: "Scored", numeric: true, value: (row) => row.n_samples, title: "documents behind the score" },
     { name: "Measured", shown: true, numeric: true, value: (row) => row.measured, title: "documents behind the coupling" },
     { name: "Failed", numeric: true, value: (row) => row.failed, title: "documents that could not be measured" },
@@ -83,7 +84,10 @@ const sentence = (text) => (/^[a-z-]+([ ,]|$)/.test(text) ? text[0].toUpperCase(
 function renderOverview() {
   const shown = shownRows();
   const columns = overviewColumns();
-  const chosen = state.columns ?? columns.filter((column) => column.shown).map((column) => column.name);
+  const byWidth = matchMedia("(max-width: 40rem)").matches
+    ? NARROW
+    : columns.filter((column) => column.shown).map((column) => column.name);
+  const chosen = state.columns ?? byWidth;
   at("columns").replaceChildren(
     ...columns.map((column) =>
       element(
@@ -96,7 +100,7 @@ function renderOverview() {
             const names = event.target.checked
               ? [...chosen, column.name]
               : chosen.filter((name) => name !== column.name);
-            state.columns = columns.map((one) => one.name).filter((name) => names.includes(name));
+            state.columns = columns.map(({ name }) => name).filter((name) => names.includes(name));
             show("overview");
           },
         }),
@@ -108,12 +112,12 @@ function renderOverview() {
     at("rows"),
     columns.filter((column) => chosen.includes(column.name)),
     shown,
-    { current: (row) => rows.indexOf(row) === state.row, open: (row) => openRow(rows.indexOf(row)) },
+    { current: (row) => row.number === state.row, open: (row) => openRow(row.number) },
   );
   renderScatter(shown);
 }
 
-/** Perplexity and accuracy never share an axis: without a choice the metric that most rows list first is drawn. */
+/** Return the chosen metric, or the one that most rows list first: perplexity and accuracy share no axis. */
 function drawnMetric(points) {
   if (state.score) return state.score;
   const counts = new Map();
@@ -123,23 +127,23 @@ function drawnMetric(points) {
 
 function renderScatter(shown) {
   const of = (row) => row.scores[name] || [null, null];
-  const there = shown.filter((row) => known(scoreOf(row)[0]) && known((axisOf(row) || [])[0]));
-  const name = drawnMetric(there);
-  const tasksThere = [...new Set(there.map((row) => row.task))];
-  fill(at("scatter-task"), [["", "all tasks"], ...tasksThere.map((task) => [task, task])], state.scatterTask);
-  const points = there.filter(
+  const drawable = shown.filter((row) => known(scoreOf(row)[0]) && known((axisOf(row) || [])[0]));
+  const name = drawnMetric(drawable);
+  const choices = [...new Set(drawable.map((row) => row.task))];
+  fill(at("scatter-task"), [["", "all tasks"], ...choices.map((task) => [task, task])], state.scatterTask);
+  const points = drawable.filter(
     (row) => known(of(row)[0]) && (state.score || row.main === name) && (!state.scatterTask || row.task === state.scatterTask),
   );
-  const others = there.length - there.filter((row) => known(of(row)[0]) && (state.score || row.main === name)).length;
+  const others = drawable.length - drawable.filter((row) => known(of(row)[0]) && (state.score || row.main === name)).length;
   at("scatter-note").textContent = others
-    ? `Drawn is ${metric(name)}; ${others} rows of other metrics are not: choose a score above.`
+    ? `The plot shows ${metric(name)}, not the ${others} rows of other metrics: choose a score above.`
     : "";
   if (!points.length) return clear(at("scatter"), "No row has both this score and a coupling at this K.");
-  const chance = { coupling: chanceOf(state.rank).coupling, excess: 0 }[state.axis];
+  const chance = { coupling: DATA.chance[state.rank], excess: 0 }[state.axis];
   const parts = (part, i) => points.map((row) => part(row)[i]);
   const across = span(parts(axisOf, 0), parts(axisOf, 1), [chance]);
   const up = span(parts(of, 0), parts(of, 1));
-  const room = [(at("scatter").clientWidth || 600) - 75, 300]; // of the picture within its axes, pixels
+  const room = [(at("scatter").clientWidth || 600) - 75, 300]; // pixels within the axes
   const places = labelPlaces(
     points.map((row) => ({
       x: ((axisOf(row)[0] - across[0]) / (across[1] - across[0])) * room[0],
@@ -156,9 +160,9 @@ function renderScatter(shown) {
     const bar = (values) => ({ type: "data", array: values.map((value) => value ?? 0), thickness: 1, width: 3 });
     return {
       type: "scatter",
-      mode: points.length <= 12 ? "markers+text" : "markers", // the names of more are told on hover
+      mode: points.length <= 12 ? "markers+text" : "markers", // more names are shown on hover only
       name: plain(task),
-      customdata: members.map((row) => rows.indexOf(row)),
+      customdata: members.map((row) => row.number),
       x: members.map((row) => axisOf(row)[0]),
       y: members.map((row) => of(row)[0]),
       error_x: bar(members.map((row) => axisOf(row)[1])),
@@ -176,7 +180,7 @@ function renderScatter(shown) {
           `${plain(name)} ${fixed(of(row)[0])} ± ${fixed(of(row)[1])}`,
         ].join("<br>"),
       ),
-      marker: { size: 10, color: COLOURS[i % COLOURS.length], symbol: SYMBOLS[i % SYMBOLS.length] },
+      marker: { size: 10, color: COLORS[i % COLORS.length], symbol: SYMBOLS[i % SYMBOLS.length] },
     };
   });
   if (known(chance)) traces.push({ ...levelLine(`chance ${chance.toFixed(3)}`, [chance, chance], up), chance: true });
@@ -200,7 +204,7 @@ function renderScatter(shown) {
   });
 }
 
-/** Ends of an axis that shows all values with their bars, and some room beside them. */
+/** Return the ends of an axis that shows all values with their bars and some margin. */
 function span(values, errors, more = []) {
   const ends = [...values.flatMap((value, i) => [value - (errors[i] ?? 0), value + (errors[i] ?? 0)]), ...more.filter(known)];
   const [low, high] = [Math.min(...ends), Math.max(...ends)];
@@ -210,24 +214,24 @@ function span(values, errors, more = []) {
 
 const LETTER = 6.2, LINE = 13, AWAY = 7; // of a label, in pixels
 /**
- * Where each label stands: of four places the one that crosses fewest bars; none, but on hover, where all cover a label
- * or leave the picture.
+ * Choose a place for each label: the one of four that crosses fewest bars, or null where all of them cover another label
+ * or leave the picture; such a label is shown on hover only.
  * `points` are {x, y, right, up, text} in pixels, y from the top; `right` and `up` are half the lengths of their bars.
  */
 function labelPlaces(points, width) {
   const boxes = [];
   const within = (value, low, high) => value > low && value < high;
-  return points.map((one) => {
-    const long = one.text.length * LETTER;
+  return points.map((point) => {
+    const long = point.text.length * LETTER;
     const places = [["top right", 1, -1], ["bottom right", 1, 1], ["top left", -1, -1], ["bottom left", -1, 1]].map(
       ([side, across, down]) => {
-        const left = one.x + across * AWAY - (across < 0 ? long : 0);
-        const top = one.y + down * AWAY - (down < 0 ? LINE : 0);
+        const left = point.x + across * AWAY - (across < 0 ? long : 0);
+        const top = point.y + down * AWAY - (down < 0 ? LINE : 0);
         const [right, bottom] = [left + long, top + LINE];
         const covers = boxes.some((box) => left < box[2] && right > box[0] && top < box[3] && bottom > box[1]);
         let cost = 0;
         for (const other of points) {
-          if (other === one) continue;
+          if (other === point) continue;
           if (within(other.x, left - 6, right + 6) && other.y + other.up > top && other.y - other.up < bottom) cost += 3;
           if (within(other.y, top - 6, bottom + 6) && other.x + other.right > left && other.x - other.right < right) cost += 3;
         }

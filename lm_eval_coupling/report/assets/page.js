@@ -1,4 +1,4 @@
-// Tabs and controls. Whatever is chosen, the view in sight is drawn again.
+// Tabs and controls; every choice draws the current view again.
 
 const RENDER = {
   overview: renderOverview,
@@ -15,9 +15,10 @@ const CONTROLS = {
   "document-filter": "search",
   answer: "answer",
   compare: "compare",
+  miscoupling: "miscoupling",
   "scatter-task": "scatterTask",
 };
-// What a link to a view tells: place and selection, as far as they are not those of a fresh page.
+// A link to a view holds the choices that differ from those of a fresh page.
 const LINKED = ["tab", "rank", "score", "axis", "level", "filter", "search", "answer", "scatterTask", "document"];
 const FRESH = { ...state };
 const tabs = [...document.querySelectorAll("[role=tab]")];
@@ -51,29 +52,31 @@ function show(name) {
 }
 
 function remember() {
-  const told = new URLSearchParams();
-  for (const name of LINKED) if (known(state[name]) && state[name] !== FRESH[name]) told.set(name, state[name]);
-  if (state.compare) told.set("compare", "1");
-  if (state.columns) told.set("columns", state.columns.join("|"));
+  const link = new URLSearchParams();
+  for (const name of LINKED) if (known(state[name]) && state[name] !== FRESH[name]) link.set(name, state[name]);
+  if (state.compare) link.set("compare", "1");
+  if (state.miscoupling) link.set("miscoupling", "1");
+  if (state.columns) link.set("columns", state.columns.join("|"));
   if (state.row !== FRESH.row) {
-    told.set("model", rows[state.row].label);
-    told.set("task", rows[state.row].task);
+    link.set("model", rows[state.row].label);
+    link.set("task", rows[state.row].task);
   }
-  history.replaceState(null, "", "#" + told);
+  history.replaceState(null, "", "#" + link);
 }
 
-/** Take place and selection from the address; what it does not tell, or tells wrongly, is as on a fresh page. */
+/** Take the choices from the address; missing or invalid ones are as on a fresh page. */
 function recall() {
-  const told = new URLSearchParams(location.hash.slice(1));
+  const link = new URLSearchParams(location.hash.slice(1));
   Object.assign(state, FRESH);
-  for (const name of LINKED) if (told.has(name)) state[name] = told.get(name);
+  for (const name of LINKED) if (link.has(name)) state[name] = link.get(name);
   if (!(state.tab in RENDER)) state.tab = FRESH.tab;
   if (!ranks.includes(state.rank)) state.rank = FRESH.rank;
   if (!(state.axis in AXES)) state.axis = FRESH.axis;
-  state.document = told.has("document") && /^\d+$/.test(told.get("document")) ? Number(told.get("document")) : null;
-  state.compare = told.has("compare");
-  state.columns = told.has("columns") ? told.get("columns").split("|") : null;
-  const row = rows.findIndex((one) => one.label === told.get("model") && one.task === told.get("task"));
+  state.document = link.has("document") && /^\d+$/.test(link.get("document")) ? Number(link.get("document")) : null;
+  state.compare = link.has("compare");
+  state.miscoupling = link.has("miscoupling");
+  state.columns = link.has("columns") ? link.get("columns").split("|") : null;
+  const row = rows.findIndex((one) => one.label === link.get("model") && one.task === link.get("task"));
   if (row >= 0) state.row = row;
   for (const [id, name] of Object.entries(CONTROLS))
     if (at(id).type === "checkbox") at(id).checked = state[name];

@@ -1,18 +1,18 @@
-// Plots in the reader's colours, legible without colour vision: every line has its own symbol too.
+// Plots in the reader's color scheme; lines differ in symbols too, for readers without color vision.
 
-const COLOURS = DATA.palette;
+const COLORS = DATA.palette;
 const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
 function layout(more) {
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const axis = { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true };
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const axis = { gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, automargin: true };
   return {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--ink"), family: "system-ui, sans-serif" },
-    margin: { l: 55, r: 15, t: 38, b: 50 }, // the bar of tools stands in the margin above
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
+    font: { color: color("--ink"), family: "system-ui, sans-serif" },
+    margin: { l: 55, r: 15, t: 38, b: 50 }, // the toolbar is in the top margin
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--soft"), activecolor: color("--accent") },
     legend: { orientation: "h", y: -0.24, traceorder: "normal" },
     hovermode: "closest",
     hoverlabel: { font: { family: "system-ui, sans-serif" } },
@@ -25,7 +25,7 @@ const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: [
 
 function draw(holder, traces, more, label) {
   holder.setAttribute("aria-label", label);
-  if (!holder.data) holder.replaceChildren(); // what clear() left
+  if (!holder.data) holder.replaceChildren(); // removes the note of clear()
   return Plotly.react(holder, traces, layout(more), CONFIG);
 }
 function clear(holder, why) {
@@ -35,14 +35,16 @@ function clear(holder, why) {
 }
 
 function heatMap(holder, matrix, rank) {
-  const chance = chanceOf(rank).miscoupling;
+  const chance = chanceShown(rank);
   const values = matrix.flat().filter((value) => Number.isFinite(value));
   if (!values.length) return clear(holder, "No pair of layers has a value.");
   const low = Math.min(chance, ...values),
     high = Math.max(chance, ...values);
   const numbers = { tick0: 1, dtick: Math.ceil(matrix.length / 8) };
   const layers = matrix.map((_, i) => i + 1);
-  const others = [low, (low + chance) / 2].filter((value) => chance - value > 0.3 * (high - low)); // labels need room
+  const far = state.miscoupling ? low : high;
+  // Labels need room: none within a third of the bar from that of chance.
+  const others = [far, (far + chance) / 2].filter((value) => Math.abs(chance - value) > 0.3 * (high - low));
   const ticks = {
     tickvals: [...others, chance],
     ticktext: [...others.map((value) => value.toFixed(3)), `<b>chance ${chance.toFixed(3)}</b>`],
@@ -58,7 +60,7 @@ function heatMap(holder, matrix, rank) {
     hoverongaps: false,
     hovertemplate:
       "Jacobian of layer %{y}<br>singular vectors of layer %{x}<br>" +
-      `miscoupling %{z:.4f}, chance ${chance.toFixed(4)}<extra></extra>`,
+      `${quantity()} %{z:.4f}, chance ${chance.toFixed(4)}<extra></extra>`,
     colorbar: {
       orientation: "h",
       y: -0.2,
@@ -68,7 +70,7 @@ function heatMap(holder, matrix, rank) {
       tickmode: "array",
       ...ticks,
       ticklabeloverflow: "allow",
-      title: { text: `miscoupling, K = ${rank} (dark: coupled)`, side: "bottom" },
+      title: { text: `${quantity()}, K = ${rank} (${state.miscoupling ? "dark" : "bright"}: coupled)`, side: "bottom" },
     },
   };
   const side = Math.min(holder.clientWidth || 480, 520);
@@ -88,34 +90,34 @@ function heatMap(holder, matrix, rank) {
         ...numbers,
       },
     },
-    `Heat map of ${layers.length} by ${layers.length} layers: mean miscoupling ${mean(values).toFixed(4)}, from ` +
+    `Heat map of ${layers.length} by ${layers.length} layers: mean ${quantity()} ${mean(values).toFixed(4)}, from ` +
       `${Math.min(...values).toFixed(4)} to ${Math.max(...values).toFixed(4)}; chance is ${chance.toFixed(4)}.`,
   );
 }
 
 function line(values, name, i, more = {}) {
-  const colour = COLOURS[i % COLOURS.length];
+  const color = COLORS[i % COLORS.length];
   return {
     type: "scatter",
     mode: "lines+markers",
     y: values,
     name: plain(name),
-    line: { color: colour, width: 2, dash: DASHES[Math.floor(i / COLOURS.length) % DASHES.length] },
-    marker: { size: 5, color: colour, symbol: SYMBOLS[i % SYMBOLS.length] },
+    line: { color, width: 2, dash: DASHES[Math.floor(i / COLORS.length) % DASHES.length] },
+    marker: { size: 5, color, symbol: SYMBOLS[i % SYMBOLS.length] },
     ...more,
   };
 }
 const depths = (count) => Array.from({ length: count }, (_, i) => (count > 1 ? i / (count - 1) : 0));
 
-/** A band of one standard error around a curve, in its colour; Plotly fills from one line to the one before it. */
+/** Make a band of one standard error around a curve. Plotly fills from one line to the one before it. */
 function band(values, errors, i, x) {
-  const there = values.map((value, at) => known(value) && known(errors[at]));
-  const edge = (sign) => values.map((value, at) => (there[at] ? value + sign * errors[at] : null));
+  const edge = (sign) =>
+    values.map((value, at) => (known(value) && known(errors[at]) ? value + sign * errors[at] : null));
   const hidden = { type: "scatter", mode: "lines", x, hoverinfo: "skip", showlegend: false, line: { width: 0 } };
-  const fill = COLOURS[i % COLOURS.length] + "33";
+  const fill = COLORS[i % COLORS.length] + "33";
   return [{ ...hidden, y: edge(-1) }, { ...hidden, y: edge(1), fill: "tonexty", fillcolor: fill }];
 }
-/** A dotted line of its own name in the legend, where no label covers anything. */
+/** Make a dotted line that the legend names. */
 const levelLine = (name, x, y) => ({
   type: "scatter",
   mode: "lines",
@@ -125,3 +127,15 @@ const levelLine = (name, x, y) => ({
   hoverinfo: "name",
   line: { dash: "dot", width: 2, color: "#8c8c8c" },
 });
+
+/** Place labels at round numbers of a logarithmic axis: 1, 2, 5 of each decade, or powers of ten of many decades. */
+function logTicks(values) {
+  const positive = values.filter((value) => value > 0);
+  if (!positive.length) return {};
+  const [low, high] = [Math.min(...positive), Math.max(...positive)];
+  const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const steps = last - first > 3 ? [1] : [1, 2, 5];
+  const decades = Array.from({ length: last - first + 1 }, (_, i) => first + i);
+  const tickvals = decades.flatMap((decade) => steps.map((step) => step * 10 ** decade));
+  return { tickmode: "array", tickvals, ticktext: tickvals.map((value) => String(+value.toPrecision(1))) };
+}

@@ -1,8 +1,8 @@
-// Fourth view: how it was measured.
+// Fourth view: how a run was measured.
 
-function flat(value, name = "") {
+function flatten(value, name = "") {
   if (value !== null && typeof value === "object" && !Array.isArray(value)) {
-    return Object.entries(value).flatMap(([key, member]) => flat(member, name ? `${name}: ${key}` : key));
+    return Object.entries(value).flatMap(([key, member]) => flatten(member, name ? `${name}: ${key}` : key));
   }
   return known(value)
     ? [
@@ -23,7 +23,7 @@ function flat(value, name = "") {
 function renderProvenance() {
   const row = rows[state.row];
   const run = DATA.provenance[row.run];
-  const lines = flat(run).map(([name, value]) => ({ name: name.replaceAll("_", " "), value }));
+  const lines = flatten(run).map(([name, value]) => ({ name: name.replaceAll("_", " "), value }));
   at("provenance-title").textContent = `${row.label}, ${run.file}`;
   at("provenance-note").textContent = run.run_id ? "" : "Scored without measuring coupling.";
   sortable(

@@ -1,8 +1,8 @@
-// Tables whose headers sort them.
+// Tables that are sorted by a click on a header.
 
 const sorting = {};
 
-/** Fill `holder` with a table whose headers sort it. A column is {name, value, error?, cell?, numeric?, title?}. */
+/** Fill `holder` with a sortable table. A column is {name, value, error?, cell?, numeric?, text?, title?}. */
 function sortable(holder, columns, items, { current, open }) {
   const order = (sorting[holder.id] ??= { column: null, down: false });
   const sorted = [...items];
@@ -11,7 +11,7 @@ function sortable(holder, columns, items, { current, open }) {
     const sign = order.down ? -1 : 1;
     sorted.sort((a, b) => {
       const [x, y] = [by.value(a), by.value(b)];
-      if (!known(x) || !known(y)) return known(x) ? -1 : known(y) ? 1 : 0; // what is missing comes last
+      if (!known(x) || !known(y)) return known(x) ? -1 : known(y) ? 1 : 0; // missing values come last
       return sign * (typeof x === "number" ? x - y : String(x).localeCompare(String(y), undefined, { numeric: true }));
     });
   }
