@@ -43,7 +43,7 @@ def main(argv=None):
     command.save(options.out, name, figure, means, notes)
     command.save_table(options.out, f"{name}_documents", pairs)
     columns = ["line", "weights", "measure", "difference", "low", "high", "positive", "n"]
-    print(means.loc[means["measure"].isin(measures), columns].to_string(index=False))
+    command.print_table(means.loc[means["measure"].isin(measures), columns])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import add_caption
+from lm_eval_coupling.safe_text import for_terminal, frame_for_csv, one_line
+from lm_eval_coupling.saved.atomic import writing
 from lm_eval_coupling.saved.tables import safe_name
 
 _MOST_TASKS = 3  # that a file name lists
@@ -59,15 +62,13 @@ def save(
     """
     add_caption(figure, notes)
     for sentence in notes:
-        print(f"{name}: {sentence}")
+        say(f"{name}: {sentence}")
     save_table(folder, name, rows)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not again for every format
-    try:
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}")
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+    for suffix in ("png", "svg"):
+        with writing(folder / f"{name}.{suffix}") as temporary:
+            figure.savefig(temporary)
     print(f"{folder / name}.png and .svg")
 
 
@@ -77,18 +78,20 @@ def save_table(folder: Path, name: str, rows: pd.DataFrame) -> None:
     Raises:
         CouplingError: if the folder cannot be written.
     """
-    try:
+    with writing(folder / f"{name}.csv") as temporary:
         folder.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(folder / f"{name}.csv", index=False)
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+        frame_for_csv(rows).to_csv(temporary, index=False)
     print(f"{folder / name}.csv: {len(rows)} rows")
 
 
-def _cannot_write(folder: Path, error: OSError) -> CouplingError:
-    return CouplingError(
-        f"got {folder}, which cannot be written ({why(error)}); choose another with --out"
-    )
+def say(line: str) -> None:
+    """Print a line that may hold names of others."""
+    print(one_line(line))
+
+
+def print_table(rows: pd.DataFrame, **options: Any) -> None:
+    """Print a table without its index."""
+    print(for_terminal(rows.to_string(index=False, **options)))
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
@@ -96,5 +99,5 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     try:
         main(None)
     except CouplingError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -37,7 +37,7 @@ def main(argv=None):
     if findings.fits:
         pearson = findings.tables["correlations"].query("method == 'pearson'")
         strongest = pearson.loc[pearson["coefficient"].abs().idxmax()]
-        print(
+        command.say(
             f"Strongest of {len(pearson)} correlations, hence by chance too: "
             f"{strongest.predictor} with {strongest.score}"
         )

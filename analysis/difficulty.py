@@ -55,7 +55,7 @@ def main(argv=None):
     notes += describe_without_number(values, rows, options.column)
     command.save(options.out, name, figure, rows, notes)
     command.save_table(options.out, f"{name}_correlations", correlations)
-    print(correlations[PRINTED].to_string(index=False))
+    command.print_table(correlations[PRINTED])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(argv=None):
     defined = rows[rows["measure"] == "layer_coupling"].dropna(subset="median")
     for line, of in defined.groupby(["line", "weights"], sort=False):
         best = of.loc[of["median"].idxmax()]
-        print(
+        command.say(
             f"{', '.join(line)}: most coupled is layer {best['depth']:.0f}, "
             f"{best['median']:.3f} (chance {best['chance']:.3f})"
         )

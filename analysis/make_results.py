@@ -61,7 +61,7 @@ def main(argv=None):
                 with contextlib.redirect_stdout(io.StringIO()):
                     script_main([*common, *arguments, "--out", full_size])
             except CouplingError as error:
-                print(f"left out {' '.join([name, *arguments])}: {error}")
+                command.say(f"left out {' '.join([name, *arguments])}: {error}")
         for file in sorted(Path(full_size).iterdir()):
             if file.suffix == ".csv":
                 copy_table(file, options.out / file.name)

@@ -55,7 +55,7 @@ def main(argv=None):
     drawn = records[records["tokens"].isin(prompts)]
     name = command.name_study("noise", drawn)
     command.save(options.out, name, noise_curves(summary, title=title), rows)
-    print(summary[PRINTED].to_string(index=False))
+    command.print_table(summary[PRINTED])
 
 
 if __name__ == "__main__":

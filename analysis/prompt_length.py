@@ -35,7 +35,7 @@ def main(argv=None):
     name = command.name_study("prompt_length", records, options.tasks)
     command.save(options.out, name, figure, rows, describe_missing(records, measures))
     command.save_table(options.out, f"{name}_correlations", correlations)
-    print(correlations[PRINTED].to_string(index=False))
+    command.print_table(correlations[PRINTED])
 
 
 if __name__ == "__main__":

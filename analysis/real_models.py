@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import add_legend, label_y_axis, make_grid
+from lm_eval_coupling.figures.canvas import add_legend, label_y_axis, make_grid, set_title
 from lm_eval_coupling.figures.palette import assign_colors
+from lm_eval_coupling.safe_text import for_picture
 from lm_eval_coupling.statistics import correlation
 
 NUMBERS = (
@@ -166,10 +167,10 @@ def score_panels(means: pd.DataFrame, scores: pd.DataFrame, rank: int) -> Figure
                 yerr=row.stderr_score,
                 fmt="o",
                 color=colors[row.model],
-                label=row.model,
+                label=for_picture(row.model),
                 markersize=4,
             )
-        ax.set_title(task, fontsize="small")
+        set_title(ax, task)
         ax.set_xlabel("coupling", fontsize="small")
         label_y_axis(ax, of_task["measure_score"].iloc[0].partition(",")[0])
     add_legend(figure, axes)
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         index=["model", "weights"], columns="measure", values="mean"
     )
     print(overall[[name for name in NUMBERS if name in overall]].T.round(4).to_string())
-    print(count_same_order(means, scores).to_string(index=False))
+    command.print_table(count_same_order(means, scores))
 
 
 if __name__ == "__main__":

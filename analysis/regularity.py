@@ -26,7 +26,7 @@ def main(argv=None):
     figure = quartile_bars(rows, columns=len(measures), title=title)
     name = command.name_study("regularity", records, options.tasks)
     command.save(options.out, name, figure, rows, describe_missing(records, measures))
-    print(rows[PRINTED].to_string(index=False))
+    command.print_table(rows[PRINTED])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv=None):
     name = command.name_study("singular_values", records, options.tasks)
     notes = describe_missing(records, columns=["singular_values"])
     command.save(options.out, name, figure, rows.merge(fits), notes)
-    print(fits.drop(columns=["model", "revision"]).to_string(index=False))
+    command.print_table(fits.drop(columns=["model", "revision"]))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main(argv=None):
             panels[name], tokens[name] = pairs.miscoupling[at, at], pairs.tokens
         rows.append(pairs.rows().assign(**dict(zip(study_tables.RUN, run, strict=True))))
         means = 1 - pairs.by_layers()
-        print(
+        command.say(
             f"{label}: {kind.label}: {np.nanmean(means):.4f} over different tokens, within a layer "
             f"{np.nanmean(np.diag(means)):.4f}"
         )

@@ -153,7 +153,7 @@ def main(argv=None) -> None:
     for name, figure in figures.items():
         command.save(options.out, name, figure, members)
     printed = [name for name in ("members", "n", "r2", "slope", "p") if name in table]
-    print(table[printed].to_string(index=False))
+    command.print_table(table[printed])
 
 
 if __name__ == "__main__":

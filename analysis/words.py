@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     command.save(options.out, "words_kept", figure, kept.drop(columns=["line", "panel"]))
     first = words[(words["k"] == 1) & (words["prompt"] == 1)]
     for model, of in first.groupby("model", sort=False):
-        print(f"\n{model}: {of['prompt_name'].iloc[0]}")
-        print(of[PRINTED].to_string(index=False, max_colwidth=90))
+        command.say(f"{model}: {of['prompt_name'].iloc[0]}")
+        command.print_table(of[PRINTED], max_colwidth=90)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

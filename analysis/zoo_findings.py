@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = rows[columns].sort_values(["task", "member", "step"])
     command.save(options.out, "along", draw_zoo(rows, last), checkpoints)
     printed = relations[relations["predictor"].isin([MAIN, "bits"])]
-    print(printed[[*PRINTED, "r2_left_out_family_with"]].round(3).to_string(index=False))
+    command.print_table(printed[[*PRINTED, "r2_left_out_family_with"]].round(3))
 
 
 if __name__ == "__main__":

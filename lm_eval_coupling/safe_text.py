@@ -41,10 +41,11 @@ def one_line(text: object) -> str:
 def for_csv(text: str) -> str:
     """Return the text of a cell that no spreadsheet takes for a formula: such a cell gets a ``'``.
 
-    A text that is a number, such as ``-1.5``, stays as it is.
+    A text that is a number, such as ``-1.5``, or a sign alone stays as it is.
     """
     text = for_terminal(text)
-    is_formula = text.lstrip(" ").startswith(_FORMULA) and not _NUMBER.fullmatch(text.strip())
+    is_plain = len(text.strip()) < 2 or _NUMBER.fullmatch(text.strip())
+    is_formula = text.lstrip(" ").startswith(_FORMULA) and not is_plain
     return f"'{text}" if is_formula else text
 
 

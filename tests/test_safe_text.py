@@ -51,7 +51,7 @@ def test_no_cell_is_a_formula(cell):
 
 
 def test_numbers_written_as_texts_stay():
-    numbers = ["-1.5", "+3e-4", "-inf", "nan", ".5"]
+    numbers = ["-1.5", "+3e-4", "-inf", "nan", ".5", "+", "-"]
     assert [for_csv(text) for text in numbers] == numbers
 
 

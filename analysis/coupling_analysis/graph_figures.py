@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import layer_ticks, make_grid
+from lm_eval_coupling.figures.canvas import layer_ticks, make_grid, set_title
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
 
 _EDGES = colormaps["viridis_r"]  # weak edges are bright, so that they fade into the ground
@@ -75,7 +75,7 @@ def layer_graph(
         counts = f"{(edges[upper] > 0).sum()} of {len(upper[0])} pairs above chance"
         counts += "" if clear is None else " beyond error"
         counts += f", {undefined} undefined" if undefined else ""
-        ax.set_title(f"{name}\n{counts}", fontsize="small")
+        set_title(ax, name, counts)
     bar = figure.colorbar(ScalarMappable(scale, _EDGES), ax=axes, shrink=0.8)
     label = f"coupling above chance ({chance_coupling(rank):.3f}), K = {rank}"
     bar.set_label(label, fontsize="small")

@@ -22,9 +22,11 @@ from lm_eval_coupling.figures.canvas import (
     label_y_axis,
     layer_ticks,
     make_grid,
+    set_title,
     split_panels,
 )
 from lm_eval_coupling.figures.palette import assign_colors
+from lm_eval_coupling.safe_text import for_picture
 
 _MOST_MARKERS = 12  # points of a curve
 
@@ -140,7 +142,9 @@ def quartile_bars(rows: pd.DataFrame, *, columns: int = 2, title: str | None = N
                 label=weights,
             )
         _finish(ax, of)
-        ticks = [f"{line}\n{_describe_sizes(of[of['line'] == line])}" for line in lines]
+        ticks = [
+            f"{for_picture(line)}\n{_describe_sizes(of[of['line'] == line])}" for line in lines
+        ]
         ax.set_xticks(range(len(lines)), ticks, fontsize="x-small")
         ax.tick_params(axis="x", labelrotation=30 if len(lines) > 3 else 0)
         ax.set_xlim(-0.5, len(lines) - 0.5)
@@ -181,7 +185,7 @@ def singular_value_curves(
         left.set_ylabel("singular value σₖ", fontsize="small")
         right.set_ylabel("1 / σₖ and its line", fontsize="small")
         for ax in (left, right):
-            ax.set_title(f"{line}, {weights} (n = {of['n'].max()})", fontsize="small")
+            set_title(ax, f"{line}, {weights} (n = {of['n'].max()})")
             ax.set_xlabel("layer", fontsize="small")
             ax.set_xticks(layer_ticks(int(of["depth"].max())))
             ax.tick_params(labelsize="small")
@@ -190,12 +194,12 @@ def singular_value_curves(
 
 
 def legend_names(rows: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Name each line and weights for the legend, with the number of documents."""
+    """Name each line and weights for a legend, with the number of documents."""
     has_both = rows["weights"].nunique() > 1
     names = {}
     for (line, weights), of in rows.groupby(["line", "weights"], sort=False):
         suffix = f", {weights}" if has_both or weights == "untrained" else ""
-        names[line, weights] = f"{line}{suffix} ({_describe_sizes(of)})"
+        names[line, weights] = for_picture(f"{line}{suffix} ({_describe_sizes(of)})")
     return names
 
 

@@ -16,9 +16,11 @@ from lm_eval_coupling.figures.canvas import (
     draw_color_bar,
     layer_ticks,
     make_grid,
+    set_title,
 )
 from lm_eval_coupling.figures.palette import SCALE, UNDEFINED
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
+from lm_eval_coupling.safe_text import for_picture
 
 
 def token_heatmaps(
@@ -67,8 +69,7 @@ def token_heatmaps(
         )
         ax.set_facecolor(UNDEFINED)
         undefined = np.isnan(matrix).sum()
-        suffix = f"\n({undefined} undefined, gray)" if undefined else ""
-        ax.set_title(name + suffix, fontsize="small")
+        set_title(ax, name, *([f"({undefined} undefined, gray)"] if undefined else []))
         names = [str(token) for token in tokens[name]]
         ax.set_xticks(range(len(matrix)), names, fontsize="x-small")
         ax.set_yticks(range(len(matrix)), names, fontsize="x-small")
@@ -122,7 +123,7 @@ def coupling_matrices(
     figure.supxlabel(f"singular vectors ({chance})", fontsize="small")
     figure.colorbar(image, ax=axes, shrink=0.7, label="|A|, largest entry of each = 1")
     if title:
-        figure.suptitle(title, fontsize="medium")
+        figure.suptitle(for_picture(title), fontsize="medium")
     return figure
 
 
@@ -175,7 +176,7 @@ def influence_heatmaps(
             aspect="auto",
         )
         ax.set_facecolor(UNDEFINED)
-        ax.set_title(name, fontsize="small")
+        set_title(ax, name)
         # Labels go backward from the measured token, so that it always has one.
         places = [0, *range(len(tokens) - 1, 0, -step)]
         ax.set_xticks(places, [tokens[place] for place in places], fontsize="x-small")

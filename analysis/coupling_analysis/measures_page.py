@@ -112,8 +112,8 @@ def _overview() -> Iterator[str]:
     ]
     yield from _table(("measure", "default", "version", "depends on", "what it says"), rows)
     yield (
-        f"The default is `{measures_argument([])}`. The order does not matter, and what is in the store is "
-        "not measured again.\n"
+        f"The default is `{measures_argument([])}`. The order does not matter, and what is in the "
+        "store is not measured again.\n"
     )
 
 

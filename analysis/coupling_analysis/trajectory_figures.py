@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import add_caption, make_grid
+from lm_eval_coupling.figures.canvas import add_caption, make_grid, set_title
 from lm_eval_coupling.figures.palette import SCALE
 
 _OUTLIER = 10  # times the median extent of the tokens
@@ -74,7 +74,7 @@ def token_trajectories(
         panels = axes[3 * row : 3 * row + 3]
         for ax, (part, (first, last)) in zip(panels, parts.items(), strict=True):
             _draw_paths(ax, paths[kept, first:last], np.arange(first, last), depth, thick)
-            ax.set_title(f"{name}: {part}", fontsize="small")
+            set_title(ax, f"{name}: {part}")
             shares = [f"component {c} ({variance[c - 1]:.0%}" for c in components]
             ax.set_xlabel(f"{shares[0]} of the last layer's variance)", fontsize="x-small")
             ax.set_ylabel(f"{shares[1]})", fontsize="x-small")

@@ -1,4 +1,7 @@
-"""Parts that all pictures share: grids, captions, the chance line, legends, color bars."""
+"""Parts that all pictures share: grids, captions, the chance line, legends, color bars.
+
+Texts that may hold names of models or tasks go through :func:`for_picture`, here or by the caller.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.safe_text import for_picture
 
 DPI = 200
 _LETTERS_PER_INCH = 11  # of a title
@@ -38,7 +42,7 @@ def make_grid(
     for ax in axes[panels:]:
         ax.remove()
     if title:
-        figure.suptitle(title, fontsize="medium")
+        figure.suptitle(for_picture(title), fontsize="medium")
     return figure, axes[:panels]
 
 
@@ -65,7 +69,7 @@ def split_panels(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str],
 def add_caption(figure: Figure, sentences: Sequence[str]) -> None:
     """Add sentences below the title, wrapped to the width of the figure."""
     width = int(figure.get_figwidth() * _LETTERS_PER_INCH)
-    lines = [line for text in sentences for line in textwrap.wrap(text, width)]
+    lines = [line for text in sentences for line in textwrap.wrap(for_picture(text), width)]
     if lines:
         figure.suptitle("\n".join(filter(None, [figure.get_suptitle(), *lines])), fontsize="medium")
 
@@ -98,7 +102,12 @@ def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def label_y_axis(ax: Axes, text: str) -> None:
     """Label the y axis, in several lines where one would be longer than a panel is high."""
-    ax.set_ylabel(textwrap.fill(text, 36), fontsize="small")
+    ax.set_ylabel(textwrap.fill(for_picture(text), 36), fontsize="small")
+
+
+def set_title(ax: Axes, name: str, *lines: str) -> None:
+    """Put a name above a panel, with further lines below it."""
+    ax.set_title("\n".join(map(for_picture, [name, *lines])), fontsize="small")
 
 
 def layer_ticks(layers: int) -> list[int]:

@@ -105,9 +105,10 @@ class _Mean:
 
 
 def pack(matrix: Float[np.ndarray, "layer layer"]) -> str:
-    """Pack a matrix of numbers from 0 to 1 as base64, a third of the size of its digits.
+    """Pack a matrix of numbers from 0 to 1, in a third of the size of its digits.
 
-    Entries are little-endian 16-bit ten-thousandths, row by row; 65535 is undefined.
+    Returns:
+        Base64 of little-endian 16-bit ten-thousandths, row by row; 65535 is undefined.
     """
     digits = np.rint(np.clip(np.nan_to_num(matrix), 0, 1) * _SCALE)
     digits = np.where(np.isnan(matrix), _UNDEFINED, digits)

@@ -1,10 +1,12 @@
-"""The page: other people's text only ever as text, nothing loaded from elsewhere, mistakes told in a sentence."""
+"""The page: texts of others stay text, nothing is loaded from elsewhere, errors are one line."""
 
 import base64
+import errno
 import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from report_pages import NASTY, Tags, row_of
@@ -112,6 +114,21 @@ class TestErrors:
     def test_unwritable(self, saved, tmp_path):
         with pytest.raises(CouplingError, match="cannot be written"):
             write_report(saved, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_full_disk_leaves_the_earlier_page(self, saved, tmp_path, monkeypatch):
+        """Regression: the page was emptied before the new one was written."""
+
+        def write_half(file, text, **_):
+            file.write_bytes(text[:1000].encode())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        out = tmp_path / "r.html"
+        out.write_text("earlier")
+        monkeypatch.setattr(Path, "write_text", write_half)
+        with pytest.raises(CouplingError, match="cannot be written"):
+            write_report(saved, out)
+        assert out.read_text() == "earlier" and list(tmp_path.iterdir()) == [out]
 
     def test_negative_documents(self, saved):
         with pytest.raises(CouplingError, match="documents=-1"):
@@ -141,5 +158,5 @@ class TestErrors:
         assert capsys.readouterr().err.startswith("lm-eval-coupling: got ")
 
     def test_no_torch_is_loaded(self):
-        code = "import sys, lm_eval_coupling.report.page; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+        code = "import sys, lm_eval_coupling.report.page; sys.exit(bool({'torch', 'lm_eval'} & {*sys.modules}))"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

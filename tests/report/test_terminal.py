@@ -22,7 +22,7 @@ from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
 
 
-def printed(folder, task=None, doc=None, width=120, colour=False):
+def printed(folder, task=None, doc=None, width=120, color=False, miscoupling=False):
     out = io.StringIO()
     show(
         folder,
@@ -31,11 +31,12 @@ def printed(folder, task=None, doc=None, width=120, colour=False):
         Console(
             file=out,
             width=width,
-            force_terminal=colour,
-            color_system="truecolor" if colour else None,
+            force_terminal=color,
+            color_system="truecolor" if color else None,
         ),
+        miscoupling=miscoupling,
     )
-    assert colour or all(cell_len(line) <= width for line in out.getvalue().splitlines())
+    assert color or all(cell_len(line) <= width for line in out.getvalue().splitlines())
     return out.getvalue()
 
 
@@ -95,7 +96,7 @@ def test_one_table_per_model(run):
 
 def test_layer_profile(run):
     text = printed(run, "arc")
-    assert "arc: mean miscoupling per layer, K = 10" in text and "gsm" not in text
+    assert "arc: mean coupling per layer, K = 10 (chance 0.0513)" in text and "gsm" not in text
     matrices = np.stack(
         [
             record(doc_id=i, prompt_index=p)["normalized_miscoupling"][0]
@@ -103,21 +104,69 @@ def test_layer_profile(run):
             for p in range(2)
         ]
     )
-    assert (
-        f"{matrices[:, 1, [0, 2, 3]].mean():.4f}" in text
-        and f"{matrices[:, [0, 1, 3], 2].mean():.4f}" in text
-    )
+    own, others = matrices[:, 1, [0, 2, 3]].mean(), matrices[:, [0, 1, 3], 2].mean()
+    assert f"{1 - own:.4f}" in text and f"{1 - others:.4f}" in text
+    text = printed(run, "arc", miscoupling=True)
+    assert "mean miscoupling per layer, K = 10 (chance 0.9487)" in text
+    assert f"{own:.4f}" in text and f"{others:.4f}" in text
 
 
-def test_matrix_of_a_document(run):
-    text = printed(run, "gsm", 1)
+@pytest.mark.parametrize("miscoupling", [False, True])
+def test_matrix_of_a_document(run, miscoupling):
+    """Regression: the overview counted coupling, where up is good, and documents miscoupling."""
+    text = printed(run, "gsm", 1, miscoupling=miscoupling)
     assert "Question 1: why is the sky blue?" in text and "token 5 of 5" in text
-    cells = [line for line in text.splitlines() if re.fullmatch(r" *\d+( +\d+){30} *", line)]
-    found = np.array([[int(cell) for cell in line.split()] for line in cells])
-    expected = np.floor(
-        record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float) * 100
-    )
-    assert (found[:, 0] == np.arange(1, 31)).all() and (found[:, 1:] == expected).all()
+    cells = [line for line in text.splitlines() if re.fullmatch(r" *\d+( +[\d·]+){30} *", line)]
+    found = [line.split() for line in cells]
+    expected = record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float)
+    expected = np.floor((expected if miscoupling else 1 - expected) * 100)
+    for i, row in enumerate(found):
+        assert row[0] == str(i + 1) and row[i + 1] == "·"
+        others = [j for j in range(30) if j != i]
+        assert [int(row[j + 1]) for j in others] == expected[i, others].tolist()
+    assert len(found) == 30
+
+
+def test_prompts_are_counted_from_one_as_on_the_page(run):
+    """Regression: the terminal called "context 0" what the page calls "prompt 1"."""
+    assert "Document 1, prompt 2 (context)" in printed(run, "arc", 1)
+
+
+def test_scores_stand_beside_coupling(tmp_path):
+    """Regression: no score of lm-eval was shown, printed as CSV or as JSON."""
+    save(tmp_path, {"arc": task_summary()}, rows=[record(doc_id=i) for i in range(3)])
+    alone = save(tmp_path / "alone", {"gsm": task_summary()}, rows=[record("gsm")])
+    next(alone.glob("results_*.json")).unlink()
+    assert re.search(r"acc 0\.5000 ± 0\.0\d+", printed(tmp_path))
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out), form="csv")
+    table = pd.read_csv(io.StringIO(out.getvalue())).set_index("task")
+    assert table.loc["arc", ["metric", "score"]].tolist()[0] == ["acc,none", 0.5]
+
+
+def test_empty_columns_are_left_out_for_programs(run):
+    """Regression: a third of the columns was empty in every row."""
+    for form in ("csv", "json"):
+        out = io.StringIO()
+        show(run, console=Console(file=out), form=form)
+        text = out.getvalue()
+        table = pd.read_csv(io.StringIO(text)) if form == "csv" else pd.DataFrame(json.loads(text))
+        assert table.notna().any().all() and "untrained" not in table
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_names_of_others_do_not_steer_the_terminal(tmp_path, form):
+    """Regression: an escape sequence in a model's name reached the terminal."""
+    name = "org/\x1b]0;title\x07\x1b[2Jm\x9b31m\u202e"
+    summary = {"t\x1b[31m": task_summary()}
+    save(tmp_path, summary, model=name, rows=[record("t\x1b[31m", reason="\x1b[2J")])
+    save(tmp_path, {"t": task_summary()}, model="=HYPERLINK(1)", rows=[record("t")], run_id="r2")
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out, width=120), form=form)
+    text = out.getvalue()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    if form == "csv":
+        assert "'=HYPERLINK(1)" in text
 
 
 def test_matrix_wraps_in_a_narrow_terminal(run):
@@ -125,9 +174,13 @@ def test_matrix_wraps_in_a_narrow_terminal(run):
     assert len([line for line in text.splitlines() if re.match(r" 30 ", line)]) == 2
 
 
-def test_matrix_is_coloured(run):
-    text = printed(run, "gsm", 1, colour=True)
-    assert "\x1b[37;48;2;68;1;84m  0" in text  # the diagonal: nothing uncoupled
+def test_matrix_is_colored(run):
+    text = printed(run, "gsm", 1, color=True)
+    pairs = 1 - record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float)
+    pairs = pairs[~np.eye(30, dtype=bool)]
+    low, high = int(100 * pairs.min()), int(100 * pairs.max())
+    assert f"\x1b[37;48;2;68;1;84m{low:>3}" in text, "least coupled is dark"
+    assert f"\x1b[30;48;2;253;231;37m{high:>3}" in text, "most coupled is bright"
 
 
 def test_prompts_are_text_not_markup(tmp_path):
