@@ -86,7 +86,7 @@ class TestInABrowser:
 
     @pytest.mark.usefixtures("report")  # skips where there is no browser
     def test_of_a_group_without_a_score_the_tasks_are_seen_at_once(self, saved, tmp_path):
-        """Of such a run the first view was one row without a score and no picture."""
+        """Regression: the first view was one row without a score, and no picture."""
         gathered = gather(saved)
         for row in gathered["rows"]:
             if row["group"]:
@@ -99,7 +99,7 @@ class TestInABrowser:
 
     def test_headers_sort(self, opened):
         set_value(opened, "#level", "all")
-        header = "#rows th:nth-child(5)"
+        header = "#rows th:nth-child(3)"
         for direction, order in (("descending", -1), ("ascending", 1)):
             opened.click(f"{header} button")
             opened.until(
@@ -149,17 +149,25 @@ class TestInABrowser:
         table = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]
         expected = packed(table["mean"]["10"], 4)
         np.fill_diagonal(expected, np.nan)
-        np.testing.assert_allclose(found, expected, atol=1e-9)
-        assert f"chance {math.sqrt(1 - 1 / 10):.3f}" in opened.text("#heat")
-        opened.run("document.querySelector('#layers details').open = true")
+        np.testing.assert_allclose(found, 1 - expected, atol=1e-9)
+        chance = math.sqrt(1 - 1 / 10)
+        assert f"chance {1 - chance:.3f}" in opened.text("#heat")
+        assert opened.text("#heat-caption").startswith("Coupling of every pair of layers")
+        for details in opened.run("[...document.querySelectorAll('#layers details')].keys()"):
+            opened.run(f"document.querySelectorAll('#layers details')[{details}].open = true, 0")
         layers = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]["profile"][
             "10"
         ]
         np.testing.assert_allclose(layers["jacobian"], np.nanmean(expected, axis=1), atol=6e-5)
         assert column(opened, "layer-numbers", "Its Jacobian, others' bases") == [
-            f"{x:.4f} ± {e:.4f}"
+            f"{1 - x:.4f} ± {e:.4f}"
             for x, e in zip(layers["jacobian"], layers["jacobian_stderr"], strict=True)
         ]
+        opened.click("#miscoupling")
+        opened.until("document.querySelector('#heat-caption').textContent.startsWith('Misc')")
+        found = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+        assert f"chance {chance:.3f}" in opened.text("#heat")
 
     def test_a_groups_heat_map_pools_its_tasks(self, opened):
         open_row(opened, "tiny", "both")
@@ -174,12 +182,13 @@ class TestInABrowser:
             r["normalized_miscoupling"][0] for r in RECORDS["gsm"]
         ]
         off = ~np.eye(4, dtype=bool)
-        np.testing.assert_allclose(found[off], np.mean(documents, axis=0)[off], atol=1e-4)
+        np.testing.assert_allclose(found[off], 1 - np.mean(documents, axis=0)[off], atol=1e-4)
 
     def test_models_are_compared_layer_by_layer(self, opened):
         open_row(opened, "tiny", "arc")
         drawn = "document.querySelector('#profile').data.filter(t => t.showlegend !== false && !t.name.startsWith('chance'))"
         assert opened.run(f"{drawn}.length") == 2
+        assert "dashed" not in opened.text("#profile-caption"), "nothing is dashed"
         opened.click("#compare")
         opened.until(f"{drawn}[0].name.startsWith('org/')")
         lines = opened.run(f"{drawn}.map(t => [t.name, t.x])")
@@ -220,7 +229,7 @@ class TestInABrowser:
             opened.run("document.querySelector('#document-heat').data[0].z"), dtype=float
         )
         np.testing.assert_allclose(
-            found[off], expected["normalized_miscoupling"][0][off], atol=6e-5
+            found[off], 1 - expected["normalized_miscoupling"][0][off], atol=6e-5
         )
         set_value(opened, "#answer", "right")
         assert column(opened, "document-list", "Document") == ["1", "1, prompt 2"]
@@ -328,7 +337,7 @@ class TestInABrowser:
         )
 
     def test_one_axis_per_metric(self, tmp_path):
-        """Perplexity and accuracy were drawn on one axis, on which neither could be read."""
+        """Regression: perplexity and accuracy shared an axis, and neither could be read."""
         for i in range(3):
             where = save(
                 tmp_path,
@@ -352,7 +361,7 @@ class TestInABrowser:
             assert window.run(drawn) == ["wiki"]
 
     def test_names_of_points_stay_in_the_picture_and_clear_of_each_other(self, tmp_path):
-        """On a phone they were cut off at its edge; error bars went through them, and the line of chance was a stump."""
+        """Regression: a phone cut them off, error bars crossed them, the chance line was short."""
         for i in range(6):
             summary = {"arc": task_summary(0.9 - 0.02 * (i % 3))}
             save(
@@ -396,7 +405,7 @@ class TestInABrowser:
             assert "Line-shape score" in window.text("#regularity")
 
     def test_untrained_weights_are_drawn_dashed_and_their_difference_told(self, tmp_path):
-        """The untrained twin, half of a run's time, appeared nowhere on the page."""
+        """Regression: the untrained twin was nowhere on the page."""
         rows = [record("arc", i) for i in range(4)]
         twins = [record("arc", i, seed=3) | {"weights": "untrained"} for i in range(4)]
         save(tmp_path, {"arc": task_summary()}, rows=[*rows, *twins], untrained={"seed": 0})
@@ -419,12 +428,13 @@ class TestInABrowser:
                 [np.where(off, r["normalized_miscoupling"][0], np.nan) for r in twins], axis=0
             )
             np.testing.assert_allclose(
-                dashed, [np.nanmean(layers, axis=1), np.nanmean(layers, axis=0)], atol=1e-5
+                dashed, [1 - np.nanmean(layers, axis=1), 1 - np.nanmean(layers, axis=0)], atol=1e-5
             )
+            assert "dashed: untrained" in window.text("#profile-caption")
             assert window.console == []
 
     def test_the_policy_is_in_force(self, report):
-        """Without it the inline scripts of a page could be joined by others."""
+        """A script that is added to the page does not run."""
         with browser.Browser() as window:
             window.open(report)
             window.run(
@@ -432,6 +442,44 @@ class TestInABrowser:
             )
             assert window.run("window.pwned === undefined")
             assert any("Content Security Policy" in line for line in window.console)
+
+    def test_a_phone_shows_coupling_without_scrolling(self, report):
+        """Regression: the column of coupling was beyond the edge of the screen."""
+        with browser.Browser(390, 844) as window:
+            window.open(report)
+            box = (
+                "(b => { const r = b.getBoundingClientRect(); return [r.left, r.right] })"
+                "([...document.querySelectorAll('%s th button')].find(e => e.dataset.name === 'Coupling'))"
+            )
+            left, right = window.run(box % "#rows")
+            assert 0 <= left < right <= 390
+            open_row(window, "tiny", "arc")
+            window.click("#tab-documents")
+            window.until("document.querySelector('#document-list tbody tr')")
+            left, right = window.run(box % "#document-list")
+            assert 0 <= left < right <= 390
+
+    def test_no_half_of_a_wide_page_is_empty(self, report):
+        """Regression: prompts took 160 pixels beside an empty half of the page."""
+        with browser.Browser(1300, 900) as window:
+            window.open(report)
+            open_row(window, "tiny", "arc")
+            window.click("#tab-documents")
+            window.until("document.querySelector('#document-list tbody tr')")
+            width = "document.querySelector('#document-list').getBoundingClientRect().width"
+            assert window.run(width) > 1000
+            window.click("#document-list tbody tr:nth-child(1) button")
+            window.until("document.querySelector('#document h2')")
+            assert window.run(width) < 800
+
+    def test_logarithmic_axes_have_whole_numbers_in_order(self, report):
+        """Regression: the labels of an axis were 5, 2, 10k, 5, 2."""
+        with browser.Browser() as window:
+            window.open(report)
+            open_row(window, "tiny", "arc")
+            texts = "[...document.querySelectorAll('#norms .ytick text')].map(e => e.textContent)"
+            labels = [float(text) for text in window.run(texts)]
+            assert len(labels) >= 2 and labels == sorted(labels)
 
     def test_a_phone_never_scrolls_sideways(self, report):
         with browser.Browser(390, 844) as window:
@@ -459,15 +507,15 @@ class TestInABrowser:
             text=True,
             check=True,
         )
-        background, ink, plotted = (brightness(colour) for colour in json.loads(ran.stdout))
+        background, ink, plotted = (brightness(color) for color in json.loads(ran.stdout))
         assert (background > 200 and ink < 60) if light else (background < 60 and ink > 200)
         assert plotted == ink
 
 
-def brightness(colour):
-    if colour.startswith("#"):
-        return sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) / 3
-    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+def brightness(color):
+    if color.startswith("#"):
+        return sum(int(color[i : i + 2], 16) for i in (1, 3, 5)) / 3
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
 
 
 def test_contrast():
@@ -476,14 +524,14 @@ def test_contrast():
     schemes = re.findall(r":root \{(.*?)\}", css, re.S)
     assert len(schemes) == 2
     for scheme in schemes:
-        colours = dict(re.findall(r"--(\w+): #(\w{6})", scheme))
+        colors = dict(re.findall(r"--(\w+): #(\w{6})", scheme))
         for ink in ("ink", "soft", "accent", "right", "wrong"):
             for paper in ("paper", "raised"):
-                dark, light = sorted(map(luminance, (colours[ink], colours[paper])))
+                dark, light = sorted(map(luminance, (colors[ink], colors[paper])))
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]

@@ -33,6 +33,9 @@ const withError = (value, error, digits = 4) => {
 };
 /** Return an error as text, never rounded to zero. */
 const errorText = (error, digits) => (error && error < 0.5 * 10 ** -digits ? error.toExponential(0) : fixed(error, digits));
+/** Let a name break after _ - / and . where its column is narrow. */
+const breakable = (name) =>
+  element("span", {}, ...String(name).split(/(?<=[_\-/.])/).flatMap((part) => [part, element("wbr")]));
 const ending = (text) => (text.length > 120 ? "… " + text.slice(-120).replace(/^\S*\s/, "") : text);
 const size = (count) =>
   !known(count)

@@ -45,8 +45,8 @@ function overviewColumns() {
   const prompting = (row) => row.prompting.split(", ").slice(1).join(", ");
   const several = new Set(rows.filter((row) => row.measured).map(prompting)).size > 1;
   return [
-    { name: "Model", shown: true, value: (row) => row.label },
-    { name: "Task", shown: true, value: (row) => row.task },
+    { name: "Model", shown: true, value: (row) => row.label, cell: (row) => breakable(row.label) },
+    { name: "Task", shown: true, value: (row) => row.task, cell: (row) => breakable(row.task) },
     { name: "Parameters", numeric: true, value: (row) => row.n_params, cell: (row) => size(row.n_params) },
     measured("Coupling", (row) => [couplingOf(row).mean, couplingOf(row).stderr], 4, { shown: true }),
     { name: "Chance", numeric: true, value: (row) => couplingOf(row).chance, cell: (row) => fixed(couplingOf(row).chance) },
