@@ -128,6 +128,7 @@ def _print_runs(console: Console, rows: pd.DataFrame, tables: Tables) -> None:
     by_task = rows.groupby("task")["prompting"].unique()
     rows = rows.assign(prompts=list(map(readable, rows["prompting"], rows["task"].map(by_task))))
     shapes = {(str(table.file.parent), table.task): table.about for _, table in tables}
+    console.print(_LEGEND, style="dim")
     for (folder, label), own in rows.groupby(["folder", "label"], sort=False):
         title = _title(own, shapes[folder, own["task"].iloc[0]])
         where = f", in {folder}" if has_namesake[label] else ""
@@ -154,7 +155,6 @@ def _title(rows: pd.DataFrame, about: dict[str, Any]) -> str:
 
 
 def _print_overview(console: Console, rows: pd.DataFrame) -> None:
-    console.print(_LEGEND, style="dim")
     is_first = ~rows["task"].duplicated()
     coupling = _cells(_with_error, rows, "coupling", "coupling_stderr")
     worst = _cells(_short, rows, "worst_certificate")
@@ -241,7 +241,8 @@ def _print_comparison(console: Console, rows: pd.DataFrame) -> None:
 
 def _cells(form: Callable[..., str], rows: pd.DataFrame, *columns: str) -> pd.Series:
     """Return the text of each row's cell, made of the values of these columns."""
-    return pd.Series([form(*values) for values in rows[list(columns)].to_numpy()], rows.index)
+    values = rows[list(columns)].to_numpy().tolist()
+    return pd.Series([form(*cells) for cells in values], rows.index, dtype=object)
 
 
 def _with_error(mean: float, error: float) -> str:
@@ -259,7 +260,7 @@ def _join_error(text: str, mean: float, error: float) -> str:
     return f"{text} ± {error:.4f}" if error >= 5e-5 or not error else f"{text} ± {error:.0e}"
 
 
-def _score(metric: str, score: float, error: float) -> str:
+def _score(metric: str | None, score: float, error: float) -> str:
     return f"{metric.removesuffix(',none')} {_with_error(score, error)}" if metric else "–"
 
 
@@ -275,5 +276,5 @@ def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1e}"
 
 
-def _integer(value: float | None) -> str:
+def _integer(value: float | int | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.0f}"

@@ -198,7 +198,7 @@ class TestInABrowser:
 
     def test_a_run_without_tables_says_so(self, opened):
         open_row(opened, "plain", "arc")
-        assert "No coupling table" in opened.text("#layers-missing")
+        assert "no coupling table" in opened.text("#layers-missing")
         assert opened.text("#heat").strip() == "No layer-by-layer matrix was measured."
         set_value(opened, "#model", opened.run("document.querySelector('#model').options[2].value"))
         opened.until(
@@ -356,7 +356,7 @@ class TestInABrowser:
             )
             assert window.run(drawn) == [
                 "arc"
-            ] and "3 rows of other metrics are not" in window.text("#scatter-note")
+            ] and "not the 3 rows of other metrics" in window.text("#scatter-note")
             set_value(window, "#score", "word_perplexity,none")
             assert window.run(drawn) == ["wiki"]
 
