@@ -135,6 +135,7 @@ def _add_show(commands: Any) -> None:
     for form in ("csv", "json"):
         words = f"print the numbers as {form.upper()}"
         show.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=words)
+    show.add_argument("--miscoupling", action="store_true", help="layers by 1 − coupling")
     show.set_defaults(command=_show, form="table")
 
 
@@ -344,7 +345,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> None:
     from lm_eval_coupling.report.terminal import show
 
-    show(options.folders, options.task, options.doc, compare=options.compare, form=options.form)
+    show(
+        options.folders,
+        options.task,
+        options.doc,
+        compare=options.compare,
+        form=options.form,
+        miscoupling=options.miscoupling,
+    )
 
 
 def _fit(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.patheffects import withStroke
 
 from lm_eval_coupling.figures.canvas import add_legend, draw_chance_line, make_grid, set_title
 from lm_eval_coupling.figures.palette import CATEGORIES, assign_colors
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.safe_text import for_picture
 from lm_eval_coupling.statistics import Fit
 
@@ -31,9 +33,10 @@ def score_scatter(
     x_label: str,
     y_label: str,
     title: str | None = None,
-    chance: float | None = None,
 ) -> Figure:
     """Draw one named point per model with its errors, in the color of its family, and the fits.
+
+    A vertical line marks chance where the predictor is ``coupling@K``.
 
     Args:
         points: ``x, y, x_error, y_error`` (standard errors or NaN), ``label`` and ``family``.
@@ -41,7 +44,6 @@ def score_scatter(
         x_label: name of the predictor.
         y_label: name of the score.
         title: stands above.
-        chance: value of the predictor by chance, drawn as a vertical line.
 
     Returns:
         The figure, with one ``ErrorbarContainer`` per family. Many families share one color.
@@ -66,14 +68,19 @@ def score_scatter(
         )
     for fit, style in zip(fits, ("-", "--", ":", "-."), strict=False):
         _draw_fit(ax, fit, points["x"], style)
-    if chance is not None:
-        draw_chance_line(ax, chance, vertical=True)
+    _draw_chance(ax, x_label)
     if len(points) <= _MOST_NAMES:
         _name_points(ax, points)
     ax.set_xlabel(for_picture(x_label))
     ax.set_ylabel(for_picture(y_label))
     add_legend(figure, [ax])
     return figure
+
+
+def _draw_chance(ax: Axes, predictor: str) -> None:
+    """Mark the coupling of unrelated layers on the horizontal axis."""
+    if match := re.fullmatch(r"coupling@(\d+)", predictor):
+        draw_chance_line(ax, chance_coupling(int(match[1])), vertical=True)
 
 
 def _draw_fit(ax: Axes, fit: Fit, x: pd.Series, style: str) -> None:
@@ -205,6 +212,7 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
             style = {"color": colors[model], "label": for_picture(model), **_JOINED}
             ax.errorbar(of["mean"], of["accuracy"], yerr=_bar_sides(of, "accuracy"), **style)
+        _draw_chance(ax, x_label)
         set_title(ax, task)
         ax.set_xlabel(for_picture(x_label), fontsize="small")
         ax.set_ylim(-0.03, 1.03)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, identity
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable
 from lm_eval_coupling.saved.task_rows import rows_of_run
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.estimates import Estimate
@@ -124,43 +124,3 @@ def _describe_missing(values: pd.DataFrame) -> str:
     missing = values[values[names].isna().all(axis=1)] if names else values
     reasons = Counter(reason or "not asked for" for reason in missing["reason"])
     return "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-
-
-def comparison(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
-    """Compare every later run with the first, over the documents that both have.
-
-    The first run is that of the first table. Documents are paired by ``doc_hash``: their prompts
-    may differ, as with 0 and 5 examples.
-
-    Returns:
-        ``label, base, task, rank``, the means over the paired documents ``coupling`` and
-        ``base_coupling``, and the columns of :func:`paired_difference`.
-    """
-    about = overview(tables).drop_duplicates(["folder", "label", "task"])
-    labels, tasks = about["label"].tolist(), about["task"].tolist()
-    couplings = [_document_couplings(prompt_values(table)) for _, table in tables]
-    first = identity(tables[0][0])
-    bases: dict[str, int] = {}
-    for number, (run, _) in enumerate(tables):
-        if identity(run) == first:
-            bases.setdefault(tasks[number], number)
-    rows = []
-    for number, (label, task, own) in enumerate(zip(labels, tasks, couplings, strict=True)):
-        base = bases.get(task, number)
-        if base == number:
-            continue
-        for name in [name for name in own if name in couplings[base]]:
-            both = pd.concat([own[name], couplings[base][name]], axis=1, join="inner").dropna()
-            of_label, of_base = both.iloc[:, 0], both.iloc[:, 1]
-            rows.append(
-                {"label": label, "base": labels[base], "task": task}
-                | {"rank": int(name.removeprefix("coupling@"))}
-                | {"coupling": of_label.mean(), "base_coupling": of_base.mean()}
-                | paired_difference(of_label, of_base)
-            )
-    return pd.DataFrame(rows)
-
-
-def _document_couplings(values: pd.DataFrame) -> pd.DataFrame:
-    names = [f"coupling@{rank}" for rank in ranks_of(values)]
-    return values.groupby("doc_hash")[names].mean()

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.report.overview_rows import comparison, overview
+from lm_eval_coupling.report.overview_rows import overview
+from lm_eval_coupling.report.run_comparison import compare_runs
 from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
 from lm_eval_coupling.report.terminal_layers import print_document, print_profile
 from lm_eval_coupling.safe_text import frame_for_csv, one_line
@@ -72,7 +73,7 @@ def show(
     if doc is not None:
         documents = {number for _, table in tables for number in table.read(["doc_id"])["doc_id"]}
         _require(doc, documents, "document", f"task {task}")
-    rows = comparison(tables) if compare else overview(tables)
+    rows = compare_runs(tables) if compare else overview(tables)
     if compare and not len(rows):
         raise CouplingError(
             "got no two runs with a task in common, expected at least two; give their folders"
@@ -231,12 +232,37 @@ def _print_comparison(console: Console, rows: pd.DataFrame) -> None:
             TextColumn("K", of["rank"]),
             TextColumn("coupling", _cells(_fixed, of, "coupling"), spare=1),
             TextColumn("compared", _cells(_fixed, of, "base_coupling"), spare=2),
-            TextColumn("difference", _cells(_signed, of, "difference")),
-            TextColumn("from", _cells(_signed, of, "difference_low")),
-            TextColumn("to", _cells(_signed, of, "difference_high")),
+            *_difference_columns(of, ""),
         ]
         console.print(fit_columns(columns, console.width, sections=of["task"]).table)
         console.print()
+        scored = of.drop_duplicates("task")
+        scored = scored[scored["metric"].notna()] if "metric" in scored else scored[:0]
+        if len(scored):
+            _print_score_differences(console, scored)
+
+
+def _print_score_differences(console: Console, rows: pd.DataFrame) -> None:
+    columns = [
+        TextColumn("task", rows["task"], name=True),
+        TextColumn("docs", _cells(_integer, rows, "score_paired")),
+        TextColumn("score", rows["metric"].map(_metric)),
+        TextColumn("mean", _cells(_fixed, rows, "score"), spare=1),
+        TextColumn("compared", _cells(_fixed, rows, "base_score"), spare=2),
+        *_difference_columns(rows, "score_"),
+    ]
+    if rows["mcnemar_p"].notna().any():
+        columns.append(TextColumn("McNemar p", _cells(_p_value, rows, "mcnemar_p")))
+    console.print(fit_columns(columns, console.width).table)
+    console.print()
+
+
+def _difference_columns(rows: pd.DataFrame, prefix: str) -> list[TextColumn]:
+    headers = {"difference": "difference", "from": "difference_low", "to": "difference_high"}
+    return [
+        TextColumn(header, _cells(_signed, rows, f"{prefix}{name}"))
+        for header, name in headers.items()
+    ]
 
 
 def _cells(form: Callable[..., str], rows: pd.DataFrame, *columns: str) -> pd.Series:
@@ -261,7 +287,15 @@ def _join_error(text: str, mean: float, error: float) -> str:
 
 
 def _score(metric: str | None, score: float, error: float) -> str:
-    return f"{metric.removesuffix(',none')} {_with_error(score, error)}" if metric else "–"
+    return f"{_metric(metric)} {_with_error(score, error)}" if metric else "–"
+
+
+def _metric(name: str) -> str:
+    return name.removesuffix(",none")
+
+
+def _p_value(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _fixed(value: float) -> str:

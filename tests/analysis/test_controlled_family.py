@@ -1,4 +1,4 @@
-"""The script that makes a family of one model: weights as said, members that load, nothing made or evaluated twice."""
+"""The script that makes a family of one model: its weights, members that load, no work twice."""
 
 import importlib.util
 import json
@@ -78,7 +78,7 @@ def test_blending_keeps_the_size_of_the_random_part(script):
 @pytest.mark.parametrize("channel", [0, 1])
 def test_rounding_by_hand(script, channel):
     weight = torch.tensor([[7.0, -3.4, 0.4, 0.0], [0.7, 0.31, -0.26, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    # 4 bits: 15 values from −7 to 7 steps; the step is 1 in the first channel and 0.1 in the second.
+    # 4 bits: 15 values from −7 to 7 steps of 1 in the first channel, of 0.1 in the second.
     expected = torch.tensor([[7.0, -3.0, 0.0, 0.0], [0.7, 0.3, -0.3, 0.0], [0.0, 0.0, 0.0, 0.0]])
     if channel == 1:
         weight, expected = weight.T, expected.T

@@ -1,4 +1,4 @@
-"""A few models beside each other: means over documents, scores, and in how many tasks both go the same way."""
+"""A few models beside each other: means over documents, scores, tasks in the same order."""
 
 import json
 import shutil

@@ -80,7 +80,7 @@ def namesakes(tmp_path):
     ],
 )
 def test_models_of_one_last_name_have_panels_of_their_own(namesakes, drawn, name, panels):
-    """Regression: they had one label, and the panel of one was drawn in the place of the other's."""
+    """Regression: both had one label, and one panel was drawn in the place of the other."""
     name, *arguments = name.split()
     script(name)([str(namesakes), *arguments])
     titles = [ax.get_title() for ax in drawn[0].axes if ax.get_title()]
@@ -394,7 +394,7 @@ def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
 
 
 def test_results_of_models_of_one_last_name(namesakes, tmp_path, monkeypatch):
-    """Regression: both were committed under one name, the same in all columns that tell runs apart."""
+    """Regression: both were committed under one name, equal in all columns of a run."""
     main = script("make_results")
     monkeypatch.setitem(main.__globals__, "STUDIES", ["layer_coupling"])
     main([str(namesakes), "--out", str(tmp_path / "results")])
@@ -441,7 +441,7 @@ def test_documents_that_a_picture_lacks_are_counted_below_its_title(tmp_path, ca
 
 
 def drawn_text(picture):
-    """What stands in an SVG file, without spaces: matplotlib keeps every text in a comment, broken into lines."""
+    """Return the text of an SVG file without spaces: matplotlib keeps each text in a comment."""
     return (
         "".join(re.findall(r"<!--(.*?)-->", picture.read_text(encoding="utf-8"), re.DOTALL))
         .replace(" ", "")

@@ -57,7 +57,7 @@ def test_records_that_lack_a_measure_are_left_out(tmp_path):
 
 
 def test_one_name_with_two_weights_is_refused(tmp_path):
-    """Regression: documents measured before and after a training under the same name counted as one model's."""
+    """Regression: documents measured before and after a training counted as one model's."""
     save(
         tmp_path / "a",
         [record(0), record(1, task="mmlu")],
@@ -65,7 +65,8 @@ def test_one_name_with_two_weights_is_refused(tmp_path):
         fingerprint="before" * 5,
     )
     save(tmp_path / "b", [record(1)], date="2025-02-01T00-00-00", fingerprint="after" * 6)
-    message = r"got tiny with .* \(fingerprints beforebe of 2025-01-01T00-00-00 and afteraft of 2025-02-01T00-00-00\), expected"
+    first, second = "beforebe of 2025-01-01T00-00-00", "afteraft of 2025-02-01T00-00-00"
+    message = rf"got tiny with .* \(fingerprints {first} and {second}\), expected"
     with pytest.raises(CouplingError, match=message):
         study_tables.read([tmp_path])
     assert study_tables.read([tmp_path / "b"])["doc_id"].tolist() == [1]

@@ -1,4 +1,4 @@
-"""The study of trained vision transformers: its lines are those of numpy, its tables hold every member."""
+"""The study of trained vision transformers: lines as NumPy fits them, tables of every member."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The script that trains vision transformers side by side: each is what it would be alone, and an ordinary model."""
+"""The script that trains vision transformers side by side: each equals one trained alone."""
 
 import io
 import json
@@ -15,7 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lm_eval_coupling.errors import CouplingError
 
-TINY = "--width 16 --depth 2 --heads 2 --patch 4 --epochs 6 --batch 8 --rate 0.05 --cutmix 0.2 --device cpu".split()
+TINY = "--width 16 --depth 2 --heads 2 --patch 4 --epochs 6 --batch 8 --rate 0.05".split()
+TINY += "--cutmix 0.2 --device cpu".split()
 TINY += ["--weight-decay", "0.1"]
 CLASSES = ["dark", "bright"]
 

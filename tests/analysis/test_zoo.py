@@ -1,4 +1,4 @@
-"""The zoo: recipes that differ in one thing, text spoiled as said, the loss of transformers, ordinary runs of lm-eval."""
+"""The zoo: recipes, spoiled text, the loss of transformers, ordinary runs of lm-eval."""
 
 import json
 import math
@@ -253,7 +253,7 @@ def test_small_copies_say_the_same(parts, tmp_path):
 
 @pytest.fixture
 def records(tmp_path):
-    """Twelve members of four families, one of them saved five times: BLiMP follows coupling, bits per byte does not."""
+    """Twelve members of four families: BLiMP follows coupling, bits per byte do not."""
     draws, facts = np.random.default_rng(0), []
     for i in range(12):
         for step in (1, 2, 4, 8, 16) if i == 0 else (16,):

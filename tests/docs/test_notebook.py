@@ -1,4 +1,4 @@
-"""The notebook runs from a saved run to the paper's figures: every cell, in order, as a reader would run it."""
+"""The notebook runs from a saved run to the paper's figures, cell by cell."""
 
 import json
 from pathlib import Path

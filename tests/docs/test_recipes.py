@@ -1,4 +1,4 @@
-"""Matrices are read without the package as docs/measures.md says: every recipe is run as it stands there."""
+"""Every recipe of docs/measures.md reads matrices without the package, run as printed."""
 
 import re
 import shutil

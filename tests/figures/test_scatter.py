@@ -1,6 +1,7 @@
 """Pictures of regressions show the numbers they were given, where they belong."""
 
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ def test_scatter(points):
 
 
 def test_names_stay_within_the_axes_and_no_bar_of_their_own_strikes_them_through(points):
-    """Regression: names stood in the middle of their horizontal bars, and those on the right outside of the axes."""
+    """Regression: names stood in their horizontal bars, and on the right outside of the axes."""
     points["label"] = [f"a-longer-name-{i}" for i in range(6)]
     figure = scatter.score_scatter(points, [], x_label="x", y_label="y")
     figure.canvas.draw()
@@ -161,3 +162,28 @@ def test_of_many_families_none_is_told_apart(points):
     many = pd.concat([points.assign(family=f"{i}") for i in range(20)])
     (ax,) = scatter.score_scatter(many, [], x_label="x", y_label="y").axes
     assert set(drawn(ax)) == {"models"} and len(drawn(ax)["models"][0]) == 100
+
+
+def test_chance_is_marked_and_no_legend_covers_a_bar(points):
+    """Regression: nothing told chance, and the legend stood over the error bars."""
+    figure = scatter.score_scatter(points, [], x_label="coupling@10", y_label="acc")
+    (ax,) = figure.axes
+    (line,) = [line for line in ax.lines if str(line.get_label()).startswith("chance")]
+    assert line.get_xdata() == pytest.approx(1 - math.sqrt(0.9))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y1 < ax.get_window_extent().y0
+    (ax,) = scatter.score_scatter(points, [], x_label="log10_params", y_label="acc").axes
+    assert not [line for line in ax.lines if str(line.get_label()).startswith("chance")]
+
+
+def test_names_of_others_are_drawn_as_they_are(points, tmp_path):
+    """Regression: a dollar sign or an underscore in a name ended the picture or the legend."""
+    names = ["_ablation", "a$b_c^{$", "c\x1b[31m", "d", "e", "f"]
+    figure = scatter.score_scatter(
+        points.assign(label=names, family=names), [], x_label="x$", y_label="_y$_$"
+    )
+    assert len(figure.legends[0].get_texts()) == 5  # one point is undefined
+    for suffix in ("png", "svg"):
+        figure.savefig(tmp_path / f"picture.{suffix}")
+    ElementTree.parse(tmp_path / "picture.svg")

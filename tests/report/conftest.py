@@ -10,7 +10,7 @@ from lm_eval_coupling.report.page import build_page, gather, write_report
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model with a group of two tasks, one failure and samples; one of another size; one without coupling."""
+    """Save a model with a group, a failure and samples, a larger one, and one without coupling."""
     out = tmp_path_factory.mktemp("out")
     nasty = record("arc", 5) | {"text": NASTY}
     failed = record("arc", 6, reason="out of <b>memory</b>")
@@ -53,7 +53,7 @@ def report(saved, tmp_path_factory):
 
 @pytest.fixture
 def opened(report):
-    """The page in a browser; whatever a test does there, nothing may be logged, fetched or executed."""
+    """Open the page in a browser; a test must cause no log, no fetch and no foreign script."""
     with browser.Browser() as window:
         window.open(report)
         yield window

@@ -40,7 +40,8 @@ class TestInABrowser:
             opened.click(f"#tab-{name}")
             opened.until(f"!document.querySelector('#{name}').hidden")
             assert opened.run(
-                "[...document.querySelectorAll('[role=tabpanel]')].filter(p => !p.hidden).map(p => p.id)"
+                "[...document.querySelectorAll('[role=tabpanel]')]"
+                ".filter(p => !p.hidden).map(p => p.id)"
             ) == [name]
             assert (
                 opened.run(f"document.querySelector('#tab-{name}').getAttribute('aria-selected')")
@@ -186,7 +187,10 @@ class TestInABrowser:
 
     def test_models_are_compared_layer_by_layer(self, opened):
         open_row(opened, "tiny", "arc")
-        drawn = "document.querySelector('#profile').data.filter(t => t.showlegend !== false && !t.name.startsWith('chance'))"
+        drawn = (
+            "document.querySelector('#profile').data"
+            ".filter(t => t.showlegend !== false && !t.name.startsWith('chance'))"
+        )
         assert opened.run(f"{drawn}.length") == 2
         assert "dashed" not in opened.text("#profile-caption"), "nothing is dashed"
         opened.click("#compare")
@@ -310,7 +314,8 @@ class TestInABrowser:
     def test_tables_are_downloaded_as_csv(self, opened):
         opened.run(
             "HTMLAnchorElement.prototype.click = () => {},"
-            "URL.createObjectURL = (blob) => { blob.text().then(t => { window.saved = t }); return 'data:text/csv,' }, 0"
+            "URL.createObjectURL = (blob) => {"
+            "blob.text().then(t => { window.saved = t }); return 'data:text/csv,' }, 0"
         )
         opened.click("#rows .save")
         opened.until("window.saved")
@@ -371,12 +376,13 @@ class TestInABrowser:
                 run_id=str(i),
                 fingerprint=f"f{i}",
             )
-        box = "(({left, right, top, bottom}) => [left, right, top, bottom])(e.getBoundingClientRect())"
+        box = "(r => [r.left, r.right, r.top, r.bottom])(e.getBoundingClientRect())"
         for width in (390, 1300):
             with browser.Browser(width, 900) as window:
                 window.open(write_report(tmp_path, tmp_path / "page.html"))
                 (plot,) = window.run(f"[...document.querySelectorAll('#scatter')].map(e => {box})")
-                texts = "[...document.querySelectorAll('#scatter .textpoint text')].filter(e => e.textContent)"
+                texts = "[...document.querySelectorAll('#scatter .textpoint text')]"
+                texts += ".filter(e => e.textContent)"
                 names = window.run(f"{texts}.map(e => {box})")
                 assert names and all(
                     plot[0] <= left and right <= plot[1] for left, right, *_ in names
@@ -422,7 +428,8 @@ class TestInABrowser:
             window.click("#tab-layers")
             window.until("document.querySelector('#profile').data")
             dashed = window.run(
-                "document.querySelector('#profile').data.filter(t => t.line.dash === 'dash').map(t => t.y)"
+                "document.querySelector('#profile').data"
+                ".filter(t => t.line.dash === 'dash').map(t => t.y)"
             )
             layers = np.mean(
                 [np.where(off, r["normalized_miscoupling"][0], np.nan) for r in twins], axis=0
@@ -438,7 +445,8 @@ class TestInABrowser:
         with browser.Browser() as window:
             window.open(report)
             window.run(
-                "document.body.append(Object.assign(document.createElement('script'), {text: 'window.pwned = 4'}))"
+                "document.body.append(Object.assign("
+                "document.createElement('script'), {text: 'window.pwned = 4'}))"
             )
             assert window.run("window.pwned === undefined")
             assert any("Content Security Policy" in line for line in window.console)
@@ -449,7 +457,8 @@ class TestInABrowser:
             window.open(report)
             box = (
                 "(b => { const r = b.getBoundingClientRect(); return [r.left, r.right] })"
-                "([...document.querySelectorAll('%s th button')].find(e => e.dataset.name === 'Coupling'))"
+                "([...document.querySelectorAll('%s th button')]"
+                ".find(e => e.dataset.name === 'Coupling'))"
             )
             left, right = window.run(box % "#rows")
             assert 0 <= left < right <= 390

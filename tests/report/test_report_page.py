@@ -158,5 +158,6 @@ class TestErrors:
         assert capsys.readouterr().err.startswith("lm-eval-coupling: got ")
 
     def test_no_torch_is_loaded(self):
-        code = "import sys, lm_eval_coupling.report.page; sys.exit(bool({'torch', 'lm_eval'} & {*sys.modules}))"
+        code = "import sys, lm_eval_coupling.report.page; "
+        code += "sys.exit(bool({'torch', 'lm_eval'} & {*sys.modules}))"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Words of directions in the report: joined with what was measured, refused in a sentence, shown as text."""
+"""Words of directions in the report: joined with records, refused by name, shown as text."""
 
 import browser
 import pandas as pd
@@ -164,7 +164,8 @@ def test_words_are_seen_with_their_document_as_text(saved, file, tmp_path):
             "20.33",
         ]
         expected = rows_of(record("arc", 5))
-        cells = "[...document.querySelectorAll('#document-words tbody tr:first-child td')].map(e => e.textContent).slice(2)"
+        cells = "[...document.querySelectorAll('#document-words tbody tr:first-child td')]"
+        cells += ".map(e => e.textContent).slice(2)"
         assert window.run(cells) == [expected[0]["words"], expected[1]["words"]]
         window.run("document.querySelector('#document-words th:nth-child(3) button').click()")
         assert column(window, "document-words", "σ")[0] == "21"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from saved_runs import DATE, record, save, task_summary
+from saved_runs import DATE, record, sample, save, task_summary, write_samples
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
@@ -141,7 +141,7 @@ def test_scores_stand_beside_coupling(tmp_path):
     out = io.StringIO()
     show(tmp_path, console=Console(file=out), form="csv")
     table = pd.read_csv(io.StringIO(out.getvalue())).set_index("task")
-    assert table.loc["arc", ["metric", "score"]].tolist()[0] == ["acc,none", 0.5]
+    assert table.loc["arc", ["metric", "score"]].iloc[0].tolist() == ["acc,none", 0.5]
 
 
 def test_empty_columns_are_left_out_for_programs(run):
@@ -226,7 +226,8 @@ def test_coupling_is_that_of_the_measurement(run):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.report.terminal; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.report.terminal; "
+    code += "sys.exit(bool({'torch', 'lm_eval'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -240,7 +241,7 @@ def test_overview_is_legible_in_80_columns(run):
 
 @pytest.mark.parametrize("width", [60, 66, 72, 80, 100])
 def test_no_word_and_no_number_is_broken(tmp_path, width):
-    """At 80 columns and below, `arc_easy` was printed as `arc_e` and `asy`, `missing` as `missi` and `ng`."""
+    """Regression: at 80 columns `arc_easy` was printed as `arc_e` and `asy`."""
     long = ["mmlu_", "high_", "school_", "european_", "history"]
     names = ["arc_easy", "".join(long), "gsm8k"]
     rows = [
@@ -280,7 +281,7 @@ def test_untrained_weights_stand_beside_with_the_paired_difference(tmp_path):
 
 
 def test_prompts_made_in_two_ways_stand_apart(tmp_path):
-    """The same model and task with 2 and with 5 examples were printed as two tables under one caption."""
+    """Regression: 2 and 5 examples of one task were two tables under one caption."""
     for shots, date in ((2, "2025-06-01T00-00-00"), (5, "2025-06-02T00-00-00")):
         where = save(
             tmp_path,
@@ -407,3 +408,51 @@ def test_one_bad_file_is_named_and_passed_over(run, caplog):
         and "coupling_broken.parquet" in caplog.text
         and "results_broken.json" in caplog.text
     )
+
+
+def saved_pair(folder, scores, **changes):
+    """Save two runs whose documents have these scores, by model."""
+    for model, values in scores.items():
+        rows = [record(doc_id=i, seed=len(model)) for i in range(len(values))]
+        where = save(folder, {"arc": task_summary()}, model=model, rows=rows, run_id=model)
+        lines = [sample(f"d{i}", acc=value, **changes) for i, value in enumerate(values)]
+        write_samples(where, "arc", lines)
+
+
+def test_scores_are_compared_document_by_document(tmp_path):
+    """Means of two runs say less than their paired difference, over the documents of both."""
+    base = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    tuned = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]  # one document less
+    saved_pair(tmp_path, {"base": base, "tuned": tuned})
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out), compare=True, form="csv")
+    row = pd.read_csv(io.StringIO(out.getvalue())).iloc[0]
+    differences = np.subtract(tuned, base[:8])
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    assert row["metric"] == "acc,none" and row["score_paired"] == 8
+    assert row["score_difference"] == pytest.approx(differences.mean())
+    assert [row["score_difference_low"], row["score_difference_high"]] == pytest.approx([*interval])
+    # Five documents are right in the tuned model only, one in the base model only.
+    assert row["mcnemar_p"] == pytest.approx(2 * (1 + 6) / 2**6)
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out, width=100), compare=True)
+    (line,) = [line for line in out.getvalue().splitlines() if " acc " in line]
+    assert line.split()[:3] == ["arc", "8", "acc"] and line.split()[-1] == "0.219"
+
+
+@pytest.mark.parametrize(
+    ("scores", "p"), [(([0.0, 1.0], [0.0, 1.0]), 1.0), (([0.5, 1.0], [0.25, 1.0]), None)]
+)
+def test_mcnemar_is_exact_and_of_right_and_wrong_alone(tmp_path, scores, p):
+    saved_pair(tmp_path, dict(zip(("base", "tuned"), scores, strict=True)))
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out), compare=True, form="json")
+    assert json.loads(out.getvalue())[0].get("mcnemar_p") == p
+
+
+def test_runs_without_samples_have_no_score_difference(tmp_path):
+    for model in ("base", "tuned"):
+        save(tmp_path, {"arc": task_summary()}, model=model, rows=[record()], run_id=model)
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out, width=100), compare=True)
+    assert "tuned less base" in out.getvalue() and " acc " not in out.getvalue()

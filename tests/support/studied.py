@@ -30,7 +30,7 @@ def script(name):
 
 
 def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
-    """A record of three layers and two ranks; ``shift`` is added to everything of the coupling and the trajectory."""
+    """Return a record of three layers and two ranks; ``shift`` is added to all its numbers."""
     layers, n = 3, 6
     found = saved_runs.record(task, doc_id, layers=layers)
     miscoupling = np.stack([PAIRS + np.float32(shift), np.full((layers, layers), 0.9, np.float32)])
