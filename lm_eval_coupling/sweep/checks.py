@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,8 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
         answer = _ask(plan, question)
         if problems := [*problems, *answer["problems"]]:
             raise PlanError(plan.file, [hide(p, plan.secrets.values()) for p in problems])
-        state.write_json(remembered, answer | {"digest": _digest(plan, question)})
+        with contextlib.suppress(OSError):  # The answer is only kept to save the next check.
+            state.write_json(remembered, answer | {"digest": _digest(plan, question)})
     return answer["models"]
 
 

@@ -42,7 +42,7 @@ class UnitJob:
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         has_threads = "OMP_NUM_THREADS" in self.plan.run.environment
         threads = {"OMP_NUM_THREADS": cpus} if cpus and not has_threads else {}
-        secrets = {name: os.environ.get(name, "") for name in self.plan.secrets}
+        secrets = {name: os.environ[name] for name in self.plan.secrets if name in os.environ}
         self.plan = dataclasses.replace(self.plan, secrets=secrets)
         self._worker = Worker(
             self.plan, threads, self.command, patience=_PATIENCE_SECONDS, job=_job_of_this_process()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from lm_eval_coupling.numerics.cores import usable_cores
 from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.plan import Local, Plan
+from lm_eval_coupling.sweep.status import look
 from lm_eval_coupling.sweep.units import Unit
 from lm_eval_coupling.sweep.work import COMMAND, Outcome, Worker
 
@@ -95,8 +96,10 @@ def _work_on(
         board.set(unit, "running", "in a process of an earlier sweep")
         waiting.put(unit)
         stop.wait(_AGAIN_SECONDS)
-    else:
-        board.set(unit, outcome.state, outcome.reason, outcome.seconds)
+        return
+    is_done = outcome.state == "done"
+    detail = look(worker.plan, unit, {}).detail if is_done else outcome.reason
+    board.set(unit, outcome.state, detail, outcome.seconds)
 
 
 def slots(run: Local, most: int = 1024) -> list[dict[str, str]]:

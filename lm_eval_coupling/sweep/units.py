@@ -42,6 +42,7 @@ _COLUMNS = (
     *("fingerprint", "step", "lineage"),
 )
 _TRUE, _FALSE = ("true", "yes", "y", "on", "t"), ("false", "no", "n", "off", "f")
+_SEPARATED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,_'][0-9]{3})+(?:\.[0-9]+)?")  # such as 300,000
 _TOKEN_ARGUMENTS = ("token", "use_auth_token", "hf_token")
 _MAX_LABEL = 150
 
@@ -127,7 +128,9 @@ def _models(model: str, fields: Fields) -> list[str]:
         except CouplingError as error:
             fields.problems.append(str(error))
             return []
-    if not glob.has_magic(model) or Path(model).is_dir():
+    if Path(model).is_dir():
+        return [model.rstrip("/") or model]  # With a slash it would be another unit.
+    if not glob.has_magic(model):
         return [model]
     for pattern in (re.sub(r"\[", "[[]", model), model):
         folders = [name for name in glob.glob(pattern) if (Path(name) / "config.json").is_file()]
@@ -256,10 +259,8 @@ def _facts(fields: Fields, key: str) -> dict[str, Any]:
         place = f"{fields.at(key)}.{name if is_name(name) else shown(name)}"
         if not is_name(name) or name in _COLUMNS or "," in name or "@" in name:
             fields.problems.append(f"got {place}, which results have themselves; use another name")
-        elif name in _OTHER_NAMES:
-            fields.problems.append(f"got {place}, did you mean {_OTHER_NAMES[name]}?")
-        elif name not in FACTS and _is_misspelt(name):
-            fields.problems.append(f"got {place}, did you mean {nearest(name, [*FACTS])}?")
+        elif name not in FACTS and (meant := _meant_fact(name)):
+            fields.problems.append(f"got {place}, did you mean {meant}?")
         else:
             try:
                 facts[name] = _fact(name, value)
@@ -298,6 +299,8 @@ def _fact(name: str, value: Any) -> Any:
         raise ValueError(f"{kind} such as 300e9, without a unit or separators")
     if isinstance(value, datetime.date):
         return _year(value)
+    if isinstance(value, str) and _SEPARATED.fullmatch(value.strip()):
+        raise ValueError("a number without separators")
     if isinstance(value, bool) or is_number(value) or is_name(value):
         return value
     raise ValueError("a number, a date, true or false, or a text of one line")
@@ -307,9 +310,12 @@ def _is_count(value: Any) -> bool:
     return is_number(value) and value == int(value)
 
 
-def _is_misspelt(name: str) -> bool:
-    ratio = difflib.SequenceMatcher(None, name[:100], nearest(name, [*FACTS])).ratio()
-    return ratio > 0.8
+def _meant_fact(name: str) -> str | None:
+    """Return the known fact that a name misspells or paraphrases, or None."""
+    name = re.sub(r"[\s-]+", "_", name[:100].strip().lower())
+    meant = _OTHER_NAMES.get(name) or nearest(name, [*FACTS])
+    is_close = difflib.SequenceMatcher(None, name, meant).ratio() > 0.8
+    return meant if is_close or name in _OTHER_NAMES else None
 
 
 def _year(day: datetime.date) -> float:

@@ -169,6 +169,8 @@ class Worker:
 
     def _hide_secrets(self, log: Path) -> None:
         """Replace secrets that lm-eval, or a library, has printed."""
+        if not self.plan.secrets:
+            return
         text = log.read_text(encoding="utf-8", errors="surrogateescape")
         hidden = hide(text, self.plan.secrets.values())
         if hidden != text:

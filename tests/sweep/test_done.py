@@ -218,7 +218,6 @@ def test_documents_that_their_task_cannot_score_have_samples(
         {"configs": None},
         {"configs": {"one": 3}},
         {"configs": {"one": {"metadata": {"coupling_sweep": {"tasks": 3}}}}},
-        {"n-samples": {"one": "x"}},
         {"total_evaluation_time_seconds": "soon"},
         None,
     ],

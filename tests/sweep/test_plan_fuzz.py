@@ -168,6 +168,11 @@ def test_plans_that_were_made_to_do_harm_are_refused_at_once(tmp_path, text, par
         ("family: 3", "expected a text"),
         ("own: 2024-01-01", {"own": 2024.0}),
         ("own: [1]", "expected a number"),
+        ("own: '300,000'", "without separators"),
+        ("own: 'a, b'", {"own": "a, b"}),
+        ("Tuned: true", "did you mean tuned"),
+        ("Training Tokens: 3", "did you mean training_tokens"),
+        ("N-Params: 3", "did you mean n_params"),
         ("own: .inf", "expected a number"),
     ],
 )
