@@ -7,7 +7,6 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 # Files that take minutes, the longest first, so that no worker is left alone with one at the end.
 LONG = [
-    "sweep_slurm",
     "sweep_real",
     "scores",
     "jacobians",

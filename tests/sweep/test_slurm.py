@@ -1,4 +1,4 @@
-"""What is told to SLURM and read from it, without one; the real thing is in test_sweep_slurm.py."""
+"""Options for SLURM and answers from it, without one; test_sweep_real.py has the real thing."""
 
 import threading
 
