@@ -17,7 +17,7 @@ from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.saved.names import ends_with, label_weights, run_label
 from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.records import read_table, require_tables
-from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.saved_run import find_runs, passing_over
 from lm_eval_coupling.saved.tables import require
 from lm_eval_coupling.statistics import adjust_p_values
 
@@ -57,7 +57,7 @@ def read(
     paths = list(paths)
     runs = find_runs(paths)
     tables = runs.newest_tables()
-    require_tables(tables, runs, ", ".join(map(str, paths)))
+    require_tables(tables, runs.passed_over, ", ".join(map(str, paths)))
     models = pd.DataFrame([{"model": run.model, "variant": run.variant} for run, _ in tables])
     names = label_weights(models).tolist()
     measured = sorted({table.task for _, table in tables})
@@ -68,14 +68,14 @@ def read(
     sources = [readings()[name].column for name in measures or ()]
     every = measures is None and columns is None
     selected = None if every else [*_ALWAYS, *(columns or ()), *sources]
-    records = pd.concat(
-        [
-            read_table(run, table, selected, "all").assign(model=name)
-            for name, (run, table) in zip(names, tables, strict=True)
-            if not tasks or table.task in tasks
-        ],
-        ignore_index=True,
-    )
+    frames: list[pd.DataFrame] = []
+    problems: list[str] = []
+    for name, (run, table) in zip(names, tables, strict=True):
+        if not tasks or table.task in tasks:
+            with passing_over(problems):
+                frames.append(read_table(run, table, selected, "all").assign(model=name))
+    require_tables(frames, problems, ", ".join(map(str, paths)))
+    records = pd.concat(frames, ignore_index=True)
     _require_one_model_per_name(records)
     _require_one_prompt_per_document(records)
     if weights:

@@ -7,21 +7,25 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.saved.names import labels
+from lm_eval_coupling.saved.names import label_trainings
 from lm_eval_coupling.statistics import Correlation, correlation
 
 
 def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
-    """The rows of trainings that were saved at two steps or more: ``lineage, score_of, step, score, …``, in order.
+    """Select the rows of trainings that were saved at two steps or more, in order.
+
+    Checkpoints that were run in another way, such as in another dtype, are of another curve.
 
     Returns:
-        ``lineage`` is no more of a training's name than tells it from the others.
+        ``lineage, score_of, step, score, …``, each step once; ``lineage`` is the label of the
+        training (:func:`~lm_eval_coupling.saved.names.label_trainings`).
     """
     steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
-    several = steps.groupby(["lineage", "score_of"])["step"].transform("nunique") > 1
-    steps = steps[several]
-    steps = steps.assign(lineage=steps["lineage"].map(labels(steps["lineage"].unique())))
-    return steps.sort_values(["lineage", "score_of", "step"], ignore_index=True)
+    steps = steps.assign(lineage=label_trainings(steps))
+    curve = ["lineage", "score_of"]
+    steps = steps.sort_values("time").drop_duplicates([*curve, "step"], keep="last")
+    several = steps.groupby(curve)["step"].transform("nunique") > 1
+    return steps[several].sort_values([*curve, "step"], ignore_index=True)
 
 
 def along_training(

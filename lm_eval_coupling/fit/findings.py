@@ -84,7 +84,7 @@ def fit_runs(
     training = along_training(steps, main, resamples=resamples)
     tables = {"observations": found.frame, "checkpoints": steps}
     tables["training"] = across_models.table(training, "lineage", "score", "predictor", "of")
-    read = within_models.load_documents(found_runs.runs, _leaves(runs, found, tasks, score))
+    read = within_models.load_documents(found_runs.runs, _leaves(runs, found, tasks, score), notes)
     below = {group: leaves for run in found_runs.runs for group, leaves in run.leaves.items()}
     tables_across, fits, said = _across(found, read, below, resamples)
     tables_within, said_within = _within(read, main)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.samples import answers_of_run
 from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.values import mean_and_error
 
@@ -40,7 +40,9 @@ def _of_row(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
     metric = row["metric"]
     leaves = run.leaves.get(row["task"]) or [row["task"]]
     documents = [
-        found for leaf in leaves for found in gold_answers(read_answers(run.samples(leaf), metric))
+        found
+        for leaf in leaves
+        for found in gold_answers(answers_of_run(run, leaf, metric, []))
     ]
     values = pd.DataFrame(documents, columns=["loss", "margin"], dtype=float)
     (loss, loss_error, _), (margin, margin_error, _) = (

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.names import label_rows
-from lm_eval_coupling.saved.prompting import differing
+from lm_eval_coupling.saved.prompting import differing, find_disagreements
 from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import proportion_error
 
@@ -67,23 +67,24 @@ def _chosen_tasks(runs: pd.DataFrame, tasks: Sequence[str] | None) -> pd.DataFra
 
 
 def _on_top(runs: pd.DataFrame) -> list[bool]:
-    """Groups that have a score of their own, and tasks that are in none of these."""
-    keys = list(zip(runs["file"], runs["task"], strict=True))
-    above = dict(zip(keys, runs["group"], strict=True))
-    scored = {
-        key for key, has in zip(keys, runs["is_group"] & runs["metric"].notna(), strict=True) if has
-    }
+    """Mark groups that have a score of their own, and tasks that are in none of these.
 
-    def beneath(file: str, task: str) -> bool:
-        line = [task]
-        while (group := above.get((file, line[-1]))) and group not in line:
-            line.append(group)
-        return any((file, group) in scored for group in line[1:])
-
-    groups = runs["is_group"].tolist()
+    A task counts with a group of the same weights in whichever run that was evaluated: a subject
+    that was run again alone is still a part of it.
+    """
+    names = ("model", "revision", "variant", "dtype", "fingerprint")
+    weights = list(zip(*(runs[name].fillna("") for name in names), strict=True))
+    tasks, has_score = runs["task"].tolist(), runs["metric"].notna().tolist()
+    is_group = runs["is_group"].tolist()
+    keys = list(zip(weights, tasks, strict=True))
+    scored = {key for key, group, has in zip(keys, is_group, has_score, strict=True) if group & has}
+    above: dict[str, set[str]] = {}
+    for task, groups in zip(tasks, runs["groups"], strict=True):
+        above.setdefault(task, set()).update(groups)
     return [
-        (key in scored or not group) and not beneath(*key)
-        for key, group in zip(keys, groups, strict=True)
+        (key in scored or not group)
+        and not any((key[0], parent) in scored for parent in above[key[1]])
+        for key, group in zip(keys, is_group, strict=True)
     ]
 
 
@@ -106,21 +107,25 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
+    """Refuse models whose prompts or answers of one task were not made alike.
+
+    Raises:
+        CouplingError: if they differ, and ``mixed`` is ``refuse``.
+    """
+    if mixed != "refuse":
+        return
     _require_one_way_of_prompting(rows, mixed)
-    for column, what in (
-        ("n_fewshot", "few-shot examples"),
-        ("task_version", "as version of the task"),
-    ):
-        for task, group in rows.groupby("task", sort=False):
-            values = group.dropna(subset=column).drop_duplicates(column)
-            if len(values) > 1 and mixed == "refuse":
-                (first, file), (second, other) = (
-                    values[[column, "file"]].iloc[:2].itertuples(index=False)
-                )
-                raise CouplingError(
-                    f"got {task} with {first:g} and {second:g} {what} ({file} and {other}), whose scores do not compare; "
-                    "give runs made alike, choose other tasks, or pass mixed='keep' (--mixed keep)"
-                )
+    for task, group in rows.groupby("task", sort=False):
+        ways = group.drop_duplicates("prompting")
+        for difference in find_disagreements(ways["prompting"].tolist()):
+            first, other = (ways["file"].iloc[n] for n in (difference.first, difference.second))
+            kind = "few-shot examples" if difference.kind == "shots" else difference.kind
+            one, two = (part or f"no {kind}" for part in difference.parts)
+            raise CouplingError(
+                f"got {task} with different {kind}: {one} and {two} ({first} and {other}), whose "
+                "scores do not compare; give runs made alike, choose other tasks, or pass "
+                "mixed='keep' (--mixed keep)"
+            )
 
 
 def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
@@ -138,14 +143,22 @@ def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
 
 
 def _differences(rows: pd.DataFrame) -> list[str]:
-    """What may make scores differ, but need not."""
-    columns = {"n_samples": "numbers of documents", "n_fewshot": "numbers of few-shot examples"}
-    columns |= {"task_version": "versions of the task", "chat_template": "use of a chat template"}
+    """Describe what may make scores or coupling of models differ, but need not."""
+    columns = {
+        "n_samples": "numbers of documents",
+        "measured": "numbers of measured documents",
+        "chat_template": "use of a chat template",
+    }
     notes = []
     for column, what in columns.items():
         differ = rows.groupby("task")[column].nunique() > 1
         if differ.any():
             notes.append(f"models differ in the {what} of {some(differ.index[differ])}")
+    kinds: dict[str, list[str]] = {}
+    for task, descriptions in rows.groupby("task", sort=False)["prompting"].unique().items():
+        for difference in find_disagreements(list(descriptions)):
+            kinds.setdefault(difference.kind, []).append(str(task))
+    notes += [f"models differ in the {kind} of {some(tasks)}" for kind, tasks in kinds.items()]
     versions = sorted(set(rows["lm_eval_version"].dropna()))
     return (
         [*notes, f"the runs are of lm-eval {', '.join(versions)}"] if len(versions) > 1 else notes

@@ -16,8 +16,8 @@ import pandas as pd
 
 from lm_eval_coupling.fit.across_models import table
 from lm_eval_coupling.fit.losses import margin_of, right_choice
-from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.saved_run import SavedRun
+from lm_eval_coupling.saved.samples import answers_of_run
+from lm_eval_coupling.saved.saved_run import SavedRun, passing_over
 from lm_eval_coupling.saved.values import prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
@@ -37,12 +37,15 @@ BINS = 5
 _COLUMNS = {"model": "model", "task": "task", "document": "doc_hash"}
 
 
-def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame:
+def load_documents(
+    runs: Iterable[SavedRun], rows: pd.DataFrame, notes: list[str]
+) -> pd.DataFrame:
     """The measured documents of the runs in ``rows`` (of ``load_runs``, with ``label``); empty if no table is found.
 
     Args:
         runs: with their tables and samples.
         rows: one per model and task; ``metric`` tells right from wrong.
+        notes: sentences on tables that cannot be read and samples that are not whole are added.
 
     Returns:
         One row per model, task and document: means over its prompts, with ``score``, ``right``, ``confidence`` and
@@ -53,9 +56,10 @@ def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame) -> pd.DataFrame
     for run in runs:
         for saved in run.tables:
             if row := wanted.pop((str(run.file), saved.task), None):
-                answers = read_answers(run.samples(saved.task), row["metric"])
-                documents = _documents(prompt_values(saved), answers, row["metric"])
-                frames.append(documents.assign(model=row["label"]))
+                answers = answers_of_run(run, saved.task, row["metric"], notes)
+                with passing_over(notes):
+                    documents = _documents(prompt_values(saved), answers, row["metric"])
+                    frames.append(documents.assign(model=row["label"]))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

@@ -17,8 +17,8 @@ from lm_eval_coupling.measures.registry import Reading, prompt_readings
 from lm_eval_coupling.report.task_table import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
-from lm_eval_coupling.saved.samples import read_answers
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs
+from lm_eval_coupling.saved.samples import answers_of_run
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs, passing_over
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.task_rows import is_score
@@ -93,14 +93,18 @@ def gather(
             | {"prompting": readable(row["prompting"], promptings[task])}
             | {"tables": tables.number(by_file[file], task)}
         )
-    described = tables.describe(documents, saved_words)
+    problems = list(runs.passed_over)
+    described = tables.describe(documents, saved_words, problems)
+    positions = {number: at for at, number in enumerate(described.pop("numbers"))}
+    for row in rows:
+        row["tables"] = [positions[number] for number in row["tables"] if number in positions]
     if saved_words is not None:
         _require_words(saved_words, described["tables"])
     data = {
         "rows": rows,
         "chance": _chance(rows),
         "provenance": [_provenance(by_file[file]) for file in numbers],
-        "passed_over": runs.passed_over,
+        "passed_over": problems,
         "palette": CATEGORIES,
         "readings": _readings(scores.columns),
     }
@@ -171,16 +175,30 @@ class _Tables:
             numbers.append(self._numbers[table.file])
         return numbers
 
-    def describe(self, documents: int, words: SavedWords | None) -> dict[str, Any]:
-        """Return what the page shows of each table, and the ``limit`` of prompts of each."""
+    def describe(
+        self, documents: int, words: SavedWords | None, problems: list[str]
+    ) -> dict[str, Any]:
+        """Describe each table that can be read.
+
+        Args:
+            documents: the most prompts of a table.
+            words: of the directions of prompts.
+            problems: sentences on what cannot be read are added.
+
+        Returns:
+            ``tables``, their ``numbers``, and the ``limit`` of prompts of each.
+        """
         sizes = [pq.read_metadata(table.file).num_rows for _, table in self._tables]
         limit = _limit(sizes, documents)
-        described = []
-        for run, table in self._tables:
+        described, numbers = [], []
+        for number, (run, table) in enumerate(self._tables):
             metrics = run.results["results"].get(table.task, {})
-            answers = read_answers(run.samples(table.task), _main_metric(metrics))
-            described.append({"task": table.task} | describe_table(table, answers, limit, words))
-        return {"tables": described, "limit": limit}
+            answers = answers_of_run(run, table.task, _main_metric(metrics), problems)
+            with passing_over(problems):
+                about = describe_table(table, answers, limit, words)
+                described.append({"task": table.task} | about)
+                numbers.append(number)
+        return {"tables": described, "numbers": numbers, "limit": limit}
 
 
 def _main_metric(metrics: Iterable[str]) -> str | None:

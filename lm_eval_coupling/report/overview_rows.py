@@ -11,17 +11,23 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, passing_over
 from lm_eval_coupling.saved.task_rows import rows_of_run
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.estimates import Estimate
 
 
-def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
+def overview(
+    tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]
+) -> pd.DataFrame:
     """Return one row per table and rank: means over documents with their standard errors.
 
+    Args:
+        tables: with their runs.
+        problems: a sentence on each table that cannot be read is added.
+
     Returns:
-        Columns:
+        Empty if no table can be read. Columns:
 
         * ``label`` (of the run), ``folder, model, revision, variant, fingerprint, prompting,
           task``;
@@ -31,15 +37,19 @@ def overview(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
         * ``untrained, untrained_stderr``, and the trained less the untrained weights over the
           documents of both, see :func:`paired_difference`; ``seed`` of the untrained weights;
         * every other number of a prompt by its name, with its ``_stderr``;
-        * ``worst_certificate, missing`` (in words).
+        * ``worst_certificate, missing`` (in words); ``file`` of the table.
     """
     scores: dict[int, dict[str, dict[str, Any]]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run, table in tables:
         if id(run) not in scores:
             tasks = rows_of_run(run) if run.file else ()
             scores[id(run)] = {row["task"]: main_score(row) for row in tasks}
-        rows += _rows(run, table, scores[id(run)].get(table.task, {}))
+        with passing_over(problems):
+            score = scores[id(run)].get(table.task, {})
+            rows += [row | {"file": str(table.file)} for row in _rows(run, table, score)]
+    if not rows:
+        return pd.DataFrame()
     frame = pd.DataFrame(rows)
     return frame.assign(label=label_rows(frame, full_names(frame["model"].unique())))
 

@@ -8,15 +8,22 @@ import pandas as pd
 
 from lm_eval_coupling.report.overview_rows import overview, paired_difference
 from lm_eval_coupling.report.score_differences import score_difference
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, identity
+from lm_eval_coupling.saved.prompting import differing
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, WhatWasRun
 from lm_eval_coupling.saved.values import prompt_values, ranks_of
 
 
-def compare_runs(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
+def compare_runs(
+    tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]
+) -> pd.DataFrame:
     """Compare every later run with the first, over the documents that both have.
 
     The first run is that of the first table. Documents are paired by ``doc_hash``: their prompts
-    may differ, as with 0 and 5 examples.
+    may differ, as with 0 and 5 examples, which the labels then name.
+
+    Args:
+        tables: with their runs.
+        problems: a sentence on each table that cannot be read is added.
 
     Returns:
         ``label, base, task, rank``, the means over the paired documents ``coupling`` and
@@ -24,31 +31,47 @@ def compare_runs(tables: Sequence[tuple[SavedRun, SavedTable]]) -> pd.DataFrame:
         runs logged samples, the columns of :func:`~.score_differences.score_difference`, equal at
         every rank.
     """
-    about = overview(tables).drop_duplicates(["folder", "label", "task"])
+    about = overview(tables, problems)
+    if about.empty:
+        return about
+    about = about.drop_duplicates("file").set_index("file")
+    tables = [(run, table) for run, table in tables if str(table.file) in about.index]
     labels, tasks = about["label"].tolist(), about["task"].tolist()
     couplings = [_document_couplings(prompt_values(table)) for _, table in tables]
-    first = identity(tables[0][0])
+    what = [run.what_was_run(table.task) for run, table in tables]
     bases: dict[str, int] = {}
-    for number, (run, _) in enumerate(tables):
-        if identity(run) == first:
+    for number, own in enumerate(what):
+        if own.weights == what[0].weights:
             bases.setdefault(tasks[number], number)
     rows = []
     for number, (label, task, own) in enumerate(zip(labels, tasks, couplings, strict=True)):
         base = bases.get(task, number)
         if base == number:
             continue
+        label, base_label = _with_differences(label, labels[base], what[number], what[base])
         scores = score_difference(tables[number][0], tables[base][0], task)
         for name in [name for name in own if name in couplings[base]]:
             both = pd.concat([own[name], couplings[base][name]], axis=1, join="inner").dropna()
             of_label, of_base = both.iloc[:, 0], both.iloc[:, 1]
             rows.append(
-                {"label": label, "base": labels[base], "task": task}
+                {"label": label, "base": base_label, "task": task}
                 | {"rank": int(name.removeprefix("coupling@"))}
                 | {"coupling": of_label.mean(), "base_coupling": of_base.mean()}
                 | paired_difference(of_label, of_base)
                 | scores
             )
     return pd.DataFrame(rows)
+
+
+def _with_differences(label: str, base: str, own: WhatWasRun, other: WhatWasRun) -> tuple[str, str]:
+    """Name in both labels everything in which the runs differ: dtype, prompts and answers."""
+    texts = differing([own.prompting, other.prompting]) if own.prompting != other.prompting else {}
+    dtypes = (own.dtype, other.dtype) if own.dtype != other.dtype else ("", "")
+    labels = []
+    for text, what, dtype in zip((label, base), (own, other), dtypes, strict=True):
+        parts = [part for part in (dtype, texts.get(what.prompting, "")) if part not in text]
+        labels.append(f"{text} ({', '.join(parts)})" if parts else text)
+    return labels[0], labels[1]
 
 
 def _document_couplings(values: pd.DataFrame) -> pd.DataFrame:

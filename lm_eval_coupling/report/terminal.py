@@ -66,14 +66,16 @@ def show(
     runs = find_runs(roots)
     # The tables of the first folder come first: `compare` takes the first run as the base.
     tables = sorted(runs.newest_tables(), key=lambda pair: _root_number(pair[1].file, roots))
-    require_tables(tables, runs, where)
+    require_tables(tables, runs.passed_over, where)
     if task is not None:
         _require(task, {table.task for _, table in tables}, "task", where)
         tables = [(run, table) for run, table in tables if table.task == task]
     if doc is not None:
         documents = {number for _, table in tables for number in table.read(["doc_id"])["doc_id"]}
         _require(doc, documents, "document", f"task {task}")
-    rows = compare_runs(tables) if compare else overview(tables)
+    problems: list[str] = []
+    rows = (compare_runs if compare else overview)(tables, problems)
+    require_tables(rows if problems else tables, problems, where)
     if compare and not len(rows):
         raise CouplingError(
             "got no two runs with a task in common, expected at least two; give their folders"
@@ -83,6 +85,8 @@ def show(
     elif compare:
         _print_comparison(console, rows)
     else:
+        readable = set(rows["file"])
+        tables = [pair for pair in tables if str(pair[1].file) in readable]
         _print_runs(console, rows, tables)
         for run, table in tables if task is not None else ():
             name = _name_table(rows, run, table) if len(tables) > 1 else table.task
@@ -116,6 +120,7 @@ def _require(value: Any, choices: set[Any], what: str, where: str) -> None:
 
 def _print_for_programs(rows: pd.DataFrame, form: str, console: Console) -> None:
     """Write CSV or JSON, without columns that are empty in all rows."""
+    rows = rows.drop(columns="file", errors="ignore")
     rows = rows.loc[:, (rows.notna() & (rows != "")).any()]
     if form == "csv":
         console.file.write(frame_for_csv(rows).to_csv(index=False))

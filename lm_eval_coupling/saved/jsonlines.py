@@ -1,4 +1,4 @@
-"""One JSON object a line, as lm-eval writes its samples."""
+"""Files of one JSON object a line, as lm-eval writes its samples."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, one at a time; none if there is no such file.
+    """Read the objects of a file one at a time.
 
-    A line that is no object, such as the one that a killed run left unfinished, is passed over.
+    A line that is no object, such as the last one of a killed run, is passed over.
 
     Yields:
-        One object per line.
+        One object per line; none if there is no such regular file.
     """
-    if not file.is_file():
+    try:
+        is_file = file.is_file()
+    except OSError:  # a name that is too long for the file system
+        return
+    if not is_file:
         return
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 yield value

@@ -1,23 +1,41 @@
-"""What makes a task's prompts, in words: runs that differ in it measured other prompts, whatever their model and task."""
+"""Descriptions of how a task's prompts and answers were made, equal where both are made equally.
+
+A description is a text of parts, such as ``5-shot, chat template 1f0c22ab, task version 2``. Each
+part has a kind (``shots``, ``chat template``, …). Digests stand for texts.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-UNKNOWN = "unknown prompts"  # of a table that does not say, whose results are not there
-_ALWAYS = "task text"  # every task has one: it says something only beside another
-_DIGESTED = (
-    _ALWAYS,
-    "chosen samples",
+UNKNOWN = "unknown prompts"  # of a table without results that says nothing of them
+_SEED = 1234  # lm-eval's default for the choice of few-shot examples and for sampling
+# Every task has these, so that they tell a reader something only where they differ.
+_HIDDEN_UNLESS_DIFFERENT = ("task text", "task version", "dataset", "generation")
+_DIGESTED = ("chosen samples", "chat template", "system instruction", "task text", "dataset")
+_ORDER = (  # of the parts; the arguments of the model that change tokens have no prefix
     "chat template",
+    "one turn",
     "system instruction",
-)  # parts that end in a digest
-_SEED = 1234  # of lm-eval's choice of few-shot examples, unless another is given
-# Of a task's configuration: what its prompts are rendered from, and their examples, whose answers stand in them.
+    "few-shot seed",
+    "",
+    "task text",
+    "task version",
+    "dataset",
+    "generation",
+    "chosen samples",
+)
+_PREFIXES = (*_DIGESTED, "task version", "generation", "few-shot seed", "token")
+# Kinds that a run without configs says nothing of; another run's value is then no difference.
+_UNKNOWN_IF_ABSENT = ("task text", "task version", "dataset")
+# Kinds that follow from the model; scores of models that differ in them are still compared.
+_OF_THE_MODEL = ("chat template", "turns")
+# The fields of a task's configuration that its prompts and few-shot examples are rendered from.
 TEXTS: tuple[str, ...] = (
     "doc_to_text",
     "doc_to_choice",
@@ -25,16 +43,14 @@ TEXTS: tuple[str, ...] = (
     "description",
     "gen_prefix",
     "process_docs",
-)
-TEXTS += (
     "fewshot_delimiter",
     "target_delimiter",
     "fewshot_config",
     "fewshot_split",
     "training_split",
     "validation_split",
+    "use_prompt",
 )
-TEXTS += ("use_prompt",)
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
@@ -48,17 +64,15 @@ _ENCODING = (
 
 
 def model_arguments(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of the model, as they were given to lm-eval."""
+    """Return the model arguments that lm-eval was given."""
     given = (results.get("config") or {}).get("model_args")
-    if isinstance(given, str):
-        return dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-    return given or {}
+    return _from_text(given) if isinstance(given, str) else _mapping(given)
 
 
 def encoding(arguments: Mapping[str, Any]) -> list[str]:
-    """Of a model's arguments those that change the tokens of its prompts, in words such as ``add_bos_token=True``.
+    """Return the model arguments that change the tokens of prompts, such as ``add_bos_token=True``.
 
-    A tokenizer that was handed over as an object is one that says so, or has a digest for a name.
+    A tokenizer that was handed over as an object is named "an object", or by a digest.
 
     Returns:
         One text per argument.
@@ -66,9 +80,8 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
     given = {name: arguments.get(name) for name in _ENCODING}
     if "(name_or_path=" in str(given["tokenizer"]):  # as lm-eval writes an object
         given["tokenizer"] = "an object"
-    given["tokenizer"] = (
-        given["tokenizer"] if given["tokenizer"] != arguments.get("pretrained") else None
-    )
+    if given["tokenizer"] == arguments.get("pretrained"):
+        given["tokenizer"] = None
     given["chat_template_args"] = _digest(given["chat_template_args"])
     given["truncation"] = given["truncation"] or None
     return [
@@ -78,125 +91,143 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def prompting(results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]) -> str:
-    """How the prompts of a task, or of the tasks of a group, were made and where they were measured.
+def describe_prompting(
+    results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]
+) -> str:
+    """Describe how prompts and answers of tasks were made, and at which token they were measured.
+
+    Numbers of documents evaluated and measured are no part of it.
 
     Args:
         results: what lm-eval wrote; empty where only a table is there.
-        tasks: single tasks.
+        tasks: one single task, or those of a group.
         coupling: what the run or the table says of its coupling; may be empty.
 
     Returns:
-        Parts such as ``5-shot, chat template 1f0c22ab, one turn, system instruction 77aa01de, task text 9b3d8c11,
-        chosen samples 02fe54b7, token 0``. Digests stand for texts: equal ones for equal texts. Equal words mean that the
-        same document had the same prompt; the numbers of documents evaluated and measured do not count.
+        Parts such as ``5-shot, chat template 1f0c22ab, one turn, task text 9b3d8c11, token 0``.
+        Equal descriptions mean that the same document had the same prompt.
     """
-    found = {task: _of_task(results, task, coupling) for task in tasks}
-    if not any(found.values()):
+    of_tasks = {task: _parts_of_task(results, task, coupling) for task in tasks}
+    of_tasks = {task: parts for task, parts in of_tasks.items() if parts}
+    if not of_tasks:
         return ", ".join([UNKNOWN, *_token(coupling)])
-    parts = ["/".join(sorted({str(of["num_fewshot"]) for of in found.values()})) + "-shot"]
-    for name in ("chat_template", "turns", "system_instruction", "seed"):
-        parts += sorted({text for of in found.values() if (text := of.get(name))})
-    told_by = [of["encoding"] for of in found.values() if of]
-    parts += dict.fromkeys(word for words in told_by for word in words)
-    for name, words in (("task_texts", _ALWAYS), ("samples", "chosen samples")):
-        told = {task: of[name] for task, of in found.items() if of.get(name)}
-        if told:
-            parts.append(f"{words} {told[tasks[0]] if len(tasks) == 1 else _digest(told)}")
-    return ", ".join(parts + _token(coupling))
+    shots = sorted({parts["shots"] for parts in of_tasks.values()})
+    described = ["/".join(shots) + "-shot"]
+    kinds = dict.fromkeys(kind for parts in of_tasks.values() for kind in parts if kind != "shots")
+    for kind in sorted(kinds, key=_order):
+        values = {task: parts[kind] for task, parts in of_tasks.items() if parts.get(kind)}
+        if kind == "":
+            words = (word for words in values.values() for word in words)
+            described += dict.fromkeys(map(_one_word, words))
+        elif len(tasks) == 1 or len(set(values.values())) == 1 and len(values) == len(tasks):
+            described += [f"{kind} {values[next(iter(values))]}".strip()] if values else []
+        elif values:
+            described.append(f"{kind} {_digest(values)}")
+    return ", ".join(described + _token(coupling))
 
 
-def _of_task(results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of one task, digests cut to eight digits. What the run recorded itself goes before lm-eval's results."""
-    recorded = coupling.get("prompts") or {}
-    recorded = recorded if "num_fewshot" in recorded else recorded.get(task) or {}
+def _order(kind: str) -> int:
+    return _ORDER.index(kind)
+
+
+def _parts_of_task(
+    results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parts of one task by kind; empty if nothing is known.
+
+    The run's own record goes before lm-eval's results. Under "" stand the model arguments that
+    change tokens.
+    """
+    recorded = _mapping(coupling.get("prompts"))
+    recorded = recorded if "num_fewshot" in recorded else _mapping(recorded.get(task))
     if not recorded and task not in results.get("results", {}):
         return {}
-    config = (results.get("configs") or {}).get(task) or {}
+    config = _mapping((results.get("configs") or {}).get(task))
     shots = _shots(
         recorded.get(
             "num_fewshot", (results.get("n-shot") or {}).get(task, config.get("num_fewshot"))
         )
     )
-    template = (
-        recorded.get("chat_template")
-        or results.get("chat_template_sha")
-        or _digest(results.get("chat_template"))
-    )
+    template = recorded.get("chat_template") or results.get("chat_template_sha")
+    template = str(template or _digest(results.get("chat_template")) or "")[:8]
     turns = recorded.get("fewshot_as_multiturn", results.get("fewshot_as_multiturn"))
-    system = _digest(recorded.get("system_instruction") or results.get("system_instruction"))
     texts = recorded.get("task_texts") or (
         config and _digest({name: config.get(name) for name in TEXTS})
     )
     seed = (results.get("config") or {}).get("fewshot_seed", _SEED)
-    return {
-        "num_fewshot": shots,
-        "chat_template": template and f"chat template {template[:8]}",
-        "turns": "one turn" if template and shots != "0" and turns is False else None,
-        "system_instruction": system and f"system instruction {system}",
-        "seed": f"few-shot seed {seed}" if shots != "0" and seed != _SEED else None,
-        "task_texts": (texts or "")[:8],
-        "encoding": recorded["encoding"]
-        if "encoding" in recorded
-        else encoding(model_arguments(results)),
-        "samples": _digest(recorded.get("samples")) if recorded else _chosen(results, task),
+    version = (results.get("versions") or {}).get(task, recorded.get("task_version"))
+    arguments = model_arguments(results)
+    parts = {
+        "shots": shots,
+        "chat template": template,
+        "one turn": " " if template and shots != "0" and turns is False else "",
+        "system instruction": _digest(
+            recorded.get("system_instruction") or results.get("system_instruction")
+        ),
+        "few-shot seed": str(seed) if shots != "0" and seed != _SEED else "",
+        "": _list(recorded["encoding"]) if "encoding" in recorded else encoding(arguments),
+        "task text": str(texts or "")[:8],
+        "task version": _version(version),
+        "dataset": _dataset(config, arguments),
+        "generation": _generation(config, results.get("config") or {}),
+        "chosen samples": _digest(recorded["samples"])
+        if recorded.get("samples")
+        else _chosen(results, task)
+        if not recorded
+        else None,
     }
-
-
-def differing(of_runs: Iterable[str]) -> dict[str, str]:
-    """Of each of these descriptions of one task the parts that not all of them have, which may be none, for a reader."""
-    of_runs = list(of_runs)
-    parts = {words: readable(words, of_runs).split(", ") for words in of_runs}
-    common = set.intersection(*map(set, parts.values())) if parts else set()
-    return {
-        words: ", ".join(part for part in own if part not in common) for words, own in parts.items()
-    }
-
-
-def readable(description: str, others: Iterable[str] = ()) -> str:
-    """``description`` for a reader.
-
-    Args:
-        description: of :func:`prompting`.
-        others: descriptions of the same task; it may be among them.
-
-    Returns:
-        What its digests stand for, and a digest only where ``others`` do not have the same.
-    """
-    known = [dict(map(_kind, other.split(", "))) for other in others]
-    told = []
-    for part in description.split(", "):
-        kind, digest = _kind(part)
-        same = (
-            (digest,) if kind == _ALWAYS else (digest, None)
-        )  # that another has none is told by the kind
-        if digest and any(other.get(kind) not in same for other in known):
-            told.append(part)
-        elif not digest or kind != _ALWAYS:
-            told.append(kind)
-    return ", ".join(told)
-
-
-def _kind(part: str) -> tuple[str, str]:
-    """What a part is of, and its digest, "" if it is no digest."""
-    kind, _, digest = part.rpartition(" ")
-    return (kind, digest) if kind in _DIGESTED else (part, "")
-
-
-def _token(coupling: Mapping[str, Any]) -> list[str]:
-    """Which token was measured, unless it is the last one that the model is given."""
-    settings = coupling.get("settings") or {}
-    position, prompt = settings.get("position", -1), settings.get("prompt", "scored")
-    rendered = [] if prompt == "scored" else [f"{prompt} prompt"]
-    return rendered if str(position) in ("-1", "[-1]") else [*rendered, f"token {position}"]
+    return {kind: value for kind, value in parts.items() if value}
 
 
 def _shots(count: Any) -> str:
     return "?" if count is None else f"{count:g}" if isinstance(count, int | float) else str(count)
 
 
+def _version(version: Any) -> str:
+    """Return 1, 1.0 and "1.0" as "1", other texts as they are, "" for what is unknown."""
+    try:
+        return f"{float(version):g}"
+    except (TypeError, ValueError, OverflowError):
+        is_known = isinstance(version, str) and version not in ("", "None", "N/A")
+        return _one_word(version) if is_known else ""
+
+
+def _dataset(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+    """Digest what chooses a task's documents: part of the dataset, split, and ``--metadata``."""
+    metadata = _mapping(config.get("metadata"))
+    # lm-eval adds the arguments of the model to the metadata of every task.
+    own = {
+        name: value
+        for name, value in metadata.items()
+        if name not in ("version", *arguments) and not name.startswith("coupling_")
+    }
+    path = str(config.get("dataset_path") or "").rstrip("/").rpartition("/")[2]
+    chosen = {name: config.get(name) for name in ("dataset_name", "test_split")}
+    revision = _mapping(config.get("dataset_kwargs")).get("revision")
+    choices = {"path": path, "revision": revision, "metadata": own, **chosen}
+    return _digest(choices) if any(choices.values()) else None
+
+
+def _generation(config: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
+    """Describe the settings of generation; None for tasks that generate nothing."""
+    if config.get("output_type", "generate_until") != "generate_until":
+        return None
+    given = run.get("gen_kwargs")
+    settings = _from_text(given) if isinstance(given, str) else _mapping(given)
+    settings = {**_mapping(config.get("generation_kwargs")), **settings}
+    if settings.get("do_sample") in (True, "True", "true"):
+        seeds = {name: run.get(name) for name in ("torch_seed", "random_seed")}
+        settings |= {name: seed for name, seed in seeds.items() if seed not in (None, _SEED, 0)}
+    simple = bool | int | float
+    words = [
+        f"{name}={value if isinstance(value, simple) else _digest(value) or 'none'}"
+        for name, value in sorted(settings.items())
+    ]
+    return _one_word(" ".join(words)) or None
+
+
 def _chosen(results: Mapping[str, Any], task: str) -> str | None:
-    """A digest of the documents that lm-eval's ``--samples`` left: fewer than there are, without a limit."""
+    """Digest the documents that lm-eval's ``--samples`` left: fewer than all without a limit."""
     count, config = (results.get("n-samples") or {}).get(task), results.get("config") or {}
     if not isinstance(count, Mapping) or "limit" not in config or config["limit"] is not None:
         return None
@@ -205,11 +236,128 @@ def _chosen(results: Mapping[str, Any], task: str) -> str | None:
     return _digest([(results.get("task_hashes") or {}).get(task), effective]) if fewer else None
 
 
+def _token(coupling: Mapping[str, Any]) -> list[str]:
+    """Name the measured token, unless it is the last one that the model is given."""
+    settings = _mapping(coupling.get("settings"))
+    position, prompt = settings.get("position", -1), settings.get("prompt", "scored")
+    rendered = [] if prompt == "scored" else [f"{_one_word(prompt)} prompt"]
+    is_last = str(position) in ("-1", "[-1]")
+    return rendered if is_last else [*rendered, f"token {_one_word(position)}"]
+
+
+def differing(descriptions: Iterable[str]) -> dict[str, str]:
+    """Return for each description of one task the parts that not all have, made readable."""
+    descriptions = list(descriptions)
+    parts = {text: readable(text, descriptions).split(", ") for text in descriptions}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    return {
+        text: ", ".join(part for part in own if part not in common) for text, own in parts.items()
+    }
+
+
+def readable(description: str, others: Iterable[str] = ()) -> str:
+    """Shorten a description for a reader.
+
+    Args:
+        description: of :func:`describe_prompting`.
+        others: descriptions of the same task; it may be among them.
+
+    Returns:
+        The parts without digests, versions and settings in which ``others`` are the same.
+    """
+    parts_of_others = [_by_kind(other) for other in others]
+    parts = []
+    for kind, part in _by_kind(description).items():
+        is_hidden = kind in _HIDDEN_UNLESS_DIFFERENT
+        # Another run without a chat template is told by the kind; no digest is needed.
+        same = (part,) if is_hidden else (part, None)
+        differs = any(other.get(kind) not in same for other in parts_of_others)
+        if differs or not (is_hidden or kind in _DIGESTED):
+            parts.append(part)
+        elif not is_hidden:
+            parts.append(kind)
+    return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """A kind of part in which two descriptions differ, with both parts ("" if there is none).
+
+    ``first`` and ``second`` are the numbers of the two descriptions.
+    """
+
+    kind: str
+    first: int
+    second: int
+    parts: tuple[str, str]
+
+
+def find_disagreements(descriptions: Sequence[str]) -> list[Disagreement]:
+    """Find what makes the scores of several models on one task differ, besides the models.
+
+    Chat templates and model arguments that belong to the model are left out, and what a run says
+    nothing of.
+
+    Returns:
+        The first disagreement of each kind, in the order of the first description's parts.
+    """
+    every = [_by_kind(text) for text in descriptions]
+    kinds = dict.fromkeys(kind for parts in every for kind in parts)
+    disagreements = []
+    for kind in kinds:
+        if kind in _OF_THE_MODEL or kind in _ENCODING or kind == UNKNOWN:
+            continue
+        stated = [
+            (number, parts.get(kind, ""))
+            for number, parts in enumerate(every)
+            if UNKNOWN not in parts
+            and parts.get(kind) != "?-shot"
+            and (kind in parts or kind not in _UNKNOWN_IF_ABSENT)
+        ]
+        other = next(((n, part) for n, part in stated if part != stated[0][1]), None)
+        if other is not None:
+            (first, part), (second, different) = stated[0], other
+            disagreements.append(Disagreement(kind, first, second, (part, different)))
+    return disagreements
+
+
+def _by_kind(description: str) -> dict[str, str]:
+    """Return the parts of a description by their kind."""
+    return {_kind(part): part for part in description.split(", ")}
+
+
+def _kind(part: str) -> str:
+    for prefix in _PREFIXES:
+        if part.startswith(f"{prefix} "):
+            return prefix
+    if part.endswith("-shot"):
+        return "shots"
+    if part == "one turn":
+        return "turns"
+    return part.split("=", 1)[0]
+
+
+def _from_text(arguments: str) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _one_word(value: Any) -> str:
+    """Return a value without the commas and line breaks that would end its part."""
+    return " ".join(str(value).replace(", ", "+").replace(",", "+").split())
+
+
 def _digest(value: Any) -> str | None:
     if not value:
         return None
-    plain = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    plain = re.sub(
-        r" at 0x[0-9a-fA-F]+", "", plain
-    )  # lm-eval writes functions in nested settings as Python prints them
-    return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:8]
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    # lm-eval writes functions in nested settings as Python prints them, with their address.
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]

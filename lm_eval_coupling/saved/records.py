@@ -11,7 +11,13 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown
 from lm_eval_coupling.errors import path as as_path
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedRuns, SavedTable, find_runs
+from lm_eval_coupling.saved.saved_run import (
+    SavedRun,
+    SavedRuns,
+    SavedTable,
+    find_runs,
+    passing_over,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +34,22 @@ def load_records(
 
     Args:
         path: one table, or a folder that is searched recursively.
-        newest: of the same weights, prompts and task in the same folder only the newest table, or an older one of more
-            documents measured alike.
-        columns: only those columns of the record that are named here, which saves most of the time.
-        weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``, told apart in a column.
-        places: ``first``, the token that the run's values are of, or ``all`` that ``coupling_position`` named.
+        newest: of the same weights, prompts and task in the same folder only the newest table, or
+            an older one of more documents measured alike.
+        columns: only these columns of the record, which saves most of the time.
+        weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``.
+        places: ``first``, the token that the run's values are of, or ``all`` measured tokens.
 
     Returns:
-        One row per measured prompt: the columns of the record, arrays as float32 NumPy arrays (``None`` where not
-        measured), and of the run ``model, revision, variant`` (further arguments that make other weights of it),
-        ``fingerprint, date``, ``untrained_seed`` of a twin's weights, and ``prompting``: how the prompts were made and which
-        token was measured. Average over no two of these. A table that cannot be read is named and passed over.
+        One row per measured prompt. Columns of the record: arrays as float32 NumPy arrays, None
+        where not measured. Columns of the run: ``model, revision, variant`` (further arguments that
+        make other weights), ``fingerprint, date``, ``untrained_seed`` of a twin's weights, and
+        ``prompting``: how the prompts were made and which token was measured. Average over no two
+        of these. A table that cannot be read is named in a warning and passed over.
 
     Raises:
-        CouplingError: if there is no table, or the only one is not ours or of another schema version.
+        CouplingError: if there is no table, or the only one is not ours or of another schema
+            version.
     """
     one_of("weights", weights, ("trained", "untrained", "all"))
     one_of("places", places, ("first", "all"))
@@ -50,45 +58,47 @@ def load_records(
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise CouplingError(f"got columns={shown(wrong[0])}, expected names of columns")
         columns = names
-    found = find_tables(as_path("path", path), newest=flag("newest", newest))
-    return pd.concat(
-        [read_table(run, table, columns, weights, places) for run, table in found],
-        ignore_index=True,
-    )
+    tables = find_tables(as_path("path", path), newest=flag("newest", newest))
+    frames: list[pd.DataFrame] = []
+    problems: list[str] = []
+    for run, table in tables:
+        with passing_over(problems):
+            frames.append(read_table(run, table, columns, weights, places))
+    require_tables(frames, problems, path)
+    return pd.concat(frames, ignore_index=True)
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun, SavedTable]]:
-    """The tables at ``path`` with their runs, as :func:`load_records` reads them.
+    """Find the tables at ``path`` with their runs, as :func:`load_records` reads them.
 
     Returns:
-        Pairs of a run and one of its tables, nothing of which has been read but its header.
+        Pairs of a run and one of its tables, of which nothing but the header has been read.
 
     Raises:
         CouplingError: if there is none.
     """
-    runs = find_runs(path)
-    found = runs.newest_tables() if newest else runs.with_tables()
+    runs: SavedRuns = find_runs(path)
+    tables = runs.newest_tables() if newest else runs.with_tables()
     if Path(path).is_file():
-        found = [(run, table) for run, table in found if Path(path) in (table.file, table.twin)]
-    require_tables(found, runs, path)
-    return found
+        tables = [pair for pair in tables if Path(path) in (pair[1].file, pair[1].twin)]
+    require_tables(tables, runs.passed_over, path)
+    return tables
 
 
-def require_tables(
-    found: Sequence[tuple[SavedRun, SavedTable]], runs: SavedRuns, path: Path | str
-) -> None:
-    """Say what was passed over.
+def require_tables(tables: Sequence[Any], problems: Sequence[str], path: Path | str) -> None:
+    """Warn of what was passed over.
 
     Raises:
-        CouplingError: if nothing is left.
+        CouplingError: if no table is left.
     """
-    if not found:
+    if not tables:
         raise CouplingError(
-            runs.passed_over[0]
-            if runs.passed_over
-            else f"got {path}, which has no coupling_*.parquet; give the output folder of a run with --model coupling-hf"
+            problems[0]
+            if problems
+            else f"got {path}, which has no coupling_*.parquet; give the output folder of a run "
+            "with --model coupling-hf"
         )
-    for problem in runs.passed_over:
+    for problem in problems:
         logger.warning("passed over: %s", problem)
 
 
@@ -99,22 +109,22 @@ def read_table(
     weights: str = "trained",
     places: str = "first",
 ) -> pd.DataFrame:
-    """The rows of one table with the columns of its run."""
-    rows = table.read(columns, weights=weights, places=places).drop(
-        columns="model", errors="ignore"
-    )  # the run knows it in full
+    """Read the rows of one table, with the columns of its run (:func:`load_records`)."""
+    rows = table.read(columns, weights=weights, places=places)
+    rows = rows.drop(columns="model", errors="ignore")  # the run has the full name
+    what = run.what_was_run(table.task)
     about = {
-        "model": run.model,
-        "revision": run.revision,
-        "variant": run.variant,
-        "fingerprint": run.fingerprint,
-        "prompting": run.prompting(table.task),
+        "model": what.model,
+        "revision": what.revision,
+        "variant": what.variant,
+        "fingerprint": what.fingerprint,
+        "prompting": what.prompting,
         "date": table.about.get("date"),
     }
-    seed = (table.about.get("untrained") or {}).get("seed")
-    told = {
+    of_run = {
         name: pd.Series([value] * len(rows), rows.index, dtype=object)
         for name, value in about.items()
     }
-    twin = pd.Series(seed, rows.index, dtype=object).where(rows["weights"] == "untrained", None)
-    return pd.concat([rows, pd.DataFrame(told | {"untrained_seed": twin})], axis=1)
+    seed = (table.about.get("untrained") or {}).get("seed")
+    seeds = pd.Series(seed, rows.index, dtype=object).where(rows["weights"] == "untrained", None)
+    return pd.concat([rows, pd.DataFrame(of_run | {"untrained_seed": seeds})], axis=1)

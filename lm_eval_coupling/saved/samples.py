@@ -1,41 +1,86 @@
-"""What the model answered, from the ``samples_*.jsonl`` that lm-eval writes with ``--log_samples``."""
+"""Answers of the model, from the ``samples_*.jsonl`` that lm-eval writes with ``--log_samples``."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.saved.jsonlines import read_json_lines
+from lm_eval_coupling.saved.results_file import number
+from lm_eval_coupling.saved.saved_run import SavedRun
 
 _TEXT = 1000  # characters of an answer
 
 
-def read_answers(file: Path | None, main_score: str | None) -> dict[str, dict[str, Any]]:
-    """Answers by ``doc_hash``; none if there is no file.
+def answers_of_run(
+    run: SavedRun, task: str, main_score: str | None, problems: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Read the answers of one task of a run, whose number is compared with what lm-eval evaluated.
 
     Args:
-        file: lm-eval's samples of one task.
-        main_score: lm-eval's key, such as ``exact_match,strict-match``, of the metric that tells right from wrong.
+        run: with results.
+        task: a single task.
+        main_score: as for :func:`read_answers`.
+        problems: a sentence is added where the samples lack documents or have others besides.
 
     Returns:
-        For each document ``given`` (what the model answered), ``expected``, ``options`` (text and log-likelihood of
-        each choice), ``bytes`` (of each choice as scored), ``scores`` and ``right``, which is ``None`` where the score is
-        neither 0 nor 1.
+        The answers of :func:`read_answers`.
+    """
+    count = (run.results.get("n-samples") or {}).get(task)
+    evaluated = number(count.get("effective")) if isinstance(count, Mapping) else math.nan
+    return read_answers(run.samples(task), main_score, evaluated=evaluated, problems=problems)
+
+
+def read_answers(
+    file: Path | None,
+    main_score: str | None,
+    *,
+    evaluated: float = math.nan,
+    problems: list[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Read the answers of one task by ``doc_hash``.
+
+    Args:
+        file: lm-eval's samples of the task; no answers if it is None or not there.
+        main_score: lm-eval's key, such as ``exact_match,strict-match``, of the metric that tells
+            right from wrong.
+        evaluated: how many documents lm-eval evaluated; NaN if unknown.
+        problems: sentences are added to it where lines are misshapen, missing or too many.
+
+    Returns:
+        For each document ``given`` (what the model answered), ``expected``, ``options`` (text and
+        log-likelihood of each choice), ``bytes`` (of each choice as scored), ``scores`` and
+        ``right``, which is None where the score is neither 0 nor 1.
     """
     answers: dict[str, dict[str, Any]] = {}
     main_filter = (main_score or ",").split(",", 1)[1]
+    lines: Counter[str] = Counter()  # a document has a line per filter of the task
+    misshapen = 0
     for sample in read_json_lines(file) if file else ():
+        try:
+            scores, response = _scores(sample), _response(sample)
+        except (TypeError, ValueError, AttributeError, LookupError):
+            misshapen += 1
+            continue
+        lines[str(sample.get("filter"))] += 1
         answer = answers.setdefault(str(sample.get("doc_hash")), {"scores": {}})
-        answer["scores"] |= _scores(sample)
-        if (
-            "given" not in answer or sample.get("filter") == main_filter
-        ):  # one line per filter of the task
-            answer |= _response(sample)
+        answer["scores"] |= scores
+        if "given" not in answer or sample.get("filter") == main_filter:
+            answer |= response
     for answer in answers.values():
         answer["right"] = {0: False, 1: True}.get(answer["scores"].get(main_score))
+    if problems is not None and misshapen:
+        problems.append(f"got {file} with {misshapen} lines that are not as lm-eval writes them")
+    documents = max(lines.values(), default=0)
+    if problems is not None and documents and documents != evaluated and evaluated == evaluated:
+        problems.append(
+            f"got {file} with the answers to {documents} documents, expected those to the "
+            f"{evaluated:g} that were evaluated; copy it again"
+        )
     return answers
 
 
@@ -59,21 +104,19 @@ def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
         given = max(options, key=lambda option: option[1])[0] if len(options) > 1 else None
         sizes = [
             len(continuation.encode(errors="surrogatepass"))
-            for _, continuation in _choices(requests, responses)
+            for _, continuation in _conditional(requests, requests, responses)
         ]
-        expected = _expected(sample.get("target"), options)
         return {
             "given": given,
-            "expected": expected,
+            "expected": _expected(sample, options),
             "options": options,
             "bytes": sizes if options else [],
         }
     given, generated = _first_text(responses), _first_text(sample.get("resps"))
-    expected = _expected(sample.get("target"), [])
     return {
         "given": given,
         "generated": generated if generated != given else None,
-        "expected": expected,
+        "expected": _expected(sample, []),
         "options": [],
     }
 
@@ -81,36 +124,28 @@ def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
 def _options(
     requests: Sequence[tuple[str, str]], responses: Sequence[Any]
 ) -> list[tuple[str, float]]:
-    """Each choice with its log-likelihood; unconditional ones, with an empty context beside full ones, are no choices."""
-    chosen = _choices(requests, responses)
-    likelihoods = [_likelihood(response) for response in _of_choices(requests, responses)]
+    """Return each choice with its log-likelihood; none where one is not finite."""
+    choices = _conditional(requests, requests, responses)
+    likelihoods = [_likelihood(r) for r in _conditional(responses, requests, responses)]
     if not all(map(math.isfinite, likelihoods)):
         return []
-    return list(zip(_distinct(chosen), likelihoods, strict=True))
+    return list(zip(_distinct(choices), likelihoods, strict=True))
 
 
-def _choices(
-    requests: Sequence[tuple[str, str]], responses: Sequence[Any]
-) -> list[tuple[str, str]]:
-    conditional = any(context for context, _ in requests)
-    return [
-        request
-        for request, _ in zip(requests, responses, strict=False)
-        if request[0] or not conditional
-    ]
+def _conditional(
+    values: Sequence[Any], requests: Sequence[tuple[str, str]], responses: Sequence[Any]
+) -> list[Any]:
+    """Return the values of requests that have a response and are choices.
 
-
-def _of_choices(requests: Sequence[tuple[str, str]], responses: Sequence[Any]) -> list[Any]:
-    conditional = any(context for context, _ in requests)
-    return [
-        response
-        for request, response in zip(requests, responses, strict=False)
-        if request[0] or not conditional
-    ]
+    Requests with an empty context beside others with a full one are unconditional likelihoods.
+    """
+    has_context = any(context for context, _ in requests)
+    together = zip(values, requests, responses, strict=False)
+    return [value for value, (context, _), _ in together if context or not has_context]
 
 
 def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:
-    """What tells the choices apart: the continuations, or, where these are equal (Winogrande), the ends of the contexts."""
+    """Return what tells the choices apart: continuations, or else (Winogrande) ends of contexts."""
     continuations = [continuation for _, continuation in requests]
     if len(set(continuations)) > 1 or len(requests) == 1:
         return [_short(continuation.strip()) for continuation in continuations]
@@ -126,13 +161,54 @@ def _likelihood(response: Any) -> float:
         return math.nan
 
 
-def _expected(target: Any, options: Sequence[tuple[str, float]]) -> str | None:
-    """The target in words; lm-eval gives some as the number of a choice."""
-    texts = [text for text, _ in options]
-    words = str(target).strip()
-    if words not in texts and words.isdecimal() and int(words) < len(texts):
+def _expected(sample: Mapping[str, Any], options: Sequence[tuple[str, float]]) -> str | None:
+    """Return the target in words, None where it is unknown.
+
+    lm-eval writes the index of a choice as a text, which may be the text of another choice.
+    """
+    if (target := sample.get("target")) is None:
+        return None
+    texts, words = [text for text, _ in options], str(target).strip()
+    by_text = [position for position, text in enumerate(texts) if text == words]
+    is_index = words.isdecimal() and len(words) < 9 and int(words) < len(texts)
+    if not is_index or by_text == [int(words)]:
+        return _short(words)
+    if not by_text:
         return texts[int(words)]
-    return None if target is None else _short(words)
+    right = _gold_of_two(sample, options, int(words), by_text)
+    return None if right is None else texts[right]
+
+
+def _gold_of_two(
+    sample: Mapping[str, Any],
+    options: Sequence[tuple[str, float]],
+    index: int,
+    by_text: Sequence[int],
+) -> int | None:
+    """Decide whether a target is the index or the text of a choice, where it may be both.
+
+    The accuracy says whether the most likely choice was right. Else the document may hold the
+    target as a number or as a text.
+
+    Returns:
+        The position of the right choice, None where it stays open.
+    """
+    best = max(range(len(options)), key=lambda position: options[position][1])
+    accuracy = sample.get("acc")
+    possible = {index, *by_text}
+    possible = (
+        possible & {best} if accuracy == 1 else possible - {best} if accuracy == 0 else possible
+    )
+    if len(possible) == 1:
+        return possible.pop()
+    document = sample.get("doc")
+    fields = list(document.values()) if isinstance(document, Mapping) else []
+    is_number = any(type(field) is int and field == index for field in fields)
+    is_text = any(isinstance(field, str) and field.strip() == str(index) for field in fields)
+    if is_number == is_text or (is_text and len(by_text) > 1):
+        return None
+    right = index if is_number else by_text[0]
+    return right if right in possible else None
 
 
 def _first_text(value: Any) -> str | None:

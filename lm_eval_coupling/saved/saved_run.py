@@ -1,42 +1,72 @@
-"""A saved run: lm-eval's results, the coupling tables and the samples that belong together, found once, read by columns.
+"""A saved run: the results, coupling tables and samples that belong together.
 
-Everything that shows or compares runs starts from :func:`find_runs`. Finding reads results and the tables' metadata;
-rows are read when they are asked for, and only the columns that are named.
+Everything that shows or compares runs starts from :func:`find_runs`, which reads results and the
+metadata of tables. Rows are read later, and only the columns that are named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import functools
-import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.saved.arrow_columns import to_columns, to_frame
 from lm_eval_coupling.saved.precedence import Standing, takes_place
-from lm_eval_coupling.saved.prompting import model_arguments, prompting
-from lm_eval_coupling.saved.tables import (
-    UNTRAINED,
-    frame_of,
-    open_table,
-    read_header,
-    require_schema,
-)
+from lm_eval_coupling.saved.prompting import describe_prompting, model_arguments
+from lm_eval_coupling.saved.results_file import COUPLING, number, read_results, require_shape
+from lm_eval_coupling.saved.run_files import date_in, list_run_files
+from lm_eval_coupling.saved.tables import UNTRAINED, UnreadableTable, open_table, read_header
 
-_DATE = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.(?:json|parquet)$")
 # Arguments of the model, besides its name and revision, that make other weights of it.
-_VARIANTS = ("subfolder", "gguf_file", "peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
-_WITHIN = (
-    "subfolder",
-    "gguf_file",
-)  # these are parts of the name itself: a checkpoint is told by its folder
-_TABLES = ("coupling_", f"{UNTRAINED}_coupling_")  # what names of tables start with
-_AT_ONCE = 64  # rows whose matrices are held together
+_VARIANTS = ("peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
+# Arguments that become part of the model's name: a checkpoint is known by its folder.
+_WITHIN = ("subfolder", "gguf_file")
+_ROWS_AT_ONCE = 64  # whose matrices are held together
+
+
+@dataclasses.dataclass(frozen=True)
+class WhatWasRun:
+    """The weights, prompts and answers that decide the scores and coupling of one task.
+
+    Attributes:
+        model: name or path.
+        revision: of the model on the hub, ``main`` where there is none.
+        variant: further arguments that make other weights, such as ``peft=…``.
+        dtype: that the model ran in, "" if unknown.
+        fingerprint: of the weights; None where only scores were taken.
+        task: name of a task or group.
+        prompting: how prompts and answers were made (:mod:`.prompting`).
+    """
+
+    model: str
+    revision: str
+    variant: str
+    dtype: str
+    fingerprint: str | None
+    task: str
+    prompting: str
+
+    @property
+    def weights(self) -> tuple[str | None, ...]:
+        """The fields that tell weights apart; runs that differ in one are of different models."""
+        return self.model, self.revision, self.variant, self.dtype, self.fingerprint
+
+    def differences(self, other: WhatWasRun) -> dict[str, tuple[str, str]]:
+        """Return the names of the fields that differ, with both values."""
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        }
+        return {name: (str(a), str(b)) for name, (a, b) in pairs.items() if a != b}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +74,10 @@ class SavedTable:
     """The coupling tables of one task of a run, read as one.
 
     Attributes:
-        file: of the trained weights, or of all there are in tables from before twins had a file of their own.
+        file: of the trained weights; of the untrained ones where there is no other.
         about: its provenance, as the run wrote it.
-        columns: those that it has.
-        twin: of the untrained weights, where they were measured.
+        columns: their names, in order.
+        twin: the table of the untrained weights, where they were measured.
     """
 
     file: Path
@@ -62,13 +92,10 @@ class SavedTable:
 
     @property
     def standing(self) -> Standing:
-        """What it has beside other tables of its task."""
+        """The extent of its measurements, to compare with other tables of its task."""
         summary = (self.about.get("tasks") or {}).get(self.task) or {}
-        return Standing.of(self.about.get("settings") or {}, summary.get("measured", 0), math.nan)
-
-    def _files(self, weights: str) -> list[Path]:
-        """Those that may have rows of these weights; the first is there in any case, for its columns."""
-        return [self.file, *([self.twin] if self.twin is not None and weights != "trained" else [])]
+        measured = number(summary.get("measured", 0))
+        return Standing.of(self.about.get("settings") or {}, measured, math.nan)
 
     def read(
         self,
@@ -77,14 +104,37 @@ class SavedTable:
         weights: str = "trained",
         places: str = "first",
     ) -> pd.DataFrame:
-        """All rows of some columns at once; see :meth:`batches`."""
+        """Read all rows at once; arguments and errors are those of :meth:`batches`."""
         parts = []
         for file in self._files(weights):
             with open_table(file) as table:
-                parts.append(
-                    self._of(frame_of(table.read(self._wanted(columns))), columns, weights, places)
-                )
+                rows = to_frame(table.read(self._present(columns)))
+            parts.append(_select(rows, columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+
+    def read_columns(self, columns: Sequence[str], weights: str) -> dict[str, np.ndarray]:
+        """Read columns of the first measured token's rows, without a frame.
+
+        Args:
+            columns: those to read, ``weights`` besides, as far as the table has them.
+            weights: ``trained``, ``untrained`` or ``all``.
+
+        Returns:
+            An array for each column; of objects where it holds no numbers.
+
+        Raises:
+            UnreadableTable: if the table is damaged.
+        """
+        parts: list[dict[str, np.ndarray]] = []
+        for file in self._files(weights):
+            with open_table(file) as table:
+                part = to_columns(table.read(self._present(columns)))
+            kept = _is_first(part.pop("place"))
+            if weights != "all":
+                kept &= part["weights"] == weights
+            parts.append({name: values[kept] for name, values in part.items()})
+        names = parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def batches(
         self,
@@ -92,57 +142,70 @@ class SavedTable:
         *,
         weights: str = "trained",
         places: str = "first",
-        rows: int = _AT_ONCE,
+        rows: int = _ROWS_AT_ONCE,
     ) -> Iterator[pd.DataFrame]:
-        """The prompts of these weights, some rows at a time, at least one part, which may be empty.
+        """Read some rows at a time.
 
         Args:
-            columns: those to read, ``weights`` besides; those that the table lacks are left out. None: all.
+            columns: those to read, ``weights`` besides, as far as the table has them; None for all.
             weights: ``trained``, ``untrained`` or ``all``.
             places: ``first``, of the tokens that a prompt was measured at, or ``all``.
             rows: at most so many at a time.
 
         Yields:
-            A frame of the columns asked for.
+            A frame of the columns; at least one, which may be empty.
+
+        Raises:
+            UnreadableTable: if the table is damaged.
         """
-        wanted = self._wanted(columns)
+        present, is_empty = self._present(columns), True
         for file in self._files(weights):
             with open_table(file) as table:
-                if file == self.file:
-                    empty = table.schema_arrow.empty_table()
-                    some = empty if wanted is None else empty.select(wanted)
-                    yield self._of(frame_of(some), columns, weights, places)
-                for batch in table.iter_batches(batch_size=rows, columns=wanted):
-                    if len(part := self._of(frame_of(batch), columns, weights, places)):
+                for batch in table.iter_batches(batch_size=rows, columns=present):
+                    part = _select(to_frame(batch), columns, weights, places)
+                    if len(part):
+                        is_empty = False
                         yield part
+        if is_empty:
+            yield self.read(columns, weights=weights, places=places)
 
-    def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
-        return (
-            None
-            if columns is None
-            else [name for name in self.columns if name in (*columns, "weights", "place")]
-        )
+    def _files(self, weights: str) -> list[Path]:
+        """Return the files that may have rows of these weights; the first gives the columns."""
+        return [self.file, *([self.twin] if self.twin and weights != "trained" else [])]
 
-    def _of(
-        self, rows: pd.DataFrame, columns: Sequence[str] | None, weights: str, places: str
-    ) -> pd.DataFrame:
-        # Tables from before there were twins do not say.
-        rows["weights"] = (
-            rows["weights"].fillna("trained")
-            if "weights" in rows
-            else pd.Series("trained", rows.index)
-        )
-        kept = pd.Series(True, rows.index) if weights == "all" else rows["weights"] == weights
-        if places == "first" and "place" in rows:
-            kept &= ~rows["place"].fillna(0).astype(bool)  # those that do not say have one
-        if columns is not None and "place" not in columns:
-            rows = rows.drop(columns="place", errors="ignore")
-        return rows if kept.all() else rows[kept].reset_index(drop=True)
+    def _present(self, columns: Sequence[str] | None) -> list[str] | None:
+        if columns is None:
+            return None
+        return [name for name in self.columns if name in (*columns, "weights", "place")]
+
+
+def _select(
+    rows: pd.DataFrame, columns: Sequence[str] | None, weights: str, places: str
+) -> pd.DataFrame:
+    """Return the rows of these weights and places."""
+    kept = np.ones(len(rows), dtype=bool)
+    if weights != "all":
+        kept &= (rows["weights"] == weights).to_numpy(dtype=bool)
+    if places == "first":
+        kept &= _is_first(rows["place"])
+    if columns is not None and "place" not in columns:
+        del rows["place"]
+    return rows if kept.all() else rows[kept].reset_index(drop=True)
+
+
+def _is_first(places: Iterable[Any]) -> np.ndarray:
+    return np.array([not place for place in places], dtype=bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """One evaluation of one model. ``file`` and ``results`` are None and empty where only tables were found."""
+    """An evaluation of one model.
+
+    Attributes:
+        file: its results; None where only tables are there.
+        results: the content of ``file``, of the shape that lm-eval writes, or empty.
+        tables: its coupling tables, one per single task.
+    """
 
     file: Path | None
     results: Mapping[str, Any]
@@ -150,7 +213,7 @@ class SavedRun:
 
     @functools.cached_property
     def coupling(self) -> Mapping[str, Any]:
-        """What the run says of its coupling: settings, versions, summaries; empty where it was only scored."""
+        """Settings, versions and summaries of its coupling; empty where it was only scored."""
         return self._config.get("coupling") or (self.tables[0].about if self.tables else {})
 
     @property
@@ -159,10 +222,10 @@ class SavedRun:
 
     @functools.cached_property
     def arguments(self) -> Mapping[str, Any]:
-        """Those of the model, as they were given to lm-eval."""
+        """The model arguments that lm-eval was given."""
         return model_arguments(self.results)
 
-    @property
+    @functools.cached_property
     def model(self) -> str:
         """Name or path, with the folder or file within it that the weights are of."""
         name = (
@@ -172,45 +235,59 @@ class SavedRun:
         )
         name = str(name or (self.file or self.tables[0].file).parent.name)
         within = [str(self.arguments[key]).strip("/") for key in _WITHIN if self.arguments.get(key)]
-        return (
-            "/".join([name.rstrip("/"), *(part for part in within if not name.endswith(part))])
-            if within
-            else name
-        )
+        if not within:
+            return name
+        return "/".join([name.rstrip("/"), *(part for part in within if not name.endswith(part))])
 
     @property
     def revision(self) -> str:
-        """Of the model on the hub; ``main`` where there is none."""
-        # lm-eval has what was asked for, also of a folder, where transformers looks for none.
+        """The revision of the model on the hub; ``main`` where there is none."""
+        # lm-eval records the revision that was asked for even for a folder, which has none.
         return str(self.coupling.get("revision") or self._config.get("model_revision") or "main")
 
     @property
     def variant(self) -> str:
-        """Further arguments that make other weights of the model, such as ``peft=…``; "" for none."""
-        given = {key: self.arguments.get(key) for key in _VARIANTS if key not in _WITHIN}
-        plain = {"dtype": ("auto", None, "")}
-        return ", ".join(
-            f"{key}={value}"
-            for key, value in given.items()
-            if value not in plain.get(key, (None, "", False))
-        )
+        """Further arguments that make other weights of the model, such as ``peft=…``."""
+        plain = (None, "", False, "False")
+        given = {key: self.arguments.get(key) for key in _VARIANTS}
+        if given["dtype"] == "auto":
+            given["dtype"] = None
+        return ", ".join(f"{key}={value}" for key, value in given.items() if value not in plain)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the numbers that the model ran in, such as ``bfloat16``; "" if unknown."""
+        given = self.coupling.get("model_dtype") or self._config.get("model_dtype") or ""
+        return str(given).removeprefix("torch.")
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the weights; None where only scores were taken."""
+        """Digest of the weights; None where only scores were taken."""
         return self.coupling.get("fingerprint")
 
     @property
     def date(self) -> str:
-        """lm-eval's date of the run, "" where the file's name has none."""
-        dated = _DATE.search(self.file.name) if self.file else None
-        return (
-            dated[1] if dated else "" if self.file else str(self.tables[0].about.get("date") or "")
-        )
+        """lm-eval's date in the names of the run's files, "" where there is none."""
+        return date_in(self.file) if self.file else str(self.tables[0].about.get("date") or "")
+
+    @functools.cached_property
+    def time(self) -> float:
+        """Seconds since the epoch: lm-eval's ``date``, else the names' date taken as UTC.
+
+        Dates in names are local times without a zone, which a clock that is put back repeats.
+        """
+        seconds = number(self.results.get("date"))
+        if math.isfinite(seconds):
+            return seconds
+        day, _, clock = self.date.partition("T")
+        with contextlib.suppress(ValueError):
+            when = datetime.datetime.fromisoformat(f"{day}T{clock.replace('-', ':')}+00:00")
+            return when.timestamp()
+        return -math.inf
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """How coupling was measured; empty where it was not."""
+        """The settings that coupling was measured with; empty where it was not."""
         return self.coupling.get("settings") or {}
 
     @functools.cached_property
@@ -218,178 +295,174 @@ class SavedRun:
         """The single tasks of each group."""
         return leaf_tasks(self.results.get("group_subtasks") or {})
 
-    def prompting(self, task: str) -> str:
-        """How the prompts of a task or group were made, in words that are equal where the prompts are."""
-        return prompting(self.results, self.leaves.get(task) or [task], self._about(task))
+    @functools.cached_property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The groups that each task or group is directly in; it may be in several."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for group, members in (self.results.get("group_subtasks") or {}).items():
+            for member in dict.fromkeys(members or ()):
+                groups[member] = (*groups.get(member, ()), group)
+        return groups
 
-    def _about(self, task: str) -> Mapping[str, Any]:
-        """What a table says of its own task where there are no results."""
-        table = self.table(task)
-        return self.coupling if self.file or table is None else table.about
+    def prompting(self, task: str) -> str:
+        """Describe how the prompts and answers of a task or group were made."""
+        return self.what_was_run(task).prompting
+
+    def what_was_run(self, task: str) -> WhatWasRun:
+        """Return what decides the numbers of a task or group; derived once."""
+        if task not in self._what_was_run:
+            about = self.coupling
+            if not self.file and (table := self.table(task)):
+                about = table.about  # a table alone says of its own task how it was prompted
+            self._what_was_run[task] = WhatWasRun(
+                self.model,
+                self.revision,
+                self.variant,
+                self.dtype,
+                self.fingerprint,
+                task,
+                describe_prompting(self.results, self.leaves.get(task) or [task], about),
+            )
+        return self._what_was_run[task]
+
+    @functools.cached_property
+    def _what_was_run(self) -> dict[str, WhatWasRun]:
+        return {}
+
+    @functools.cached_property
+    def _table_of_task(self) -> Mapping[str, SavedTable]:
+        return {table.task: table for table in reversed(self.tables)}
 
     def table(self, task: str) -> SavedTable | None:
-        """The coupling table of a single task."""
-        return next((table for table in self.tables if table.task == task), None)
+        """Return the coupling table of a single task, if there is one."""
+        return self._table_of_task.get(task)
 
     def samples(self, task: str) -> Path | None:
-        """Where lm-eval wrote the samples of a single task, if it was asked to; the file may not be there."""
+        """Return where lm-eval writes the samples of a single task; the file may not be there."""
         return self.file.parent / f"samples_{task}_{self.date}.jsonl" if self.file else None
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRuns:
-    """``runs``: in the order of their folders and dates; ``passed_over``: files that could not be read, a sentence each."""
+    """Runs in the order of their folders and dates, and sentences on what was passed over."""
 
     runs: tuple[SavedRun, ...]
     passed_over: tuple[str, ...]
 
     def with_tables(self) -> list[tuple[SavedRun, SavedTable]]:
-        """Every table with its run, in the order of the tables' files."""
-        return sorted(
-            ((run, table) for run in self.runs for table in run.tables),
-            key=lambda pair: pair[1].file,
-        )
+        """Return every table with its run, in the order of the tables' files."""
+        pairs = [(run, table) for run in self.runs for table in run.tables]
+        return sorted(pairs, key=lambda pair: pair[1].file)
 
     def newest_tables(self) -> list[tuple[SavedRun, SavedTable]]:
-        """Of the same weights, prompts and task in the same folder only the table that counts (precedence.py)."""
+        """Return for each folder, weights, prompts and task the one table that counts."""
         latest: dict[tuple[Any, ...], tuple[SavedRun, SavedTable]] = {}
-        for run, table in sorted(
-            self.with_tables(), key=lambda pair: str(pair[1].about.get("date"))
-        ):
-            key = (table.file.parent, *identity(run), run.prompting(table.task), table.task)
+        for run, table in sorted(self.with_tables(), key=lambda pair: pair[0].time):
+            key = (table.file.parent, run.what_was_run(table.task))
             if key not in latest or takes_place(table.standing, latest[key][1].standing):
                 latest[key] = (run, table)
         return sorted(latest.values(), key=lambda pair: pair[1].file)
 
 
-def identity(run: SavedRun) -> tuple[str, str, str, str | None]:
-    """Model, revision, variant and fingerprint: runs that differ in one of these are of different weights."""
-    return run.model, run.revision, run.variant, run.fingerprint
+@contextlib.contextmanager
+def passing_over(problems: list[str]) -> Iterator[None]:
+    """Add the message of a table that turns out to be damaged to ``problems``, and go on.
+
+    Pages of a table are verified as they are read, long after its header: every loop that reads
+    tables reads each of them in such a block, so that one damaged table does not end it.
+    """
+    try:
+        yield
+    except UnreadableTable as error:
+        problems.append(str(error))
 
 
 def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
-    """Find everything that was saved at ``paths``, folders searched recursively, result files or coupling tables.
+    """Find everything that was saved at ``paths``: folders, result files or coupling tables.
 
-    A table belongs to the results of its ``run_id``, or else to those of its date in its folder. A file that cannot be
-    read is named and passed over, as is other people's JSON.
+    A table belongs to the results of its ``run_id``, or else to those of its date in its folder.
+    A file that cannot be read, or is not of the shape that a run writes, is named and passed over.
 
     Returns:
-        The runs, and in words what was passed over.
+        The runs, and in words what was passed over (:func:`~.run_files.list_run_files`).
 
     Raises:
         CouplingError: if a path does not exist, or a file that was named itself cannot be read.
     """
     roots = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    passed_over: list[str] = []
+    listed = list_run_files(roots)
+    passed_over = list(listed.passed_over)
     results: list[tuple[Path, dict[str, Any]]] = []
     tables: list[SavedTable] = []
-    seen: set[Path] = set()
-    for root in roots:
-        if not root.exists():
-            raise CouplingError(
-                f"got {root}, which does not exist; give folders that lm-eval wrote, or its result files"
-            )
-        for file in _with_its_own(root) if root.is_file() else _files(root):
-            if (there := file.resolve()) in seen:  # of two paths, one may lead to the other
-                continue
-            seen.add(there)
-            try:
-                if file.suffix == ".parquet":
-                    tables.append(SavedTable(file, *read_header(file)))
-                elif (found := _results(file, named=file == root)) is not None:
-                    results.append((file, found))
-            except CouplingError as error:
-                if file == root:
-                    raise
-                passed_over.append(str(error))
-    return SavedRuns(tuple(_joined(results, _with_twins(tables))), tuple(passed_over))
+    for file in listed.files:
+        try:
+            if file.suffix == ".parquet":
+                about, columns = read_header(file)
+                require_shape(file, about, COUPLING | {"task": "a text"})
+                tables.append(SavedTable(file, about, columns))
+            else:
+                results.append((file, read_results(file)))
+        except CouplingError as error:
+            if file in roots:
+                raise
+            passed_over.append(str(error))
+    runs = tuple(_join(results, _with_twins(tables)))
+    return SavedRuns(runs, (*passed_over, *_contradictions(runs)))
+
+
+def _contradictions(runs: Iterable[SavedRun]) -> Iterator[str]:
+    """Yield a sentence for each summary in results that is not the one in its task's table.
+
+    Results have no checksum; a table, which holds the same summary, has.
+    """
+    for run in [run for run in runs if run.file]:
+        summaries = run.coupling.get("tasks") or {}
+        for table in run.tables:
+            own = (table.about.get("tasks") or {}).get(table.task)
+            if own and table.task in summaries and summaries[table.task] != own:
+                yield (
+                    f"got {run.file} with another summary of {table.task} than {table.file.name}; "
+                    "one of both was changed after the run: copy them again or measure again"
+                )
 
 
 def _with_twins(tables: Sequence[SavedTable]) -> list[SavedTable]:
-    """The table of untrained weights belongs to that of the trained ones beside it; alone, it stands for itself."""
+    """Attach the tables of untrained weights to those of the trained ones beside them."""
 
     def key(table: SavedTable) -> tuple[Any, ...]:
         return table.file.parent, table.about.get("run_id"), table.about.get("date"), table.task
 
-    twins = {key(table): table for table in tables if table.about.get("weights") == "untrained"}
-    own = [table for table in tables if table.about.get("weights") != "untrained"]
+    twins = {key(table): table for table in tables if table.about.get("weights") == UNTRAINED}
+    trained = [table for table in tables if table.about.get("weights") != UNTRAINED]
     paired = [
-        dataclasses.replace(t, twin=twins.pop(key(t)).file) if key(t) in twins else t for t in own
+        dataclasses.replace(t, twin=twins.pop(key(t)).file) if key(t) in twins else t
+        for t in trained
     ]
     return [*paired, *twins.values()]
 
 
-def _with_its_own(file: Path) -> Iterator[Path]:
-    """Results with the tables of their date beside them, and the other way round."""
-    yield file
-    if dated := _DATE.search(file.name):
-        yield from sorted(
-            file.parent.glob(
-                f"*_{dated[1]}.json"
-                if file.suffix == ".parquet"
-                else f"*coupling_*_{dated[1]}.parquet"
-            )
-        )
-
-
-def _files(root: Path) -> Iterator[Path]:
-    for file in sorted(root.rglob("*")):
-        # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json
-        is_results = file.suffix == ".json" and (
-            file.name.startswith("results") or _DATE.search(file.name)
-        )
-        if is_results or (file.suffix == ".parquet" and file.name.startswith(_TABLES)):
-            yield file
-
-
-def _results(file: Path, named: bool) -> dict[str, Any] | None:
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CouplingError(
-            f"got {file}, which is no readable results file ({why(error)}); remove it or run the evaluation again"
-        ) from None
-    if isinstance(run, dict) and isinstance(run.get("results"), dict):
-        if isinstance(about := (run.get("config") or {}).get("coupling"), dict):
-            require_schema(file, about)
-        return run
-    if named:
-        raise CouplingError(
-            f"got {file}, which has no results; expected a results_*.json that lm-eval wrote"
-        )
-    return None
-
-
-def _joined(
+def _join(
     results: Sequence[tuple[Path, dict[str, Any]]], tables: Sequence[SavedTable]
 ) -> Iterator[SavedRun]:
-    by_run = {id: number for number, (_, run) in enumerate(results) if (id := _run_id(run))}
-    by_date = {
-        (file.parent, d[1]): number
-        for number, (file, _) in enumerate(results)
-        if (d := _DATE.search(file.name))
-    }
+    """Join tables with the results that they belong to; other tables are runs without results."""
+    by_run = {run_id: n for n, (_, run) in enumerate(results) if (run_id := _run_id(run))}
+    by_date = {(file.parent, date_in(file)): n for n, (file, _) in enumerate(results)}
     own: dict[int, list[SavedTable]] = {}
     alone: dict[tuple[Any, ...], list[SavedTable]] = {}
     for table in tables:
         about, folder = table.about, table.file.parent
-        number = by_date.get((folder, about.get("date")))  # first, as a run may have been copied
-        if number is None or _run_id(results[number][1]) != about.get("run_id"):
-            run_id = about.get("run_id")
-            number = by_run.get(run_id) if run_id else number
-        if number is not None:
-            own.setdefault(number, []).append(table)
+        run_id, date = about.get("run_id"), about.get("date")
+        # The results beside the table go first: the run may have been copied.
+        position = by_date.get((folder, date)) if date else None
+        if position is None or _run_id(results[position][1]) != run_id:
+            position = by_run.get(run_id) if run_id else position
+        if position is not None:
+            own.setdefault(position, []).append(table)
         else:
-            key = (
-                folder,
-                about.get("run_id"),
-                about.get("date"),
-                about.get("model"),
-                about.get("revision"),
-            )
+            key = (folder, run_id, date, about.get("model"), about.get("revision"))
             alone.setdefault(key, []).append(table)
-    for number, (file, run) in enumerate(results):
-        yield SavedRun(file, run, tuple(own.get(number, ())))
+    for position, (file, run) in enumerate(results):
+        yield SavedRun(file, run, tuple(own.get(position, ())))
     for members in alone.values():
         yield SavedRun(None, {}, tuple(members))
 
@@ -398,19 +471,17 @@ def _run_id(run: Mapping[str, Any]) -> str | None:
     return ((run.get("config") or {}).get("coupling") or {}).get("run_id")
 
 
-def leaf_tasks(subtasks: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Leaf tasks of each group, through groups of groups."""
-
-    def below(name: str, above: tuple[str, ...]) -> list[str]:
-        children = [child for child in subtasks.get(name) or [] if child not in above]
-        return (
-            [leaf for child in children for leaf in below(child, (*above, name))]
-            if children
-            else [name]
-        )
-
-    return {
-        name: list(dict.fromkeys(below(name, ())))
-        for name, children in subtasks.items()
-        if children
-    }
+def leaf_tasks(subtasks: Mapping[str, Sequence[str] | None]) -> dict[str, list[str]]:
+    """Return the single tasks of each group, through groups of groups, each once and in order."""
+    leaves: dict[str, list[str]] = {}
+    for group in [group for group, members in subtasks.items() if members]:
+        # Every group is visited once, however many ways or circles lead to it.
+        stack, visited, leaves[group] = [group], set(), []
+        while stack:
+            name = stack.pop()
+            if name not in visited:
+                visited.add(name)
+                members = subtasks.get(name) or ()
+                stack += reversed(members)
+                leaves[group] += [] if members else [name]
+    return leaves

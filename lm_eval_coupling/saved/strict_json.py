@@ -1,4 +1,4 @@
-"""What every parser of JSON reads: it has no NaN and no infinity, so that what is not known is ``null``."""
+"""JSON that every parser reads: without NaN and infinity, in place of which stands ``null``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 def strict(
     value: Any, number: Callable[[float], float | int] = float, name: Callable[[Any], Any] = str
 ) -> Any:
-    """Plain dictionaries, lists, texts, numbers and None; what is none of these, such as a path, becomes a text.
+    """Convert to plain dictionaries, lists, texts, numbers and None; other objects become texts.
 
     Args:
-        value: of mappings, sequences, scalars of numpy's and others.
-        number: what a finite number that is not whole by its type is written as, such as one of fewer digits.
-        name: what the names of mappings are written as: texts, as they are in a file.
+        value: of mappings, sequences, scalars of NumPy and others.
+        number: converts finite numbers that are not whole by their type, for instance by rounding.
+        name: converts the names of mappings, which are texts in a file.
 
     Returns:
         A copy in which a number that is not finite is None.

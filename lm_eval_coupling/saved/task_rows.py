@@ -1,4 +1,4 @@
-"""One run's row per task: its scores, its coupling, and what is known of the model."""
+"""The row of each task of a run: its scores, its coupling, and facts about the model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.saved.names import FACTS, facts_beside, facts_from_name
+from lm_eval_coupling.saved.facts import FACTS, facts_beside
+from lm_eval_coupling.saved.names import facts_from_name
+from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.saved_run import SavedRun
 
 _NO_METRICS = ("alias", "name", "sample_len")  # releases before 0.4 write "acc" for "acc,none"
 
 
 def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
-    """One row per task and group of a run that has results; columns are those of :func:`~.results.load_runs`."""
+    """Yield one row per task and group of a run that has results.
+
+    The columns are those of :func:`~.scores_table.load_runs`.
+    """
     results, coupling, config = run.results, run.coupling, run.results.get("config") or {}
     origin = {
         "lm_eval_version": results.get("lm_eval_version"),
@@ -23,63 +28,69 @@ def rows_of_run(run: SavedRun) -> Iterator[dict[str, Any]]:
         "run_id": coupling.get("run_id"),
         "interrupted": bool(coupling.get("interrupted")),
         "date": run.date,
+        "time": run.time,
         "file": str(run.file),
     }
-    facts = {
-        "dtype": str(coupling.get("model_dtype") or config.get("model_dtype") or "").removeprefix(
-            "torch."
-        )
-        or None,
-        "n_params": _number(coupling.get("n_params") or config.get("model_num_parameters")),
+    facts: dict[str, Any] = {
+        "dtype": run.dtype or None,
+        "n_params": number(coupling.get("n_params") or config.get("model_num_parameters")),
     }
-    facts |= {
-        name: _number(coupling.get(name))
-        for name in ("n_layers", "d_model", "n_heads", "vocab_size")
-    }
+    sizes = ("n_layers", "d_model", "n_heads", "vocab_size")
+    facts |= {name: number(coupling.get(name)) for name in sizes}
     facts |= facts_from_name(run.model, run.revision)
-    told = facts_beside(run.file) if run.file else {}
-    children = results.get("group_subtasks") or {}
-    above = {child: group for group, members in children.items() for child in members or ()}
-    for task, found in results["results"].items():
+    beside = facts_beside(run.file) if run.file else {}
+    facts |= {name: beside[name] for name in (*FACTS, "step", "lineage") if name in beside}
+    for task, values in results["results"].items():
         metrics = {
-            key if "," in key else f"{key},none": _number(found[key])
-            for key in found
+            key if "," in key else f"{key},none": number(values[key])
+            for key in values
             if key not in _NO_METRICS
         }
-        metric = next(filter(is_score, metrics), None)
-        yield (
-            told
-            | {
-                "model": run.model,
-                "revision": run.revision,
-                "variant": run.variant,
-                "fingerprint": run.fingerprint,
-            }
-            | {
-                "task": task,
-                "alias": str(found.get("alias", task)).strip(" -"),
-                "prompting": run.prompting(task),
-            }
-            | {"is_group": bool(run.leaves.get(task)), "group": above.get(task, "")}
-            | {"n_fewshot": _shots(run, task), **_samples(run, task, found)}
-            | {"output_type": _output_type(run, task)}
-            | {"task_version": _number((results.get("versions") or {}).get(task))}
-            | origin
-            | {
-                "metric": metric,
-                "directions": tuple(
-                    _directions((results.get("higher_is_better") or {}).get(task) or {})
-                ),
-            }
-            | metrics
-            | facts
-            | {name: told[name] for name in FACTS if name in told}
-            | _coupling_columns(coupling, run.leaves.get(task) or [task])
-        )
+        what = run.what_was_run(task)
+        directions = (results.get("higher_is_better") or {}).get(task) or {}
+        yield beside | {
+            "model": what.model,
+            "revision": what.revision,
+            "variant": what.variant,
+            "fingerprint": what.fingerprint,
+            "task": task,
+            "alias": str(values.get("alias") or task).strip(" -"),
+            "prompting": what.prompting,
+            "is_group": bool(run.leaves.get(task)),
+            "group": next(iter(run.groups.get(task, ())), ""),
+            "groups": _groups_above(run, task),
+            "n_fewshot": _shots(run, task),
+            **_samples(run, task, values),
+            "output_type": _output_type(run, task),
+            "task_version": _version((results.get("versions") or {}).get(task)),
+            **origin,
+            "metric": next(filter(is_score, metrics), None),
+            "directions": tuple(_directions(directions)),
+            **metrics,
+            **facts,
+            **_coupling_columns(coupling, run.leaves.get(task) or [task]),
+        }
+
+
+def _groups_above(run: SavedRun, task: str) -> tuple[str, ...]:
+    """Return all groups that a task is in, directly or through other groups."""
+    above: dict[str, None] = {}
+    waiting = list(run.groups.get(task, ()))
+    while waiting:
+        group = waiting.pop(0)
+        if group not in above and group != task:
+            above[group] = None
+            waiting += run.groups.get(group, ())
+    return tuple(above)
+
+
+def _version(version: Any) -> float | str:
+    """Return a number for a version that is one, the text for one such as "1.0.2", else NaN."""
+    return version if isinstance(version, str) and version.strip() else number(version)
 
 
 def _output_type(run: SavedRun, task: str) -> str | None:
-    """Of a group, the one that all its tasks have."""
+    """Return a task's output type, or the one that all tasks of a group have."""
     configs = run.results.get("configs") or {}
     types = {
         (configs.get(leaf) or {}).get("output_type") for leaf in run.leaves.get(task) or [task]
@@ -88,24 +99,20 @@ def _output_type(run: SavedRun, task: str) -> str | None:
 
 
 def _shots(run: SavedRun, task: str) -> float:
-    """Of a group, those that all its tasks have in common."""
+    """Return a task's number of examples, or the one that all tasks of a group have."""
     given = run.results.get("n-shot") or {}
-    counts = {
-        _number(given.get(name))
-        for name in ([task] if task in given else run.leaves.get(task) or [task])
-    }
+    tasks = [task] if task in given else run.leaves.get(task) or [task]
+    counts = {number(given.get(name)) for name in tasks}
     return counts.pop() if len(counts) == 1 else math.nan
 
 
-def _directions(told: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """By metric, without its filter, whether higher is better, as lm-eval itself has it; what it does not say is left out.
+def _directions(higher_is_better: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield metrics, without their filter, and whether higher is better, as far as lm-eval says.
 
-    Of a metric of several numbers each may have a direction: ``{"diff": {"mean": false, "max": false}}``.
-
-    Yields:
-        A metric, and whether higher is better.
+    A metric of several numbers may have a direction for each:
+    ``{"diff": {"mean": false, "max": false}}``.
     """
-    for name, value in told.items():
+    for name, value in higher_is_better.items():
         inner = dict(_directions(value)) if isinstance(value, Mapping) else {}
         yield from inner.items()
         if isinstance(value, bool):
@@ -115,60 +122,54 @@ def _directions(told: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def is_score(column: str) -> bool:
-    """Whether a column holds one of lm-eval's metrics: no standard error, and not coupling."""
+    """Return whether a column is a metric of lm-eval: no standard error, and not coupling."""
     return "," in column and "_stderr," not in column and not column.startswith("coupling,")
 
 
-def _number(value: Any) -> float:
-    """NaN for what is no number, such as lm-eval's standard error "N/A"."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _samples(run: SavedRun, task: str, found: Mapping[str, Any]) -> dict[str, float]:
-    """Of a group those of its tasks, where lm-eval does not say."""
+def _samples(run: SavedRun, task: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many documents of a task were evaluated; for a group the sum over its tasks."""
     counts = run.results.get("n-samples") or {}
-    if task not in counts and found.get("sample_len") is None and (leaves := run.leaves.get(task)):
+    leaves = run.leaves.get(task)
+    if task not in counts and values.get("sample_len") is None and leaves:
         members = [counts[leaf] for leaf in leaves if isinstance(counts.get(leaf), Mapping)]
-        told = {
-            name: sum(_number(count.get(name)) for count in members)
+        effective, original = (
+            sum(number(count.get(name)) for count in members) or math.nan
             for name in ("effective", "original")
-        }
-        return {"n_samples": told["effective"] or math.nan, "n_total": told["original"] or math.nan}
+        )
+        return {"n_samples": effective, "n_total": original}
     count = counts.get(task)
-    count = count if isinstance(count, Mapping) else {"effective": found.get("sample_len")}
-    return {"n_samples": _number(count.get("effective")), "n_total": _number(count.get("original"))}
+    count = count if isinstance(count, Mapping) else {"effective": values.get("sample_len")}
+    return {"n_samples": number(count.get("effective")), "n_total": number(count.get("original"))}
 
 
 def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    members = [coupling["tasks"][task] for task in tasks if task in coupling.get("tasks", {})]
+    """Return the values of all measures, pooled over the tasks; NaN where one is undefined."""
+    summaries = coupling.get("tasks") or {}
+    members = [summaries[task] for task in tasks if task in summaries]
     if not members:
-        return {
-            "coupling_rank": math.nan,
-            "worst_certificate": math.nan,
-            "measured": 0,
-            "failed": 0,
-        }
+        unknown = dict.fromkeys(("coupling_rank", "worst_certificate"), math.nan)
+        return unknown | {"measured": 0, "failed": 0}
     columns: dict[str, Any] = {
-        "coupling_rank": coupling["headline_rank"],
-        "worst_certificate": _number(coupling.get("worst_certificate")),
-        "measured": sum(member["measured"] for member in members),
-        "failed": sum(member["failed"] for member in members),
+        "coupling_rank": number(coupling.get("headline_rank")),
+        "worst_certificate": number(coupling.get("worst_certificate")),
+        "measured": sum(member.get("measured") or 0 for member in members),
+        "failed": sum(member.get("failed") or 0 for member in members),
     }
-    for name, first in members[0]["measures"].items():
+    measures = [member.get("measures") or {} for member in members]
+    names = dict.fromkeys(name for measured in measures for name in measured)
+    for name in names:
+        first = next(measured[name] for measured in measures if name in measured)
         for rank in [None] if "mean" in first else first:
-            parts = [
-                m["measures"].get(name, {})
-                if rank is None
-                else m["measures"].get(name, {}).get(rank)
-                for m in members
-            ]
-            pooled = parts[0] if len(parts) == 1 else pool([part for part in parts if part])
+            of_tasks = [measured.get(name, {}) for measured in measures]
+            parts = of_tasks if rank is None else [of_task.get(rank) for of_task in of_tasks]
+            pooled = pool([part for part in parts if part])
             columns |= zip(
                 _columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True
             )
-    for rank in members[0]["measures"].get("coupling", {}):
+    for column in [column for column in columns if column.startswith("coupling@")]:
+        rank = column.removeprefix("coupling@")
         columns[f"chance@{rank}"] = chance = chance_coupling(int(rank))
-        columns[f"coupling_excess@{rank}"] = columns[f"coupling@{rank}"] - chance
+        columns[f"coupling_excess@{rank}"] = columns[column] - chance
     return columns
 
 
@@ -179,14 +180,24 @@ def _columns(name: str, rank: str | None) -> tuple[str, str, str]:
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-    """Mean, standard error and number of the values of several samples, from those of each: as if computed from all."""
-    parts = [part for part in parts if part["n"]]
-    n = sum(part["n"] for part in parts)
+    """Pool samples, given by their mean, standard error and n, as if computed from all values.
+
+    Returns:
+        ``mean, stderr, n``. NaN for a mean of nothing, and for the error of fewer than two values
+        or of samples one of whose errors is unknown.
+    """
+    numbers = [tuple(number(part[name]) for name in ("mean", "stderr", "n")) for part in parts]
+    samples = [
+        (mean, error, int(size))
+        for mean, error, size in numbers
+        if math.isfinite(mean) and math.isfinite(size) and size >= 1
+    ]
+    n = sum(size for _, _, size in samples)
     if n == 0:
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
-    mean = sum(part["n"] * part["mean"] for part in parts) / n
-    squares = sum(part["n"] * (part["mean"] - mean) ** 2 for part in parts)
-    squares += sum(
-        (part["n"] - 1) * part["n"] * part["stderr"] ** 2 for part in parts if part["n"] > 1
-    )
-    return {"mean": mean, "stderr": math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, "n": n}
+    if len(samples) == 1:
+        return dict(zip(("mean", "stderr", "n"), samples[0], strict=True))
+    mean = sum(size * value for value, _, size in samples) / n
+    squares = sum(size * (value - mean) ** 2 for value, _, size in samples)
+    squares += sum((size - 1) * size * error**2 for _, error, size in samples if size > 1)
+    return {"mean": mean, "stderr": math.sqrt(squares / (n - 1) / n), "n": n}

@@ -1,4 +1,4 @@
-"""The numbers of every measured prompt, one row each, without its matrices: what tables, lists and regressions need."""
+"""The numbers of every measured prompt, one row each, read without its matrices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.measures.formulas import means
-from lm_eval_coupling.measures.formulas.headline import couplings_of
 from lm_eval_coupling.measures.registry import Reading, prompt_readings, record_columns
+from lm_eval_coupling.saved.arrow_columns import frame_of_columns
 from lm_eval_coupling.saved.saved_run import SavedTable
 
-# What a table says of a prompt, whoever reads it.
+# Columns of a table that say which prompt a row is.
 PROMPT = (
     "doc_id",
     "doc_hash",
@@ -29,34 +29,49 @@ PROMPT = (
 _ABOUT = ("task", *PROMPT, "window", "certificate", "coupling", "weights")
 
 
-def prompt_values(table: SavedTable, weights: str = "trained") -> pd.DataFrame:
-    """One row per measured prompt of a table.
+def prompt_values(
+    table: SavedTable, weights: str = "trained", names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read one row per measured prompt of a table.
 
     Args:
         table: of one task.
         weights: ``trained``, ``untrained`` or ``all``.
+        names: of the readings to read besides coupling; by default all.
 
     Returns:
-        What a record says of its prompt; ``coupling@K`` for every rank K; every other reading that is one number of a prompt
-        and needs no matrix of layers, by its name (:func:`plain_readings`), or by ``NAME@K`` (:func:`ranked_readings`); and
-        ``worst_certificate``, the largest of the blocks. NaN where there is none. Matrices are read, some rows at a time,
-        only of a table that was written before its couplings were kept beside them.
+        What a record says of its prompt; ``coupling@K`` for every rank K; every other reading that
+        is one number of a prompt, by its name (:func:`plain_readings`) or by ``NAME@K``
+        (:func:`ranked_readings`); and ``worst_certificate``, the largest of the blocks. NaN where
+        a number is missing.
     """
-    known = [reading for reading in plain_readings() if reading.column in table.columns]
-    columns = [*_ABOUT, *(reading.column for reading in (*known, *ranked_readings()))]
-    if "coupling" in table.columns:
-        return _by_rank(_read(table.read(columns, weights=weights), known))
-    parts = []
-    for rows in table.batches([*columns, "normalized_miscoupling"], weights=weights):
-        couplings = [couplings_of(matrices) for matrices in rows.pop("normalized_miscoupling")]
-        parts.append(
-            _read(rows.assign(coupling=pd.Series(couplings, rows.index, dtype=object)), known)
-        )
-    return _by_rank(pd.concat(parts, ignore_index=True))
+    plain = [r for r in plain_readings() if r.column in table.columns and _is_wanted(r, names)]
+    ranked = [r for r in ranked_readings() if r.column in table.columns and _is_wanted(r, names)]
+    names_read = dict.fromkeys([*_ABOUT, *(reading.column for reading in (*plain, *ranked))])
+    columns = table.read_columns(list(names_read), weights)
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    values: dict[str, Any] = {
+        reading.name: np.array([_number(reading, record) for record in records], dtype=float)
+        for reading in plain
+    }
+    values["worst_certificate"] = np.array(
+        [_worst(record["certificate"]) for record in records], dtype=float
+    )
+    kept = [name for name in columns if name in _ABOUT and name not in ("certificate", "coupling")]
+    values = {name: columns[name] for name in kept if name not in values} | values
+    of_rank = {"coupling": columns["coupling"]} | {r.name: columns[r.column] for r in ranked}
+    return frame_of_columns(values | _by_rank(columns["ranks"], of_rank))
+
+
+def _is_wanted(reading: Reading, names: Sequence[str] | None) -> bool:
+    return names is None or reading.name in names
 
 
 def plain_readings() -> tuple[Reading, ...]:
-    """The readings that are one number of a prompt, have no rank and are read from no more than a number per layer."""
+    """Return the readings that are one number of a prompt, without a rank.
+
+    They are read from no more than a number per layer.
+    """
     dimensions = {name: column.dimensions for name, column in record_columns().items()}
     return tuple(
         r for r in prompt_readings() if not r.of_rank and len(dimensions.get(r.column, ())) < 2
@@ -64,22 +79,11 @@ def plain_readings() -> tuple[Reading, ...]:
 
 
 def ranked_readings() -> tuple[Reading, ...]:
-    """The readings that are one number of a prompt for every rank, kept in a column of their own."""
+    """Return the readings that are one number of a prompt per rank, kept in their own column."""
     columns = record_columns()
     return tuple(
         r for r in prompt_readings() if r.of_rank and columns[r.column].dimensions == ("rank",)
     )
-
-
-def _read(rows: pd.DataFrame, known: Sequence[Reading]) -> pd.DataFrame:
-    records = rows.to_dict("records")
-    found: dict[str, list[float]] = {
-        reading.name: [_number(reading, record) for record in records] for reading in known
-    }
-    found["worst_certificate"] = [_worst(record.get("certificate")) for record in records]
-    wanted = {*_ABOUT, *(reading.column for reading in ranked_readings())} - {"certificate"}
-    kept = [name for name in rows if name in wanted and name not in found]
-    return pd.concat([rows[kept], pd.DataFrame(found, rows.index, dtype=float)], axis=1)
 
 
 def _number(reading: Reading, record: Mapping[str, Any]) -> float:
@@ -87,62 +91,55 @@ def _number(reading: Reading, record: Mapping[str, Any]) -> float:
     return math.nan if value is None else float(value)
 
 
+def _worst(certificate: np.ndarray | None) -> float:
+    if certificate is None or np.isnan(certificate).all():
+        return math.nan
+    return float(np.nanmax(certificate))
+
+
+def _by_rank(ranks: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Split columns of a number per rank into a column for every rank."""
+    every = sorted({int(rank) for own in ranks for rank in own or ()})
+    numbers = {f"{name}@{rank}": np.full(len(ranks), np.nan) for name in columns for rank in every}
+    for name, values_of_rows in columns.items():
+        for row, (own, values) in enumerate(zip(ranks, values_of_rows, strict=True)):
+            for rank, value in zip(own or (), () if values is None else values, strict=False):
+                numbers[f"{name}@{rank}"][row] = math.nan if value is None else value
+    return numbers
+
+
 def value_names(values: pd.DataFrame) -> list[str]:
-    """The columns of :func:`prompt_values` that are numbers measured of the prompt, coupling first."""
+    """Return the columns of :func:`prompt_values` that are measured numbers, coupling first."""
     of_rank = [
         f"{name}@{rank}"
         for name in ("coupling", *(r.name for r in ranked_readings()))
         for rank in ranks_of(values)
     ]
-    return [
-        name
-        for name in (*of_rank, *(reading.name for reading in plain_readings()))
-        if name in values
-    ]
+    every = (*of_rank, *(reading.name for reading in plain_readings()))
+    return [name for name in every if name in values]
 
 
 def document_values(values: pd.DataFrame) -> pd.DataFrame:
-    """The numbers of each document: means over its prompts of what is defined; by task, document and prompt.
+    """Average the numbers of each document over its prompts.
 
     Args:
         values: of :func:`prompt_values`.
 
     Returns:
-        A row per document, a column per number; NaN where no prompt has it.
+        A row per task, document and first prompt, a column per number; NaN where no prompt has it.
     """
-    return values.groupby(["task", "doc_hash", "prompt_hash"], sort=False)[
-        value_names(values)
-    ].mean()
+    document, names = ["task", "doc_hash", "prompt_hash"], value_names(values)
+    if not values.duplicated(document).any():
+        return values.set_index(document)[names]  # much faster, and the same
+    return values.groupby(document, sort=False)[names].mean()
 
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
-    """Mean, standard error (NaN below two values) and number of the values that are defined."""
-    found = means.mean_and_error(values)
-    return found["mean"], found["stderr"], int(found["n"])
+    """Return mean, standard error (NaN below two values) and number of the defined values."""
+    summary = means.mean_and_error(values)
+    return summary["mean"], summary["stderr"], int(summary["n"])
 
 
 def ranks_of(values: pd.DataFrame) -> list[int]:
-    """The ranks that any prompt was measured with, ascending."""
+    """Return the ranks that any prompt was measured with, ascending."""
     return [int(name.removeprefix("coupling@")) for name in values if name.startswith("coupling@")]
-
-
-def _by_rank(rows: pd.DataFrame) -> pd.DataFrame:
-    ranks = sorted({int(rank) for own in rows["ranks"] for rank in own or ()})
-    names = {"coupling": "coupling"} | {
-        reading.column: reading.name for reading in ranked_readings()
-    }
-    found: dict[str, np.ndarray] = {}
-    for column, name in [(column, name) for column, name in names.items() if column in rows]:
-        found |= {f"{name}@{rank}": np.full(len(rows), np.nan) for rank in ranks}
-        for number, (own, values) in enumerate(zip(rows["ranks"], rows.pop(column), strict=True)):
-            for rank, value in zip(own or (), () if values is None else values, strict=False):
-                found[f"{name}@{rank}"][number] = math.nan if value is None else value
-    return pd.concat([rows, pd.DataFrame(found, rows.index)], axis=1)
-
-
-def _worst(certificate: np.ndarray | None) -> float:
-    return (
-        math.nan
-        if certificate is None or np.isnan(certificate).all()
-        else float(np.nanmax(certificate))
-    )

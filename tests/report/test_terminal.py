@@ -370,14 +370,14 @@ def test_what_is_compared_is_the_first_folder_given_in_every_task(tmp_path):
         found = pd.read_csv(io.StringIO(out.getvalue()))
         return {(row.label, row.base, row.task) for row in found.itertuples()}
 
-    zero, five, other = "org/tiny (0-shot)", "org/tiny (5-shot)", "org/other"
+    zero, five, other = "org/tiny (0-shot)", "org/tiny (5-shot)", "org/other (5-shot)"
     assert compared("b", "a") == {(five, zero, "arc")} and compared("a", "b") == {
         (zero, five, "arc")
     }
     assert compared("b", "a", "c") == {
         (five, zero, "arc"),
         (other, zero, "arc"),
-        (other, "org/tiny", "gsm"),
+        (other, zero, "gsm"),
     }
     out = io.StringIO()
     show([tmp_path / folder for folder in "bac"], console=Console(file=out, width=60), compare=True)

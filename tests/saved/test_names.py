@@ -8,7 +8,8 @@ import pytest
 import saved_runs
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.names import add_facts, facts_from_name, labels, short_name
+from lm_eval_coupling.saved.facts import add_facts
+from lm_eval_coupling.saved.names import facts_from_name, labels, short_name
 from lm_eval_coupling.saved.prompting import differing, readable
 
 
@@ -191,7 +192,7 @@ def test_a_revision_in_the_file_is_of_that_revision_only(tmp_path):
         ("name\nx\n", "columns name, expected one named model"),
         ("model\na\na\n", "a more than once"),
         ('model,"acc,none"\na,1\n', "column 'acc,none', which the runs have"),
-        ("model,n_params\na,7b\n", "words in the column n_params"),
+        ("model,n_params\na,7b\n", "'7b' in the column n_params .line 2., expected a number"),
         ("model\nsame\n", "same in .*, which may be one/same or two/same"),
         ('model\n"', "no readable CSV"),
     ],

@@ -15,10 +15,11 @@ from saved_runs import CHANCE, DATE, coupling_config, record, results, save, tas
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import coupling_of
-from lm_eval_coupling.saved import tables
+from lm_eval_coupling.saved import arrow_columns
 from lm_eval_coupling.saved.records import find_tables, load_records
 from lm_eval_coupling.saved.scores_table import load_runs
-from lm_eval_coupling.saved.tables import arrow_type, read_header, table_columns, write_tables
+from lm_eval_coupling.saved.arrow_columns import arrow_type
+from lm_eval_coupling.saved.tables import read_header, table_columns, write_tables
 from lm_eval_coupling.saved.task_rows import pool
 
 TYPES = {name: arrow_type(column) for name, column in table_columns().items()}
@@ -528,18 +529,10 @@ def test_offsets_of_a_large_table_do_not_wrap(tmp_path, monkeypatch):
     """A nested column of more numbers than 32-bit offsets hold came back as other numbers."""
     rows = [record(doc_id=i) for i in range(7)] + [record(doc_id=7, reason="too short")]
     size = rows[0]["subspace_overlap"].size
-    monkeypatch.setattr(tables, "_MOST", 2 * size + 1)
+    monkeypatch.setattr(arrow_columns, "_MOST", 2 * size + 1)
     frame = load_records(write_tables(rows, tmp_path, DATE, {})[0])
     for i, row in enumerate(rows):
         assert same(frame["subspace_overlap"].iloc[i], row["subspace_overlap"])
-    monkeypatch.setattr(tables, "_MOST", size - 1)
+    monkeypatch.setattr(arrow_columns, "_MOST", size - 1)
     with pytest.raises(CouplingError, match="numbers in one cell of a table"):
         write_tables(rows, tmp_path / "other", DATE, {})
-
-
-def test_tables_that_do_not_say_are_of_trained_weights(tmp_path, monkeypatch):
-    row = {name: value for name, value in record().items() if name != "weights"}
-    older = {name: column for name, column in table_columns().items() if name != "weights"}
-    monkeypatch.setattr(tables, "table_columns", lambda: older)
-    write_tables([row], tmp_path, DATE, {"model": "a"})
-    assert list(load_records(tmp_path)["weights"]) == ["trained"]

@@ -1,0 +1,117 @@
+"""Runs that differ in anything that makes prompts or answers are told apart, by name."""
+
+import json
+
+import pytest
+from saved_runs import DATE, record, save, task_summary
+
+from lm_eval_coupling import load_records, load_runs
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.fit.scores import scored_rows
+from lm_eval_coupling.saved.names import label_rows, label_trainings
+from lm_eval_coupling.saved.prompting import find_disagreements, readable
+
+ARC = {"doc_to_text": "{{q}}", "output_type": "multiple_choice"}
+GENERATED = {"output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}}
+# What lm-eval writes of two runs, and the word that tells them apart.
+DIFFERENCES = {
+    "task version": ({"versions": {"arc": 1.0}}, {"versions": {"arc": 2}}),
+    "text version": ({"versions": {"arc": "1.0.0"}}, {"versions": {"arc": "1.0.1"}}),
+    "task text": tuple({"configs": {"arc": {"doc_to_text": text}}} for text in ("a", "b")),
+    "subset": tuple({"configs": {"arc": ARC | {"dataset_name": n}}} for n in ("easy", "hard")),
+    "split": tuple({"configs": {"arc": ARC | {"test_split": n}}} for n in ("test", "dev")),
+    "metadata": tuple(
+        {"configs": {"arc": ARC | {"metadata": {"version": 1, "max_seq_lengths": [n]}}}}
+        for n in (4096, 8192)
+    ),
+    "generation": tuple(
+        {"configs": {"arc": GENERATED | {"generation_kwargs": {"do_sample": b}}}}
+        for b in (False, True)
+    ),
+    "until": tuple(
+        {"configs": {"arc": GENERATED | {"generation_kwargs": {"until": [u]}}}}
+        for u in ("\n", "\n\n")
+    ),
+    "system instruction": ({}, {"system_instruction": "Be brief."}),
+    "shots": ({"n-shot": {"arc": 0}}, {"n-shot": {"arc": 5}}),
+}
+
+
+def edit(where, date, changes):
+    file = where / f"results_{date}.json"
+    run = json.loads(file.read_text())
+    run["config"] |= changes.get("config", {})
+    file.write_text(json.dumps(run | {k: v for k, v in changes.items() if k != "config"}))
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_differences_keep_runs_of_a_model_apart(tmp_path, what):
+    for number, changes in enumerate(DIFFERENCES[what]):
+        date = f"2025-06-0{number + 1}T00-00-00"
+        rows = [record(seed=number)]
+        edit(save(tmp_path, {"arc": task_summary()}, date=date, rows=rows), date, changes)
+    rows = load_runs(tmp_path)
+    assert len(rows) == 2 == rows["prompting"].nunique() == label_rows(rows).nunique()
+    assert len(load_records(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_differences_between_models_are_refused_by_name_unless_asked_for(tmp_path, what):
+    """Only numbers of examples and numeric versions were compared between models."""
+    for model, changes in zip(("org/a-1b", "org/b-2b"), DIFFERENCES[what], strict=True):
+        edit(save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model), DATE, changes)
+    rows = load_runs(tmp_path)
+    with pytest.raises(CouplingError, match="got arc with different .*--mixed keep") as error:
+        scored_rows(rows, [])
+    assert "a-1b/results" in str(error.value).replace("org__", "") and "b-2b" in str(error.value)
+    notes = []
+    assert len(scored_rows(rows, notes, mixed="keep")) == 2
+    assert any("models differ in the" in note for note in notes)
+
+
+def test_what_belongs_to_a_model_does_not_keep_models_apart(tmp_path):
+    for number, model in enumerate(("org/a-1b", "org/b-2b")):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        arguments = {"pretrained": model, "add_bos_token": bool(number), "max_length": 512 + number}
+        metadata = {"version": 1, **arguments, "coupling_ranks": str(number)}
+        template = {"chat_template": "x" * number, "chat_template_sha": "abcdefgh" * number}
+        config = {"configs": {"arc": ARC | {"metadata": metadata}}, **template}
+        edit(where, DATE, config | {"config": {"model_args": arguments}})
+    notes = []
+    assert len(scored_rows(load_runs(tmp_path), notes)) == 2
+    assert any("use of a chat template" in note for note in notes)
+
+
+def test_a_generation_setting_of_no_generated_answer_is_no_difference(tmp_path):
+    for number, model in enumerate(("org/a-1b", "org/b-2b")):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        kwargs = {"config": {"gen_kwargs": {"temperature": number}}, "configs": {"arc": ARC}}
+        edit(where, DATE, kwargs)
+    assert len(scored_rows(load_runs(tmp_path), [])) == 2
+
+
+def test_what_a_run_does_not_say_is_no_difference():
+    known, unknown = "5-shot, task text 11111111, task version 2", "5-shot"
+    assert find_disagreements([known, unknown, "unknown prompts", "?-shot"]) == []
+    (found,) = find_disagreements([unknown, known, "5-shot, task version 3"])
+    assert (found.kind, found.parts) == ("task version", ("task version 2", "task version 3"))
+    assert (found.first, found.second) == (1, 2)
+
+
+def test_versions_and_generation_are_told_only_where_they_differ():
+    plain = "0-shot, task version 1, generation do_sample=True temperature=1"
+    assert readable(plain) == readable(plain, [plain]) == "0-shot"
+    other = "0-shot, task version 2, generation do_sample=True temperature=1"
+    assert readable(plain, [plain, other]) == "0-shot, task version 1"
+
+
+@pytest.mark.parametrize(
+    "second", [{"dtype": "float16"}, {"variant": "dtype=float16"}, {"prompting": "5-shot"}]
+)
+def test_checkpoints_that_were_run_in_two_ways_are_two_trainings(second):
+    import pandas as pd
+
+    first = {"lineage": "org/p", "variant": "", "dtype": "float32", "prompting": "0-shot"}
+    rows = [one | {"task": "t"} for one in (first, first | second, first, first | second)]
+    labels = label_trainings(pd.DataFrame(rows))
+    assert labels.nunique() == 2 and labels[0] == labels[2] != labels[1]
