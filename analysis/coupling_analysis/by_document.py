@@ -15,7 +15,7 @@ from coupling_analysis.study_tables import RUN
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.saved.jsonlines import read_json_lines
 from lm_eval_coupling.saved.records import find_tables
-from lm_eval_coupling.saved.saved_run import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.statistics import Estimate, as_frame, correlation
 
 _PLACE = [*RUN, "measure", "depth"]

@@ -17,7 +17,8 @@ from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.saved.names import ends_with, label_weights, run_label
 from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.records import read_table, require_tables
-from lm_eval_coupling.saved.saved_run import find_runs, passing_over
+from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.saved_table import passing_over
 from lm_eval_coupling.saved.tables import require
 from lm_eval_coupling.statistics import adjust_p_values
 

@@ -17,7 +17,8 @@ import pandas as pd
 from lm_eval_coupling.fit.across_models import table
 from lm_eval_coupling.fit.losses import margin_of, right_choice
 from lm_eval_coupling.saved.samples import answers_of_run
-from lm_eval_coupling.saved.saved_run import SavedRun, passing_over
+from lm_eval_coupling.saved.saved_run import SavedRun
+from lm_eval_coupling.saved.saved_table import passing_over
 from lm_eval_coupling.saved.values import prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
@@ -37,9 +38,7 @@ BINS = 5
 _COLUMNS = {"model": "model", "task": "task", "document": "doc_hash"}
 
 
-def load_documents(
-    runs: Iterable[SavedRun], rows: pd.DataFrame, notes: list[str]
-) -> pd.DataFrame:
+def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The measured documents of the runs in ``rows`` (of ``load_runs``, with ``label``); empty if no table is found.
 
     Args:

@@ -18,7 +18,8 @@ from lm_eval_coupling.report.task_table import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.samples import answers_of_run
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs, passing_over
+from lm_eval_coupling.saved.saved_run import SavedRun, find_runs
+from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.task_rows import is_score

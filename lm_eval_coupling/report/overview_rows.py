@@ -11,15 +11,14 @@ import pandas as pd
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.saved.names import full_names, label_rows
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, passing_over
+from lm_eval_coupling.saved.saved_run import SavedRun
+from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 from lm_eval_coupling.saved.task_rows import rows_of_run
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values, ranks_of
 from lm_eval_coupling.statistics.estimates import Estimate
 
 
-def overview(
-    tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]
-) -> pd.DataFrame:
+def overview(tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]) -> pd.DataFrame:
     """Return one row per table and rank: means over documents with their standard errors.
 
     Args:

@@ -9,8 +9,10 @@ import pandas as pd
 from lm_eval_coupling.report.overview_rows import overview, paired_difference
 from lm_eval_coupling.report.score_differences import score_difference
 from lm_eval_coupling.saved.prompting import differing
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, WhatWasRun
+from lm_eval_coupling.saved.saved_run import SavedRun
+from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.saved.values import prompt_values, ranks_of
+from lm_eval_coupling.saved.what_was_run import WhatWasRun
 
 
 def compare_runs(

@@ -11,7 +11,7 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import LayerMeans, pack
 from lm_eval_coupling.report.overview_rows import paired_difference
-from lm_eval_coupling.saved.saved_run import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.saved.values import (
     PROMPT,
     document_values,

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from lm_eval_coupling.report.terminal_layers import print_document, print_profil
 from lm_eval_coupling.safe_text import frame_for_csv, one_line
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.records import require_tables
-from lm_eval_coupling.saved.saved_run import SavedRun, SavedTable, find_runs
+from lm_eval_coupling.saved.saved_run import SavedRun, find_runs
+from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.saved.values import plain_readings
 
 Tables = list[tuple[SavedRun, SavedTable]]
@@ -151,7 +152,7 @@ def _name_table(rows: pd.DataFrame, run: SavedRun, table: SavedTable) -> str:
     return f"{rows.loc[is_table, 'label'].iloc[0]}, {table.task}"
 
 
-def _title(rows: pd.DataFrame, about: dict[str, Any]) -> str:
+def _title(rows: pd.DataFrame, about: Mapping[str, Any]) -> str:
     label = rows["label"].iloc[0]
     prompts = f" ({'; '.join(dict.fromkeys(rows['prompts']))})"
     size = ""

@@ -15,7 +15,7 @@ from rich.text import Text
 from lm_eval_coupling.figures.palette import scale_color
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
 from lm_eval_coupling.safe_text import for_terminal, one_line
-from lm_eval_coupling.saved.saved_run import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable
 
 _PROMPT_TAIL = 400  # characters of a prompt that are shown
 _BAR = 60  # characters of the longest bar

@@ -11,13 +11,8 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown
 from lm_eval_coupling.errors import path as as_path
-from lm_eval_coupling.saved.saved_run import (
-    SavedRun,
-    SavedRuns,
-    SavedTable,
-    find_runs,
-    passing_over,
-)
+from lm_eval_coupling.saved.saved_run import SavedRun, SavedRuns, find_runs
+from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 
 logger = logging.getLogger(__name__)
 

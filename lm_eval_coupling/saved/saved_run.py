@@ -15,186 +15,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.arrow_columns import to_columns, to_frame
-from lm_eval_coupling.saved.precedence import Standing, takes_place
+from lm_eval_coupling.saved.precedence import takes_place
 from lm_eval_coupling.saved.prompting import describe_prompting, model_arguments
 from lm_eval_coupling.saved.results_file import COUPLING, number, read_results, require_shape
 from lm_eval_coupling.saved.run_files import date_in, list_run_files
-from lm_eval_coupling.saved.tables import UNTRAINED, UnreadableTable, open_table, read_header
+from lm_eval_coupling.saved.saved_table import SavedTable
+from lm_eval_coupling.saved.tables import UNTRAINED, read_header
+from lm_eval_coupling.saved.what_was_run import WhatWasRun
 
 # Arguments of the model, besides its name and revision, that make other weights of it.
 _VARIANTS = ("peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
 # Arguments that become part of the model's name: a checkpoint is known by its folder.
 _WITHIN = ("subfolder", "gguf_file")
-_ROWS_AT_ONCE = 64  # whose matrices are held together
-
-
-@dataclasses.dataclass(frozen=True)
-class WhatWasRun:
-    """The weights, prompts and answers that decide the scores and coupling of one task.
-
-    Attributes:
-        model: name or path.
-        revision: of the model on the hub, ``main`` where there is none.
-        variant: further arguments that make other weights, such as ``peft=…``.
-        dtype: that the model ran in, "" if unknown.
-        fingerprint: of the weights; None where only scores were taken.
-        task: name of a task or group.
-        prompting: how prompts and answers were made (:mod:`.prompting`).
-    """
-
-    model: str
-    revision: str
-    variant: str
-    dtype: str
-    fingerprint: str | None
-    task: str
-    prompting: str
-
-    @property
-    def weights(self) -> tuple[str | None, ...]:
-        """The fields that tell weights apart; runs that differ in one are of different models."""
-        return self.model, self.revision, self.variant, self.dtype, self.fingerprint
-
-    def differences(self, other: WhatWasRun) -> dict[str, tuple[str, str]]:
-        """Return the names of the fields that differ, with both values."""
-        pairs = {
-            field.name: (getattr(self, field.name), getattr(other, field.name))
-            for field in dataclasses.fields(self)
-        }
-        return {name: (str(a), str(b)) for name, (a, b) in pairs.items() if a != b}
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedTable:
-    """The coupling tables of one task of a run, read as one.
-
-    Attributes:
-        file: of the trained weights; of the untrained ones where there is no other.
-        about: its provenance, as the run wrote it.
-        columns: their names, in order.
-        twin: the table of the untrained weights, where they were measured.
-    """
-
-    file: Path
-    about: Mapping[str, Any]
-    columns: tuple[str, ...]
-    twin: Path | None = None
-
-    @property
-    def task(self) -> str:
-        """The task whose documents it holds."""
-        return self.about["task"]
-
-    @property
-    def standing(self) -> Standing:
-        """The extent of its measurements, to compare with other tables of its task."""
-        summary = (self.about.get("tasks") or {}).get(self.task) or {}
-        measured = number(summary.get("measured", 0))
-        return Standing.of(self.about.get("settings") or {}, measured, math.nan)
-
-    def read(
-        self,
-        columns: Sequence[str] | None = None,
-        *,
-        weights: str = "trained",
-        places: str = "first",
-    ) -> pd.DataFrame:
-        """Read all rows at once; arguments and errors are those of :meth:`batches`."""
-        parts = []
-        for file in self._files(weights):
-            with open_table(file) as table:
-                rows = to_frame(table.read(self._present(columns)))
-            parts.append(_select(rows, columns, weights, places))
-        return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
-
-    def read_columns(self, columns: Sequence[str], weights: str) -> dict[str, np.ndarray]:
-        """Read columns of the first measured token's rows, without a frame.
-
-        Args:
-            columns: those to read, ``weights`` besides, as far as the table has them.
-            weights: ``trained``, ``untrained`` or ``all``.
-
-        Returns:
-            An array for each column; of objects where it holds no numbers.
-
-        Raises:
-            UnreadableTable: if the table is damaged.
-        """
-        parts: list[dict[str, np.ndarray]] = []
-        for file in self._files(weights):
-            with open_table(file) as table:
-                part = to_columns(table.read(self._present(columns)))
-            kept = _is_first(part.pop("place"))
-            if weights != "all":
-                kept &= part["weights"] == weights
-            parts.append({name: values[kept] for name, values in part.items()})
-        names = parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in names}
-
-    def batches(
-        self,
-        columns: Sequence[str] | None = None,
-        *,
-        weights: str = "trained",
-        places: str = "first",
-        rows: int = _ROWS_AT_ONCE,
-    ) -> Iterator[pd.DataFrame]:
-        """Read some rows at a time.
-
-        Args:
-            columns: those to read, ``weights`` besides, as far as the table has them; None for all.
-            weights: ``trained``, ``untrained`` or ``all``.
-            places: ``first``, of the tokens that a prompt was measured at, or ``all``.
-            rows: at most so many at a time.
-
-        Yields:
-            A frame of the columns; at least one, which may be empty.
-
-        Raises:
-            UnreadableTable: if the table is damaged.
-        """
-        present, is_empty = self._present(columns), True
-        for file in self._files(weights):
-            with open_table(file) as table:
-                for batch in table.iter_batches(batch_size=rows, columns=present):
-                    part = _select(to_frame(batch), columns, weights, places)
-                    if len(part):
-                        is_empty = False
-                        yield part
-        if is_empty:
-            yield self.read(columns, weights=weights, places=places)
-
-    def _files(self, weights: str) -> list[Path]:
-        """Return the files that may have rows of these weights; the first gives the columns."""
-        return [self.file, *([self.twin] if self.twin and weights != "trained" else [])]
-
-    def _present(self, columns: Sequence[str] | None) -> list[str] | None:
-        if columns is None:
-            return None
-        return [name for name in self.columns if name in (*columns, "weights", "place")]
-
-
-def _select(
-    rows: pd.DataFrame, columns: Sequence[str] | None, weights: str, places: str
-) -> pd.DataFrame:
-    """Return the rows of these weights and places."""
-    kept = np.ones(len(rows), dtype=bool)
-    if weights != "all":
-        kept &= (rows["weights"] == weights).to_numpy(dtype=bool)
-    if places == "first":
-        kept &= _is_first(rows["place"])
-    if columns is not None and "place" not in columns:
-        del rows["place"]
-    return rows if kept.all() else rows[kept].reset_index(drop=True)
-
-
-def _is_first(places: Iterable[Any]) -> np.ndarray:
-    return np.array([not place for place in places], dtype=bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,14 +147,15 @@ class SavedRun:
             about = self.coupling
             if not self.file and (table := self.table(task)):
                 about = table.about  # a table alone says of its own task how it was prompted
+            tasks = self.leaves.get(task) or [task]
             self._what_was_run[task] = WhatWasRun(
-                self.model,
-                self.revision,
-                self.variant,
-                self.dtype,
-                self.fingerprint,
-                task,
-                describe_prompting(self.results, self.leaves.get(task) or [task], about),
+                model=self.model,
+                revision=self.revision,
+                variant=self.variant,
+                dtype=self.dtype,
+                fingerprint=self.fingerprint,
+                task=task,
+                prompting=describe_prompting(self.results, tasks, about),
             )
         return self._what_was_run[task]
 
@@ -362,19 +196,6 @@ class SavedRuns:
             if key not in latest or takes_place(table.standing, latest[key][1].standing):
                 latest[key] = (run, table)
         return sorted(latest.values(), key=lambda pair: pair[1].file)
-
-
-@contextlib.contextmanager
-def passing_over(problems: list[str]) -> Iterator[None]:
-    """Add the message of a table that turns out to be damaged to ``problems``, and go on.
-
-    Pages of a table are verified as they are read, long after its header: every loop that reads
-    tables reads each of them in such a block, so that one damaged table does not end it.
-    """
-    try:
-        yield
-    except UnreadableTable as error:
-        problems.append(str(error))
 
 
 def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:

@@ -12,7 +12,7 @@ import pandas as pd
 from lm_eval_coupling.measures.formulas import means
 from lm_eval_coupling.measures.registry import Reading, prompt_readings, record_columns
 from lm_eval_coupling.saved.arrow_columns import frame_of_columns
-from lm_eval_coupling.saved.saved_run import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable
 
 # Columns of a table that say which prompt a row is.
 PROMPT = (

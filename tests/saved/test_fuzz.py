@@ -18,7 +18,8 @@ from lm_eval_coupling.saved.csv_file import read_csv
 from lm_eval_coupling.saved.facts import add_facts
 from lm_eval_coupling.saved.names import label_rows
 from lm_eval_coupling.saved.samples import answers_of_run
-from lm_eval_coupling.saved.saved_run import find_runs, passing_over
+from lm_eval_coupling.saved.saved_run import find_runs
+from lm_eval_coupling.saved.saved_table import passing_over
 from lm_eval_coupling.saved.values import prompt_values
 
 FLIPS, MUTATIONS = 700, 400

@@ -16,9 +16,9 @@ from saved_runs import CHANCE, DATE, coupling_config, record, results, save, tas
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import coupling_of
 from lm_eval_coupling.saved import arrow_columns
+from lm_eval_coupling.saved.arrow_columns import arrow_type
 from lm_eval_coupling.saved.records import find_tables, load_records
 from lm_eval_coupling.saved.scores_table import load_runs
-from lm_eval_coupling.saved.arrow_columns import arrow_type
 from lm_eval_coupling.saved.tables import read_header, table_columns, write_tables
 from lm_eval_coupling.saved.task_rows import pool
 
