@@ -31,10 +31,10 @@ def runs(tmp_path):
         summaries = {task: saved_runs.task_summary(n=3) for task in ("arc", "piqa")}
         where = saved_runs.save(tmp_path, summaries, model=model, rows=rows, fingerprint=model)
         (file,) = where.glob("results_*.json")
-        found = json.loads(file.read_text())
-        found["results"]["arc"]["acc,none"] = accuracy
-        found["results"]["piqa"]["acc,none"] = 1 - accuracy
-        file.write_text(json.dumps(found))
+        actual = json.loads(file.read_text())
+        actual["results"]["arc"]["acc,none"] = accuracy
+        actual["results"]["piqa"]["acc,none"] = 1 - accuracy
+        file.write_text(json.dumps(actual))
     return tmp_path
 
 
@@ -44,18 +44,18 @@ def test_means_scores_and_what_goes_the_same_way(runs, tmp_path, capsys):
         ["model", "weights", "task", "measure"]
     )
     each = [_coupling(record(i, shift=0.2 + i / 100)) for i in range(3)]
-    found = rows.loc[("b", "trained", "arc", "coupling")]
-    assert found["mean"] == pytest.approx(np.mean(each), abs=1e-6) and found["n"] == 3
-    assert found["stderr"] == pytest.approx(np.std(each, ddof=1) / 3**0.5, abs=1e-6)
+    actual = rows.loc[("b", "trained", "arc", "coupling")]
+    assert actual["mean"] == pytest.approx(np.mean(each), abs=1e-6) and actual["n"] == 3
+    assert actual["stderr"] == pytest.approx(np.std(each, ddof=1) / 3**0.5, abs=1e-6)
     assert (
         rows.loc[("b", "trained", "all", "coupling")]["n"] == 6
         and rows.loc[("b", "untrained", "arc", "coupling")]["n"] == 3
     )
     assert rows.loc[("b", "trained", "piqa", "acc,none")]["mean"] == pytest.approx(0.5)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     (line,) = [
         line.split()
-        for line in told.splitlines()
+        for line in output.splitlines()
         if line.split()[:1] == ["coupling"] and len(line.split()) == 4
     ]
     # Coupling falls from a to c; accuracy ends higher in arc (0.3, 0.5, 0.4) and lower in piqa.
@@ -79,11 +79,11 @@ def test_what_is_committed_gives_the_same_again(runs, tmp_path):
     assert len(pd.read_csv(again / "documents.csv")) == len(
         pd.read_csv(kept / "documents.csv")
     )  # whatever was asked
-    whole, found = (
+    full, actual = (
         pd.read_csv(folder / "models.csv").query("task == 'arc'") for folder in (kept, again)
     )
     pd.testing.assert_frame_equal(
-        whole.reset_index(drop=True), found.reset_index(drop=True), atol=2e-6
+        full.reset_index(drop=True), actual.reset_index(drop=True), atol=2e-6
     )
 
 
@@ -92,10 +92,10 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
     rows = [record(i, task=task, shift=i / 10) for task in summaries for i in range(2)]
     where = saved_runs.save(tmp_path, summaries, rows=rows)
     (file,) = where.glob("results_*.json")
-    found = json.loads(file.read_text())
-    found["results"]["blimp"] = {"alias": "blimp", "acc,none": 0.7}
-    found["group_subtasks"] = {"blimp": ["blimp_a", "blimp_b"]}
-    file.write_text(json.dumps(found))
+    actual = json.loads(file.read_text())
+    actual["results"]["blimp"] = {"alias": "blimp", "acc,none": 0.7}
+    actual["group_subtasks"] = {"blimp": ["blimp_a", "blimp_b"]}
+    file.write_text(json.dumps(actual))
     script("real_models")([str(tmp_path), "--out", str(tmp_path / "out")])
     rows = pd.read_csv(tmp_path / "out" / "models.csv").set_index(["task", "measure"])
     assert set(rows.index.get_level_values("task")) == {"blimp", "all"}

@@ -19,8 +19,8 @@ SIX = ["arc_easy", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2",
 
 def correlation(x, y, given=()) -> float:
     """Return Pearson's correlation of what is left of x and y once ``given`` is regressed out."""
-    known = np.column_stack([np.ones(len(x)), *given])
-    left = [np.asarray(v) - known @ np.linalg.lstsq(known, v, rcond=None)[0] for v in (x, y)]
+    defined = np.column_stack([np.ones(len(x)), *given])
+    left = [np.asarray(v) - defined @ np.linalg.lstsq(defined, v, rcond=None)[0] for v in (x, y)]
     return float(np.corrcoef(*left)[0, 1])
 
 

@@ -246,11 +246,11 @@ def test_chain_of_thought(tmp_path):
     means = table(tmp_path, "chain_of_thought", "_gsm8k+gsm8k_cot_zeroshot").set_index(
         ["measure", "depth"]
     )
-    whole = means.xs("coupling").iloc[0]
-    assert whole["difference"] == pytest.approx(0.04, abs=1e-6) and whole[
+    full = means.xs("coupling").iloc[0]
+    assert full["difference"] == pytest.approx(0.04, abs=1e-6) and full[
         "stderr"
     ] == pytest.approx(0.02 / math.sqrt(3))
-    assert whole["positive"] == 1 and whole["n"] == 3
+    assert full["positive"] == 1 and full["n"] == 3
     assert means.xs("layer_coupling")["difference"].tolist() == pytest.approx([0.04] * 3, abs=1e-6)
     assert len(
         pd.read_csv(tmp_path / "chain_of_thought_gsm8k+gsm8k_cot_zeroshot_documents.csv")
@@ -264,10 +264,10 @@ def test_prompt_length(tmp_path):
     assert sorted(table(tmp_path, "prompt_length")["n_tokens"].unique()) == [
         10.0 * i for i in range(1, 10)
     ]
-    found = pd.read_csv(tmp_path / "prompt_length_arc_correlations.csv").set_index("measure")[
+    actual = pd.read_csv(tmp_path / "prompt_length_arc_correlations.csv").set_index("measure")[
         "coefficient"
     ]
-    assert found.round(6).to_dict() == {"coupling": -1, "line_shape_score": 1, "expodistance": 1}
+    assert actual.round(6).to_dict() == {"coupling": -1, "line_shape_score": 1, "expodistance": 1}
 
 
 def test_difficulty(tmp_path):
@@ -366,11 +366,11 @@ def test_all_results_that_the_records_allow(tmp_path, capsys, monkeypatch):
     some = ["layer_coupling", "influence", "tokenwise --kind context_input", "chain_of_thought"]
     monkeypatch.setitem(main.__globals__, "STUDIES", some)
     rows = [record(i, shift=i / 100, n_tokens=10 + i) for i in range(3)]
-    here = save(
+    place = save(
         tmp_path, [*rows, record(0, prompt_index=1, trajectories=None)], model="/some/where/tiny"
     )
     out = tmp_path / "results"
-    main([str(here), "--out", str(out)])
+    main([str(place), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     left = [line.split(": ")[0] for line in lines if line.startswith("left out")]
     assert left == ["left out influence", "left out chain_of_thought"]
@@ -424,12 +424,12 @@ def test_documents_that_a_picture_lacks_are_counted_below_its_title(tmp_path, ca
     save(tmp_path / "runs", rows)
     runs = [str(tmp_path / "runs"), "--out", str(tmp_path)]
     script("layer_coupling")(runs)
-    told = "3 of 5 documents left out (2 × out of memory; 1 × the stream holds NaN)"
-    assert f"layer_coupling_arc: {told}" in capsys.readouterr().out
-    assert told.replace(" ", "") in drawn_text(tmp_path / "layer_coupling_arc.svg")
+    output = "3 of 5 documents left out (2 × out of memory; 1 × the stream holds NaN)"
+    assert f"layer_coupling_arc: {output}" in capsys.readouterr().out
+    assert output.replace(" ", "") in drawn_text(tmp_path / "layer_coupling_arc.svg")
     script("regularity")(runs)
-    told = "line-shape score: 1 of 5 documents left out (not measured)"
-    assert f"regularity_arc: {told}\n" in capsys.readouterr().out
+    output = "line-shape score: 1 of 5 documents left out (not measured)"
+    assert f"regularity_arc: {output}\n" in capsys.readouterr().out
     script("influence")([*runs, "--last", "4"])
     assert "left out" not in capsys.readouterr().out
     save(tmp_path / "runs" / "more", [record(9, position=3)])
@@ -485,11 +485,11 @@ def test_a_path_that_is_not_there_is_one_sentence(words, plain, tmp_path, capsys
     monkeypatch.setattr("sys.argv", [f"{name}.py", *(places.get(word, word) for word in arguments)])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ANALYSIS / f"{name}.py"), run_name="__main__")
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        told.startswith(f"{name}.py: got {tmp_path}/nowhere, which ")
-        and told.count("\n") == 1
-        and "Errno" not in told
+        output.startswith(f"{name}.py: got {tmp_path}/nowhere, which ")
+        and output.count("\n") == 1
+        and "Errno" not in output
     )
 
 

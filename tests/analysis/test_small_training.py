@@ -45,8 +45,8 @@ def weights(folder):
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
-def same(one, other):
-    return all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
+def same(item, other):
+    return all(torch.equal(weight, weights(other)[name]) for name, weight in weights(item).items())
 
 
 def test_checkpoints_are_ordinary_models(trained):
@@ -113,17 +113,17 @@ def test_tables_of_several_columns(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [
         ("", "got 1 tokens, expected two contexts of 16; give more text or a smaller --context"),
         ("The sky is blue.", "expected two contexts of 16; give more text or a smaller --context"),
         (None, "got .*none.txt, expected readable plain text, .jsonl or .parquet"),
     ],
 )
-def test_too_little_text(script, tmp_path, content, said):
+def test_too_little_text(script, tmp_path, content, message):
     if content is not None:
         (tmp_path / "none.txt").write_text(content)
-    with pytest.raises(CouplingError, match=said):
+    with pytest.raises(CouplingError, match=message):
         script.main([str(tmp_path / "none.txt"), "--out", str(tmp_path / "out"), *TINY])
     assert not (tmp_path / "out").exists()
 

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 
 def test_coupling_of_layers_by_hand(tmp_path):
     records = study_tables.read([save(tmp_path, [record(0)])])
-    found = study_tables.long(
+    actual = study_tables.long(
         records, ["coupling", "layer_coupling", "layer_coupling_as_basis"], 10
     )
-    values = {name: of["value"].tolist() for name, of in found.groupby("measure")}
+    values = {name: of["value"].tolist() for name, of in actual.groupby("measure")}
     assert values["coupling"] == pytest.approx([1 - 3.5 / 6])
     assert values["layer_coupling"] == pytest.approx([0.7, 0.3, 0.25])  # 1 − mean over a row
     assert values["layer_coupling_as_basis"] == pytest.approx([0.2, 0.65, 0.4])  # over a column
-    assert found[found["measure"] == "layer_coupling"]["depth"].tolist() == [1, 2, 3]
+    assert actual[actual["measure"] == "layer_coupling"]["depth"].tolist() == [1, 2, 3]
 
 
 def test_prompts_of_one_document_count_once(tmp_path):
@@ -40,9 +40,9 @@ def test_prompts_of_one_document_count_once(tmp_path):
         record(0, prompt_index=1, line_shape_score=2.5),
         record(1, line_shape_score=4.0),
     ]
-    found = study_tables.long(study_tables.read([save(tmp_path, rows)]), ["line_shape_score"], 10)
-    assert found["value"].tolist() == [2.0, 4.0]
-    (summary,) = study_tables.quartiles(found, study_tables.RUN).to_dict("records")
+    actual = study_tables.long(study_tables.read([save(tmp_path, rows)]), ["line_shape_score"], 10)
+    assert actual["value"].tolist() == [2.0, 4.0]
+    (summary,) = study_tables.quartiles(actual, study_tables.RUN).to_dict("records")
     assert (summary["mean"], summary["q25"], summary["median"], summary["q75"], summary["n"]) == (
         3,
         2.5,
@@ -54,10 +54,10 @@ def test_prompts_of_one_document_count_once(tmp_path):
 
 
 def test_windows_stand_at_their_centres_and_points_before_blocks(run):
-    found = study_tables.long(
+    actual = study_tables.long(
         study_tables.read([run]), ["windowed_line_shape", "norms", "step_lengths"], 10
     )
-    depths = {name: sorted(of["depth"].unique()) for name, of in found.groupby("measure")}
+    depths = {name: sorted(of["depth"].unique()) for name, of in actual.groupby("measure")}
     assert depths == {
         "windowed_line_shape": [1, 2],
         "norms": [0, 1, 2, 3],
@@ -113,8 +113,8 @@ def test_bins_hold_equal_shares_and_correlations_know_their_sign():
     assert len(by_document.bin_documents(rows.assign(n_tokens=x // 6), "n_tokens", 3)) == 2, (
         "a level is a bin"
     )
-    (found,) = by_document.correlations(rows, "n_tokens").to_dict("records")
-    assert found["coefficient"] == pytest.approx(-1) and found["n"] == 12
+    (actual,) = by_document.correlations(rows, "n_tokens").to_dict("records")
+    assert actual["coefficient"] == pytest.approx(-1) and actual["n"] == 12
 
 
 def test_the_line_through_inverse_singular_values():
@@ -131,13 +131,13 @@ def test_the_line_through_inverse_singular_values():
 def test_token_pairs_are_averaged_from_the_end_of_the_prompt(tmp_path):
     longer = {"n_tokens": 9, "tokens": tuple(range(9)), "position": 8, "self_tokens": (7, 8)}
     records = study_tables.read([save(tmp_path, [record(0), record(1, shift=0.1, **longer)])])
-    found = mean_token_pairs(records, "self", 10)
-    assert (found.tokens, found.layers, found.n) == ([-2, -1], [1, 2, 3], 2)
-    assert found.miscoupling[0, 1, 1, 0] == pytest.approx(
+    actual = mean_token_pairs(records, "self", 10)
+    assert (actual.tokens, actual.layers, actual.n) == ([-2, -1], [1, 2, 3], 2)
+    assert actual.miscoupling[0, 1, 1, 0] == pytest.approx(
         0.06 + 0.05
     )  # entry 1·4 + 2 of the first rank, and half the shift
-    assert found.by_layers()[0, 0] == pytest.approx((0.01 + 0.02) / 2 + 0.05)
-    row = found.rows().query(
+    assert actual.by_layers()[0, 0] == pytest.approx((0.01 + 0.02) / 2 + 0.05)
+    row = actual.rows().query(
         "jacobian_layer == 1 and basis_layer == 2 and jacobian_token == -1 and basis_token == -2"
     )
     assert row["miscoupling"].item() == pytest.approx(0.11)
@@ -152,11 +152,11 @@ def test_coupling_matrices_are_those_of_the_measurement(tmp_path):
     model = prompt_matrices.load_model(tiny.save_model(tmp_path))
     ids = model.encode("The sky is blue.")
     (expected,) = measure_coupling(model, [ids], ranks=[4], progress=False)
-    found = prompt_matrices.layer_matrices(model, ids, [1, 3], -1, 4)
-    m = miscoupling(torch.as_tensor(found.A), normalized=True).numpy()
-    np.testing.assert_allclose(normalized_miscoupling(found.A), m, atol=1e-6)
+    actual = prompt_matrices.layer_matrices(model, ids, [1, 3], -1, 4)
+    m = miscoupling(torch.as_tensor(actual.A), normalized=True).numpy()
+    np.testing.assert_allclose(normalized_miscoupling(actual.A), m, atol=1e-6)
     assert m == pytest.approx(expected.normalized_miscoupling[0][np.ix_([0, 2], [0, 2])], abs=1e-4)
-    assert np.diagonal(found.A[1, 1]) == pytest.approx(expected.singular_values[2], rel=1e-5)
+    assert np.diagonal(actual.A[1, 1]) == pytest.approx(expected.singular_values[2], rel=1e-5)
     outputs = prompt_matrices.token_matrices(model, ids, 2, [-3, -1], 4, "context_output")
     last = prompt_matrices.token_matrices(model, ids, 2, [-1], 4, "self")
     assert outputs.names == ["token 14 → 16", "token 16 → 16"]

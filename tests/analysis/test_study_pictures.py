@@ -156,9 +156,9 @@ def test_one_token_far_away_does_not_crush_the_others():
     lines = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
     assert len(lines) == 11 and np.ptp(figure.axes[0].get_xlim()) < 20
     assert "m: token 1 left out" in figure.get_suptitle()
-    everything = trajectory_figures.token_trajectories(given, skip=0)
-    lines = [c for c in everything.axes[0].collections if isinstance(c, LineCollection)]
-    assert len(lines) == 12 and not everything.get_suptitle()
+    complete = trajectory_figures.token_trajectories(given, skip=0)
+    lines = [c for c in complete.axes[0].collections if isinstance(c, LineCollection)]
+    assert len(lines) == 12 and not complete.get_suptitle()
 
 
 def test_models_of_different_depth_are_drawn_over_relative_depth():

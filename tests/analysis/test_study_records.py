@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
 def test_of_a_prompt_measured_twice_the_newer_counts(tmp_path):
     save(tmp_path / "a", [record(0)], date="2025-01-01T00-00-00")
     save(tmp_path / "b", [record(0, shift=0.1), record(1)], date="2025-02-01T00-00-00")
-    found = study_tables.read([tmp_path / "b", tmp_path / "a"])
-    assert found["doc_id"].tolist() == [0, 1]
-    assert found["line_shape_score"].tolist() == pytest.approx([1.6, 1.5])
+    actual = study_tables.read([tmp_path / "b", tmp_path / "a"])
+    assert actual["doc_id"].tolist() == [0, 1]
+    assert actual["line_shape_score"].tolist() == pytest.approx([1.6, 1.5])
 
 
 def test_tables_of_before_there_were_twins_are_trained(plain):

@@ -66,10 +66,10 @@ def test_a_member_says_what_its_transformers_model_says():
     model, family = a_family()
     images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = model(images).logits
-    found = family.logits(images, torch.float32)
-    assert found.shape == (2, 5, 2)
+    actual = family.logits(images, torch.float32)
+    assert actual.shape == (2, 5, 2)
     for index in (0, 1):
-        torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[index], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             family.model_of(index)(images).logits, expected, rtol=1e-5, atol=1e-6
         )
@@ -106,7 +106,7 @@ def test_a_step_is_that_of_adamw_with_the_members_own_decay():
             for n, p in alone.named_parameters()
             if p.dim() < 2 or "cls_token" in n or "position" in n
         ]
-        others = [p for p in alone.parameters() if not any(p is one for one in plain)]
+        others = [p for p in alone.parameters() if not any(p is item for item in plain)]
         adam = torch.optim.AdamW(
             [{"params": plain, "weight_decay": 0.0}, {"params": others, "weight_decay": decay}],
             lr=0.01,
@@ -116,14 +116,14 @@ def test_a_step_is_that_of_adamw_with_the_members_own_decay():
             torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
             adam.step()
             adam.zero_grad()
-        for (name, found), expected in zip(
+        for (name, actual), expected in zip(
             family.model_of(index).named_parameters(), alone.parameters(), strict=True
         ):
             if (
                 "k_proj.bias" not in name
             ):  # softmax does not see it: a gradient of rounding, which Adam makes large
                 torch.testing.assert_close(
-                    found, expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+                    actual, expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
                 )
 
 
@@ -136,7 +136,10 @@ def test_a_moved_image_is_a_cut_of_the_padded_one():
             for top in range(5)
             for left in range(5)
         ]
-        assert any(torch.equal(moved, one) or torch.equal(moved, one.flip(-1)) for one in cuts)
+        assert any(
+            torch.equal(moved, item) or torch.equal(moved, item.flip(-1))
+            for item in cuts
+        )
 
 
 def test_cutmix_weighs_targets_by_area():
@@ -158,17 +161,17 @@ def test_members_are_ordinary_models(trained, data):
         processor = AutoImageProcessor.from_pretrained(trained / name, backend="pil")
         test = pd.read_parquet(data / "test.parquet")
         images = [Image.open(io.BytesIO(cell["bytes"])) for cell in test["img"]]
-        found = (
+        actual = (
             model(**processor(images, return_tensors="pt")).logits.argmax(-1).numpy()
             == test["label"]
         )
-        assert found.mean() == pytest.approx(accuracy)
+        assert actual.mean() == pytest.approx(accuracy)
         assert model.config.id2label == {0: "0", 1: "1"}
 
 
 def test_a_member_is_what_it_would_be_alone(trained, data, tmp_path):
     script.main([str(data), "--out", str(tmp_path), *TINY, "--stochastic-depth", "0.4"])
-    one, other = (
+    item, other = (
         dict(
             AutoModelForImageClassification.from_pretrained(
                 folder / "depth-0.4-decay-0.1"
@@ -176,15 +179,17 @@ def test_a_member_is_what_it_would_be_alone(trained, data, tmp_path):
         )
         for folder in (trained, tmp_path)
     )
-    for name in one:
+    for name in item:
         if "k_proj.bias" not in name:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(item[name], other[name], rtol=1e-2, atol=1e-3)
     first = dict(
         AutoModelForImageClassification.from_pretrained(
             trained / "depth-0-decay-0.1"
         ).named_parameters()
     )
-    assert not torch.allclose(one["classifier.weight"], first["classifier.weight"], atol=1e-2)
+    assert not torch.allclose(
+        item["classifier.weight"], first["classifier.weight"], atol=1e-2
+    )
 
 
 def test_what_is_there_is_not_trained_again(trained, data, capsys):
@@ -247,7 +252,7 @@ def test_a_time_that_is_given_chooses_the_number_of_steps(data, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (
             lambda folder: (folder / "train.parquet").unlink(),
@@ -260,11 +265,11 @@ def test_a_time_that_is_given_chooses_the_number_of_steps(data, tmp_path, capsys
         (lambda folder: write_split(folder, "train_more", 4, side=12), "images of 2 sizes"),
     ],
 )
-def test_other_data_is_told(tmp_path, change, said):
+def test_other_data_is_told(tmp_path, change, message):
     for split in ("train", "test"):
         write_split(tmp_path, split, 8)
     change(tmp_path)
-    with pytest.raises(CouplingError, match=said):
+    with pytest.raises(CouplingError, match=message):
         script.main([str(tmp_path), "--out", str(tmp_path / "out"), *TINY])
     assert not (tmp_path / "out").exists()
 

@@ -92,37 +92,37 @@ def test_words_are_shuffled_whole(parts):
     windows = torch.tensor([[0, 1, 1, 2, 3, 1], [1, 0, 2, 1, 3, 3]])
     seen = set()
     for seed in range(60):
-        one, other = parts.text.with_shuffled_words(
+        item, other = parts.text.with_shuffled_words(
             windows, starts, torch.Generator().manual_seed(seed)
         ).tolist()
         assert (
-            "".join(map(str, sorted(one))) == "011123"
-            and "011" in "".join(map(str, one))
-            and "31" in "".join(map(str, one))
+            "".join(map(str, sorted(item))) == "011123"
+            and "011" in "".join(map(str, item))
+            and "31" in "".join(map(str, item))
         )
         assert sorted(other) == [0, 1, 1, 2, 3, 3] and "21" in "".join(map(str, other))
-        seen.add(tuple(one))
+        seen.add(tuple(item))
     assert len(seen) == 6  # all orders of three words
 
 
 def test_spoiled_and_shortened_text(parts, data):
     Recipe, windows_of = parts.recipes.Recipe, parts.text.windows_of
-    whole = windows_of(Recipe("a", "b"), data, 1_000_000)
+    full = windows_of(Recipe("a", "b"), data, 1_000_000)
     tokens = np.load(data / "tokens.npz")["tokens"]
-    assert whole.shape == (len(tokens) // 128, 128)
+    assert full.shape == (len(tokens) // 128, 128)
     half, fewer = (
         windows_of(Recipe("a", "b", text=share), data, 1_000_000) for share in (0.5, 0.25)
     )
-    assert torch.equal(half, whole[: len(half)]) and torch.equal(fewer, half[: len(fewer)])
+    assert torch.equal(half, full[: len(half)]) and torch.equal(fewer, half[: len(fewer)])
     assert torch.equal(
-        windows_of(Recipe("a", "b", text=0.5), data, 4), whole[:2]
+        windows_of(Recipe("a", "b", text=0.5), data, 4), full[:2]
     )  # of what there is time for
     noisy = windows_of(Recipe("a", "b", noise=0.5), data, 1_000_000)
-    assert (noisy != whole).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (noisy != full).double().mean().item() == pytest.approx(0.5, abs=0.05)
     shuffled = windows_of(Recipe("a", "b", shuffled=1.0), data, 1_000_000)
-    assert torch.equal(shuffled.sort(dim=1).values, whole.sort(dim=1).values) and not torch.equal(
-        shuffled, whole
-    )
+    assert torch.equal(
+        shuffled.sort(dim=1).values, full.sort(dim=1).values
+    ) and not torch.equal(shuffled, full)
 
 
 def test_kept_out_documents_are_whole_sentences(parts):
@@ -288,7 +288,7 @@ def test_findings_of_records_whose_truth_is_known(records, monkeypatch, capsys):
     import zoo_findings
 
     zoo_findings.main([str(records), "--out", str(records / "out")])
-    members, found, seeds, along = (
+    members, actual, seeds, along = (
         pd.read_csv(records / "out" / f"{name}.csv")
         for name in ("members", "predictors", "seeds", "along_training")
     )
@@ -297,12 +297,12 @@ def test_findings_of_records_whose_truth_is_known(records, monkeypatch, capsys):
         and set(members["step"]) == {16}
         and (records / "out" / "along.png").exists()
     )
-    found = found[found["predictor"] == "coupling@10"].set_index(["score", "members", "given"])
+    actual = actual[actual["predictor"] == "coupling@10"].set_index(["score", "members", "given"])
     for given in ("nothing", "size", "loss"):
-        assert found.loc[("blimp", "all", given), "r"] == pytest.approx(1)
-    assert found.loc[("blimp", "all", "nothing"), "r2_left_out_family_with"] == pytest.approx(1)
-    assert abs(found.loc[("kept_out", "all", "nothing"), "r"]) < 0.7
-    assert found.loc[("blimp", "unspoiled", "nothing"), "n"] == 9
+        assert actual.loc[("blimp", "all", given), "r"] == pytest.approx(1)
+    assert actual.loc[("blimp", "all", "nothing"), "r2_left_out_family_with"] == pytest.approx(1)
+    assert abs(actual.loc[("kept_out", "all", "nothing"), "r"]) < 0.7
+    assert actual.loc[("blimp", "unspoiled", "nothing"), "n"] == 9
     same = seeds.set_index(["task", "number"]).loc[("blimp", "coupling@10")]
     assert same["n_seeds"] == 3 and same["seeds"] == pytest.approx(0.08) and 0 < same["n_zoo"] == 12
     levels = along[(along["score"] == "blimp") & (along["of"] == "levels")]

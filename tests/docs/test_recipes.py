@@ -48,9 +48,9 @@ def test_in_r(saved):
     ).returncode:
         pytest.skip("R has no package arrow here")
     code = f"FILE <- '{file}'\n{recipe('R')}cat(dim(m), sprintf('%.9g', aperm(m, c(2, 1, 3))))"
-    told = subprocess.run(
+    output = subprocess.run(
         ["Rscript", "-e", code], capture_output=True, text=True, check=True
     ).stdout.split()
     ranks, layers, _ = expected.shape
-    assert list(map(int, told[:3])) == [layers, layers, ranks]
-    np.testing.assert_array_equal(np.float32(told[3:]).reshape(expected.shape), expected)
+    assert list(map(int, output[:3])) == [layers, layers, ranks]
+    np.testing.assert_array_equal(np.float32(output[3:]).reshape(expected.shape), expected)

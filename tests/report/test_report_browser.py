@@ -146,11 +146,11 @@ class TestInABrowser:
 
     def test_the_heat_map_is_the_mean_matrix(self, opened, gathered):
         open_row(opened, "tiny", "arc")
-        found = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
+        actual = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
         table = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]
         expected = packed(table["mean"]["10"], 4)
         np.fill_diagonal(expected, np.nan)
-        np.testing.assert_allclose(found, 1 - expected, atol=1e-9)
+        np.testing.assert_allclose(actual, 1 - expected, atol=1e-9)
         chance = math.sqrt(1 - 1 / 10)
         assert f"chance {1 - chance:.3f}" in opened.text("#heat")
         assert opened.text("#heat-caption").startswith("Coupling of every pair of layers")
@@ -166,13 +166,13 @@ class TestInABrowser:
         ]
         opened.click("#miscoupling")
         opened.until("document.querySelector('#heat-caption').textContent.startsWith('Misc')")
-        found = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
-        np.testing.assert_allclose(found, expected, atol=1e-9)
+        actual = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
+        np.testing.assert_allclose(actual, expected, atol=1e-9)
         assert f"chance {chance:.3f}" in opened.text("#heat")
 
     def test_a_groups_heat_map_pools_its_tasks(self, opened):
         open_row(opened, "tiny", "both")
-        found = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
+        actual = np.array(opened.run("document.querySelector('#heat').data[0].z"), dtype=float)
         documents = [
             np.mean(
                 [r["normalized_miscoupling"][0] for r in RECORDS["arc"][2 * i : 2 * i + 2]], axis=0
@@ -183,7 +183,7 @@ class TestInABrowser:
             r["normalized_miscoupling"][0] for r in RECORDS["gsm"]
         ]
         off = ~np.eye(4, dtype=bool)
-        np.testing.assert_allclose(found[off], 1 - np.mean(documents, axis=0)[off], atol=1e-4)
+        np.testing.assert_allclose(actual[off], 1 - np.mean(documents, axis=0)[off], atol=1e-4)
 
     def test_models_are_compared_layer_by_layer(self, opened):
         open_row(opened, "tiny", "arc")
@@ -229,11 +229,11 @@ class TestInABrowser:
             and "✓ right" in shown
             and "-2.50" in shown
         )
-        found = np.array(
+        actual = np.array(
             opened.run("document.querySelector('#document-heat').data[0].z"), dtype=float
         )
         np.testing.assert_allclose(
-            found[off], 1 - expected["normalized_miscoupling"][0][off], atol=6e-5
+            actual[off], 1 - expected["normalized_miscoupling"][0][off], atol=6e-5
         )
         set_value(opened, "#answer", "right")
         assert column(opened, "document-list", "Document") == ["1", "1, prompt 2"]
@@ -294,10 +294,10 @@ class TestInABrowser:
         opened.click("#tab-documents")
         opened.click("#document-list tbody tr:nth-child(2) button")
         opened.until("document.querySelector('#document h2')")
-        told = opened.run("location.hash")
+        link = opened.run("location.hash")
         with browser.Browser() as other:
             other.open(report)
-            other.run(f"location.hash = {json.dumps(told)}")
+            other.run(f"location.hash = {json.dumps(link)}")
             other.until("document.querySelector('#document h2')")
             assert (
                 other.text("#document h2") == "gsm, document 1"

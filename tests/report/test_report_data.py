@@ -24,16 +24,16 @@ class TestNumbers:
             )
             assert row["scores"]["f1,strict"] == [0.4, None]
             assert set(row["coupling"]) == (set() if row["model"] == "org/plain" else {"10", "30"})
-            for rank, found in row["coupling"].items():
-                assert found["mean"] == pytest.approx(expected[f"coupling@{rank}"], rel=1e-5)
-                assert found["stderr"] == pytest.approx(
+            for rank, actual in row["coupling"].items():
+                assert actual["mean"] == pytest.approx(expected[f"coupling@{rank}"], rel=1e-5)
+                assert actual["stderr"] == pytest.approx(
                     expected[f"coupling_stderr@{rank}"], rel=1e-5
                 )
-                assert found["chance"] == pytest.approx(1 - CHANCE[int(rank)], rel=1e-5)
-                assert found["excess"] == pytest.approx(
+                assert actual["chance"] == pytest.approx(1 - CHANCE[int(rank)], rel=1e-5)
+                assert actual["excess"] == pytest.approx(
                     expected[f"coupling_excess@{rank}"], rel=1e-5
                 )
-                assert found["n"] == expected[f"coupling_n@{rank}"]
+                assert actual["n"] == expected[f"coupling_n@{rank}"]
             assert [row["measured"], row["n_samples"]] == [
                 expected["measured"],
                 expected["n_samples"],
@@ -59,35 +59,35 @@ class TestNumbers:
     @pytest.mark.parametrize("rank", [10, 30])
     def test_the_mean_matrix_is_the_mean_over_documents(self, saved, gathered, rank):
         table = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]
-        found = packed(table["mean"][str(rank)], 4)
+        actual = packed(table["mean"][str(rank)], 4)
         at = (10, 30).index(rank)
         documents = [
             np.mean([record("arc", i, p)["normalized_miscoupling"][at] for p in range(2)], axis=0)
             for i in range(3)
         ]
         documents.append(record("arc", 5)["normalized_miscoupling"][at])
-        np.testing.assert_allclose(found, np.mean(documents, axis=0), atol=6e-5)
+        np.testing.assert_allclose(actual, np.mean(documents, axis=0), atol=6e-5)
         (own,) = [t for _, t in find_runs(saved / "org__tiny").newest_tables() if t.task == "arc"]
         mean, _, n = mean_and_error(document_values(prompt_values(own))[f"coupling@{rank}"])
         assert table["measured"] == n == 4
-        assert 1 - found[~np.eye(4, dtype=bool)].mean() == pytest.approx(mean, abs=1e-4)
+        assert 1 - actual[~np.eye(4, dtype=bool)].mean() == pytest.approx(mean, abs=1e-4)
 
     def test_documents(self, gathered):
         table = gathered["tables"][row_of(gathered, "org/tiny", "arc")["tables"][0]]
-        assert [(one["id"], one["prompt"]) for one in table["documents"]][:3] == [
+        assert [(item["id"], item["prompt"]) for item in table["documents"]][:3] == [
             (0, 0),
             (0, 1),
             (1, 0),
         ]
-        one, expected = table["documents"][3], record("arc", 1, 1)
+        item, expected = table["documents"][3], record("arc", 1, 1)
         off = ~np.eye(4, dtype=bool)
         np.testing.assert_allclose(
-            packed(one["matrix"], 4), expected["normalized_miscoupling"][0], atol=6e-5
+            packed(item["matrix"], 4), expected["normalized_miscoupling"][0], atol=6e-5
         )
         for at, rank in enumerate(("10", "30")):
-            wanted = 1 - expected["normalized_miscoupling"][at][off].mean(dtype=float)
-            assert one["coupling"][rank] == pytest.approx(wanted, rel=1e-5)
-        np.testing.assert_allclose(one["norms"], expected["norms"], rtol=1e-5)
+            target = 1 - expected["normalized_miscoupling"][at][off].mean(dtype=float)
+            assert item["coupling"][rank] == pytest.approx(target, rel=1e-5)
+        np.testing.assert_allclose(item["norms"], expected["norms"], rtol=1e-5)
         failed = table["documents"][-1]
         assert (
             failed["reason"] == "out of <b>memory</b>"
@@ -102,9 +102,9 @@ class TestNumbers:
             row["normalized_miscoupling"][0, 2, 3] = np.nan
         save(tmp_path, {"arc": task_summary()}, rows=rows)
         (table,) = gather(tmp_path)["tables"]
-        found = packed(table["mean"]["10"], 4)
-        assert found[1, 2] == pytest.approx(rows[1]["normalized_miscoupling"][0, 1, 2], abs=6e-5)
-        assert np.isnan(found[2, 3]) and np.isnan(found).sum() == 1
+        actual = packed(table["mean"]["10"], 4)
+        assert actual[1, 2] == pytest.approx(rows[1]["normalized_miscoupling"][0, 1, 2], abs=6e-5)
+        assert np.isnan(actual[2, 3]) and np.isnan(actual).sum() == 1
 
     def test_packing_keeps_four_digits(self):
         matrix = np.array([[0, 1], [np.nan, 0.12344]], dtype=np.float32)
@@ -115,12 +115,11 @@ class TestLimits:
     def test_documents_are_capped_and_the_mean_is_not(self, saved, gathered):
         capped = gather(saved, documents=2)
         assert capped["limit"] == 2
-        for table, whole in zip(capped["tables"], gathered["tables"], strict=True):
+        for table, full in zip(capped["tables"], gathered["tables"], strict=True):
             assert (
-                len(table["documents"]) == min(2, whole["total"])
-                and table["total"] == whole["total"]
+                len(table["documents"]) == min(2, full["total"]) and table["total"] == full["total"]
             )
-            assert table["mean"] == whole["mean"] and table["norms"] == whole["norms"]
+            assert table["mean"] == full["mean"] and table["norms"] == full["norms"]
         assert gather(saved, documents=0)["tables"][0]["documents"] == []
 
     def test_many_tables_share_the_page(self):
@@ -134,11 +133,11 @@ class TestLimits:
             {"arc": task_summary()},
             rows=[record() | {"text": "a" * 5000 + "the question"}],
         )
-        (one,) = gather(tmp_path)["tables"][0]["documents"]
+        (item,) = gather(tmp_path)["tables"][0]["documents"]
         assert (
-            one["text"].endswith("athe question")
-            and len(one["text"]) == 4000
-            and one["cut"] == 1012
+            item["text"].endswith("athe question")
+            and len(item["text"]) == 4000
+            and item["cut"] == 1012
         )
 
     def test_a_full_page_stays_small(self, tmp_path):

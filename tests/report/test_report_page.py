@@ -31,10 +31,10 @@ class TestPage:
         assert "url(" not in style and "@import" not in style
 
     def test_the_policy_forbids_loads_and_foreign_scripts(self, html):
-        found = Tags(html)
+        actual = Tags(html)
         (policy,) = [
             a["content"]
-            for tag, a in found.tags
+            for tag, a in actual.tags
             if a.get("http-equiv") == "Content-Security-Policy"
         ]
         assert (
@@ -43,8 +43,8 @@ class TestPage:
             and "http" not in policy
         )
         scripts = [
-            found.content[i + 1]
-            for i, (tag, a) in enumerate(found.tags)
+            actual.content[i + 1]
+            for i, (tag, a) in enumerate(actual.tags)
             if tag == "script" and "type" not in a
         ]
         hashes = [
@@ -54,13 +54,13 @@ class TestPage:
         assert len(hashes) == 2 and f"script-src {' '.join(hashes)};" in policy
 
     def test_texts_are_data_and_nothing_else(self, html, gathered):
-        found = Tags(html)
-        (number,) = [i + 1 for i, (tag, a) in enumerate(found.tags) if a.get("id") == "data"]
-        assert json.loads(found.content[number]) == json.loads(json.dumps(gathered))
-        assert [tag for tag, _ in found.tags].count("script") == 3 and "img" not in [
-            tag for tag, _ in found.tags
+        actual = Tags(html)
+        (number,) = [i + 1 for i, (tag, a) in enumerate(actual.tags) if a.get("id") == "data"]
+        assert json.loads(actual.content[number]) == json.loads(json.dumps(gathered))
+        assert [tag for tag, _ in actual.tags].count("script") == 3 and "img" not in [
+            tag for tag, _ in actual.tags
         ]
-        texts = [one["text"] for table in gathered["tables"] for one in table["documents"]]
+        texts = [item["text"] for table in gathered["tables"] for item in table["documents"]]
         assert NASTY in texts
         assert NASTY not in html and "</script><script>window" not in html
 

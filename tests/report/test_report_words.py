@@ -42,10 +42,10 @@ def write(file, rows):
 def with_words(data):
     """Task, document and prompt of what has words."""
     return [
-        (table["task"], one["id"], one["prompt"])
+        (table["task"], item["id"], item["prompt"])
         for table in data["tables"]
-        for one in table["documents"]
-        if "words" in one
+        for item in table["documents"]
+        if "words" in item
     ]
 
 
@@ -61,11 +61,11 @@ class TestJoin:
         shown = data["tables"][row_of(data, "org/tiny", "arc")["tables"][0]]["documents"][6][
             "words"
         ]
-        assert [(one["layer"], one["k"]) for one in shown] == [
+        assert [(item["layer"], item["k"]) for item in shown] == [
             (layer, k) for layer in (1, 2) for k in (1, 2, 3)
         ]
-        assert [one["sigma"] for one in shown] == pytest.approx(
-            [SIGMAS[one["layer"], one["k"]] for one in shown], rel=1e-5
+        assert [item["sigma"] for item in shown] == pytest.approx(
+            [SIGMAS[item["layer"], item["k"]] for item in shown], rel=1e-5
         )
         assert shown[1]["words"].startswith("' +12'") and shown[1]["opposite"].startswith("' -12'")
         assert with_words(gather(saved)) == []
@@ -96,13 +96,13 @@ class TestJoin:
 
     def test_one_side_and_the_same_lines_twice(self, tmp_path):
         rows = [row for row in rows_of(record()) if row["sign"] == "-"]
-        told = read_words(write(tmp_path / "words.csv", rows * 2)).of("f" * 64, record())
-        assert len(told) == len(SIGMAS) and {one["words"] for one in told} == {None}
+        output = read_words(write(tmp_path / "words.csv", rows * 2)).of("f" * 64, record())
+        assert len(output) == len(SIGMAS) and {item["words"] for item in output} == {None}
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        "change, told",
+        "change, output",
         [
             (lambda rows: rows.drop(columns="tokens_hash"), "without the column tokens_hash"),
             (
@@ -121,9 +121,9 @@ class TestRefusals:
             (lambda rows: rows.assign(k=1), "layer 1, direction 1 of document d5 more than once"),
         ],
     )
-    def test_files_of_another_kind(self, file, change, told):
+    def test_files_of_another_kind(self, file, change, output):
         change(pd.read_csv(file)).to_csv(file, index=False)
-        with pytest.raises(CouplingError, match=told):
+        with pytest.raises(CouplingError, match=output):
             read_words(file)
 
     @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b'a\n1,2\n"'])

@@ -117,14 +117,14 @@ def test_matrix_of_a_document(run, miscoupling):
     text = printed(run, "gsm", 1, miscoupling=miscoupling)
     assert "Question 1: why is the sky blue?" in text and "token 5 of 5" in text
     cells = [line for line in text.splitlines() if re.fullmatch(r" *\d+( +[\d·]+){30} *", line)]
-    found = [line.split() for line in cells]
+    actual = [line.split() for line in cells]
     expected = record("gsm", doc_id=1, layers=30)["normalized_miscoupling"][0].astype(float)
     expected = np.floor((expected if miscoupling else 1 - expected) * 100)
-    for i, row in enumerate(found):
+    for i, row in enumerate(actual):
         assert row[0] == str(i + 1) and row[i + 1] == "·"
         others = [j for j in range(30) if j != i]
         assert [int(row[j + 1]) for j in others] == expected[i, others].tolist()
-    assert len(found) == 30
+    assert len(actual) == 30
 
 
 def test_prompts_are_counted_from_one_as_on_the_page(run):
@@ -218,11 +218,11 @@ def test_unknown_tasks_and_documents_name_what_there_is(run):
 
 
 def test_coupling_is_that_of_the_measurement(run):
-    one = load_records(run).query("task == 'gsm'").iloc[[0]]
+    item = load_records(run).query("task == 'gsm'").iloc[[0]]
     (table,) = [table for _, table in find_runs(run).newest_tables() if table.task == "gsm"]
     mean, error, n = mean_and_error(document_values(prompt_values(table).iloc[[0]])["coupling@30"])
     assert n == 1 and np.isnan(error)
-    assert mean == pytest.approx(readings()["coupling"].read(one.iloc[0], 30), abs=1e-6)
+    assert mean == pytest.approx(readings()["coupling"].read(item.iloc[0], 30), abs=1e-6)
 
 
 def test_nothing_heavy_is_imported():
@@ -367,8 +367,8 @@ def test_what_is_compared_is_the_first_folder_given_in_every_task(tmp_path):
             compare=True,
             form="csv",
         )
-        found = pd.read_csv(io.StringIO(out.getvalue()))
-        return {(row.label, row.base, row.task) for row in found.itertuples()}
+        actual = pd.read_csv(io.StringIO(out.getvalue()))
+        return {(row.label, row.base, row.task) for row in actual.itertuples()}
 
     zero, five, other = "org/tiny (0-shot)", "org/tiny (5-shot)", "org/other (5-shot)"
     assert compared("b", "a") == {(five, zero, "arc")} and compared("a", "b") == {
