@@ -19,7 +19,7 @@ from lm_eval_coupling.figures.canvas import (
     set_title,
 )
 from lm_eval_coupling.figures.palette import SCALE, UNDEFINED
-from lm_eval_coupling.measures.formulas.headline import chance_coupling, chance_level
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.safe_text import for_picture
 
 
@@ -29,7 +29,6 @@ def token_heatmaps(
     tokens: Mapping[str, Sequence[int]],
     rank: int,
     title: str | None = None,
-    miscoupling: bool = False,
     note: str | None = None,
 ) -> Figure:
     """Draw coupling, 1 − m̃, token by token, panels on one color scale (paper, figs. 18–23).
@@ -42,7 +41,6 @@ def token_heatmaps(
         tokens: each panel's token positions in the prompt.
         rank: number K of singular vectors.
         title: stands above all panels.
-        miscoupling: draw m̃ itself.
         note: a sentence below the title.
 
     Returns:
@@ -51,14 +49,14 @@ def token_heatmaps(
     Raises:
         CouplingError: if there is no panel, or none with a number.
     """
-    matrices = {name: m if miscoupling else 1 - m for name, m in panels.items()}
+    matrices = {name: 1 - matrix for name, matrix in panels.items()}
     finite = {name: matrix[np.isfinite(matrix)] for name, matrix in matrices.items()}
     drawn = {name: matrices[name] for name, values in finite.items() if len(values)}
     if not drawn:
         raise CouplingError(
             "got no pair of tokens with a number, expected at least one token-by-token matrix"
         )
-    chance = chance_level(rank) if miscoupling else chance_coupling(rank)
+    chance = chance_coupling(rank)
     values = np.concatenate([*finite.values(), [chance]])
     figure, axes = make_grid(len(drawn), width=3.1, height=3.3, columns=4, title=title)
     empty = [f"{name}: all undefined, not drawn" for name in panels if name not in drawn]
@@ -75,8 +73,7 @@ def token_heatmaps(
         ax.set_yticks(range(len(matrix)), names, fontsize="x-small")
         ax.set_ylabel("Jacobian at token", fontsize="small")
         ax.set_xlabel("singular vectors at token", fontsize="small")
-    label = "normalized miscoupling" if miscoupling else "coupling"
-    draw_color_bar(figure, image, axes, f"{label}, K = {rank}", chance)
+    draw_color_bar(figure, image, axes, f"coupling, K = {rank}", chance)
     return figure
 
 

@@ -29,6 +29,8 @@ function shownRows() {
   );
 }
 
+const MOST_NAMES = 12; // points with a name; more names are shown on hover only
+const MOST_SERIES = 20; // entries of a legend
 const NARROW = ["Model", "Task", "Coupling", "Score"]; // columns that 390 pixels have room for
 /** Return every column; `shown` marks those that 1,300 pixels have room for. */
 function overviewColumns() {
@@ -144,8 +146,9 @@ function renderScatter(shown) {
   const across = span(parts(axisOf, 0), parts(axisOf, 1), [chance]);
   const up = span(parts(of, 0), parts(of, 1));
   const room = [(at("scatter").clientWidth || 600) - 75, 300]; // pixels within the axes
+  const named = points.length <= MOST_NAMES;
   const places = labelPlaces(
-    points.map((row) => ({
+    (named ? points : []).map((row) => ({
       x: ((axisOf(row)[0] - across[0]) / (across[1] - across[0])) * room[0],
       y: ((up[1] - of(row)[0]) / (up[1] - up[0])) * room[1],
       right: ((axisOf(row)[1] ?? 0) / (across[1] - across[0])) * room[0],
@@ -154,21 +157,20 @@ function renderScatter(shown) {
     })),
     room[0],
   );
-  const tasks = [...new Set(points.map((row) => row.task))];
-  const traces = tasks.map((task, i) => {
-    const members = points.filter((row) => row.task === task);
+  const place = new Map(points.map((row, i) => [row, places[i]]));
+  const traces = [...seriesOf(points)].map(([series, members], i) => {
     const bar = (values) => ({ type: "data", array: values.map((value) => value ?? 0), thickness: 1, width: 3 });
     return {
       type: "scatter",
-      mode: points.length <= 12 ? "markers+text" : "markers", // more names are shown on hover only
-      name: plain(task),
+      mode: named ? "markers+text" : "markers",
+      name: plain(series),
       customdata: members.map((row) => row.number),
       x: members.map((row) => axisOf(row)[0]),
       y: members.map((row) => of(row)[0]),
       error_x: bar(members.map((row) => axisOf(row)[1])),
       error_y: bar(members.map((row) => of(row)[1])),
-      text: members.map((row) => (places[points.indexOf(row)] ? plain(row.label) : "")),
-      textposition: members.map((row) => places[points.indexOf(row)] ?? "top right"),
+      text: members.map((row) => (place.get(row) ? plain(row.label) : "")),
+      textposition: members.map((row) => place.get(row) ?? "top right"),
       textfont: { size: 11 },
       cliponaxis: false,
       hoverinfo: "text",
@@ -202,6 +204,19 @@ function renderScatter(shown) {
       if (number !== undefined) openRow(number);
     });
   });
+}
+
+/** Group points by task, or, where there are many tasks, by model, or not at all. */
+function seriesOf(points) {
+  const keys = [(row) => row.task, (row) => row.label, () => "all models and tasks"];
+  for (const key of keys) {
+    const series = new Map();
+    for (const row of points) {
+      if (!series.has(key(row))) series.set(key(row), []);
+      series.get(key(row)).push(row);
+    }
+    if (series.size <= MOST_SERIES) return series;
+  }
 }
 
 /** Return the ends of an axis that shows all values with their bars and some margin. */
