@@ -23,9 +23,14 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import add_legend, label_y_axis, make_grid, set_title
+from lm_eval_coupling.figures.canvas import (
+    add_legend,
+    label_y_axis,
+    make_grid,
+    picture_name,
+    set_title,
+)
 from lm_eval_coupling.figures.palette import assign_colors
-from lm_eval_coupling.safe_text import for_picture
 from lm_eval_coupling.statistics import correlation
 
 NUMBERS = (
@@ -167,7 +172,7 @@ def score_panels(means: pd.DataFrame, scores: pd.DataFrame, rank: int) -> Figure
                 yerr=row.stderr_score,
                 fmt="o",
                 color=colors[row.model],
-                label=for_picture(row.model),
+                label=picture_name(row.model),
                 markersize=4,
             )
         set_title(ax, task)

@@ -22,11 +22,11 @@ from lm_eval_coupling.figures.canvas import (
     label_y_axis,
     layer_ticks,
     make_grid,
+    picture_name,
     set_title,
     split_panels,
 )
 from lm_eval_coupling.figures.palette import assign_colors
-from lm_eval_coupling.safe_text import for_picture
 
 _MOST_MARKERS = 12  # points of a curve
 
@@ -143,7 +143,7 @@ def quartile_bars(rows: pd.DataFrame, *, columns: int = 2, title: str | None = N
             )
         _finish(ax, of)
         ticks = [
-            f"{for_picture(line)}\n{_describe_sizes(of[of['line'] == line])}" for line in lines
+            f"{picture_name(line, 24)}\n{_describe_sizes(of[of['line'] == line])}" for line in lines
         ]
         ax.set_xticks(range(len(lines)), ticks, fontsize="x-small")
         ax.tick_params(axis="x", labelrotation=30 if len(lines) > 3 else 0)
@@ -199,7 +199,7 @@ def legend_names(rows: pd.DataFrame) -> dict[tuple[str, str], str]:
     names = {}
     for (line, weights), of in rows.groupby(["line", "weights"], sort=False):
         suffix = f", {weights}" if has_both or weights == "untrained" else ""
-        names[line, weights] = for_picture(f"{line}{suffix} ({_describe_sizes(of)})")
+        names[line, weights] = f"{picture_name(line)}{suffix} ({_describe_sizes(of)})"
     return names
 
 

@@ -20,7 +20,6 @@ from lm_eval_coupling.figures.canvas import (
 )
 from lm_eval_coupling.figures.palette import SCALE, UNDEFINED
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.safe_text import for_picture
 
 
 def token_heatmaps(
@@ -120,7 +119,7 @@ def coupling_matrices(
     figure.supxlabel(f"singular vectors ({chance})", fontsize="small")
     figure.colorbar(image, ax=axes, shrink=0.7, label="|A|, largest entry of each = 1")
     if title:
-        figure.suptitle(for_picture(title), fontsize="medium")
+        add_caption(figure, [title])
     return figure
 
 

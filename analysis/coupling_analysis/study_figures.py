@@ -17,11 +17,11 @@ from lm_eval_coupling.figures.canvas import (
     label_y_axis,
     layer_ticks,
     make_grid,
+    picture_name,
     set_title,
     split_panels,
 )
 from lm_eval_coupling.figures.palette import assign_colors
-from lm_eval_coupling.safe_text import for_picture
 
 
 def document_scatter(
@@ -70,12 +70,12 @@ def document_scatter(
                 linewidth=1,
                 markeredgecolor="black",
                 markeredgewidth=0.4,
-                label=for_picture(f"{line}: {_describe_correlation(outcome)}"),
+                label=f"{picture_name(line, 40)}: {_describe_correlation(outcome)}",
             )
         for chance in of_panel["chance"].dropna().unique():
             draw_chance_line(ax, chance)
         label_y_axis(ax, panel)
-        ax.set_xlabel(for_picture(x_label), fontsize="small")
+        ax.set_xlabel(picture_name(x_label), fontsize="small")
         ax.tick_params(labelsize="small")
         # Each panel has its own correlations, hence its own legend, below it.
         ax.legend(fontsize="xx-small", frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
@@ -122,20 +122,20 @@ def paired_differences(
             style: dict[str, Any] = {"color": colors[line]}
             if weights == "untrained":
                 style = {"facecolors": "none", "edgecolors": colors[line]}
-            higher = (points["second"] > points["first"]).mean()
+            higher = f"{(points['second'] > points['first']).mean():.0%} higher"
             ax.scatter(
                 points["first"],
                 points["second"],
                 s=9,
                 linewidths=0.6,
                 alpha=0.7,
-                label=for_picture(f"{line}, {weights} (n = {len(points)}, {higher:.0%} higher)"),
+                label=f"{picture_name(line, 40)}, {weights} (n = {len(points)}, {higher})",
                 **style,
             )
         _draw_diagonal(ax, chance.get(panel))
         set_title(ax, panel)
-        ax.set_xlabel(for_picture(names[0]), fontsize="small")
-        ax.set_ylabel(for_picture(names[1]), fontsize="small")
+        ax.set_xlabel(picture_name(names[0]), fontsize="small")
+        ax.set_ylabel(picture_name(names[1]), fontsize="small")
         ax.tick_params(labelsize="small")
         ax.legend(fontsize="xx-small", frameon=False)
     if len(by_layer):
@@ -156,7 +156,7 @@ def _draw_differences(ax: Axes, rows: pd.DataFrame, colors: Mapping[Any, str]) -
     for (line, weights), of in rows.groupby(["line", "weights"], sort=False):
         of = of.sort_values("depth")
         color, style = colors[line], "--" if weights == "untrained" else "-"
-        label = for_picture(f"{line}, {weights} (n = {of['n'].max()})")
+        label = f"{picture_name(line, 40)}, {weights} (n = {of['n'].max()})"
         ax.plot(of["depth"], of["difference"], style, color=color, linewidth=1.2, label=label)
         ax.fill_between(of["depth"], of["low"], of["high"], color=color, alpha=0.18, linewidth=0)
     ax.axhline(0, color="0.5", linewidth=0.8)

@@ -1,6 +1,6 @@
 """Parts that all pictures share: grids, captions, the chance line, legends, color bars.
 
-Texts that may hold names of models or tasks go through :func:`for_picture`, here or by the caller.
+Texts that may hold names of models or tasks are escaped, here or by :func:`picture_name`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.safe_text import for_picture
+from lm_eval_coupling.safe_text import for_picture, one_line
 
 DPI = 200
 _LETTERS_PER_INCH = 11  # of a title
 _LEGEND_ROWS, _LEGEND_ROW = 4, 0.17  # rows that a figure has room for; inches of each further row
 _TICKS = 8
+_NAME_LETTERS = 80
 
 
 def make_grid(
@@ -42,7 +43,7 @@ def make_grid(
     for ax in axes[panels:]:
         ax.remove()
     if title:
-        figure.suptitle(for_picture(title), fontsize="medium")
+        add_caption(figure, [title])
     return figure, axes[:panels]
 
 
@@ -66,10 +67,19 @@ def split_panels(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str],
     return drawn, [f"{name}: undefined in all documents, not drawn" for name in empty]
 
 
+def picture_name(name: object, width: int = 2 * _NAME_LETTERS) -> str:
+    """Escape a name for a legend or label, cut the middle of a very long one, and wrap it."""
+    text = one_line(name)
+    if len(text) > _NAME_LETTERS:
+        text = f"{text[: _NAME_LETTERS // 2]}…{text[-_NAME_LETTERS // 2 :]}"
+    return "\n".join(map(for_picture, textwrap.wrap(text, width)))
+
+
 def add_caption(figure: Figure, sentences: Sequence[str]) -> None:
-    """Add sentences below the title, wrapped to the width of the figure."""
+    """Add sentences below the title (or as the title), wrapped to the width of the figure."""
     width = int(figure.get_figwidth() * _LETTERS_PER_INCH)
-    lines = [line for text in sentences for line in textwrap.wrap(for_picture(text), width)]
+    wrapped = [line for text in sentences for line in textwrap.wrap(one_line(text), width)]
+    lines = list(map(for_picture, wrapped))
     if lines:
         figure.suptitle("\n".join(filter(None, [figure.get_suptitle(), *lines])), fontsize="medium")
 
@@ -102,12 +112,12 @@ def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def label_y_axis(ax: Axes, text: str) -> None:
     """Label the y axis, in several lines where one would be longer than a panel is high."""
-    ax.set_ylabel(textwrap.fill(for_picture(text), 36), fontsize="small")
+    ax.set_ylabel(picture_name(text, 36), fontsize="small")
 
 
 def set_title(ax: Axes, name: str, *lines: str) -> None:
     """Put a name above a panel, with further lines below it."""
-    ax.set_title("\n".join(map(for_picture, [name, *lines])), fontsize="small")
+    ax.set_title("\n".join(picture_name(line, 44) for line in (name, *lines)), fontsize="small")
 
 
 def layer_ticks(layers: int) -> list[int]:

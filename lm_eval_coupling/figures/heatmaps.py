@@ -15,10 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import DPI, draw_color_bar, layer_ticks
+from lm_eval_coupling.figures.canvas import (
+    DPI,
+    add_caption,
+    draw_color_bar,
+    layer_ticks,
+    picture_name,
+)
 from lm_eval_coupling.figures.palette import SCALE
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.safe_text import for_picture
 
 
 def layer_heatmaps(
@@ -57,12 +62,12 @@ def layer_heatmaps(
     axes = list(figure.subplots(1, len(drawn), squeeze=False)[0])
     for ax, (name, matrix) in zip(axes, drawn.items(), strict=True):
         image = _draw_layers(ax, matrix, low, high)
-        ax.set_title(f"{for_picture(name)}\nmean {matrix.mean():.3f}", fontsize="medium")
+        ax.set_title(f"{picture_name(name, 36)}\nmean {matrix.mean():.3f}", fontsize="medium")
     axes[0].set_ylabel("Jacobian of layer")
     label = "normalized miscoupling" if miscoupling else "coupling"
     draw_color_bar(figure, image, axes, f"{label}, K = {rank}", chance)
     if title:
-        figure.suptitle(for_picture(title))
+        add_caption(figure, [title])
     return figure
 
 

@@ -13,10 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from lm_eval_coupling.figures.canvas import add_legend, draw_chance_line, make_grid, set_title
+from lm_eval_coupling.figures.canvas import (
+    add_legend,
+    draw_chance_line,
+    make_grid,
+    picture_name,
+    set_title,
+)
 from lm_eval_coupling.figures.palette import CATEGORIES, assign_colors
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
-from lm_eval_coupling.safe_text import for_picture
 from lm_eval_coupling.statistics import Fit
 
 _JOINED: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1}
@@ -64,15 +69,15 @@ def score_scatter(
             color=colors[family],
             elinewidth=0.8,
             markersize=4,
-            label=for_picture(family),
+            label=picture_name(family),
         )
     for fit, style in zip(fits, ("-", "--", ":", "-."), strict=False):
         _draw_fit(ax, fit, points["x"], style)
     _draw_chance(ax, x_label)
     if len(points) <= _MOST_NAMES:
         _name_points(ax, points)
-    ax.set_xlabel(for_picture(x_label))
-    ax.set_ylabel(for_picture(y_label))
+    ax.set_xlabel(picture_name(x_label))
+    ax.set_ylabel(picture_name(y_label))
     add_legend(figure, [ax])
     return figure
 
@@ -117,7 +122,7 @@ def _name_points(ax: Axes, points: pd.DataFrame) -> None:
         across, up, side = (free or places)[0]
         placed.append((x + across / 50, y + up / 250))
         ax.annotate(
-            for_picture(row.label),
+            picture_name(row.label),
             (row.x, row.y),
             (across, up),
             textcoords="offset points",
@@ -157,12 +162,12 @@ def intervals(
             color=colors[kind],
             elinewidth=1,
             markersize=4,
-            label=for_picture(kind),
+            label=picture_name(kind),
         )
     ax.axvline(chance, color="0.4", linewidth=0.8, linestyle="--")
-    ax.set_yticks(range(len(rows)), rows["label"].map(for_picture), fontsize="x-small")
+    ax.set_yticks(range(len(rows)), rows["label"].map(picture_name), fontsize="x-small")
     ax.invert_yaxis()
-    ax.set_xlabel(for_picture(x_label))
+    ax.set_xlabel(picture_name(x_label))
     if len(kinds) > 1:
         add_legend(figure, [ax])
     return figure
@@ -184,7 +189,7 @@ def rank_sweep(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
     for number, (score, of) in enumerate(rows.sort_values("rank").groupby("score", sort=False)):
         at = of["rank"].map(ranks.index) + 0.04 * number  # shifted, so that bars do not overlap
         sides = _bar_sides(of, "coefficient")
-        style = {"color": colors[score], "label": for_picture(score), **_JOINED}
+        style = {"color": colors[score], "label": picture_name(score), **_JOINED}
         ax.errorbar(at, of["coefficient"], yerr=sides, **style)
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_xticks(range(len(ranks)), ranks)
@@ -210,11 +215,11 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     colors = assign_colors(rows["model"])
     for ax, task in zip(axes, tasks, strict=True):
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
-            style = {"color": colors[model], "label": for_picture(model), **_JOINED}
+            style = {"color": colors[model], "label": picture_name(model), **_JOINED}
             ax.errorbar(of["mean"], of["accuracy"], yerr=_bar_sides(of, "accuracy"), **style)
         _draw_chance(ax, x_label)
         set_title(ax, task)
-        ax.set_xlabel(for_picture(x_label), fontsize="small")
+        ax.set_xlabel(picture_name(x_label), fontsize="small")
         ax.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of right answers")
     add_legend(figure, axes)
@@ -235,14 +240,14 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     figure, (above, below) = make_grid(2, width=5.4, height=2.2, columns=1, title=title)
     lines = list(rows.groupby(["lineage", "score_of"], sort=False))
     for number, ((lineage, score), of) in enumerate(lines):
-        label = for_picture(f"{lineage}: {score}")
+        label = picture_name(f"{lineage}: {score}")
         style = {"color": CATEGORIES[number % len(CATEGORIES)], "label": label}
         above.errorbar(of["step"], of["x"], **style, **_JOINED)
         below.errorbar(of["step"], of["score"], **style, **_JOINED)
     if (rows["step"] > 0).all() and rows["step"].max() > 100 * rows["step"].min():
         above.set_xscale("log")
         below.set_xscale("log")
-    above.set_ylabel(for_picture(x_label))
+    above.set_ylabel(picture_name(x_label))
     below.set_ylabel("score")
     below.set_xlabel("step of training")
     add_legend(figure, [below])

@@ -247,9 +247,9 @@ def test_chain_of_thought(tmp_path):
         ["measure", "depth"]
     )
     full = means.xs("coupling").iloc[0]
-    assert full["difference"] == pytest.approx(0.04, abs=1e-6) and full[
-        "stderr"
-    ] == pytest.approx(0.02 / math.sqrt(3))
+    assert full["difference"] == pytest.approx(0.04, abs=1e-6) and full["stderr"] == pytest.approx(
+        0.02 / math.sqrt(3)
+    )
     assert full["positive"] == 1 and full["n"] == 3
     assert means.xs("layer_coupling")["difference"].tolist() == pytest.approx([0.04] * 3, abs=1e-6)
     assert len(

@@ -1,6 +1,7 @@
 """The pictures of studies show their numbers."""
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -174,3 +175,15 @@ def test_panels_can_share_one_scale():
     low, high = quartile_rows(), quartile_rows(panel="other", median=0.9)
     figure = line_figures.curves(pd.concat([low, high]), share_y=True)
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "_ablation", "a$b$ ^{", "b\x1b[31m\n"])
+def test_names_of_others_leave_the_panels_their_room(name):
+    """Regression: a name of 180 letters left no panel, one that begins with _ no legend entry."""
+    rows = quartile_rows().assign(line=name, panel=name)
+    for figure in (line_figures.curves(rows, title=name), line_figures.quartile_bars(rows)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            figure.draw_without_rendering()
+        ax, (legend,) = figure.axes[0], figure.legends
+        assert len(legend.get_texts()) == 2 and ax.get_window_extent().height > figure.dpi

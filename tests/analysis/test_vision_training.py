@@ -136,10 +136,7 @@ def test_a_moved_image_is_a_cut_of_the_padded_one():
             for top in range(5)
             for left in range(5)
         ]
-        assert any(
-            torch.equal(moved, item) or torch.equal(moved, item.flip(-1))
-            for item in cuts
-        )
+        assert any(torch.equal(moved, item) or torch.equal(moved, item.flip(-1)) for item in cuts)
 
 
 def test_cutmix_weighs_targets_by_area():
@@ -187,9 +184,7 @@ def test_a_member_is_what_it_would_be_alone(trained, data, tmp_path):
             trained / "depth-0-decay-0.1"
         ).named_parameters()
     )
-    assert not torch.allclose(
-        item["classifier.weight"], first["classifier.weight"], atol=1e-2
-    )
+    assert not torch.allclose(item["classifier.weight"], first["classifier.weight"], atol=1e-2)
 
 
 def test_what_is_there_is_not_trained_again(trained, data, capsys):

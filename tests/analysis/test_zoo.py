@@ -120,9 +120,9 @@ def test_spoiled_and_shortened_text(parts, data):
     noisy = windows_of(Recipe("a", "b", noise=0.5), data, 1_000_000)
     assert (noisy != full).double().mean().item() == pytest.approx(0.5, abs=0.05)
     shuffled = windows_of(Recipe("a", "b", shuffled=1.0), data, 1_000_000)
-    assert torch.equal(
-        shuffled.sort(dim=1).values, full.sort(dim=1).values
-    ) and not torch.equal(shuffled, full)
+    assert torch.equal(shuffled.sort(dim=1).values, full.sort(dim=1).values) and not torch.equal(
+        shuffled, full
+    )
 
 
 def test_kept_out_documents_are_whole_sentences(parts):
