@@ -21,7 +21,7 @@ _REQUEST_TYPES = {
     "loglikelihood_rolling": "loglikelihood_rolling",
     "generate_until": "generate_until",
 }
-_RERUN = "run lm_eval 0.4.5 or later again with --log_samples"
+_RERUN = "run lm_eval again with --log_samples"
 
 
 class LoggedRequest(NamedTuple):
