@@ -68,6 +68,7 @@ def measure_samples(
 
     arguments = simple_parse_args_string(model_args) | {"pretrained": model}
     lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
+    assert lm.session is not None  # limit=0 was refused above.
     other = differences(lm, evaluation.results)
     _require_same_model(model, evaluation, other, same_model)
     prompts = _chosen_prompts(lm, evaluation)
