@@ -1,4 +1,4 @@
-"""Show the cross-reference roles of docstrings (:func:, :class: …) as code: Markdown does not know them."""
+"""Show the cross-reference roles of docstrings (:func: …) as code: Markdown does not know them."""
 
 import re
 from typing import Any

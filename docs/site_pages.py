@@ -1,4 +1,4 @@
-"""Add pages that live elsewhere in the repository to the site: start page, results, benchmarks, contributing, changelog."""
+"""Add pages to the site that live elsewhere in the repository: start page, results, changelog …"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _on_site(match: re.Match[str], page: Path, files: Files, config: Any) -> str:
-    """Return a link as the site needs it; a file that is not on the site becomes its name in code style."""
+    """Return a link as the site needs it; files that are not on the site become code."""
     label, address, anchor = match[1], match[2], match[3] or ""
     if "://" in address:
         return match[0]

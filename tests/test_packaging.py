@@ -1,4 +1,6 @@
-"""The package as it reaches a user: what the wheel holds, what lm-eval finds of it, and that removal leaves nothing."""
+"""The package as it reaches a user: what the wheel holds, what lm-eval finds of it, and that
+removal leaves nothing.
+"""
 
 import email
 import json
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command, **environment):
-    """What the command prints, which must succeed; it sees neither the checkout nor the settings of the tests."""
+    """What the command prints, which must succeed; it sees neither the checkout nor the settings of
+    the tests.
+    """
     hidden = (OPT_OUT, "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
     inherited = {k: v for k, v in os.environ.items() if k not in hidden}
     environment = (
@@ -69,7 +73,7 @@ def wheel(tmp_path_factory):
 
 
 class Environment:
-    """A virtual environment of its own whose packages other than ours are those of the running one."""
+    """A virtual environment whose packages, except ours, are those of the running one."""
 
     def __init__(self, folder):
         run(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -78,7 +82,8 @@ class Environment:
         self.packages = Path(
             self.run("import sysconfig; print(sysconfig.get_path('purelib'))").strip()
         )
-        # Lines of a .pth come last on the path and the .pth files in the folders they name are not read.
+        # Lines of a .pth come last on the path and the .pth files in the folders they name are not
+        # read.
         borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (self.packages / "borrowed.pth").write_text("\n".join(borrowed))
         self.empty = self.files()
@@ -137,7 +142,8 @@ def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
     hatchling_build = pytest.importorskip(
         "hatchling.build", reason="the build backend is not installed"
     )
-    code = f"import os; os.chdir({str(ROOT)!r}); import {hatchling_build.__name__} as b; b.build_sdist({str(tmp_path)!r})"
+    code = f"import os; os.chdir({str(ROOT)!r}); import {hatchling_build.__name__} as b; "
+    code += f"b.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code)
     (archive,) = tmp_path.glob("*.tar.gz")
     assert contents(build(archive, tmp_path)) == contents(wheel)
@@ -215,7 +221,9 @@ def test_lm_evals_own_command_measures(installed, tmp_path):
 
 
 def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
-    """`pip install --target` runs no .pth file: lm-eval's own command knows of no such model there, ours does."""
+    """`pip install --target` runs no .pth file: lm-eval's own command knows of no such model there,
+    ours does.
+    """
     folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
     pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
     model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)

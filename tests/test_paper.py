@@ -1,4 +1,6 @@
-"""`run_coupling_hf` against the release's procedure, done naively: autograd through transformers' own hidden states."""
+"""`run_coupling_hf` against the release's procedure, done naively: autograd through transformers'
+own hidden states.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,11 @@ def family(case, tokenizer):
 
 
 def oracle_jacobians(model, tokenizer, prompt, final_norm=None):
-    """∂(hidden_states[l+1] − hidden_states[l])/∂hidden_states[l] at the last token, one backward pass per row.
+    """∂(hidden_states[l+1] − hidden_states[l])/∂hidden_states[l] at the last token, one backward
+    pass per row.
 
-    transformers' last hidden state is behind the final norm; where that norm is named, what enters it is taken instead.
+    transformers' last hidden state is behind the final norm; where that norm is named, what enters
+    it is taken instead.
     """
     entered = []
     if final_norm:

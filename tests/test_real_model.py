@@ -1,7 +1,8 @@
 """The main job as a user runs it: a real model on real benchmarks, beside `--model hf`.
 
-Needs benchmark data and a script that fetches SmolLM2-135M in a folder next to the repository, or wherever
-LM_EVAL_COUPLING_REAL points: ``hf/`` is lm-eval's working directory, ``models/get_model.py NAME DIR`` writes the model.
+Needs benchmark data and a script that fetches SmolLM2-135M in a folder next to the repository, or
+wherever LM_EVAL_COUPLING_REAL points: ``hf/`` is lm-eval's working directory, ``models/get_model.py
+NAME DIR`` writes the model.
 """
 
 import json
@@ -32,14 +33,20 @@ plugin.install()
 import lm_eval
 model, store, *tasks = sys.argv[1:]
 found = {}
-for name, arguments in {"hf": {}, "coupling-hf": {"coupling_limit": 2, "coupling_store": store}}.items():
+coupling = {"coupling_limit": 2, "coupling_store": store}
+for name, arguments in {"hf": {}, "coupling-hf": coupling}.items():
     results = lm_eval.simple_evaluate(
-        name, model_args={"pretrained": model, "device": "cpu"} | arguments, tasks=tasks, limit=2, bootstrap_iters=2,
+        name, model_args={"pretrained": model, "device": "cpu"} | arguments, tasks=tasks, limit=2,
+        bootstrap_iters=2,
         gen_kwargs="max_gen_toks=16",
     )
     kept = ("doc_id", "arguments", "resps", "filtered_resps")
-    samples = {task: [{k: str(s[k]) for k in kept} for s in rows] for task, rows in results["samples"].items()}
-    found[name] = {"results": results["results"], "samples": samples, "coupling": results["config"].get("coupling")}
+    samples = {
+        task: [{k: str(s[k]) for k in kept} for s in rows]
+        for task, rows in results["samples"].items()
+    }
+    found[name] = {"results": results["results"], "samples": samples}
+    found[name]["coupling"] = results["config"].get("coupling")
 print("FOUND" + json.dumps(found, default=str))
 """
 

@@ -1,4 +1,6 @@
-"""What may import what, and what files and functions look like: read off the source, nothing is imported."""
+"""What may import what, and what files and functions look like: read off the source, nothing is
+imported.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
 """Speed against the procedure of the paper's release (release.py), stage by stage and end to end.
 
-    python tests/benchmarks/against_release.py --model DIR [--tokens 10 128] [--prompts 8] [--layers 3] [--device cuda]
+    python tests/benchmarks/against_release.py --model DIR [--tokens 10 128] [--prompts 8] \\
+        [--layers 3] [--device cuda]
 
-Same model, same process, in turn. Ours is the whole record of a prompt: every layer's Jacobian with its certificate,
-spectra, all layer pairs at K = 10, 30, 50 with U and V both ways. ``--prompts`` prompts of the same length are measured at a
-time, as in a run of lm-eval, and the mean of one is quoted; ``together`` = 1 is one prompt alone. The release's procedure
-takes one prompt at a time and is given the first. With ``--layers N`` it differentiates N layers and its Jacobian stage is
-multiplied up to all of them; its other stages are always whole. That both compute the same is checked on those layers.
+Same model, same process, in turn. Ours is the whole record of a prompt: every layer's Jacobian with
+its certificate, spectra, all layer pairs at K = 10, 30, 50 with U and V both ways. ``--prompts``
+prompts of the same length are measured at a time, as in a run of lm-eval, and the mean of one is
+quoted; ``together`` = 1 is one prompt alone. The release's procedure takes one prompt at a time and
+is given the first. With ``--layers N`` it differentiates N layers and its Jacobian stage is
+multiplied up to all of them; its other stages are always whole. That both compute the same is
+checked on those layers.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def compare(
     layers: list[int],
     repeats: int,
 ) -> dict:
-    """Both, in turn: ours on the first prompt alone and on all together, the release's procedure on the first."""
+    """Both, in turn: ours on the first prompt alone and on all together, the release's procedure on
+    the first.
+    """
     tokens = prompts[0]
     known = block_jacobians(ours, torch.tensor([tokens])).jacobians.to(ours.device)
     stages.measured(ours, prompts, settings)
@@ -169,9 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         rank = settings.ranks[0]
         same = found["agreement"][f"normalized_miscoupling_{rank}"]
         print(
-            f"{found['tokens']} tokens, K = {rank}: mean normalised miscoupling {same['mean_ours']:.5f}, "
+            f"{found['tokens']} tokens, K = {rank}: mean normalised miscoupling "
+            f"{same['mean_ours']:.5f}, "
             f"release's procedure {same['mean_release']:.5f}; Jacobians differ by "
-            f"{found['agreement']['jacobian_relative_error']:.1e}, certificate {found['worst_certificate']:.1e}"
+            f"{found['agreement']['jacobian_relative_error']:.1e}, certificate "
+            f"{found['worst_certificate']:.1e}"
         )
 
 

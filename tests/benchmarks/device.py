@@ -1,10 +1,12 @@
-"""The parts of device.sh, each guarded: what one of them finds is written and printed before the next begins.
+"""The parts of device.sh, each guarded: what one of them finds is written and printed before the
+next begins.
 
-    python tests/benchmarks/device.py --out FOLDER [--device cuda] [--parts spectra tf32 …] [--model DIR] [--quick]
+    python tests/benchmarks/device.py --out FOLDER [--device cuda] \\
+        [--parts spectra tf32 …] [--model DIR] [--quick]
 
-Models have random weights, the same every time: the shape of SmolLM2-135M (30 × 576, or the folder given) and of Llama-3-8B
-(32 × 4096, bf16). Seconds are those of a prompt, the smaller of two after a warm-up, synchronised. ``--quick`` shrinks every
-size, to try the script where there is no device.
+Models have random weights, the same every time: the shape of SmolLM2-135M (30 × 576, or the folder
+given) and of Llama-3-8B (32 × 4096, bf16). Seconds are those of a prompt, the smaller of two after
+a warm-up, synchronised. ``--quick`` shrinks every size, to try the script where there is no device.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 class Report:
-    """What a part has found so far: kept in its file and printed row by row, so that nothing is lost with its end."""
+    """What a part has found so far: kept in its file and printed row by row, so that nothing is
+    lost with its end.
+    """
 
     def __init__(self, folder: Path, part: str, about: dict[str, Any]) -> None:
         self.file, self.rows, self.start = folder / f"{part}.json", [], time.perf_counter()
@@ -105,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print(
-            f"got --device {options.device} where torch sees no GPU, expected one; --device cpu --quick is a trial"
+            f"got --device {options.device} where torch sees no GPU, expected one; --device cpu "
+            "--quick is a trial"
         )
         return 2
     if torch.device(options.device).index is not None:

@@ -1,4 +1,6 @@
-"""Parts of device.py on models of real size: stages, memory, launches, the release's procedure, a run of lm-eval."""
+"""Parts of device.py on models of real size: stages, memory, launches, the release's procedure, a
+run of lm-eval.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def small(report: Any, options: SimpleNamespace) -> None:
 
 
 def large(report: Any, options: SimpleNamespace) -> None:
-    """Llama-3-8B's shape in bf16: one prompt, a long one, and eight together; how many would fit; a profile."""
+    """Llama-3-8B's shape in bf16: one prompt, a long one, and eight together; how many would fit; a
+    profile.
+    """
     sizes = TINY if options.quick else models.LLAMA_3_8B
     model = ResidualModel.wrap(
         models.random_llama(dtype=torch.bfloat16, device=options.device, **sizes)
@@ -66,7 +70,9 @@ def large(report: Any, options: SimpleNamespace) -> None:
 
 
 def memory(report: Any, options: SimpleNamespace) -> None:
-    """Peak memory of longer prompts against what is announced; that of the others stands beside their seconds."""
+    """Peak memory of longer prompts against what is announced; that of the others stands beside
+    their seconds.
+    """
     model = ResidualModel.wrap(_small(options)[0])
     for tokens, prompts in ((512, 1), (512, 8), (1024, 4), (40, 32)):
         _stages(report, model, tokens, prompts, 1, options)
@@ -80,7 +86,9 @@ def profile(report: Any, options: SimpleNamespace) -> None:
 
 
 def against_release(report: Any, options: SimpleNamespace) -> None:
-    """The release's procedure on the same model in the same process; a few of its layers, the rest by proportion."""
+    """The release's procedure on the same model in the same process; a few of its layers, the rest
+    by proportion.
+    """
     baseline, tokenizer = _small(options)
     model = ResidualModel.wrap(baseline)
     settings = Settings(
@@ -99,7 +107,9 @@ def against_release(report: Any, options: SimpleNamespace) -> None:
 
 
 def overhead(report: Any, options: SimpleNamespace) -> None:
-    """lm-eval with every document measured over lm-eval alone, on multiple-choice documents as long as HellaSwag's."""
+    """lm-eval with every document measured over lm-eval alone, on multiple-choice documents as long
+    as HellaSwag's.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -161,8 +171,10 @@ def _save_task(folder: Path, documents: int) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
     (folder / "long_choice.yaml").write_text(
-        f"task: long_choice\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: test\n"
-        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\n'
+        f"task: long_choice\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: "
+        "test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: '
+        '"{{choices}}"\ndoc_to_target: gold\n'
         "metric_list:\n  - metric: acc\n"
     )
 
@@ -200,7 +212,9 @@ def _stages(
     runs: int,
     options: SimpleNamespace,
 ) -> None:
-    """Seconds of a prompt by stage, the smaller of the runs after the first, and the peak memory of the last."""
+    """Seconds of a prompt by stage, the smaller of the runs after the first, and the peak memory of
+    the last.
+    """
     settings, offered = _settings(options), _prompts(model, tokens, prompts, options)
     announced = memory_of(model, rank=settings.ranks[-1], seq=tokens, prompts=len(offered))
     spent = []
@@ -242,7 +256,9 @@ def _peak(model: ResidualModel, announced: int) -> dict[str, float]:
 def _profile(
     report: Any, model: ResidualModel, tokens: int, prompts: int, options: SimpleNamespace
 ) -> None:
-    """Kernels and seconds of one batch, and the operations that take longest on the device and on the host."""
+    """Kernels and seconds of one batch, and the operations that take longest on the device and on
+    the host.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

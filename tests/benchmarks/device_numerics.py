@@ -1,4 +1,6 @@
-"""Parts of device.py that need no large model: decompositions, TensorFloat32, every family against float64 on the CPU."""
+"""Parts of device.py that need no large model: decompositions, TensorFloat32, every family against
+float64 on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from lm_eval_coupling.numerics.spectra import top_singular
 
 
 def spectra(report: Any, options: SimpleNamespace) -> None:
-    """Top triplets of batches of matrices with known and with flat spectra; a few of them against float64 on the device."""
+    """Top triplets of batches of matrices with known and with flat spectra; a few of them against
+    float64 on the device.
+    """
     shapes = (
         [(4, 96, 11)]
         if options.quick
@@ -109,7 +113,9 @@ SWITCHES = {
 
 
 def tf32(report: Any, options: SimpleNamespace) -> None:
-    """Certificates and coupling matrices with TensorFloat32 switched on outside, in each of torch's ways."""
+    """Certificates and coupling matrices with TensorFloat32 switched on outside, in each of torch's
+    ways.
+    """
     width = 64 if options.quick else 512
     model = models.llama(width, 3, options.device)
     wrapped, tokens = ResidualModel.wrap(model), torch.tensor([models.prompt(40, 1024)])
@@ -145,7 +151,9 @@ def tf32(report: Any, options: SimpleNamespace) -> None:
 
 
 def _error_of_a_product(device: str) -> float | None:
-    """About 1e-7 in float32, 3e-4 in TensorFloat32; torch refuses products where its two ways to set that disagree."""
+    """About 1e-7 in float32, 3e-4 in TensorFloat32; torch refuses products where its two ways to
+    set that disagree.
+    """
     a = torch.randn(256, 256, device=device)
     exact = a.double() @ a.double()
     try:
@@ -155,7 +163,8 @@ def _error_of_a_product(device: str) -> float | None:
 
 
 def exactness(report: Any, options: SimpleNamespace) -> None:
-    """Every family: the device's Jacobians against plain automatic differentiation in float64 on the CPU.
+    """Every family: the device's Jacobians against plain automatic differentiation in float64 on
+    the CPU.
 
     In float32 from a token to itself and to another one, in float64 to itself.
     """

@@ -1,11 +1,13 @@
-"""Each stage of a measurement against its floor: the matrix products it contains (products.py), alone, on this machine.
+"""Each stage of a measurement against its floor: the matrix products it contains (products.py),
+alone, on this machine.
 
     python tests/benchmarks/floors.py --model DIR [--tokens 10 128] [--prompts 8] [--device cuda]
 
-Seconds are those of one prompt, the mean of ``--prompts`` measured together. Stage and floor are timed in turn, with float32
-operands of the same shapes. The spectra contain symmetric eigendecompositions, which are no products: their floor counts the
-library's own, of matrices of that size and for as many vectors, with its seconds beside it. The machine's own rate is that
-of a large square product.
+Seconds are those of one prompt, the mean of ``--prompts`` measured together. Stage and floor are
+timed in turn, with float32 operands of the same shapes. The spectra contain symmetric
+eigendecompositions, which are no products: their floor counts the library's own, of matrices of
+that size and for as many vectors, with its seconds beside it. The machine's own rate is that of a
+large square product.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def stage_and_floor(
 
 
 def decompositions(shape: products.Shape, rank: int, device: str) -> Callable[[], None]:
-    """As many symmetric eigendecompositions as the model has layers: only the top ``rank`` where the library can."""
+    """As many symmetric eigendecompositions as the model has layers: only the top ``rank`` where
+    the library can.
+    """
     J = torch.randn(shape.d_model, shape.d_model, device=device)
     gram = J @ J.T
     top = [shape.d_model - rank, shape.d_model - 1]

@@ -1,10 +1,13 @@
-"""How the time of a measurement grows with tokens, width, layers and prompts, on Llamas with random weights.
+"""How the time of a measurement grows with tokens, width, layers and prompts, on Llamas with random
+weights.
 
-    python tests/benchmarks/growth.py [--device cuda] [--tokens 16 1024] [--widths 256 512] [--layers 2 4] [--prompts 1 2 4]
+    python tests/benchmarks/growth.py [--device cuda] [--tokens 16 1024] \\
+        [--widths 256 512] [--layers 2 4] [--prompts 1 2 4]
 
-One size is varied, the others stay at --width, --depth and --length. The forward pass and the certificate's backward pass
-grow with the sequence as the model itself does, so they are listed apart from what the measurement adds: Jacobians, spectra,
-pairs. ``exponent`` is the slope of log(seconds) over log(size), by least squares.
+One size is varied, the others stay at --width, --depth and --length. The forward pass and the
+certificate's backward pass grow with the sequence as the model itself does, so they are listed
+apart from what the measurement adds: Jacobians, spectra, pairs. ``exponent`` is the slope of
+log(seconds) over log(size), by least squares.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ MEASURING = ("jacobians", "spectra", "pairs", "regularity")
 def cost(
     model: ResidualModel, settings: Settings, tokens: int, prompts: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds by stage for so many prompts, together; ``measuring`` is all but forward and certificate."""
+    """Seconds by stage for so many prompts, together; ``measuring`` is all but forward and
+    certificate.
+    """
     texts = [
         models.prompt(tokens, model.model.config.get_text_config().vocab_size, number=i)
         for i in range(prompts)

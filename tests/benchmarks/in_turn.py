@@ -1,9 +1,10 @@
-"""Whether anything has become slower, by this checkout and another one (git worktree add ../before COMMIT), in turn.
+"""Whether anything has become slower, by this checkout and another one (git worktree add ../before
+COMMIT), in turn.
 
     python tests/benchmarks/in_turn.py ../before --model DIR [--tokens 10 128] [--prompts 8]
 
-Each round starts a process for each checkout, which measures what it records by default: one prompt alone, then all
-together. Seconds are those of a prompt, the least of all rounds.
+Each round starts a process for each checkout, which measures what it records by default: one prompt
+alone, then all together. Seconds are those of a prompt, the least of all rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     other = options.other.resolve()
     if not (other / "lm_eval_coupling").is_dir():
         raise SystemExit(
-            f"got {options.other}, expected the folder of another checkout, with lm_eval_coupling in it"
+            f"got {options.other}, expected the folder of another checkout, with lm_eval_coupling "
+            "in it"
         )
     given = [
         "--model",

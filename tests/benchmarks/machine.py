@@ -31,7 +31,9 @@ def parser(description: str, benchmark: str) -> argparse.ArgumentParser:
 
 
 def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
-    """The machine, in what changes a timing. ``load_average`` well above 0 before a run says that it was not alone."""
+    """The machine, in what changes a timing. ``load_average`` well above 0 before a run says that
+    it was not alone.
+    """
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -48,7 +50,9 @@ def describe(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
 
 
 def found_by(command: list[str], what: str, **how: Any) -> Any:
-    """What a process of its own prints last, as JSON; where it fails, the benchmark ends with what it said."""
+    """What a process of its own prints last, as JSON; where it fails, the benchmark ends with what
+    it said.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     if done.returncode:
         raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")

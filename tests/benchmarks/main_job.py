@@ -1,8 +1,11 @@
-"""The main job on a real model: scores as with `hf`, coupling against chance and an untrained twin, kill, two processes.
+"""The main job on a real model: scores as with `hf`, coupling against chance and an untrained twin,
+kill, two processes.
 
-    python tests/benchmarks/main_job.py --model DIR --data FOLDER --out tests/benchmarks/results/main_job_NAME.json
+    python tests/benchmarks/main_job.py --model DIR --data FOLDER \\
+        --out tests/benchmarks/results/main_job_NAME.json
 
-FOLDER is the working directory of lm-eval: where its tasks find their data when the hub is out of reach.
+FOLDER is the working directory of lm-eval: where its tasks find their data when the hub is out of
+reach.
 """
 
 from __future__ import annotations
@@ -171,7 +174,9 @@ def stored(store: Path) -> dict[str, float]:
 
 
 def killed_and_resumed(options, work: Path) -> dict:
-    """kill -9 in the middle of measuring; the same command then finishes, and what was stored is not written again."""
+    """kill -9 in the middle of measuring; the same command then finishes, and what was stored is
+    not written again.
+    """
     store, command = work / "k.sqlite", None
     command = lm_eval(options, "coupling-hf", "arc_easy", 8, work / "k", store)
     process = subprocess.Popen(

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/memory.py --model DIR [--tokens 10 128 1024] [--device cuda]
 
-``forward`` is the model's own forward pass, ``ours`` a whole record of the prompt, ``release`` one layer's Jacobian by the
-procedure of the paper's release. ``peak`` is the largest resident memory while it ran, ``added`` what it had above the
-loaded model, both in MiB; on a GPU also what torch had allocated there at most.
+``forward`` is the model's own forward pass, ``ours`` a whole record of the prompt, ``release`` one
+layer's Jacobian by the procedure of the paper's release. ``peak`` is the largest resident memory
+while it ran, ``added`` what it had above the loaded model, both in MiB; on a GPU also what torch
+had allocated there at most.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) in MiB; where there is no /proc, the peak since the start stands for both."""
+    """VmRSS (now) or VmHWM (peak) in MiB; where there is no /proc, the peak since the start stands
+    for both.
+    """
     if not STATUS.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB

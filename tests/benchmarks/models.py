@@ -17,22 +17,28 @@ LLAMA_3_8B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 _TEXT = (
-    "The river rises in the hills behind the town and is at first no wider than a road. Further down it is joined by "
-    "three streams, and where the last of them comes in there stands a mill that has not turned for sixty years. The "
-    "miller's grandson keeps bees there now. He sells the honey on Saturdays, in jars of two sizes, and if he is asked "
+    "The river rises in the hills behind the town and is at first no wider than a road. Further "
+    "down it is joined by "
+    "three streams, and where the last of them comes in there stands a mill that has not turned "
+    "for sixty years. The "
+    "miller's grandson keeps bees there now. He sells the honey on Saturdays, in jars of two "
+    "sizes, and if he is asked "
     "which is the better he says that it depends on how many people come to breakfast. "
 )
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """A transformers model in evaluation mode and its tokenizer, or None: ``name`` is a folder or ``llama-3-8b``."""
+    """A transformers model in evaluation mode and its tokenizer, or None: ``name`` is a folder or
+    ``llama-3-8b``.
+    """
     if name == "llama-3-8b":
         return random_llama(dtype=dtype, device=device, **LLAMA_3_8B), None
     if not (Path(name) / "config.json").is_file():
         raise SystemExit(
             f"got model {name!r}, expected a transformers folder (with config.json) or llama-3-8b"
         )
-    # Eager: other attention kernels have no batched derivative, and make the whole-sequence procedure slower.
+    # Eager: other attention kernels have no batched derivative, and make the whole-sequence
+    # procedure slower.
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager").to(
         device
     )
@@ -58,7 +64,9 @@ def random_llama(
 
 
 def llama(d_model: int, layers: int, device: str = "cpu") -> LlamaForCausalLM:
-    """A random Llama in the usual proportions: heads of 64, three or four queries a key, an MLP 8/3 as wide."""
+    """A random Llama in the usual proportions: heads of 64, three or four queries a key, an MLP 8/3
+    as wide.
+    """
     heads = d_model // 64
     return random_llama(
         device=device,
@@ -72,7 +80,9 @@ def llama(d_model: int, layers: int, device: str = "cpu") -> LlamaForCausalLM:
 
 
 def prompt(tokens: int, vocabulary: int, tokenizer=None, number: int = 0) -> list[int]:
-    """Token ids of a prompt of exactly this length: English text, or random ids where there is no tokenizer."""
+    """Token ids of a prompt of exactly this length: English text, or random ids where there is no
+    tokenizer.
+    """
     if tokenizer is None:
         generator = torch.Generator().manual_seed(number)
         return torch.randint(vocabulary, (tokens,), generator=generator).tolist()

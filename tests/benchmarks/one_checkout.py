@@ -1,4 +1,6 @@
-"""What in_turn.py runs for each checkout: prints seconds a prompt as JSON. Uses of the package what every version has."""
+"""What in_turn.py runs for each checkout: prints seconds a prompt as JSON. Uses of the package what
+every version has.
+"""
 
 from __future__ import annotations
 

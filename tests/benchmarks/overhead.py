@@ -1,11 +1,13 @@
-"""What a user waits: an lm-eval run with every document measured, over the same run with `--model hf`.
+"""What a user waits: an lm-eval run with every document measured, over the same run with `--model
+hf`.
 
     python tests/benchmarks/overhead.py --model DIR --data FOLDER [--task hellaswag] [--limit 40]
 
-FOLDER is lm-eval's working directory, where its tasks find their data when the hub is out of reach. Both runs are whole
-processes and are made in turn, every measured one with a store of its own, empty at the start. Starting Python and loading
-everything takes long beside a few dozen documents, so each run is also made with a quarter of them: the difference gives the
-seconds a further document takes, which is what a long run costs.
+FOLDER is lm-eval's working directory, where its tasks find their data when the hub is out of reach.
+Both runs are whole processes and are made in turn, every measured one with a store of its own,
+empty at the start. Starting Python and loading everything takes long beside a few dozen documents,
+so each run is also made with a quarter of them: the difference gives the seconds a further document
+takes, which is what a long run costs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import torch
 def command(options, kind: str, limit: int, out: Path) -> list[str]:
     arguments = f"pretrained={options.model}"
     if kind == "coupling-hf":
-        arguments += f",coupling_limit=all,coupling_store={out / 'store.sqlite'},coupling_ranks={options.ranks}"
+        arguments += f",coupling_limit=all,coupling_store={out / 'store.sqlite'}"
+        arguments += f",coupling_ranks={options.ranks}"
     made = [
         sys.executable,
         "-m",
@@ -54,7 +57,8 @@ def command(options, kind: str, limit: int, out: Path) -> list[str]:
 
 def run(options, kind: str, limit: int) -> tuple[float, dict]:
     """Wall seconds of one whole process, and the JSON it left."""
-    # Offline, because look-ups at the hub would be timed as well; the command needs the start-up hook.
+    # Offline, because look-ups at the hub would be timed as well; the command needs the start-up
+    # hook.
     settings = {
         "OMP_NUM_THREADS": str(options.threads),
         "HF_HUB_OFFLINE": "1",
@@ -116,7 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
                 info = found["config"]["coupling"]
     if info["failed"] or info["measured"] != options.limit:
         raise SystemExit(
-            f"got {info['measured']} documents measured, {info['failed']} failed, expected {options.limit} measured"
+            f"got {info['measured']} documents measured, {info['failed']} failed, expected "
+            f"{options.limit} measured"
         )
     middle = {key: statistics.median(times) for key, times in taken.items()}
     rows = [

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/plot.py [FILE.json …]
 
-Draws what `against_release.py` and `growth.py` wrote: seconds of a prompt over its tokens beside the release's procedure,
-and seconds by stage over each size.
+Draws what `against_release.py` and `growth.py` wrote: seconds of a prompt over its tokens beside
+the release's procedure, and seconds by stage over each size.
 """
 
 from __future__ import annotations

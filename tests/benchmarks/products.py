@@ -1,6 +1,8 @@
-"""The matrix products that each stage contains, for a block of Llama's kind: its floor, whatever is done around them.
+"""The matrix products that each stage contains, for a block of Llama's kind: its floor, whatever is
+done around them.
 
-Only what grows with d_model² or with the sequence is counted; norms, activations and sums are not products.
+Only what grows with d_model² or with the sequence is counted; norms, activations and sums are not
+products.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ SETS = 4
 
 @dataclass(frozen=True)
 class Product:
-    """``count`` products of [batch, rows, inner] and [batch, inner, columns], per layer of the model."""
+    """``count`` products of [batch, rows, inner] and [batch, inner, columns], per layer of the
+    model.
+    """
 
     rows: int
     inner: int
@@ -68,7 +72,9 @@ def forward(s: Shape, n: int) -> list[Product]:
 
 
 def certificate(s: Shape, n: int) -> list[Product]:
-    """One backward pass to the block's input: each projection once more, each product of the attention twice."""
+    """One backward pass to the block's input: each projection once more, each product of the
+    attention twice.
+    """
     return [
         Product(n, s.heads * s.d_head, s.d_model, count=2),
         Product(n, s.kv_heads * s.d_head, s.d_model, count=2),
@@ -80,7 +86,9 @@ def certificate(s: Shape, n: int) -> list[Product]:
 
 
 def jacobians(s: Shape, n: int) -> list[Product]:
-    """J_tt in closed form: the core's matrix and its use in every head, W_o, W_out, and the two halves of the block."""
+    """J_tt in closed form: the core's matrix and its use in every head, W_o, W_out, and the two
+    halves of the block.
+    """
     return [
         Product(s.d_head, n, s.d_head, batch=s.heads),
         Product(s.d_head, s.d_head, s.d_model, batch=s.heads),
@@ -92,7 +100,9 @@ def jacobians(s: Shape, n: int) -> list[Product]:
 
 
 def spectra(s: Shape, rank: int) -> list[Product]:
-    """The Gram matrix, J times the basis, its rotation, and the residuals of J and Jᵀ. The decomposition is no product."""
+    """The Gram matrix, J times the basis, its rotation, and the residuals of J and Jᵀ. The
+    decomposition is no product.
+    """
     return [
         Product(s.d_model, s.d_model, s.d_model),
         Product(s.d_model, s.d_model, rank, count=3),
@@ -101,7 +111,9 @@ def spectra(s: Shape, rank: int) -> list[Product]:
 
 
 def pairs(s: Shape, rank: int) -> list[Product]:
-    """J [V_1 … V_L] and J [U_1 … U_L], each met by the other basis of every layer; the overlaps of U and of V."""
+    """J [V_1 … V_L] and J [U_1 … U_L], each met by the other basis of every layer; the overlaps of
+    U and of V.
+    """
     every = s.layers * rank
     return [
         Product(s.d_model, s.d_model, every, count=2),

@@ -1,10 +1,11 @@
-"""Seconds and memory of the commands that read, on many runs of a deep model: each in a process of its own.
+"""Seconds and memory of the commands that read, on many runs of a deep model.
 
     python tests/benchmarks/reading.py [--runs 100] [--documents 1000] [--layers 80]
 
-The records are random numbers of the shapes of a real run with three ranks. One table is written and stands, as another
-name of the same file, in the folder of every run, so that the disk holds it once; each command reads all of them. Wall
-time includes the start of Python; ``peak`` is the largest resident memory, in MiB.
+Each command runs in a process of its own. The records are random numbers of the shapes of a real
+run with three ranks. One table is written and linked into the folder of every run, so that the disk
+holds it once; each command reads all of them. Wall time includes the start of Python; ``peak`` is
+the largest resident memory, in MiB.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ sys.argv = ["lm-eval-coupling", *sys.argv[1:]]
 try:
     runpy.run_module("lm_eval_coupling.cli", run_name="__main__")
 finally:
-    status = pathlib.Path("/proc/self/status")  # not getrusage, which starts from the size of the process that forked it
+    # Not getrusage: it starts from the size of the process that forked this one.
+    status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     peak = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     print((peak or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024, file=sys.stderr)

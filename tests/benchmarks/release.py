@@ -1,9 +1,11 @@
-"""The procedure of the paper's release, written anew from its description: the baseline of `against_release.py`.
+"""The procedure of the paper's release, written anew from its description: the baseline of
+`against_release.py`.
 
-For each layer, the whole sequence is differentiated: a batched vector-Jacobian product over the rows of the output token,
-in 2·(n // 20) + 5 chunks; then a full SVD; then a Python loop over layer pairs, ranks and both orders of U and V. It uses
-transformers and torch only, so that it is also an oracle. One difference: the last layer is differentiated before the final
-norm, as everywhere else here.
+For each layer, the whole sequence is differentiated: a batched vector-Jacobian product over the
+rows of the output token, in 2·(n // 20) + 5 chunks; then a full SVD; then a Python loop over layer
+pairs, ranks and both orders of U and V. It uses transformers and torch only, so that it is also an
+oracle. One difference: the last layer is differentiated before the final norm, as everywhere else
+here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 @dataclass
 class Release:
-    """What the procedure found, and its seconds by stage, ``jacobians`` of the layers asked for only."""
+    """What the procedure found, and its seconds by stage, ``jacobians`` of the layers asked for
+    only.
+    """
 
     J: Tensor
     U: Tensor
@@ -64,7 +68,9 @@ def block_jacobian(function: Callable, x: Tensor) -> Tensor:
 
 
 def score(J: Tensor, left: Tensor, S: Tensor, right: Tensor, rank: int) -> tuple[float, float]:
-    """m_K of |leftᵀ J right| against the top singular values of J, over their norm and over their sum."""
+    """m_K of |leftᵀ J right| against the top singular values of J, over their norm and over their
+    sum.
+    """
     S = S[:rank]
     distance = torch.linalg.norm((left[:, :rank].T @ J @ right[:, :rank]).abs() - torch.diag(S))
     return (distance / torch.linalg.norm(S)).item(), (distance / S.sum()).item()

@@ -19,8 +19,8 @@ from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.residual import ResidualModel
 
-# Where each stage is entered. What runs inside another stage counts for the inner one only, so the pairs are what is left
-# of the depth-wise measurement.
+# Where each stage is entered. What runs inside another stage counts for the inner one only, so the
+# pairs are what is left of the depth-wise measurement.
 ENTRANCES = {
     "trace": (ResidualModel, "traces"),
     "certify": (jacobians.Truth, "of"),
@@ -35,7 +35,9 @@ ENTRANCES = {
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[Counter]:
-    """Collects seconds by stage of every measurement made inside; the code measured is what users run."""
+    """Collects seconds by stage of every measurement made inside; the code measured is what users
+    run.
+    """
     spent: Counter = Counter()
     inner = [0.0]  # seconds of stages inside the open ones
 
@@ -66,7 +68,8 @@ def stopwatch() -> Iterator[Counter]:
 def measured(
     model: ResidualModel, prompts: Sequence[Sequence[int]], settings
 ) -> tuple[list[PromptCoupling], dict[str, float]]:
-    """The prompts' records, measured together as a run does, with the mean seconds of a prompt by stage and in ``total``.
+    """The prompts' records, measured together as a run does, with the mean seconds of a prompt by
+    stage and in ``total``.
 
     ``trace`` is the forward pass with the certificate.
 

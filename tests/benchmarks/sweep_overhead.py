@@ -2,10 +2,11 @@
 
     python tests/benchmarks/sweep_overhead.py [--units 8] [--seconds 5] [--slurm]
 
-A unit's cost is taken with a stand-in for lm-eval that sleeps for a known time and leaves lm-eval's files: what the sweep
-takes beyond the time slept, divided by the units of one worker. Starting the stand-in's Python is counted as lm-eval's.
-With ``--slurm`` the same units go through submitit to the SLURM of this machine. The check of a plan, once a sweep, is that
-of a real plan (lm-eval's tasks, a tiny model), the first time and again. Keeping answers is timed on lm-eval's own cache
+A unit's cost is taken with a stand-in for lm-eval that sleeps for a known time and leaves lm-eval's
+files: what the sweep takes beyond the time slept, divided by the units of one worker. Starting the
+stand-in's Python is counted as lm-eval's. With ``--slurm`` the same units go through submitit to
+the SLURM of this machine. The check of a plan, once a sweep, is that of a real plan (lm-eval's
+tasks, a tiny model), the first time and again. Keeping answers is timed on lm-eval's own cache
 around a model that answers at once.
 """
 

@@ -1,4 +1,6 @@
-"""Wall time that can be trusted: warmed up, synchronised, several candidates in turn so that drift meets all alike."""
+"""Wall time that can be trusted: warmed up, synchronised, several candidates in turn so that drift
+meets all alike.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def seconds(function: Callable[[], object]) -> float:
 def in_turn(
     functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each function over ``repeats`` rounds A B A B …, after ``warmup`` rounds that do not count."""
+    """Median seconds of each function over ``repeats`` rounds A B A B …, after ``warmup`` rounds
+    that do not count.
+    """
     rounds = [
         {name: seconds(function) for name, function in functions.items()}
         for _ in range(warmup + repeats)

@@ -134,7 +134,10 @@ class TestObservations:
 
     @pytest.mark.parametrize(
         ("key", "what"),
-        [("n-shot", "different few-shot examples: 0-shot and 5-shot"), ("versions", "different task version: task version 0 and task version 5")],
+        [
+            ("n-shot", "different few-shot examples: 0-shot and 5-shot"),
+            ("versions", "different task version: task version 0 and task version 5"),
+        ],
     )
     def test_scores_that_do_not_compare_are_refused(self, tmp_path, key, what):
         for model, count in (("a", 0), ("b", 5)):

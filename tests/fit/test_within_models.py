@@ -173,7 +173,9 @@ def test_a_failed_measurement_is_no_number(tmp_path):
     where = save_model(tmp_path, "a", 0.2, {"arc": 0.5}, rows=rows)
     write_samples(where, "arc", [sample("d0", acc=1.0), sample("d1")])
     runs = load_runs(tmp_path)
-    found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a"), []).set_index("doc_hash")
+    found = load_documents(find_runs(tmp_path).runs, runs.assign(label="a"), []).set_index(
+        "doc_hash"
+    )
     assert math.isnan(found.loc["d1", "coupling@10"]) and not math.isnan(
         found.loc["d0", "coupling@10"]
     )
