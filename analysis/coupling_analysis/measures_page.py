@@ -134,7 +134,10 @@ def _measure(measure: Measure) -> Iterator[str]:
     yield from _columns(measure.columns)
     if measure.readings:
         yield "Readings, as they are summarized, fitted and drawn:\n"
-        head = ("reading", "label", "one for", "expected with the score", "at chance")
+        head = (
+            *("reading", "label", "one for", "expected with the score", "at chance"),
+            "what it tells",
+        )
         yield from _table(head, map(_reading, measure.readings))
 
 
@@ -143,7 +146,8 @@ def _reading(reading: Reading) -> Sequence[str]:
     name = f"`{reading.name}@K`" if has_rank else f"`{reading.name}`"
     sign = {1: "up", -1: "down", 0: "–"}[reading.sign]
     chance = "–" if reading.chance is None else f"{reading.chance(10):.4f} at K = 10"
-    return name, reading.label, reading.over, sign, chance
+    tells = reading.doc or f"see the column `{reading.column}`"
+    return name, reading.label, reading.over, sign, chance, tells
 
 
 def _columns(columns: Iterable[Column]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""What is measured of a prompt. Every file here but ``registry`` is one measure; the mathematics is in ``formulas``."""
+"""Measures, one file each: their columns, the function that fills them, and their readings."""

@@ -1,31 +1,31 @@
-"""Which half of a block is coupled: the attention's Jacobians among each other, and the MLPs'."""
+"""Coupling of the blocks' halves: attention Jacobians among each other, and MLP Jacobians."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from lm_eval_coupling.errors import Reason, Unmeasurable
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.depth import undefined_pairs
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of
-from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, Reading, Record
+from lm_eval_coupling.measures.registry import Column, Measure, ranked_reading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lm_eval_coupling.jacobians.protocol import Call
-    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
 
 HALVES = ("attention", "mlp")
-_SLACK = 10  # tolerances of one Jacobian that two of them and a product may be off the whole
+_SLACK = 10  # Two Jacobians and a product may be off by this many tolerances of one Jacobian.
 
 
 def run(batch: Batch) -> list[MeasureResult]:
-    """m̃ among the halves of all blocks of every prompt."""
-    return batch.measure_each(_of_prompt, "halves")
+    """Measure m̃ among the halves of all blocks."""
+    return batch.measure_each(_measure, "halves")
 
 
-def _of_prompt(one: TracedPrompt) -> MeasureResult:
+def _measure(prompt: TracedPrompt) -> MeasureResult:
     import torch
 
     from lm_eval_coupling.measures.formulas.miscoupling import normalized_by_rank
@@ -33,15 +33,14 @@ def _of_prompt(one: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.numerics.spectra import top_singular
     from lm_eval_coupling.numerics.transfer import on_host
 
-    ranks = one.settings.ranks
-    found = [_of_block(one, call) for call in one.trace.calls]
+    ranks, device = prompt.settings.ranks, prompt.trace.resid_final.device
+    blocks = [_half_jacobians(prompt, call) for call in prompt.trace.calls]
     columns: dict[str, object] = {
-        "halves_certificate": [[errors[i] for _, errors in found] for i in range(len(HALVES))]
+        "halves_certificate": [[errors[i] for _, errors in blocks] for i in range(len(HALVES))]
     }
     reasons: list[Reason] = []
     for i, half in enumerate(HALVES):
-        J = torch.stack([jacobians[i].to(one.trace.resid_final.device) for jacobians, _ in found])
-        J = off_mps(J)
+        J = off_mps(torch.stack([jacobians[i].to(device) for jacobians, _ in blocks]))
         triplets = top_singular(J, ranks[-1])
         pairs = on_host(normalized_by_rank(J, triplets, ranks))
         columns |= {f"{half}_miscoupling": pairs, f"{half}_singular_values": triplets.S}
@@ -50,61 +49,54 @@ def _of_prompt(one: TracedPrompt) -> MeasureResult:
     return MeasureResult(columns, tuple(reasons))
 
 
-def _of_block(one: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]:
-    """J of attention and MLP at the measured token, and their certificates."""
+def _half_jacobians(prompt: TracedPrompt, call: Call) -> tuple[list[Tensor], list[float]]:
+    """Return J of attention and MLP at the measured token, and their certificates."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE
     from lm_eval_coupling.jacobians.levels import certified_jacobian
 
-    at, method = one.position, one.settings.method
+    token, tolerance = prompt.position, TOLERANCE[call.dtype]
+    halves = zip(HALVES, (prompt.attention_alone(call), prompt.mlp_alone(call)), strict=True)
     jacobians, errors = [], []
-    for half, alone in zip(HALVES, (one.attention_alone(call), one.mlp_alone(call)), strict=True):
-        with alone as part:
-            made = certified_jacobian(part, at, at, method)
-        if not made.error <= TOLERANCE[call.dtype]:
-            words = f"the Jacobian of the {half} half of block {call.layer} ({made.level}) is off by {made.error:.1e}"
+    for half, cut in halves:
+        with cut as half_call:
+            certified = certified_jacobian(half_call, token, token, prompt.settings.method)
+        if not certified.error <= tolerance:
             raise Unmeasurable(
-                "certificate", f"{words}, expected at most {TOLERANCE[call.dtype]:.0e}"
+                "certificate",
+                f"the Jacobian of the {half} half of block {call.layer} ({certified.level}) is off "
+                f"by {certified.error:.1e}, expected at most {tolerance:.0e}",
             )
-        jacobians.append(made.jacobian)
-        errors.append(made.error)
-    _require_whole(call, jacobians, at)
+        jacobians.append(certified.jacobian)
+        errors.append(certified.error)
+    _require_sum(call, jacobians, token)
     return jacobians, errors
 
 
-def _require_whole(call: Call, jacobians: list[Tensor], at: int) -> None:
-    """Both halves make the block: one after the other, or side by side."""
+def _require_sum(call: Call, jacobians: list[Tensor], token: int) -> None:
+    """Require that both halves make up the block, side by side or one after the other."""
     from lm_eval_coupling.jacobians.certify import TOLERANCE, probe, pulled_back
 
     attention, mlp = jacobians
     u = probe(call.layer, call.resid_pre)
     with call.ready():
-        whole = pulled_back(call, at, at) - u
-    side_by_side = u @ attention + u @ mlp
-    in_turn = side_by_side + (u @ mlp) @ attention
-    error = min(float((whole - parts).norm()) for parts in (side_by_side, in_turn))
-    allowed = _SLACK * TOLERANCE[call.dtype] * float(u.norm() + whole.norm())
+        block = pulled_back(call, token, token) - u
+    parallel = u @ attention + u @ mlp
+    sequential = parallel + (u @ mlp) @ attention
+    error = min(float((block - halves).norm()) for halves in (parallel, sequential))
+    allowed = _SLACK * TOLERANCE[call.dtype] * float(u.norm() + block.norm())
     if not error <= allowed:
         raise Unmeasurable(
             "refused", f"attention and MLP do not add up to block {call.layer}: off by {error:.1e}"
         )
 
 
-def _reading(half: str, label: str) -> Reading:
-    column = f"{half}_coupling"
-
-    def read(record: Record, rank: int) -> float:
-        found = record[column]
-        return math.nan if found is None else float(found[list(record["ranks"]).index(rank)])
-
-    return Reading(column, label, column, read, of_rank=True, chance=chance_coupling)
-
-
 MEASURES = (
     Measure(
         name="halves",
-        doc="Coupling of the blocks' halves, f = a + m: the Jacobians ∂a/∂x of the attention among each other, and ∂m/∂(its "
-        "own input) of the MLP, at the measured token. Each is certified by its own pullback, and both together are held to "
-        "the block's. Costs about two Jacobians a block.",
+        doc="Coupling of the blocks' halves, f = a + m: the Jacobians ∂a/∂x of the attention among "
+        "each other, and ∂m/∂(its own input) of the MLP, at the measured token. Each is certified "
+        "by its own pullback, and both together are held to the block's. Costs about two Jacobians "
+        "a block.",
         columns=(
             Column("attention_miscoupling", "rank layer layer", "m̃ among the attention halves"),
             Column("mlp_miscoupling", "rank layer layer", "m̃ among the MLP halves"),
@@ -131,9 +123,22 @@ MEASURES = (
         run=run,
         version=2,
         settings=("ranks", "method"),
-        readings=(
-            _reading("attention", "coupling of the attention halves"),
-            _reading("mlp", "coupling of the MLP halves"),
+        readings=tuple(
+            ranked_reading(
+                f"{half}_coupling", label, f"{half}_coupling", chance=chance_coupling, doc=doc
+            )
+            for half, label, doc in (
+                (
+                    "attention",
+                    "coupling of the attention halves",
+                    "Coupling that the attention layers have among each other.",
+                ),
+                (
+                    "mlp",
+                    "coupling of the MLP halves",
+                    "Coupling that the MLPs have among each other.",
+                ),
+            )
         ),
         extra=lambda n_layers, position, settings: (2 * n_layers, 2 * n_layers),
     ),

@@ -1,22 +1,22 @@
-"""How strongly every token moves the measured one, block by block, and the shape of the spectrum of its own Jacobian."""
+"""Influence of every token on the measured one, and the spectrum of the measured one's Jacobian."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, column_reading
+from lm_eval_coupling.measures.contract import MeasureResult
+from lm_eval_coupling.measures.registry import Column, Measure, column_reading
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
-    from lm_eval_coupling.measuring.settings import Settings
+    from lm_eval_coupling.measures.contract import Batch, Settings, TracedPrompt
 
 
 def run(batch: Batch) -> list[MeasureResult]:
-    """Norms of the Jacobians from every token to the measured one, and the full spectrum of J_tt, of every prompt."""
-    return batch.measure_each(_of_prompt, "spectra")
+    """Measure norms of the Jacobians from every token, and the full spectrum of J_tt."""
+    return batch.measure_each(_measure, "spectra")
 
 
-def _of_prompt(one: TracedPrompt) -> MeasureResult:
+def _measure(prompt: TracedPrompt) -> MeasureResult:
     import numpy as np
     import torch
 
@@ -25,25 +25,26 @@ def _of_prompt(one: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import largest_singular_values
 
+    token, method = prompt.position, prompt.settings.method
     rows: dict[str, list[Any]] = {
         name: [] for name in ("frobenius", "spectral", "effective_rank", "participation", "S")
     }
-    for layer in range(len(one.trace.calls)):
-        parts, own = [], None
-        for tokens, J in rows_to(one.trace, layer, one.position, one.last, one.settings.method):
-            J = off_mps(J)
-            norms = torch.linalg.vector_norm(J, dim=(1, 2), dtype=torch.float64)
-            parts.append(torch.stack([norms, largest_singular_values(J).double()]))
-            if one.position in tokens:
-                own = J[tokens.index(one.position)]
-        assert own is not None  # the measured token is one of those up to the last
+    for layer in range(len(prompt.trace.calls)):
+        norms, own = [], None
+        for tokens, part in rows_to(prompt.trace, layer, token, prompt.last, method):
+            J = off_mps(part)
+            frobenius = torch.linalg.vector_norm(J, dim=(1, 2), dtype=torch.float64)
+            norms.append(torch.stack([frobenius, largest_singular_values(J).double()]))
+            if token in tokens:
+                own = J[tokens.index(token)]
+        assert own is not None  # The measured token is one of those up to the last.
         S = torch.linalg.svdvals(own.cpu()).double()
-        frobenius, spectral = torch.cat(parts, dim=1).cpu().numpy()
+        frobenius, spectral = torch.cat(norms, dim=1).cpu().numpy()
         rows["frobenius"].append(frobenius)
         rows["spectral"].append(spectral)
         rows["effective_rank"].append(spectrum.effective_rank(S))
         rows["participation"].append(spectrum.participation_ratio(S))
-        rows["S"].append(S[: one.settings.ranks[-1]].numpy())
+        rows["S"].append(S[: prompt.settings.ranks[-1]].numpy())
     slope, r2 = spectrum.inverse_against_depth(np.stack(rows["S"]))
     return MeasureResult(
         {
@@ -64,7 +65,8 @@ def _extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
 MEASURES = (
     Measure(
         name="spectra",
-        doc="Influence of every token on the measured one, and the full spectrum of the measured token's own Jacobian.",
+        doc="Influence of every token on the measured one, and the full spectrum of the measured "
+        "token's own Jacobian.",
         columns=(
             Column(
                 "effective_rank",

@@ -1,11 +1,13 @@
-"""What is known of every measure, in one form. Record, store, tables, summaries, fits and docs are derived from it.
+"""Registry of measures: columns, readings and measures in one form. NumPy only.
 
-A measure is one file of this package that ends in ``MEASURES = (Measure(…),)``: its columns with their shapes and meaning,
-the function that fills them, and the readings that are drawn and fitted. It imports torch only inside the functions that
-compute, so that whoever reads results can know the columns without it. NumPy only.
+Records, the store, tables, summaries, fits and docs/measures.md are derived from it. A measure is
+one file of this package that ends in ``MEASURES = (Measure(…),)``: its columns, the function that
+fills them, and the readings that are drawn and fitted. It imports torch only inside the functions
+that compute, so that readers of results know the columns without torch.
 
-Shapes are written as jaxtyping writes them, over the sizes ``rank`` (of the K asked for), ``max_rank``, ``layer``, ``seq``
-(tokens of the prompt), ``token`` and ``chosen`` (those a measure over tokens compares), ``window`` and ``component``.
+Shapes are written as in jaxtyping, over these sizes: ``rank`` (numbers K that were asked for),
+``max_rank``, ``layer``, ``seq`` (tokens of the prompt), ``token`` and ``chosen`` (tokens and blocks
+that a measure over tokens compares), ``window`` and ``component``.
 """
 
 from __future__ import annotations
@@ -15,36 +17,34 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from lm_eval_coupling import measures as _package
-from lm_eval_coupling.errors import CouplingError, Reason
-
-if TYPE_CHECKING:
-    from lm_eval_coupling.measuring.batch import Batch
-    from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.contract import Batch, MeasureResult, Settings
 
 
 @runtime_checkable
 class Record(Protocol):
-    """Whatever gives a column by its name: a measured prompt, or a row of a table as a dict."""
+    """Source of columns by name: a measured prompt, or a row of a table as a dict."""
 
     def __getitem__(self, name: str, /) -> Any:
-        """The column ``name``."""
+        """Return the column ``name``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a record.
+    """Column of a record.
 
     Attributes:
-        name: in the record and in the tables.
+        name: its name in records and tables.
         shape: names of its dimensions, "" for a single value.
-        doc: what it is: definition, unit, source.
-        kind: of its values. Numbers are float32 in arrays and float64 alone; doubles are float64 in arrays too.
+        doc: definition, unit and source.
+        kind: type of its values. Numbers are float32 in arrays and float64 alone; doubles are
+            float64 in arrays too.
         option: argument of a run that records it, where asking for its measure is not enough.
     """
 
@@ -56,22 +56,22 @@ class Column:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """Of an array; none for a single value."""
+        """Names of the dimensions of an array; empty for a single value."""
         return tuple(self.shape.split())
 
     @property
     def missing(self) -> float | None:
-        """What stands where nothing was measured."""
+        """Placeholder where nothing was measured."""
         return math.nan if self.kind == "number" and not self.shape else None
 
     def cast(self, value: Any) -> Any:
-        """``value`` as a record holds it: a float32 array, a tuple or a single Python value.
+        """Convert ``value`` to the form of records: a float32 array, a tuple or one Python value.
 
         Returns:
-            None stays None.
+            The converted value; None stays None.
 
         Raises:
-            CouplingError: if it has another number of dimensions.
+            CouplingError: if the number of dimensions differs from the column's.
         """
         if value is None:
             return None
@@ -89,19 +89,20 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One number of a prompt, or one for every place in depth, as it is drawn and fitted.
+    """Number of a prompt, or of each place in depth, as it is drawn and fitted.
 
     Attributes:
-        name: in tables of studies and as predictor.
-        label: in pictures.
-        column: the column it is read from; without it there is no reading.
-        read: takes a record (anything that gives a column by its name) and a rank K.
-        over: what it has a value for: the ``prompt``, each ``block``, each ``point`` of the stream (x^0 first), or each
-            ``window`` of blocks.
+        name: name in tables of studies and as a predictor.
+        label: caption in pictures.
+        column: column that it is read from; without the column there is no reading.
+        read: function of a record and a rank K.
+        over: places that have a value: the ``prompt``, each ``block``, each ``point`` of the stream
+            (x^0 first), or each ``window`` of blocks.
         of_rank: whether it depends on K.
-        sign: 1 or −1, whether it is expected to go with or against the score; 0 where nobody has said.
-        chance: its value where layers have nothing to do with each other, by K.
-        log: drawn on a logarithmic axis.
+        sign: expected direction with the score, 1 or −1; 0 where there is no expectation.
+        chance: function of K: the expected value for unrelated layers.
+        log: whether it is drawn on a logarithmic axis.
+        doc: what it tells, in plain words.
     """
 
     name: str
@@ -113,64 +114,90 @@ class Reading:
     sign: int = 0
     chance: Callable[[int], float] | None = None
     log: bool = False
+    doc: str = ""
 
     def chance_at(self, rank: int) -> float:
-        """Its value at chance; NaN where there is no such thing."""
+        """Return the value at chance; NaN where chance is not defined."""
         return math.nan if self.chance is None else self.chance(rank)
 
     def in_depth(self, record: Record, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Depths and the values that stand there, in float64.
+        """Return depths and the values at these depths, in float64.
+
+        Depth 0 is the input of the first block. Depth l is block l or its output.
 
         Returns:
-            Depth 0 is the input of the first block, l the output of block l or the block itself, a window stands at its
-            centre, and the whole prompt has the depth NaN.
+            Depths and values. A window has the depth of its center, a whole prompt the depth NaN.
         """
         values = np.atleast_1d(np.asarray(self.read(record, rank), dtype=np.float64))
-        places = np.arange(float(len(values)))
         if self.over == "prompt":
             return np.full(len(values), math.nan), values
-        return places + {"point": 0, "block": 1, "window": int(record["window"] or 0) / 2}[
-            self.over
-        ], values
+        first = {"point": 0, "block": 1, "window": int(record["window"] or 0) / 2}[self.over]
+        return np.arange(float(len(values))) + first, values
 
 
-def column_reading(name: str, label: str, column: str | None = None, **more: Any) -> Reading:
-    """A reading that is a column as it stands, by default the one of its name."""
+def column_reading(name: str, label: str, column: str | None = None, **options: Any) -> Reading:
+    """Return a reading that is a column unchanged, by default the column of its own name."""
     column = column or name
-    return Reading(name, label, column, lambda record, rank: record[column], **more)
+    return Reading(name, label, column, lambda record, rank: record[column], **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasureResult:
-    """What a measure found for one prompt: its columns, why some are missing or undefined, and how long it took."""
+def ranked_reading(name: str, label: str, column: str, **options: Any) -> Reading:
+    """Return a reading of a column [rank]: one number of the prompt for each K."""
 
-    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reasons: tuple[Reason, ...] = ()
-    seconds: float = 0.0
+    def read(record: Record, rank: int) -> float:
+        values = record[column]
+        return math.nan if values is None else float(values[list(record["ranks"]).index(rank)])
 
-    @property
-    def settled(self) -> bool:
-        """Whether measuring again would find the same: only then is it worth keeping."""
-        return bool(self.columns) and all(reason.settled for reason in self.reasons)
+    return Reading(name, label, column, read, of_rank=True, **options)
+
+
+def mean_reading(
+    name: str,
+    label: str,
+    column: str,
+    summary: Callable[[np.ndarray], float] | None = None,
+    doc: str = "",
+) -> Reading:
+    """Return a reading that summarizes a column over depth, by default its mean.
+
+    Args:
+        name: name of the reading.
+        label: caption in pictures.
+        column: column with one value for each depth.
+        summary: function of the column in float64. The mean takes defined values only.
+        doc: what it tells, in plain words.
+    """
+
+    def read(record: Record, rank: int) -> float:
+        column_values = record[column]
+        if column_values is None:
+            return math.nan
+        values = np.asarray(column_values, np.float64)
+        if summary is not None:
+            return float(summary(values))
+        defined = values[np.isfinite(values)]
+        return float(defined.mean()) if len(defined) else math.nan
+
+    return Reading(name, label, column, read, doc=doc)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What can be asked for with ``coupling_measures``.
+    """Measure, asked for by name with ``coupling_measures``.
 
     Attributes:
-        name: as it is asked for.
-        doc: what it says, in a sentence or two.
-        columns: what it records.
-        run: takes a :class:`~lm_eval_coupling.measuring.batch.Batch` and returns what it found for each prompt.
-        version: raised whenever the same settings would give other numbers.
-        settings: the settings that its numbers depend on, beside the arithmetic.
-        default: measured unless others are asked for.
-        readings: its numbers as they are drawn and fitted.
-        option: further argument of a run that it reads, as an example.
-        jacobians: whether it takes the Jacobians J_tt, which are made once for all measures that do.
-        extra: Jacobians that it takes beside those of the depth and how many are held at a time, of a number of blocks, a
-            position and the settings.
+        name: name to ask for.
+        doc: meaning, in a few sentences.
+        columns: columns that it records.
+        run: function of a batch that returns one result for each prompt.
+        version: number to raise whenever the same settings would give other values.
+        settings: settings that its values depend on, besides the arithmetic.
+        default: whether it is measured unless others are asked for.
+        readings: its values as they are drawn and fitted.
+        option: another argument of a run that it reads, as an example.
+        jacobians: whether it takes the Jacobians J_tt, which all such measures share.
+        extra: function of the number of blocks, a position and the settings. It returns the number
+            of Jacobians taken besides J_tt, and the number held in memory at a time.
     """
 
     name: str
@@ -185,46 +212,42 @@ class Measure:
     jacobians: bool = False
     extra: Callable[[int, int, Settings], tuple[int, int]] | None = None
 
-    def cast(self, found: MeasureResult) -> MeasureResult:
-        """``found`` with its columns as records hold them.
+    def cast(self, result: MeasureResult) -> MeasureResult:
+        """Convert the columns of ``result`` to the form of records.
 
         Returns:
-            A new object with the same reasons and seconds.
+            A new result with the same reasons and seconds.
 
         Raises:
-            CouplingError: for a column that this measure does not have, or of another number of dimensions.
+            CouplingError: for a column that this measure lacks, or of another number of dimensions.
         """
-        known = {column.name: column for column in self.columns}
-        if unknown := [name for name in found.columns if name not in known]:
+        columns = {column.name: column for column in self.columns}
+        if unknown := [name for name in result.columns if name not in columns]:
             raise CouplingError(
-                f"got column {unknown[0]!r} of measure {self.name}, expected one of {', '.join(known)}"
+                f"got column {unknown[0]!r} of measure {self.name}, "
+                f"expected one of {', '.join(columns)}"
             )
-        return MeasureResult(
-            {name: known[name].cast(v) for name, v in found.columns.items()},
-            found.reasons,
-            found.seconds,
-        )
+        values = {name: columns[name].cast(value) for name, value in result.columns.items()}
+        return dataclasses.replace(result, columns=values)
 
 
-# Every record has these, whatever was measured.
+# Columns of every record, whatever was measured.
 PROMPT = (
     Column("tokens", "seq", "token ids of the prompt", "whole"),
-    Column("position", "", "the token that was measured, from 0", "whole"),
+    Column("position", "", "measured token, from 0", "whole"),
     Column("ranks", "rank", "numbers K of top singular vectors, ascending", "whole"),
-    Column("measures", "measure", "what was asked for", "text"),
+    Column("measures", "measure", "measures that were asked for", "text"),
 )
 OUTCOME = (
     Column(
         "seconds",
         "",
-        "time it took, a batch's divided by its prompts; of reused numbers, when they were measured",
+        "time taken, a batch's divided by its prompts; for reused numbers, when they were measured",
     ),
-    Column(
-        "reason", "", "in words, why something is missing or undefined; null if nothing is", "text"
-    ),
-    Column("reason_codes", "code", "the same as short codes to count by", "text"),
+    Column("reason", "", "reasons for missing or undefined values; null if there are none", "text"),
+    Column("reason_codes", "code", "the same reasons as short codes to count by", "text"),
 )
-# What comes with every Jacobian J_tt, whichever measure asked for it.
+# Columns that come with every Jacobian J_tt, whichever measure asked for it.
 JACOBIAN = (
     Column(
         "certificate",
@@ -240,34 +263,34 @@ JACOBIAN = (
     Column(
         "slower_because",
         "layer",
-        "why no faster level was taken, null where the fastest was",
+        "reason why no faster level was taken, null where the fastest was",
         "text",
     ),
 )
+# Modules of this package that define no measure.
+_OTHER_MODULES = {"contract", "registry"}
 
 
 @functools.cache
 def registered_measures() -> dict[str, Measure]:
-    """Every measure by its name: what is measured unless others are asked for comes first, then by name."""
-    names = [module.name for module in pkgutil.iter_modules(_package.__path__) if not module.ispkg]
+    """Return all measures by name: default measures first, then alphabetically."""
     modules = [
-        importlib.import_module(f"{_package.__name__}.{name}")
-        for name in names
-        if name != "registry"
+        importlib.import_module(f"{_package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(_package.__path__)
+        if not module.ispkg and module.name not in _OTHER_MODULES
     ]
-    found = [measure for module in modules for measure in module.MEASURES]
-    return {
-        measure.name: measure for measure in sorted(found, key=lambda m: (not m.default, m.name))
-    }
+    measures = [measure for module in modules for measure in module.MEASURES]
+    measures.sort(key=lambda measure: (not measure.default, measure.name))
+    return {measure.name: measure for measure in measures}
 
 
 def default_measures() -> tuple[str, ...]:
-    """What is measured unless others are asked for."""
+    """Return the names of the measures that are taken unless others are asked for."""
     return tuple(name for name, measure in registered_measures().items() if measure.default)
 
 
 def measured_columns() -> dict[str, Column]:
-    """The columns of all measures, in their order; one that several measures record stands once."""
+    """Return the columns of all measures by name, shared ones once."""
     return {
         column.name: column
         for measure in registered_measures().values()
@@ -276,7 +299,7 @@ def measured_columns() -> dict[str, Column]:
 
 
 def record_columns() -> dict[str, Column]:
-    """Every column of a record: what is known of the prompt, what was measured, how it went."""
+    """Return all columns of a record: the prompt's, the measured ones, the outcome's."""
     return (
         {column.name: column for column in PROMPT}
         | measured_columns()
@@ -285,7 +308,7 @@ def record_columns() -> dict[str, Column]:
 
 
 def readings() -> dict[str, Reading]:
-    """Every reading by its name, in the order of the measures."""
+    """Return all readings by name, in the order of the measures."""
     return {
         reading.name: reading
         for measure in registered_measures().values()
@@ -294,35 +317,35 @@ def readings() -> dict[str, Reading]:
 
 
 def prompt_readings(names: Iterable[str] | None = None) -> list[Reading]:
-    """The readings that are one number of a prompt, of all measures or of those named.
+    """Return the readings that are one number of a prompt: those that summaries and fits take.
 
-    They are what tasks are summarised with and what scores are compared to.
+    Args:
+        names: measures to choose from, by default all of them.
 
     Returns:
-        In the order in which the measures are registered.
+        Readings in the order of the measures.
     """
-    chosen = (
-        registered_measures().values()
-        if names is None
-        else [registered_measures()[name] for name in registered_measures() if name in {*names}]
-    )
+    chosen = None if names is None else {*names}
     return [
-        reading for measure in chosen for reading in measure.readings if reading.over == "prompt"
+        reading
+        for name, measure in registered_measures().items()
+        if chosen is None or name in chosen
+        for reading in measure.readings
+        if reading.over == "prompt"
     ]
 
 
 def measures_argument(names: Iterable[str]) -> str:
-    """``coupling_measures=…`` with these measures beside those by default, in their order."""
-    wanted = {*default_measures(), *names}
-    return "coupling_measures=" + "+".join(name for name in registered_measures() if name in wanted)
+    """Return the argument ``coupling_measures=…`` for the default measures and these."""
+    chosen = {*default_measures(), *names}
+    return "coupling_measures=" + "+".join(name for name in registered_measures() if name in chosen)
 
 
-def recording_option(column: str) -> str | None:
-    """Arguments of a run that records ``column``; ``None`` if no measure does."""
+def recording_option(column_name: str) -> str | None:
+    """Return the arguments of a run that records a column; None if no measure does."""
     for measure in registered_measures().values():
-        for known in measure.columns:
-            if known.name == column:
-                return known.option or ",".join(
-                    filter(None, (measures_argument([measure.name]), measure.option))
-                )
+        for column in measure.columns:
+            if column.name == column_name:
+                arguments = (measures_argument([measure.name]), measure.option)
+                return column.option or ",".join(filter(None, arguments))
     return None

@@ -1,4 +1,4 @@
-"""How regular the trajectory of the stream is: straightness, exponential growth, equal steps, entropy as it is decoded."""
+"""Regularity of the stream's trajectory: straightness, exponential growth, equal steps, entropy."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_coupling.errors import Reason
-from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult, column_reading
+from lm_eval_coupling.measures.contract import MeasureResult
+from lm_eval_coupling.measures.registry import Column, Measure, column_reading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
 
-WINDOW = 11  # blocks, as in the paper; all of them where a model has fewer
-AT_ONCE = 1 << 24  # numbers of the trajectories that are looked at together
+WINDOW = 11  # Blocks, as in the paper; all blocks of a shallower model.
+AT_ONCE = 1 << 24  # Numbers of trajectories in memory at a time.
+TOKENS_AT_ONCE = 64  # A long prompt's trajectories in double precision would be large.
 
 
 def run(batch: Batch) -> list[MeasureResult]:
-    """Regularity of every prompt's trajectory."""
+    """Measure the regularity of every prompt's trajectory."""
     entropies = _entropies(batch) if len(batch) > 1 else {}
     at_once = max(1, AT_ONCE // batch.trajectories[0].numel())
     return batch.measure_together(
-        lambda prompts: _of_prompts(prompts, entropies), "regularity", at_once
+        lambda prompts: _measure(prompts, entropies), "regularity", at_once
     )
 
 
 def _entropies(batch: Batch) -> dict[int, Any]:
-    """Entropy at every depth of each prompt, a few prompts in one pass; none where that fails, then each alone says why."""
+    """Return the entropies of prompts by index, from passes over several prompts.
+
+    Empty if a pass fails: each prompt is then decoded alone, and a failure names its own reason.
+    """
     import torch
 
     from lm_eval_coupling.measures.formulas.trajectory import entropy
@@ -40,45 +45,46 @@ def _entropies(batch: Batch) -> dict[int, Any]:
 
     model: Any = batch.model
     try:
-        stream = torch.stack(batch.trajectories).to(batch.traces[0].resid_final.device)
+        stream = torch.stack(list(batch.trajectories)).to(batch.traces[0].resid_final.device)
         parts = stream.split(max(1, POINTS // stream.shape[1]))
-        found = torch.cat([entropy(off_mps(model.logits(part))) for part in parts])
-        return dict(enumerate(on_host(found)))
+        entropies = torch.cat([entropy(off_mps(model.logits(part))) for part in parts])
+        return dict(enumerate(on_host(entropies)))
     except Exception:
         return {}
 
 
-def _of_prompts(
-    prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]
-) -> list[MeasureResult]:
-    """``entropies`` are those that are known already, by the prompt's place in the batch."""
+def _measure(prompts: Sequence[TracedPrompt], entropies: Mapping[int, Any]) -> list[MeasureResult]:
+    """Measure several prompts; ``entropies`` are those known already, by the prompt's index."""
     import torch
 
-    x, asked = torch.stack([one.trajectory for one in prompts]), prompts[0].settings.window
-    window = min(WINDOW, x.shape[1] - 1) if asked is None else asked
-    of_token = _line_shape_scores(prompts)
+    x, window = torch.stack([prompt.trajectory for prompt in prompts]), prompts[0].settings.window
+    if window is None:
+        window = min(WINDOW, x.shape[1] - 1)
+    rows = zip(prompts, _trajectory_columns(x, window), _token_scores(prompts), strict=True)
     return [
-        _found(
-            one, numbers | {"window": window, "line_shape_scores": scores}, entropies.get(one.index)
+        _result(
+            prompt,
+            columns | {"window": window, "line_shape_scores": scores},
+            entropies.get(prompt.index),
         )
-        for one, numbers, scores in zip(prompts, _numbers(x, window), of_token, strict=True)
+        for prompt, columns, scores in rows
     ]
 
 
-def _numbers(x: Tensor, window: int) -> list[dict[str, Any]]:
-    """What follows from x^0 … x^L of each prompt at its measured token."""
-    from lm_eval_coupling.measures.formulas import trajectory as maths
+def _trajectory_columns(x: Tensor, window: int) -> list[dict[str, Any]]:
+    """Return the numbers of x^0 … x^L of each prompt at its measured token."""
+    from lm_eval_coupling.measures.formulas import trajectory as formulas
     from lm_eval_coupling.numerics.transfer import rows_on_host
 
     rows = rows_on_host(
         {
-            "line_shape_score": maths.line_shape_score(x),
-            "expodistance": maths.expodistance(x),
-            "norms": maths.norms(x),
-            "windowed_line_shape": maths.line_shape_score(x, window),
-            "windowed_expodistance": maths.expodistance(x, window),
-            "step_lengths": maths.step_lengths(x),
-            "equidistance": maths.equidistance(x),
+            "line_shape_score": formulas.line_shape_score(x),
+            "expodistance": formulas.expodistance(x),
+            "norms": formulas.norms(x),
+            "windowed_line_shape": formulas.line_shape_score(x, window),
+            "windowed_expodistance": formulas.expodistance(x, window),
+            "step_lengths": formulas.step_lengths(x),
+            "equidistance": formulas.equidistance(x),
         }
     )
     return [
@@ -86,65 +92,65 @@ def _numbers(x: Tensor, window: int) -> list[dict[str, Any]]:
     ]
 
 
-def _found(one: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> MeasureResult:
-    entropy, reasons = _entropy(one) if known_entropy is None else ({"entropy": known_entropy}, ())
-    scores = {name: columns[name] for name in ("line_shape_score", "expodistance")}
-    return MeasureResult(columns | entropy | _trajectories(one), (*_undefined(scores), *reasons))
+def _result(prompt: TracedPrompt, columns: dict[str, Any], known_entropy: Any) -> MeasureResult:
+    reasons = _undefined(columns)
+    if known_entropy is None:
+        entropy, failures = _entropy(prompt)
+    else:
+        entropy, failures = {"entropy": known_entropy}, ()
+    return MeasureResult(columns | entropy | _components(prompt), (*reasons, *failures))
 
 
-def _undefined(scores: dict[str, float]) -> tuple[Reason, ...]:
-    names = " and ".join(
-        name.replace("_", "-") for name, score in scores.items() if math.isnan(score)
-    )
-    return (
-        (Reason("undefined", f"undefined {names}: a step, a norm or their sum is zero"),)
-        if names
-        else ()
-    )
+def _undefined(columns: dict[str, Any]) -> tuple[Reason, ...]:
+    names = [name for name in ("line_shape_score", "expodistance") if math.isnan(columns[name])]
+    if not names:
+        return ()
+    listed = " and ".join(name.replace("_", "-") for name in names)
+    return (Reason("undefined", f"undefined {listed}: a step, a norm or their sum is zero"),)
 
 
-def _entropy(one: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
-    """Of the logits at every depth; a head that fails costs nothing else."""
+def _entropy(prompt: TracedPrompt) -> tuple[dict[str, Any], tuple[Reason, ...]]:
+    """Return the entropy of the logits at every depth, or why the head failed."""
     from lm_eval_coupling.errors import reason_of
     from lm_eval_coupling.measures.formulas.trajectory import entropy
     from lm_eval_coupling.numerics.devices import off_mps
 
+    model: Any = prompt.model
     try:
-        model: Any = one.model
-        return {"entropy": entropy(off_mps(model.logits(one.trace.trajectory(one.position))))}, ()
+        logits = model.logits(prompt.trace.trajectory(prompt.position))
+        return {"entropy": entropy(off_mps(logits))}, ()
     except Exception as error:
         reason = reason_of(error)
         return {}, (Reason(reason.code, f"no entropy: {reason.words}"),)
 
 
-def _line_shape_scores(prompts: Sequence[TracedPrompt], at_once: int = 64) -> list[Any]:
-    """Of every token, so many at once: a double-precision trajectory of all of a long prompt would be large."""
+def _token_scores(prompts: Sequence[TracedPrompt]) -> list[Any]:
+    """Return the line-shape scores of all tokens of each prompt."""
     from lm_eval_coupling.measures.formulas.trajectory import line_shape_score
     from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.transfer import all_on_host
 
-    traces: list[Any] = [one.trace for one in prompts]
-    starts = [range(0, trace.resid_final.shape[1], at_once) for trace in traces]
-    slices = [
-        (trace, slice(i, i + at_once))
-        for trace, of_trace in zip(traces, starts, strict=True)
-        for i in of_trace
+    traces: list[Any] = [prompt.trace for prompt in prompts]
+    starts = [range(0, trace.resid_final.shape[1], TOKENS_AT_ONCE) for trace in traces]
+    scores = [
+        line_shape_score(off_mps(trace.trajectories(slice(i, i + TOKENS_AT_ONCE))))
+        for trace, trace_starts in zip(traces, starts, strict=True)
+        for i in trace_starts
     ]
-    parts = iter(
-        all_on_host(
-            [line_shape_score(off_mps(trace.trajectories(tokens))) for trace, tokens in slices]
-        )
-    )
-    return [np.concatenate([next(parts).numpy() for _ in of_trace]) for of_trace in starts]
+    parts = iter(all_on_host(scores))
+    return [
+        np.concatenate([next(parts).numpy() for _ in prompt_starts]) for prompt_starts in starts
+    ]
 
 
-def _trajectories(one: TracedPrompt) -> dict[str, Any]:
+def _components(prompt: TracedPrompt) -> dict[str, Any]:
+    """Return all tokens' trajectories along their principal components, if asked for."""
     from lm_eval_coupling.measures.formulas.trajectory import principal_trajectories
     from lm_eval_coupling.numerics.devices import off_mps
 
-    if not one.settings.trajectories:
+    if not prompt.settings.trajectories:
         return {}
-    trace: Any = one.trace
+    trace: Any = prompt.trace
     points, share = principal_trajectories(off_mps(trace.trajectories(slice(None))))
     return {"trajectories": points, "trajectory_variance": share}
 
@@ -153,7 +159,8 @@ _KEPT = "coupling_trajectories=1"
 MEASURES = (
     Measure(
         name="regularity",
-        doc="Regularity of the residual stream x^0 … x^L at the measured token, x^0 being the input of the first block.",
+        doc="Regularity of the residual stream x^0 … x^L at the measured token, x^0 being the "
+        "input of the first block.",
         columns=(
             Column(
                 "line_shape_score",
@@ -163,7 +170,8 @@ MEASURES = (
             Column(
                 "expodistance",
                 "",
-                "variance over squared mean of ln(‖x^l‖/‖x^{l−1}‖): 0 for exponential growth (paper)",
+                "variance over squared mean of ln(‖x^l‖/‖x^{l−1}‖): 0 for exponential growth "
+                "(paper)",
             ),
             Column("norms", "layer+1", "‖x^l‖"),
             Column("line_shape_scores", "seq", "line-shape score of every token of the prompt"),
@@ -183,12 +191,13 @@ MEASURES = (
             Column(
                 "entropy",
                 "layer+1",
-                "of the logits that the model's own head decodes from x^l, in nats",
+                "entropy in nats of the logits that the model's own head decodes from x^l",
             ),
             Column(
                 "trajectories",
                 "seq layer+1 component",
-                "every token's trajectory along the at most 3 principal components of the last points",
+                "every token's trajectory along the at most 3 principal components of the last "
+                "points",
                 option=_KEPT,
             ),
             Column(
@@ -203,9 +212,24 @@ MEASURES = (
         settings=("window", "trajectories"),
         default=True,
         readings=(
-            column_reading("line_shape_score", "line-shape score", sign=-1),
-            column_reading("expodistance", "expodistance", sign=-1),
-            column_reading("equidistance", "variation of step lengths"),
+            column_reading(
+                "line_shape_score",
+                "line-shape score",
+                sign=-1,
+                doc="1 where the stream moves in a straight line from block to block, larger where "
+                "it turns.",
+            ),
+            column_reading(
+                "expodistance",
+                "expodistance",
+                sign=-1,
+                doc="0 where the norm of the stream grows by the same factor in every block.",
+            ),
+            column_reading(
+                "equidistance",
+                "variation of step lengths",
+                doc="0 where every block moves the stream by the same distance.",
+            ),
             column_reading("norms", "norm ‖x‖", over="point", log=True),
             column_reading("step_lengths", "step length ‖Δx‖", over="block", log=True),
             column_reading("windowed_line_shape", "line-shape score, windowed", over="window"),

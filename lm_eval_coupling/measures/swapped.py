@@ -1,24 +1,25 @@
-"""The swapped order ("vju") of the authors' release: m_K of V_{l'}ᵀ J^l U_{l'}, beside U_{l'}ᵀ J^l V_{l'} of the depth."""
+"""Swapped order of the authors' release ("vju"): m_K of V_{l'}ᵀ J^l U_{l'}."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.depth import PAIRS, mean_of_pairs
-from lm_eval_coupling.measures.registry import JACOBIAN, Column, Measure, MeasureResult
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Measure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
 
 
 def run(batch: Batch) -> list[MeasureResult]:
-    """m_K of all pairs of blocks of every prompt with U and V exchanged."""
-    return batch.measure_each(_of_prompt, "swapped")
+    """Measure m_K of all pairs of blocks with U and V exchanged."""
+    return batch.measure_each(_measure, "swapped")
 
 
-def _of_prompt(one: TracedPrompt) -> MeasureResult:
+def _measure(prompt: TracedPrompt) -> MeasureResult:
     from lm_eval_coupling.measures.formulas.miscoupling import (
         at_ranks,
         coupling_matrices,
@@ -27,26 +28,26 @@ def _of_prompt(one: TracedPrompt) -> MeasureResult:
     )
     from lm_eval_coupling.numerics.spectra import numerical_rank
 
-    ranks = one.settings.ranks
-    U, S, V = (
-        values[..., : ranks[-1]] for values in (one.triplets.U, one.triplets.S, one.triplets.V)
-    )
+    ranks, triplets = prompt.settings.ranks, prompt.triplets
+    U, S, V = (part[..., : ranks[-1]] for part in (triplets.U, triplets.S, triplets.V))
 
-    def both(A: Tensor) -> dict[str, Tensor]:
+    def pair_columns(A: Tensor) -> dict[str, Tensor]:
         S1, off = S[:, None, : A.shape[-1]], off_diagonal_norm(A)
         return {
             "miscoupling_to_vju": miscoupling_to(A, S1, off=off),
             "miscoupling_to_absolute_vju": miscoupling_to(A, S1, absolute=True, off=off),
         }
 
-    A = coupling_matrices(one.jacobians, V, U)
-    return MeasureResult(at_ranks(A, numerical_rank(S), ranks, both) | one.proof)
+    A = coupling_matrices(prompt.jacobians, V, U)
+    columns = at_ranks(A, numerical_rank(S), ranks, pair_columns)
+    return MeasureResult(columns | prompt.proof)
 
 
 MEASURES = (
     Measure(
         name="swapped",
-        doc="m_K with left and right singular vectors exchanged, A = V_{l'}ᵀ J^l U_{l'} (\"vju\" in the authors' release).",
+        doc="m_K with left and right singular vectors exchanged, A = V_{l'}ᵀ J^l U_{l'} "
+        '("vju" in the authors\' release).',
         columns=(
             Column("miscoupling_to_vju", PAIRS, "m_K of V_{l'}ᵀ J^l U_{l'}"),
             Column("miscoupling_to_absolute_vju", PAIRS, "the same with |A| entrywise"),

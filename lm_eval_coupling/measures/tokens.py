@@ -1,5 +1,7 @@
-"""Coupling between tokens. *Self-coupling* compares the Jacobians J_tt of different tokens, *context coupling* those that
-share their input token (J_{s t} for t after s) or their output token (J_{t T} for t before T) (paper, eqs. 16–18).
+"""Coupling between tokens (paper, eqs. 16–18).
+
+*Self-coupling* compares the Jacobians J_tt of different tokens. *Context coupling* compares those
+that share their input token (J_{s t} for t after s) or their output token (J_{t T} for t before T).
 """
 
 from __future__ import annotations
@@ -8,68 +10,74 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
-from lm_eval_coupling.measures.registry import Column, Measure, MeasureResult
+from lm_eval_coupling.measures.registry import Column, Measure
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measuring.batch import Batch, TracedPrompt
-    from lm_eval_coupling.measuring.settings import Settings
+    from lm_eval_coupling.measures.contract import Batch, Settings, TracedPrompt
+
 
 PAIRS = "rank chosen chosen token token"
 
 
 def run_self(batch: Batch) -> list[MeasureResult]:
-    """m̃ between the J_tt of the chosen tokens of every prompt, for all pairs of the chosen layers."""
+    """Measure m̃ between the J_tt of the chosen tokens, for all pairs of the chosen layers."""
     return batch.measure_each(_self_coupling, "self")
 
 
 def run_context(batch: Batch) -> list[MeasureResult]:
-    """m̃ between Jacobians with the input token fixed (the first chosen) and with the output token fixed (the measured)."""
+    """Measure m̃ between Jacobians that share the first chosen input or the measured output."""
     return batch.measure_each(_context_coupling, "context")
 
 
-def _chosen(one: TracedPrompt) -> tuple[list[int], list[int]]:
-    return chosen_layers(one.settings.layers, len(one.trace.calls)), chosen_tokens(
-        one.settings.tokens, one.last
+def _choices(prompt: TracedPrompt) -> tuple[list[int], list[int]]:
+    """Return the chosen layers and tokens."""
+    settings, n_layers = prompt.settings, len(prompt.trace.calls)
+    return chosen_layers(settings.layers, n_layers), chosen_tokens(settings.tokens, prompt.last)
+
+
+def _self_coupling(prompt: TracedPrompt) -> MeasureResult:
+    from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
+
+    layers, tokens = _choices(prompt)
+    pairs = [(token, token) for token in tokens]
+    jacobians = jacobians_over(prompt.trace, layers, pairs, prompt.settings.method)
+    miscouplings = miscoupling_of_all(jacobians, prompt.settings.ranks)
+    return MeasureResult(
+        {"self_tokens": tokens, "self_layers": layers, "self_miscoupling": miscouplings}
     )
 
 
-def _self_coupling(one: TracedPrompt) -> MeasureResult:
-    from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
-
-    layers, tokens = _chosen(one)
-    blocks = jacobians_over(one.trace, layers, [(t, t) for t in tokens], one.settings.method)
-    found = miscoupling_of_all(blocks, one.settings.ranks)
-    return MeasureResult({"self_tokens": tokens, "self_layers": layers, "self_miscoupling": found})
-
-
-def _context_coupling(one: TracedPrompt) -> MeasureResult:
+def _context_coupling(prompt: TracedPrompt) -> MeasureResult:
     import numpy as np
 
     from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
 
-    layers, tokens = _chosen(one)
-    method, ranks = one.settings.method, one.settings.ranks
+    layers, tokens = _choices(prompt)
+    method, ranks = prompt.settings.method, prompt.settings.ranks
     pairs = {
-        "context_input_miscoupling": [(t, tokens[0]) for t in tokens],
-        "context_output_miscoupling": [(one.position, t) for t in tokens],
+        "context_input_miscoupling": [(token, tokens[0]) for token in tokens],
+        "context_output_miscoupling": [(prompt.position, token) for token in tokens],
     }
-    found = {
-        name: miscoupling_of_all(jacobians_over(one.trace, layers, of, method), ranks)
-        for name, of in pairs.items()
+    columns = {
+        name: miscoupling_of_all(jacobians_over(prompt.trace, layers, shared, method), ranks)
+        for name, shared in pairs.items()
     }
-    undefined = sum(int(np.isnan(matrices[-1]).sum()) for matrices in found.values())
+    undefined = sum(int(np.isnan(matrices[-1]).sum()) for matrices in columns.values())
     size = 2 * (len(layers) * len(tokens)) ** 2
-    words = f"{undefined} of {size} context couplings are undefined: a Jacobian is zero or of rank below K"
+    words = (
+        f"{undefined} of {size} context couplings are undefined: "
+        "a Jacobian is zero or of rank below K"
+    )
     reasons = (Reason("zero_or_low_rank", words),) if undefined else ()
-    return MeasureResult({"context_tokens": tokens, "context_layers": layers} | found, reasons)
+    return MeasureResult({"context_tokens": tokens, "context_layers": layers} | columns, reasons)
 
 
 def _extra(kinds: int) -> Callable[[int, int, Settings], tuple[int, int]]:
     def extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
-        held = len(chosen_layers(settings.layers, n_layers)) * len(
-            chosen_tokens(settings.tokens, position)
-        )
+        layers = chosen_layers(settings.layers, n_layers)
+        held = len(layers) * len(chosen_tokens(settings.tokens, position))
         return kinds * held, held
 
     return extra
@@ -96,8 +104,9 @@ MEASURES = (
     ),
     Measure(
         name="context",
-        doc="Context coupling: Jacobians from one token to others and from others to one, in each other's bases. NaN where "
-        "a Jacobian is zero, because a later token cannot move an earlier one or lies outside a sliding window.",
+        doc="Context coupling: Jacobians from one token to others and from others to one, in each "
+        "other's bases. NaN where a Jacobian is zero, because a later token cannot move an earlier "
+        "one or lies outside a sliding window.",
         columns=(
             Column("context_tokens", "token", _TOKENS, "whole"),
             Column("context_layers", "chosen", _LAYERS, "whole"),

@@ -1,1 +1,1 @@
-"""From token ids to stored records; knows no lm-eval."""
+"""Measurement of one batch of prompts: from token ids to records."""

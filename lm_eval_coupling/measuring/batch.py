@@ -1,4 +1,4 @@
-"""Prompts measured together, and what measures share of them: traces, Jacobians and singular triplets, each made once."""
+"""Batches of prompts with the traces, Jacobians and triplets that their measures share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lm_eval_coupling.errors import Reason, Unmeasurable, reason_of
 from lm_eval_coupling.jacobians.certify import DTYPES, TOLERANCE, probe
 from lm_eval_coupling.jacobians.engine import BlockJacobians, jacobians_of_traces
 from lm_eval_coupling.jacobians.protocol import Model
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.devices import off_mps
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 from lm_eval_coupling.numerics.transfer import on_host
-from lm_eval_coupling.residual import sublayers as halves
+from lm_eval_coupling.residual import sublayers
 
 logger = logging.getLogger("lm_eval.coupling")
 
 
 class DoubtfulJacobian(Unmeasurable):
-    """A Jacobian that fails its certificate; ``proof`` is what is recorded of it."""
+    """Jacobian that fails its certificate; ``proof`` holds the columns that are recorded."""
 
     def __init__(self, words: str, proof: dict[str, Any]) -> None:
         super().__init__("certificate", words)
@@ -37,51 +37,47 @@ class DoubtfulJacobian(Unmeasurable):
 
 
 class TracedPrompt:
-    """One prompt of a batch at its measured token: what a measure computes from.
+    """Prompt of a batch at its measured token, from which measures compute.
 
     Attributes:
-        index: its place in the batch.
+        index: place of the prompt in its batch.
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
         tokens: token ids.
-        position: the measured token, from 0.
-        settings: what is measured.
-        trace: every block's call of one forward pass, and the stream after the last.
+        position: measured token, from 0.
+        settings: settings of the batch.
+        trace: calls of all blocks in one forward pass, and the stream after the last block.
     """
 
     def __init__(self, batch: Batch, index: int) -> None:
         self._batch, self.index = batch, index
         self.model, self.settings = batch.model, batch.settings
-        self.tokens, self.position, self.trace = (
-            batch.tokens[index],
-            batch.positions[index],
-            batch.traces[index],
-        )
+        self.tokens, self.position = batch.tokens[index], batch.positions[index]
+        self.trace = batch.traces[index]
 
     @property
     def last(self) -> int:
-        """The last token that can move the measured one: in a causal model itself."""
+        """Last token that can move the measured one: in a causal model itself."""
         call = self.trace.calls[0]
         return self.position if call.causal else call.seq - 1
 
     @property
     def trajectory(self) -> Float[Tensor, "layer_plus_1 d_model"]:
-        """x^0 … x^L at the measured token, where float64 is to be had."""
+        """x^0 … x^L at the measured token, on a device that has float64."""
         return self._batch.trajectories[self.index]
 
     @property
     def blocks(self) -> BlockJacobians:
-        """J_tt of every block as it came, with certificates; :attr:`jacobians` are those that can be relied on."""
+        """J_tt of every block with its certificate, whether or not it can be trusted."""
         return self._batch.blocks[self.index]
 
     @property
     def proof(self) -> dict[str, Any]:
-        """The columns that come with every Jacobian."""
-        found = self.blocks
-        why = found.why or [None] * len(found.method)
+        """Columns that come with every Jacobian."""
+        blocks = self.blocks
         return {
-            "certificate": found.certificate,
-            "method": tuple(found.method),
-            "slower_because": tuple(why),
+            "certificate": blocks.certificate,
+            "method": tuple(blocks.method),
+            "slower_because": tuple(blocks.why or [None] * len(blocks.method)),
         }
 
     @property
@@ -91,40 +87,52 @@ class TracedPrompt:
         Raises:
             DoubtfulJacobian: if one of them disagrees with the model's own derivative.
         """
-        found, tolerance = self.blocks, TOLERANCE[DTYPES[self.settings.dtype]]
-        worst = int(found.certificate.nan_to_num(math.inf).argmax())
-        if not found.certificate[worst] <= tolerance:
-            error = f"{found.certificate[worst]:.1e} against the model's own derivative, expected at most {tolerance:.0e}"
+        blocks, tolerance = self.blocks, TOLERANCE[DTYPES[self.settings.dtype]]
+        worst = int(blocks.certificate.nan_to_num(math.inf).argmax())
+        if not blocks.certificate[worst] <= tolerance:
             raise DoubtfulJacobian(
-                f"the Jacobian of block {worst} ({found.method[worst]}) is off by {error}",
+                f"the Jacobian of block {worst} ({blocks.method[worst]}) is off by "
+                f"{blocks.certificate[worst]:.1e} against the model's own derivative, "
+                f"expected at most {tolerance:.0e}",
                 self.proof,
             )
-        return found.jacobians
-
-    def attention_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """One block's call without its MLP; see :func:`~lm_eval_coupling.residual.sublayers.attention_alone`."""
-        return halves.attention_alone(call)
-
-    def mlp_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """One block's call with its attention held; see :func:`~lm_eval_coupling.residual.sublayers.mlp_alone`."""
-        return halves.mlp_alone(call, self.position)
+        return blocks.jacobians
 
     @property
     def triplets(self) -> SingularTriplets:
-        """One more than the largest rank asked for, so that the gap behind it is known; all where there are no more."""
+        """Top triplets of each block: one more than the largest rank, so that its gap is known.
+
+        At rank d_model there is no further triplet.
+        """
         return self._batch.triplets(self.index)
+
+    def attention_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
+        """Cut a block's call to its attention.
+
+        Returns:
+            A context as :func:`~lm_eval_coupling.residual.sublayers.attention_alone`.
+        """
+        return sublayers.attention_alone(call)
+
+    def mlp_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
+        """Cut a block's call to its MLP at the measured token.
+
+        Returns:
+            A context as :func:`~lm_eval_coupling.residual.sublayers.mlp_alone`.
+        """
+        return sublayers.mlp_alone(call, self.position)
 
 
 class Batch:
-    """Prompts measured together at one token each. Iterating gives each as a :class:`TracedPrompt`.
+    """Prompts that are measured together, at one token each.
 
     Attributes:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
         tokens: token ids of every prompt.
-        positions: the measured token of each, from 0.
-        settings: what is measured.
-        traces: of one padded forward pass.
-        trajectories: x^0 … x^L of every prompt at its measured token, where float64 is to be had.
+        positions: measured token of each prompt, from 0.
+        settings: settings of all prompts.
+        traces: traces of one padded forward pass.
+        trajectories: x^0 … x^L of every prompt at its measured token, on a device with float64.
     """
 
     def __init__(
@@ -136,7 +144,14 @@ class Batch:
         *,
         derivative: bool,
     ) -> None:
-        """Trace the prompts; ``derivative``: with the pullbacks that certify the Jacobians J_tt.
+        """Trace the prompts.
+
+        Args:
+            model: model to trace.
+            tokens: token ids of every prompt.
+            positions: measured token of each prompt, from 0.
+            settings: settings of all prompts.
+            derivative: take the pullbacks that certify the Jacobians J_tt.
 
         Raises:
             Unmeasurable: if the stream of a prompt is not finite.
@@ -151,15 +166,17 @@ class Batch:
         _require_finite(self.trajectories)
 
     def __len__(self) -> int:
+        """Return the number of prompts."""
         return len(self.tokens)
 
     def __iter__(self) -> Iterator[TracedPrompt]:
-        # Made anew each time: kept, they and the batch would hold each other, and its memory until the next collection.
+        """Iterate over the prompts."""
+        # New objects each time: a prompt refers to its batch, and a cycle would keep its memory.
         return (TracedPrompt(self, i) for i in range(len(self)))
 
     @functools.cached_property
     def blocks(self) -> list[BlockJacobians]:
-        """The Jacobians J_tt of every prompt with their triplets, all made together."""
+        """Jacobians J_tt of every prompt with their triplets, computed together."""
         return jacobians_of_traces(self.traces, self.positions, self.settings.method, self._rank)
 
     @property
@@ -167,18 +184,19 @@ class Batch:
         return min(self.settings.ranks[-1] + 1, self.model.d_model)
 
     def triplets(self, index: int) -> SingularTriplets:
-        """Of the Jacobians of one prompt."""
+        """Return the triplets of one prompt's Jacobians."""
         if index not in self._triplets:
             J = TracedPrompt(self, index).jacobians
             blocks = self.blocks[index]
-            known = blocks.triplets
             self._triplets[index] = (
-                top_singular(J, self._rank, device=blocks.device) if known is None else known
+                top_singular(J, self._rank, device=blocks.device)
+                if blocks.triplets is None
+                else blocks.triplets
             )
         return self._triplets[index]
 
     def forget_jacobians(self) -> None:
-        """Give their memory back."""
+        """Release the memory of Jacobians and triplets."""
         self._triplets.clear()
         with contextlib.suppress(AttributeError):
             del self.blocks
@@ -186,15 +204,17 @@ class Batch:
     def measure_each(
         self, measure: Callable[[TracedPrompt], MeasureResult], name: str
     ) -> list[MeasureResult]:
-        """What ``measure`` finds for each prompt; a prompt that it fails for has a reason, the others are not touched.
+        """Apply ``measure`` to one prompt at a time.
+
+        A prompt that fails gets a reason; the others are not affected.
 
         Returns:
-            As many as there are prompts, in their order.
+            One result for each prompt, in order.
 
         Raises:
             Exception: if memory runs out while several prompts hold it.
         """
-        return [self._alone(measure, one, name) for one in self]
+        return [self._measure_alone(measure, prompt, name) for prompt in self]
 
     def measure_together(
         self,
@@ -202,17 +222,19 @@ class Batch:
         name: str,
         at_once: int,
     ) -> list[MeasureResult]:
-        """As :meth:`measure_each`, but ``measure`` takes up to ``at_once`` prompts; where it fails, each of them is measured alone.
+        """Apply ``measure`` to up to ``at_once`` prompts at a time.
+
+        Where that fails, each of these prompts is measured alone.
 
         Returns:
-            As many as there are prompts, in their order.
+            One result for each prompt, in order.
         """
-        prompts, found = list(self), []
+        prompts, results = list(self), []
         for first in range(0, len(prompts), at_once):
-            found += self._group(measure, prompts[first : first + at_once], name)
-        return found
+            results += self._measure_group(measure, prompts[first : first + at_once], name)
+        return results
 
-    def _group(
+    def _measure_group(
         self,
         measure: Callable[[Sequence[TracedPrompt]], list[MeasureResult]],
         prompts: Sequence[TracedPrompt],
@@ -221,10 +243,9 @@ class Batch:
         start = time.perf_counter()
         if len(prompts) > 1:
             try:
-                parts = measure(prompts)
-                return [
-                    _on_host(part, (time.perf_counter() - start) / len(prompts)) for part in parts
-                ]
+                results = measure(prompts)
+                seconds = (time.perf_counter() - start) / len(prompts)
+                return [_on_host(result, seconds) for result in results]
             except Exception:
                 logger.debug(
                     "coupling: %s of %d prompts at once failed, each is measured alone",
@@ -232,32 +253,34 @@ class Batch:
                     len(prompts),
                     exc_info=True,
                 )
-        return [self._alone(lambda one: measure([one])[0], one, name) for one in prompts]
+        return [
+            self._measure_alone(lambda prompt: measure([prompt])[0], prompt, name)
+            for prompt in prompts
+        ]
 
-    def _alone(
-        self, measure: Callable[[TracedPrompt], MeasureResult], one: TracedPrompt, name: str
+    def _measure_alone(
+        self, measure: Callable[[TracedPrompt], MeasureResult], prompt: TracedPrompt, name: str
     ) -> MeasureResult:
         start = time.perf_counter()
         try:
-            part = measure(one)
-        except DoubtfulJacobian as error:  # it says the same for every measure that needs it
-            part = MeasureResult(error.proof, (error.reason,))
+            result = measure(prompt)
+        except DoubtfulJacobian as error:  # Its words are the same for every measure.
+            result = MeasureResult(error.proof, (error.reason,))
         except Exception as error:
             reason = reason_of(error)
             if reason.code == "out_of_memory" and len(self) > 1:
                 raise
-            part = MeasureResult({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
-        return _on_host(part, time.perf_counter() - start)
+            result = MeasureResult({}, (Reason(reason.code, f"no {name}: {reason.words}"),))
+        return _on_host(result, time.perf_counter() - start)
 
 
-def _on_host(part: MeasureResult, seconds: float) -> MeasureResult:
-    return MeasureResult(
-        {column: on_host(value) for column, value in part.columns.items()}, part.reasons, seconds
-    )
+def _on_host(result: MeasureResult, seconds: float) -> MeasureResult:
+    columns = {name: on_host(value) for name, value in result.columns.items()}
+    return MeasureResult(columns, result.reasons, seconds)
 
 
 def _require_finite(trajectories: Sequence[Float[Tensor, "layer_plus_1 d_model"]]) -> None:
-    """Read from the device once for all prompts."""
+    """Require finite trajectories, with one transfer from the device for all prompts."""
     finite = torch.isfinite(torch.stack(list(trajectories))).all(dim=-1).cpu()
     if not finite.all():
         layer = int((~finite).nonzero()[0, 1])

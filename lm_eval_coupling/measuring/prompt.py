@@ -1,7 +1,8 @@
-"""Prompts in, one :class:`PromptCoupling` out for each. The only place that knows the order of the steps."""
+"""Measurement of prompts: one :class:`PromptCoupling` for each."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Sequence
@@ -14,12 +15,17 @@ from lm_eval_coupling.errors import CouplingError, Reason, flag, reason_of, reso
 from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.jacobians.engine import require_model
 from lm_eval_coupling.jacobians.protocol import Model
-from lm_eval_coupling.measures import registry
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.batch import Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.measuring.settings import Settings, chosen_measures, chosen_ranks
+from lm_eval_coupling.measuring.settings import (
+    LONG_PROMPT,
+    Settings,
+    chosen_measures,
+    chosen_ranks,
+)
 from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
@@ -45,20 +51,23 @@ def measure_coupling(
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
-        prompts: strings (tokenised with the tokenizer's own special tokens) or token ids, taken as they are, as lists,
-            tensors, or what a tokenizer returned; see :func:`~lm_eval_coupling.measuring.token_ids.token_ids`. Of an image
-            classifier pixel values [channel, height, width], to be measured at its class token with ``position=0``.
-        ranks: numbers K of top singular vectors, one or several, or as on the command line, such as ``10+30``.
-        measures: any of those of docs/measures.md, such as ``depth``, ``regularity``, ``swapped``, ``spectra``, ``self``, or
-            as on the command line, such as ``depth+swapped``.
-        position: token whose trajectory is measured, negative counts from the end; or several such as ``-1+0+last4`` or
-            ``random8``, which give a record each.
+        prompts: strings (tokenized with the tokenizer's own special tokens) or token ids, as lists,
+            tensors, or the output of a tokenizer; see
+            :func:`~lm_eval_coupling.measuring.token_ids.token_ids`. For an image classifier, pixel
+            values [channel, height, width], to be measured at its class token with ``position=0``.
+        ranks: numbers K of top singular vectors, one or several, or a text such as ``10+30``.
+        measures: names from docs/measures.md, such as ``depth`` or ``spectra``, or a text such as
+            ``depth+swapped``.
+        position: token to measure at, negative counts from the end; or several such as
+            ``-1+0+last4`` or ``random8``, which give a record each.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
         method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
-        window: blocks of the windowed line-shape score and expodistance; 11, or all of a shallower model's, unless given.
-        tokens: of self- and context coupling: ``all``, ``lastN``, ``firstN``, ``randomN`` or positions such as ``0+3+-1``.
-        layers: of self- and context coupling: ``all``, ``spacedN`` or blocks such as ``0+10+29``.
-        trajectories: keep the principal components of all tokens' trajectories (with ``regularity``).
+        window: blocks of the windowed line-shape score and expodistance; by default 11, or all
+            blocks of a shallower model.
+        tokens: tokens of self- and context coupling: ``all``, ``lastN``, ``firstN``, ``randomN`` or
+            positions such as ``0+3+-1``.
+        layers: blocks of self- and context coupling: ``all``, ``spacedN`` or such as ``0+10+29``.
+        trajectories: keep the principal components of all tokens' trajectories (``regularity``).
         progress: show a progress bar.
 
     Returns:
@@ -70,7 +79,7 @@ def measure_coupling(
     """
     require_model(model)
     position, progress = written("position", position), flag("progress", progress)
-    chosen_positions(position, 10**6)  # is it one at all?
+    chosen_positions(position, LONG_PROMPT)  # Raises if the text is not a choice of tokens.
     settings = Settings(
         ranks=chosen_ranks(ranks),
         measures=chosen_measures(measures),
@@ -82,32 +91,35 @@ def measure_coupling(
         trajectories=trajectories,
     )
     settings.check_shape(model.d_model, model.n_layers)
-    encoded = token_ids(model, prompts)
     places = [
-        (tokens, token) for tokens in encoded for token in chosen_positions(position, len(tokens))
+        (ids, token)
+        for ids in token_ids(model, prompts)
+        for token in chosen_positions(position, len(ids))
     ]
     records: dict[int, PromptCoupling] = {}
     with tqdm(total=len(places), desc="Measuring coupling", disable=not progress) as bar:
-        for together in groups(model, [tokens for tokens, _ in places], settings):
-            prompts, tokens_there = zip(*(places[i] for i in together), strict=True)
-            found = measure_prompts(model, prompts, tokens_there, settings)
-            records.update(zip(together, found, strict=True))
-            bar.update(len(together))
+        for group in groups(model, [ids for ids, _ in places], settings):
+            group_prompts, positions = zip(*(places[i] for i in group), strict=True)
+            measured = measure_prompts(model, group_prompts, positions, settings)
+            records.update(zip(group, measured, strict=True))
+            bar.update(len(group))
     return [records[i] for i in range(len(places))]
 
 
 def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:
-    """Indices of the prompts to measure together: of about the same length, and as many as the device has room for."""
+    """Return groups of prompts to measure together, as indices.
+
+    A group holds prompts of about the same length, as many as the device has room for.
+    """
     itemsize = DTYPES[settings.dtype].itemsize
-    return batches(
-        model, [len(prompt) for prompt in prompts], rank=settings.ranks[-1], itemsize=itemsize
-    )
+    lengths = [len(prompt) for prompt in prompts]
+    return batches(model, lengths, rank=settings.ranks[-1], itemsize=itemsize)
 
 
 def measure_prompt(
     model: Model, tokens: Sequence[int], position: int, settings: Settings
 ) -> PromptCoupling:
-    """One prompt's record; never raises for what a single prompt or a lack of memory can cause."""
+    """Measure one prompt; a failure or a lack of memory gives a record with a reason."""
     return measure_prompts(model, [tokens], position, settings)[0]
 
 
@@ -118,83 +130,90 @@ def measure_prompts(
     position: int | Sequence[int],
     settings: Settings,
 ) -> list[PromptCoupling]:
-    """The records of several prompts, measured together; what fails together is measured in halves, down to one alone.
+    """Measure several prompts together; where that fails in halves, down to one prompt.
 
-    ``position`` is one token of all prompts, or one for each; negative counts from the end.
+    Args:
+        model: model to measure.
+        prompts: token ids of every prompt.
+        position: one token of all prompts, or one for each; negative counts from the end.
+        settings: settings of all prompts.
 
     Returns:
-        As many as there are prompts, in their order.
+        One record for each prompt, in order.
     """
-    asked = [position] * len(prompts) if isinstance(position, int) else list(position)
-    at: list[int] = []
-    found: dict[int, dict[str, MeasureResult]] = {}
-    for i, (tokens, token) in enumerate(zip(prompts, asked, strict=True)):
+    given = [position] * len(prompts) if isinstance(position, int) else list(position)
+    positions: list[int] = []
+    results: dict[int, dict[str, MeasureResult]] = {}
+    for i, (tokens, token) in enumerate(zip(prompts, given, strict=True)):
         try:
-            at.append(resolve_token(token, len(tokens)))
+            positions.append(resolve_token(token, len(tokens)))
         except CouplingError as error:
-            at.append(token)
-            found[i] = _nothing(settings, Reason("no_such_token", str(error)))
-    there = [i for i in range(len(prompts)) if i not in found]
-    measured = _measured(model, [prompts[i] for i in there], [at[i] for i in there], settings)
-    found.update(zip(there, measured, strict=True))
+            positions.append(token)
+            results[i] = _failed(settings, Reason("no_such_token", str(error)))
+    valid = [i for i in range(len(prompts)) if i not in results]
+    measured = _measure_or_halve(
+        model, [prompts[i] for i in valid], [positions[i] for i in valid], settings
+    )
+    results.update(zip(valid, measured, strict=True))
     return [
-        PromptCoupling(tuple(map(int, tokens)), at[i], settings.ranks, found[i])
+        PromptCoupling(tuple(map(int, tokens)), positions[i], settings.ranks, results[i])
         for i, tokens in enumerate(prompts)
     ]
 
 
-def _nothing(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, MeasureResult]:
+def _failed(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, MeasureResult]:
     share = seconds / len(settings.measures)
     return {name: MeasureResult({}, (reason,), share) for name in settings.measures}
 
 
-def _measured(
+def _measure_or_halve(
     model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
 ) -> list[dict[str, MeasureResult]]:
-    """What each measure found for each prompt."""
+    """Return the results of each prompt by measure."""
     if not prompts:
         return []
     start = time.perf_counter()
     try:
-        return _together(model, prompts, positions, settings)
+        return _measure_batch(model, prompts, positions, settings)
     except Exception as error:
         reason = reason_of(error)
-    # Out of the handler: what failed is held by its traceback, and would leave the halves less memory.
+    # Outside the handler: its traceback holds the failed batch, and the halves need that memory.
     if reason.code == "out_of_memory":
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if len(prompts) == 1:
-        return [_nothing(settings, reason, time.perf_counter() - start)]
+        return [_failed(settings, reason, time.perf_counter() - start)]
     half = len(prompts) // 2
     return [
-        one
+        results
         for part in (slice(0, half), slice(half, None))
-        for one in _measured(model, prompts[part], positions[part], settings)
+        for results in _measure_or_halve(model, prompts[part], positions[part], settings)
     ]
 
 
 @torch.no_grad()
-def _together(
+def _measure_batch(
     model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
 ) -> list[dict[str, MeasureResult]]:
     start = time.perf_counter()
-    known = registry.registered_measures()
-    # Those of the Jacobians J_tt first: their memory is given back before the others begin.
-    names = sorted(settings.measures, key=lambda name: not known[name].jacobians)
+    measures = {name: registered_measures()[name] for name in settings.measures}
+    # Measures of the Jacobians J_tt go first: their memory is released before the others begin.
+    names = sorted(measures, key=lambda name: not measures[name].jacobians)
     if model.device.type == "cpu":
         keep_freed_memory()
-    derivative = known[names[0]].jacobians
+    derivative = measures[names[0]].jacobians
     batch = Batch(model, prompts, positions, settings, derivative=derivative)
     if derivative:
-        batch.blocks  # noqa: B018 here, because a failure would be that of the whole batch
-    shared = (time.perf_counter() - start) / len(batch)
-    found: dict[str, list[MeasureResult]] = {}
+        batch.blocks  # noqa: B018 computed here, because a failure concerns the whole batch
+    shared_seconds = (time.perf_counter() - start) / len(batch)
+    results: dict[str, list[MeasureResult]] = {}
     for name in names:
-        if not known[name].jacobians:
+        if not measures[name].jacobians:
             batch.forget_jacobians()
-        found[name] = [known[name].cast(part) for part in known[name].run(batch)]
-    found[names[0]] = [
-        MeasureResult(part.columns, part.reasons, part.seconds + shared) for part in found[names[0]]
+        results[name] = [measures[name].cast(result) for result in measures[name].run(batch)]
+    results[names[0]] = [
+        dataclasses.replace(result, seconds=result.seconds + shared_seconds)
+        for result in results[names[0]]
     ]
-    return [{name: found[name][i] for name in settings.measures} for i in range(len(batch))]
+    return [{name: results[name][i] for name in measures} for i in range(len(batch))]

@@ -1,4 +1,4 @@
-"""Prompts in the forms that people have them in, as token ids."""
+"""Token ids of prompts given as texts, ids, tensors or the output of a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 
-EXPECTED = "texts or token ids: a list of strings, lists or tensors of ids, a tensor [prompt, seq] or a tokenizer's output"
+EXPECTED = (
+    "texts or token ids: a list of strings, lists or tensors of ids, a tensor [prompt, seq] "
+    "or a tokenizer's output"
+)
 
 
 def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
-    """Token ids of every prompt.
+    """Return the token ids of every prompt.
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`, which encodes texts.
-        prompts: one text or several, ids of one prompt or of several as lists, arrays or tensors, or what a tokenizer
-            returned, whose ``attention_mask`` tells ids from padding. Pixel values are encoded by the model, too.
+        prompts: one text or several; ids of one prompt or of several as lists, arrays or tensors;
+            or the output of a tokenizer, whose ``attention_mask`` tells ids from padding. Pixel
+            values are encoded by the model, too.
 
     Returns:
         One sequence for each prompt, in order.
@@ -31,7 +35,7 @@ def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
     if isinstance(prompts, str):
         return [model.encode(prompts)]
     if isinstance(prompts, Mapping):
-        return _of_tokenizer(prompts)
+        return _from_tokenizer(prompts)
     if _are_pixels(prompts):
         return (
             [model.encode(prompts)]
@@ -54,25 +58,27 @@ def _are_pixels(prompt: Any) -> bool:
     return isinstance(prompt, Tensor) and prompt.is_floating_point() and prompt.ndim in (3, 4)
 
 
-def _of_tokenizer(found: Mapping[str, Any]) -> list[Sequence[int]]:
-    if "input_ids" not in found:
+def _from_tokenizer(output: Mapping[str, Any]) -> list[Sequence[int]]:
+    if "input_ids" not in output:
         raise CouplingError(
-            f"got prompts with {', '.join(map(str, found)) or 'nothing'}, expected input_ids; or {EXPECTED}"
+            f"got prompts with {', '.join(map(str, output)) or 'nothing'}, expected input_ids; "
+            f"or {EXPECTED}"
         )
-    ids = _plain(found["input_ids"])
-    mask = _plain(found.get("attention_mask"))
+    ids = _plain(output["input_ids"])
+    mask = _plain(output.get("attention_mask"))
     if ids and _is_id(ids[0]):
         ids, mask = [ids], None if mask is None else [mask]
     rows = [_ids(row) for row in ids]
     if mask is None:
         return rows
-    if [*map(len, rows)] != [len(own) if isinstance(own, list | tuple) else -1 for own in mask]:
+    if [*map(len, rows)] != [len(row) if isinstance(row, list | tuple) else -1 for row in mask]:
         raise CouplingError(
-            "got prompts whose attention_mask has another shape than input_ids, expected one number for each id"
+            "got prompts whose attention_mask has another shape than input_ids, "
+            "expected one number for each id"
         )
     return [
-        [i for i, kept in zip(row, own, strict=True) if kept]
-        for row, own in zip(rows, mask, strict=True)
+        [i for i, kept in zip(row, row_mask, strict=True) if kept]
+        for row, row_mask in zip(rows, mask, strict=True)
     ]
 
 
@@ -82,10 +88,10 @@ def _ids(prompt: Any) -> Sequence[int]:
         and type(prompt) not in (list, tuple, str)
         and all(map(_is_id, prompt))
     ):
-        return prompt  # encoded already, and knows more than its numbers
+        return prompt  # Encoded already; its type may carry more than the numbers.
     plain = _plain(prompt)
     if isinstance(plain, list | tuple) and len(plain) == 1 and isinstance(plain[0], list | tuple):
-        plain = plain[0]  # [1, seq], as a model takes it
+        plain = plain[0]  # [1, seq], the input of a model
     if not isinstance(plain, list | tuple) or not all(_is_id(value) for value in plain):
         raise CouplingError(
             f"got a prompt {str(prompt)[:80]!r} of {type(prompt).__name__}, expected {EXPECTED}"
@@ -94,7 +100,7 @@ def _ids(prompt: Any) -> Sequence[int]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as nested lists."""
+    """Return tensors and arrays as nested lists."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 

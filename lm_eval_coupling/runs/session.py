@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError, resolve_token
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
-from lm_eval_coupling.measures.registry import MeasureResult, registered_measures
+from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings

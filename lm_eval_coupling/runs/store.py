@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_eval_coupling.cache import cache_folder
 from lm_eval_coupling.errors import CouplingError, Reason, why
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.contract import MeasureResult
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ def test_curves_show_medians_and_chance_and_dash_what_is_untrained():
     assert trained.get_ydata().tolist() == [0.1, 0.2, 0.3, 0.4] and trained.get_linestyle() == "-"
     assert untrained.get_linestyle() == "--" and untrained.get_color() == trained.get_color()
     assert set(chance.get_ydata()) == {CHANCE}
-    assert chance.get_label() == "chance 0.051" and not ax.texts
-    names = ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)", "chance 0.051"]
+    assert chance.get_label() == "chance 0.052" and not ax.texts
+    names = ["m, trained (n = 5)", "m, untrained (n = 5, 2 undefined)", "chance 0.052"]
     assert ax.get_legend_handles_labels()[1] == names
 
 

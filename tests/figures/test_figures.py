@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import add_legend, make_grid
 from lm_eval_coupling.figures.heatmaps import layer_heatmaps
+from lm_eval_coupling.measures.formulas.headline import chance_coupling
 
 
 def matrix(layers=5, low=0.6, seed=0):
@@ -82,13 +83,13 @@ def test_panels_share_one_scale_that_holds_the_chance_level():
     figure = layer_heatmaps({"low": matrix(low=0.2), "high": matrix(low=0.7)}, rank=10)
     scales = {image.get_clim() for image in images(figure)}
     ((low, high),) = scales
-    chance = 1 - np.sqrt(0.9)
+    chance = chance_coupling(10)
     assert low == pytest.approx(chance) and 0.6 < high <= 0.8
     (bar,) = [ax for ax in figure.axes if not ax.images]
     assert "K = 10" in bar.get_ylabel()
     (line,) = [line for line in bar.lines if np.allclose(line.get_ydata(), chance)]
     (label,) = [text.get_text() for text in bar.texts]
-    assert line.get_visible() and label == "chance\n0.051"
+    assert line.get_visible() and label == "chance\n0.052"
 
 
 def test_means_stand_above_the_panels():

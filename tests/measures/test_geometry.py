@@ -128,7 +128,7 @@ def test_states_by_hand():
     )
     # Less their mean, and of norm 1, the rows are (1, 0), (−1, 0), (0, 1), (0, −1).
     cross = maths.States(rows([9, 5, 1], [1, 5, 1], [5, 7, 1], [5, 3, 1]))
-    assert maths.entropy_of(cross.spectrum_normalised()).exp().item() == pytest.approx(2)
+    assert maths.entropy_of(cross.spectrum_normalized()).exp().item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (30, 6)])

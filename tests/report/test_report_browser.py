@@ -151,8 +151,7 @@ class TestInABrowser:
         expected = packed(table["mean"]["10"], 4)
         np.fill_diagonal(expected, np.nan)
         np.testing.assert_allclose(actual, 1 - expected, atol=1e-9)
-        chance = math.sqrt(1 - 1 / 10)
-        assert f"chance {1 - chance:.3f}" in opened.text("#heat")
+        assert f"chance {1 - CHANCE[10]:.3f}" in opened.text("#heat")
         assert opened.text("#heat-caption").startswith("Coupling of every pair of layers")
         for details in opened.run("[...document.querySelectorAll('#layers details')].keys()"):
             opened.run(f"document.querySelectorAll('#layers details')[{details}].open = true, 0")

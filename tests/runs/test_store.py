@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import CouplingError, Reason
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
@@ -19,7 +19,7 @@ SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
 WRITER = """
 import sys
 import numpy as np
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.runs.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:

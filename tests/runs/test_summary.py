@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.headline import headline_rank
 from lm_eval_coupling.measures.formulas.means import mean_and_error
-from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.runs.task_summary import document_value, summarize
 

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+from scipy import integrate, stats
 
 
 def _array(x):
@@ -101,6 +102,13 @@ def mean_squared_miscoupling_over_pairings(A):
     return sum(miscoupling(A[:, list(order)], normalized=True) ** 2 for order in pairings) / len(
         pairings
     )
+
+
+def expected_miscoupling(k):
+    """Mean of √(1 − B) for B ~ Beta(K/2, K(K − 1)/2), by numerical integration."""
+    b = stats.beta(k / 2, k * (k - 1) / 2)
+    low, high = b.ppf(1e-15), b.isf(1e-15)
+    return integrate.quad(lambda x: math.sqrt(1 - x) * b.pdf(x), low, high, limit=200)[0]
 
 
 def _mean(values):

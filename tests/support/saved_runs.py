@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import reference
 
 from lm_eval_coupling.measures.registry import record_columns
 from lm_eval_coupling.saved import tables as records
@@ -15,7 +16,7 @@ SETTINGS = {
     "position": -1,
 }
 SETTINGS |= {"dtype": "float32", "method": "auto", "depth_version": 1}
-CHANCE = {k: (1 - 1 / k) ** 0.5 for k in (10, 30)}
+CHANCE = {k: reference.expected_miscoupling(k) for k in (10, 30)}  # m̃ of unrelated layers
 CODES = {"out of memory": "out_of_memory", "too short": "too_short"}
 DATE = "2025-06-01T12-00-00.123456"
 PAIRS = (

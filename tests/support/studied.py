@@ -13,7 +13,7 @@ from lm_eval_coupling.saved.tables import write_tables
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 
 
-CHANCE = 1 - math.sqrt(0.9)  # coupling of unrelated layers, K = 10
+CHANCE = 1 - saved_runs.CHANCE[10]  # coupling of unrelated layers
 
 
 PAIRS = np.array([[0, 0.2, 0.4], [0.6, 0, 0.8], [1, 0.5, 0]], dtype=np.float32)

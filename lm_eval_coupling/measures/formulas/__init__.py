@@ -1,1 +1,1 @@
-"""The mathematics of the measures: pure functions. ``headline`` needs NumPy alone, the others torch."""
+"""Formulas of the measures: pure functions. ``headline`` needs NumPy alone, the others torch."""

@@ -1,5 +1,6 @@
-"""Miscoupling between Jacobians of several tokens and blocks of one prompt. All of it is exact; what is zero because a later
-token cannot move an earlier one has no coupling and is NaN.
+"""Miscoupling between exact Jacobians of several tokens and blocks of one prompt.
+
+A Jacobian is zero where a later token cannot move an earlier one; its miscoupling is NaN.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Jacobians of one prompt over chosen layers and pairs of tokens, [layer, pair, d_model, d_model], on the host."""
+class PairJacobians:
+    """Jacobians of one prompt over chosen layers and pairs of tokens.
+
+    Attributes:
+        jacobians: matrices on the host.
+        device: device that they were computed on.
+    """
 
     jacobians: Float[Tensor, "layer pair d_model d_model"]
     device: torch.device
@@ -31,28 +37,28 @@ class Blocks:
 
 def jacobians_over(
     trace: Trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str
-) -> Blocks:
-    """As :func:`~lm_eval_coupling.jacobians.token_pairs.jacobians_of_pairs` for several layers.
+) -> PairJacobians:
+    """Compute the Jacobians of several layers for pairs (output token, input token).
 
     Returns:
-        The Jacobians, on the host, and the device that they were made on.
+        The Jacobians on the host, with the device that they were computed on.
 
     Raises:
         Unmeasurable: if one of them fails its certificate at every level.
     """
-    found = [_certified(trace.calls[layer], pairs, method).cpu() for layer in layers]
-    return Blocks(torch.stack(found), trace.resid_final.device)
+    jacobians = [_certified(trace.calls[layer], pairs, method).cpu() for layer in layers]
+    return PairJacobians(torch.stack(jacobians), trace.resid_final.device)
 
 
 def rows_to(
     trace: Trace, layer: int, token: int, last: int, method: str
 ) -> Iterator[tuple[range, Float[Tensor, "part d_model d_model"]]]:
-    """The Jacobians of one block from every token up to ``last`` to ``token``, in order, some at a time, on the device.
+    """Compute the Jacobians of one block from every token up to ``last`` to ``token``.
 
     All of a long prompt at once would take seq · d_model² numbers.
 
     Yields:
-        Some input tokens, and the Jacobians from these.
+        A range of input tokens, and their Jacobians on the device.
 
     Raises:
         Unmeasurable: as :func:`jacobians_over` does.
@@ -72,25 +78,29 @@ def _certified(
         output, given = pairs[worst]
         raise Unmeasurable(
             "certificate",
-            f"the Jacobian of block {call.layer} for tokens {given} and {output} is off by {errors[worst]:.1e} against the "
-            f"model's own derivative, expected at most {TOLERANCE[J.dtype]:.0e}",
+            f"the Jacobian of block {call.layer} for tokens {given} and {output} is off by "
+            f"{errors[worst]:.1e} against the model's own derivative, "
+            f"expected at most {TOLERANCE[J.dtype]:.0e}",
         )
     return J
 
 
 def miscoupling_of_all(
-    blocks: Blocks, ranks: Sequence[int]
+    pairs: PairJacobians, ranks: Sequence[int]
 ) -> Float[np.ndarray, "rank layer layer pair pair"]:
-    """m̃ of every Jacobian in the basis of every other: first index of each kind the Jacobian's, second the basis's."""
-    layers, pairs, d_model, _ = blocks.jacobians.shape
-    J = blocks.jacobians.reshape(-1, d_model, d_model)
-    device = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
-    triplets = top_singular(J, ranks[-1], device=device)  # as many at once as there is room for
+    """Return m̃ of every Jacobian in the basis of every other.
+
+    The first index of each kind is the Jacobian's, the second the basis's.
+    """
+    layers, count, d_model, _ = pairs.jacobians.shape
+    J = pairs.jacobians.reshape(-1, d_model, d_model)
+    device = torch.device("cpu") if pairs.device.type == "mps" else pairs.device
+    triplets = top_singular(J, ranks[-1], device=device)
     rank = numerical_rank(triplets.S)
     rows = []
-    for i in range(len(J)):  # one Jacobian's products at a time: all of them would be large
+    for i in range(len(J)):  # The products of all Jacobians at once would be large.
         A = coupling_matrices(J[i : i + 1], triplets.U, triplets.V)[0]
         rows.append(at_ranks(A, rank, ranks, lambda A: {"m": miscoupling(A, normalized=True)})["m"])
-    found = torch.stack(rows, dim=1).double().cpu()
-    split = found.reshape(len(ranks), layers, pairs, layers, pairs)
+    miscouplings = torch.stack(rows, dim=1).double().cpu()
+    split = miscouplings.reshape(len(ranks), layers, count, layers, count)
     return split.permute(0, 1, 3, 2, 4).numpy().astype(np.float32)

@@ -1,9 +1,9 @@
-"""Coupling matrices and miscoupling: pure functions of Jacobians and their singular triplets (J, U, S, V).
+"""Coupling matrices and miscoupling: pure functions of Jacobians and their singular triplets.
 
-A = U_{l'}ᵀ J^l V_{l'} measures the Jacobian of layer l in the singular basis of layer l'; wherever all pairs are held
-in one tensor, the first layer index is the Jacobian's and the second the basis's. Blocks for a smaller rank are cut
-from the largest: A[..., :K, :K]. The swapped variant ("vju") is the same functions with U and V exchanged. Undefined
-values are NaN.
+A = U_{l'}ᵀ J^l V_{l'} is the Jacobian of layer l in the singular basis of layer l'. In tensors of
+all pairs, the first layer index is the Jacobian's and the second the basis's. Matrices of a smaller
+rank are cut from the largest: A[..., :K, :K]. The swapped variant ("vju") takes the same functions
+with U and V exchanged. Undefined values are NaN.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,10 +30,10 @@ def coupling_matrix(
     """Return A = U2ᵀ J1 V2, broadcast over leading dimensions.
 
     Raises:
-        CouplingError: if these are no tensors, or their shapes, dtypes or devices do not go together.
+        CouplingError: if an argument is not a tensor, or shapes, dtypes or devices do not match.
     """
     J1, U2, V2 = as_tensor("J1", J1), as_tensor("U2", U2), as_tensor("V2", V2)
-    told = ", ".join(
+    shapes = ", ".join(
         f"{name} {[*part.shape]} {part.dtype} on {part.device}" for name, part in _named(J1, U2, V2)
     )
     wide = (
@@ -46,7 +46,8 @@ def coupling_matrix(
     )
     if not wide or not alike or not _broadcast(J1.shape[:-2], U2.shape[:-2]):
         raise CouplingError(
-            f"got {told}, expected J1 [*batch, d_model, d_model] and U2, V2 [*batch, d_model, rank] of one dtype and device"
+            f"got {shapes}, expected J1 [*batch, d_model, d_model] and U2, V2 "
+            "[*batch, d_model, rank] of one dtype and device"
         )
     return U2.mT @ (J1 @ V2)
 
@@ -59,8 +60,9 @@ def coupling_matrices(
 ) -> Float[Tensor, "layer basis rank rank"]:
     """Return A[l, l'] = U_{l'}ᵀ J^l V_{l'} for all pairs at once, on the device of V.
 
-    J may live on another device; a few layers of it are moved at a time. Working memory beside the result is
-    basis · d_model · rank numbers on a CPU, up to `PAIRS_AT_ONCE` bytes elsewhere, where launches count.
+    J may lie on another device; a few layers are moved at a time. Working memory besides the result
+    is basis · d_model · rank numbers on a CPU, and up to `PAIRS_AT_ONCE` bytes on a GPU, where
+    kernel launches count.
     """
     layers, (bases, d_model, rank) = J.shape[0], V.shape
     all_V = rearrange(V, "basis d k -> (basis k) d")
@@ -69,9 +71,8 @@ def coupling_matrices(
         if V.device.type == "cpu"
         else max(1, min(layers, PAIRS_AT_ONCE // (all_V.numel() * V.element_size())))
     )
-    JV = V.new_empty(
-        at_once, bases, rank, d_model
-    )  # transposed and used again: fresh pages cost half the product
+    # One buffer, transposed and reused: fresh pages cost half as much as the product.
+    JV = V.new_empty(at_once, bases, rank, d_model)
     A = V.new_empty(layers, bases, rank, rank)
     for first in range(0, layers, at_once):
         some = J[first : first + at_once].to(V.device)
@@ -84,7 +85,7 @@ def coupling_matrices(
 def off_diagonal_norm(A: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
     """Return ‖A − Diag A‖_F in float64, so that squares of small float32 entries do not vanish.
 
-    It is most of every miscoupling: whoever needs several of the same A hands it on.
+    It is most of the cost of a miscoupling: pass it on where several of the same A are needed.
     """
     eye = torch.eye(A.shape[-1], dtype=torch.bool, device=A.device)
     # Zeroed, not ‖A‖² − ‖Diag A‖², which cancels for nearly diagonal A.
@@ -128,7 +129,7 @@ def miscoupling_to(
         off: `off_diagonal_norm(A)` where that is known.
 
     Raises:
-        CouplingError: if norm is neither "p" nor "trace", p no positive number, or A and S1 do not go together.
+        CouplingError: if norm is neither "p" nor "trace", p is not positive, or shapes differ.
     """
     A, S1, absolute = _matrices(A), as_tensor("S1", S1), flag("absolute", absolute)
     one_of("norm", norm, ("p", "trace"))
@@ -136,8 +137,8 @@ def miscoupling_to(
         raise CouplingError(f"got p={shown(p)}, expected a positive number such as 2, or math.inf")
     if not S1.ndim or S1.shape[-1] != A.shape[-1] or not _broadcast(A.shape[:-2], S1.shape[:-1]):
         raise CouplingError(
-            f"got A {[*A.shape]} and S1 {[*S1.shape]}, expected A [*batch, rank, rank] and S1 [*batch, rank], "
-            "for A[layer, basis] of all pairs S[:, None]"
+            f"got A {[*A.shape]} and S1 {[*S1.shape]}, expected A [*batch, rank, rank] and "
+            "S1 [*batch, rank]; for A[layer, basis] of all pairs pass S[:, None]"
         )
     off = off_diagonal_norm(A) if off is None else off
     diagonal = _diagonal(A).abs() if absolute else _diagonal(A)
@@ -156,8 +157,8 @@ def normalized_by_rank(
     """Return m̃ of all pairs for every rank, NaN in the bases of Jacobians of lower rank.
 
     Args:
-        J: one Jacobian a layer.
-        triplets: theirs, at least as many as the largest rank.
+        J: one Jacobian for each layer.
+        triplets: their triplets, at least as many as the largest rank.
         ranks: ascending.
     """
     largest = ranks[-1]
@@ -172,33 +173,38 @@ def at_ranks(
     A: Float[Tensor, "*batch basis max_rank max_rank"],
     rank: Int[Tensor, "*#batch basis"],
     ranks: Sequence[int],
-    of: Callable[[Tensor], Mapping[str, Tensor]],
+    compute: Callable[[Tensor], Mapping[str, Tensor]],
 ) -> dict[str, Float[Tensor, "ranks *batch basis"]]:
-    """Return what is found of A cut to every rank, NaN in bases of lower rank: vectors of a zero σ are arbitrary.
+    """Compute numbers of A cut to every rank; NaN in bases of lower rank.
+
+    The singular vectors of a zero σ are arbitrary, and so would be the numbers.
+
+    Returns:
+        The numbers by name, stacked over the ranks.
 
     Args:
         A: coupling matrices at the largest rank.
-        rank: `numerical_rank` of the Jacobian that each basis is of.
+        rank: `numerical_rank` of the Jacobian of each basis.
         ranks: numbers K of singular vectors.
-        of: takes A[..., :K, :K] to one number for each of its matrices, by name.
+        compute: function of A[..., :K, :K] that returns numbers of its matrices by name.
     """
-    found = [
+    by_rank = [
         {
             name: values.masked_fill(rank < k, torch.nan)
-            for name, values in of(A[..., :k, :k]).items()
+            for name, values in compute(A[..., :k, :k]).items()
         }
         for k in ranks
     ]
-    return {name: torch.stack([at[name] for at in found]) for name in found[0]}
+    return {name: torch.stack([values[name] for values in by_rank]) for name in by_rank[0]}
 
 
 @true_float32()
 def subspace_overlaps(
     U: Float[Tensor, "*batch layer d_model max_rank"], ranks: Sequence[int]
 ) -> Float[Tensor, "ranks *batch layer layer"]:
-    """Return ‖U_{l'}ᵀ U_l‖_F² / K of the leading K columns for every rank and all pairs of layers, from one product.
+    """Return ‖U_{l'}ᵀ U_l‖_F² / K of the leading K columns, for every rank and pair of layers.
 
-    1 for equal subspaces, 0 for orthogonal ones, whatever basis spans them.
+    It is 1 for equal subspaces and 0 for orthogonal ones, whichever basis spans them.
 
     Raises:
         CouplingError: if a rank is outside 1 … number of columns.
@@ -206,7 +212,8 @@ def subspace_overlaps(
     layers, _, columns = U.shape[-3:]
     if bad := [k for k in ranks if not 1 <= k <= columns]:
         raise CouplingError(
-            f"got ranks {bad} with {columns} singular vectors, expected 1 to {columns}, ask top_singular for more"
+            f"got ranks {bad} with {columns} singular vectors, expected 1 to {columns}; "
+            "ask top_singular for more"
         )
     all_U = rearrange(U, "... layer d k -> ... d (layer k)")
     squares = rearrange(
@@ -229,7 +236,8 @@ def _matrices(A: Any) -> Tensor:
     A = as_tensor("A", A)
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or not A.shape[-1] or not A.is_floating_point():
         raise CouplingError(
-            f"got A of shape {[*A.shape]} and {A.dtype}, expected square matrices [*batch, rank, rank]"
+            f"got A of shape {[*A.shape]} and {A.dtype}, "
+            "expected square matrices [*batch, rank, rank]"
         )
     return A
 
@@ -238,9 +246,9 @@ def _named(J1: Tensor, U2: Tensor, V2: Tensor) -> Iterable[tuple[str, Tensor]]:
     return zip(("J1", "U2", "V2"), (J1, U2, V2), strict=True)
 
 
-def _broadcast(one: torch.Size, other: torch.Size) -> bool:
+def _broadcast(first: torch.Size, second: torch.Size) -> bool:
     try:
-        torch.broadcast_shapes(one, other)
+        torch.broadcast_shapes(first, second)
     except RuntimeError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Size and symmetry of square matrices, many at once, at the price of one product. NaN for a zero matrix."""
+"""Size and symmetry of square matrices, for the cost of one product. NaN for a zero matrix."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def frobenius(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*bat
 def symmetric_share(
     J: Float[Tensor, "*batch d_model d_model"], size: Float[Tensor, "*batch"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Return ‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1 for a symmetric matrix, 0 for an antisymmetric one, 1/√2 for a random one.
+    """Return ‖(J + Jᵀ)/2‖_F / ‖J‖_F: 1 for a symmetric matrix, 0 for an antisymmetric one.
 
-    ``size`` is `frobenius(J)` where that is known.
+    It is 1/√2 for a random matrix. ``size`` is `frobenius(J)` where that is known.
     """
     return frobenius((J + J.mT) / 2) / _nonzero(frobenius(J) if size is None else size)
 
@@ -28,13 +28,11 @@ def non_normality(
 ) -> Float[Tensor, "*batch"]:
     """Return ‖JJᵀ − JᵀJ‖_F / ‖J‖_F²: 0 for a normal matrix.
 
-    With the symmetric part S and the antisymmetric part K it is 2‖KS + (KS)ᵀ‖_F: one product, and nothing cancels where J is
-    nearly normal. ``size`` is `frobenius(J)` where that is known.
+    With the symmetric part S and the antisymmetric part K it is 2‖KS + (KS)ᵀ‖_F: one product, and
+    nothing cancels where J is nearly normal. ``size`` is `frobenius(J)` where that is known.
     """
     size = _nonzero(frobenius(J) if size is None else size)
-    J = (
-        J / size.to(J.dtype)[..., None, None]
-    )  # the square of a small Jacobian may vanish in float32
+    J = J / size.to(J.dtype)[..., None, None]  # The square of a small J may vanish in float32.
     product = ((J - J.mT) / 2) @ ((J + J.mT) / 2)
     return 2 * frobenius(product + product.mT)
 

@@ -1,6 +1,7 @@
-"""How a block moves the stream, and how the states of a prompt's tokens lie in space, layer by layer.
+"""Steps of the blocks, and geometry of the states of a prompt's tokens at each depth.
 
-X are the states of all tokens of a prompt, [token, d_model]. Everything is float64; undefined values are NaN.
+X holds the states of all tokens of a prompt, [token, d_model]. Everything is float64; undefined
+values are NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ZERO = 1e-12  # a share of the whole below which an eigenvalue is rounding
+_ZERO = 1e-12  # Share of the largest eigenvalue below which an eigenvalue is rounding.
 
 
 def block_influence(x: Float[Tensor, "points d_model"]) -> Float[Tensor, " steps"]:
@@ -32,21 +33,25 @@ def contribution_cosine(x: Float[Tensor, "points d_model"]) -> Float[Tensor, " s
 
 
 def massive_activation(x: Float[Tensor, "points d_model"]) -> Float[Tensor, " points"]:
-    """Return max |x_i| / median |x_i| over the coordinates of each point; of an even number the mean of the middle two."""
+    """Return max |x_i| / median |x_i| over the coordinates of each point.
+
+    The median of an even number of coordinates is the mean of the middle two.
+    """
     size = x.double().abs()
     return size.amax(dim=-1) / _nonzero(size.quantile(0.5, dim=-1))
 
 
 class States:
-    """The states X of a prompt's tokens at one depth, with the products that several numbers share.
+    """States X of a prompt's tokens at one depth, with products that several numbers share.
 
-    With fewer tokens than dimensions everything comes from the inner products of the states; else from those of coordinates.
+    With fewer tokens than dimensions, everything comes from the inner products of the states;
+    otherwise from those of the coordinates.
     """
 
     def __init__(
         self, X: Float[Tensor, "token d_model"], gram: Float[Tensor, "token token"] | None = None
     ) -> None:
-        """Of ``X``; ``gram`` is X Xᵀ where that is known."""
+        """Keep ``X``; ``gram`` is X Xᵀ where that is known."""
         self.X = X.double()
         self.few = len(X) <= X.shape[1]
         self._gram = gram
@@ -57,15 +62,15 @@ class States:
         return self.X @ self.X.T if self._gram is None else self._gram
 
     def minus(self, before: States) -> States:
-        """The differences X − X' of the states of two depths."""
+        """Return the differences X − X' of the states of two depths."""
         if not self.few:
             return States(self.X - before.X)
         cross = self.X @ before.X.T
         return States(self.X - before.X, self.gram - cross - cross.T + before.gram)
 
     @functools.cached_property
-    def centred(self) -> Float[Tensor, "token size"]:
-        """Rows less their mean, or of few tokens the Gram matrix of these; over the norm of them all."""
+    def centered(self) -> Float[Tensor, "token size"]:
+        """Centered rows over their norm; for few tokens the Gram matrix of these rows."""
         if not self.few:
             X = self.X - self.X.mean(dim=0)
             return X / _nonzero(torch.linalg.vector_norm(X))
@@ -75,22 +80,22 @@ class States:
 
     @functools.cached_property
     def root(self) -> Float[Tensor, "token token"]:
-        """Of few tokens: the symmetric square root of :attr:`centred`."""
-        if not self.centred.isfinite().all():
-            return self.centred
-        values, vectors = torch.linalg.eigh(self.centred)
+        """Symmetric square root of :attr:`centered`, for few tokens."""
+        if not self.centered.isfinite().all():
+            return self.centered
+        values, vectors = torch.linalg.eigh(self.centered)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def spectrum(self) -> Float[Tensor, " values"]:
-        """Shares of the squared singular values of X, ascending."""
+        """Return the shares of the squared singular values of X, ascending."""
         return _shares(self.gram if self.few else self.X.T @ self.X)
 
-    def spectrum_normalised(self) -> Float[Tensor, " values"]:
-        """The same of the rows less their mean, each then of norm 1."""
+    def spectrum_normalized(self) -> Float[Tensor, " values"]:
+        """Return the same shares for centered rows, each of norm 1."""
         if self.few:
-            size = _nonzero(self.centred.diagonal().clamp(min=0)).sqrt()
-            return _shares(self.centred / size / size[:, None])
-        rows = self.centred / _nonzero(_norm(self.centred))[:, None]
+            size = _nonzero(self.centered.diagonal().clamp(min=0)).sqrt()
+            return _shares(self.centered / size / size[:, None])
+        rows = self.centered / _nonzero(_norm(self.centered))[:, None]
         return _shares(rows.T @ rows)
 
 
@@ -105,35 +110,39 @@ def entropy_of(shares: Float[Tensor, " values"]) -> Float[Tensor, ""]:
 
 
 def token_curvature(X: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
-    """Return the mean angle in radians between successive differences x_{t+1} − x_t; NaN where a difference is zero."""
+    """Return the mean angle in radians between successive differences x_{t+1} − x_t.
+
+    NaN where a difference is zero.
+    """
     steps = X.double().diff(dim=0)
     return _cosine(steps[:-1], steps[1:]).clamp(-1, 1).arccos().mean()
 
 
 def procrustes_similarity(before: States, after: States) -> Float[Tensor, ""]:
-    """Return 1 − min ‖s X Q − Y‖² over scales s and orthogonal Q, X and Y centred and of norm 1: 1 for a rotation of X.
+    """Return 1 − min ‖s X Q − Y‖² over scales s and orthogonal Q: 1 for a rotation of X.
 
-    It is (Σ singular values of XᵀY)². Any linear map in the place of Q would fit every Y of fewer tokens than dimensions.
+    X and Y are centered and of norm 1, so it is (Σ singular values of XᵀY)². A free linear map in
+    place of Q would fit every Y of fewer tokens than dimensions.
     """
     if before.few:
-        squares = _eigenvalues(before.root @ after.centred @ before.root)
+        squares = _eigenvalues(before.root @ after.centered @ before.root)
     else:
-        product = before.centred.T @ after.centred
+        product = before.centered.T @ after.centered
         squares = _eigenvalues(product.T @ product)
-    # What rounding leaves of zeros would count as its root.
-    known = torch.where(squares < _ZERO * squares.amax(), 0, squares)
-    return known.sqrt().sum().square()
+    # Rounding of an exact zero would count with its root.
+    squares = torch.where(squares < _ZERO * squares.amax(), 0, squares)
+    return squares.sqrt().sum().square()
 
 
 def matrix_nuclear_norm(X: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
-    """Return the sum of the min(T, d) largest column norms of X with rows of norm 1, over the number of tokens T."""
+    """Return the sum of the min(T, d) largest column norms of X over T, with rows of norm 1."""
     rows = X.double() / _nonzero(_norm(X.double()))[:, None]
     columns = torch.linalg.vector_norm(rows, dim=0)
     return columns.topk(min(rows.shape)).values.sum() / len(rows)
 
 
 def _eigenvalues(gram: Float[Tensor, "size size"]) -> Float[Tensor, " size"]:
-    """Ascending; NaN where the matrix is."""
+    """Return the eigenvalues, ascending; NaN for a matrix that is not finite."""
     return (
         torch.linalg.eigvalsh(gram)
         if gram.isfinite().all()
@@ -152,5 +161,5 @@ def _norm(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
 
 
 def _nonzero(divisor: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """NaN for 0."""
+    """Replace 0 by NaN."""
     return torch.where(divisor == 0, torch.nan, divisor)

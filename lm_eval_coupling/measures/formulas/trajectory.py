@@ -1,9 +1,9 @@
-"""How regular a residual trajectory x^0 … x^L is: straightness, exponential growth, equal steps.
+"""Regularity of a residual trajectory x^0 … x^L: straightness, exponential growth, equal steps.
 
-Trajectories are [..., points, d_model] with x^0, the input of block 1, first. Everything is computed and returned in
-float64; variances are population variances; undefined values are NaN. A `window` of w takes w consecutive steps
-(blocks) at a time and returns one value per window, in order of depth: [..., steps − w + 1]. Without one, all steps are
-taken and there is one value per trajectory.
+Trajectories are [..., points, d_model] with x^0, the input of block 1, first. Everything is
+computed and returned in float64; variances are population variances; undefined values are NaN.
+A `window` of w takes w consecutive steps (blocks) at a time and returns one value per window, in
+order of depth: [..., steps − w + 1]. Without a window, all steps give one value per trajectory.
 """
 
 import torch
@@ -26,7 +26,9 @@ def step_lengths(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*b
 def equidistance(
     x: Float[Tensor, "*batch points d_model"], window: int | None = None
 ) -> Float[Tensor, "*out"]:
-    """Return the coefficient of variation of the step lengths: 0 for equal steps, NaN where all are zero.
+    """Return the coefficient of variation of the step lengths: 0 for equal steps.
+
+    NaN where all steps are zero.
 
     Raises:
         CouplingError: if there is no step, or the window is outside 1 … steps.
@@ -56,10 +58,10 @@ def line_shape_score(
 def expodistance(
     x: Float[Tensor, "*batch points d_model"], window: int | None = None
 ) -> Float[Tensor, "*out"]:
-    """Return Var_l α^l / (Mean_l α^l)² with α^l = ln(‖x^l‖ / ‖x^{l−1}‖): 0 for exactly exponential growth of the norm.
+    """Return Var_l α^l / (Mean_l α^l)² with α^l = ln(‖x^l‖ / ‖x^{l−1}‖).
 
-    NaN where a norm or the mean growth is 0. Ill-conditioned above the number of steps, where the mean
-    growth lies within one standard error of zero.
+    0 for exponential growth of the norm, NaN where a norm or the mean growth is 0. Values above the
+    number of steps are ill-conditioned: the mean growth is within a standard error of zero.
 
     Raises:
         CouplingError: if there is no step, or the window is outside 1 … steps.
@@ -75,22 +77,23 @@ def expodistance(
 def principal_trajectories(
     x: Float[Tensor, "token points d_model"], components: int = 3
 ) -> tuple[Float[Tensor, "token points component"], Float[Tensor, " component"]]:
-    """Trajectories along the principal components of their last points, and each one's share of the variance there.
+    """Project trajectories onto the principal components of their last points.
 
     Returns:
-        Each component's largest loading is positive. At most token − 1 components, and none for a single token.
+        Projected trajectories, and each component's share of the variance of the last points. The
+        largest loading of a component is positive. There are at most token − 1 components.
     """
     last = x[:, -1].double()
-    centre = last.mean(dim=0)
-    _, S, Vt = torch.linalg.svd(last - centre, full_matrices=False)
+    center = last.mean(dim=0)
+    _, S, Vt = torch.linalg.svd(last - center, full_matrices=False)
     count = min(components, len(last) - 1)
     axes = Vt[:count]
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
-    return (x.double() - centre) @ axes.T, S[:count].square() / S.square().sum()
+    return (x.double() - center) @ axes.T, S[:count].square() / S.square().sum()
 
 
 def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
-    """Return the entropy of softmax(logits) in nats, in the dtype given: log(vocabulary) where all tokens are alike."""
+    """Return the entropy of softmax(logits) in nats, in the dtype of the logits."""
     return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
 
 
@@ -104,13 +107,13 @@ def _windows(
     steps = values.shape[-1]
     if steps == 0:
         raise CouplingError(
-            "got a trajectory of fewer than 2 points, expected at least 2, measure a model with a block"
+            "got a trajectory of fewer than 2 points, expected at least 2; use a model with a block"
         )
     if window is None:
         window = steps
     if not 1 <= window <= steps:
         raise CouplingError(
-            f"got a window of {window} steps on a trajectory of {steps}, expected 1 to {steps}, choose another"
+            f"got a window of {window} steps on a trajectory of {steps}, expected 1 to {steps}"
         )
     return values.unfold(-1, window, 1)
 
