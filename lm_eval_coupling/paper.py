@@ -1,6 +1,6 @@
-"""`run_coupling_hf`, the function of the paper's project page, on this package's exact Jacobians.
+"""`run_coupling_hf`: the function of the paper's project page, on this package's exact Jacobians.
 
-The module is not named after the function: importing it would then hide the function in the package's namespace.
+The module has another name than the function, which it would hide in the package's namespace.
 """
 
 from __future__ import annotations
@@ -49,36 +49,39 @@ def run_coupling_hf(
     last_layer_norm: bool = False,
     dtype: str = "float32",
 ) -> dict[int, dict[str, Any]]:
-    """Coupling of all pairs of blocks at the last token of each prompt: same call and same result as the paper's release.
+    """Measure coupling of all pairs of blocks at the last token, called as the paper's release is.
 
     Args:
-        model: a transformers causal language model; it stays untouched and where it is.
-        tokenizer: the model's own.
-        model_name: begins the names of the saved files.
+        model: a transformers causal language model; it is not changed or moved.
+        tokenizer: the model's own tokenizer.
+        model_name: start of the names of the saved files.
         prompts: texts.
-        start: number of the first prompt, 0 by default. As in the release, numbers and not positions: `prompts[0]` is
-            prompt `start`, so that a part of a longer list, ``prompts[start:end]``, keeps its numbers.
-        end: one more than the last number, ``len(prompts)`` by default; prompts beyond it are left out, with a warning.
-        save: write ``<model_name>_coupling.pt`` (for ``torch.load``) and ``.npz`` (for ``numpy.load``, with names such as
-            ``0/coupling_ujv/10/norm``); neither needs pickle.
+        start: number of the first prompt, 0 by default. As in the release, `prompts[0]` is prompt
+            `start`, so that a part ``prompts[start:end]`` of a longer list keeps its numbers.
+        end: one more than the last number, ``len(prompts)`` by default; prompts beyond it are left
+            out, with a warning.
+        save: write ``<model_name>_coupling.pt`` (for ``torch.load``) and ``.npz`` (for
+            ``numpy.load``, with names such as ``0/coupling_ujv/10/norm``); neither needs pickle.
         out_path: folder of these files, created if absent; the current one by default.
-        device: where the model is expected to be; ``None`` measures wherever it is.
+        device: expected device of the model; None accepts any device.
         verbose: show a progress bar.
-        ranks: numbers K of top singular vectors; by default those of 10, 30 and 50 that are at most d_model.
-        last_layer_norm: differentiate the last block together with the final norm behind it, as the release does.
+        ranks: numbers K of top singular vectors; by default 10, 30 and 50, up to d_model.
+        last_layer_norm: differentiate the last block together with the final norm, as the release
+            does.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
 
     Returns:
-        ``out[i]["coupling_ujv"][K]["norm"][a][b]`` = ‖|U_bᵀ J_a V_b| − S_a‖_F / ‖S_a‖_2 of the top K singular triplets:
-        a is the Jacobian's block, b the basis's, |·| is taken entrywise. ``"trace"`` divides by the sum of S_a instead,
-        ``"coupling_vju"`` has U_b and V_b swapped; all are float32 tensors [layer, layer] on the CPU. NaN where the basis
-        is arbitrary (J_b of rank below K) or J_a = 0. ``out[i]["prompt"]`` is the text.
+        ``out[i]["coupling_ujv"][K]["norm"][a][b]`` = ‖|U_bᵀ J_a V_b| − S_a‖_F / ‖S_a‖_2 of the top
+        K singular triplets, for the Jacobian of block a in the basis of block b; |·| is entrywise.
+        ``"trace"`` divides by the sum of S_a instead, ``"coupling_vju"`` has U_b and V_b swapped.
+        All are float32 tensors [layer, layer] on the CPU. They are NaN where the basis is arbitrary
+        (J_b of rank below K) or J_a = 0. ``out[i]["prompt"]`` is the text.
 
     Raises:
         CouplingError: if the arguments do not fit the model, or a prompt cannot be measured.
     """
     if isinstance(prompts, str):
-        raise CouplingError("got one string as prompts, expected a list of them, pass [prompt]")
+        raise CouplingError("got one string as prompts, expected a list of texts; pass [prompt]")
     if not isinstance(prompts, Sequence):
         raise CouplingError(f"got prompts={shown(prompts)}, expected a list of texts")
     start, end = (
@@ -97,8 +100,9 @@ def run_coupling_hf(
     numbered = list(zip(range(first, len(prompts) if end is None else end), prompts, strict=False))
     if len(numbered) < len(prompts):
         warnings.warn(
-            f"the last {len(prompts) - len(numbered)} of {len(prompts)} prompts are left out: start={start} and end={end} "
-            f"number the prompts given, from {first}; pass prompts[start:end] with both to select some",
+            f"the last {len(prompts) - len(numbered)} of {len(prompts)} prompts are left out: "
+            f"start={start} and end={end} number the prompts given, from {first}; pass "
+            "prompts[start:end] with both to select some",
             stacklevel=2,
         )
     out = {}
@@ -119,20 +123,20 @@ def _jacobians(
 ) -> BlockJacobians:
     tokens = model.encode(prompt)
     if not tokens:
-        raise CouplingError("got a prompt without any token, expected at least one, leave it out")
+        raise CouplingError("got a prompt without any token, expected at least one; leave it out")
     last = len(tokens) - 1
     trace = model.trace(tokens, dtype, last, probe)
-    found = jacobians_of_trace(trace, last, last, range(model.n_layers), "auto")
-    for layer, error in enumerate(found.certificate.tolist()):
+    blocks = jacobians_of_trace(trace, last, last, range(model.n_layers), "auto")
+    for layer, error in enumerate(blocks.certificate.tolist()):
         if not error <= TOLERANCE[dtype]:
             raise CouplingError(
-                f"got a Jacobian of block {layer} that is off by {error:.1e} against the model's own derivative, "
-                f'expected at most {TOLERANCE[dtype]:.0e}, try dtype="float64"'
+                f"got a Jacobian of block {layer} that is off by {error:.1e} against the model's "
+                f'own derivative, expected at most {TOLERANCE[dtype]:.0e}; try dtype="float64"'
             )
     if last_layer_norm:
-        J = found.jacobians
+        J = blocks.jacobians
         J[-1] = _through_final_norm(model, J[-1], trace.resid_final[0, last])
-    return found
+    return blocks
 
 
 def _through_final_norm(
@@ -140,12 +144,12 @@ def _through_final_norm(
     J: Float[Tensor, "d_model d_model"],
     resid_final: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "d_model d_model"]:
-    """∂(norm(F(x)) − x)/∂x, the derivative of the difference of transformers' last two hidden states."""
+    """Return ∂(norm(F(x)) − x)/∂x, the derivative of the last hidden states' difference."""
     eye = torch.eye(len(J), dtype=J.dtype, device=J.device)
     J_norm = model.norm_jacobian(resid_final).to(J.device)
     if torch.equal(J_norm, eye):
         raise CouplingError(
-            "got last_layer_norm=True for a model without a final norm, leave it out"
+            "got last_layer_norm=True for a model without a final norm; leave it out"
         )
     return J_norm @ (J + eye) - eye
 
@@ -154,8 +158,7 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
     J = blocks.jacobians
     triplets = top_singular(J, max(ranks), device=blocks.device)
     U, S, V = triplets.U, triplets.S, triplets.V
-    rank_of_basis = numerical_rank(S)
-
+    basis_rank = numerical_rank(S)
     norms: dict[str, Literal["p", "trace"]] = {"norm": "p", "trace": "trace"}
 
     def both_norms(A: Tensor, K: int) -> dict[str, Tensor]:
@@ -164,7 +167,7 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
             for name, norm in norms.items()
         }
         return {
-            name: value.masked_fill(rank_of_basis < K, torch.nan).float().cpu()
+            name: value.masked_fill(basis_rank < K, torch.nan).float().cpu()
             for name, value in values.items()
         }
 
@@ -178,7 +181,7 @@ def _couplings(blocks: BlockJacobians, ranks: Sequence[int]) -> dict[str, Any]:
 def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings:
     if ranks is None and d_model < min(RANKS):
         raise CouplingError(
-            f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}, pass ranks=[…]"
+            f"got a model with d_model = {d_model}, too narrow for K = {min(RANKS)}; pass ranks=[…]"
         )
     settings = Settings(
         tuple(k for k in RANKS if k <= d_model) if ranks is None else chosen_ranks(ranks),
@@ -189,10 +192,11 @@ def _settings(ranks: Sequence[int] | None, dtype: str, d_model: int) -> Settings
 
 
 def _check_device(device: str | torch.device | None, actual: torch.device) -> None:
-    asked = actual if device is None else known_device(device, is_here=False)
-    if asked.type != actual.type or asked.index not in (None, actual.index):
+    expected = actual if device is None else known_device(device, is_here=False)
+    if expected.type != actual.type or expected.index not in (None, actual.index):
         raise CouplingError(
-            f"got device={device!r} for a model on {actual}, expected the same, move the model or leave it out"
+            f"got device={device!r} for a model on {actual}, expected the same; "
+            "move the model or leave device out"
         )
 
 
@@ -209,7 +213,7 @@ def _stem(model_name: str, out_path: str | os.PathLike | None) -> Path:
 
 
 def _save(out: dict[int, dict[str, Any]], stem: Path) -> None:
-    """Both files, each complete or not there at all."""
+    """Write both files, each completely or not at all."""
     for suffix, write in (
         (".pt", torch.save),
         (".npz", lambda data, file: np.savez_compressed(file, **_flat(data))),
@@ -221,7 +225,7 @@ def _save(out: dict[int, dict[str, Any]], stem: Path) -> None:
 
 
 def _flat(nested: dict) -> dict[str, Any]:
-    """Path in the nested result, joined by slashes, to array."""
+    """Return the arrays of a nested result by path, joined by slashes."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):

@@ -46,6 +46,9 @@ line from here. Arrays are float32, single numbers float64. `load_records` reads
 arrays; in Python, what was measured is an attribute of `PromptCoupling`. What was not measured is
 null, what is undefined is NaN, and `reason` says why.
 
+Chance is the expected value for unrelated blocks, whose A is a Gaussian matrix. It is exact for
+each reading.
+
 Notation: x^l is the residual stream after block l, f^l = x^l − x^{l−1} is what block l adds, and
 J^l = ∂f^l/∂x^{l−1} at the measured token. J = U S Vᵀ has the K largest singular triplets, and
 A = U_{l'}ᵀ J^l V_{l'}.

@@ -1,1 +1,1 @@
-"""Is a model measured exactly here, on this machine's devices and in these dtypes? What `lm-eval-coupling check` asks."""
+"""Check of exactness and cost on this machine: ``lm-eval-coupling check``."""

@@ -1,4 +1,4 @@
-"""`lm-eval-coupling check`: is this model measured exactly here, and what does it cost? One table, one exit code."""
+"""Command ``lm-eval-coupling check``: exactness and cost of a model on this machine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from lm_eval_coupling.saved.strict_json import strict
 
 RANKS = (10, 30, 50)
 TEXT = (
-    "The river rises in the hills behind the town and is at first no wider than a road. Further down it is joined by three "
-    "streams, and where the last of them comes in there stands a mill that has not turned for sixty years."
+    "The river rises in the hills behind the town and is at first no wider than a road. Further "
+    "down it is joined by three streams, and where the last of them comes in there stands a mill "
+    "that has not turned for sixty years."
 )
 _REQUESTS = (
     (TEXT, " The miller keeps bees."),
@@ -40,7 +41,7 @@ _REQUESTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What was found of one dtype."""
+    """Results of the check for one dtype of the weights."""
 
     dtype: str
     blocks: list[BlockCheck]
@@ -49,15 +50,15 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether every kind of block is exact, scores are those of ``hf``, and prompts can be measured."""
+        """True if all blocks are exact, scores equal those of ``hf``, and prompts are measured."""
         return (
             self.scores_equal
-            and all(b.ok for b in self.blocks)
+            and all(block.ok for block in self.blocks)
             and not any(cost.reason for cost in self.costs)
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the results as JSON-able values."""
         return {
             "ok": self.ok,
             "blocks": [dataclasses.asdict(block) | {"ok": block.ok} for block in self.blocks],
@@ -78,60 +79,62 @@ def check(
 
     Args:
         model: a transformers folder, or a name on the hub.
-        device: such as ``cuda`` or ``cpu``; by default the best there is.
-        dtypes: of the weights, each a check of its own; ``auto`` is that they were saved in.
-        out: a JSON file that all of it is written to.
-        tokens: of the prompt.
+        device: such as ``cuda`` or ``cpu``; by default the best device of this machine.
+        dtypes: dtypes of the weights, each checked; ``auto`` is the dtype of the saved weights.
+        out: JSON file for the results.
+        tokens: number of tokens of the prompt.
 
     Returns:
-        Whether every check passed.
+        True if every check passed.
 
     Raises:
-        CouplingError: for a device that is not there or has no room, a dtype that does not exist, or a model that cannot be
+        CouplingError: for an absent or full device, an unknown dtype, or a model that cannot be
             loaded or measured.
     """
-    where = device_named(device)
+    torch_device = device_named(device)
     for dtype in dtypes:
-        known = getattr(torch, dtype, None)
-        if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        torch_dtype = getattr(torch, dtype, None)
+        is_float = isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point
+        if dtype != "auto" and not is_float:
             raise CouplingError(f"got dtype={dtype!r}, expected auto, float32, bfloat16 or float16")
-    found = [_checked(model, where, dtype, tokens) for dtype in dtypes]
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
-    everything = {
+    results = [_check_dtype(model, torch_device, dtype, tokens) for dtype in dtypes]
+    is_cuda = torch_device.type == "cuda"
+    name = torch.cuda.get_device_name(torch_device) if is_cuda else str(torch_device)
+    summary = {
         "model": model,
         "device": name,
         "software": about_software(),
-        "ok": all(one.ok for one in found),
-        "dtypes": {one.dtype: one.as_dict() for one in found},
+        "ok": all(result.ok for result in results),
+        "dtypes": {result.dtype: result.as_dict() for result in results},
     }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(strict(everything), indent=1) + "\n", encoding="utf-8")
-    _show(model, name, found)
-    return bool(everything["ok"])
+        out.write_text(json.dumps(strict(summary), indent=1) + "\n", encoding="utf-8")
+    _show(model, name, results)
+    return bool(summary["ok"])
 
 
-def _checked(name: str, device: torch.device, dtype: str, tokens: int) -> Checked:
+def _check_dtype(name: str, device: torch.device, dtype: str, tokens: int) -> Checked:
     with tempfile.TemporaryDirectory() as folder:
-        ours = CouplingLM(
+        coupling_lm = CouplingLM(
             pretrained=name,
             device=str(device),
             dtype=dtype,
             coupling_store=f"{folder}/store.sqlite",
             coupling_ranks="1",
         )
-        assert ours.session is not None  # it measures
-        model = ours.session.trained.model
+        assert coupling_lm.session is not None  # Its limit is not 0.
+        model = coupling_lm.session.trained.model
         settings = Settings(tuple(k for k in RANKS if k <= model.d_model) or (1,))
-        prompt = (ours.tok_encode(TEXT) * tokens)[:tokens]
+        prompt = (coupling_lm.tok_encode(TEXT) * tokens)[:tokens]
         require_room(model, rank=settings.ranks[-1], seq=tokens)
-        blocks = check_blocks(model, ours.model, prompt)
-        taken = costs(model, prompt, settings)
-        theirs = HFLM(pretrained=ours.model, tokenizer=ours.tokenizer, batch_size=1)
-        equal = _scores(ours) == _scores(
-            theirs
-        )  # after measuring: it must have left the model as it was
-        return Checked(str(ours.model.dtype).removeprefix("torch."), blocks, equal, taken)
+        blocks = check_blocks(model, coupling_lm.model, prompt)
+        prompt_costs = costs(model, prompt, settings)
+        hf_lm = HFLM(pretrained=coupling_lm.model, tokenizer=coupling_lm.tokenizer, batch_size=1)
+        # Scored after measuring, which must not have changed the model.
+        equal = _scores(coupling_lm) == _scores(hf_lm)
+        dtype_name = str(coupling_lm.model.dtype).removeprefix("torch.")
+        return Checked(dtype_name, blocks, equal, prompt_costs)
 
 
 def _scores(lm: HFLM) -> list[tuple[float, bool]]:
@@ -139,28 +142,29 @@ def _scores(lm: HFLM) -> list[tuple[float, bool]]:
     return [tuple(answer) for answer in lm.loglikelihood(requests, disable_tqdm=True)]
 
 
-def _show(model: str, device: str, found: Sequence[Checked]) -> None:
+def _show(model: str, device: str, results: Sequence[Checked]) -> None:
     table = Table(title=f"{model} on {device}", title_justify="left")
     for heading in ("weights", "what", "level", "certificate", "against autodiff", ""):
         table.add_column(heading, overflow="fold")
-    for one in found:
-        for block in one.blocks:
+    for result in results:
+        for block in result.blocks:
             against = block.problem or f"{block.error:.1e} ({block.rows} rows)"
             level = block.level + (f" ({block.why})" if block.why else "")
             what = f"{block.blocks} × {block.kind}"
             table.add_row(
-                one.dtype, what, level, f"{block.certificate:.1e}", against, _word(block.ok)
+                result.dtype, what, level, f"{block.certificate:.1e}", against, _word(block.ok)
             )
-        scores = "equal" if one.scores_equal else "differ"
-        table.add_row(one.dtype, "scores, against hf", "", "", scores, _word(one.scores_equal))
-        for cost in one.costs:
-            what = (
-                "a prompt alone" if cost.together == 1 else f"a prompt of {cost.together} together"
-            )
+        scores = "equal" if result.scores_equal else "differ"
+        table.add_row(
+            result.dtype, "scores, against hf", "", "", scores, _word(result.scores_equal)
+        )
+        for cost in result.costs:
+            alone = cost.together == 1
+            what = "a prompt alone" if alone else f"a prompt of {cost.together} together"
             memory = f"{cost.announced / 1e6:.0f} MB announced"
             memory += "" if cost.measured is None else f", {cost.measured / 1e6:.0f} MB measured"
             table.add_row(
-                one.dtype,
+                result.dtype,
                 what,
                 "",
                 f"{cost.seconds:.2g} s",

@@ -1,4 +1,4 @@
-"""Seconds and memory that a prompt takes here: alone, and with as many others as there is room for."""
+"""Seconds and memory of a prompt on this machine, alone and in the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.memory import memory_of
 
-OFFERED = 64  # prompts, of which as many as fit are measured together
+OFFERED = 64  # Prompts; as many as fit are measured together.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one batch: prompts, seconds of each, bytes announced, and bytes measured where the device counts them."""
+    """Cost of one batch.
+
+    Attributes:
+        together: number of prompts.
+        seconds: time of each prompt.
+        announced: expected peak memory in bytes.
+        measured: peak memory in bytes, where the device counts it.
+        reason: why prompts could not be measured, or None.
+    """
 
     together: int
     seconds: float
@@ -28,7 +36,10 @@ class Cost:
 
 
 def costs(model: Any, tokens: Sequence[int], settings: Settings) -> list[Cost]:
-    """Of one prompt, and of the largest batch of prompts as long; each after a first time that does not count."""
+    """Return the costs of one prompt and of the largest batch, each after a first run.
+
+    The first run does not count: it includes start-up costs of the device.
+    """
     prompts = [list(tokens)] * OFFERED
     largest = len(groups(model, prompts, settings)[0])
     return [_cost(model, prompts[:size], settings) for size in sorted({1, largest})]
@@ -36,25 +47,25 @@ def costs(model: Any, tokens: Sequence[int], settings: Settings) -> list[Cost]:
 
 def _cost(model: Any, prompts: Sequence[Sequence[int]], settings: Settings) -> Cost:
     announced = memory_of(model, rank=settings.ranks[-1], seq=len(prompts[0]), prompts=len(prompts))
-    counts = model.device.type == "cuda"
+    is_cuda = model.device.type == "cuda"
     for _ in range(2):
-        if counts:
+        if is_cuda:
             torch.cuda.synchronize(model.device)
             torch.cuda.reset_peak_memory_stats(model.device)
         start = time.perf_counter()
         records = measure_prompts(model, prompts, -1, settings)
-        if counts:
+        if is_cuda:
             torch.cuda.synchronize(model.device)
-        taken = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     measured = None
-    if counts:
+    if is_cuda:
         measured = torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(
             model.device
         )
     reasons = {record.reason for record in records if record.normalized_miscoupling is None}
     return Cost(
         together=len(prompts),
-        seconds=taken / len(prompts),
+        seconds=seconds / len(prompts),
         announced=announced.total,
         measured=measured,
         reason="; ".join(map(str, reasons)) or None,
