@@ -243,75 +243,72 @@ _JACOBIAN_LABELS = {
 }
 
 
-def _readings() -> tuple[Reading, ...]:
-    column = "normalized_miscoupling"
-    coupling: Callable[..., Reading] = functools.partial(
-        Reading, column=column, of_rank=True, sign=1
-    )
-    at_chance = functools.partial(coupling, chance=chance_coupling)
-    return (
-        at_chance(
-            "coupling",
-            "coupling",
-            read=coupling_at,
-            doc="How well the singular vectors of one block diagonalize the Jacobian of another: "
-            "1 for blocks that act along the same directions.",
-        ),
-        coupling(
-            "coupling_with_diagonal",
-            "coupling, with l = l'",
-            read=functools.partial(coupling_at, diagonal=True),
-            doc="Coupling with the pairs of a block and itself, which are 1 by definition.",
-        ),
-        at_chance(
-            "layer_coupling",
-            "coupling, its Jacobian in the others' bases",
-            read=functools.partial(_layer_coupling, axis=1),
-            over="block",
-            doc="How well the other blocks' singular vectors diagonalize this block's Jacobian.",
-        ),
-        at_chance(
-            "layer_coupling_as_basis",
-            "coupling, the others' Jacobians in its basis",
-            read=functools.partial(_layer_coupling, axis=0),
-            over="block",
-            doc="How well this block's singular vectors diagonalize the other blocks' Jacobians.",
-        ),
-        ranked_reading(
-            "rotated",
-            "coupling, bases rotated alike",
-            "rotated_coupling",
-            chance=chance_rotated,
-            doc="Coupling that survives when both bases are turned by the same random rotation: "
-            "the part that rests on shared subspaces, not on matched single vectors. It is about "
-            "three quarters of SmolLM2-135M's coupling above chance.",
-        ),
-        ranked_reading(
-            "one_pair",
-            "share of the first pair",
-            "mean_one_pair",
-            chance=chance_one_pair,
-            doc="Share of the first pair of singular vectors in what one block does in the basis "
-            "of another: large where all blocks share one strong direction.",
-        ),
-        mean_of_pairs(column, "miscoupling m̃"),
-        mean_of_pairs("miscoupling", "miscoupling m"),
-        mean_of_pairs("miscoupling_to", "miscoupling m_K"),
-        mean_of_pairs("miscoupling_to_absolute", "miscoupling m_K of |A|"),
-        mean_of_pairs("miscoupling_to_trace", "miscoupling m_K by the trace"),
-        *(column_reading(name, label, over="block") for name, label in _JACOBIAN_LABELS.items()),
-        *(
-            mean_reading(f"mean_{name}", f"{label}, mean", name)
-            for name, label in _JACOBIAN_LABELS.items()
-        ),
-        mean_reading(
-            "middle_over_outer_norm",
-            "‖J‖₂, middle third over outer thirds",
-            "jacobian_norm",
-            _middle_over_outer,
-        ),
-    )
-
+_coupling: Callable[..., Reading] = functools.partial(
+    Reading, column="normalized_miscoupling", of_rank=True, sign=1
+)
+_at_chance = functools.partial(_coupling, chance=chance_coupling)
+_READINGS = (
+    _at_chance(
+        "coupling",
+        "coupling",
+        read=coupling_at,
+        doc="How well the singular vectors of one block diagonalize the Jacobian of another: "
+        "1 for blocks that act along the same directions.",
+    ),
+    _coupling(
+        "coupling_with_diagonal",
+        "coupling, with l = l'",
+        read=functools.partial(coupling_at, diagonal=True),
+        doc="Coupling with the pairs of a block and itself, which are 1 by definition.",
+    ),
+    _at_chance(
+        "layer_coupling",
+        "coupling, its Jacobian in the others' bases",
+        read=functools.partial(_layer_coupling, axis=1),
+        over="block",
+        doc="How well the other blocks' singular vectors diagonalize this block's Jacobian.",
+    ),
+    _at_chance(
+        "layer_coupling_as_basis",
+        "coupling, the others' Jacobians in its basis",
+        read=functools.partial(_layer_coupling, axis=0),
+        over="block",
+        doc="How well this block's singular vectors diagonalize the other blocks' Jacobians.",
+    ),
+    ranked_reading(
+        "rotated",
+        "coupling, bases rotated alike",
+        "rotated_coupling",
+        chance=chance_rotated,
+        doc="Coupling that survives when both bases are turned by the same random rotation: "
+        "the part that rests on shared subspaces, not on matched single vectors. It is about "
+        "three quarters of SmolLM2-135M's coupling above chance.",
+    ),
+    ranked_reading(
+        "one_pair",
+        "share of the first pair",
+        "mean_one_pair",
+        chance=chance_one_pair,
+        doc="Share of the first pair of singular vectors in what one block does in the basis "
+        "of another: large where all blocks share one strong direction.",
+    ),
+    mean_of_pairs("normalized_miscoupling", "miscoupling m̃"),
+    mean_of_pairs("miscoupling", "miscoupling m"),
+    mean_of_pairs("miscoupling_to", "miscoupling m_K"),
+    mean_of_pairs("miscoupling_to_absolute", "miscoupling m_K of |A|"),
+    mean_of_pairs("miscoupling_to_trace", "miscoupling m_K by the trace"),
+    *(column_reading(name, label, over="block") for name, label in _JACOBIAN_LABELS.items()),
+    *(
+        mean_reading(f"mean_{name}", f"{label}, mean", name)
+        for name, label in _JACOBIAN_LABELS.items()
+    ),
+    mean_reading(
+        "middle_over_outer_norm",
+        "‖J‖₂, middle third over outer thirds",
+        "jacobian_norm",
+        _middle_over_outer,
+    ),
+)
 
 MEASURES = (
     Measure(
@@ -394,6 +391,6 @@ MEASURES = (
         settings=("ranks", "method"),
         default=True,
         jacobians=True,
-        readings=_readings(),
+        readings=_READINGS,
     ),
 )

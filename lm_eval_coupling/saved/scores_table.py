@@ -53,8 +53,8 @@ def load_runs(
     * ``run_id, interrupted, coupling_rank`` (of lm-eval's metric ``coupling,none``),
       ``worst_certificate``, ``measured`` and ``failed`` (documents of the task);
     * for every measure m of ``config.coupling`` and every rank K: ``m@K``, ``m_stderr@K`` and
-      ``m_n@K``, for instance ``coupling@10``; ``chance@K`` (the coupling of unrelated layers,
-      1 − √(1 − 1/K)) and ``coupling_excess@K`` = ``coupling@K`` − ``chance@K``; without a rank:
+      ``m_n@K``, for instance ``coupling@10``; ``chance@K`` (the expected coupling of unrelated
+      layers) and ``coupling_excess@K`` = ``coupling@K`` − ``chance@K``; without a rank:
       ``line_shape_score``, ``line_shape_score_stderr``, …
 
     A group's values pool the documents of its tasks. What a run does not have is NaN. A file that
