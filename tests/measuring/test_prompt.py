@@ -128,6 +128,10 @@ def test_a_record_is_the_oracles(case, position, float64_device):
 def test_shapes_and_dtypes(model):
     found = measured(model)
     shapes = {name: (2, 3, 3) for name in PAIRS} | {
+        "rotated": (2, 3, 3),
+        "one_pair": (2, 3, 3),
+        "rotated_coupling": (2,),
+        "mean_one_pair": (2,),
         "subspace_overlap": (2, 2, 3, 3),
         "singular_values": (3, 5),
         "gap": (2, 3),
