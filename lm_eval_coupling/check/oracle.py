@@ -20,7 +20,7 @@ from lm_eval_coupling.jacobians.certify import TOLERANCE, probe
 from lm_eval_coupling.jacobians.engine import jacobians_of_traces
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.residual import TrueDtype
-from lm_eval_coupling.residual.argument import carried
+from lm_eval_coupling.residual.arguments import detached
 from lm_eval_coupling.residual.block_call import hidden
 
 ROWS = 64  # At most so many rows are compared: each takes a backward pass through the block.
@@ -149,7 +149,7 @@ def oracle(
     def to_float64(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    arguments = (carried(call.arguments.args), carried(call.arguments.kwargs))
+    arguments = (detached(call.arguments.args), detached(call.arguments.kwargs))
     args, kwargs = tree_map_only(Tensor, to_float64, arguments)
     x = to_float64(call.resid_pre).requires_grad_(True)
     with torch.enable_grad(), TrueDtype(dtype):

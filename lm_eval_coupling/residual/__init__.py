@@ -1,8 +1,9 @@
 """The residual stream of a transformers model, block by block, through TransformerLens.
 
-A :class:`ResidualModel` is a `TransformerBridge` booted on a *second module tree* that shares the weights of the model it
-wraps: the wrapped model keeps its own attention implementation and its outputs stay bit-identical. Only this package knows
-TransformerLens and, with weights.py, transformers; the mathematics sees :class:`BlockCall` objects.
+A :class:`ResidualModel` is a `TransformerBridge` on a *second module tree* that shares the weights
+of the model it wraps. The wrapped model keeps its attention implementation, and its outputs stay
+bit-identical. Only this package knows TransformerLens and transformers; the mathematics sees
+:class:`BlockCall` objects.
 """
 
 from lm_eval_coupling.residual.arithmetic import TrueDtype

@@ -1,4 +1,4 @@
-"""Arithmetic of a measurement, whatever dtype transformers casts to on the way."""
+"""Arithmetic of a measurement, in place of the dtypes that transformers casts to."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class TrueDtype(TorchFunctionMode):
-    """Turns hard-coded float32 steps (norms, softmax, rotary embeddings) into ``dtype``.
+    """A mode in which hard-coded float32 steps (norms, softmax, rotary tables) are in ``dtype``.
 
-    transformers casts these steps to float32 whatever the model's dtype, so that a "float64" derivative of an unmodified
-    model is off by up to 3e-7. Needed only for float64: float32 arithmetic is what the casts ask for.
+    transformers casts these steps to float32 for any dtype of the model: a "float64" derivative of
+    an unmodified model is off by up to 3e-7. Needed for float64 only.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -33,5 +33,5 @@ class TrueDtype(TorchFunctionMode):
 
 
 def arithmetic(dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """What a pass in ``dtype`` runs under."""
+    """Return the context in which a pass in ``dtype`` runs."""
     return TrueDtype(dtype) if dtype == torch.float64 else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""One block with the arguments it was called with, ready to be called again, whole or at one token."""
+"""Blocks with the arguments of one call, ready to be called again, also at one token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.argument import CACHES, carried, in_dtype
-from lm_eval_coupling.residual.arguments import Arguments
+from lm_eval_coupling.residual.arguments import (
+    CACHES,
+    Arguments,
+    detached,
+    in_dtype,
+    join_at_tokens,
+)
 from lm_eval_coupling.residual.block import Block
-from lm_eval_coupling.residual.keys import Cache, Keys
+from lm_eval_coupling.residual.keys import Cache, Keys, cache_before
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCall:
-    """One block with the arguments of one call. Run it again inside :meth:`ready` only.
+    """A block with the arguments of one call. Run it again inside :meth:`ready` only.
 
     Attributes:
         block: the block.
@@ -45,7 +50,7 @@ class BlockCall:
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only itself and the tokens before it."""
+        """True if a token sees only itself and the tokens before it."""
         return self.block.causal
 
     @property
@@ -127,7 +132,7 @@ class BlockCall:
         self, x: Tensor, arguments: Arguments, caches: Mapping[str, Cache] | None = None
     ) -> Tensor:
         """Run the module on ``x`` with other arguments, and caches in place of some of them."""
-        args, kwargs = carried(arguments.args), carried(arguments.kwargs)
+        args, kwargs = detached(arguments.args), detached(arguments.kwargs)
         return hidden(self.module(x, *args, **kwargs | (caches or {})))
 
 
@@ -167,7 +172,7 @@ class CallBatch:
             raise ValueError("calls that kept no keys cannot be decoded")
         arguments = self._arguments(tokens, first_keys=[0] * len(self.calls))
         with torch._C.DisableTorchFunction():
-            cache = Keys.before_each(keys, tokens)
+            cache = cache_before(keys, tokens)
         columns, kwargs = max(tokens) + 1, arguments.kwargs
         if len(set(tokens)) > 1 and not any(
             isinstance(value, Tensor) and value.shape[-1:] == (columns,)
@@ -189,7 +194,10 @@ class CallBatch:
         """
         x, expected = (
             torch.stack([stream[0, token] for stream, token in zip(streams, tokens, strict=True)])
-            for streams in zip(*((call.resid_pre, call.resid_post) for call in self.calls))
+            for streams in (
+                [call.resid_pre for call in self.calls],
+                [call.resid_post for call in self.calls],
+            )
         )
         x = x[:, None].requires_grad_(True)
         with torch.enable_grad():
@@ -202,7 +210,7 @@ class CallBatch:
     def _arguments(self, tokens: Sequence[int], first_keys: Sequence[int]) -> Arguments:
         # The tape follows the block itself, not the preparation of its arguments.
         with torch._C.DisableTorchFunction():
-            return Arguments.at_tokens(
+            return join_at_tokens(
                 [call.arguments for call in self.calls],
                 tokens,
                 [call.seq for call in self.calls],

@@ -1,4 +1,4 @@
-"""Images as what a model is run on: pixel values, and the numbers that stand for an image where prompts have token ids."""
+"""Images as prompts: pixel values, and the numbers that stand for them in place of token ids."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ _FEW = 8  # tokens of a stand-in for a stream: more than any head reads by their
 
 
 class ImageTokens(tuple):
-    """An image as a prompt: as many numbers as it has tokens, and the pixel values that they stand for.
+    """An image as a prompt: as many numbers as it has tokens, with its pixel values.
 
-    The tokens of an image have no ids. The numbers are drawn from a hash of its pixel values, so that equal images are equal
-    prompts, in a store as in a table, and others are not.
+    The numbers are drawn from a hash of the pixel values: equal images are equal prompts, in a
+    store and in a table, and others are not.
     """
 
     pixels: Callable[[], Tensor]
 
     def __new__(cls, digest: str, length: int, pixels: Callable[[], Tensor]) -> ImageTokens:
-        """Numbers below 2⁶³ from ``digest``; ``pixels`` is called for the pixel values [channel, height, width]."""
+        """Draw numbers below 2⁶³ from ``digest``.
+
+        ``pixels`` is called for the pixel values [channel, height, width].
+        """
         hashes = (hashlib.sha256(f"{digest} {place}".encode()).digest() for place in range(length))
-        made = super().__new__(cls, (int.from_bytes(one[:8], "big") >> 1 for one in hashes))
-        made.pixels = pixels
-        return made
+        tokens = super().__new__(cls, (int.from_bytes(h[:8], "big") >> 1 for h in hashes))
+        tokens.pixels = pixels
+        return tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies are plain token ids: what loads the pixels may hold a whole data set."""
+        """Copy as plain token ids: the function that loads the pixels may hold a data set."""
         return tuple, (list(self),)
 
 
 def pixel_digest(pixels: Float[Tensor, "channel height width"]) -> str:
-    """SHA-256 of pixel values in float32, and of their shape."""
+    """Return the SHA-256 of pixel values in float32 and of their shape."""
     numbers = pixels.detach().to("cpu", torch.float32).contiguous().numpy()
     return hashlib.sha256(str(numbers.shape).encode() + numbers.tobytes()).hexdigest()
 
 
 class PixelValues:
-    """Prompts of an image classifier: pixel values [channel, height, width] or [1, channel, height, width].
+    """Prompts of an image classifier: pixel values [channel, height, width], or [1, …].
 
-    :class:`ImageTokens` are images too. Every token sees every other, so that nothing can be padded.
+    :class:`ImageTokens` are images too. Every token sees all others: nothing can be padded.
     """
 
     causal = False
@@ -58,30 +61,37 @@ class PixelValues:
         self.probe = self.several[0]
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Images of one size as one pass."""
+        """Stack images of one size."""
         images = [pixels_of(prompt).to(device, dtype) for prompt in prompts]
         if len(shapes := {tuple(image.shape) for image in images}) > 1:
             raise CouplingError(
-                f"got images of shapes {sorted(shapes)} together, expected one [channel, height, width]"
+                f"got images of shapes {sorted(shapes)} together, expected one shape "
+                "[channel, height, width]"
             )
         return Batch({"pixel_values": torch.stack(images)}, None)
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """An image for each vector, all of whose tokens end as that vector: a class token, or a mean, is the vector then."""
+        """Build placeholder images whose final tokens all equal the given vector.
+
+        A class token, or a mean over tokens, is the vector then.
+
+        Returns:
+            Arguments of the pass, and a stream [image, token, d_model].
+        """
         images = self.probe.to(device, resid.dtype).expand(len(resid), *self.probe.shape)
         return {"pixel_values": images}, resid[:, None].expand(-1, _FEW, -1)
 
     def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """The stream as it is."""
+        """Take the stream itself."""
         return {"pixel_values": self.probe[None].to(device, stream.dtype)}, stream
 
     def read(self, output: Any) -> Tensor:
-        """Logits [image, label]."""
+        """Return the logits [image, label]."""
         return output.logits
 
 
 def takes_images(model: nn.Module) -> bool:
-    """Whether a model is run on pixel values and gives logits of labels."""
+    """Return whether a model is run on pixel values and gives logits of labels."""
     return (
         getattr(model, "main_input_name", "") == "pixel_values"
         and "ImageClassification" in type(model).__name__
@@ -89,13 +99,10 @@ def takes_images(model: nn.Module) -> bool:
 
 
 def pixels_of(prompt: Any) -> Float[Tensor, "channel height width"]:
-    """Pixel values of one image, however it is given.
-
-    Returns:
-        Floating-point numbers on whatever device they were given.
+    """Return the pixel values of one image, as floating-point numbers on their device.
 
     Raises:
-        CouplingError: for what is none.
+        CouplingError: if the prompt is no image.
     """
     pixels = prompt.pixels() if isinstance(prompt, ImageTokens) else prompt
     if (
@@ -115,7 +122,7 @@ def pixels_of(prompt: Any) -> Float[Tensor, "channel height width"]:
 
 
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of an image that the model can be run on."""
+    """Return channels, height and width of an image on which the model can be run."""
     if (timm := getattr(model, "timm_model", None)) is not None:
         channels, *sides = (getattr(timm, "pretrained_cfg", None) or {}).get(
             "input_size", (3, 224, 224)

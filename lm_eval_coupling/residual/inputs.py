@@ -1,4 +1,4 @@
-"""What a model is run on: prompts become the arguments of one forward pass."""
+"""The kinds of input that a model is run on: prompts become arguments of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
 
-_EXPECTED = "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, give prompts one by one"
+_EXPECTED = (
+    "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, "
+    "give prompts one by one"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Keyword arguments of one pass, and how many vectors of the stream each prompt has; None: all of them, the same."""
+    """Keyword arguments of one pass, and the number of tokens of each prompt.
+
+    ``lengths`` is None where all prompts have the same number, which the pass itself gives.
+    """
 
     arguments: dict[str, Any]
     lengths: list[int] | None
@@ -25,35 +31,38 @@ class Batch:
 
 @runtime_checkable
 class Inputs(Protocol):
-    """One kind of input."""
+    """A kind of input."""
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only itself and those before it."""
+        """True if a token sees only itself and the tokens before it."""
 
     @property
     def probe(self) -> Any:
-        """A prompt that any model of the kind can be run on."""
+        """A prompt on which any model of the kind can be run."""
 
     @property
     def several(self) -> list[Any]:
-        """Prompts that a pass of several is tried with."""
+        """Prompts with which a pass of several is tried."""
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Several prompts as one pass of a model with weights in ``dtype``."""
+        """Make the arguments of one pass over several prompts, for weights in ``dtype``."""
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """Arguments of a pass with its blocks left out, and what they would hand on, for vectors [point, d_model]."""
+        """Make the arguments of a pass without blocks, and the stream that replaces theirs.
+
+        ``resid`` are vectors [point, d_model] of the stream.
+        """
 
     def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """The same for the stream [1, seq, d_model] that the probe ended with: such a pass says what the probe's says."""
+        """Make the same for a stream [1, seq, d_model] that the probe ended with."""
 
     def read(self, output: Any) -> Tensor:
-        """What such a pass, or any other, says of each point or prompt."""
+        """Return the logits of each point or prompt among what a pass returns."""
 
 
 class TokenIds:
-    """Prompts of a causal language model: token ids, padded on the right, where no token sees the padding."""
+    """Prompts of a causal language model: token ids, padded on the right, unseen by any token."""
 
     causal = True
 
@@ -68,13 +77,14 @@ class TokenIds:
         self.several = [[word % words for word in prompt] for prompt in ([1, 2, 3], [4] * 21)]
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Token ids [prompt, seq]; each prompt a sequence or a tensor [seq] or [1, seq].
+        """Pad token ids to [prompt, seq]; each prompt is a sequence or a tensor [seq] or [1, seq].
 
         Returns:
-            What the model is called with, and how many tokens each prompt has.
+            The arguments of the model, and the number of tokens of each prompt.
 
         Raises:
-            CouplingError: for anything else. A GPU that is asked for a row that its embeddings do not have is lost for good.
+            CouplingError: for anything else. A GPU that looks up a row beyond its embeddings is
+                lost to the process.
         """
         rows = [self._row(tokens).to("cpu", torch.long) for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # in one transfer
@@ -106,15 +116,15 @@ class TokenIds:
         return ids.flatten()
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """The vectors as one prompt, those of several prompts [prompt, point, d_model] as so many."""
+        """Take the vectors as one prompt; [prompt, point, d_model] as several prompts."""
         stream = resid if resid.dim() == 3 else resid[None]
         ids = torch.zeros(stream.shape[:2], dtype=torch.long, device=device)
         return {"input_ids": ids, **self.options}, stream
 
     def ending_as(self, stream: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-        """Its vectors, as one prompt."""
+        """Take its vectors as one prompt."""
         return self.standing_for(stream[0], device)
 
     def read(self, output: Any) -> Tensor:
-        """Logits [seq, vocabulary] of the first prompt."""
+        """Return the logits [seq, vocabulary] of the first prompt."""
         return output.logits[0]

@@ -1,8 +1,9 @@
-"""What a model makes of vectors after its last block: the model itself with its blocks left out."""
+"""The model with its blocks left out, applied to vectors of its stream (logit lens)."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -18,13 +19,15 @@ from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.vocabulary import head_in_parts, innermost, rows_only
 from lm_eval_coupling.residual.weights import upcast
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 class _HeadReached(Exception):
     """The head was reached; nothing after it is needed."""
 
 
 class Lens:
-    """Final norm, scales, soft-caps and head of a model, whatever they are, applied to any vectors of its stream."""
+    """Final norm, scales, soft-caps and head of a model, whatever they are."""
 
     def __init__(
         self,
@@ -42,48 +45,47 @@ class Lens:
     def logits(
         self, resid: Float[Tensor, "*prompt points d_model"], outputs: int
     ) -> Float[Tensor, "*prompt points vocabulary"]:
-        """What the model would predict, in the dtype of ``resid``; ``outputs``: things that a block returns as a tuple."""
-        if resid.dim() == 3:
-            arguments, stream = self.inputs.standing_for(resid, self.device)
-            with self._without_blocks(stream, outputs):
-                return self.model(**arguments).logits
-        return self._said(*self.inputs.standing_for(resid, self.device), outputs)
+        """Return the model's logits for vectors after its last block, in their dtype.
+
+        Args:
+            resid: the vectors.
+            outputs: number of things that a block returns as a tuple, 0 for a plain tensor.
+        """
+        arguments, stream = self.inputs.standing_for(resid, self.device)
+        with self._without_blocks(stream, outputs):
+            output = self.model(**arguments)
+            return output.logits if resid.dim() == 3 else self.inputs.read(output)
 
     def answer(self, stream: Float[Tensor, "1 seq d_model"], outputs: int) -> Tensor:
-        """What the model says of a probe that ended as ``stream``."""
-        return self._said(*self.inputs.ending_as(stream, self.device), outputs)
-
-    def _said(self, arguments: dict[str, Any], stream: Tensor, outputs: int) -> Tensor:
+        """Return the model's logits for a probe that ended as ``stream``."""
+        arguments, stream = self.inputs.ending_as(stream, self.device)
         with self._without_blocks(stream, outputs):
             return self.inputs.read(self.model(**arguments))
 
     def norm_jacobian(
         self, resid: Float[Tensor, " d_model"], outputs: int
     ) -> Float[Tensor, "d_model d_model"]:
-        """Derivative of what the head is given, the final norm of ``resid``; the identity where there is none."""
+        """Differentiate the head's input by ``resid``; the identity where no norm is between."""
         arguments, stream = self.inputs.standing_for(resid[None], self.device)
-        seen: list[Tensor] = []
+        head_inputs: list[Tensor] = []
 
-        def reached(module: nn.Module, args: tuple) -> None:
-            seen.append(args[0])
+        def stop(module: nn.Module, args: tuple) -> None:
+            head_inputs.append(args[0])
             raise _HeadReached
 
         if self.head is None:
             raise CouplingError(
                 f"got a {type(self.model).__name__}, expected a language model's head"
             )
-        handle = self.head.register_forward_pre_hook(reached)
+        handle = self.head.register_forward_pre_hook(stop)
+        leaf = stream.detach().requires_grad_(True)
         try:
-            with (
-                torch.enable_grad(),
-                self._without_blocks(stream.detach().requires_grad_(True), outputs) as start,
-            ):
+            with torch.enable_grad(), self._without_blocks(leaf, outputs) as start:
                 with contextlib.suppress(_HeadReached):
                     self.model(**arguments)
-                eye = torch.eye(resid.numel(), dtype=resid.dtype, device=seen[0].device)
-                rows = torch.autograd.grad(seen[0].reshape(-1), start, eye, is_grads_batched=True)[
-                    0
-                ]
+                output = head_inputs[0].reshape(-1)
+                eye = torch.eye(resid.numel(), dtype=resid.dtype, device=output.device)
+                (rows,) = torch.autograd.grad(output, start, eye, is_grads_batched=True)
         finally:
             handle.remove()
         return rows.reshape(len(eye), len(eye)).to(resid.device)
@@ -95,10 +97,10 @@ class Lens:
 
     @contextlib.contextmanager
     def _without_blocks(self, stream: Tensor, outputs: int) -> Iterator[Tensor]:
-        """Inside, blocks hand on ``stream``, which is yielded as it is on their device."""
+        """Let every block hand on ``stream``, which is yielded on the head's device."""
         head = None if self.head is None else innermost(self.head)
         stream = stream.to(self.device if head is None else cast(Tensor, head.weight).device)
-        stand_in: Any = (stream, *[None] * (outputs - 1)) if outputs else stream
+        output: Any = (stream, *[None] * (outputs - 1)) if outputs else stream
         with contextlib.ExitStack() as stack:
             rest = [] if head is None else stack.enter_context(head_in_parts(head, stream.dtype))
             weights = {id(t): t for t in [*self.outside, *rest]}
@@ -112,19 +114,14 @@ class Lens:
             stack.enter_context(arithmetic(stream.dtype))
             outside = self._outside_modules()
             for module in outside if len({*map(_own_device, outside)}) > 1 else ():
-                stack.callback(
-                    module.register_forward_pre_hook(_bring_inputs, with_kwargs=True).remove
-                )
+                hook = module.register_forward_pre_hook(_move_inputs, with_kwargs=True)
+                stack.callback(hook.remove)
             for block in self.blocks:
-                stack.callback(
-                    vars(block).update, {k: v for k, v in vars(block).items() if k == "forward"}
-                )
-                stack.callback(vars(block).pop, "forward")
-                block.forward = lambda *args, **kwargs: stand_in
+                stack.enter_context(_silent(block, output))
             yield stream
 
     def _outside_modules(self) -> list[nn.Module]:
-        """Those outside the blocks that have weights of their own."""
+        """List the modules outside the blocks that have weights of their own."""
         inside = {id(part) for block in self.blocks for part in block.modules()}
         return [
             part
@@ -133,37 +130,49 @@ class Lens:
         ]
 
 
+@contextlib.contextmanager
+def _silent(block: nn.Module, output: Any) -> Iterator[None]:
+    """Let a block return ``output``, without its hooks: the vectors have passed them already."""
+    own: Any = vars(block)
+    names = ("forward", *_HOOKS)
+    kept = {name: own[name] for name in names if name in own}
+    own["forward"] = lambda *args, **kwargs: output
+    own.update({name: OrderedDict() for name in _HOOKS})
+    try:
+        yield
+    finally:
+        del own["forward"]
+        own.update(kept)
+
+
 def _own_device(module: nn.Module) -> torch.device | None:
-    """Of its own weights, or of those of the module that it stands for and does not call."""
+    """Return the device of the innermost module's own tensors."""
     inner = innermost(module)
-    return next(
-        (t.device for t in (*inner.parameters(recurse=False), *inner.buffers(recurse=False))), None
-    )
+    tensors = (*inner.parameters(recurse=False), *inner.buffers(recurse=False))
+    return next((t.device for t in tensors), None)
 
 
-def _bring_inputs(
+def _move_inputs(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook: where the head is tied to the embeddings, the norm before it may lie on another device."""
+    """Move a module's inputs to its device (pre-hook)."""
+    # Where the head is tied to the embeddings, the norm before it may lie on another device.
     device = _own_device(module)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
 
 
-def vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:
-    """Return vectors of the stream, ``alone`` only one, as they were given.
+def require_vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:
+    """Return vectors of the stream as a tensor; only one if ``alone``.
 
     Raises:
         CouplingError: for anything else.
     """
-    found = as_tensor("resid", resid)
-    if (
-        not found.ndim
-        or found.shape[-1] != d_model
-        or not found.is_floating_point()
-        or (alone and found.ndim > 1)
-    ):
+    tensor = as_tensor("resid", resid)
+    is_wide = tensor.ndim > 0 and tensor.shape[-1] == d_model and tensor.is_floating_point()
+    if not is_wide or (alone and tensor.ndim > 1):
         what = "one vector" if alone else "vectors"
         raise CouplingError(
-            f"got resid of shape {[*found.shape]} and {found.dtype}, expected {what} of {d_model} numbers"
+            f"got resid of shape {[*tensor.shape]} and {tensor.dtype}, expected {what} of "
+            f"{d_model} numbers"
         )
-    return found
+    return tensor

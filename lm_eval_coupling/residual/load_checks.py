@@ -1,4 +1,7 @@
-"""What is held to what at load: the measuring module tree to the model that is scored, the bridge to the tree."""
+"""Load-time consistency checks.
+
+The measuring module tree is held to the model that is scored, and the bridge to that tree.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.residual.argument import tensors_in
+from lm_eval_coupling.residual.arguments import tensors_in
+from lm_eval_coupling.residual.attachments import own_hooks
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.inputs import Inputs
@@ -22,55 +26,60 @@ SAME = 1e-4  # the same function in float32, step by step
 SAME_KERNELS = 1e-2  # the same function in the model's own dtype, by the same kernels
 OTHER_KERNELS = 1e-3  # the same function in float32, attention computed in another way
 ROUNDED = 5e-2  # in bf16 or fp16, in another order
-HALF = 0.25  # in bf16 or fp16 throughout, against float32, at the token that loses least: some lose every digit
+HALF = 0.25  # half precision against float32, at the token that loses least: some lose all digits
 PACKED = 0.25  # packed layers may also round what they are given
 
 
-def off_by(found: Tensor, expected: Tensor) -> float:
-    """Relative difference; 0 where the expected is not finite, which is reported prompt by prompt: the score is kept."""
+def off_by(tensor: Tensor, expected: Tensor) -> float:
+    """Return the relative difference; 0 if ``expected`` is not finite.
+
+    Numbers that are not finite are reported prompt by prompt, so that the score is kept.
+    """
     if not torch.isfinite(expected).all():
         return 0.0
-    return ((found.to(expected) - expected).norm() / expected.norm()).item()
+    return ((tensor.to(expected) - expected).norm() / expected.norm()).item()
 
 
-def require_close(what: str, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def require_close(what: str, name: str, tensor: Tensor, expected: Tensor, tolerance: float) -> None:
     """Refuse to measure another function than the model's.
 
     Raises:
-        CouplingError: if ``found`` is not ``expected``.
+        CouplingError: if ``tensor`` is not ``expected``.
     """
-    error = off_by(found, expected)
+    error = off_by(tensor, expected)
     if not error <= tolerance and (not expected.isfinite().all() or not expected.any()):
         raise CouplingError(
-            f"got a {name} that gives {what} that are not finite or nothing but zeros when it is scored, expected weights "
-            "and activations within the range of their dtype"
+            f"got a {name} that gives {what} that are not finite or nothing but zeros when it is "
+            "scored, expected weights and activations within the range of their dtype"
         )
     if not error <= tolerance:
         raise CouplingError(
-            f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected the same; "
-            "score it with --model hf, or with coupling_limit=0"
+            f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected "
+            "the same; score it with --model hf, or with coupling_limit=0"
         )
 
 
 def require_close_somewhere(
     what: str,
     name: str,
-    found: Float[Tensor, "token d_model"],
+    stream: Float[Tensor, "token d_model"],
     expected: Float[Tensor, "token d_model"],
     tolerance: float,
 ) -> None:
-    """As :func:`require_close`, at the nearest token: half precision leaves nothing of some, another function spares none.
+    """Apply :func:`require_close` to the nearest token.
+
+    Half precision leaves nothing of some tokens; another function spares none.
 
     Raises:
-        CouplingError: if no token of ``found`` is as expected.
+        CouplingError: if no token of ``stream`` is as expected.
     """
-    nearest = min(range(len(expected)), key=lambda token: off_by(found[token], expected[token]))
-    require_close(what, name, found[nearest], expected[nearest], tolerance)
+    nearest = min(range(len(expected)), key=lambda token: off_by(stream[token], expected[token]))
+    require_close(what, name, stream[nearest], expected[nearest], tolerance)
 
 
 @torch.no_grad()
 def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
-    """What a model says of the probe, in float32."""
+    """Return a model's logits for the probe, in float32."""
     dtype = next(
         (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
         torch.float32,
@@ -81,22 +90,22 @@ def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
 def end_of(
     model: nn.Module, module: nn.Module, inputs: Inputs, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What ``module`` hands on in a pass of ``model``, and what the model says in that pass, in float32."""
-    seen: list[Tensor] = []
+    """Return what ``module`` hands on in a pass of ``model`` and that pass' logits, in float32."""
+    streams: list[Tensor] = []
 
-    def look(module: nn.Module, args: tuple, output: Any) -> None:
-        seen.append(hidden(output))
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        streams.append(hidden(output))
 
-    handle = module.register_forward_hook(look)
+    handle = module.register_forward_hook(keep)
     try:
-        said = answer_of(model, inputs, device)
+        logits = answer_of(model, inputs, device)
     finally:
         handle.remove()
-    return seen[0].float(), said
+    return streams[0].float(), logits
 
 
 def require_shared_weights(twin: nn.Module, original: nn.Module) -> None:
-    """Every weight that is a number on a device is used where it lies.
+    """Require that the twin uses every weight where it lies.
 
     Raises:
         CouplingError: if one was replaced.
@@ -105,13 +114,13 @@ def require_shared_weights(twin: nn.Module, original: nn.Module) -> None:
     processed = [name for name, p in present(original) if p.data_ptr() not in shared]
     if processed:
         raise CouplingError(
-            f"got {len(processed)} weights that were replaced (first: {processed[0]}), expected shared storage; "
-            "do not fold norms or use compatibility mode"
+            f"got {len(processed)} weights that were replaced (first: {processed[0]}), expected "
+            "shared storage; do not fold norms or use compatibility mode"
         )
 
 
 def require_whole_blocks(blocks: Sequence[Block]) -> None:
-    """Every block lies on one device.
+    """Require that every block lies on one device.
 
     Raises:
         CouplingError: if one does not.
@@ -119,19 +128,19 @@ def require_whole_blocks(blocks: Sequence[Block]) -> None:
     for block in blocks:
         if len(devices := {t.device for t in block.module.parameters()}) > 1:
             raise CouplingError(
-                f"got block {block.layer} spread over {sorted(map(str, devices))}, expected each block on one device; "
-                "keep blocks whole in the device_map"
+                f"got block {block.layer} spread over {sorted(map(str, devices))}, expected each "
+                "block on one device; keep blocks whole in the device_map"
             )
 
 
 def held_fixed(trace: ResidualTrace) -> list[str]:
-    """Names of the arguments in which blocks hand something to later ones: it is held fixed in their derivatives."""
+    """Name the arguments by which blocks hand something to later ones, held fixed for these."""
     first, last = trace.calls[0].arguments.kwargs, trace.calls[-1].arguments.kwargs
     return [name for name in last if len(tensors_in(last[name])) > len(tensors_in(first.get(name)))]
 
 
 def require_chain(trace: ResidualTrace) -> None:
-    """What one block hands on is what the next one is handed.
+    """Require that every block is given what the one before it hands on.
 
     Raises:
         CouplingError: if it is not.
@@ -140,13 +149,14 @@ def require_chain(trace: ResidualTrace) -> None:
         assert call.resid_post is not None  # a trace keeps it
         if not off_by(following.resid_pre, call.resid_post) <= ROUNDED:
             raise CouplingError(
-                f"got a block {call.layer} whose output is not the next one's input, expected a residual stream"
+                f"got a block {call.layer} whose output is not the next one's input, expected a "
+                "residual stream"
             )
 
 
 @torch.no_grad()
 def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor) -> None:
-    """A block's output, replayed alone, is the next one's input, and what it adds it adds to that input.
+    """Require that blocks, replayed alone, hand their outputs on and add to their inputs.
 
     Raises:
         CouplingError: if not.
@@ -156,34 +166,44 @@ def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor
     for call, following in zip(calls, streams[1:], strict=True):
         if call.resid_pre.dim() != 3 or following.shape != call.resid_pre.shape:
             raise CouplingError(
-                f"got a {name} whose block {call.layer} hands on a tensor of shape {[*following.shape]} for one of shape "
-                f"{[*call.resid_pre.shape]}, expected one vector for each token; score it with --model hf"
+                f"got a {name} whose block {call.layer} hands on a tensor of shape "
+                f"{[*following.shape]} for one of shape {[*call.resid_pre.shape]}, expected one "
+                "vector for each token; score it with --model hf"
             )
         with call.ready():
             output = call(call.resid_pre)
         if not torch.isfinite(output).all():
-            return  # weights that are not finite are reported prompt by prompt, the score is kept
-        if not torch.allclose(
-            output, following.to(output), rtol=1e-3, atol=1e-4 * output.abs().max().item()
-        ):
+            return  # reported prompt by prompt, so that the score is kept
+        scale = output.abs().max().item()
+        if not torch.allclose(output, following.to(output), rtol=1e-3, atol=1e-4 * scale):
             raise CouplingError(
-                f"got a {name} whose block {call.layer} does not hand its output on as the next block's input, expected a "
-                "residual stream; score it with --model hf"
+                f"got a {name} whose block {call.layer} does not hand its output on as the next "
+                "block's input, expected a residual stream; score it with --model hf"
             )
-        if kinds[type(call.module)] == call.layer:
+        if kinds[type(call.module)] == call.layer or any(own_hooks(call.module)):
             _require_skip(name, call)
 
 
 def _require_skip(name: str, call: BlockCall) -> None:
-    """With all its weights zero a block adds nothing: its input must be left, or the same multiple of every token."""
+    """Require that a block without weights hands on its input, or a multiple of it.
+
+    Two inputs are compared: a constant, such as a steering vector, is the same in both. A norm on
+    the skip connection gives the same for ``x`` and ``x / 2``.
+
+    Raises:
+        CouplingError: if it does not.
+    """
     x = call.resid_pre
     with _zeroed(call.module, call.dtype):
-        left = call(x)
+        left = call(x) - call(x / 2)
     scale = (left * x).sum() / x.square().sum()
     if torch.isfinite(left).all() and not (scale > 0 and off_by(left, scale * x) <= SAME):
+        cause = "the norm is on the skip connection, or there are several streams"
+        if any(own_hooks(call.module)):
+            cause = "its hooks change what the skip connection carries"
         raise CouplingError(
-            f"got a {name} whose block {call.layer} does not add to its input (the norm is on the skip connection, or there "
-            "are several streams), expected F(x) = x + f(x); score it with --model hf"
+            f"got a {name} whose block {call.layer} does not add to its input ({cause}), expected "
+            "F(x) = x + f(x); score it with --model hf"
         )
 
 

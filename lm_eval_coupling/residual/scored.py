@@ -1,4 +1,4 @@
-"""The transformers model in what is scored: wrappers are looked through, what could not be measured as scored is refused."""
+"""The transformers model inside what is scored, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DTensor")
 
 
 def without_compilation(model: nn.Module) -> nn.Module:
-    """What torch.compile has wrapped: the same function, without compiling it for a few tokens."""
+    """Return the model inside torch.compile: the same function, not compiled for a few tokens."""
     inner: Any = model
     while type(inner).__name__ == "OptimizedModule":
         inner = inner._orig_mod
@@ -23,34 +23,33 @@ def without_compilation(model: nn.Module) -> nn.Module:
 
 
 def looked_through(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile, data parallelism and PEFT.
-
-    Returns:
-        The model itself where nothing is around it.
+    """Return the transformers model inside torch.compile, data parallelism and PEFT.
 
     Raises:
-        CouplingError: for an adapter that is no part of it (virtual tokens), and for weights spread over processes.
+        CouplingError: for an adapter that acts outside the model, and for weights spread over
+            processes.
     """
     inner: Any = model
     while True:
         name = type(inner).__name__
         if name in _SHARDED:
             raise CouplingError(
-                f"got a {name}, whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}"
+                f"got a {name}, whose weights are spread over processes, expected unsharded ones; "
+                f"{_ONLY_SCORE}"
             )
         if name == "OptimizedModule":
             inner = inner._orig_mod
         elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = inner.module
         elif hasattr(inner, "get_base_model"):
-            _refuse_virtual_tokens(inner)
+            _refuse_adapters_outside(inner)
             inner = inner.get_base_model()
         else:
             return inner
 
 
-def _refuse_virtual_tokens(model: nn.Module) -> None:
-    """Prompt tuning, prefix tuning and p-tuning put tokens before the prompt that are in no block's weights."""
+def _refuse_adapters_outside(model: nn.Module) -> None:
+    """Refuse adapters that act on prompts: virtual tokens, and activation from a token on."""
     configs = getattr(model, "peft_config", {})
     active = (
         getattr(model, "active_adapters", None)
@@ -64,13 +63,19 @@ def _refuse_virtual_tokens(model: nn.Module) -> None:
                 str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
             )
             raise CouplingError(
-                f"got an adapter of virtual tokens ({kind}), expected one that changes weights, such as LoRA; "
-                f"measure the model without it, or {_ONLY_SCORE}"
+                f"got an adapter of virtual tokens ({kind}), expected one that changes weights, "
+                f"such as LoRA; measure the model without it, or {_ONLY_SCORE}"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise CouplingError(
+                "got an activated LoRA, which acts from its invocation tokens on, expected an "
+                "adapter that acts on every token; measure the model without it, or "
+                f"{_ONLY_SCORE}"
             )
 
 
 def mixed_dtypes(model: nn.Module) -> str | None:
-    """Which weights are in which dtype, in words, None where all are in one."""
+    """Describe which weights are in which dtype; None if all are in one dtype."""
     names: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -78,15 +83,15 @@ def mixed_dtypes(model: nn.Module) -> str | None:
     if len(names) < 2:
         return None
     usual, *others = sorted(names, key=lambda dtype: -len(names[dtype]))
-    told = [f"{len(names[dtype])} in {dtype} ({names[dtype][0]} the first)" for dtype in others]
-    return f"{len(names[usual])} weights in {usual} and {' and '.join(told)}"
+    rest = [f"{len(names[dtype])} in {dtype} ({names[dtype][0]} the first)" for dtype in others]
+    return f"{len(names[usual])} weights in {usual} and {' and '.join(rest)}"
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Say of what is no causal language model and no image classifier, or has weights that cannot be read, what it is.
+    """Refuse models of other kinds, and weights that cannot be read.
 
     Raises:
-        CouplingError: if it is one.
+        CouplingError: for both.
     """
     config = getattr(model, "config", None)
     name = type(model).__name__
@@ -94,12 +99,13 @@ def refuse_unsupported(model: nn.Module) -> None:
         _refuse_other_text_models(model, config, name)
     if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise CouplingError(
-            f"got a {name} whose weights are spread over processes, expected whole ones; {_ONLY_SCORE}"
+            f"got a {name} whose weights are spread over processes, expected unsharded ones; "
+            f"{_ONLY_SCORE}"
         )
     if reason := unreadable(model):
         raise CouplingError(
-            f"got a {name} with {reason}, expected floating-point weights, such as bitsandbytes, torchao or quanto pack, or "
-            f"such as accelerate offloads; {_ONLY_SCORE}"
+            f"got a {name} with {reason}, expected floating-point weights, or weights packed by "
+            f"bitsandbytes, torchao or quanto, or offloaded by accelerate; {_ONLY_SCORE}"
         )
 
 
@@ -110,7 +116,8 @@ def _refuse_other_text_models(model: nn.Module, config: Any, name: str) -> None:
         or not hasattr(model, "get_output_embeddings")
     ):
         raise CouplingError(
-            f"got a {name}, expected a decoder-only transformers language model; score it with --model hf"
+            f"got a {name}, expected a decoder-only transformers language model; score it with "
+            "--model hf"
         )
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -118,9 +125,11 @@ def _refuse_other_text_models(model: nn.Module, config: Any, name: str) -> None:
         config, "is_decoder", False
     ):
         raise CouplingError(
-            f"got a {name}, an encoder, expected a decoder-only language model; score it with --model hf"
+            f"got a {name}, an encoder, expected a decoder-only language model; score it with "
+            "--model hf"
         )
     if model.get_output_embeddings() is None:
         raise CouplingError(
-            f"got a {name} without a language-model head, expected a causal language model (…ForCausalLM)"
+            f"got a {name} without a language-model head, expected a causal language model "
+            "(…ForCausalLM)"
         )

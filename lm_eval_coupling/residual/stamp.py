@@ -1,58 +1,76 @@
-"""Are a model's weights still those that were wrapped and fingerprinted? Asked before every evaluation, so cheaply."""
+"""A cheap record of a model's state, by which a change between two evaluations is seen."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lm_eval_coupling.residual.attachments import Attachments, attachments_of
+from lm_eval_coupling.residual.rotary import recomputed_names
 from lm_eval_coupling.residual.weights import named_tensors
 
 SAMPLE = 64  # entries of each weight that are looked at
-_OF_RUNS = {
-    "training",
-    "_is_hf_initialized",
-    "gradient_checkpointing",
-}  # which evaluating or loading may set
 
 
 @dataclasses.dataclass(frozen=True)
 class Stamp:
-    """A model as it stands: where its weights lie, how often each was written to, some of its numbers, and its switches.
+    """Places, write counts and some entries of a model's weights, and its attachments.
 
-    Writing through autograd's back door (``p.data``) counts no write: it is seen where it changes one of the sampled
-    entries, as an optimizer's step or another checkpoint does. The fingerprint sees the rest, at the cost of reading it all.
+    Writing through ``p.data`` counts no write. It is seen where it changes a sampled entry, as an
+    optimizer's step or another checkpoint does. The fingerprint sees the rest, by reading it all.
     """
 
     places: dict[str, tuple[Any, ...]]
     entries: dict[str, tuple[float, ...]]
-    switches: dict[str, tuple[Any, ...]]
+    attached: Attachments
+    classes: dict[str, tuple[type, bool]]
+    ignored: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Stamp:
-        """Costs a look at every module and one read of a few numbers from each device."""
-        tensors = dict(named_tensors(model))
+    def of(cls, model: nn.Module, ignored: Collection[str] = ()) -> Stamp:
+        """Look at every module, and read a few numbers from each device."""
+        skipped = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in model.named_modules()
+            for name in recomputed_names(module)
+        } | {place.removeprefix("module ").replace(", buffer ", ".") for place in ignored}
+        tensors = {name: t for name, t in named_tensors(model) if name not in skipped}
         return cls(
             {name: _place(tensor) for name, tensor in tensors.items()},
             dict(_entries(tensors)),
-            {name: _switches(module) for name, module in model.named_modules()},
+            attachments_of(model, ignored),
+            {
+                name: (type(module), "forward" in vars(module))
+                for name, module in model.named_modules()
+            },
+            frozenset(ignored),
         )
 
     def change_in(self, model: nn.Module) -> str | None:
-        """In words, the first thing in which ``model`` is no longer what it was; None if it is."""
-        now = Stamp.of(model)
-        for name in now.places.keys() | self.places.keys():
-            if now.places.get(name) != self.places.get(name) or now.entries.get(
-                name
-            ) != self.entries.get(name):
-                return f"the weight {name}"
-        for name in now.switches.keys() | self.switches.keys():
-            if now.switches.get(name) != self.switches.get(name):
-                return f"the module {name or 'itself'}"
+        """Describe the first change of ``model`` since the stamp, or return None."""
+        current = Stamp.of(model, self.ignored)
+        if (name := _difference(self.places, current.places)) is not None:
+            return f"the weight {name}"
+        if (name := _difference(self.entries, current.entries)) is not None:
+            return f"the weight {name}"
+        if (name := _difference(self.classes, current.classes)) is not None:
+            return f"the module {name or 'itself'}"
+        if (name := _difference(self.attached, current.attached)) is not None:
+            return f"the {name}"
         return None
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Return the first name whose value differs or is missing."""
+    names = [*after, *(name for name in before if name not in after)]
+    return next((n for n in names if before.get(n, _MISSING) != after.get(n, _MISSING)), None)
+
+
+_MISSING = object()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -66,43 +84,24 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _entries(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Some entries of each weight, evenly spread; brought to the host together."""
+    """Yield some evenly spread entries of each weight, brought to the host together."""
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
-            flat = (
-                tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-            )
+            flat = tensor.detach().flatten()
             by_device.setdefault(tensor.device, {})[name] = flat[
                 _spread(flat.numel()).to(tensor.device)
             ].float()
-    for found in by_device.values():
-        numbers = (
-            torch.cat([*found.values()]).cpu().split([len(entries) for entries in found.values()])
-        )
-        yield from ((name, tuple(part.tolist())) for name, part in zip(found, numbers, strict=True))
+    for samples in by_device.values():
+        sizes = [len(entries) for entries in samples.values()]
+        numbers = torch.cat([*samples.values()]).cpu().split(sizes)
+        yield from ((name, tuple(n.tolist())) for name, n in zip(samples, numbers, strict=True))
 
 
 def _spread(size: int) -> Tensor:
-    """At most SAMPLE places from 0 to size − 1, both included, evenly spread; in whole numbers, as float32 ends at 2^24."""
+    """Return at most SAMPLE evenly spread places from 0 to size − 1, both included.
+
+    Whole numbers are used: float32 ends at 2^24.
+    """
     count = min(SAMPLE, size)
     return torch.arange(count) * (size - 1) // max(count - 1, 1)
-
-
-def _switches(module: nn.Module) -> tuple[Any, ...]:
-    """What kind of module it is, its hooks, and its plain attributes: active adapters, scales, dropout."""
-    hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if name not in _OF_RUNS and _is_plain(value)
-    }
-    return type(module), hooks, repr(sorted(plain.items()))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,7 +1,8 @@
-"""A block's two halves apart: with its MLP silenced, and with its attention held at what it said.
+"""A block's halves alone: with its MLP silenced, or with its attention's output held fixed.
 
-With f = a + m, a block without its MLP is X + a(X), whatever norms and multipliers stand around it. With the attention's
-output held fixed it is X + a₀ + m(X + a₀), or X + a₀ + m(X) where both halves read the stream itself.
+With f = a + m, a block without its MLP is X + a(X), with all norms and multipliers around it. With
+the attention's output held fixed it is X + a₀ + m(X + a₀), or X + a₀ + m(X) where both halves read
+the stream itself.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from torch import Tensor, nn
 from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.residual.block_call import BlockCall
 
-# What transformers calls the two, in the order of preference; the last of an MLP without a module of its own stands for it.
+# Names in transformers, in the order of preference; ``fc2`` ends an MLP without its own module.
 _ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
 
 
 @contextlib.contextmanager
 def attention_alone(call: BlockCall) -> Iterator[BlockCall]:
-    """The block without its MLP.
+    """Silence the block's MLP.
 
     Yields:
-        A call that holds no keys and no pullback of the whole block, good within the context.
+        A call without keys and pullback, valid within the context.
 
     Raises:
-        Unmeasurable: if the block has no module that is its MLP by name, or is not its stream and two such parts.
+        Unmeasurable: if no module is the MLP by its name, or the block is more than two such parts.
     """
     _require_parts(call)
     with _hooked(_child(call.module, _MLPS, "MLP"), _silent):
@@ -38,7 +39,7 @@ def attention_alone(call: BlockCall) -> Iterator[BlockCall]:
 
 
 def _require_parts(call: BlockCall) -> None:
-    """Without both a block hands on its stream, but for a constant that a norm may add to nothing."""
+    """Require that a block without both parts hands on its stream, plus a norm's constant."""
     attention, mlp = (
         _child(call.module, _ATTENTIONS, "attention"),
         _child(call.module, _MLPS, "MLP"),
@@ -55,52 +56,52 @@ def _require_parts(call: BlockCall) -> None:
 
 @contextlib.contextmanager
 def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
-    """The block with its attention's output held at what it is, to be used at ``token``.
+    """Hold the output of the block's attention fixed, for use at ``token``.
 
     Yields:
-        A call that holds no keys and no pullback of the whole block, good within the context.
+        A call without keys and pullback, valid within the context.
 
     Raises:
-        Unmeasurable: if the block has no module that is its attention by name.
+        Unmeasurable: if no module is the attention by its name.
     """
     attention = _child(call.module, _ATTENTIONS, "attention")
-    said: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-        said.append(_hidden(output).detach())
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(_hidden(output).detach())
 
-    with _hooked(attention, listen), call.ready(), torch.no_grad():
+    with _hooked(attention, keep), call.ready(), torch.no_grad():
         call(call.resid_pre)
-    whole, alone = said[0], said[0][:, token : token + 1].clone()
+    sequence, row = outputs[0], outputs[0][:, token : token + 1].clone()
 
-    def held(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def hold(module: nn.Module, inputs: Any, output: Any) -> Any:
         return _with_hidden(
             output,
-            lambda y: (whole if y.shape == whole.shape else alone.expand(y.shape)).to(y.dtype),
+            lambda y: (sequence if y.shape == sequence.shape else row.expand(y.shape)).to(y.dtype),
         )
 
-    with _hooked(attention, held):
+    with _hooked(attention, hold):
         yield _bare(call)
 
 
 def _bare(call: BlockCall) -> BlockCall:
-    """Without what the trace knows of the whole block: its derivative and its output."""
+    """Drop what the trace keeps of the complete block: its derivative and its output."""
     return dataclasses.replace(call, pullback=None, keys=None, resid_post=None)
 
 
 def _child(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     children = dict(block.named_children())
-    found = next((children[name] for name in names if name in children), None)
-    if found is None:
-        there = ", ".join(children) or "none"
-        raise Unmeasurable(
-            "refused", f"the block has no part that is its {what} by name (there are {there})"
-        )
-    return found
+    for name in names:
+        if name in children:
+            return children[name]
+    listed = ", ".join(children) or "none"
+    raise Unmeasurable(
+        "refused", f"the block has no part that is its {what} by name (its parts: {listed})"
+    )
 
 
 def _silent(module: nn.Module, inputs: Any, output: Any) -> Any:
-    # Of no tensor's making: nobody who follows the block's steps sees it depend on anything.
+    # A new tensor, not 0 * y: the tape must not see it depend on anything.
     return _with_hidden(output, lambda y: torch.zeros(y.shape, dtype=y.dtype, device=y.device))
 
 

@@ -1,4 +1,4 @@
-"""The same architecture before any training: what coupling is compared with."""
+"""The same architecture before any training, with which coupling is compared."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lm_eval_coupling.residual.scored import looked_through
 
 
 def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
-    """A model of the class, configuration, dtype and device of ``model`` with freshly initialised weights.
+    """Initialize a new model of the class, configuration, dtype and device of ``model``.
 
-    The same for the same seed, whatever has drawn random numbers before. Takes the memory of the model once more, unpacked
-    where its weights are packed in 4 or 8 bits; an adapter is left out.
+    The weights depend on the seed alone. They take the model's memory once more, unpacked where
+    its weights are packed. An adapter is left out.
 
     Returns:
         A model in evaluation mode, with storage of its own.
@@ -31,9 +31,6 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     )
     with seeded(seed):
         twin = cast(Any, type(base))._from_config(config, dtype=dtype)
-    embeddings = (
-        base.get_input_embeddings()
-        if "input_ids" in getattr(base, "main_input_name", "input_ids")
-        else base
-    )
-    return twin.to(next(embeddings.parameters()).device).eval()
+    takes_tokens = "input_ids" in getattr(base, "main_input_name", "input_ids")
+    first = base.get_input_embeddings() if takes_tokens else base
+    return twin.to(next(first.parameters()).device).eval()

@@ -1,4 +1,4 @@
-"""The two large tables outside the blocks, embeddings and head, used in another dtype without a copy of them in it."""
+"""Embeddings and head used in another dtype without a copy of these large tables in it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,34 @@ from torch.nn import functional as F
 
 from lm_eval_coupling.residual.weights import fetched, is_absent
 
-AT_ONCE = 1 << 24  # numbers of a head that are cast at a time
+AT_ONCE = 1 << 24  # entries of a head that are cast at a time
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The transformers module inside TransformerLens' component."""
+    """Return the transformers module inside TransformerLens' component."""
     while isinstance(inner := getattr(module, "original_component", None), nn.Module):
         module = inner
     return module
 
 
 def looked_up(model: nn.Module) -> dict[nn.Module, nn.Embedding]:
-    """The embeddings whose forward method takes token ids and looks them up, by the module that is called for them."""
-    found: dict[nn.Module, nn.Embedding] = {}
+    """Return the embeddings that look token ids up, by the module that is called for them."""
+    tables: dict[nn.Module, nn.Embedding] = {}
     for module in model.modules():  # the outer ones come first
         table = innermost(module)
-        if (
-            isinstance(table, nn.Embedding)
-            and table not in found.values()
-            and [*table.parameters()] == [table.weight]
-        ):
-            if next(iter(inspect.signature(table.forward).parameters), "") in (
-                "input",
-                "input_ids",
-            ):
-                found[module] = table
-    return found
+        if not isinstance(table, nn.Embedding) or table in tables.values():
+            continue
+        first = next(iter(inspect.signature(table.forward).parameters), "")
+        if [*table.parameters()] == [table.weight] and first in ("input", "input_ids"):
+            tables[module] = table
+    return tables
 
 
 @contextlib.contextmanager
 def rows_only(tables: dict[nn.Module, nn.Embedding], dtype: torch.dtype) -> Iterator[None]:
-    """From when an embedding is called on, its weight is the rows that it looks up, in ``dtype``: the function is the same.
+    """While active, each embedding holds only the rows being looked up, in ``dtype``.
 
-    It is put back at the end: TransformerLens asks the weight for its dtype before and after.
+    The rows stay until the end: TransformerLens asks the weight for its dtype after the call too.
     """
     with contextlib.ExitStack() as stack:
         for module, table in tables.items():
@@ -69,7 +64,7 @@ class _Rows:
         source = weight.fetch() if is_absent(weight) else weight.data
         self.kept = (weight.data, self.table.padding_idx)
         weight.data = source[ids.to(source.device)].to(weight.device, self.dtype)
-        self.table.padding_idx = None  # of no effect but on gradients, and beyond these rows
+        self.table.padding_idx = None  # it affects gradients only, and may be beyond these rows
         return (places, *args[1:])
 
     def put_back(self) -> None:
@@ -80,7 +75,7 @@ class _Rows:
 
 @contextlib.contextmanager
 def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """A linear head multiplies some rows at a time; yields the weights that must be upcast all the same."""
+    """Let a linear head multiply some rows at a time; yield the weights that must be upcast."""
     if type(head) is not nn.Linear or head.weight.dtype == dtype and not is_absent(head.weight):
         yield [*head.parameters(), *head.buffers()]
         return
@@ -96,9 +91,8 @@ def head_in_parts(head: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]
         return logits if head.bias is None else logits + fetched(head.bias).to(dtype)
 
     vars(head)["forward"] = forward
-    head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(
-        weight.shape
-    )  # asked for its dtype
+    # TransformerLens asks the weight for its dtype.
+    head.weight.data = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)
     try:
         yield []
     finally:

@@ -1,7 +1,8 @@
-"""Weights of the measuring module tree: shared with the model's where they are numbers on a device, *absent* elsewhere.
+"""Weights of the measuring module tree: shared with the model's, or *absent*.
 
-Weights packed in 4 or 8 bits, or offloaded to the host or the disk, have a stand-in of the right shape, dtype and device
-that takes no memory and knows how to be fetched. :func:`upcast` fetches one block's, for as long as that block is at work.
+Weights packed in 4 or 8 bits, or offloaded to the host or the disk, have a stand-in of the right
+shape, dtype and device that takes no memory and can be fetched. :func:`upcast` fetches one block's
+weights while that block runs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ from lm_eval_coupling.numerics.randomness import undrawn
 
 
 def state_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
+    """List parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
 
 
 @contextlib.contextmanager
 def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Hold the floating-point ``tensors`` in ``dtype`` for the time of the context, then put back what was there."""
+    """Hold the floating-point ``tensors`` in ``dtype``, then put back what was there."""
     saved = [
         (t, t.data) for t in tensors if t.is_floating_point() and (t.dtype != dtype or is_absent(t))
     ]
@@ -39,37 +41,38 @@ def upcast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
 
 
 def is_absent(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands in for a weight that must be fetched."""
+    """Return whether ``tensor`` stands in for a weight that must be fetched."""
     return hasattr(tensor, "fetch")
 
 
 def fetched(tensor: Tensor) -> Tensor:
-    """The numbers of a weight, absent or not."""
+    """Return the numbers of a weight, absent or not."""
     fetch: Any = getattr(tensor, "fetch", None)
     return tensor.data if fetch is None else fetch().to(tensor.device)
 
 
 def absent(
-    like: Tensor,
+    template: Tensor,
     fetch: Callable[[], Tensor],
     device: Any = None,
     shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Stand-in for ``like``, on its device unless another is given."""
-    device = like.device if device is None else torch.device(device)
-    nothing = torch.zeros((), dtype=like.dtype, device=device).expand(
-        like.shape if shape is None else shape
-    )
-    tensor = (
-        nn.Parameter(nothing, requires_grad=False) if isinstance(like, nn.Parameter) else nothing
-    )
-    stand_in: Any = tensor
+    """Make a stand-in for ``template``, on its device unless another is given."""
+    device = template.device if device is None else torch.device(device)
+    shape = template.shape if shape is None else shape
+    stand_in: Any = torch.zeros((), dtype=template.dtype, device=device).expand(shape)
+    if isinstance(template, nn.Parameter):
+        stand_in = nn.Parameter(stand_in, requires_grad=False)
     stand_in.fetch = fetch
-    return tensor
+    return stand_in
 
 
 def sharing(model: nn.Module) -> dict[int, Any]:
-    """What ``copy.deepcopy`` must not copy: its memo for a second module tree of ``model``, without accelerate's hooks."""
+    """Make the memo with which ``copy.deepcopy`` shares the weights of ``model``.
+
+    Returns:
+        The memo, in which packed layers are plain ones, and accelerate's hooks have no effect.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := getattr(module, "_hf_hook", None)) is not None:
@@ -81,23 +84,18 @@ def sharing(model: nn.Module) -> dict[int, Any]:
             if id(tensor) not in memo:
                 memo[id(tensor)] = _stand_in(module, name, tensor)
         for value in vars(module).values():
-            if isinstance(
-                value, Tensor
-            ):  # which pruning and the older weight norm make anew at every call
+            if isinstance(value, Tensor):  # pruning and the older weight norm make it anew
                 memo[id(value)] = value.detach()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            memo.update(
-                {id(hook): hook for hook in hooks.values()}
-            )  # the user's own, and what they write to
     for module in model.modules():
-        for one, other in getattr(module, "all_tied_weights_keys", {}).items():
-            if (tied := module.get_parameter(one)).device.type == "meta":  # offloading unties them
-                memo[id(tied)] = memo[id(module.get_parameter(other))]
+        for name, source in getattr(module, "all_tied_weights_keys", {}).items():
+            tied = module.get_parameter(name)
+            if tied.device.type == "meta":  # offloading unties them
+                memo[id(tied)] = memo[id(module.get_parameter(source))]
     return memo
 
 
 def without_hooks(twin: nn.Module) -> nn.Module:
-    """Take off what accelerate has put around the forward methods of a model that was copied with :func:`sharing`."""
+    """Take off what accelerate has put around the forward methods of a copied model."""
     if any(hasattr(module, "_hf_hook") for module in twin.modules()):
         from accelerate.hooks import remove_hook_from_submodules
 
@@ -108,9 +106,9 @@ def without_hooks(twin: nn.Module) -> nn.Module:
 def split_again(
     part: nn.Module, split: Callable[[nn.Module], Sequence[nn.Module]], pieces: Sequence[nn.Module]
 ) -> None:
-    """Make ``pieces``, cut by ``split`` out of ``part``, absent: cut anew whenever they are fetched, never kept.
+    """Make ``pieces``, cut by ``split`` out of ``part``, absent: cut anew for every fetch.
 
-    ``split`` is TransformerLens' own, which makes new layers every time; the pieces' order is that of its result.
+    ``split`` is TransformerLens' own and makes new layers every time, in the order of the pieces.
     """
     away = [t for t in state_of(part) if is_absent(t)]
     cut: dict[tuple[int, str], Tensor] = {}
@@ -118,14 +116,9 @@ def split_again(
     def fetch(index: int, name: str, dtype: torch.dtype) -> Tensor:
         if (index, name) not in cut:
             with upcast(away, dtype), undrawn():
-                parts = [dict(one.named_parameters()) for one in split(part)]
-                cut.update(
-                    {
-                        (i, n): p.data.clone() if away else p.data
-                        for i, one in enumerate(parts)
-                        for n, p in one.items()
-                    }
-                )
+                for i, piece in enumerate(split(part)):
+                    for name_, p in piece.named_parameters():
+                        cut[i, name_] = p.data.clone() if away else p.data
         return cut.pop((index, name))
 
     for index, piece in enumerate(pieces):
@@ -136,14 +129,14 @@ def split_again(
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers as they lie there, packed or not, by name."""
+    """Yield parameters and buffers by name, packed or not."""
     for prefix, module in _modules(model):
         for name, tensor in _own(module):
             yield prefix + name, tensor
 
 
 def present(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are numbers on a device, each once, by name."""
+    """Yield the parameters that are numbers on a device, each once, by name."""
     seen = set()
     for prefix, module in _modules(model):
         for name, parameter in [] if _unpacking(module) else module.named_parameters(recurse=False):
@@ -153,24 +146,45 @@ def present(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, each once, in the order of their names and as numbers: unpacked or fetched, one at a time."""
+    """Yield every weight once as numbers, unpacked or fetched, in the order of the names."""
     memo = sharing(model)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for prefix, module in _modules(model):
         owned = (
             memo[id(module)].named_parameters()
             if id(module) in memo
             else module.named_parameters(recurse=False)
         )
-        found |= {prefix + name: memo.get(id(p), p) for name, p in owned}
-    distinct = {id(tensor): name for name, tensor in reversed(found.items())}
+        weights |= {prefix + name: memo.get(id(p), p) for name, p in owned}
+    distinct = {id(tensor): name for name, tensor in reversed(weights.items())}
     for name in sorted(distinct.values()):
-        yield name, fetched(found[name])
+        yield name, fetched(weights[name])
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a checkpoint holds, by name: packed weights, masks, routing biases."""
+    for prefix, module in _modules(model):
+        if is_packed(module):  # its weight is unpacked
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                hook = _offload_hook(module)
+                is_away = buffer.device.type == "meta" and hook is not None
+                yield prefix + name, hook.weights_map[name] if is_away else buffer
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a layer's weight is packed in a way that can be unpacked."""
+    return _unpacking(module) is not None
 
 
 def unreadable(model: nn.Module) -> str | None:
-    """In words, the first weight that is packed or elsewhere in a way that is not known here."""
+    """Describe the first weight that cannot be read, or forward method that cannot be copied."""
     for prefix, module in _modules(model):
+        if isinstance(getattr(module, "weight", None), MethodType):  # torch.ao.quantization
+            return f"{prefix}weight packed by {type(module).__module__}"
+        if has_replaced_forward(module):
+            return f"a forward method replaced on {prefix.removesuffix('.')}, whose weight is away"
         for name, tensor in [] if _unpacking(module) else _own(module):
             if tensor.device.type == "meta" and _offload_hook(module) is None:
                 return f"{prefix}{name} on no device"
@@ -181,8 +195,26 @@ def unreadable(model: nn.Module) -> str | None:
     return None
 
 
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Return whether a packed or offloaded layer has a forward method put on it by hand.
+
+    The twin's layer is a plain one: it would run without it.
+    """
+    forward = vars(module).get("forward")
+    hook = getattr(module, "_hf_hook", None)
+    if is_packed(module) and hook is None:
+        own = getattr(forward, "__func__", None) is type(module).forward
+        return forward is not None and not own
+    if hook is None or forward is None:
+        return False
+    around = getattr(forward, "func", forward)  # accelerate's own is a partial of new_forward
+    before = vars(module).get("_old_forward")
+    replaced = getattr(before, "__func__", None) is not type(module).forward
+    return getattr(around, "__name__", "") != "new_forward" or (is_packed(module) and replaced)
+
+
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with the prefix of its weights' names."""
+    """Yield every module with the prefix of its weights' names."""
     return ((f"{name}." if name else "", module) for name, module in model.named_modules())
 
 
@@ -202,12 +234,12 @@ def _stand_in(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _without_inference(tensor: Tensor) -> Tensor:
-    """The same numbers as a tensor that derivatives can pass, where they were made inside ``torch.inference_mode``."""
+    """Return a tensor over the same memory that autograd follows, if inference mode made it."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
-        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return made.set_(
+        usual = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return usual.set_(
             tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
         )
 
@@ -223,11 +255,11 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _offload_hook(module: nn.Module) -> Any:
-    """The hook of accelerate that brings this module's weights from the host or the disk, if it has one."""
+    """Return accelerate's hook that brings this module's weights from elsewhere, or None."""
     hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
-            return one
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            return part
     return None
 
 
@@ -241,7 +273,7 @@ def _without_effect() -> Any:
 
 
 def _plain_linear(module: nn.Module, fetch: Callable[[], Tensor], dtype: torch.dtype) -> nn.Module:
-    """The layer that ``module`` was before its weight was packed, its bias shared and its weight absent."""
+    """Make the layer that ``module`` was before packing: its bias shared, its weight absent."""
     from transformers.pytorch_utils import Conv1D
 
     transposed = getattr(module, "source_cls", None) is Conv1D
@@ -254,9 +286,9 @@ def _plain_linear(module: nn.Module, fetch: Callable[[], Tensor], dtype: torch.d
     device = next(
         (t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu")
     )
-    like = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
+    template = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
     linear.weight = absent(
-        like, lambda: fetch().T if transposed else fetch(), shape=linear.weight.shape
+        template, lambda: fetch().T if transposed else fetch(), shape=linear.weight.shape
     )
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -264,13 +296,12 @@ def _plain_linear(module: nn.Module, fetch: Callable[[], Tensor], dtype: torch.d
 
 
 def _unpacking(module: nn.Module) -> Callable[[], Tensor] | None:
-    """How the dense weight [out, in] of a linear layer comes out of its packed form; ``None`` if it has no packed weight."""
+    """Return what unpacks a linear layer's weight to [out, in]; None if it is not packed."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return None
     layer: Any = module
-    weight = layer._parameters.get(
-        "weight"
-    )  # an adapter around a packed layer shows that layer's as its own
+    # Not ``layer.weight``: an adapter around a packed layer shows that layer's as its own.
+    weight = layer._parameters.get("weight")
     if weight is None:
         return None
     if type(weight).__name__ == "Params4bit":
@@ -285,37 +316,34 @@ def _unpacking(module: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def _four_bit(data: Tensor, state: Any) -> Tensor:
-    """Dense weight of a bitsandbytes 4-bit layer, in the dtype it was packed from."""
+    """Unpack the weight of a bitsandbytes 4-bit layer, in the dtype it was packed from."""
     from bitsandbytes import functional
 
-    if getattr(
-        state, "packing_format_for_cpu", False
-    ):  # rearranged in place by the layer's first forward on some CPUs
-        state = copy.copy(state)  # which the inverse changes
+    # On some CPUs the layer's first pass has rearranged it in place.
+    if getattr(state, "packing_format_for_cpu", False):
+        state = copy.copy(state)  # the inverse changes it
         state.original_nested, scales = False, state.absmax
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = scales.T.reshape(-1).float()  # which the inverse leaves as they are
+        state.absmax = scales.T.reshape(-1).float()  # the inverse leaves them rearranged
     return functional.dequantize_4bit(data, state)
 
 
 def _eight_bit(module: Any) -> Tensor:
-    """Dense weight of a bitsandbytes 8-bit layer, float32."""
+    """Unpack the weight of a bitsandbytes 8-bit layer to float32."""
     from bitsandbytes import functional
 
     if module.weight.is_floating_point():
         return module.weight.data
-    scale = (
-        module.weight.SCB if module.state.SCB is None else module.state.SCB
-    )  # moved by the layer's first forward
+    # The layer's first pass moves the scales into its state.
+    scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
     return functional.int8_vectorwise_dequant(module.weight.data, scale)
 
 
 def _scaled_float8(module: Any) -> Tensor:
-    """Dense float32 weight of a float8 layer with one scale per tensor or per block."""
+    """Unpack the weight of a float8 layer, with one scale per tensor or per block, to float32."""
     weight, scale = module.weight.data.float(), module.weight_scale_inv.data.float()
     if scale.dim() == 2 and module.block_size is not None:
         rows, columns = module.block_size
-        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[
-            :, : weight.shape[1]
-        ]
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        scale = scale[: weight.shape[0], : weight.shape[1]]
     return weight * scale

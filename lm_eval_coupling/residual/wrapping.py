@@ -1,12 +1,13 @@
-"""Two ways into a model: TransformerLens' bridge where it computes what the model does, else the model's own blocks.
+"""How a model is wrapped: by TransformerLens' bridge if that computes the same, or by its blocks.
 
-Both measure the same module tree, a twin over the model's weights; the bridge replaces the insides of its blocks. Whatever
-way is taken, the twin is first held to the model that is scored, and the bridge then to the twin, in float32 arithmetic
-whatever the dtype of the weights: an adapter that a bridge leaves out is seen in bf16 too.
+Both measure one module tree, a twin over the model's weights; the bridge replaces the insides of
+its blocks. The twin is first held to the model that is scored, and then the bridge to the twin.
+The arithmetic is float32: an adapter that a bridge leaves out is seen for bf16 weights too.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.residual import load_checks as checks
+from lm_eval_coupling.residual.agreement import Scored, ScoredModel, uncompiled_forwards
+from lm_eval_coupling.residual.attachments import attachments_of, has_own_functions
 from lm_eval_coupling.residual.bridge import put_bridge_into
 from lm_eval_coupling.residual.image_inputs import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
@@ -23,20 +26,25 @@ from lm_eval_coupling.residual.scored import (
     refuse_unsupported,
     without_compilation,
 )
+from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
-from lm_eval_coupling.residual.weights import present
+from lm_eval_coupling.residual.weights import state_of
+
+logger = logging.getLogger("lm_eval.coupling")
 
 BRIDGE = "bridge"
 BLOCKS = "blocks"
 
 
-def wrapped(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
-    """A ResidualModel (``kind``) of ``hf_model``; see its ``wrap``."""
+def wrap(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
+    """Make a ResidualModel (``kind``) of ``hf_model``; see its ``wrap``."""
     base = looked_through(hf_model)
     refuse_unsupported(base)
     name = type(base).__name__
+    scored = without_compilation(hf_model)
     try:
-        return _Entrance(kind, without_compilation(hf_model), base, tokenizer).taken()
+        with uncompiled_forwards(scored):
+            return _Wrapping(kind, scored, base, tokenizer).wrap()
     except CouplingError:
         raise
     except Exception as error:
@@ -44,140 +52,155 @@ def wrapped(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
         words = " ".join(str(error).split())[:200]
         if mixed := mixed_dtypes(base):
             raise CouplingError(
-                f"got a {name} with {mixed}, which do not run together ({words}), expected one dtype; load it with dtype=…, "
-                "or make it one by model.to(dtype)"
+                f"got a {name} with {mixed}, which do not run together ({words}), expected one "
+                "dtype; load it with dtype=…, or make it one by model.to(dtype)"
             ) from error
         raise CouplingError(
-            f"got a {name}, whose blocks cannot be run one by one ({type(error).__name__}: {words}), expected a residual "
-            "stream; score it with --model hf, or with coupling_limit=0"
+            f"got a {name}, whose blocks cannot be run one by one ({type(error).__name__}: "
+            f"{words}), expected a residual stream; score it with --model hf, or with "
+            "coupling_limit=0"
         ) from error
 
 
-class _Entrance:
-    """One model on its way in."""
+class _Wrapping:
+    """The steps by which one model is wrapped."""
 
     def __init__(self, kind: type, scored: nn.Module, base: nn.Module, tokenizer: Any) -> None:
-        self.kind, self.scored, self.base, self.tokenizer = kind, scored, base, tokenizer
+        self.kind, self.base, self.tokenizer = kind, base, tokenizer
+        self.scored = scored if hasattr(scored, "config") else base
         self.name = type(base).__name__
-        half = next((p.dtype for _, p in present(base) if p.is_floating_point()), None) in (
-            torch.bfloat16,
-            torch.float16,
-        )
-        self.rounds = half or "_original_forward" in vars(base)
+        self.has_autocast = "_original_forward" in vars(base)
+        dtypes = {tensor.dtype for tensor in state_of(base)}
+        self.rounds = self.has_autocast or not dtypes.isdisjoint((torch.bfloat16, torch.float16))
         self.twin = twin_of(base)
         self.inputs: Inputs = PixelValues(self.twin) if takes_images(base) else TokenIds(self.twin)
         self.n_params = sum(p.numel() for p in self.twin.parameters())
         self.runs = runs_as_it_stands(self.twin)
         self.plain: Any = None
 
-    def taken(self) -> Any:
-        """The bridge if it holds, else the model's own blocks."""
+    def wrap(self) -> Any:
+        """Return the bridge if it computes the same, else the model's own blocks."""
+        before = self.attached = attachments_of(self.scored)
         checks.require_shared_weights(self.twin, self.base)
         self._hold_twin_to_scored()
+        changed_by_passes = _differences(before, attachments_of(self.scored))
         self.plain = self._own_blocks()
-        ended = self._end()  # by the kernels that score
+        names = {id(module): name for name, module in self.twin.named_modules()}
+        last_name = names[id(self.plain.blocks[-1])]
+        ends = self._ends(last_name)  # by the kernels that score
         self._make_eager()
-        trace = self._checked(self.plain)
-        self._hold_to_scored(trace.resid_final, *ended)
-        bridged, reason = self._bridged(trace)
+        trace = self._check(self.plain)
+        self._hold_to_scored(trace.resid_final, *ends)
+        bridged, reason = self._bridge(trace)
         model = self.plain if bridged is None else bridged
-        held = checks.held_fixed(trace)
-        model.wrapping_reason = (
-            f"{reason}; {', '.join(held)} of earlier blocks are held fixed" if held else reason
+        if fixed := checks.held_fixed(trace):
+            reason = f"{reason}; {', '.join(fixed)} of earlier blocks are held fixed"
+        model.wrapping_reason = reason
+        passes = ScoredModel(
+            name=self.name,
+            model=self.scored,
+            last_block=self.base.get_submodule(last_name),
+            last_name=last_name,
+            inputs=self.inputs,
+            device=self.plain.device,
+            twin=lambda: twin_of(self.base),
+            rounds=self.rounds,
+            is_present=self.runs,
         )
-        model.remember_scored(
-            self.scored if hasattr(self.scored, "config") else self.base, trace.resid_final
-        )
+        stamp = Stamp.of(self.scored, changed_by_passes)
+        model.remember_scored(Scored(self.scored, stamp, trace.resid_final, passes))
+        if before.unreadable:
+            logger.warning(
+                "coupling: %s, whose state cannot be read: what is measured is kept for this run "
+                "alone, and counts as a model of its own",
+                before.unreadable[0],
+            )
         return model
 
-    def _model(self, twin: nn.Module, blocks: list[nn.Module], wrapping: str, reason: str) -> Any:
-        options = {
-            "inputs": self.inputs,
-            "n_params": self.n_params,
-            "wrapping": wrapping,
-            "wrapping_reason": reason,
-        }
-        return self.kind(twin, blocks, tokenizer=self.tokenizer, **options)
+    def _model(self, twin: nn.Module, blocks: list[nn.Module], wrapping: str) -> Any:
+        return self.kind(
+            twin,
+            blocks,
+            tokenizer=self.tokenizer,
+            inputs=self.inputs,
+            n_params=self.n_params,
+            wrapping=wrapping,
+            wrapping_reason="",
+        )
 
     def _hold_twin_to_scored(self) -> None:
-        """The same kernels in the same dtype: next to nothing may differ, or the model was changed in an unknown way."""
+        """Compare logits by the same kernels in the same dtype: next to nothing may differ."""
         if not self.runs or self.base.training:  # dropout
             return
         device = next(self.twin.parameters()).device
         expected = checks.answer_of(self.scored, self.inputs, device)
-        found = checks.answer_of(self.twin, self.inputs, device)
-        tolerance = (
-            checks.ROUNDED if "_original_forward" in vars(self.base) else checks.SAME_KERNELS
-        )
-        checks.require_close(
-            "logits", self.name, found, expected, tolerance if self.rounds else checks.SAME
-        )
+        logits = checks.answer_of(self.twin, self.inputs, device)
+        tolerance = checks.SAME
+        if self.rounds:
+            tolerance = checks.ROUNDED if self.has_autocast else checks.SAME_KERNELS
+        checks.require_close("logits", self.name, logits, expected, tolerance)
 
     def _own_blocks(self) -> Any:
-        """The list of modules that hands a stream on, found by running through it."""
-        failed: Exception | None = None
+        """Find the list of modules that hands a stream on, by running through it."""
+        first_error: Exception | None = None
         for modules in block_lists(self.twin):
-            model = self._model(self.twin, modules, BLOCKS, "")
             try:
+                model = self._model(self.twin, modules, BLOCKS)
                 checks.require_chain(model.trace(self.inputs.probe))
                 return model
             except (
-                CouplingError,
-                RuntimeError,
-                AttributeError,
-                TypeError,
-                ValueError,
-                IndexError,
-                KeyError,
+                *(CouplingError, RuntimeError, AttributeError, TypeError),
+                *(ValueError, IndexError, KeyError),
             ) as error:
-                failed = failed or error
+                first_error = first_error or error
         raise CouplingError(
-            f"got a {self.name}, in which no list of blocks hands a residual stream on ({failed}), expected one; score it "
-            "with --model hf"
-        ) from failed
+            f"got a {self.name}, in which no list of blocks hands a residual stream on "
+            f"({first_error}), expected one; score it with --model hf"
+        ) from first_error
 
     def _make_eager(self) -> None:
-        """From here on attention is computed in steps that can be watched: it must be the function that it was."""
+        """Compute attention in steps that can be watched; it must stay the same function."""
         try:
             before: Tensor | None = self.plain.trace(self.inputs.probe).resid_final
         except Exception:  # kernels for bf16 and fp16 only
             before = None
         computes_eagerly(self.twin)
+        # Made again: its blocks put back the attributes that they were made with.
+        self.plain = self._model(self.twin, self.plain.blocks, BLOCKS)
         after = self.plain.trace(self.inputs.probe).resid_final
         if before is not None:
             checks.require_close(
                 "a stream with eager attention", self.name, after, before, checks.OTHER_KERNELS
             )
 
-    def _checked(self, model: Any) -> Any:
-        """The functional checks of a stream; returns its trace of the probe."""
+    def _check(self, model: Any) -> Any:
+        """Run the functional checks of a stream, and return its trace of the probe."""
         checks.require_whole_blocks(model.block_list)
         trace = model.trace(self.inputs.probe)
         checks.require_residual_stream(self.name, trace.calls, trace.resid_final)
         return trace
 
-    def _end(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the last block hands on in a pass of the twin, and what the twin says in that pass; None in training."""
+    def _ends(self, last_name: str) -> tuple[Tensor, ...]:
+        """Return the stream after the last block and the logits, of one pass; none in training."""
         if self.base.training:
-            return None, None
+            return ()
         last, model = self.plain.blocks[-1], self.twin
-        if (
-            not self.runs
-        ):  # weights elsewhere: only traces run it, and the scored model's own pass stands in
-            names = {id(module): name for name, module in self.twin.named_modules()}
-            last, model = self.base.get_submodule(names[id(last)]), self.base
+        if not self.runs:
+            # Weights lie elsewhere: only traces run the twin, and the scored model runs itself.
+            last, model = self.base.get_submodule(last_name), self.base
         return checks.end_of(model, last, self.inputs, self.plain.device)
 
-    def _hold_to_scored(self, stream: Tensor, scored: Tensor | None, said: Tensor | None) -> None:
-        """What is measured, in float32, is the stream that is scored but for rounding, and nothing is added after it."""
-        if scored is None or said is None:
+    def _hold_to_scored(self, stream: Tensor, *ends: Tensor) -> None:
+        """Hold the float32 stream to the scored one, and refuse anything added after it."""
+        if not ends:
             return
+        scored, logits = ends
         if not self.runs:
             checks.require_close("a residual stream", self.name, stream, scored, checks.PACKED)
             return
         tolerance = checks.ROUNDED if self.rounds else checks.OTHER_KERNELS
         checks.require_close(
-            "logits after the last block", self.name, self.plain.answer(scored), said, tolerance
+            "logits after the last block", self.name, self.plain.answer(scored), logits, tolerance
         )
         if self.rounds:
             checks.require_close_somewhere(
@@ -188,33 +211,35 @@ class _Entrance:
                 "a residual stream", self.name, stream, scored, checks.OTHER_KERNELS
             )
 
-    def _bridged(self, expected: Any) -> tuple[Any, str]:
-        """The model by TransformerLens' bridge, or None, and the reason in words."""
+    def _bridge(self, expected: Any) -> tuple[Any, str]:
+        """Return the model by TransformerLens' bridge or None, and the reason."""
+        if has_own_functions(self.attached):
+            # The bridge may leave out what acts on later tokens than the probe's.
+            return None, "hooks or functions of the user are part of the model"
         twin = twin_of(self.base)
         computes_eagerly(twin)
         try:
             bridge = put_bridge_into(twin)
-            model = self._model(
-                twin, [block.original_component for block in bridge.blocks], BRIDGE, ""
-            )
+            model = self._model(twin, [block.original_component for block in bridge.blocks], BRIDGE)
             checks.require_shared_weights(twin, self.base)
-            found = self._checked(model)
+            trace = self._check(model)
             error = max(
                 checks.off_by(mine.resid_post, theirs.resid_post)
-                for mine, theirs in zip(found.calls, expected.calls, strict=True)
+                for mine, theirs in zip(trace.calls, expected.calls, strict=True)
             )
             points = expected.resid_final[0]
             error = max(error, checks.off_by(model.logits(points), self.plain.logits(points)))
         except Exception as problem:
             pass_on_lack_of_memory(problem)
             words = " ".join(str(problem).split())[:200]
-            return (
-                None,
-                f"TransformerLens does not bridge {self.name} ({type(problem).__name__}: {words})",
-            )
+            kind = type(problem).__name__
+            return None, f"TransformerLens does not bridge {self.name} ({kind}: {words})"
         if not error <= checks.SAME:
-            return (
-                None,
-                f"TransformerLens' bridge of {self.name} is off by {error:.1e} from the model",
-            )
+            reason = f"TransformerLens' bridge of {self.name} is off by {error:.1e} from the model"
+            return None, reason
         return model, "TransformerLens' bridge computes what the model does"
+
+
+def _differences(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    """Return the places whose digests differ: a pass itself changes them."""
+    return {place for place in before | after if before.get(place) != after.get(place)}

@@ -12,10 +12,11 @@ from lm_eval_coupling.jacobians.certify import probe, pulled_back, pulled_back_e
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual import model as model_module
+from lm_eval_coupling.residual import block_call
+from lm_eval_coupling.residual import tracing
 from lm_eval_coupling.residual.arguments import Arguments
 from lm_eval_coupling.residual.block_call import CallBatch
-from lm_eval_coupling.residual.keys import Cache, Keys
+from lm_eval_coupling.residual.keys import Cache
 
 TOKENS = cases.tiny_tokens(9)
 
@@ -44,7 +45,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
     case, monkeypatch, float64_device
 ):
     """In long prompts, with sliding windows shorter than them; where it is another, the whole block is differentiated."""
-    monkeypatch.setattr(model_module, "_LONG", 12)
+    monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)
     for token in (0, 8, 16):
@@ -85,7 +86,7 @@ def same_record(found, expected, token, kept):
 @pytest.mark.parametrize("case", cases.CASES)
 def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float64_device):
     """Of different lengths, each at a token of its own, against the whole sequence of each."""
-    monkeypatch.setattr(model_module, "_LONG", 12)
+    monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 0]
     traces = wrapped.traces(prompts, torch.float64, tokens, probe)
@@ -116,13 +117,15 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float6
 
 def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
     """Neither as certificate nor as attention core: the block is then done from its whole sequence."""
-    monkeypatch.setattr(model_module, "_LONG", 12)
+    monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(17)
     expected = block_jacobians(wrapped, tokens, dtype=torch.float64)
-    before = Keys.before_each
+    before = block_call.cache_before
     monkeypatch.setattr(
-        Keys, "before_each", lambda *batch: Cache(tuple(0 * kept for kept in before(*batch).kept))
+        block_call,
+        "cache_before",
+        lambda *batch: Cache(tuple(0 * kept for kept in before(*batch).kept)),
     )
     call = wrapped.trace(tokens, torch.float64, 16).calls[1]
     whole = dataclasses.replace(call, keys=None)
@@ -137,7 +140,7 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
 
 def test_what_is_not_run_as_it_was_traced_certifies_nothing(monkeypatch):
     """The last resort replays a block; with other arguments than the trace's it would agree with itself, and be wrong."""
-    monkeypatch.setattr(model_module, "_LONG", 12)
+    monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     call = wrapped.trace(cases.tiny_tokens(17), torch.float64, 16).calls[1]
     turned = {
@@ -156,7 +159,7 @@ def test_long_prompts_are_measured_as_short_ones(monkeypatch):
     wrapped = ResidualModel.wrap(tiny("gemma3"))
     prompts = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)]
     expected = measure_coupling(wrapped, prompts, ranks=(2,), position=-2, progress=False)
-    monkeypatch.setattr(model_module, "_LONG", 12)
+    monkeypatch.setattr(tracing, "LONG", 12)
     for together in (prompts, prompts[:1]):
         assert (
             wrapped.traces(together, torch.float32, [1] * len(together))[0].calls[0].keys

@@ -131,7 +131,12 @@ def test_a_library_that_computes_something_else_gives_another_identity(model, mo
     """transformers 5.13 computed OLMo 3 otherwise than 5.12: what 5.12 had measured was reused."""
     expected = ResidualModel.wrap(model).identity
     right = type(model.model.norm).forward
-    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: 1.02 * right(self, x))
+
+    def forward(self, x):
+        return 1.02 * right(self, x)
+
+    forward.__code__ = forward.__code__.replace(co_filename=right.__code__.co_filename)
+    monkeypatch.setattr(type(model.model.norm), "forward", forward)
     other = ResidualModel.wrap(model).identity
     assert other != expected and other.split("-")[0] == expected.split("-")[0]
 

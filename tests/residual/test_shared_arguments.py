@@ -9,8 +9,8 @@ import torch
 
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual.arguments import Arguments, OnePass
-from lm_eval_coupling.residual.keys import Keys
+from lm_eval_coupling.residual.arguments import Arguments, SharedArguments, join_at_tokens
+from lm_eval_coupling.residual.keys import Keys, cache_before
 
 
 def mask(n):
@@ -43,23 +43,23 @@ def test_a_kind_of_layer_shares_its_arguments():
 )
 def test_what_differs_is_not_shared(other):
     given = {"attention_mask": mask(5), "scale": 1.0}
-    shared, changed = OnePass(), other(given)
-    assert shared.arguments((), given) is shared.arguments((), dict(given))
-    found = shared.arguments((), changed)
-    assert found is not shared.arguments((), given)
-    assert ("shared" in changed) == (found is not shared.arguments((), changed))
+    shared, changed = SharedArguments(), other(given)
+    assert shared.share((), given) is shared.share((), dict(given))
+    found = shared.share((), changed)
+    assert found is not shared.share((), given)
+    assert ("shared" in changed) == (found is not shared.share((), changed))
 
 
 def test_what_lies_elsewhere_is_brought_once():
     """A mask for each block of another device was made anew, and held, so that blocks shared nothing there."""
-    shared, given, there = OnePass(), mask(5), torch.device("meta")
-    brought = shared.brought(given, there)
-    assert brought.device == there and shared.brought(given, there) is brought
-    assert shared.brought(given[:], there) is brought  # the same piece of memory
-    assert shared.brought(given, given.device) is given
-    assert shared.brought(given[:1], there) is not brought
+    shared, given, there = SharedArguments(), mask(5), torch.device("meta")
+    brought = shared.move(given, there)
+    assert brought.device == there and shared.move(given, there) is brought
+    assert shared.move(given[:], there) is brought  # the same piece of memory
+    assert shared.move(given, given.device) is given
+    assert shared.move(given[:1], there) is not brought
     given.add_(1)
-    assert shared.brought(given, there) is not brought
+    assert shared.move(given, there) is not brought
 
 
 def test_where_a_cache_writes_does_not_keep_calls_apart():
@@ -68,7 +68,7 @@ def test_where_a_cache_writes_does_not_keep_calls_apart():
         Arguments((), {"attention_mask": mask(n)[:1], "cache_position": torch.arange(n)})
         for n in (5, 3)
     ]
-    found = Arguments.at_tokens(each, [4, 2], [5, 3], [0, 0])
+    found = join_at_tokens(each, [4, 2], [5, 3], [0, 0])
     assert found.kwargs["cache_position"].tolist() == [4] and found.kwargs[
         "attention_mask"
     ].shape == (2, 1, 1, 5)
@@ -78,8 +78,8 @@ def test_tokens_and_prompts_are_told_apart():
     whole = Arguments((), {"attention_mask": mask(5), "position_ids": torch.arange(10).view(2, 5)})
     a, b = whole.of_prompt(0, 5, 5), whole.of_prompt(1, 3, 5)
     assert whole.of_prompt(0, 5, 5) is a and whole.of_prompt(0, 4, 5) is not a
-    found = Arguments.at_tokens([a, b], [4, 2], [5, 3], [0, 0])
-    assert found is Arguments.at_tokens([a, b], [4, 2], [5, 3], [0, 0])
+    found = join_at_tokens([a, b], [4, 2], [5, 3], [0, 0])
+    assert found is join_at_tokens([a, b], [4, 2], [5, 3], [0, 0])
     assert found.kwargs["position_ids"].tolist() == [[4], [7]] and found.kwargs[
         "attention_mask"
     ].shape == (2, 1, 1, 5)
@@ -89,8 +89,8 @@ def test_tokens_and_prompts_are_told_apart():
         ([a, a], [4, 2], [5, 5], [0, 0]),
     ]
     for of in others:
-        again = Arguments.at_tokens(*of)
-        alone = [Arguments.at_tokens(*([one] for one in each)) for each in zip(*of, strict=True)]
+        again = join_at_tokens(*of)
+        alone = [join_at_tokens(*([one] for one in each)) for each in zip(*of, strict=True)]
         assert again is not found
         assert again.kwargs["position_ids"].tolist() == [
             one.kwargs["position_ids"][0].tolist() for one in alone
@@ -105,7 +105,7 @@ def test_memory_is_given_back_at_once():
         whole = Arguments((), {"attention_mask": mask(5)})
         a, b = whole.of_prompt(0, 5, 5), whole.of_prompt(1, 5, 5)
         gone = (
-            weakref.ref(Arguments.at_tokens([a, b], [4, 3], [5, 5], [0, 0])),
+            weakref.ref(join_at_tokens([a, b], [4, 3], [5, 5], [0, 0])),
             weakref.ref(whole),
             weakref.ref(a),
         )
@@ -120,8 +120,8 @@ def test_memory_is_given_back_at_once():
 def test_keys_of_a_batch_are_those_of_each_prompt(tokens, rows):
     """In one step or one by one: the last ones before each token agree, what stands in front of them is not seen."""
     batch = (torch.randn(3, 2, 5, 4), torch.randn(3, 1, 5, 4))
-    together = Keys.before_each([Keys(batch, row, 5) for row in rows], tokens).kept
-    apart = Keys.before_each(
+    together = cache_before([Keys(batch, row, 5) for row in rows], tokens).kept
+    apart = cache_before(
         [Keys((batch[0].clone(), batch[1].clone()), row, 5) for row in rows], tokens
     ).kept
     for found, expected, of_all in zip(together, apart, batch, strict=True):

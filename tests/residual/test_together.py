@@ -16,7 +16,7 @@ def test_prompts_are_traced_together(case):
     wrapped = ResidualModel.wrap(cases.tiny_model(case))
     prompts = [cases.tiny_tokens(n)[0].tolist() for n in (9, 4)]
     together = wrapped.traces(prompts, torch.float64)
-    assert wrapped._pads_on_the_right(torch.float64) == (case not in ALONE)
+    assert wrapped.tracer._pads_on_the_right(torch.float64) == (case not in ALONE)
     for prompt, trace in zip(prompts, together, strict=True):
         alone = wrapped.trace(prompt, torch.float64)
         assert torch.allclose(
@@ -27,4 +27,4 @@ def test_prompts_are_traced_together(case):
 @pytest.mark.parametrize("case", vision_cases.CASES)
 def test_images_are_traced_together(case):
     wrapped = ResidualModel.wrap(vision_cases.tiny_classifier(case))
-    assert wrapped._pads_on_the_right(torch.float64)
+    assert wrapped.tracer._pads_on_the_right(torch.float64)

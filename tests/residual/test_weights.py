@@ -386,12 +386,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("other")
 import cases
 from lm_eval_coupling import residual
-from lm_eval_coupling.residual.arguments import OnePass
+from lm_eval_coupling.residual.arguments import SharedArguments
 from lm_eval_coupling.jacobians.certify import probe, pulled_back
 from lm_eval_coupling.jacobians.levels import LEVELS
 
 mode = FakeTensorMode()  # one for all: directions are made once and kept
-OnePass.indices = lambda self, key, device, make: make()  # constants are no fake ones, and no other device is really there
+SharedArguments.indices = lambda self, key, device, make: make()  # constants are no fake ones, and no other device is really there
 
 def place(module, device):
     for part in module.modules():
@@ -421,7 +421,7 @@ def walk(case):
 
 walk("llama")
 walk("gpt2")  # whose norm TransformerLens does not call
-OnePass.brought = lambda self, tensor, device: tensor
+SharedArguments.move = lambda self, tensor, device: tensor
 try:
     walk("llama")
 except RuntimeError as error:

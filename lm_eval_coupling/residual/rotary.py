@@ -1,0 +1,75 @@
+"""Rotary tables that a pass recomputes from its longest position: dynamic NTK and LongRoPE.
+
+transformers leaves the table of one pass in the module for the next. A prompt's own value asks
+for a table that was never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_dynamic(module: nn.Module) -> bool:
+    """Return whether a module recomputes its frequencies in the forward pass."""
+    return bool(_prefixes(module))
+
+
+def recomputed_names(module: nn.Module) -> set[str]:
+    """Return the names of the attributes and buffers that such a module's passes write."""
+    names: set[str] = {"attention_scaling"} if is_dynamic(module) else set()
+    for prefix in _prefixes(module):
+        names |= {f"{prefix}{name}" for name in ("inv_freq", "long_inv_freq", "max_seq_len_cached")}
+    return names
+
+
+def _prefixes(module: nn.Module) -> list[str]:
+    """Return what stands before the names of a module's recomputed tables; none if it has none."""
+    kinds = getattr(module, "rope_type", None)
+    by_prefix = {"": kinds} if isinstance(kinds, str) else {}
+    if isinstance(kinds, dict):
+        by_prefix = {f"{layer_type}_": kind for layer_type, kind in kinds.items()}
+    return [
+        prefix
+        for prefix, kind in by_prefix.items()
+        if isinstance(kind, str)
+        and ("dynamic" in kind or kind == "longrope")
+        and isinstance(getattr(module, f"{prefix}original_inv_freq", None), Tensor)
+    ]
+
+
+def reset(model: nn.Module) -> None:
+    """Give every recomputed table the state that it has before any pass."""
+    module: Any
+    for module in model.modules():
+        for prefix in _prefixes(module):
+            original = getattr(module, f"{prefix}original_inv_freq")
+            module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+            vars(module).pop(f"{prefix}long_inv_freq", None)
+            for name in {f"{prefix}max_seq_len_cached", "max_seq_len_cached"}:
+                if name in vars(module) and hasattr(module, "original_max_seq_len"):
+                    vars(module)[name] = module.original_max_seq_len
+
+
+@contextlib.contextmanager
+def unused_tables(model: nn.Module) -> Iterator[None]:
+    """Run passes of ``model`` as if it had never run before, then put its tables back."""
+    kept = [
+        (module, dict(vars(module)), dict(module._buffers))
+        for module in model.modules()
+        if is_dynamic(module)
+    ]
+    try:
+        with torch.inference_mode(False):
+            reset(model)
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -1,0 +1,313 @@
+"""Measured prompts are what the scored model computes for them, alone, whatever it holds."""
+
+import threading
+from functools import partial
+
+import cases
+import pytest
+import torch
+from oracles import oracle, worst
+from torch import nn
+
+from lm_eval_coupling import block_jacobians, measure_coupling
+from lm_eval_coupling.errors import CouplingError, Unmeasurable
+from lm_eval_coupling.residual import ResidualModel
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOKENS = cases.tiny_tokens(9)
+LONG = cases.tiny_tokens(21)[0].tolist()
+SHORT = cases.tiny_tokens(6)[0].tolist()
+
+
+@pytest.fixture
+def model():
+    return cases.tiny_model("llama", torch.float32)
+
+
+def as_oracle(model, tokens=TOKENS):
+    """Jacobians are those of autograd through the model itself, hooks included."""
+    last = tokens.shape[1] - 1
+    jacobians = block_jacobians(ResidualModel.wrap(model), tokens).jacobians
+    for layer, jacobian in enumerate(jacobians):
+        assert worst(jacobian, oracle(model, tokens, layer, last, last)) < 1e-4
+
+
+def measured(model, prompts):
+    return measure_coupling(ResidualModel.wrap(model), prompts, ranks=(2,), progress=False)
+
+
+def steer(module, args, output, *, scale=0.3):
+    output[:, -1] += scale
+
+
+def later(module, args, output):
+    output = output.clone()
+    output[:, 8:] *= 1.5
+    return output
+
+
+def before(module, args):
+    return (args[0] * 1.1, *args[1:])
+
+
+@pytest.mark.parametrize("hook", [steer, later, partial(steer, scale=1.0)])
+@pytest.mark.parametrize("where", ["mlp", "self_attn.o_proj", ""])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_hooks_are_measured_wherever_they_are(model, hook, where, layer):
+    """Also in place, at the last layer, and at tokens that no probe has."""
+    if hook is later and not where:
+        hook = steer  # it would scale the skip connection of some tokens
+    model.model.layers[layer].get_submodule(where).register_forward_hook(hook)
+    as_oracle(model)
+
+
+def test_hooks_before_a_block_are_part_of_it(model):
+    """They ran twice in every replay: once in its input, once in the call."""
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 0.3, *args[1:]))
+    model.model.layers[1].mlp.register_forward_pre_hook(before)
+    as_oracle(model)
+
+
+def test_a_hook_at_the_last_token_is_not_given_another_prompts_padding(model):
+    model.model.layers[0].register_forward_hook(steer)
+    alone = [measured(model, [prompt])[0] for prompt in (SHORT, LONG)]
+    for a, b in zip(alone, measured(model, [SHORT, LONG]), strict=True):
+        assert a.reason is None and a.coupling(2) == pytest.approx(b.coupling(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_method_replaced_by_a_closure_is_a_hook_that_does_the_same(dtype):
+    """A copy called the original's method, whose weights stay in bf16."""
+    hooked, patched = (cases.tiny_model("llama", dtype) for _ in range(2))
+    hooked.model.layers[1].mlp.register_forward_hook(lambda m, args, output: output * 1.5)
+    forward = patched.model.layers[1].mlp.forward
+    patched.model.layers[1].mlp.forward = lambda x: forward(x) * 1.5
+    a, b = (measured(model, [SHORT])[0] for model in (hooked, patched))
+    assert a.reason is None and a.coupling(2) == pytest.approx(b.coupling(2), abs=1e-6)
+
+
+class Patcher:
+    def __init__(self, module):
+        self.inner = module.forward
+        module.forward = self.forward
+
+    def forward(self, x):
+        return self.inner(x) * 1.5
+
+
+def test_a_method_of_another_object_is_followed(model):
+    Patcher(model.model.layers[1].mlp)
+    as_oracle(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_hook_that_calls_another_part_of_the_model(dtype):
+    """In the twin it calls the twin's part, whose weights are in the trace's dtype or not at all."""
+    model = cases.tiny_model("llama", dtype)
+    norm = model.model.layers[1].input_layernorm
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: norm(output))
+    (record,) = measured(model, [SHORT])
+    assert record.reason is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_acts_outside_the_blocks_on_some_prompts_is_refused(dtype):
+    """A wrapper that changes the model by what it reads in the ids, as activated adapters do."""
+
+    class Switching(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module, self.config = inner, inner.config
+
+        def forward(self, input_ids, **options):
+            part = self.module.model.layers[1].mlp.down_proj
+            handle = part.register_forward_hook(
+                lambda module, args, output: output * (3 if (input_ids == 59).any() else 1)
+            )
+            try:
+                return self.module(input_ids, **options)
+            finally:
+                handle.remove()
+
+        def get_base_model(self):
+            return self.module
+
+    wrapped = ResidualModel.wrap(Switching(cases.tiny_model("llama", dtype)).eval())
+    without, active = measure_coupling(wrapped, [[5, 3, 7], [5, 59, 7]], ranks=(2,), progress=False)
+    assert without.reason is None
+    assert active.singular_values is None and "when it scores this prompt" in active.reason
+    with pytest.raises(Unmeasurable, match="when it scores this prompt"):
+        block_jacobians(wrapped, [5, 59, 7])
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 3,
+        "long_factor": [1.0, 3.0, 9.0],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_rotary_table_is_that_of_the_prompt_alone(kind):
+    """It was that of the longest prompt of the pass, or of the passes before."""
+
+    def model():
+        rope = dict(ROPES[kind])
+        return cases.tiny_model(
+            "llama", torch.float32, rope_parameters=rope, max_position_embeddings=8
+        )
+
+    middle = LONG[:12]
+    alone = [measured(model(), [prompt])[0] for prompt in (SHORT, middle, LONG)]
+    used = model()
+    with torch.no_grad():
+        used(torch.tensor([LONG]))  # leaves its table behind
+    wrapped = ResidualModel.wrap(used)
+    measure = partial(measure_coupling, ranks=(2,), progress=False)
+    together = measure(wrapped, [SHORT, middle, LONG])
+    after = [measure(wrapped, [prompt])[0] for prompt in (LONG, SHORT, middle, LONG)][1:]
+    for a, b, c in zip(alone, together, after, strict=True):
+        assert a.reason is b.reason is c.reason is None
+        for other in (b, c):
+            assert other.singular_values == pytest.approx(a.singular_values, rel=1e-5)
+
+
+class Growing(nn.Module):
+    """A rotary table in plain attributes, with its length, as in remote code."""
+
+    def __init__(self, rotary):
+        super().__init__()
+        self.inv, self.seen, self.tables = rotary.inv_freq.clone(), 0, {}
+
+    def forward(self, x, position_ids):
+        n = position_ids.shape[-1]
+        if n > self.seen:
+            self.seen = 2 * n
+            angles = torch.outer(torch.arange(2.0 * n), self.inv)
+            angles = torch.cat([angles, angles], -1)
+            self.tables["cos"], self.tables["sin"] = angles.cos(), angles.sin()
+        return tuple(self.tables[k][None, :n].to(x.dtype) for k in ("cos", "sin"))
+
+
+def test_a_table_that_grows_is_put_back_with_its_length(model):
+    prompts = [LONG, SHORT, LONG]
+    expected = measured(model, prompts)
+    model.model.rotary_emb = Growing(model.model.rotary_emb)
+    wrapped = ResidualModel.wrap(model)
+    for a, b in zip(
+        expected, measure_coupling(wrapped, prompts, ranks=(2,), progress=False), strict=True
+    ):
+        assert b.reason is None and b.coupling(2) == pytest.approx(a.coupling(2), abs=1e-5)
+    assert wrapped.describe_change() is None
+
+
+def test_a_hook_that_takes_arrays_changes_nothing(model):
+    expected = measured(model, [SHORT])[0]
+    kept = []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: kept.append(output.numpy())
+    )
+    (record,) = measured(model, [SHORT])
+    assert record.reason is None and kept
+    assert record.coupling(2) == pytest.approx(expected.coupling(2), abs=1e-5)
+
+
+def test_what_cannot_be_copied_is_shared(model):
+    model.lock, model.model.layers[0].log = threading.Lock(), [threading.Lock()]
+    model.model.layers[0].register_full_backward_hook(lambda *call: None)
+    model.model.norm.last = [torch.ones(3, requires_grad=True) * 2]  # has a history
+    as_oracle(model)
+
+
+def test_a_compiled_method_is_the_method(model):
+    expected = measured(model, [SHORT])[0].coupling(2)
+    model.forward = torch.compile(model.forward, backend="eager")
+    compiled = model.forward
+    (record,) = measured(model, [SHORT])
+    assert record.coupling(2) == pytest.approx(expected, abs=1e-6)
+    assert model.forward is compiled
+
+
+def test_weights_in_layers_of_torch_are_refused_by_name(model):
+    packed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(CouplingError, match="packed by torch.ao"):
+        ResidualModel.wrap(packed)
+
+
+def test_a_registered_attention_function_is_measured(model):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def windowed(module, query, key, value, attention_mask, **options):
+        n = key.shape[2]
+        i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+        keep = ((j <= i) & ((j > i - 8) | (j < 2)))[-query.shape[2] :]
+        return sdpa_attention_forward(module, query, key, value, keep[None, None], **options)
+
+    AttentionInterface.register("windowed", windowed)
+    AttentionMaskInterface.register("windowed", sdpa_mask)
+    model.set_attn_implementation("windowed")
+    as_oracle(model, cases.tiny_tokens(17))
+
+
+def test_an_adapter_that_acts_from_a_token_on_is_refused(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"
+    )
+    with pytest.raises(CouplingError, match="got an activated LoRA"):
+        ResidualModel.wrap(peft.get_peft_model(model, config))
+
+
+class Packed(torch.Tensor):
+    """Integers that unpack themselves, as the weights of torchao and quanto do."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor).float() / 64
+
+
+class PackedLinear(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None
+        integers = (weight * 64).round().clamp(-127, 127).to(torch.int8).as_subclass(Packed)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.dequantize().to(x.dtype))
+
+
+def packed(model, dense=False):
+    for layer in model.model.layers:
+        linear = PackedLinear(layer.mlp.down_proj.weight.data)
+        if dense:
+            layer.mlp.down_proj.weight.data = linear.weight.dequantize()
+        else:
+            layer.mlp.down_proj = linear
+    return model
+
+
+def test_a_hook_on_a_packed_layer_is_measured():
+    values = []
+    for dense in (True, False):
+        model = packed(cases.tiny_model("llama", torch.float32), dense)
+        model.model.layers[1].mlp.down_proj.register_forward_hook(later)
+        (record,) = measured(model, [LONG])
+        assert record.reason is None
+        values.append(record.coupling(2))
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def test_a_method_replaced_on_a_packed_layer_is_refused(model):
+    layer = packed(model).model.layers[1].mlp.down_proj
+    layer.forward = lambda x: PackedLinear.forward(layer, x) * 1.2
+    with pytest.raises(CouplingError, match="forward method replaced on model.layers.1.mlp"):
+        ResidualModel.wrap(model)

@@ -1,0 +1,307 @@
+"""Hooks, replaced methods, buffers and attributes are part of a model's identity."""
+
+import functools
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lm_eval_coupling.residual import ResidualModel
+from lm_eval_coupling.residual.attachments import attachments_of
+from lm_eval_coupling.residual.fingerprint import fingerprint
+
+VECTOR = torch.arange(24.0)
+
+
+@pytest.fixture
+def model():
+    return cases.tiny_model("llama", torch.float32)
+
+
+def add(scale, module, args, output):
+    return output + scale * VECTOR
+
+
+class Steering:
+    def __init__(self, vector):
+        self.vector = vector
+
+    def hook(self, module, args, output):
+        return output + self.vector
+
+
+def by_closure(block, value):
+    vector = value * torch.ones(24)
+    block.register_forward_hook(lambda module, args, output: output + vector)
+
+
+def by_default(block, value):
+    block.register_forward_hook(lambda module, args, output, s=value: output + s)
+
+
+def by_partial(block, value):
+    block.register_forward_hook(functools.partial(add, value))
+
+
+def by_method(block, value):
+    block.register_forward_hook(Steering(value * torch.ones(24)).hook)
+
+
+def by_array(block, value):
+    array = np.full(24, value, dtype=np.float32)
+    block.register_forward_hook(lambda module, args, output: output + torch.from_numpy(array))
+
+
+def by_module(block, value):
+    scale = nn.Linear(24, 24, bias=False)
+    scale.weight.data = value * torch.eye(24)
+    block.register_forward_hook(lambda module, args, output: output + scale(output))
+
+
+def by_nested_function(block, value):
+    def scaled(x):
+        return value * x
+
+    def outer(module, args, output):
+        def inner(x):
+            return x + scaled(x)
+
+        return inner(output)
+
+    block.register_forward_hook(outer)
+
+
+def by_pre_hook(block, value):
+    block.register_forward_pre_hook(lambda module, args: (args[0] + value, *args[1:]))
+
+
+def by_method_of_the_object(block, value):
+    before = block.mlp.forward
+    block.mlp.forward = lambda x: value * before(x)
+
+
+def by_attribute(block, value):
+    block.strength = value
+    block.register_forward_hook(lambda module, args, output: output + module.strength)
+
+
+def by_plain_number_of_a_module(block, value):
+    block.input_layernorm.variance_epsilon = value
+
+
+def by_tensor_attribute(block, value):
+    block.offset = value * torch.ones(24)
+
+
+def by_buffer(block, value):
+    block.register_buffer("mask", torch.full((24,), value))
+
+
+def by_computed_buffer(block, value):
+    block.register_buffer("mask", torch.full((24,), value), persistent=False)
+
+
+@pytest.mark.parametrize(
+    "attach", [f for name, f in list(globals().items()) if name.startswith("by_")]
+)
+def test_what_is_attached_counts(model, attach):
+    """Each of these had the plain model's fingerprint, and the store gave the plain model's numbers."""
+    plain = fingerprint(model)
+    prints = []
+    for value in (0.25, 0.25, 0.5):
+        other = cases.tiny_model("llama", torch.float32)
+        attach(other.model.layers[1], value)
+        prints.append(fingerprint(other))
+    assert prints[0] == prints[1] and len({plain, *prints}) == 3
+
+
+def test_an_ordinary_model_has_nothing_attached(tmp_path):
+    """Also after it was saved, loaded, run, and generated from."""
+    model = cases.tiny_model("llama", torch.float32)
+    before = fingerprint(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    loaded.train().eval()
+    with torch.no_grad():
+        loaded.generate(cases.tiny_tokens(5), max_new_tokens=3, pad_token_id=0)
+    assert not attachments_of(loaded) and fingerprint(loaded) == before
+
+
+def test_a_class_that_was_patched_counts(model, monkeypatch):
+    """For all models of the process, as many scripts do it; so do functions of transformers' modules."""
+    before = fingerprint(model)
+    kind = type(model.model.layers[0].mlp)
+    right = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: right(self, x) * 1.5)
+    patched = fingerprint(model)
+    monkeypatch.undo()
+    module = sys.modules[kind.__module__]
+    turn = module.apply_rotary_pos_emb
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *rest: turn(q, k, *rest))
+    assert len({before, patched, fingerprint(model)}) == 3
+
+
+def test_counters_do_not_hide_what_stands_beside_them(model):
+    state = {"passes": 0, "vector": torch.ones(24)}
+
+    def hook(module, args, output):
+        state["passes"] += 1
+        return output + state["vector"]
+
+    model.model.layers[0].register_forward_hook(hook)
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.describe_change() is None
+    state["vector"][0] = 2
+    assert "vector" in wrapped.describe_change()
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_no_family_has_anything_attached(case):
+    model = cases.tiny_model(case, torch.float32)
+    with torch.no_grad():
+        model(cases.tiny_tokens(9))
+    assert not attachments_of(model)
+
+
+def test_a_rotary_table_that_was_edited_counts(model):
+    before = fingerprint(model)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_table_that_passes_write_does_not_count(kind):
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 3, "long_factor": [1.0, 3.0, 9.0]}
+        rope["original_max_position_embeddings"] = 8
+    model = cases.tiny_model(
+        "llama", torch.float32, rope_parameters=rope, max_position_embeddings=8
+    )
+    before = fingerprint(model)
+    wrapped = ResidualModel.wrap(model)
+    with torch.no_grad():
+        model(cases.tiny_tokens(20))
+    assert fingerprint(model) == before and wrapped.describe_change() is None
+
+
+def test_a_global_that_a_hook_uses_is_followed(model, monkeypatch):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + VECTOR / 100)
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.fingerprint and wrapped.describe_change() is None
+    monkeypatch.setitem(globals(), "VECTOR", VECTOR + 1)
+    assert "forward hook" in wrapped.describe_change()
+
+
+def test_a_vector_edited_in_place_is_followed(model):
+    steering = Steering(torch.ones(24))
+    model.model.layers[0].register_forward_hook(steering.hook)
+    wrapped = ResidualModel.wrap(model)
+    steering.vector[3] += 0.25
+    assert wrapped.describe_change().endswith("self.vector")
+
+
+def test_a_hook_in_place_of_another_is_followed(model):
+    handle = model.model.layers[0].register_forward_hook(Steering(torch.ones(24)).hook)
+    wrapped = ResidualModel.wrap(model)
+    handle.remove()
+    model.model.layers[0].register_forward_hook(Steering(torch.zeros(24)).hook)
+    assert wrapped.describe_change() is not None
+
+
+def test_what_a_collector_collects_is_no_change(model):
+    """Its list grows at every pass; it is the same model at every evaluation."""
+    kept, counts = [], {"passes": 0}
+
+    def collect(module, args, output):
+        counts["passes"] += 1
+        kept.append(output.detach().numpy())
+
+    model.model.layers[0].register_forward_hook(collect)
+    wrapped = ResidualModel.wrap(model)
+    taken = wrapped.fingerprint
+    with torch.no_grad():
+        model(cases.tiny_tokens(9))
+    assert wrapped.describe_change() is None
+    kept.clear()
+    assert ResidualModel.wrap(model).fingerprint == taken
+
+
+def test_what_cannot_be_read_makes_a_model_of_its_own(model, caplog):
+    """A generator's state, for example, decides about the next pass and cannot be seen."""
+    vectors = (torch.zeros(24) for _ in range(10**6))
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + next(vectors))
+    with caplog.at_level("WARNING", "lm_eval.coupling"):
+        a, b = ResidualModel.wrap(model), ResidualModel.wrap(model)
+    assert a.fingerprint != b.fingerprint and a.fingerprint == a.fingerprint
+    assert "generator" in a.unreadable and a.describe_change() is not None
+    assert len({record.getMessage() for record in caplog.records}) == 1
+    assert "for this run alone" in caplog.text
+
+
+def test_locks_files_and_random_states_can_be_read(model):
+    lock, source = threading.Lock(), random.Random(3)
+
+    def hook(module, args, output):
+        with lock:
+            return output + source.random() * 0
+
+    model.model.layers[0].register_forward_hook(hook)
+    assert not attachments_of(model).unreadable
+
+
+def test_a_registered_attention_function_counts(model):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    before = fingerprint(model)
+    prints = set()
+    for factor in (0.5, 0.25):
+
+        def scaled(module, query, key, value, mask, factor=factor, **options):
+            return sdpa_attention_forward(module, factor * query, key, value, mask, **options)
+
+        AttentionInterface.register("scaled", scaled)
+        model.set_attn_implementation("scaled")
+        prints.add(fingerprint(model))
+    assert len({before, *prints}) == 3
+
+
+def test_a_hook_on_every_module_counts(model):
+    before = fingerprint(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert fingerprint(model) != before
+    finally:
+        handle.remove()
+
+
+HOOKED = """
+import cases, torch
+from lm_eval_coupling.residual.fingerprint import fingerprint
+model = cases.tiny_model("llama", torch.float32)
+layers, names = {0, 1}, {"a": 1, "b": 2}
+class Recorder:
+    def __init__(self): self.seen, self.names = set("xyz"), names
+    def look(self, module, args, output): return output * (1 + len(layers) * torch.ones(24)[0])
+model.model.layers[0].register_forward_hook(Recorder().look)
+print(fingerprint(model))
+"""
+
+
+def test_every_process_computes_the_same():
+    """Whatever order sets have there, and wherever functions lie in memory."""
+    support = Path(__file__).parents[1] / "support"
+    prints = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(support)}
+        prints.add(subprocess.check_output([sys.executable, "-c", HOOKED], env=environment))
+    assert len(prints) == 1
