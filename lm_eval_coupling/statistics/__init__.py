@@ -1,9 +1,8 @@
-"""Does coupling predict the score? Statistics of numbers that are already in a table: no file is read, no model run.
+"""Statistics of whether coupling predicts a score: no file is read and no model is run.
 
-The libraries (scipy, statsmodels) do the statistics; here is the assembly and its honesty: what was dropped is counted,
-what is undefined is NaN with a ``reason``, what a reader must bear in mind is in ``notes``, and ``in_words`` claims no
-more than the numbers do. Every result is a frozen dataclass with ``to_dict()``; ``as_frame(results)`` is their table.
-Regressions need statsmodels, the extra ``analysis``.
+Dropped observations are counted, undefined numbers are NaN with a ``reason``, and ``in_words``
+claims no more than the numbers do. Every result is a frozen dataclass with ``to_dict()``;
+``as_frame(results)`` is their table. Regressions need statsmodels, the extra ``analysis``.
 """
 
 from typing import Any
@@ -12,23 +11,24 @@ _PUBLIC = {
     "Estimate": "estimates",
     "as_frame": "estimates",
     "Correlation": "correlations",
-    "CorrelationDifference": "correlations",
-    "compare_correlations": "correlations",
     "correlation": "correlations",
     "correlation_within": "correlations",
     "partial_correlation": "correlations",
+    "CorrelationDifference": "strengths",
+    "compare_correlations": "strengths",
+    "Influence": "influence_tables",
+    "influence": "influence_tables",
     "Fit": "curves",
     "exponential_fit": "curves",
     "line_fit": "curves",
     "proportion_error": "curves",
-    "FamilyEffect": "regression",
-    "Model": "regression",
-    "NestedModels": "regression",
-    "adjust_p_values": "regression",
-    "collinearity": "regression",
-    "family_effect": "regression",
-    "left_out": "regression",
-    "nested_models": "regression",
+    "FamilyEffect": "family_effects",
+    "family_effect": "family_effects",
+    "Model": "nested_regression",
+    "NestedModels": "nested_regression",
+    "collinearity": "nested_regression",
+    "left_out": "nested_regression",
+    "nested_models": "nested_regression",
     "Auroc": "right_answers",
     "LogisticEffect": "right_answers",
     "accuracy_by_bin": "right_answers",
@@ -42,6 +42,7 @@ _PUBLIC = {
     "corrected_for_attenuation": "reliability",
     "document_reliability": "reliability",
     "reliability_from_errors": "reliability",
+    "adjust_p_values": "multiple_tests",
     "simultaneous_p_values": "multiple_tests",
     "in_words": "sentences",
 }
@@ -52,7 +53,8 @@ __all__ = [*_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib  # here, because correlations are wanted where statsmodels is not installed
+    # Imported on demand, because correlations must work without statsmodels.
+    import importlib
 
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 

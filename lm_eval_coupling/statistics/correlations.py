@@ -1,15 +1,15 @@
-"""Correlations with intervals and permutation tests, and the comparison of two that share a variable."""
+"""Correlations with intervals and permutation tests, plain, partial and within groups."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
@@ -19,20 +19,28 @@ from lm_eval_coupling.statistics.estimates import (
     check_confidence,
     complete,
     complete_rows,
-    constant,
+    is_constant,
+)
+from lm_eval_coupling.statistics.resampling import (
+    FEW,
+    Units,
+    correlation_interval,
+    permutation_p_value,
+    without_each,
 )
 
-MANY = (
-    200  # above this, resampling says what large-sample theory says, in seconds instead of at once
-)
-FEW = 8  # below this, intervals of rank correlations are not to be had, and words claim nothing
+MANY = 200  # observations; above it large-sample theory agrees with resampling, and is faster
 
 Method = Literal["pearson", "spearman", "kendall"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Correlation(Result):
-    """A correlation coefficient with its interval; ``given`` counts the numbers that were held fixed."""
+    """A correlation coefficient with its interval.
+
+    ``given`` counts the variables that were held fixed. ``families`` counts the families that
+    were permuted and left out as wholes; it is 0 where models were taken as independent.
+    """
 
     method: str
     coefficient: float = math.nan
@@ -44,24 +52,7 @@ class Correlation(Result):
     given: int = 0
     confidence: float = 0.95
     reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CorrelationDifference(Result):
-    """``first − second`` for the correlations of one variable with two others, whose own correlation is ``between``."""
-
-    first: float = math.nan
-    second: float = math.nan
-    between: float = math.nan
-    difference: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    t: float = math.nan
-    p: float = math.nan
-    n: int = 0
-    dropped: int = 0
-    confidence: float = 0.95
-    reason: str | None = None
+    families: int = 0
 
 
 def correlation(
@@ -69,66 +60,101 @@ def correlation(
     y: Values,
     *,
     method: Method = "pearson",
+    family: Sequence[object] | pd.Series | None = None,
     confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
 ) -> Correlation:
-    """Correlate, with a two-sided permutation test (exact where all permutations fit into ``resamples``).
+    """Correlate x and y, with a two-sided permutation test.
 
-    Pearson's interval is Fisher's z; Spearman's and Kendall's (tau-b) are BCa bootstrap intervals, from 8 pairs on. Above
-    200 pairs all of it is large-sample theory: scipy's tests, and Fisher's z with the variances of Bonett and Wright (2000).
-    Pairs with a missing number are dropped and counted.
+    The test is exact where all permutations number at most ``resamples``. With ``family``,
+    families are permuted and left out as wholes. The interval is the jackknife's on Fisher's
+    scale, or Fisher's where that is wider; Spearman's and Kendall's (tau-b) use the variances of
+    Bonett and Wright (2000), from 8 pairs on. Above 200 pairs without families the test is
+    scipy's and the interval of ranks is the large-sample one.
+
+    Args:
+        x: One number per observation; pairs with a missing number are dropped and counted.
+        y: As many numbers.
+        method: ``pearson``, ``spearman`` or ``kendall``.
+        family: Family of each observation, if models come in families.
+        confidence: Level of the interval.
+        resamples: Number of permutations.
+        seed: Seed of the permutations.
 
     Returns:
-        The coefficient with its interval and p, or a ``reason`` why there is none.
+        The coefficient with its interval and p, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: if x and y differ in length or are not numeric, or the method is unknown.
+        CouplingError: If x and y differ in length or are not numeric, or the method is unknown.
     """
     if method not in _COEFFICIENTS:
         raise CouplingError(f"got method={method!r}, expected one of {', '.join(_COEFFICIENTS)}")
     check_confidence(confidence)
-    pairs, dropped = complete(x=x, y=y)
-    found = Correlation(method, n=len(pairs["x"]), dropped=dropped, confidence=confidence)
-    if reason := _undefined(pairs):
-        return dataclasses.replace(found, reason=reason)
-    x, y = pairs["x"], pairs["y"]
-    if len(x) > MANY:
-        return _large_sample(x, y, found)
-    found = dataclasses.replace(
-        found,
-        coefficient=float(_COEFFICIENTS[method](x, y)),
-        p=_permutation_p(x, y, method, resamples, seed),
+    codes = None if family is None else pd.factorize(pd.Series(list(family)).astype(str))[0]
+    columns, dropped = complete(x=x, y=y, family=codes)
+    x, y = columns["x"], columns["y"]
+    n, units = len(x), Units.of(columns.get("family"), len(x))
+    result = Correlation(
+        method, n=n, dropped=dropped, confidence=confidence, families=units.families
     )
-    if method == "pearson":
-        low, high = _fisher_interval(
-            found.coefficient, 1 / (len(x) - 3) if len(x) > 3 else math.inf, confidence
-        )
-        return dataclasses.replace(found, low=low, high=high)
-    if len(x) < FEW:
-        return dataclasses.replace(
-            found, reason=f"no interval from {len(x)} pairs, which are too few for a bootstrap"
-        )
-    low, high = _bootstrap_interval(x, y, method, confidence, resamples, seed)
-    reason = "no interval, as all resamples agree" if math.isnan(low) else None
-    return dataclasses.replace(found, low=low, high=high, reason=reason)
+    if reason := undefined({"x": x, "y": y}):
+        return dataclasses.replace(result, reason=reason)
+    coefficient_of = _COEFFICIENTS[method]
+    coefficient = float(coefficient_of(x, y))
+    if n > MANY and not units.families:
+        p = float(_LARGE_SAMPLE_TESTS[method](x, y).pvalue)
+    else:
+        orders = units.permutations(resamples, np.random.default_rng(seed))
+        p = permutation_p_value(coefficient, _permuted(x, y, method, orders), n)
+    result = dataclasses.replace(result, coefficient=coefficient, p=p)
+    if reason := _no_interval(coefficient, units, n, method):
+        return dataclasses.replace(result, reason=reason)
+    # Leaving out each of many ranked pairs costs a sort each, and changes little.
+    plain = not units.families and n > MANY and method != "pearson"
+    without = np.array([]) if plain else _without_each_unit(x, y, method, units)
+    variance = 0.0 if units.families else _fisher_variance(method, coefficient, n)
+    low, high = correlation_interval(coefficient, without, variance, confidence)
+    return dataclasses.replace(result, low=low, high=high)
 
 
 def partial_correlation(
-    frame: pd.DataFrame, x: str, y: str, given: Sequence[str], *, confidence: float = 0.95
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    given: Sequence[str],
+    *,
+    family: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 4999,
+    seed: int = 0,
 ) -> Correlation:
-    """Pearson correlation of the columns x and y with the columns ``given`` held fixed (t test, Fisher's z).
+    """Correlate (Pearson) two columns of a table with the columns ``given`` held fixed.
+
+    The test permutes the residuals of y (Freedman and Lane 1983), families as wholes. The
+    interval is that of :func:`correlation`.
 
     Returns:
-        The correlation of what is left of x and y, or a ``reason`` why there is none.
+        The correlation of what is left of x and y, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: if a column is missing or not numeric.
+        CouplingError: If a column is missing or not numeric.
     """
-    rows, dropped = complete_rows(frame, [x, y, *given])
+    check_confidence(confidence)
+    rows, dropped = complete_rows(frame, [x, y, *given], [family] if family else [])
     fixed = np.column_stack([np.ones(len(rows)), *(rows[name] for name in given)])
-    return _of_residuals(
-        "partial pearson", rows[x].to_numpy(), rows[y].to_numpy(), fixed, dropped, confidence
+    units = Units.of(rows[family] if family else None, len(rows))
+    result = Correlation(
+        "partial pearson",
+        n=len(rows),
+        dropped=dropped,
+        given=_rank(fixed) - 1,
+        confidence=confidence,
+        families=units.families,
+    )
+    orders = units.permutations(resamples, np.random.default_rng(seed))
+    return _correlate_residuals(
+        rows[x].to_numpy(), rows[y].to_numpy(), fixed, units, orders, result
     )
 
 
@@ -140,214 +166,234 @@ def correlation_within(
     *,
     method: Literal["pearson", "spearman"] = "pearson",
     confidence: float = 0.95,
+    resamples: int = 4999,
+    seed: int = 0,
 ) -> Correlation:
-    """Correlation of the columns x and y within groups, pooled: every group has its own level (fixed effects).
+    """Correlate two columns of a table within groups, each of which has its own level.
 
-    Spearman's ranks are taken within each group and scaled to [0, 1]. Groups of one are dropped and counted. The test is
-    Student's t with one degree of freedom less for every group; the interval is Fisher's z, for ranks with the variance
-    of Bonett and Wright (2000).
+    Spearman's ranks are taken within each group and scaled to [0, 1]. Groups of one are dropped
+    and counted. Up to 200 observations the test permutes within groups; above, it is Student's t
+    with one degree of freedom less for every group. It says something of these groups, not of
+    others.
 
     Returns:
-        The coefficient with its interval and p, or a ``reason`` why there is none.
+        The coefficient with its interval and p, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: if a column is missing or not numeric, or the method is unknown.
+        CouplingError: If a column is missing or not numeric, or the method is unknown.
     """
     if method not in ("pearson", "spearman"):
         raise CouplingError(f"got method={method!r}, expected 'pearson' or 'spearman'")
+    check_confidence(confidence)
     rows, dropped = complete_rows(frame, [x, y], [group])
     alone = ~rows[group].duplicated(keep=False)
-    rows, dropped = rows[~alone], dropped + int(alone.sum())
+    rows, dropped = rows[~alone].reset_index(drop=True), dropped + int(alone.sum())
     values = rows[[x, y]]
     if method == "spearman":
         sizes = rows.groupby(group)[x].transform("size")
         values = rows.groupby(group)[[x, y]].rank().sub(1).div(sizes - 1, axis=0)
     levels = pd.get_dummies(rows[group], dtype=float).to_numpy()
-    return _of_residuals(
+    result = Correlation(
         f"{method} within groups",
-        values[x].to_numpy(),
-        values[y].to_numpy(),
-        levels,
-        dropped,
-        confidence,
+        n=len(rows),
+        dropped=dropped,
+        given=_rank(levels) - 1,
+        confidence=confidence,
+    )
+    orders = None
+    if len(rows) <= MANY:
+        orders = _orders_within(rows[group], resamples, np.random.default_rng(seed))
+    units = Units.of(None, len(rows))
+    return _correlate_residuals(
+        values[x].to_numpy(), values[y].to_numpy(), levels, units, orders, result
     )
 
 
-def compare_correlations(
-    score: Values, first: Values, second: Values, *, confidence: float = 0.95
-) -> CorrelationDifference:
-    """Whether ``first`` correlates (Pearson) more with the score than ``second`` does, over the same observations.
-
-    Signs count: turn a predictor around that is expected to correlate negatively. Williams' t with n − 3 degrees of
-    freedom (Steiger 1980, eq. 7); the interval of the difference is Zou's (2007).
-
-    Returns:
-        Both correlations and their difference with its interval and p, or a ``reason`` why there is none.
-
-    Raises:
-        CouplingError: if the columns differ in length or are not numeric.
-    """
-    check_confidence(confidence)
-    columns, dropped = complete(score=score, first=first, second=second)
-    n = len(columns["score"])
-    if reason := _undefined(columns, least=4):
-        return CorrelationDifference(n=n, dropped=dropped, confidence=confidence, reason=reason)
-    r = np.corrcoef(list(columns.values()))
-    found = difference_of_correlations(r[0, 1], r[0, 2], r[1, 2], n, confidence=confidence)
-    return dataclasses.replace(found, dropped=dropped)
-
-
-def difference_of_correlations(
-    first: float, second: float, between: float, n: int, *, confidence: float = 0.95
-) -> CorrelationDifference:
-    """``compare_correlations`` from three coefficients over n observations."""
-    a, b, c = float(first), float(second), float(between)
-    found = CorrelationDifference(a, b, c, a - b, n=n, confidence=confidence)
-    determinant = 1 - a**2 - b**2 - c**2 + 2 * a * b * c
-    spread = 2 * (n - 1) / (n - 3) * determinant + ((a + b) / 2) ** 2 * (1 - c) ** 3
-    if spread < 1e-12 or max(abs(a), abs(b)) > 1 - 1e-12:
-        return dataclasses.replace(found, reason="the columns determine each other exactly")
-    t = (a - b) * math.sqrt((n - 1) * (1 + c) / spread)
-    (low_a, high_a), (low_b, high_b) = (
-        _fisher_interval(r, 1 / (n - 3), confidence) for r in (a, b)
-    )
-    together = ((c - a * b / 2) * (1 - a**2 - b**2 - c**2) + c**3) / ((1 - a**2) * (1 - b**2))
-    down, up = (a - low_a, high_b - b), (high_a - a, b - low_b)
-    low, high = (
-        a - b + sign * math.sqrt(max(0.0, u**2 + v**2 - 2 * together * u * v))
-        for sign, (u, v) in ((-1, down), (1, up))
-    )
-    return dataclasses.replace(
-        found, low=low, high=high, t=t, p=float(2 * stats.t.sf(abs(t), n - 3))
-    )
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = (v - v.mean(axis=-1, keepdims=True) for v in (x, y))
-    norm = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    # A resample may repeat one pair only; it shows no correlation.
-    return np.divide((x * y).sum(axis=-1), norm, out=np.zeros_like(norm), where=norm > 0)
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
-
-
-def _kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """tau-b: the cosine between the signs of all differences."""
-    i, j = np.triu_indices(x.shape[-1], 1)
-    x, y = (np.sign(v[..., i] - v[..., j]) for v in (x, y))
-    norm = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    return np.divide((x * y).sum(axis=-1), norm, out=np.zeros_like(norm), where=norm > 0)
-
-
-_COEFFICIENTS = {"pearson": _pearson, "spearman": _spearman, "kendall": _kendall}
-
-
-def _large_sample(x: np.ndarray, y: np.ndarray, found: Correlation) -> Correlation:
-    test = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[
-        found.method
-    ](x, y)
-    r, n = float(test.statistic), len(x)
-    variance = {
-        "pearson": 1 / (n - 3),
-        "spearman": (1 + r**2 / 2) / (n - 3),
-        "kendall": 0.437 / (n - 4),
-    }[found.method]
-    low, high = _fisher_interval(r, variance, found.confidence)
-    return dataclasses.replace(found, coefficient=r, low=low, high=high, p=float(test.pvalue))
-
-
-def _permutation_p(
-    x: np.ndarray, y: np.ndarray, method: Method, resamples: int, seed: int
-) -> float:
-    coefficient = _COEFFICIENTS[method]
-    if method == "spearman":
-        x, y, coefficient = (
-            stats.rankdata(x),
-            stats.rankdata(y),
-            _pearson,
-        )  # ranked once, as ranks permute with x
-    test = stats.permutation_test(
-        (x,),
-        lambda x, axis: coefficient(x, y),
-        permutation_type="pairings",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_batch(len(x), method),
-        rng=np.random.default_rng(seed),
-    )
-    return float(test.pvalue)
-
-
-def _bootstrap_interval(
-    x: np.ndarray, y: np.ndarray, method: Method, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the interval is NaN then
-        interval = stats.bootstrap(
-            (x, y),
-            lambda x, y, axis: _COEFFICIENTS[method](x, y),
-            paired=True,
-            vectorized=True,
-            confidence_level=confidence,
-            n_resamples=resamples,
-            batch=_batch(len(x), method),
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def _batch(n: int, method: Method) -> int:
-    """How many resamples are held at once: 32 MB of them."""
-    return max(1, 4_000_000 // (n**2 if method == "kendall" else n))
-
-
-def _undefined(columns: dict[str, np.ndarray], least: int = 3) -> str | None:
+def undefined(columns: dict[str, np.ndarray], least: int = 3) -> str | None:
+    """Return the reason why these columns have no correlation, or None."""
     n = len(next(iter(columns.values())))
     if n < least:
         return f"{n} complete observations, at least {least} are needed"
     return next(
-        (f"{name} is constant" for name, values in columns.items() if constant(values)), None
+        (f"{name} is constant" for name, values in columns.items() if is_constant(values)), None
     )
 
 
-def _of_residuals(
-    method: str, x: np.ndarray, y: np.ndarray, fixed: np.ndarray, dropped: int, confidence: float
+def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return Pearson's coefficient along the last axis; 0 where a column does not vary."""
+    x, y = (v - v.mean(axis=-1, keepdims=True) for v in (x, y))
+    return _cosine(x, y)
+
+
+def pearson_without_each(x: np.ndarray, y: np.ndarray, units: Units) -> Float[np.ndarray, " unit"]:
+    """Return Pearson's coefficient without each unit, from sums over units."""
+    x, y = x - x.mean(), y - y.mean()
+    products = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y])
+    sums = np.stack([np.bincount(units.codes, p, units.number) for p in products])
+    n, sx, sy, sxy, sxx, syy = sums.sum(axis=1, keepdims=True) - sums
+    n = np.maximum(n, 1)
+    covariance = sxy - sx * sy / n
+    norm = np.sqrt(np.maximum(sxx - sx**2 / n, 0) * np.maximum(syy - sy**2 / n, 0))
+    scale = 1e-12 * math.sqrt(float(sxx.max() * syy.max()))
+    return _ratio(covariance, norm, scale)
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _ratio((x * y).sum(axis=-1), np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1)))
+
+
+def _ratio(value: np.ndarray, norm: np.ndarray, least: float = 0.0) -> np.ndarray:
+    return np.divide(value, norm, out=np.zeros_like(norm), where=norm > least)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+
+
+def _kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return tau-b: the cosine between the signs of all differences."""
+    i, j = np.triu_indices(x.shape[-1], 1)
+    return _cosine(*(np.sign(v[..., i] - v[..., j]) for v in (x, y)))
+
+
+_COEFFICIENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "pearson": pearson,
+    "spearman": _spearman,
+    "kendall": _kendall,
+}
+_LARGE_SAMPLE_TESTS = {
+    "pearson": stats.pearsonr,
+    "spearman": stats.spearmanr,
+    "kendall": stats.kendalltau,
+}
+
+
+def _permuted(x: np.ndarray, y: np.ndarray, method: Method, orders: np.ndarray) -> np.ndarray:
+    """Return the coefficient of every permutation of x with y."""
+    if method == "spearman":  # ranked once, as ranks permute with x
+        x, y = stats.rankdata(x), stats.rankdata(y)
+    if method != "kendall":
+        x, y = x - x.mean(), y - y.mean()
+        return (x[orders] @ y) / math.sqrt((x @ x) * (y @ y))
+    signs_x, signs_y = (np.sign(v[:, None] - v).astype(np.float32) for v in (x, y))
+    norm = math.sqrt(float(np.sum(signs_x**2)) * float(np.sum(signs_y**2)))
+    at_once = max(1, 4_000_000 // len(x) ** 2)
+    sums = [
+        np.einsum("bij,ij->b", signs_x[o[:, :, None], o[:, None, :]], signs_y)
+        for o in np.array_split(orders, math.ceil(len(orders) / at_once))
+    ]
+    return np.concatenate(sums).astype(np.float64) / norm
+
+
+def _without_each_unit(
+    x: np.ndarray, y: np.ndarray, method: Method, units: Units
+) -> Float[np.ndarray, " unit"]:
+    if method == "pearson":
+        return pearson_without_each(x, y, units)
+    kept = units.left_out().astype(float)
+    if method == "kendall":
+        signs = [np.sign(v[:, None] - v) for v in (x, y)]
+        products = (signs[0] * signs[1], signs[0] ** 2, signs[1] ** 2)
+        both, of_x, of_y = (
+            np.einsum("ui,ij,uj->u", kept, p, kept, optimize=True) for p in products
+        )
+        return _ratio(both, np.sqrt(of_x * of_y))
+    # Leaving out an observation lowers the ranks of those above it by 1, of its ties by 1/2.
+    ranks = [
+        stats.rankdata(v) - (1 - kept) @ ((v[:, None] < v) + 0.5 * (v[:, None] == v))
+        for v in (x, y)
+    ]
+    counts = kept.sum(axis=1, keepdims=True)
+    centered = [kept * (r - (kept * r).sum(axis=1, keepdims=True) / counts) for r in ranks]
+    return _cosine(*centered)
+
+
+def _fisher_variance(method: str, r: float, n: int) -> float:
+    """Return the large-sample variance of artanh r."""
+    if method == "kendall":
+        return 0.437 / (n - 4) if n > 4 else math.inf
+    factor = 1 + r**2 / 2 if method.startswith("spearman") else 1.0
+    return factor / (n - 3) if n > 3 else math.inf
+
+
+def _no_interval(coefficient: float, units: Units, n: int, method: Method) -> str | None:
+    if 0 < units.families < 3:
+        return f"no interval from {units.families} families"
+    if method == "pearson" and not units.families:
+        return None
+    if n < FEW and not units.families:
+        return f"no interval from {n} pairs, which are too few for ranks"
+    if abs(coefficient) > 1 - 1e-12:
+        return "no interval, as the order is perfect"
+    return None
+
+
+def _rank(fixed: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(fixed)) if len(fixed) else 1
+
+
+def _orders_within(groups: pd.Series, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw orders of the observations that move each only within its group."""
+    codes = pd.factorize(groups)[0]
+    places = np.argsort(codes, kind="stable")
+    orders = np.empty((resamples, len(codes)), dtype=np.intp)
+    # Sorting random numbers by group shuffles all groups at once.
+    orders[:, places] = np.lexsort((rng.random(orders.shape), np.broadcast_to(codes, orders.shape)))
+    return orders
+
+
+def _correlate_residuals(
+    x: np.ndarray,
+    y: np.ndarray,
+    fixed: np.ndarray,
+    units: Units,
+    orders: np.ndarray | None,
+    result: Correlation,
 ) -> Correlation:
-    """Correlation of what ``fixed`` (whose columns span the constant) leaves of x and y."""
-    check_confidence(confidence)
-    given = int(np.linalg.matrix_rank(fixed)) - 1 if len(x) else 0
-    found = Correlation(method, n=len(x), dropped=dropped, given=given, confidence=confidence)
-    df = len(x) - 2 - given
+    """Correlate what ``fixed``, whose columns span the constant, leaves of x and y.
+
+    Returns:
+        The result with its numbers. Without ``orders`` of the residuals its test is Student's t.
+    """
+    df = len(x) - 2 - result.given
     if df < 1:
         return dataclasses.replace(
-            found, reason=f"{len(x)} observations with {given} numbers held fixed are too few"
+            result,
+            reason=f"{len(x)} observations with {result.given} numbers held fixed are too few",
         )
-    residuals = [v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y)]
-    for name, v, residual in zip(("x", "y"), (x, y), residuals, strict=True):
+    basis = np.linalg.svd(fixed, full_matrices=False)[0][:, : result.given + 1]
+    rx, ry = (v - basis @ (basis.T @ v) for v in (x, y))
+    for name, v, residual in (("x", x, rx), ("y", y, ry)):
         if np.linalg.norm(residual) <= 1e-10 * np.linalg.norm(v):
             return dataclasses.replace(
-                found, reason=f"{name} is constant once the others are held fixed"
+                result, reason=f"{name} is constant once the others are held fixed"
             )
-    r = float(_pearson(*residuals))
-    with np.errstate(divide="ignore"):
-        t = r * np.sqrt(df / np.maximum(1 - r**2, 0.0))
-    variance = (
-        (1 + r**2 / 2 if method.startswith("spearman") else 1.0) / (df - 1) if df > 1 else math.inf
-    )
-    low, high = _fisher_interval(r, variance, confidence)
-    return dataclasses.replace(
-        found, coefficient=r, low=low, high=high, p=float(2 * stats.t.sf(abs(t), df))
-    )
+    r = float(_cosine(rx, ry))
+    if orders is None:
+        with np.errstate(divide="ignore"):
+            t = r * np.sqrt(df / np.maximum(1 - r**2, 0.0))
+        p = float(2 * stats.t.sf(abs(t), df))
+    else:
+        permuted = ry[orders]
+        permuted -= (permuted @ basis) @ basis.T
+        p = permutation_p_value(r, _cosine(permuted, rx), len(x))
+    result = dataclasses.replace(result, coefficient=r, p=p)
+    if 0 < units.families < 3:
+        return dataclasses.replace(result, reason=f"no interval from {units.families} families")
+    without = np.array([])
+    if orders is not None:
+        without = without_each(_partial, (x, y, fixed), units)
+    variance = 0.0 if units.families else _fisher_variance(result.method.split()[0], r, df + 2)
+    low, high = correlation_interval(r, without[np.isfinite(without)], variance, result.confidence)
+    return dataclasses.replace(result, low=low, high=high)
 
 
-def _fisher_interval(r: float, variance: float, confidence: float) -> tuple[float, float]:
-    """Fisher's interval, given the variance of artanh r."""
-    if abs(r) >= 1 and math.isinf(variance):
-        return -1.0, 1.0
-    half = stats.norm.ppf((1 + confidence) / 2) * math.sqrt(variance)
-    with np.errstate(divide="ignore"):
-        center = np.arctanh(np.clip(r, -1, 1))
-    return float(np.tanh(center - half)), float(np.tanh(center + half))
+def _partial(x: np.ndarray, y: np.ndarray, fixed: np.ndarray) -> float:
+    """Return the correlation of the residuals; NaN where the rest fixes one of them."""
+    residuals = [v - fixed @ np.linalg.lstsq(fixed, v, rcond=None)[0] for v in (x, y)]
+    if any(
+        np.linalg.norm(r) <= 1e-10 * np.linalg.norm(v)
+        for r, v in zip(residuals, (x, y), strict=True)
+    ):
+        return math.nan
+    return float(_cosine(*residuals))

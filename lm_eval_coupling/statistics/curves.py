@@ -1,4 +1,4 @@
-"""A line or an exponential through (coupling, score), with or without the errors of either."""
+"""Lines and exponentials through (coupling, score), with or without the errors of either."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from lm_eval_coupling.statistics.estimates import (
     Values,
     check_confidence,
     complete,
-    constant,
-    statsmodels,
+    is_constant,
+    load_statsmodels,
 )
 
-_STEEPEST = 10.0  # of c·x over half the range of x; beyond it a curve is a step at the last points
+# Of c·x over half the range of x; beyond it a curve is a step at the last points.
+_STEEPEST = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit(Result):
     """A fitted curve ``y = intercept + slope·x`` or ``y = a + b·exp(c·x)``.
 
-    ``errors``: whose standard errors were used (``none``, ``y``, ``x and y``). ``dispersion``: the scatter in units of
-    them, 1 where they explain it. ``p``: of the curve against no dependence on x. ``p_curvature``: of the exponential
-    against a line.
+    ``errors`` tells which standard errors were used (``none``, ``y``, ``x and y``), and
+    ``dispersion`` is the scatter in units of them: 1 where they explain it. ``p`` tests the curve
+    against no dependence on x, and ``p_curvature`` the exponential against a line.
     """
 
     form: str
@@ -50,11 +51,14 @@ class Fit(Result):
     x_scale: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), repr=False, compare=False)
 
     def predict(self, x: Values) -> np.ndarray:
-        """The curve at x; NaN if there is none."""
+        """Return the curve at x; NaN if there is none."""
         return self._curve(x)[0]
 
     def band(self, x: Values) -> tuple[np.ndarray, np.ndarray]:
-        """Confidence limits of the curve (not of single observations) at x, to first order in its parameters."""
+        """Return confidence limits of the curve at x, to first order in its parameters.
+
+        They are not limits of single observations.
+        """
         value, gradient = self._curve(x)
         if self.covariance is None:
             return value, value
@@ -83,22 +87,24 @@ def line_fit(
     x_error: Values | None = None,
     confidence: float = 0.95,
 ) -> Fit:
-    """A straight line: least squares; weighted by ``y_error``; or with errors in both (York et al. 2004).
+    """Fit a straight line by least squares, or with errors in both (York et al. 2004).
 
-    Standard errors weigh the points; intervals come from the scatter around the line, and with errors in both are widened
-    where it exceeds them (never narrowed). Errors of x and y are taken as independent. ``r2`` is weighted alike, and
-    undefined (NaN) with errors in both.
+    Standard errors weight the points, and intervals come from the scatter around the line. With
+    errors in both, taken as independent, the scatter widens the intervals and never narrows them.
+    ``r2`` is weighted alike, and NaN with errors in both.
 
     Returns:
-        The coefficients and what is known of them, or a ``reason`` why there is no fit.
+        The coefficients with their intervals, or the ``reason`` why there is no fit.
 
     Raises:
-        CouplingError: if columns differ in length, an error is not positive, or x_error comes without y_error.
+        CouplingError: If columns differ in length, an error is not positive, or x_error comes
+            without y_error.
     """
-    points, found = _points("line", x, y, x_error, y_error, confidence)
-    if found.reason:
-        return found
-    return _york(points, found) if x_error is not None else _least_squares(points, found)
+    points, result = _points("line", x, y, x_error, y_error, confidence)
+    if result.reason:
+        return result
+    fit = _least_squares if x_error is None else _york
+    return fit(points, result)
 
 
 def exponential_fit(
@@ -110,21 +116,22 @@ def exponential_fit(
     resamples: int = 999,
     seed: int = 0,
 ) -> Fit:
-    """``y = a + b·exp(c·x)`` by (weighted) least squares, with a permutation test that redoes the search for c.
+    """Fit ``y = a + b·exp(c·x)`` by (weighted) least squares.
 
-    Fitted as ``y = m + s·(exp(k·z) − 1)/k`` with z = x scaled to [−1, 1], which has a line (k = 0) in its middle; a and b
-    are ill-determined there and the notes say so. No F test of the curve, as c does not exist without a dependence.
+    The curve is ``y = m + s·(exp(k·z) − 1)/k`` with z = x scaled to [−1, 1]; k = 0 is a line, near
+    which a and b are ill-determined, as the notes say. The permutation test repeats the search for
+    c: there is no F test, because c does not exist without a dependence.
 
     Returns:
-        The coefficients and what is known of them, or a ``reason`` why there is no fit.
+        The coefficients with their intervals, or the ``reason`` why there is no fit.
 
     Raises:
-        CouplingError: if columns differ in length or an error is not positive.
+        CouplingError: If columns differ in length or an error is not positive.
     """
-    points, found = _points("exponential", x, y, None, y_error, confidence)
-    if found.reason:
-        return found
-    x, y, n = points["x"], points["y"], found.n
+    points, result = _points("exponential", x, y, None, y_error, confidence)
+    if result.reason:
+        return result
+    x, y, n = points["x"], points["y"], result.n
     weights = points.get("y_error", np.ones(n)) ** -2.0
     center, half_range = (x.max() + x.min()) / 2, np.ptp(x) / 2
     z = (x - center) / half_range
@@ -148,7 +155,7 @@ def exponential_fit(
     elif coefficients["c"].low <= 0 <= coefficients["c"].high:
         notes = ("a line fits as well, so that a and b are hardly determined",)
     return dataclasses.replace(
-        found,
+        result,
         coefficients=coefficients,
         r2=float(1 - residual / total),
         p=float((1 + np.sum(best >= explained.max() * (1 - 1e-12))) / (1 + resamples)),
@@ -162,7 +169,10 @@ def exponential_fit(
 
 
 def proportion_error(score: Values | float, n: Values | int) -> np.ndarray | float:
-    """Standard error of a proportion over n answers that is not 0 for a score of 0 or 1 (Agresti and Coull 1998)."""
+    """Return the standard error of a proportion over n answers.
+
+    It is not 0 for a score of 0 or 1 (Agresti and Coull 1998).
+    """
     score, n = np.asarray(score, dtype=np.float64), np.asarray(n, dtype=np.float64)
     shrunk = (score * n + 2) / (n + 4)
     return np.sqrt(shrunk * (1 - shrunk) / (n + 4))
@@ -194,26 +204,26 @@ def _points(
     reason = None
     if n < least:
         reason = f"{n} complete observations, at least {least} are needed"
-    elif constant(points["x"]):
+    elif is_constant(points["x"]):
         reason = "x is constant"
-    elif constant(points["y"]):
+    elif is_constant(points["y"]):
         reason = "y is constant"
-    elif len(np.unique(points["x"])) < len(names):
-        reason = f"x has {len(np.unique(points['x']))} different values, at least {len(names)} are needed"
+    elif (distinct := len(np.unique(points["x"]))) < len(names):
+        reason = f"x has {distinct} different values, at least {len(names)} are needed"
     empty = {name: Estimate() for name in names}
     return points, Fit(
         form, errors, empty, n=n, dropped=dropped, confidence=confidence, reason=reason
     )
 
 
-def _least_squares(points: dict[str, np.ndarray], found: Fit) -> Fit:
-    sm = statsmodels("api")
+def _least_squares(points: dict[str, np.ndarray], result: Fit) -> Fit:
+    sm = load_statsmodels("api")
     weights = points["y_error"] ** -2.0 if "y_error" in points else 1.0
     fit = sm.WLS(points["y"], sm.add_constant(points["x"]), weights=weights).fit()
     return dataclasses.replace(
-        found,
+        result,
         coefficients=_estimates(
-            ("intercept", "slope"), fit.params, fit.bse, fit.df_resid, found.confidence
+            ("intercept", "slope"), fit.params, fit.bse, fit.df_resid, result.confidence
         ),
         r2=float(fit.rsquared),
         p=float(fit.pvalues[1]),
@@ -223,8 +233,13 @@ def _least_squares(points: dict[str, np.ndarray], found: Fit) -> Fit:
     )
 
 
-def _york(points: dict[str, np.ndarray], found: Fit) -> Fit:
-    """York, Evensen, López Martínez and De Basabe Delgado, Am. J. Phys. 72 (2004) 367, eqs. 13, for independent errors."""
+def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
+    """Fit a line with independent errors in x and y.
+
+    Returns:
+        The fit of York, Evensen, López Martínez and De Basabe Delgado, Am. J. Phys. 72 (2004)
+        367, eqs. 13.
+    """
     x, y, var_x, var_y = points["x"], points["y"], points["x_error"] ** 2, points["y_error"] ** 2
     slope = np.polyfit(x, y, 1)[0]
     for _ in range(1000):
@@ -237,11 +252,11 @@ def _york(points: dict[str, np.ndarray], found: Fit) -> Fit:
             break
     else:
         return dataclasses.replace(
-            found, reason="the fit did not settle: x is not known well enough to fit a line"
+            result, reason="the fit did not settle: x is not known well enough to fit a line"
         )
     if not math.isfinite(slope):
         return dataclasses.replace(
-            found, reason="the fit did not settle: x is not known well enough to fit a line"
+            result, reason="the fit did not settle: x is not known well enough to fit a line"
         )
     adjusted = mean_x + step
     mean_adjusted = np.average(adjusted, weights=weights)
@@ -254,13 +269,13 @@ def _york(points: dict[str, np.ndarray], found: Fit) -> Fit:
         ]
     )
     covariance[1, 0] = covariance[0, 1]
-    df = found.n - 2
+    df = result.n - 2
     dispersion = math.sqrt(weights @ (y - intercept - slope * x) ** 2 / df)
     covariance *= max(1.0, dispersion) ** 2
     parameters, stderrs = np.array([intercept, slope]), np.sqrt(np.diag(covariance))
     return dataclasses.replace(
-        found,
-        coefficients=_estimates(("intercept", "slope"), parameters, stderrs, df, found.confidence),
+        result,
+        coefficients=_estimates(("intercept", "slope"), parameters, stderrs, df, result.confidence),
         p=float(2 * stats.t.sf(abs(slope / stderrs[1]), df)),
         dispersion=dispersion,
         parameters=parameters,
@@ -284,14 +299,18 @@ def _estimates(
 def _settle(
     z: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The least-squares m, s, k and their covariance; ``start`` and NaN where the search leaves the range of rates."""
+    """Return the least-squares m, s, k and their covariance.
+
+    Returns:
+        ``start`` and NaN where the search leaves the range of rates.
+    """
     try:
         with (
             warnings.catch_warnings(),
             np.errstate(over="ignore"),
-        ):  # of no covariance, and of steps that go too far
+        ):  # overflow: steps that go too far; the warning: no covariance
             warnings.simplefilter("ignore", optimize.OptimizeWarning)
-            found = optimize.curve_fit(
+            solution = optimize.curve_fit(
                 _growth,
                 z,
                 y,
@@ -301,8 +320,8 @@ def _settle(
             )
     except (RuntimeError, ValueError):  # too many steps, or overflow
         return start, np.full((3, 3), math.nan)
-    settled = abs(found[0][2]) <= _STEEPEST and np.isfinite(found[1]).all()
-    return found if settled else (start, np.full((3, 3), math.nan))
+    is_settled = abs(solution[0][2]) <= _STEEPEST and np.isfinite(solution[1]).all()
+    return solution if is_settled else (start, np.full((3, 3), math.nan))
 
 
 def _growth(z: np.ndarray, m: float, s: float, k: float) -> np.ndarray:
@@ -311,7 +330,7 @@ def _growth(z: np.ndarray, m: float, s: float, k: float) -> np.ndarray:
 
 
 def _growth_gradient(z: np.ndarray, m: float, s: float, k: float) -> np.ndarray:
-    """Its derivatives by m, s and k, one row each."""
+    """Return the derivatives of the growth by m, s and k, one row each."""
     if abs(k) < 1e-3:  # the closed form cancels
         by_k = z**2 / 2 + k * z**3 / 3
     else:
@@ -320,7 +339,10 @@ def _growth_gradient(z: np.ndarray, m: float, s: float, k: float) -> np.ndarray:
 
 
 def _explained(shapes: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Squared weighted correlation of every shape (rows) with every y (rows, with rows of weights)."""
+    """Return the squared weighted correlation of every shape (row) with every y (row).
+
+    Each y has its own row of weights.
+    """
     weights = weights / weights.sum(axis=1, keepdims=True)
     y = y - (weights * y).sum(axis=1, keepdims=True)
     shapes = shapes - shapes.mean(axis=1, keepdims=True)  # else the variance cancels
@@ -336,7 +358,7 @@ def _natural(
     df: int,
     confidence: float,
 ) -> dict[str, Estimate]:
-    """a, b and c from m, s and k, errors by the delta method."""
+    """Return a, b and c from m, s and k, with errors by the delta method."""
     _, s, k = parameters
     with np.errstate(all="ignore"):
         base = np.exp(-k * center / half_range)

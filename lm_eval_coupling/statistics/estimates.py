@@ -1,4 +1,4 @@
-"""What all results have in common, and which observations a statistic is taken over."""
+"""Results of statistics as rows of a table, and the selection of complete observations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ Values: TypeAlias = np.ndarray | pd.Series | Sequence[float | int | bool]
 
 
 class Result:
-    """A frozen dataclass of numbers that flattens into one row of a table."""
+    """Base of the frozen dataclasses of numbers that flatten into one row of a table."""
 
     def to_dict(self) -> dict[str, Any]:
-        """One row: an estimate ``slope`` becomes ``slope, slope_stderr, slope_low, slope_high``; arrays are left out."""
+        """Return one row of a table.
+
+        An estimate ``slope`` becomes ``slope, slope_stderr, slope_low, slope_high``. Arrays are
+        left out.
+        """
         row: dict[str, Any] = {}
-        for field in dataclasses.fields(cast(Any, self)):  # every kind of result is a dataclass
+        for field in dataclasses.fields(cast(Any, self)):  # every subclass is a dataclass
             if field.repr:
                 row |= _cells(field.name, getattr(self, field.name))
         return row
@@ -40,38 +44,36 @@ class Estimate(Result):
 
     @classmethod
     def from_t(cls, value: float, stderr: float, df: float | int, confidence: float) -> Estimate:
-        """The interval of Student's t with ``df`` degrees of freedom (``math.inf``: of the normal distribution)."""
+        """Return the estimate with Student's interval; ``df=math.inf`` is the normal one."""
         half = stats.t.ppf((1 + confidence) / 2, df) * stderr
         return cls(float(value), float(stderr), float(value - half), float(value + half))
 
 
 def _cells(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Estimate):
-        return {name: value.value} | {
-            f"{name}_{part}": getattr(value, part) for part in ("stderr", "low", "high")
-        }
+        parts = ("stderr", "low", "high")
+        return {name: value.value} | {f"{name}_{part}": getattr(value, part) for part in parts}
     if isinstance(value, Result):
         return {f"{name}_{key}": cell for key, cell in value.to_dict().items()}
     if isinstance(value, Mapping):
-        return {
-            key: cell for part, inner in value.items() for key, cell in _cells(part, inner).items()
-        }
+        rows = [_cells(part, inner) for part, inner in value.items()]
+        return {key: cell for row in rows for key, cell in row.items()}
     return {name: "; ".join(value) if isinstance(value, tuple) else value}
 
 
 def as_frame(results: Iterable[Result]) -> pd.DataFrame:
-    """One row per result."""
+    """Return a table with one row per result."""
     return pd.DataFrame([result.to_dict() for result in results])
 
 
 def complete(**columns: Values | None) -> tuple[dict[str, np.ndarray], int]:
-    """The observations that every column has, as float64, and how many were dropped; a column of None stays out.
+    """Select the observations that every column has; a column of None is ignored.
 
     Returns:
-        Arrays by name, all of one length, and the number of observations without one of them.
+        Float64 arrays by name, all of one length, and the number of dropped observations.
 
     Raises:
-        CouplingError: if columns differ in length or one is not numeric.
+        CouplingError: If columns differ in length or one is not numeric.
     """
     arrays = {
         name: _numbers(name, values) for name, values in columns.items() if values is not None
@@ -81,31 +83,29 @@ def complete(**columns: Values | None) -> tuple[dict[str, np.ndarray], int]:
         raise CouplingError(
             f"got columns of lengths {lengths}, expected one value per observation in each"
         )
-    known = np.logical_and.reduce([np.isfinite(values) for values in arrays.values()])
-    return {name: values[known] for name, values in arrays.items()}, int((~known).sum())
+    is_complete = np.logical_and.reduce([np.isfinite(values) for values in arrays.values()])
+    return {name: values[is_complete] for name, values in arrays.items()}, int((~is_complete).sum())
 
 
 def complete_rows(
     frame: pd.DataFrame, numeric: Sequence[str], labels: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, int]:
-    """The named columns where all of them are known, numbers as float64, and how many rows were dropped.
+    """Select the rows in which all named columns are known, with numbers as float64.
 
     Returns:
-        The rows, numbered from 0, and the number of those that lack one of the columns.
+        The rows, numbered from 0, and the number of dropped rows.
 
     Raises:
-        CouplingError: if a column is missing, named twice or not numeric.
+        CouplingError: If a column is missing, named twice or not numeric.
     """
     names = [*numeric, *labels]
     if missing := [name for name in names if name not in frame.columns]:
-        raise CouplingError(
-            f"got no column {missing[0]!r}, expected one of: {', '.join(map(str, frame.columns))}"
-        )
+        columns = ", ".join(map(str, frame.columns))
+        raise CouplingError(f"got no column {missing[0]!r}, expected one of: {columns}")
     if len(set(names)) < len(names):
         raise CouplingError(f"got the columns {', '.join(names)}, expected each of them once")
-    rows = pd.DataFrame({name: _numbers(name, frame[name]) for name in numeric}).replace(
-        [np.inf, -np.inf], np.nan
-    )
+    rows = pd.DataFrame({name: _numbers(name, frame[name]) for name in numeric})
+    rows = rows.replace([np.inf, -np.inf], np.nan)
     for name in labels:
         rows[name] = frame[name].to_numpy()
     kept = rows.dropna().reset_index(drop=True)
@@ -126,8 +126,8 @@ def _numbers(name: str, values: Values) -> np.ndarray:
     return numbers
 
 
-def constant(values: np.ndarray) -> bool:
-    """Whether values differ by no more than their rounding."""
+def is_constant(values: np.ndarray) -> bool:
+    """Return whether the values differ by no more than their rounding."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
@@ -139,8 +139,15 @@ def check_confidence(confidence: float) -> None:
         )
 
 
-def statsmodels(module: str) -> Any:
-    """``statsmodels.<module>``, or a CouplingError that says how to install it."""
+def load_statsmodels(module: str) -> Any:
+    """Import ``statsmodels.<module>``.
+
+    Returns:
+        The module.
+
+    Raises:
+        CouplingError: If statsmodels is not installed.
+    """
     try:
         return importlib.import_module(f"statsmodels.{module}")
     except ImportError:

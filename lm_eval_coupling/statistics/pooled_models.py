@@ -1,7 +1,8 @@
-"""Several models over the documents that they answered: do right answers have the higher values, all models together?
+"""Right and wrong answers of several models to the same documents.
 
-What one model alone is too small a sample for, several may show. They answered the same documents, so that their answers
-are no independent ones: a document counts as one observation, whatever number of models answered it.
+One model may have too few answers to tell. Several models answer the same documents, so that
+their answers are not independent: a document counts as one observation, however many models
+answered it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import check_confidence, complete_rows
@@ -24,7 +24,8 @@ from lm_eval_coupling.statistics.right_answers import (
     with_interval,
 )
 
-LEVELS = 400  # of a regression: memory goes as their square
+LEVELS = 400  # of a regression; its memory grows with their square
+_CELLS = 40_000_000  # of a design matrix: 320 MB
 
 
 def auroc_together(
@@ -37,39 +38,46 @@ def auroc_together(
     document: str,
     confidence: float = 0.95,
 ) -> Auroc:
-    """Mean over models of the AUROC of each (of all pairs within a task, as ``auroc_within`` has it).
+    """Average the AUROC of each model, over all pairs within a task.
 
-    The variance is DeLong's, its parts added up by document before they are squared (Obuchowski 1997, clustered data); ``p``
-    is Wald's with it. Models are weighed alike, and are not sampled: it is said of these models.
+    The variance is DeLong's, its parts added up by document before they are squared (Obuchowski
+    1997, clustered data). Models are weighted alike and are not sampled: the result holds for
+    these models.
 
     Args:
-        frame: one row per model, task and document.
-        value: column of the predictor.
-        correct: column of 0 (wrong) and 1 (right).
-        model: column of names.
-        task: column of names; documents are compared within a task.
-        document: column; rows of one document are of one cluster.
-        confidence: of the interval.
+        frame: One row per model, task and document.
+        value: Column of the predictor.
+        correct: Column of 0 (wrong) and 1 (right).
+        model: Column of model names.
+        task: Column of task names; documents are compared within a task.
+        document: Column of documents; rows of one document form a cluster.
+        confidence: Level of the interval.
 
     Returns:
-        The area with ``models`` of them and ``right`` and ``wrong`` answers in all, or a ``reason`` why there is none.
-        Models without 2 right and 2 wrong answers in one task have no part in it.
+        The area, or the ``reason`` why there is none. ``right`` and ``wrong`` count the documents
+        that some model answered so. Models without 2 right and 2 wrong answers in one task are
+        left out.
 
     Raises:
-        CouplingError: as of ``auroc_within``; if a model has a document of a task twice.
+        CouplingError: As of :func:`~.right_answers.auroc_within`, or if a model has a document of
+            a task twice.
     """
     check_confidence(confidence)
     rows, dropped = complete_rows(frame, [value, correct], [model, task, document])
-    _require_once(rows, [model, task, document])
-    found = [
-        _of_model(of_model, value, correct, task, document)
+    _require_unique(rows, [model, task, document])
+    areas = [
+        _model_area(of_model, value, correct, task, document)
         for _, of_model in rows.groupby(model, sort=True)
     ]
-    used = [one for one in found if one.right]
+    used = [area for area in areas if area.errors is not None]
+    counted = [
+        rows.loc[rows[correct] == kind, [task, document]].drop_duplicates().shape[0]
+        for kind in (1, 0)
+    ]
     result = Auroc(
-        right=sum(one.right for one in used),
-        wrong=sum(one.wrong for one in used),
-        dropped=dropped + sum(one.dropped for one in found),
+        right=counted[0],
+        wrong=counted[1],
+        dropped=dropped + sum(area.dropped for area in areas),
         tasks=rows[task].nunique(),
         models=len(used),
         confidence=confidence,
@@ -78,11 +86,9 @@ def auroc_together(
         return dataclasses.replace(
             result, reason="no model has 2 right and 2 wrong answers in one task"
         )
-    area = float(np.mean([one.area for one in used]))
-    parts = pd.concat([one.parts for one in used]).groupby(level=0).sum() / len(used)
-    result = with_interval(dataclasses.replace(result, auroc=area), float((parts**2).sum()))
-    p = float(2 * stats.norm.sf(abs(area - 0.5) / result.stderr)) if result.stderr else math.nan
-    return dataclasses.replace(result, p=p)
+    mean = float(np.mean([area.area for area in used]))
+    errors = pd.concat([area.errors for area in used]).groupby(level=[0, 1]).sum() / len(used)
+    return with_interval(dataclasses.replace(result, auroc=mean), float((errors**2).sum()))
 
 
 def logistic_together(
@@ -96,96 +102,98 @@ def logistic_together(
     document: str,
     confidence: float = 0.95,
 ) -> LogisticEffect:
-    """``logistic_effect`` of all models at once, each task of each model with its own level of difficulty.
+    """Regress the right answers of all models, each task of each model with its own level.
 
-    Predictor and controls are in standard deviations of each model's own documents, for models differ in them by far. The
-    error is robust against answers to one document going together; ``p`` is Wald's.
+    Predictor and controls are in standard deviations of each model's own documents, because
+    models differ in them by far. The error is robust against answers to one document going
+    together, and ``p`` is Wald's.
 
     Returns:
-        The odds ratio per standard deviation, or a ``reason`` why there is none.
+        The odds ratio per standard deviation, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: as of ``logistic_effect``; if a model has a document of a task twice.
+        CouplingError: As of :func:`~.right_answers.logistic_effect`, or if a model has a document
+            of a task twice.
     """
     numbers = [predictor, *controls]
     rows, dropped = complete_rows(frame, [correct, *numbers], [model, task, document])
-    _require_once(rows, [model, task, document])
+    _require_unique(rows, [model, task, document])
     for name in numbers:
-        spread = rows.groupby(model)[name].transform("std")
-        rows[name] = (rows[name] - rows.groupby(model)[name].transform("mean")) / spread.where(
-            spread > 0
-        )
+        by_model = rows.groupby(model)[name]
+        spread = by_model.transform("std")
+        rows[name] = (rows[name] - by_model.transform("mean")) / spread.where(spread > 0)
     rows["level"] = rows[model].astype(str) + "\0" + rows[task].astype(str)
-    if (levels := rows["level"].nunique()) > LEVELS:
-        told = f"{levels} tasks of models have a level each, which is more than {LEVELS}"
+    rows["cluster"] = rows[task].astype(str) + "\0" + rows[document].astype(str)
+    levels = rows["level"].nunique()
+    if levels > LEVELS or levels * len(rows) > _CELLS:
         return LogisticEffect(
             predictor,
             tuple(controls),
             n=len(rows),
             dropped=dropped,
             confidence=confidence,
-            reason=told,
+            reason=f"{levels} tasks of models have a level each, which is more than {LEVELS}"
+            if levels > LEVELS
+            else f"{len(rows)} answers in {levels} tasks of models are too many for memory",
         )
-    found = logistic_effect(
+    result = logistic_effect(
         rows,
         correct=correct,
         predictor=predictor,
         controls=controls,
         task="level",
-        cluster=document,
+        cluster="cluster",
         confidence=confidence,
     )
-    mixed = (
-        rows.groupby("level")[correct].transform("nunique") > 1
-    )  # the others say nothing and are dropped
-    used = rows[mixed]
+    # Tasks that a model answered all right or all wrong were dropped there.
+    used = rows[rows.groupby("level")[correct].transform("nunique") > 1]
     return dataclasses.replace(
-        found,
-        dropped=found.dropped + dropped,
+        result,
+        dropped=result.dropped + dropped,
         tasks=int(used[task].nunique()),
         models=int(used[model].nunique()),
+        rarer=int(used.groupby(correct)["cluster"].nunique().min()) if len(used) else 0,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfModel:
-    """``parts``: what each document adds to the error of the model's area."""
+class _ModelArea:
+    """Area of one model, and the parts of its error by task and document."""
 
     dropped: int
     area: float = math.nan
-    right: int = 0
-    wrong: int = 0
-    parts: pd.Series | None = None
+    errors: pd.Series | None = None
 
 
-def _of_model(rows: pd.DataFrame, value: str, correct: str, task: str, document: str) -> _OfModel:
-    areas, pairs, parts, right, wrong, dropped = [], [], [], 0, 0, 0
-    for _, of_task in rows.groupby(task, sort=True):
-        is_right = of_task[correct] == 1
+def _model_area(
+    rows: pd.DataFrame, value: str, correct: str, task: str, document: str
+) -> _ModelArea:
+    areas, pairs, parts, dropped = [], [], [], 0
+    for name, of_task in rows.groupby(task, sort=True):
+        is_right = (of_task[correct] == 1).to_numpy()
         m, n = int(is_right.sum()), int((~is_right).sum())
         if min(m, n) < 2:
             dropped += m + n
             continue
-        right, wrong = right + m, wrong + n
-        above, below = placements(
-            of_task.loc[is_right, value].to_numpy(), of_task.loc[~is_right, value].to_numpy()
-        )
+        values, documents = of_task[value].to_numpy(), of_task[document].to_numpy()
+        above, below = placements(values[is_right], values[~is_right])
         area = float(above.mean())
         errors = np.concatenate(
             [(above - area) / math.sqrt(m * (m - 1)), (below - area) / math.sqrt(n * (n - 1))]
         )
-        names = pd.concat([of_task.loc[is_right, document], of_task.loc[~is_right, document]])
+        names = np.concatenate([documents[is_right], documents[~is_right]])
         areas.append(area)
         pairs.append(m * n)
-        parts.append(pd.Series(errors, index=names.to_numpy()))
+        index = pd.MultiIndex.from_arrays([np.full(len(names), name), names])
+        parts.append(pd.Series(errors, index=index))
     if not pairs:
-        return _OfModel(dropped)
+        return _ModelArea(dropped)
     weights = np.array(pairs, dtype=float) / sum(pairs)
-    weighed = pd.concat([weight * part for weight, part in zip(weights, parts, strict=True)])
-    return _OfModel(dropped, area=float(weights @ areas), right=right, wrong=wrong, parts=weighed)
+    weighted = [weight * part for weight, part in zip(weights, parts, strict=True)]
+    return _ModelArea(dropped, area=float(weights @ areas), errors=pd.concat(weighted))
 
 
-def _require_once(rows: pd.DataFrame, keys: Sequence[str]) -> None:
+def _require_unique(rows: pd.DataFrame, keys: Sequence[str]) -> None:
     if (twice := rows.duplicated(list(keys))).any():
-        told = ", ".join(f"{name} {rows.loc[twice, name].iloc[0]}" for name in keys)
-        raise CouplingError(f"got two rows of {told}, expected one of each document")
+        row = ", ".join(f"{name} {rows.loc[twice, name].iloc[0]}" for name in keys)
+        raise CouplingError(f"got two rows of {row}, expected one of each document")

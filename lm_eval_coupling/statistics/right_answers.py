@@ -1,4 +1,4 @@
-"""Within one model, over documents: do documents of higher coupling get answered better?"""
+"""Right and wrong answers of one model against a number of their documents."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from lm_eval_coupling.statistics.estimates import (
     check_confidence,
     complete,
     complete_rows,
-    constant,
-    statsmodels,
+    is_constant,
+    load_statsmodels,
 )
+
+FEW_ANSWERS = 30  # of each kind; from fewer no conclusion is drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Auroc(Result):
-    """The probability that a right answer has the higher value than a wrong one (ties count half); 0.5 is chance.
+    """The probability that a right answer has the higher value than a wrong one.
 
-    ``tasks``, ``models``: over how many it is pooled, or 1.
+    Ties count half, and 0.5 is chance. ``tasks`` and ``models`` count those that are pooled.
     """
 
     auroc: float = math.nan
@@ -47,10 +49,11 @@ class Auroc(Result):
 
 @dataclasses.dataclass(frozen=True)
 class LogisticEffect(Result):
-    """By what factor one standard deviation of ``predictor`` multiplies the odds of a right answer.
+    """The factor by which one standard deviation of ``predictor`` multiplies the odds.
 
-    ``p``: of the likelihood ratio (Wald's where there are clusters); ``deviance_explained``: the predictor's share of the
-    deviance left by the controls; ``models``: how many there are together.
+    The odds are those of a right answer. ``p`` is the likelihood ratio's, or Wald's with
+    clusters. ``deviance_explained`` is the predictor's share of the deviance that the controls
+    leave. ``rarer`` counts the answers of the rarer kind, and ``models`` the pooled models.
     """
 
     predictor: str
@@ -68,74 +71,72 @@ class LogisticEffect(Result):
     reason: str | None = None
     notes: tuple[str, ...] = ()
     models: int = 1
+    rarer: int = 0
 
 
 def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
-    """Area under the ROC curve with DeLong's variance, the interval on the scale of log odds; p of Mann and Whitney.
+    """Estimate the area under the ROC curve with DeLong's variance.
+
+    The interval and p are the normal ones on the scale of log odds.
 
     Returns:
-        The area, 0.5 at chance, or a ``reason`` why there is none.
+        The area, 0.5 at chance, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: if the columns differ in length, or ``correct`` holds other numbers than 0 and 1.
+        CouplingError: If the columns differ in length, or ``correct`` holds other numbers than 0
+            and 1.
     """
     check_confidence(confidence)
     columns, dropped = complete(value=value, correct=correct)
     right, wrong = _right_and_wrong(columns["value"], columns["correct"])
-    found = Auroc(right=len(right), wrong=len(wrong), dropped=dropped, confidence=confidence)
+    result = Auroc(right=len(right), wrong=len(wrong), dropped=dropped, confidence=confidence)
     if min(len(right), len(wrong)) < 2:
         return dataclasses.replace(
-            found, reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed"
+            result,
+            reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed",
         )
-    area, variance = _delong(right, wrong)
-    p = float(stats.mannwhitneyu(right, wrong).pvalue)
-    return with_interval(dataclasses.replace(found, auroc=area, p=p), variance)
+    above, below = placements(right, wrong)
+    variance = above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong)
+    return with_interval(dataclasses.replace(result, auroc=float(above.mean())), float(variance))
 
 
 def auroc_within(
     frame: pd.DataFrame, value: str, correct: str, task: str, *, confidence: float = 0.95
 ) -> tuple[dict[str, Auroc], Auroc]:
-    """The AUROC of every task, and that of all pairs within a task (no document is compared across tasks).
+    """Estimate the AUROC of every task, and that of all pairs within a task.
+
+    No document is compared with one of another task.
 
     Returns:
-        Tasks with fewer than 2 right or 2 wrong answers have a ``reason``, and their documents count as dropped in the pool.
+        The areas by task, and the pooled one. Tasks with fewer than 2 right or 2 wrong answers
+        have a ``reason``, and their documents count as dropped in the pool.
 
     Raises:
-        CouplingError: if a column is missing or not numeric, or ``correct`` holds other numbers than 0 and 1.
+        CouplingError: If a column is missing or not numeric, or ``correct`` holds other numbers
+            than 0 and 1.
     """
     rows, dropped = complete_rows(frame, [value, correct], [task])
     by_task = {
         str(name): auroc(group[value], group[correct], confidence=confidence)
         for name, group in rows.groupby(task, sort=True)
     }
-    used = [found for found in by_task.values() if not math.isnan(found.auroc)]
-    dropped += sum(
-        found.right + found.wrong for found in by_task.values() if math.isnan(found.auroc)
-    )
+    used = [area for area in by_task.values() if not math.isnan(area.auroc)]
+    unused = [area for area in by_task.values() if math.isnan(area.auroc)]
     pooled = Auroc(
-        right=sum(f.right for f in used),
-        wrong=sum(f.wrong for f in used),
-        dropped=dropped,
+        right=sum(area.right for area in used),
+        wrong=sum(area.wrong for area in used),
+        dropped=dropped + sum(area.right + area.wrong for area in unused),
         tasks=len(used),
         confidence=confidence,
     )
     if not used:
-        return by_task, dataclasses.replace(
-            pooled, reason="no task has 2 right and 2 wrong answers"
-        )
-    pairs = np.array([f.right * f.wrong for f in used], dtype=np.float64)
+        reason = "no task has 2 right and 2 wrong answers"
+        return by_task, dataclasses.replace(pooled, reason=reason)
+    pairs = np.array([area.right * area.wrong for area in used], dtype=np.float64)
     weights = pairs / pairs.sum()
-    area = float(weights @ [f.auroc for f in used])
-    variance = float(weights**2 @ np.square([f.stderr for f in used]))
-    pooled = with_interval(dataclasses.replace(pooled, auroc=area), variance)
-    # Under the null a task's U has variance pairs·(n + 1)/12 (van Elteren's test with these weights; ties ignored).
-    null = sum(
-        w**2 * (f.right + f.wrong + 1) / (12 * f.right * f.wrong)
-        for w, f in zip(weights, used, strict=True)
-    )
-    return by_task, dataclasses.replace(
-        pooled, p=float(2 * stats.norm.sf(abs(area - 0.5) / math.sqrt(null)))
-    )
+    area = float(weights @ [area.auroc for area in used])
+    variance = float(weights**2 @ np.square([area.stderr for area in used]))
+    return by_task, with_interval(dataclasses.replace(pooled, auroc=area), variance)
 
 
 def logistic_effect(
@@ -148,90 +149,95 @@ def logistic_effect(
     cluster: str | None = None,
     confidence: float = 0.95,
 ) -> LogisticEffect:
-    """Logistic regression of right answers on ``predictor``, with controls such as prompt length and confidence.
+    """Regress right answers on ``predictor``, with controls such as prompt length.
 
-    With ``task`` every task has its own level of difficulty; tasks answered all right or all wrong say nothing and their
-    documents are dropped and counted. The interval is Wald's, per standard deviation of the predictor; with ``cluster``
-    rows of one cluster need not be independent (robust error, and ``p`` is Wald's as well).
+    Args:
+        frame: One row per document.
+        correct: Column of 0 (wrong) and 1 (right).
+        predictor: Column in question; the effect is per standard deviation of it.
+        controls: Columns that are held fixed.
+        task: Column of tasks, each of which has its own level of difficulty. Tasks answered all
+            right or all wrong are dropped and counted.
+        cluster: Column whose equal rows need not be independent; the error is robust then.
+        confidence: Level of the interval, which is Wald's.
 
     Returns:
-        The odds ratio with its interval and p, or a ``reason`` why there is none.
+        The odds ratio with its interval and p, or the ``reason`` why there is none.
 
     Raises:
-        CouplingError: if a column is missing or not numeric, ``correct`` holds other numbers than 0 and 1, or there is no
-            statsmodels.
+        CouplingError: If a column is missing or not numeric, ``correct`` holds other numbers than
+            0 and 1, or there is no statsmodels.
     """
     check_confidence(confidence)
-    sm = statsmodels("api")
-    rows, dropped = complete_rows(
-        frame, [correct, predictor, *controls], [name for name in (task, cluster) if name]
-    )
+    sm = load_statsmodels("api")
+    labels = [name for name in (task, cluster) if name]
+    rows, dropped = complete_rows(frame, [correct, predictor, *controls], labels)
     _right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
     if task:
         mixed = rows.groupby(task)[correct].transform("nunique") > 1
         rows, dropped = rows[mixed], dropped + int((~mixed).sum())
     n, tasks = len(rows), int(rows[task].nunique()) if task else 1
-    found = LogisticEffect(
-        predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, confidence=confidence
-    )
     y, columns = rows[correct].to_numpy(), rows[[*controls, predictor]]
+    rarer = int(min(y.sum(), n - y.sum()))
+    result = LogisticEffect(
+        predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, confidence=confidence,
+        rarer=rarer,
+    )  # fmt: skip
     levels = pd.get_dummies(rows[task], dtype=float).to_numpy() if task else np.ones((n, 1))
-    if n < levels.shape[1] + columns.shape[1] + 2 or len(np.unique(y)) < 2:
-        return dataclasses.replace(
-            found, reason=f"{n} documents, {int(y.sum())} answered right, are too few"
-        )
-    for name in columns:
-        if constant(columns[name].to_numpy()):
-            return dataclasses.replace(found, reason=f"{name} is constant")
+    if reason := _undetermined(y, columns, levels.shape[1]):
+        return dataclasses.replace(result, reason=reason)
     X = np.column_stack([levels, (columns - columns.mean()) / columns.std()])
     if np.linalg.matrix_rank(X) < X.shape[1]:
-        return dataclasses.replace(found, reason="the predictors determine each other exactly")
-    if _separated(X, y):
-        return dataclasses.replace(
-            found,
-            reason="the predictors separate right from wrong answers perfectly, so that no odds ratio is finite",
+        return dataclasses.replace(result, reason="the predictors determine each other exactly")
+    if _are_separated(X, y):
+        reason = (
+            "the predictors separate right from wrong answers perfectly, so that no odds ratio is "
+            "finite"
         )
+        return dataclasses.replace(result, reason=reason)
+    robust = {}
+    if cluster:
+        groups = {"groups": pd.factorize(rows[cluster])[0]}
+        robust = {"cov_type": "cluster", "cov_kwds": groups}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of convergence, which is asked for below
-        robust = (
-            {"cov_type": "cluster", "cov_kwds": {"groups": pd.factorize(rows[cluster])[0]}}
-            if cluster
-            else {}
-        )
+        warnings.simplefilter("ignore")  # convergence is checked below
         with_, without = (
             sm.Logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1])
         )
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
-        return dataclasses.replace(found, reason="the fit did not settle")
+        return dataclasses.replace(result, reason="the fit did not settle")
     effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, confidence)
     ratio = max(0.0, 2 * (with_.llf - without.llf))
-    few = min(y.sum(), n - y.sum()) < 10 * X.shape[1]
+    notes: tuple[str, ...] = ()
+    if rarer < 10 * X.shape[1]:
+        notes = (
+            "fewer than 10 answers of the rarer kind for each coefficient: the effect is "
+            "overstated",
+        )
     return dataclasses.replace(
-        found,
+        result,
         odds_ratio=math.exp(effect.value),
         low=math.exp(effect.low),
         high=math.exp(effect.high),
         log_odds=effect,
         p=float(with_.pvalues[-1] if cluster else stats.chi2.sf(ratio, 1)),
         deviance_explained=float(ratio / (-2 * without.llf)),
-        notes=(
-            "fewer than 10 answers of the rarer kind for each coefficient: the effect is overstated",
-        )
-        if few
-        else (),
+        notes=notes,
     )
 
 
 def accuracy_by_bin(
     value: Values, correct: Values, *, bins: int = 10, confidence: float = 0.95
 ) -> pd.DataFrame:
-    """Share of right answers in bins of equal numbers of documents, as for calibration, with Wilson's interval.
+    """Return the share of right answers in bins of equal numbers of documents.
 
     Returns:
-        Columns: ``bin_low, bin_high, n, mean, accuracy, low, high``; ties may make fewer bins.
+        Columns ``bin_low, bin_high, n, mean, accuracy, low, high``, the last two of Wilson's
+        interval; ties may make fewer bins.
 
     Raises:
-        CouplingError: if the columns differ in length, ``correct`` holds other numbers than 0 and 1, or bins < 1.
+        CouplingError: If the columns differ in length, ``correct`` holds other numbers than 0 and
+            1, or bins < 1.
     """
     check_confidence(confidence)
     if bins < 1:
@@ -243,16 +249,42 @@ def accuracy_by_bin(
         return pd.DataFrame(columns=names)
     frame = pd.DataFrame(columns)
     edges = np.unique(np.quantile(frame["value"], np.linspace(0, 1, bins + 1)))
-    which = np.clip(
-        np.searchsorted(edges, frame["value"], side="right") - 1, 0, max(0, len(edges) - 2)
-    )
+    bin_of = np.searchsorted(edges, frame["value"], side="right") - 1
     rows = []
-    for index, group in frame.groupby(which):
+    for index, group in frame.groupby(np.clip(bin_of, 0, max(0, len(edges) - 2))):
         right, n = int(group["correct"].sum()), len(group)
         interval = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
         low, high = edges[index], edges[min(index + 1, len(edges) - 1)]
         rows.append((low, high, n, group["value"].mean(), right / n, interval.low, interval.high))
     return pd.DataFrame(rows, columns=names)
+
+
+def placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place each answer among those of the other kind (DeLong et al. 1988; Sun and Xu 2014).
+
+    Returns:
+        For each right answer the share of wrong ones below it, and for each wrong one the share
+        of right ones above it; ties count half.
+    """
+    m, n = len(right), len(wrong)
+    ranks = stats.rankdata(np.concatenate([right, wrong]))
+    return (ranks[:m] - stats.rankdata(right)) / n, 1 - (ranks[m:] - stats.rankdata(wrong)) / m
+
+
+def with_interval(result: Auroc, variance: float) -> Auroc:
+    """Return the area with its standard error, interval and p, on the scale of log odds."""
+    area = result.auroc
+    if variance <= 0 or not 0 < area < 1:
+        reason = "all answers have the same value"
+        if area in (0, 1):
+            reason = "right and wrong answers are separated perfectly"
+        return dataclasses.replace(result, stderr=0.0, reason=f"no interval, as {reason}")
+    stderr = math.sqrt(variance) / (area * (1 - area))
+    half = stats.norm.ppf((1 + result.confidence) / 2) * stderr
+    center = math.log(area / (1 - area))
+    low, high = (1 / (1 + math.exp(-(center + sign * half))) for sign in (-1, 1))
+    p = float(2 * stats.norm.sf(abs(center) / stderr))
+    return dataclasses.replace(result, stderr=math.sqrt(variance), low=low, high=high, p=p)
 
 
 def _right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -264,40 +296,19 @@ def _right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray
     return value[correct == 1], value[correct == 0]
 
 
-def _delong(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
-    """AUROC and its variance (DeLong et al. 1988) from midranks (Sun and Xu 2014)."""
-    above, below = placements(right, wrong)
-    return float(above.mean()), float(
-        above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong)
-    )
+def _undetermined(y: np.ndarray, columns: pd.DataFrame, levels: int) -> str | None:
+    if len(y) < levels + columns.shape[1] + 2 or len(np.unique(y)) < 2:
+        return f"{len(y)} documents, {int(y.sum())} answered right, are too few"
+    constants = (f"{name} is constant" for name in columns if is_constant(columns[name].to_numpy()))
+    return next(constants, None)
 
 
-def placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each right answer the share of wrong ones below it, of each wrong one the share of right ones above it."""
-    m, n = len(right), len(wrong)
-    ranks = stats.rankdata(np.concatenate([right, wrong]))
-    return (ranks[:m] - stats.rankdata(right)) / n, 1 - (ranks[m:] - stats.rankdata(wrong)) / m
+def _are_separated(X: np.ndarray, y: np.ndarray) -> bool:
+    """Return whether a hyperplane parts right from wrong answers, ties on it allowed.
 
-
-def with_interval(found: Auroc, variance: float) -> Auroc:
-    """``found`` with the standard error of this variance and its interval, which is symmetric on the scale of log odds."""
-    area = found.auroc
-    if variance <= 0 or not 0 < area < 1:
-        reason = (
-            "right and wrong answers are separated perfectly"
-            if area in (0, 1)
-            else "all answers have the same value"
-        )
-        return dataclasses.replace(found, stderr=0.0, reason=f"no interval, as {reason}")
-    half = stats.norm.ppf((1 + found.confidence) / 2) * math.sqrt(variance) / (area * (1 - area))
-    center = math.log(area / (1 - area))
-    low, high = (1 / (1 + math.exp(-(center + sign * half))) for sign in (-1, 1))
-    return dataclasses.replace(found, stderr=math.sqrt(variance), low=low, high=high)
-
-
-def _separated(X: np.ndarray, y: np.ndarray) -> bool:
-    """Whether a hyperplane has all right answers on one side and all wrong ones on the other, borders allowed."""
-    # Then the likelihood has no maximum (Albert and Anderson 1984; as a linear programme: Konis 2007).
+    Then the likelihood has no maximum (Albert and Anderson 1984; as a linear program: Konis
+    2007).
+    """
     sided = X * np.where(y == 1, 1.0, -1.0)[:, None]
     best = optimize.linprog(-sided.sum(axis=0), A_ub=-sided, b_ub=np.zeros(len(y)), bounds=(-1, 1))
     return best.status == 0 and bool(-best.fun > 1e-7 * np.abs(sided).sum())

@@ -1,17 +1,24 @@
-"""Findings as sentences that claim no more than their numbers: evidence needs the interval and the test to agree."""
+"""Findings as sentences that claim no more than their numbers.
+
+A claim needs enough observations, an interval that excludes chance and a test that rejects it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
-from lm_eval_coupling.statistics.correlations import FEW, Correlation, CorrelationDifference
+from lm_eval_coupling.statistics.correlations import Correlation
 from lm_eval_coupling.statistics.curves import Fit
 from lm_eval_coupling.statistics.estimates import Result
-from lm_eval_coupling.statistics.regression import FamilyEffect, NestedModels
-from lm_eval_coupling.statistics.right_answers import Auroc, LogisticEffect
+from lm_eval_coupling.statistics.family_effects import FamilyEffect
+from lm_eval_coupling.statistics.nested_regression import NestedModels
+from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
+from lm_eval_coupling.statistics.right_answers import FEW_ANSWERS, Auroc, LogisticEffect
+from lm_eval_coupling.statistics.strengths import CorrelationDifference
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class _Names:
     other: str
     unit: str
     p_adjusted: float | None
+    carried: bool
 
 
 def in_words(
@@ -31,65 +39,77 @@ def in_words(
     other: str = "the other",
     unit: str = "models",
     p_adjusted: float | None = None,
+    carried: bool = True,
 ) -> str:
-    """The finding, its uncertainty and what it does not say, in a few sentences.
+    """Describe a result, its uncertainty and what it does not show in a few sentences.
 
     Args:
-        result: what a function of this package returned.
-        x: name of the predictor, where the result does not know it.
-        y: name of what it is to predict, where the result does not know it.
-        other: name of the second predictor of ``compare_correlations``.
-        unit: what the observations are.
-        p_adjusted: the p-value after adjusting for many tests; if given, it decides instead of the result's own.
+        result: A result of a function of this package.
+        x: Name of the predictor, where the result does not know it.
+        y: Name of what is predicted, where the result does not know it.
+        other: Name of the second predictor of ``compare_correlations``.
+        unit: Name of the observations.
+        p_adjusted: The p-value after adjusting for many tests; if given, it decides instead of
+            the result's own.
+        carried: Whether the correlation itself is beyond chance; if not, a comparison or a
+            regression that builds on it claims nothing.
 
     Returns:
         Sentences for a reader who has not seen the numbers.
 
     Raises:
-        TypeError: if the result is of another kind.
+        TypeError: If the result is of another kind.
     """
-    return _say(result, _Names(x=x, y=y, other=other, unit=unit, p_adjusted=p_adjusted))
+    names = _Names(x=x, y=y, other=other, unit=unit, p_adjusted=p_adjusted, carried=carried)
+    return _sentences(result, names)
+
+
+def is_beyond_chance(result: Result, p_adjusted: float | None = None, null: float = 0.0) -> bool:
+    """Return whether a correlation, a difference or an area supports a claim."""
+    result_like: Any = result
+    return _evidence(result, p_adjusted, result_like.low, result_like.high, null).is_clear
 
 
 @singledispatch
-def _say(result: Result, names: _Names) -> str:
-    raise TypeError(f"got {type(result).__name__}, expected a finding such as Correlation or Fit")
+def _sentences(result: Result, names: _Names) -> str:
+    raise TypeError(f"got {type(result).__name__}, expected a result such as Correlation or Fit")
 
 
-@_say.register
+@_sentences.register
 def _(result: Correlation, names: _Names) -> str:
     given = f", {result.given} numbers held fixed" if result.given else ""
     subject = f"{result.method.capitalize()} correlation of {names.x} (x) with {names.y} (y){given}"
     if math.isnan(result.coefficient):
         return _undefined(subject, result)
     verdict = _verdict(
-        _evidence(result, names, result.low, result.high),
+        _evidence(result, names.p_adjusted, result.low, result.high),
         f"Higher {names.x} goes with {_direction(result.coefficient)} {names.y}",
         f"{names.x} and {names.y} go together",
     )
-    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} {names.unit}"
-    return f"{subject}: {result.coefficient:.2f} ({numbers}). {verdict}{_left_out(result)}"
+    numbers = f"{_interval(result)}, {_p(result, names)}, {_count(result, names)}"
+    return f"{subject}: {result.coefficient:.2f} ({numbers}). {verdict}{_dropped(result)}"
 
 
-@_say.register
+@_sentences.register
 def _(result: CorrelationDifference, names: _Names) -> str:
-    subject = f"Correlation with {names.y} of {names.x} against that of {names.other}"
+    subject = f"Strength of the correlation with {names.y} of {names.x} against {names.other}"
     if result.reason:
         return _undefined(subject, result)
     larger, smaller = (names.x, names.other) if result.difference > 0 else (names.other, names.x)
     verdict = _verdict(
-        _evidence(result, names, result.low, result.high),
-        f"That of {larger} is larger than that of {smaller}",
-        "they differ",
+        _evidence(result, names.p_adjusted, result.low, result.high),
+        f"{larger} goes with {names.y} more strongly than {smaller} does",
+        "one is stronger",
+        names.carried,
     )
-    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} {names.unit}"
+    numbers = f"{_interval(result)}, {_p(result, names)}, {_count(result, names)}"
     return (
-        f"{subject}: {result.first:.2f} against {result.second:.2f}, difference {result.difference:.2f} ({numbers}). "
-        f"{verdict}{_left_out(result)}"
+        f"{subject}: {result.first:.2f} against {result.second:.2f}, difference of strengths "
+        f"{result.difference:.2f} ({numbers}). {verdict}{_dropped(result)}"
     )
 
 
-@_say.register
+@_sentences.register
 def _(result: Fit, names: _Names) -> str:
     form = "Straight line" if result.form == "line" else "Exponential"
     errors = {
@@ -100,74 +120,85 @@ def _(result: Fit, names: _Names) -> str:
     subject = f"{form} for {names.y} (y) over {names.x} (x){errors}"
     if result.reason:
         return _undefined(subject, result)
-    assert result.parameters is not None  # it has them unless it has a reason
+    assert result.parameters is not None  # a fit without a reason has them
     claim = f"Higher {names.x} goes with {_direction(result.parameters[1])} {names.y}"
-    if result.form == "line":
-        parameter, steepness = "slope", result.coefficients["slope"]
-        evidence = _evidence(result, names, steepness.low, steepness.high)
-    else:
+    parameter, steepness = "slope", result.coefficients.get("slope")
+    bounds = (steepness.low, steepness.high) if steepness else (math.nan, math.nan)
+    if steepness is None:
+        # The interval of a rate does not tell: a rate of 0 is a line, not independence.
         parameter, steepness = "rate", result.coefficients["c"]
-        evidence = _evidence(result, names)  # a rate of zero is a line, not independence
-        curved = (
-            result.p_curvature < 1 - result.confidence and not steepness.low <= 0 <= steepness.high
-        )
-        claim += (
-            ", and a straight line fits worse"
-            if curved
-            else ", but a straight line describes that as well"
-        )
+        is_curved = result.p_curvature < 1 - result.confidence
+        is_curved &= not steepness.low <= 0 <= steepness.high
+        worse = ", and a straight line fits worse"
+        claim += worse if is_curved else ", but a straight line describes that as well"
     share = "" if math.isnan(result.r2) else f"R² {result.r2:.2f}, "
-    scatter = f" The points scatter {result.dispersion:.1f} times as much as their errors explain."
+    interval = _interval(steepness, ".3g", result.confidence)
+    verdict = _verdict(
+        _evidence(result, names.p_adjusted, *bounds),
+        claim,
+        f"{names.y} depends on {names.x}",
+        names.carried,
+    )
+    scatter = ""
+    if result.dispersion > 1.5:
+        scatter = (
+            f" The points scatter {result.dispersion:.1f} times as much as their errors explain."
+        )
     return (
-        f"{subject}: {parameter} {steepness.value:.3g} ({_interval(steepness, '.3g', result.confidence)}), {share}"
-        f"{_p(result, names)}, {result.n} {names.unit}. {_verdict(evidence, claim, f'{names.y} depends on {names.x}')}"
-        f"{scatter if result.dispersion > 1.5 else ''}{_left_out(result)}"
+        f"{subject}: {parameter} {steepness.value:.3g} ({interval}), {share}{_p(result, names)}, "
+        f"{result.n} {names.unit}. {verdict}{scatter}{_dropped(result)}"
     )
 
 
-@_say.register
+@_sentences.register
 def _(result: NestedModels, names: _Names) -> str:
     beyond = f" beyond {_list(result.covariates)}" if result.covariates else ""
-    subject = f"What {result.predictor} says of {result.score}{beyond}"
+    subject = f"{result.predictor} as predictor of {result.score}{beyond}"
     if result.reason:
         return _undefined(subject, result)
     before, after = result.without, result.with_predictor
+    gains = [_gain("model", before.r2_left_out, after.r2_left_out)]
+    if 1 < result.families < result.n:
+        gains.append(_gain("family", before.r2_left_out_family, after.r2_left_out_family))
+    evidence = _evidence(result, names.p_adjusted, result.partial.low, result.partial.high)
+    question = f"{result.predictor} says anything of {result.score}{beyond}"
     verdict = _verdict(
-        _evidence(result, names, result.effect.low, result.effect.high),
-        f"{result.predictor} says something of {result.score}{beyond}",
-        f"{result.predictor} says anything of {result.score}{beyond}",
-    )
-    predictions = [_prediction("model", before.r2_left_out, after.r2_left_out)]
-    if result.families:
-        predictions.append(
-            _prediction("family", before.r2_left_out_family, after.r2_left_out_family)
+        evidence, f"{result.predictor} says something of {result.score}{beyond}", question,
+        names.carried,
+    )  # fmt: skip
+    if evidence.is_clear and names.carried and any(gain.is_worse for gain in gains):
+        verdict = (
+            f"No clear evidence that {question}: it does not help to predict what was left out."
         )
-    numbers = f"F(1, {result.df}) = {result.f:.3g}, {_p(result, names)}, {result.n} {names.unit}"
+    numbers = f"partial correlation {result.partial.coefficient:.2f}, {_interval(result.partial)}"
     return (
-        f"{subject}: R² goes from {before.r2:.2f} to {after.r2:.2f} ({numbers}). "
-        f"{verdict} {' '.join(predictions)}{_notes(result)}{_left_out(result)}"
+        f"{subject}: R² goes from {before.r2:.2f} to {after.r2:.2f} ({numbers}, "
+        f"{_p(result, names)}, {_count(result.partial, names)}). {verdict} "
+        f"{' '.join(gain.words for gain in gains)}{_notes(result)}{_dropped(result)}"
     )
 
 
-@_say.register
+@_sentences.register
 def _(result: FamilyEffect, names: _Names) -> str:
     how = "families as random effects" if result.method == "mixed" else "errors clustered by family"
     subject = f"{result.predictor} as predictor of {names.y}, {how}"
     if result.reason:
         return _undefined(subject, result)
     verdict = _verdict(
-        _evidence(result, names, result.effect.low, result.effect.high),
+        _evidence(result, names.p_adjusted, result.effect.low, result.effect.high),
         f"Higher {result.predictor} goes with {_direction(result.effect.value)} {names.y}",
         f"{result.predictor} and {names.y} go together",
+        names.carried,
     )
-    numbers = f"{_interval(result.effect, '.3g', result.confidence)}, {_p(result, names)}"
+    interval = _interval(result.effect, ".3g", result.confidence)
+    numbers = f"{interval}, {_p(result, names)}, {_count(result, names)}"
     return (
-        f"{subject}: coefficient {result.effect.value:.3g} ({numbers}, {result.n} {names.unit} of {result.families} "
-        f"families). {verdict}{_notes(result)}{_left_out(result)}"
+        f"{subject}: coefficient {result.effect.value:.3g} ({numbers}). "
+        f"{verdict}{_notes(result)}{_dropped(result)}"
     )
 
 
-@_say.register
+@_sentences.register
 def _(result: Auroc, names: _Names) -> str:
     pooled = f" within {result.tasks} tasks" if result.tasks > 1 else ""
     pooled += f" of {result.models} models" if result.models > 1 else ""
@@ -176,81 +207,100 @@ def _(result: Auroc, names: _Names) -> str:
         return _undefined(subject, result)
     counts = f"{result.right} right, {result.wrong} wrong"
     if result.reason:
-        return f"{subject}: {result.auroc:.2f}, {result.reason} ({counts}).{_left_out(result)}"
+        return f"{subject}: {result.auroc:.2f}, {result.reason} ({counts}).{_dropped(result)}"
     verdict = _verdict(
-        _evidence(result, names, result.low, result.high, 0.5),
+        _evidence(result, names.p_adjusted, result.low, result.high, 0.5),
         f"Right answers tend to have {_direction(result.auroc - 0.5)} {names.x} than wrong ones",
         f"{names.x} tells right from wrong answers",
     )
     numbers = f"{_interval(result)}, {_p(result, names)}, {counts}"
-    return f"{subject}: {result.auroc:.2f} ({numbers}). {verdict}{_left_out(result)}"
+    return f"{subject}: {result.auroc:.2f} ({numbers}). {verdict}{_dropped(result)}"
 
 
-@_say.register
+@_sentences.register
 def _(result: LogisticEffect, names: _Names) -> str:
-    controls = (
-        *result.controls,
-        *(["the task"] if result.tasks > 1 else []),
-        *(["the model"] if result.models > 1 else []),
-    )
+    controls = [*result.controls]
+    controls += ["the task"] if result.tasks > 1 else []
+    controls += ["the model"] if result.models > 1 else []
     given = f", {_list(controls)} held fixed" if controls else ""
     subject = f"Odds of a right answer per standard deviation of {result.predictor}{given}"
     if result.reason:
         return _undefined(subject, result)
+    direction = _direction(result.odds_ratio - 1)
     verdict = _verdict(
-        _evidence(result, names, result.low, result.high, 1.0),
-        f"Higher {result.predictor} goes with {_direction(result.odds_ratio - 1)} odds of a right answer",
+        _evidence(result, names.p_adjusted, result.low, result.high, 1.0),
+        f"Higher {result.predictor} goes with {direction} odds of a right answer",
         f"{result.predictor} tells right from wrong answers",
+        names.carried,
     )
-    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} {'answers' if result.models > 1 else 'documents'}"
-    return f"{subject}: times {result.odds_ratio:.2f} ({numbers}). {verdict}{_notes(result)}{_left_out(result)}"
+    unit = "answers" if result.models > 1 else "documents"
+    numbers = f"{_interval(result)}, {_p(result, names)}, {result.n} {unit}"
+    return (
+        f"{subject}: times {result.odds_ratio:.2f} ({numbers}). "
+        f"{verdict}{_notes(result)}{_dropped(result)}"
+    )
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    few: str  # what there is too little of, or empty
+    """Support of a claim; ``few`` names a count that is too small, or is empty."""
+
+    few: str
     rejects: bool
     excludes: bool
     null: float
 
+    @property
+    def is_clear(self) -> bool:
+        return not self.few and self.rejects and self.excludes
+
 
 def _evidence(
-    result: Any, names: _Names, low: float = math.nan, high: float = math.nan, null: float = 0.0
+    result: Any, p_adjusted: float | None, low: float, high: float, null: float = 0.0
 ) -> _Evidence:
-    """What the test and the interval say; where there is no interval, the test alone."""
-    n, of = (
-        (min(result.right, result.wrong), "answers of one kind")
-        if isinstance(result, Auroc)
-        else (result.n, "observations")
-    )
-    few = f"{n} {of}" if n < FEW else ""
-    p = result.p if names.p_adjusted is None else names.p_adjusted
-    known = not (math.isnan(low) or math.isnan(high))
-    return _Evidence(few, p < 1 - result.confidence, not known or low > null or high < null, null)
+    """Weigh test and interval; without an interval the test decides alone."""
+    p = result.p if p_adjusted is None else p_adjusted
+    is_bounded = not (math.isnan(low) or math.isnan(high))
+    excludes = not is_bounded or low > null or high < null
+    return _Evidence(_few(result), p < 1 - result.confidence, excludes, null)
 
 
-def _verdict(evidence: _Evidence, claim: str, question: str) -> str:
+def _few(result: Any) -> str:
+    if isinstance(result, Auroc | LogisticEffect):
+        n = result.rarer if isinstance(result, LogisticEffect) else min(result.right, result.wrong)
+        return f"{n} answers of one kind" if n < FEW_ANSWERS else ""
+    if result.n < FEW:
+        return f"{result.n} observations"
+    families = getattr(result, "families", 0)
+    return f"{families} families" if 1 < families < FEW_FAMILIES else ""
+
+
+def _verdict(evidence: _Evidence, claim: str, question: str, carried: bool = True) -> str:
     if evidence.few:
         return f"{evidence.few} are too few to conclude anything."
     if not evidence.excludes:
         return f"No evidence that {question}: the interval includes {evidence.null:g}."
     if not evidence.rejects:
         return f"No clear evidence that {question}: the test does not reject chance."
+    if not carried:
+        return f"No clear evidence that {question}: the correlation itself is not beyond chance."
     return f"{claim}."
 
 
-def _prediction(what: str, old: float, new: float) -> str:
-    start = f"Predicting each {what} from the others"
+@dataclass(frozen=True)
+class _Gain:
+    words: str
+    is_worse: bool
+
+
+def _gain(unit: str, old: float, new: float) -> _Gain:
+    start = f"Predicting each {unit} from the others"
     if math.isnan(old) or math.isnan(new):
-        return f"{start} is not possible, as they do not determine the regression."
-    gain = (
-        "which is no better"
-        if new <= old
-        else "which is better"
-        if new > 0
-        else "which is still worse than their mean"
-    )
-    return f"{start}, R² goes from {old:.2f} to {new:.2f}, {gain}."
+        return _Gain(f"{start} is not possible, as they do not determine the regression.", False)
+    verdict = "which is better" if new > 0 else "which is still worse than their mean"
+    if new <= old:
+        verdict = "which is no better"
+    return _Gain(f"{start}, R² goes from {old:.2f} to {new:.2f}, {verdict}.", new <= old)
 
 
 def _direction(value: float) -> str:
@@ -260,7 +310,8 @@ def _direction(value: float) -> str:
 def _interval(result: Any, spec: str = ".2f", confidence: float | None = None) -> str:
     if math.isnan(result.low) or math.isnan(result.high):
         return "no interval"
-    return f"{confidence or result.confidence:.0%} interval {result.low:{spec}} to {result.high:{spec}}"
+    level = f"{confidence or result.confidence:.0%}"
+    return f"{level} interval {result.low:{spec}} to {result.high:{spec}}"
 
 
 def _p(result: Any, names: _Names) -> str:
@@ -268,17 +319,22 @@ def _p(result: Any, names: _Names) -> str:
     return f"{label} < 0.001" if p < 0.001 else f"{label} = {p:.2g}"
 
 
-def _list(names: tuple[str, ...]) -> str:
+def _count(result: Any, names: _Names) -> str:
+    families = f" of {result.families} families" if result.families else ""
+    return f"{result.n} {names.unit}{families}"
+
+
+def _list(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _undefined(subject: str, result: Any) -> str:
-    return f"{subject}: undefined, as {result.reason}.{_left_out(result)}"
+    return f"{subject}: undefined, as {result.reason}.{_dropped(result)}"
 
 
 def _notes(result: Any) -> str:
     return f" But {'; '.join(result.notes)}." if result.notes else ""
 
 
-def _left_out(result: Any) -> str:
+def _dropped(result: Any) -> str:
     return f" {result.dropped} observations were left out." if result.dropped else ""

@@ -16,7 +16,7 @@ from lm_eval_coupling.statistics import (
     in_words,
     partial_correlation,
 )
-from lm_eval_coupling.statistics.correlations import difference_of_correlations
+from lm_eval_coupling.statistics.strengths import difference_of_correlations
 
 sm = pytest.importorskip(
     "statsmodels.api", reason="statsmodels (the extra `analysis`) is not installed"
@@ -35,11 +35,18 @@ def test_coefficients_with_ties_against_scipy(method, oracle):
     assert found.low < found.coefficient < found.high and found.n == 40 and found.reason is None
 
 
-def test_fishers_interval_against_scipy():
+def test_the_interval_is_the_jackknifes_or_fishers_where_that_is_wider():
     x, y = normal_pair(np.random.default_rng(1), 17, 0.5)
     found = correlation(x, y, confidence=0.9, resamples=99)
-    expected = stats.pearsonr(x, y).confidence_interval(0.9)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    fisher = stats.pearsonr(x, y).confidence_interval(0.9)
+    z = np.arctanh(found.coefficient)
+    without = [
+        np.arctanh(np.corrcoef(np.delete(x, i), np.delete(y, i))[0, 1]) for i in range(len(x))
+    ]
+    error = math.sqrt(16 / 17 * np.sum((without - z) ** 2))
+    half = stats.t.ppf(0.95, 16) * error
+    expected = min(fisher.low, np.tanh(z - half)), max(fisher.high, np.tanh(z + half))
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["pearson", "spearman", "kendall"])
@@ -50,15 +57,15 @@ def test_permutation_p_is_exact_for_few_pairs(method):
         correlation(x, y[list(order)], method=method, resamples=1).coefficient
         for order in itertools.permutations(range(5))
     ]
-    tail = np.mean(np.array(all_of_them) >= observed.coefficient - 1e-12)
-    assert observed.p == pytest.approx(min(1, 2 * min(tail, 1)), abs=1e-12) and observed.p < 0.2
+    tails = np.mean(np.abs(all_of_them) >= abs(observed.coefficient) - 1e-12)
+    assert observed.p == pytest.approx(tails, abs=1e-12) and observed.p < 0.2
 
 
 @pytest.mark.parametrize(
     "method, truth, n, slack",
     [
-        ("pearson", 0.6, 12, 0.0),
-        ("spearman", 6 / math.pi * math.asin(0.3), 20, 0.02),  # bootstrap of ranks
+        ("pearson", 0.6, 12, 0.02),  # the wider of two intervals
+        ("spearman", 6 / math.pi * math.asin(0.3), 20, 0.02),
         ("kendall", 2 / math.pi * math.asin(0.6), 20, 0.03),
     ],
 )
@@ -88,7 +95,7 @@ def test_large_samples_need_no_resampling(method, truth):
         return covers(found, truth), correlation(*normal_pair(rng, 250, 0.0), method=method).p
 
     covered, p = draws(one, 400)
-    assert near(covered.mean(), 0.95, 400) and uniform(p)
+    assert near(covered.mean(), 0.95, 400, slack=0.01) and uniform(p)
 
 
 def test_large_samples_go_on_where_small_ones_end():
@@ -141,7 +148,7 @@ def test_no_interval_from_few_or_perfect_ranks():
     assert (
         perfect.coefficient == pytest.approx(1)
         and math.isnan(perfect.low)
-        and "all resamples agree" in perfect.reason
+        and "the order is perfect" in perfect.reason
     )
 
 
@@ -156,9 +163,8 @@ def test_partial_correlation_of_ppcor():
         }
     )
     found = partial_correlation(frame, "hl", "disp", ["deg", "BC"])
-    assert (found.coefficient, found.p) == pytest.approx(
-        (-0.6720863, 0.06789202), abs=5e-8
-    ) and found.given == 2
+    assert found.coefficient == pytest.approx(-0.6720863, abs=5e-8) and found.given == 2
+    assert found.p == pytest.approx(0.06789202, abs=0.02)  # by permutation, theirs is Student's t
 
 
 def test_partial_correlation_covers():
@@ -169,7 +175,7 @@ def test_partial_correlation_covers():
             partial_correlation(pd.DataFrame({"x": x, "y": y, "z": z}), "x", "y", ["z"]), 0.5
         )
 
-    assert near(simulate(one, 400), 0.95, 400)
+    assert near(simulate(one, 400), 0.95, 400, slack=0.02)  # the wider of two intervals
 
 
 @pytest.mark.parametrize(
@@ -188,9 +194,7 @@ def test_within_groups_the_sign_may_turn(method, truth):
         return covers(found, truth), found.p < 0.05, pooled > 0.5
 
     coverage, power, pooled = simulate(one, 150)
-    assert near(
-        coverage, 0.95, 150, slack=0.02 if method == "spearman" else 0
-    )  # ranks of 20 are coarser than of many
+    assert near(coverage, 0.95, 150, slack=0.02)  # the wider of two intervals
     assert power > 0.95 and pooled == 1
 
 
@@ -212,8 +216,8 @@ def test_ranks_within_groups_against_a_loop():
     half = 1.959964 * math.sqrt(
         (1 + found.coefficient**2 / 2) / (30 - 3 - 2)
     )  # Bonett and Wright (2000), 2 more fixed
-    expected = np.tanh([np.arctanh(found.coefficient) - half, np.arctanh(found.coefficient) + half])
-    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-6)
+    z = np.arctanh(found.coefficient)
+    assert found.low <= np.tanh(z - half) + 1e-6 and found.high >= np.tanh(z + half) - 1e-6
 
 
 def test_groups_of_one_say_nothing():
@@ -244,16 +248,23 @@ def test_zous_interval_as_published():
     assert (round(found.low, 3), round(found.high, 3)) == (-0.093, 0.517)
 
 
-def test_compared_correlations_have_their_size_coverage_and_power():
+def test_compared_strengths_have_their_size_coverage_and_power():
+    """The second predictor is turned around, which must not matter."""
+
     def one(rng):
         y = rng.normal(size=30)
         shared = rng.normal(size=30)
         a, b, c = (k * y + shared + rng.normal(size=30) for k in (0.8, 0.8, 0.0))
-        same, other = compare_correlations(y, a, b), compare_correlations(y, a, c)
+        same = compare_correlations(y, a, -b, resamples=399)
+        other = compare_correlations(y, -a, c, resamples=399)
         return same.p, covers(same, 0), covers(other, 0.8 / math.sqrt(2.64)), other.p < 0.05
 
-    p, *rates = draws(one, 500)
+    p, *rates = draws(one, 300)
     coverage, of_difference, power = np.mean(rates, axis=1)
     assert (
-        uniform(p) and near(coverage, 0.95, 500) and near(of_difference, 0.95, 500) and power > 0.5
+        uniform(p)
+        and near(coverage, 0.95, 300)
+        # |r| of a predictor that says nothing is above 0.
+        and near(of_difference, 0.95, 300, slack=0.03)
+        and power > 0.4
     )
