@@ -1,4 +1,4 @@
-"""Across models: does a predictor go with the score, and does it say more than size does? One table per question."""
+"""Correlations and regressions of scores with predictors across models, one table per question."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from lm_eval_coupling.fit.observations import Observations
+from lm_eval_coupling.fit.observations import LEAST, Observations
 from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.statistics import (
     Correlation,
@@ -19,8 +20,10 @@ from lm_eval_coupling.statistics import (
     adjust_p_values,
     compare_correlations,
     correlation,
+    correlation_within,
     exponential_fit,
     family_effect,
+    influence,
     left_out,
     line_fit,
     nested_models,
@@ -29,71 +32,114 @@ from lm_eval_coupling.statistics import (
 from lm_eval_coupling.statistics.estimates import Result
 
 METHODS = ("pearson", "spearman", "kendall")
-_SMALLEST_FAMILY = 3
 _COUPLINGS = {"coupling", "swapped"}  # definitions of one thing are no rivals
+_SAME = 1 - 1e-9  # |r| of predictors that differ by a scale and an offset only
 
 
 def table(results: Mapping[Any, Result], *keys: str) -> pd.DataFrame:
-    """One row per result, its key in the columns ``keys``."""
+    """Return one row per result, its key in the columns ``keys``."""
     return pd.DataFrame(
         [dict(zip(keys, key, strict=True)) | result.to_dict() for key, result in results.items()]
     )
 
 
 def correlations(
-    found: Observations, *, resamples: int = 1999
+    observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str], Correlation]:
-    """Pearson, Spearman and Kendall of every predictor with every score, by score, predictor and method."""
+    """Correlate every predictor with every score, by Pearson, Spearman and Kendall.
+
+    Returns:
+        The correlations by score, predictor and method; families are permuted as wholes.
+    """
     return {
-        (score, name, method): correlation(
-            group[name], group["score"], method=method, resamples=resamples
+        (score, predictor.name, method): correlation(
+            group[predictor.name],
+            group["score"],
+            method=method,
+            family=group["family"],
+            resamples=resamples,
         )
-        for score, group in found.by_score()
-        for name in [predictor.name for predictor in found.predictors]
+        for score, group in observations.compared()
+        for predictor in observations.predictors
         for method in METHODS
     }
 
 
+def distinct_predictors(observations: Observations, group: pd.DataFrame) -> dict[str, str]:
+    """Map every predictor to the first one that is the same up to scale and offset."""
+    first: dict[str, str] = {}
+    for name in [predictor.name for predictor in observations.predictors]:
+        same = (other for other in first.values() if _are_same(group[name], group[other]))
+        first[name] = next(same, name)
+    return first
+
+
+def _are_same(x: pd.Series, y: pd.Series) -> bool:
+    if not x.isna().equals(y.isna()):
+        return False
+    x, y = (v.dropna().to_numpy(dtype=float) for v in (x, y))
+    if len(x) < LEAST or not (np.ptp(x) > 0 and np.ptp(y) > 0):
+        return False
+    return bool(abs(np.corrcoef(x, y)[0, 1]) > _SAME)
+
+
 def correlation_table(
     results: Mapping[tuple[str, str, str], Correlation],
-    found: Observations | None = None,
+    observations: Observations | None = None,
     *,
     resamples: int = 1999,
 ) -> pd.DataFrame:
-    """With ``p_holm``, adjusted for the many scores, and ``p_bh``, for all predictors and scores, each within a method.
+    """Return one row per correlation, with p adjusted for the many tests.
+
+    Args:
+        results: Correlations by score, predictor and method.
+        observations: The observations that they are of.
+        resamples: Number of permutations.
 
     Returns:
-        With the observations also ``p_simultaneous`` of Pearson's: adjusted for all predictors and ranks of a score, by
-        permutations that keep how they hang together; predictors that are not known of every model stay out.
+        ``p_holm`` is adjusted for the many scores, and ``p_bh`` for all predictors and scores,
+        each within a method. With the observations also ``same_as``, the first predictor that is
+        the same up to a scale, and ``p_simultaneous`` of Pearson's: adjusted for all predictors
+        and ranks of a score by permutations that keep their correlations. Predictors that are not
+        known of every model have none.
     """
     rows = table(results, "score", "predictor", "method")
-    if found is not None:
-        names = [predictor.name for predictor in found.predictors]
+    rows["same_as"] = ""
+    if observations is not None:
         adjusted: dict[tuple[str, str, str], float] = {}
-        for score, group in found.by_score():
-            complete = [name for name in names if group[name].notna().all()]
-            p = simultaneous_p_values(group[complete].reset_index(drop=True), group["score"].reset_index(drop=True),
-                                      resamples=resamples)  # fmt: skip
+        same_as: dict[tuple[str, str], str] = {}
+        for score, group in observations.compared():
+            distinct = distinct_predictors(observations, group)
+            same_as |= {(score, name): other for name, other in distinct.items() if other != name}
+            scored = group[group["score"].notna()].reset_index(drop=True)
+            complete = [name for name in distinct if scored[name].notna().all()]
+            p = simultaneous_p_values(
+                scored[complete], scored["score"], family=scored["family"], resamples=resamples
+            )
             adjusted |= {(score, name, "pearson"): value for name, value in p.items()}
-        keys = zip(rows["score"], rows["predictor"], rows["method"], strict=True)
-        rows["p_simultaneous"] = pd.Series(
-            [adjusted.get(key, math.nan) for key in keys], rows.index, dtype=float
-        )
+        keys = list(zip(rows["score"], rows["predictor"], rows["method"], strict=True))
+        rows["p_simultaneous"] = [adjusted.get(key, math.nan) for key in keys]
+        rows["same_as"] = [same_as.get(key[:2], "") for key in keys]
     rows["p_holm"] = rows.groupby(["predictor", "method"])["p"].transform(adjust_p_values)
-    rows["p_bh"] = rows.groupby("method")["p"].transform(lambda p: adjust_p_values(p, "fdr_bh"))
+    distinct_p = rows["p"].where(rows["same_as"] == "")
+    rows["p_bh"] = distinct_p.groupby(rows["method"]).transform(
+        lambda p: adjust_p_values(p, "fdr_bh")
+    )
     return rows
 
 
-def fits(found: Observations) -> dict[tuple[str, str, str, str], Fit]:
-    """Line and exponential (paper, fig. 7), without errors, weighted by those of the score, and with those of both.
+def fits(observations: Observations) -> dict[tuple[str, str, str, str], Fit]:
+    """Fit lines and exponentials (paper, figure 7).
+
+    They are unweighted, weighted by the errors of the score, and with the errors of both.
 
     Returns:
-        By score, predictor, form and whose errors.
+        The fits by score, predictor, form and used errors.
     """
     return {
         (score, predictor.name, fit.form, fit.errors): fit
-        for score, group in found.by_score()
-        for predictor in found.predictors
+        for score, group in observations.compared()
+        for predictor in observations.predictors
         for fit in _fits(group, predictor)
     }
 
@@ -111,167 +157,218 @@ def _fits(group: pd.DataFrame, predictor: Predictor) -> Iterator[Fit]:
         yield line_fit(x, y, y_error=group["score_error"], x_error=x_error)
 
 
-def subsets(found: Observations) -> pd.DataFrame:
-    """Correlation and R² of the main predictor among all models, base and tuned ones, and each family (paper, table 4)."""
+def subsets(observations: Observations) -> pd.DataFrame:
+    """Correlate the main predictor among all models, base and tuned ones, and each family.
+
+    Returns:
+        One row per score and subset with the correlation and R² of both curves (paper, table 4).
+    """
     rows = []
-    for score, group in found.by_score():
+    main = observations.main.name
+    for score, group in observations.compared():
         for name, members in _subsets(group):
-            x, y = members[found.main.name], members["score"]
+            x, y = members[main], members["score"]
             curves = {"line": line_fit(x, y), "exponential": exponential_fit(x, y)}
-            found_there = correlation(x, y).to_dict()
-            measures = {
+            about = {"score": score, "subset": name, "predictor": main}
+            quality = {
                 f"{form}_{part}": getattr(fit, part)
                 for form, fit in curves.items()
                 for part in ("r2", "p")
             }
-            rows.append(
-                {"score": score, "subset": name, "predictor": found.main.name}
-                | found_there
-                | measures
-            )
+            rows.append(about | correlation(x, y, family=members["family"]).to_dict() | quality)
     return pd.DataFrame(rows)
 
 
 def _subsets(group: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     yield "all", group
     tuned = group["tuned"].astype("boolean").fillna(False)
-    if tuned.any() and not tuned.all():
-        yield "base", group[~tuned]
-        yield "tuned", group[tuned]
+    for name, members in (("base", group[~tuned]), ("tuned", group[tuned])):
+        if LEAST <= len(members) < len(group):
+            yield name, members
     if group["family"].nunique() > 1:
         for family, members in group.groupby("family"):
-            if len(members) >= _SMALLEST_FAMILY:
+            if len(members) >= LEAST:
                 yield f"family {family}", members
 
 
-def comparisons(found: Observations) -> dict[tuple[str, str, str], CorrelationDifference]:
-    """Whether the main predictor correlates more with the score than each rival (Williams), by score and predictors.
+def comparisons(
+    observations: Observations, *, resamples: int = 1999
+) -> dict[tuple[str, str, str], CorrelationDifference]:
+    """Compare the strength of the main predictor's correlation with that of each rival.
 
-    Rivals are all predictors of another kind, other definitions of coupling not among them. What is expected to go
-    against the score is turned around first; of a rival that nobody has expected anything of, the better direction counts.
-
-    Returns:
-        The comparisons, by score, main predictor and rival.
-    """
-    return {
-        (score, found.main.name, rival.name): compare_correlations(
-            group["score"],
-            found.main.sign * group[found.main.name],
-            _turned(rival, group) * group[rival.name],
-        )
-        for score, group in found.by_score()
-        for rival in found.predictors
-        if rival.kind != found.main.kind and {rival.kind, found.main.kind} != _COUPLINGS
-    }
-
-
-def _turned(rival: Predictor, group: pd.DataFrame) -> int:
-    if rival.sign:
-        return rival.sign
-    together = group[["score", rival.name]].dropna()
-    return -1 if len(together) > 2 and together.corr().iloc[0, 1] < 0 else 1
-
-
-def comparison_table(results: Mapping[tuple[str, str, str], CorrelationDifference]) -> pd.DataFrame:
-    """With ``p_holm``, adjusted for the many rivals of a score."""
-    rows = table(results, "score", "predictor", "other")
-    return (
-        rows.assign(p_holm=rows.groupby("score")["p"].transform(adjust_p_values))
-        if len(rows)
-        else rows
-    )
-
-
-def nested(found: Observations) -> dict[tuple[str, str, str], NestedModels]:
-    """What the main predictor says beyond what is known of a model anyway.
-
-    Held fixed are the number of parameters, all that is known of size, the compute of training, the loss, and compute
-    (or else parameters) with loss: each where it is known of every model and differs.
+    Rivals are all distinct predictors of another kind, except other definitions of coupling.
 
     Returns:
-        The nested models, by score, predictor and what is held fixed.
+        The comparisons by score, main predictor and rival.
     """
+    main = observations.main
     results = {}
-    for score, group in found.by_score():
-        family = "family" if 1 < group["family"].nunique() else None
-        for covariates in _held_fixed(found, group):
-            if found.main.name not in covariates:
-                results[score, found.main.name, " + ".join(covariates)] = nested_models(
-                    group.rename(columns={"score": score}),
-                    score=score,
-                    predictor=found.main.name,
-                    covariates=covariates,
-                    family=family,
+    for score, group in observations.compared():
+        distinct = distinct_predictors(observations, group)
+        for rival in observations.predictors:
+            is_other = rival.kind != main.kind and {rival.kind, main.kind} != _COUPLINGS
+            if is_other and distinct[rival.name] == rival.name:
+                results[score, main.name, rival.name] = compare_correlations(
+                    group["score"],
+                    group[main.name],
+                    group[rival.name],
+                    family=group["family"],
+                    resamples=resamples,
                 )
     return results
 
 
-def _held_fixed(found: Observations, group: pd.DataFrame) -> list[tuple[str, ...]]:
-    known = {
+def comparison_table(results: Mapping[tuple[str, str, str], CorrelationDifference]) -> pd.DataFrame:
+    """Return one row per comparison, with ``p_holm`` adjusted for the many rivals of a score."""
+    rows = table(results, "score", "predictor", "other")
+    if not len(rows):
+        return rows
+    return rows.assign(p_holm=rows.groupby("score")["p"].transform(adjust_p_values))
+
+
+def nested(
+    observations: Observations, *, resamples: int = 1999
+) -> dict[tuple[str, str, str], NestedModels]:
+    """Measure what the main predictor adds to facts about a model.
+
+    Held fixed are the number of parameters, all facts of size, the compute of training, the loss,
+    and compute (or else parameters) with loss: each where it is known of every model and differs.
+
+    Returns:
+        The nested models by score, predictor and what is held fixed.
+    """
+    results = {}
+    main = observations.main.name
+    for score, group in observations.compared():
+        for covariates in _held_fixed(observations, group):
+            if main not in covariates:
+                results[score, main, " + ".join(covariates)] = nested_models(
+                    group.rename(columns={"score": score}),
+                    score=score,
+                    predictor=main,
+                    covariates=covariates,
+                    family="family" if 1 < group["family"].nunique() else None,
+                    resamples=resamples,
+                )
+    return results
+
+
+def _held_fixed(observations: Observations, group: pd.DataFrame) -> list[tuple[str, ...]]:
+    varying = {
         p.name
-        for p in found.of_kind("size", "loss")
+        for p in observations.of_kind("size", "loss")
         if group[p.name].notna().all() and group[p.name].nunique() > 1
     }
-    size = next((name for name in ("log10_compute", "log10_params") if name in known), None)
-    sets = [tuple(found.covariates[:1]), tuple(found.covariates), ("log10_compute",)]
+    size = next((name for name in ("log10_compute", "log10_params") if name in varying), None)
+    covariates = observations.covariates
+    sets = [tuple(covariates[:1]), tuple(covariates), ("log10_compute",)]
     sets += [(loss,) for loss in ("gold_answer_loss", "bits_per_byte")]
     sets += [(size, loss) for loss in ("gold_answer_loss", "bits_per_byte") if size]
-    return [names for names in dict.fromkeys(sets) if names and known.issuperset(names)]
+    return [names for names in dict.fromkeys(sets) if names and varying.issuperset(names)]
 
 
-def alone(found: Observations) -> pd.DataFrame:
-    """Every predictor by itself: R² of a straight line, and of predicting models and families that it was not fitted to."""
+def alone(observations: Observations) -> pd.DataFrame:
+    """Measure how well a straight line over each predictor fits and predicts.
+
+    Returns:
+        R² in the data, and of models and of families that it was not fitted to.
+    """
     rows = []
-    for score, group in found.by_score():
-        for predictor in found.predictors:
+    for score, group in observations.compared():
+        for predictor in observations.predictors:
             model = left_out(group["score"], group[predictor.name], group["family"])
             about = {"score": score, "predictor": predictor.name, "kind": predictor.kind}
-            rows.append(
-                about
-                | {
-                    name: getattr(model, name)
-                    for name in ("r2", "r2_left_out", "r2_left_out_family")
-                }
-            )
+            numbers = ("r2", "r2_left_out", "r2_left_out_family")
+            rows.append(about | {name: getattr(model, name) for name in numbers})
     return pd.DataFrame(rows)
 
 
 def swapped_tasks(
-    found: Observations, *, resamples: int = 1999
+    observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str], Correlation]:
-    """The main predictor measured on the documents of one task against the score of another, by score, predictor, task."""
-    single = found.frame[found.frame["task"] != "mean"]
+    """Correlate the main predictor on the documents of one task with the score of another.
+
+    Returns:
+        The correlations by score, predictor and the task it was measured on.
+    """
+    single = observations.frame[observations.frame["task"] != "mean"]
+    main = observations.main.name
     results = {}
     for score, group in single.groupby("score_of", sort=False):
         for task, other in single.groupby("task", sort=False):
-            if task != group["task"].iloc[0]:
-                pairs = (
-                    group.set_index("label")["score"]
-                    .to_frame()
-                    .join(other.set_index("label")[found.main.name], how="inner")
-                )
-                results[score, found.main.name, task] = correlation(
-                    pairs[found.main.name], pairs["score"], resamples=resamples
+            if task == group["task"].iloc[0]:
+                continue
+            scores = group.set_index("label")[["score", "family"]]
+            pairs = scores.join(other.set_index("label")[main], how="inner")
+            if len(pairs) >= LEAST:
+                results[score, main, task] = correlation(
+                    pairs[main], pairs["score"], family=pairs["family"], resamples=resamples
                 )
     return results
 
 
-def families(found: Observations) -> dict[tuple[str, str, str, str], FamilyEffect]:
-    """The main predictor's coefficient where models come in families, alone and with the number of parameters."""
+def families(observations: Observations) -> dict[tuple[str, str, str, str], FamilyEffect]:
+    """Estimate the main predictor's coefficient where models come in families.
+
+    Returns:
+        The effects by score, predictor, what is held fixed and method.
+    """
     results = {}
-    for score, group in found.by_score():
+    main = observations.main.name
+    for score, group in observations.compared():
         if not 1 < group["family"].nunique() < len(group):
             continue
-        for covariates in dict.fromkeys(
-            [(), tuple(c for c in found.covariates[:1] if c != found.main.name)]
-        ):
+        size = tuple(name for name in observations.covariates[:1] if name != main)
+        for covariates in dict.fromkeys([(), size]):
             for method in ("mixed", "cluster"):
-                results[score, found.main.name, " + ".join(covariates), method] = family_effect(
+                results[score, main, " + ".join(covariates), method] = family_effect(
                     group,
                     score="score",
-                    predictor=found.main.name,
+                    predictor=main,
                     family="family",
                     covariates=covariates,
                     method=method,
                 )
     return results
+
+
+def within_families(
+    observations: Observations, *, resamples: int = 1999
+) -> dict[tuple[str, str], Correlation]:
+    """Correlate the main predictor with each score within families, each at its own level.
+
+    Returns:
+        The correlations by score and predictor.
+    """
+    main = observations.main.name
+    return {
+        (score, main): correlation_within(group, main, "score", "family", resamples=resamples)
+        for score, group in observations.compared()
+        if 1 < group["family"].nunique() < len(group)
+    }
+
+
+def influences(
+    observations: Observations,
+    correlated: Mapping[tuple[str, str, str], Correlation],
+    *,
+    resamples: int = 999,
+) -> pd.DataFrame:
+    """Correlate the main predictor with each score without each model and each family.
+
+    Returns:
+        One row per score and left-out member, with ``decides`` where the finding hangs on it.
+    """
+    main = observations.main.name
+    rows = []
+    for score, group in observations.compared():
+        results = influence(
+            group[main],
+            group["score"],
+            group["label"].tolist(),
+            family=group["family"],
+            all_models=correlated[score, main, "pearson"],
+            resamples=resamples,
+        )
+        rows += [{"score": score, "predictor": main} | result.to_dict() for result in results]
+    return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Per checkpoint: how coupling and the score of one training go along with each other over its steps."""
+"""Coupling and the score of one training over its checkpoints."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
 def along_training(
     steps: pd.DataFrame, predictor: str, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str, str], Correlation]:
-    """Spearman of predictor and score, by lineage, score, predictor and ``of``: ``levels`` or ``changes``.
+    """Correlate (Spearman) predictor and score over the checkpoints of each training.
 
-    What grows with training goes together in levels whatever the reason; whether they also move together from one
-    checkpoint to the next says more.
+    Numbers that grow with training go together in levels, whatever the reason. Their changes from
+    one checkpoint to the next say more.
 
     Returns:
-        The correlations, two of each training, score and predictor.
+        The correlations by lineage, score, predictor and ``levels`` or ``changes``.
     """
     return {
         (lineage, score, predictor, of): correlation(x, y, method="spearman", resamples=resamples)

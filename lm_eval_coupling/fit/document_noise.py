@@ -1,4 +1,4 @@
-"""How much of what a predictor and a score say is the documents' noise: reliability, and correlations without it."""
+"""Noise of the documents in predictors and scores, and correlations without it."""
 
 from __future__ import annotations
 
@@ -19,64 +19,77 @@ from lm_eval_coupling.statistics import (
 
 
 def reliabilities(
-    found: Observations, documents: pd.DataFrame, leaves: Mapping[str, Sequence[str]]
+    observations: Observations, documents: pd.DataFrame, leaves: Mapping[str, Sequence[str]]
 ) -> dict[tuple[str, str], Reliability]:
-    """Of every predictor that documents have, and of the score itself (``score``), by score and predictor.
+    """Estimate the reliability of every predictor that documents have, and of the score.
 
     Args:
-        found: the observations.
-        documents: of all models, as :func:`~lm_eval_coupling.fit.within_models.load_documents` reads them.
-        leaves: single tasks of each task or group; a mean is of all of them.
+        observations: The observations.
+        documents: Documents of all models, from
+            :func:`~lm_eval_coupling.fit.within_models.load_documents`.
+        leaves: Single tasks of each task or group.
 
     Returns:
-        The reliabilities; none where there are no documents.
+        The reliabilities by score and predictor (``score`` for the score itself); none where
+        there are no documents. A mean is over the tasks of its scores.
     """
     results: dict[tuple[str, str], Reliability] = {}
     if documents.empty:
         return results
-    for score, group in found.by_score():
-        task = group["task"].iloc[0]
-        tasks = set(documents["task"]) if task == "mean" else {task, *leaves.get(task, ())}
-        of = documents[documents["task"].isin(tasks) & documents["model"].isin(group["label"])]
-        names = [p.name for p in found.predictors if p.name in of]
-        for name in [*names, *(["score"] if of["score"].notna().any() else [])]:
+    for score, group in observations.compared():
+        roots = [group["task"].iloc[0]]
+        if roots == ["mean"]:
+            roots = group["mean_of"].iloc[0].split("; ")
+        tasks = {leaf for root in roots for leaf in (root, *leaves.get(root, ()))}
+        rows = documents[documents["task"].isin(tasks) & documents["model"].isin(group["label"])]
+        names = [p.name for p in observations.predictors if p.name in rows]
+        for name in [*names, *(["score"] if rows["score"].notna().any() else [])]:
             results[score, name] = document_reliability(
-                of.pivot_table(index="model", columns=["task", "doc_hash"], values=name)
+                rows.pivot_table(index="model", columns=["task", "doc_hash"], values=name)
             )
     return results
 
 
 def corrected(
-    found: Observations,
+    observations: Observations,
     correlated: Mapping[tuple[str, str, str], Correlation],
     reliable: Mapping[tuple[str, str], Reliability],
 ) -> dict[tuple[str, str], Corrected]:
-    """Pearson's correlation of each predictor with each score, without the documents' noise, by score and predictor.
+    """Estimate Pearson's correlations without the documents' noise.
 
-    Reliability is that over shared documents where there are some (the score's stepped up to all documents that were
-    scored), or else what the standard errors say.
+    The reliability is that over shared documents where there are some, the score's stepped up to
+    all documents that were scored. Without shared documents it comes from the standard errors.
 
     Returns:
-        With a ``reason`` instead of numbers where a reliability is not known.
+        The corrected correlations by score and predictor, with a ``reason`` instead of numbers
+        where a reliability is not estimable.
     """
-    results: dict[tuple[str, str], Reliability] = {}
-    for score, group in found.by_score():
-        of_score = reliable.get((score, "score"), Reliability())
-        y = _stepped_up(of_score, group["n_samples"].median())
-        y = reliability_from_errors(group["score"], group["score_error"]) if math.isnan(y) else y
-        for predictor in [p for p in found.predictors if p.error is not None]:
-            x = reliable.get((score, predictor.name), Reliability()).alpha
-            if math.isnan(x) and predictor.error in group:
+    results: dict[tuple[str, str], Corrected] = {}
+    for score, group in observations.compared():
+        shared = _shared(reliable, score, "score")
+        if shared is None:
+            y = reliability_from_errors(group["score"], group["score_error"])
+        else:
+            y = _of_all_documents(shared, group["n_samples"].median())
+        for predictor in [p for p in observations.predictors if p.error is not None]:
+            shared = _shared(reliable, score, predictor.name)
+            x = math.nan if shared is None else shared.alpha
+            if shared is None and predictor.error in group:
                 x = reliability_from_errors(group[predictor.name], group[predictor.error])
-            results[score, predictor.name] = corrected_for_attenuation(
-                correlated[score, predictor.name, "pearson"],
-                max(0.0, x) if not math.isnan(x) else x,
-                y,
-            )
+            pearson = correlated[score, predictor.name, "pearson"]
+            results[score, predictor.name] = corrected_for_attenuation(pearson, x, y)
     return results
 
 
-def _stepped_up(found: Reliability, documents: float) -> float:
-    """Spearman and Brown's reliability of a mean over more documents."""
-    factor = documents / found.documents if found.documents else math.nan
-    return factor * found.alpha / (1 + (factor - 1) * found.alpha) if found.alpha > 0 else math.nan
+def _shared(
+    reliable: Mapping[tuple[str, str], Reliability], score: str, name: str
+) -> Reliability | None:
+    """Return the reliability over shared documents; None where models share none."""
+    result = reliable.get((score, name))
+    return result if result and result.models > 2 and result.documents > 1 else None
+
+
+def _of_all_documents(reliability: Reliability, documents: float) -> float:
+    """Step the reliability up to more documents (Spearman and Brown)."""
+    factor = max(1.0, documents / reliability.documents) if documents > 0 else 1.0
+    return factor * reliability.alpha / (1 + (factor - 1) * reliability.alpha)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,285 +17,404 @@ from lm_eval_coupling.statistics import (
     Corrected,
     Correlation,
     CorrelationDifference,
+    Fit,
     LogisticEffect,
+    NestedModels,
     Reliability,
     adjust_p_values,
     in_words,
 )
-from lm_eval_coupling.statistics.correlations import FEW
-from lm_eval_coupling.statistics.estimates import Result
+from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
+from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
-_MANY = 6  # scores or models; beyond it they are counted instead of told one by one
-
-Results = Mapping[tuple[str, ...], Result]
+_MANY = 6  # scores or models; beyond it they are counted instead of described one by one
 
 
-def about_models(
-    found: Observations,
-    correlated: Mapping[tuple[str, str], Correlation],
-    results: Sequence[Results],
+@dataclasses.dataclass(frozen=True)
+class MainResults:
+    """Results of the main predictor with one score, the main one."""
+
+    pearson: Correlation
+    fits: Mapping[str, Fit]  # by form
+    within_families: Correlation | None
+    against_size: tuple[str, CorrelationDifference] | None
+    nested: list[NestedModels]
+    influence: pd.DataFrame
+
+
+def describe_models(
+    observations: Observations,
+    pearson: Mapping[str, Correlation],
+    results: MainResults,
 ) -> list[str]:
-    """What the main predictor says of the scores across models.
+    """Describe how the main predictor goes with the scores across models.
 
     Args:
-        found: the observations.
-        correlated: Pearson's correlation with the main predictor, by score and predictor.
-        results: further findings by score and others, told of the last score: the mean, where there are several.
+        observations: The observations.
+        pearson: Pearson's correlation with the main predictor, by score.
+        results: Further results of the main score.
 
     Returns:
-        Sentences, in the order of reading.
+        Paragraphs, in the order of reading.
     """
-    adjusted = _adjusted(correlated)
-    words, scores = [_observed(found)], found.scores
-    if len(scores) > _MANY:
-        words.append(f"{_counted(correlated, adjusted)} The tables have them one by one.")
-        scores = scores[-1:]
-    for score in scores:
-        key, about = (score, found.main.name), {"x": found.main.name, "y": score}
-        sentences = [
-            in_words(
-                correlated[key],
-                **about,
-                p_adjusted=adjusted[key] if len(found.scores) > 1 else None,
-            )
-        ]
-        if score == found.scores[-1]:  # all of it for the only score, or for the mean
-            told = [
-                (key[-1], result)
-                for members in results
-                for key, result in members.items()
-                if key[0] == score
-            ]
-            sentences += [in_words(result, **about, other=last) for last, result in told]
+    words, main_score = [_describe_observations(observations)], observations.main_score
+    adjusted = _holm({score: r.p for score, r in pearson.items()})
+    described = list(pearson)
+    if len(pearson) > _MANY:
+        counts = _count_scores(pearson, adjusted, observations.main.name)
+        words.append(f"{counts} The tables have them one by one.")
+        described = [main_score]
+    for score in described:
+        p = adjusted[score] if len(pearson) > 1 else None
+        names = {"x": observations.main.name, "y": score}
+        where = "across models" if pearson[score].families else ""
+        sentences = [in_words(pearson[score], **names, p_adjusted=p, where=where)]
+        if score == main_score:
+            carried = is_beyond_chance(pearson[score], p)
+            sentences += _describe_main(results, names, carried)
         words.append(" ".join(sentences))
     return words
 
 
-def _adjusted(
-    results: Mapping[Any, Correlation | Auroc | CorrelationDifference],
-) -> dict[Any, float]:
-    """p-values adjusted for their number, by Holm."""
-    return dict(
-        zip(
-            results,
-            adjust_p_values([result.p for result in results.values()]).tolist(),
-            strict=True,
+def _describe_main(results: MainResults, names: Mapping[str, str], carried: bool) -> Iterator[str]:
+    yield from _describe_influence(results.influence, results.pearson)
+    if results.within_families is not None:
+        yield _describe_within(results.within_families, results.pearson, names)
+    line, exponential = (results.fits[form] for form in ("line", "exponential"))
+    if not (math.isnan(line.r2) or math.isnan(exponential.r2)):
+        yield (
+            f"A straight line has R² {line.r2:.2f}, an exponential, which has one parameter more, "
+            f"{exponential.r2:.2f}."
         )
-    )
+    if results.against_size is not None:
+        other, difference = results.against_size
+        yield in_words(difference, **names, other=other, carried=carried)
+    for nested in results.nested:
+        yield in_words(nested, carried=carried)
 
 
-def _observed(found: Observations) -> str:
-    families = found.frame.groupby("family")["label"].nunique()
-    what = (
-        f"{found.models} models of {len(families)} {'family' if len(families) == 1 else 'families'}"
-    )
-    words = [f"{what} and {len(found.scores)} {'score' if len(found.scores) == 1 else 'scores'}."]
-    if found.models < FEW:
+def _describe_influence(rows: pd.DataFrame, all_models: Correlation) -> Iterator[str]:
+    """Name the members on which the finding hangs, families first."""
+    if not len(rows):
+        return
+    deciding = rows[rows["decides"]]
+    deciding = deciding.assign(
+        change=(deciding["coefficient"] - all_models.coefficient).abs()
+    ).sort_values(["kind", "change"], ascending=[True, False])
+    parts = [
+        f"{'the family ' if row['kind'] == 'family' else ''}{row['without']} "
+        f"({row['coefficient']:.2f}, p = {row['p']:.2g})"
+        for row in deciding.to_dict("records")
+    ]
+    if parts:
+        more = f" or {len(parts) - 3} others" if len(parts) > 3 else ""
+        yield (
+            f"It hangs on single members: without {', or without '.join(parts[:3])}{more} the "
+            f"correlation is not the {all_models.coefficient:.2f} of all."
+        )
+
+
+def _describe_within(within: Correlation, across: Correlation, names: Mapping[str, str]) -> str:
+    plain = dataclasses.replace(within, method="pearson", given=0)
+    words = in_words(plain, **names, where="within families")
+    turns = within.coefficient * across.coefficient < 0
+    if turns and is_beyond_chance(within):
+        words += " Within families the direction is the opposite of that across models."
+    return words
+
+
+def _holm(p: Mapping[Any, float]) -> dict[Any, float]:
+    return dict(zip(p, adjust_p_values(list(p.values())).tolist(), strict=True))
+
+
+def _describe_observations(observations: Observations) -> str:
+    families = observations.frame.groupby("family")["label"].nunique()
+    models, scores = observations.models, len(observations.scores)
+    words = [
+        f"{models} models of {len(families)} {_plural('family', len(families))} and {scores} "
+        f"{_plural('score', scores)}."
+    ]
+    if models < FEW:
         words.append(f"Fewer than {FEW} models: whatever the numbers, no conclusion can be drawn.")
     if len(families) == 1:
         words.append(
-            "They are relatives, not a sample of models: intervals and p-values hold for this series alone."
+            "They are relatives, not a sample of models: intervals and p-values hold for this "
+            "series alone."
         )
-    if not found.covariates:
+    elif len(families) < models:
+        words.append("Tests permute families as wholes, and intervals leave out each family.")
+        if len(families) < FEW_FAMILIES:
+            words.append(
+                f"Fewer than {FEW_FAMILIES} families: no conclusion can be drawn across families."
+            )
+    if not observations.covariates:
         words.append(
-            "They do not differ in a known size, so that size neither explains the scores nor can be held fixed."
+            "They do not differ in a known size, so that size neither explains the scores nor can "
+            "be held fixed."
         )
     return " ".join(words)
 
 
-def _counted(
-    correlated: Mapping[tuple[str, str], Correlation], adjusted: Mapping[tuple[str, str], float]
+def _plural(word: str, number: int) -> str:
+    if number == 1:
+        return word
+    return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
+
+
+def _count_scores(
+    pearson: Mapping[str, Correlation], adjusted: Mapping[str, float], main: str
 ) -> str:
-    clear = [r for key, r in correlated.items() if adjusted[key] < 1 - r.confidence and r.n >= FEW]
+    clear = [r for score, r in pearson.items() if is_beyond_chance(r, adjusted[score])]
     up = sum(r.coefficient > 0 for r in clear)
-    main = next(iter(correlated))[1]
     return (
-        f"Of {len(correlated)} scores, {up} go up and {len(clear) - up} go down with {main} beyond chance (Pearson, "
-        "adjusted for their number by Holm)."
+        f"Of {len(pearson)} scores, {up} go up and {len(clear) - up} go down with {main} beyond "
+        "chance (Pearson, adjusted for their number by Holm)."
     )
 
 
-def about_many(rows: pd.DataFrame, score: str) -> Iterator[str]:
-    """How many of all predictors and ranks go with the score, adjusted for all of them at once.
+def describe_predictors(
+    rows: pd.DataFrame, correlated: Mapping[tuple[str, str, str], Correlation], score: str
+) -> Iterator[str]:
+    """Count the distinct predictors that go with the score, adjusted for all of them at once.
 
     Args:
-        rows: of :func:`~lm_eval_coupling.fit.across_models.correlation_table`.
-        score: the one told of.
+        rows: Table of :func:`~lm_eval_coupling.fit.across_models.correlation_table`.
+        correlated: The correlations, by score, predictor and method.
+        score: The score.
 
     Yields:
-        One sentence, or none where there are not two predictors to adjust for.
+        One sentence; none for fewer than two predictors.
     """
-    known = rows[(rows["score"] == score) & rows["p_simultaneous"].notna()]
-    if len(known) < 2:
+    rows = rows[(rows["score"] == score) & rows["p_simultaneous"].notna()]
+    distinct = rows[rows["same_as"] == ""]
+    if len(distinct) < 2:
         return
-    clear = known[(known["p_simultaneous"] < 0.05) & (known["n"] >= FEW)]
-    named = ", ".join(clear.sort_values("p_simultaneous")["predictor"][:_MANY])
+    clear = [
+        row["predictor"]
+        for row in distinct.sort_values("p_simultaneous").to_dict("records")
+        if is_beyond_chance(correlated[score, row["predictor"], "pearson"], row["p_simultaneous"])
+    ]
     more = f" and {len(clear) - _MANY} more" if len(clear) > _MANY else ""
-    told = f"{len(clear)} go with {score} beyond chance: {named}{more}"
-    told = told if len(clear) else f"none goes with {score} beyond chance"
-    yield f"Of {len(known)} predictors and ranks together (permutations that adjust for all at once) {told}."
-
-
-def about_rivals(
-    compared: Mapping[str, CorrelationDifference], main: str, score: str
-) -> Iterator[str]:
-    """How the main predictor stands beside every other number that is known of the models."""
-    known = {name: r for name, r in compared.items() if not math.isnan(r.p)}
-    if not known:
-        return
-    adjusted = _adjusted(known)
-    clear = [r for name, r in known.items() if adjusted[name] < 1 - r.confidence and r.n >= FEW]
-    more, less = sum(r.difference > 0 for r in clear), sum(r.difference < 0 for r in clear)
-    strongest = max(known, key=lambda name: known[name].second)
-    words = (
-        f"Beside {len(known)} {'rival' if len(known) == 1 else 'rivals'}: {main} correlates more with {score} than {more} "
-        f"and less than {less}, beyond chance (Williams, adjusted for their number by Holm). The strongest is {strongest}."
+    verdict = f"none goes with {score} beyond chance"
+    if clear:
+        verdict = f"{len(clear)} go with {score} beyond chance: {', '.join(clear[:_MANY])}{more}"
+    yield (
+        f"Of {len(distinct)} distinct predictors and ranks together (permutations that adjust for "
+        f"all at once) {verdict}."
     )
-    yield f"{words} {in_words(known[strongest], x=main, y=score, other=strongest, p_adjusted=adjusted[strongest])}"
 
 
-def about_noise(
+def describe_rivals(
+    compared: Mapping[str, CorrelationDifference],
+    main: str,
+    score: str,
+    own: Mapping[str, bool],
+    described: str | None,
+) -> Iterator[str]:
+    """Describe how strongly the main predictor goes with the score beside every rival.
+
+    Args:
+        compared: Comparisons with the rivals, by name.
+        main: Name of the main predictor.
+        score: The score.
+        own: Whether each predictor's own correlation is beyond chance, by name.
+        described: Name of a rival that has been described already.
+
+    Yields:
+        One paragraph; none without rivals.
+    """
+    tested = {name: r for name, r in compared.items() if not math.isnan(r.p)}
+    if not tested:
+        return
+    adjusted = _holm({name: r.p for name, r in tested.items()})
+    clear = [name for name, r in tested.items() if is_beyond_chance(r, adjusted[name])]
+    more = sum(tested[name].difference > 0 and own[main] for name in clear)
+    less = sum(tested[name].difference < 0 and own[name] for name in clear)
+    strongest = max(tested, key=lambda name: abs(tested[name].second))
+    rivals = f"{len(tested)} {_plural('rival', len(tested))}"
+    words = (
+        f"Beside {rivals}, strengths compared: {main} goes with {score} more strongly than "
+        f"{more} and less strongly than {less}, beyond chance (adjusted for "
+        f"their number by Holm). The strongest is {strongest}."
+    )
+    if strongest != described:
+        difference = tested[strongest]
+        comparison = in_words(
+            difference,
+            x=main,
+            y=score,
+            other=strongest,
+            p_adjusted=adjusted[strongest],
+            carried=own[main if difference.difference > 0 else strongest],
+        )
+        words = f"{words} {comparison}"
+    yield words
+
+
+def describe_noise(
     reliable: Reliability | None, corrected: Corrected | None, main: str, score: str
 ) -> Iterator[str]:
-    """Whether the main predictor agrees with itself over documents, and what the correlation would be without noise."""
-    if reliable is not None and reliable.reason is None:
-        few = (
-            " A number that does not agree with itself predicts nothing."
-            if reliable.alpha < 0.5
-            else ""
-        )
-        needed = (
-            ""
-            if math.isnan(reliable.enough)
-            else f"; {reliable.enough:.0f} documents would give 0.9"
-        )
+    """Describe the reliability of the main predictor, and the correlation without noise."""
+    if reliable is not None and reliable.reason:
+        yield f"The reliability of {main} over documents is not estimable: {reliable.reason}."
+    elif reliable is not None:
+        few = ""
+        if reliable.alpha < 0.5:
+            few = " Its differences between models are mostly the documents' noise."
+        needed = ""
+        if not math.isnan(reliable.enough):
+            needed = f"; {reliable.enough:.0f} documents would give 0.9"
         interval = f"{reliable.confidence:.0%} interval {reliable.low:.2f} to {reliable.high:.2f}"
         yield (
-            f"Reliability of {main} over documents: {reliable.alpha:.2f} ({interval}, {reliable.models} models, "
-            f"{reliable.documents} documents that all have{needed}).{few}"
+            f"Reliability of {main} over documents: {reliable.alpha:.2f} ({interval}, "
+            f"{reliable.models} models, {reliable.documents} documents that all have{needed}).{few}"
         )
-    if corrected is not None and corrected.reason is None:
-        known = f"reliabilities {corrected.reliability_x:.2f} and {corrected.reliability_y:.2f}, taken as known"
-        yield (
-            f"Without the noise of the documents its correlation with {score} would be {corrected.coefficient:.2f} instead "
-            f"of {corrected.observed:.2f} ({known})."
-        )
-    elif corrected is not None and corrected.reason and not math.isnan(corrected.observed):
-        yield f"Its correlation with {score} is not corrected for noise, as {corrected.reason}."
+    if corrected is None or math.isnan(corrected.observed):
+        return
+    if corrected.reason:
+        yield f"Its correlation with {score} is not corrected for noise: {corrected.reason}."
+        return
+    reliabilities = f"{corrected.reliability_x:.2f} and {corrected.reliability_y:.2f}"
+    yield (
+        f"Without the noise of the documents its correlation with {score} would be "
+        f"{corrected.coefficient:.2f} instead of {corrected.observed:.2f} (reliabilities "
+        f"{reliabilities}, taken as known)."
+    )
 
 
-def about_tasks(
-    found: Observations,
-    own: Mapping[tuple[str, str], Correlation],
+def describe_tasks(
+    main: str,
+    own: Mapping[str, Correlation],
     swapped: Mapping[tuple[str, str, str], Correlation],
 ) -> Iterator[str]:
-    """Whether coupling must be measured on a task's own documents to go with its score."""
+    """Compare coupling on a task's own documents with coupling on those of other tasks."""
     others = [r.coefficient for r in swapped.values() if not math.isnan(r.coefficient)]
-    mine = [own[score, found.main.name].coefficient for score in {key[0] for key in swapped}]
+    scores = {score for score, *_ in swapped}
+    mine = [own[score].coefficient for score in scores if score in own]
     mine = [r for r in mine if not math.isnan(r)]
     if others and mine:
-        own_median, other_median = statistics.median(mine), statistics.median(others)
         yield (
-            f"Measured on a task's own documents {found.main.name} correlates with its score by {own_median:.2f} (median "
-            f"over {len(mine)} tasks), measured on another task's by {other_median:.2f} (over {len(others)} pairs of tasks)."
+            f"Measured on a task's own documents {main} correlates with its score by "
+            f"{statistics.median(mine):.2f} (median over {len(mine)} tasks), measured on another "
+            f"task's by {statistics.median(others):.2f} (over {len(others)} pairs of tasks)."
         )
 
 
-def about_documents(
+def describe_documents(
     aurocs: Mapping[tuple[str, str, str], Auroc],
     logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
     main: str,
 ) -> list[str]:
-    """Whether coupling tells right from wrong answers within each model: pooled over tasks where there are several."""
-    models = [model for model in dict.fromkeys(model for model, *_ in aurocs) if model != TOGETHER]
-    of = {
-        model: POOLED if (model, POOLED, main) in aurocs else _only_task(aurocs, model)
-        for model in models
-    }
-    pooled = {
-        model: aurocs[model, task, main]
-        for model, task in of.items()
-        if (model, task, main) in aurocs
-    }
+    """Describe whether the predictor tells right from wrong answers within each model."""
+    pooled: dict[str, tuple[str, Auroc]] = {}
+    for (model, task, predictor), area in aurocs.items():
+        # The pool follows the single tasks of a model, and replaces them.
+        if predictor == main and model != TOGETHER:
+            pooled[model] = (task, area)
     if not pooled:
         return []
-    adjusted, together = _adjusted(pooled), [*_about_models_together(aurocs, logistics, main)]
+    adjusted = _holm({model: area.p for model, (_, area) in pooled.items()})
+    together = [*_describe_together(aurocs, logistics, main)]
     if len(pooled) > _MANY:
-        return [_counted_models(pooled, adjusted, main), *together]
+        areas = {model: area for model, (_, area) in pooled.items()}
+        return [_count_areas(areas, adjusted, main), *together]
     words = []
-    for model, found in pooled.items():
-        sentences = [
-            in_words(found, x=main, p_adjusted=adjusted[model] if len(pooled) > 1 else None)
-        ]
-        sentences += [
-            in_words(result)
-            for (name, task, predictor, given), result in logistics.items()
-            if (name, task, predictor) == (model, of[model], main) and given
-        ]
+    for model, (task, area) in pooled.items():
+        p = adjusted[model] if len(pooled) > 1 else None
+        carried = is_beyond_chance(area, p, null=0.5)
+        sentences = [in_words(area, x=main, p_adjusted=p)]
+        sentences += _describe_odds(logistics, model, task, main, carried)
         words.append(f"Within {model}, over documents: {' '.join(sentences)}")
     return words + together
 
 
-def _about_models_together(
+def _describe_odds(
+    logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
+    model: str,
+    task: str,
+    main: str,
+    carried: bool,
+) -> Iterator[str]:
+    for (name, of_task, predictor, given), effect in logistics.items():
+        if (name, of_task, predictor) == (model, task, main) and given:
+            yield in_words(effect, carried=carried)
+
+
+def _describe_together(
     aurocs: Mapping[tuple[str, str, str], Auroc],
     logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
     main: str,
 ) -> Iterator[str]:
-    """What the answers of all models say, which one model's may be too few for; and which other numbers say it as well."""
-    found = {
-        predictor: r
-        for (model, _, predictor), r in aurocs.items()
-        if model == TOGETHER and not math.isnan(r.p)
+    """Describe the answers of all models together, and the other predictors that tell as well."""
+    areas = {
+        predictor: area
+        for (model, _, predictor), area in aurocs.items()
+        if model == TOGETHER and not math.isnan(area.p)
     }
-    if main not in found:
+    if main not in areas:
         return
-    adjusted = _adjusted(found)
-    sentences = [in_words(found[main], x=main)]
-    sentences += [
-        in_words(r)
-        for (model, _, x, given), r in logistics.items()
-        if (model, x) == (TOGETHER, main) and given
-    ]
-    if len(found) > 1:
+    adjusted = _holm({name: area.p for name, area in areas.items()})
+    carried = is_beyond_chance(areas[main], null=0.5)
+    sentences = [in_words(areas[main], x=main)]
+    sentences += _describe_odds(logistics, TOGETHER, POOLED, main, carried)
+    if len(areas) > 1:
         clear = [
-            f"{name} ({r.auroc:.2f})"
-            for name, r in found.items()
-            if adjusted[name] < 1 - r.confidence
+            f"{name} (AUROC {area.auroc:.2f})"
+            for name, area in areas.items()
+            if is_beyond_chance(area, adjusted[name], null=0.5)
         ]
         sentences.append(
-            f"Adjusted for all {len(found)} numbers that were asked (Holm), {main} has p = {adjusted[main]:.2g}; beyond "
-            f"chance are {', '.join(clear) or 'none'}."
+            f"Adjusted for all {len(areas)} predictors (Holm), {main} has p = {adjusted[main]:.2g};"
+            f" beyond chance are {', '.join(clear) or 'none'}."
         )
-    yield f"All {found[main].models} models together, a document counting once: {' '.join(sentences)}"
+    models = areas[main].models
+    yield f"All {models} models together, a document counting once: {' '.join(sentences)}"
 
 
-def _only_task(aurocs: Mapping[tuple[str, str, str], Auroc], model: str) -> str:
-    return next(task for name, task, _ in aurocs if name == model)
-
-
-def _counted_models(pooled: Mapping[str, Auroc], adjusted: Mapping[str, float], main: str) -> str:
+def _count_areas(areas: Mapping[str, Auroc], adjusted: Mapping[str, float], main: str) -> str:
     clear = [
-        r
-        for model, r in pooled.items()
-        if adjusted[model] < 1 - r.confidence and min(r.right, r.wrong) >= FEW
+        area for model, area in areas.items() if is_beyond_chance(area, adjusted[model], null=0.5)
     ]
-    up = sum(r.auroc > 0.5 for r in clear)
-    areas = [r.auroc for r in pooled.values()]
+    up = sum(area.auroc > 0.5 for area in clear)
+    values = [area.auroc for area in areas.values() if not math.isnan(area.auroc)]
+    if not values:
+        return f"Within {len(areas)} models, over documents: no AUROC of {main} is estimable."
     return (
-        f"Within {len(pooled)} models, over documents: AUROC of {main} for right answers from {min(areas):.2f} to "
-        f"{max(areas):.2f}; beyond chance (adjusted for their number by Holm) in {len(clear)} of them, in {up} with higher "
-        f"{main} for right answers."
+        f"Within {len(areas)} models, over documents: AUROC of {main} for right answers from "
+        f"{min(values):.2f} to {max(values):.2f}; beyond chance (adjusted for their number by "
+        f"Holm) in {len(clear)} of them, in {up} with higher {main} for right answers."
     )
 
 
-def about_training(results: Mapping[tuple[str, str, str, str], Correlation]) -> Iterator[str]:
-    """How the main predictor goes along with the score over the checkpoints of a training."""
-    for (lineage, score, predictor, of), found in results.items():
-        names = {"x": predictor, "y": score, "unit": "checkpoints"}
-        if of == "changes":
-            names = {
-                "x": f"the change of {predictor}",
-                "y": f"the change of {score}",
-                "unit": "steps between checkpoints",
-            }
-        yield f"Along the training of {lineage}: {in_words(found, **names)}"
+def describe_training(results: Mapping[tuple[str, str, str, str], Correlation]) -> Iterator[str]:
+    """Describe how the main predictor goes with the score over the checkpoints of a training.
+
+    Checkpoints follow each other, so that no test of independent observations applies.
+
+    Yields:
+        A sentence per training and score that describes and claims nothing.
+    """
+    curves: dict[tuple[str, str, str], dict[str, Correlation]] = {}
+    for (lineage, score, predictor, of), result in results.items():
+        curves.setdefault((lineage, score, predictor), {})[of] = result
+    for (lineage, score, predictor), parts in curves.items():
+        levels, changes = (parts[name] for name in ("levels", "changes"))
+        if math.isnan(levels.coefficient):
+            yield (
+                f"Along the training of {lineage}: the rank correlation of {predictor} with "
+                f"{score} is undefined, as {levels.reason}."
+            )
+            continue
+        words = (
+            f"Along the training of {lineage}: {predictor} and {score} have rank correlation "
+            f"{levels.coefficient:.2f} over {levels.n} checkpoints"
+        )
+        if not math.isnan(changes.coefficient):
+            words += (
+                f", and their changes {changes.coefficient:.2f} over {changes.n} steps between "
+                "checkpoints"
+            )
+        yield (
+            f"{words}. Checkpoints of one training are not independent observations, so that this "
+            "describes the training and tests nothing."
+        )

@@ -1,6 +1,7 @@
-"""From saved runs to an answer: does coupling go with the score, across models and within one over its documents?
+"""From saved runs to an answer: whether coupling goes with the score.
 
-:func:`fit_runs` assembles what :mod:`lm_eval_coupling.statistics` computes; every number is in one of ``Findings.tables``.
+:func:`fit_runs` assembles what :mod:`lm_eval_coupling.statistics` computes, across models and
+within each model over its documents. Every number is in one of ``Findings.tables``.
 """
 
 from __future__ import annotations
@@ -12,25 +13,27 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_coupling.fit import across_models, document_noise, within_models
-from lm_eval_coupling.fit import finding_text as words
+from lm_eval_coupling.fit import across_models, document_noise, finding_text, within_models
 from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.losses import add_losses
-from lm_eval_coupling.fit.observations import Observations, observe
+from lm_eval_coupling.fit.observations import LEAST, Observations, observe
 from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.statistics import Fit
+from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
 __all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """``words``: the finding, a paragraph each; ``notes``: what was left out; ``tables``: every number, by name.
+    """The finding with every number that it rests on.
 
-    ``fits``: by score, predictor, form and whose errors, for drawing.
+    ``words`` is the finding, a paragraph each, and ``notes`` tell what was left out. ``tables``
+    have every number, by name. ``fits`` are for drawing, by score, predictor, form and used
+    errors.
     """
 
     observations: Observations
@@ -40,8 +43,17 @@ class Findings:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out, and what may make the numbers differ."""
+        """Sentences on what was left out, and on what may make the numbers differ."""
         return self.observations.notes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Tables, fits and paragraphs of one question."""
+
+    tables: Mapping[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
+    fits: Mapping[tuple[str, str, str, str], Fit] = dataclasses.field(default_factory=dict)
+    words: Sequence[str] = ()
 
 
 def fit_runs(
@@ -54,144 +66,169 @@ def fit_runs(
     mixed: str = "refuse",
     resamples: int = 1999,
 ) -> Findings:
-    """Read saved runs and ask of them everything that they can answer.
+    """Read saved runs and answer all questions that they allow.
 
     Args:
-        paths: folders that lm-eval wrote, searched recursively.
-        score: a metric such as ``acc_norm``; by default the one that lm-eval lists first for each task.
-        x: names of the predictors, the one in question first; by default coupling at K = 10, then all others.
-        tasks: tasks or groups; by default groups that have a score, and tasks in none of these.
-        facts: CSV file with what is known of the models: family, tuned, training_tokens, others.
+        paths: Folders that lm-eval wrote, searched recursively.
+        score: A metric such as ``acc_norm``; by default the one that lm-eval lists first for each
+            task.
+        x: Names of the predictors, the one in question first; by default coupling at K = 10, then
+            all others.
+        tasks: Tasks or groups; by default groups that have a score, and tasks in none of these.
+        facts: CSV file of facts about the models: family, tuned, training_tokens, others.
         mixed: ``refuse`` or ``keep`` runs of different settings.
-        resamples: of permutation tests and bootstraps.
+        resamples: Number of permutations of each test.
 
     Returns:
-        The observations, every table that they allow, and in the notes what was left out and why.
+        The observations, every table that they allow, and notes on what was left out and why.
 
     Raises:
-        CouplingError: if there is nothing to compare, a name is unknown, or the runs do not compare.
+        CouplingError: If there is nothing to compare, a name is unknown, or the runs do not
+            compare.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    found_runs = find_runs(paths)
-    require_results(found_runs, paths)
-    runs = rows_of_runs(found_runs.runs, mixed=mixed, facts=facts)
-    notes = [f"passed over: {problem}" for problem in found_runs.passed_over]
+    saved = find_runs(paths)
+    require_results(saved, paths)
+    runs = rows_of_runs(saved.runs, mixed=mixed, facts=facts)
+    notes = [f"passed over: {problem}" for problem in saved.passed_over]
     rows = scored_rows(runs, notes, score=score, tasks=tasks, mixed=mixed)
-    rows = add_losses(rows, found_runs.runs)
-    found = observe(rows, notes, x=x)
-    main = found.main.name
+    rows = add_losses(rows, saved.runs)
+    observations = observe(rows, notes, x=x)
+    main = observations.main.name
     steps = checkpoints(rows, main)
     training = along_training(steps, main, resamples=resamples)
-    tables = {"observations": found.frame, "checkpoints": steps}
-    tables["training"] = across_models.table(training, "lineage", "score", "predictor", "of")
-    read = within_models.load_documents(found_runs.runs, _leaves(runs, found, tasks, score), notes)
-    below = {group: leaves for run in found_runs.runs for group, leaves in run.leaves.items()}
-    tables_across, fits, said = _across(found, read, below, resamples)
-    tables_within, said_within = _within(read, main)
+    documents = within_models.load_documents(saved.runs, _leaves(runs, observations, tasks, score))
+    leaves = {group: members for run in saved.runs for group, members in run.leaves.items()}
+    across = _across(observations, documents, leaves, resamples)
+    within = _within(documents, main)
+    tables = {
+        "observations": observations.frame,
+        "checkpoints": steps,
+        "training": across_models.table(training, "lineage", "score", "predictor", "of"),
+    }
     return Findings(
-        Observations(found.frame, found.predictors, tuple(notes)),
-        tables | tables_across | tables_within,
-        fits,
-        tuple([*said, *said_within, *words.about_training(training)]),
+        dataclasses.replace(observations, notes=tuple(notes)),
+        {**tables, **across.tables, **within.tables},
+        across.fits,
+        (*across.words, *within.words, *finding_text.describe_training(training)),
     )
 
 
 def _across(
-    found: Observations,
+    observations: Observations,
     documents: pd.DataFrame,
     leaves: Mapping[str, Sequence[str]],
     resamples: int,
-) -> tuple[dict[str, pd.DataFrame], dict, list[str]]:
-    if found.models < 2:
-        return {}, {}, ["One model only: nothing to compare across models."]
-    main = found.main.name
-    correlated, fits = (
-        across_models.correlations(found, resamples=resamples),
-        across_models.fits(found),
-    )
-    compared, nested, families = (
-        across_models.comparisons(found),
-        across_models.nested(found),
-        across_models.families(found),
-    )
-    reliable = document_noise.reliabilities(found, documents, leaves)
-    corrected = document_noise.corrected(found, correlated, reliable)
-    swapped = across_models.swapped_tasks(found, resamples=resamples)
+) -> _Part:
+    if observations.models == 1:
+        return _Part(words=["One model only: nothing to compare across models."])
+    if not any(True for _ in observations.compared()):
+        return _Part(
+            words=[f"No score of {LEAST} models or more: nothing to compare across models."]
+        )
+    main, last = observations.main.name, observations.main_score
+    correlated = across_models.correlations(observations, resamples=resamples)
+    fits = across_models.fits(observations)
+    compared = across_models.comparisons(observations, resamples=resamples)
+    nested = across_models.nested(observations, resamples=resamples)
+    within = across_models.within_families(observations, resamples=resamples)
+    influences = across_models.influences(observations, correlated, resamples=min(resamples, 999))
+    reliable = document_noise.reliabilities(observations, documents, leaves)
+    corrected = document_noise.corrected(observations, correlated, reliable)
+    swapped = across_models.swapped_tasks(observations, resamples=resamples)
+    families = across_models.families(observations)
+    rows = across_models.correlation_table(correlated, observations, resamples=resamples)
+    table = across_models.table
     tables = {
-        "correlations": across_models.correlation_table(correlated, found, resamples=resamples),
-        "alone": across_models.alone(found),
-        "reliability": across_models.table(reliable, "score", "predictor"),
-        "corrected": across_models.table(corrected, "score", "predictor"),
-        "swapped_tasks": across_models.table(swapped, "score", "predictor", "measured_on"),
-        "fits": across_models.table(fits, "score", "predictor", "curve", "weights"),
-        "subsets": across_models.subsets(found),
+        "correlations": rows,
+        "alone": across_models.alone(observations),
+        "reliability": table(reliable, "score", "predictor"),
+        "corrected": table(corrected, "score", "predictor"),
+        "swapped_tasks": table(swapped, "score", "predictor", "measured_on"),
+        "fits": table(fits, "score", "predictor", "curve", "weights"),
+        "subsets": across_models.subsets(observations),
+        "influence": influences,
         "comparisons": across_models.comparison_table(compared),
-        "nested": across_models.table(nested, "score", "predictor", "given"),
-        "families": across_models.table(families, "score", "predictor", "given", "how"),
+        "nested": table(nested, "score", "predictor", "given"),
+        "families": table(families, "score", "predictor", "given", "how"),
+        "within_families": table(within, "score", "predictor"),
     }
-    pearson = {
-        (score, x): r
-        for (score, x, method), r in correlated.items()
-        if x == main and method == "pearson"
-    }
-    told: list[Mapping[Any, Any]] = [
-        {key: fit for key, fit in fits.items() if key[1:] == (main, "exponential", "none")},
-        {key: r for key, r in compared.items() if key[2] in found.covariates[:1]},
-        nested,
-        {key: r for key, r in families.items() if key[2:] == ("", "mixed")},
-    ]
-    said = words.about_models(found, pearson, told)
-    last = found.scores[-1]
-    said += words.about_many(tables["correlations"], last)
-    said += words.about_rivals(
-        {key[2]: r for key, r in compared.items() if key[0] == last}, main, last
+    pearson = {score: correlated[score, main, "pearson"] for score, _ in observations.compared()}
+    rivals = {other: r for (score, _, other), r in compared.items() if score == last}
+    size = next((name for name in observations.covariates if name in rivals), None)
+    is_last = influences["score"] == last if len(influences) else []
+    results = finding_text.MainResults(
+        pearson=pearson[last],
+        fits={form: fits[last, main, form, "none"] for form in ("line", "exponential")},
+        within_families=within.get((last, main)),
+        against_size=None if size is None else (size, rivals[size]),
+        nested=[r for (score, *_), r in nested.items() if score == last],
+        influence=influences[is_last] if len(influences) else influences,
     )
-    said += words.about_noise(reliable.get((last, main)), corrected.get((last, main)), main, last)
-    said += words.about_tasks(found, pearson, swapped)
-    return tables, fits, said
+    # One score is chosen from several, so that its p is adjusted for their number.
+    of_score = rows[(rows["score"] == last) & (rows["method"] == "pearson")]
+    own = {
+        row["predictor"]: is_beyond_chance(
+            correlated[last, row["predictor"], "pearson"], row["p_holm"]
+        )
+        for row in of_score.to_dict("records")
+    }
+    words = [
+        *finding_text.describe_models(observations, pearson, results),
+        *finding_text.describe_predictors(rows, correlated, last),
+        *finding_text.describe_rivals(rivals, main, last, own, described=size),
+        *finding_text.describe_noise(
+            reliable.get((last, main)), corrected.get((last, main)), main, last
+        ),
+        *finding_text.describe_tasks(main, pearson, swapped),
+    ]
+    return _Part(tables, fits, words)
 
 
-def _within(read: pd.DataFrame, main: str) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    if read.empty or read["right"].isna().all():
-        return {}, [
-            "Within models nothing was asked: of no measured document is there an answer that is right or wrong (it needs "
-            "lm-eval's --log_samples, and a task that has such answers)."
-        ]
-    predictors = within_models.document_predictors(read, main)
-    aurocs = within_models.aurocs(read, [*predictors, *within_models.yardsticks(read)])
-    logistics = within_models.logistics(read, predictors)
+def _within(documents: pd.DataFrame, main: str) -> _Part:
+    if documents.empty or documents["right"].isna().all():
+        return _Part(
+            words=[
+                "Within models nothing can be tested: no measured document has an answer that is "
+                "right or wrong (it needs lm-eval's --log_samples, and a task with such answers)."
+            ]
+        )
+    predictors = within_models.document_predictors(documents, main)
+    yardsticks = within_models.yardsticks(documents)
+    aurocs = within_models.aurocs(documents, [*predictors, *yardsticks])
+    logistics = within_models.logistics(documents, predictors)
+    graded = within_models.graded(documents, predictors)
     tables = {
-        "documents": read,
+        "documents": documents,
         "auroc": within_models.auroc_table(aurocs),
         "logistic": across_models.table(logistics, "model", "task", "predictor", "given"),
-        "graded": across_models.table(
-            within_models.graded(read, predictors), "model", "task", "predictor", "of"
-        ),
-        "calibration": within_models.calibration(read, predictors[0]),
+        "graded": across_models.table(graded, "model", "task", "predictor", "of"),
+        "calibration": within_models.calibration(documents, predictors[0]),
     }
-    return tables, words.about_documents(aurocs, logistics, predictors[0])
+    words = finding_text.describe_documents(aurocs, logistics, predictors[0])
+    return _Part(tables, words=words)
 
 
 def _leaves(
-    runs: pd.DataFrame, found: Observations, tasks: Sequence[str] | None, score: str | None
+    runs: pd.DataFrame,
+    observations: Observations,
+    tasks: Sequence[str] | None,
+    score: str | None,
 ) -> pd.DataFrame:
-    """The rows of single tasks, of the models that were compared: documents belong to these, not to groups."""
-    frame = found.frame
+    """Return the rows of single tasks of the compared models, which documents belong to."""
+    frame = observations.frame
     own = dict(zip(zip(frame["file"], frame["task"], strict=True), frame["label"], strict=True))
-    of_file = (
-        frame.drop_duplicates("file").set_index("file")["label"].to_dict()
-    )  # of the tasks of a group
+    # Tasks of a group have no row of their own in the observations.
+    of_file = frame.drop_duplicates("file").set_index("file")["label"].to_dict()
     places = zip(runs["file"], runs["task"], strict=True)
     rows = runs.assign(label=[own.get(place, of_file.get(place[0])) for place in places])
     rows = rows[rows["label"].notna() & ~rows["is_group"]]
     if tasks is not None:
         above = dict(zip(runs["task"], runs["group"], strict=True))
         rows = rows[[not set(tasks).isdisjoint(_ancestors(task, above)) for task in rows["task"]]]
-    return (
-        rows
-        if score is None
-        else rows.assign(metric=[_named(row, score) for row in rows.to_dict("records")])
-    )
+    if score is None:
+        return rows
+    return rows.assign(metric=[_metric(row, score) for row in rows.to_dict("records")])
 
 
 def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:
@@ -201,7 +238,7 @@ def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:
     return line
 
 
-def _named(row: Mapping[str, Any], score: str) -> str | None:
-    """The metric of this row that is meant, or the one lm-eval lists first."""
+def _metric(row: Mapping[str, Any], score: str) -> str | None:
+    """Return the metric of this row that ``score`` names, or the one that lm-eval lists first."""
     named = [name for name in row if name == score or str(name).startswith(f"{score},")]
     return next((name for name in named if pd.notna(row[name])), row["metric"])

@@ -1,4 +1,4 @@
-"""How well a model knows the right answers: the loss that a score is made of, and the rival of everything read inside."""
+"""Losses of the right answers: the rivals of every number that is read inside a model."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ LOSSES = {"gold_answer_loss": -1, "gold_answer_margin": 1, "bits_per_byte": -1}
 
 
 def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
-    """``rows`` of ``load_runs`` with what samples and rolling tasks say of the model's loss, and its standard errors.
+    """Add the model's losses and their standard errors to the rows of ``load_runs``.
 
-    ``gold_answer_loss``: −log p of the right answer in nats per byte, mean over documents; ``gold_answer_margin``: its
-    log-likelihood less that of the best wrong one; both of tasks of choices whose samples were kept. ``bits_per_byte``: mean
-    over the rolling tasks of the same run, beside every other task of it.
+    ``gold_answer_loss`` is −log p of the right answer in nats per byte, the mean over documents.
+    ``gold_answer_margin`` is its log-likelihood less that of the best wrong answer. Both need a
+    task of choices whose samples were kept. ``bits_per_byte`` is the mean over the rolling tasks
+    of the same run, given to every other task of it.
 
     Returns:
-        As many rows, in their order, with these columns besides.
+        As many rows, in their order, with these columns added.
     """
     by_file = {str(run.file): run for run in runs}
-    found = [_of_row(by_file[row["file"]], row) for row in rows.to_dict("records")]
-    told = pd.DataFrame(found, rows.index, columns=["gold_answer_loss", "gold_answer_loss_stderr", "gold_answer_margin",
-                                                    "gold_answer_margin_stderr"])  # fmt: skip
+    names = ("gold_answer_loss", "gold_answer_margin")
+    columns = [column for name in names for column in (name, f"{name}_stderr")]
+    numbers = [_losses(by_file[row["file"]], row) for row in rows.to_dict("records")]
+    losses = pd.DataFrame(numbers, rows.index, columns=columns)
     if "bits_per_byte,none" in rows:
         rolling = rows.groupby("file")["bits_per_byte,none"].transform("mean")
-        told["bits_per_byte"] = rolling.where(rows["bits_per_byte,none"].isna())
-    return pd.concat([rows, told.dropna(axis=1, how="all")], axis=1)
+        losses["bits_per_byte"] = rolling.where(rows["bits_per_byte,none"].isna())
+    return pd.concat([rows, losses.dropna(axis=1, how="all")], axis=1)
 
 
-def _of_row(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
+def _losses(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return loss and margin of the right answers, each with its standard error."""
     metric = row["metric"]
     leaves = run.leaves.get(row["task"]) or [row["task"]]
     documents = [
@@ -52,7 +55,7 @@ def _of_row(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def gold_answers(answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
-    """Loss per byte and margin of every document whose right choice is known."""
+    """Yield loss per byte and margin of every document whose right choice is known."""
     for answer in answers.values():
         options, sizes = answer.get("options") or (), answer.get("bytes") or ()
         right = right_choice(options, answer.get("expected"), answer.get("right"))
@@ -63,12 +66,9 @@ def gold_answers(answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[flo
 def right_choice(
     options: Sequence[tuple[str, float]], expected: str | None, right: bool | None
 ) -> int | None:
-    """Which of the choices is the right one; None where none of them, or more than one, is.
+    """Return the index of the right choice; None where none, or more than one, is right.
 
-    Winogrande's two choices are told apart by what its target does not say: there the score tells which was right.
-
-    Returns:
-        Its index.
+    Winogrande's target names neither of its two choices; there the score tells which was right.
     """
     named = [i for i, (text, _) in enumerate(options) if text == expected]
     if len(named) == 1 and len(options) > 1:
@@ -80,6 +80,10 @@ def right_choice(
 
 
 def margin_of(options: Sequence[tuple[str, float]], right: int) -> float:
-    """Log-likelihood of the right choice less that of the best wrong one; NaN where there is none."""
+    """Return the log-likelihood of the right choice less that of the best wrong one.
+
+    Returns:
+        NaN where there is no wrong one.
+    """
     wrong = [likelihood for i, (_, likelihood) in enumerate(options) if i != right]
     return options[right][1] - max(wrong) if wrong else math.nan

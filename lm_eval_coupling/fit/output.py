@@ -17,161 +17,170 @@ from rich.text import Text
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
+from lm_eval_coupling.safe_text import for_terminal, frame_for_csv
+from lm_eval_coupling.saved.atomic import write_text, writing
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.tables import safe_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SCATTERS = 7  # more scores than that are shown by their mean only
-_ROWS = 60  # more than that are no picture
+_SCATTERS = 7  # with more scores, only the main one is drawn
+_ROWS = 60  # more rows than that make no picture
 _INPUTS = ("observations", "documents", "checkpoints")
 
 
-def save(found: Findings, out: Path | str) -> list[Path]:
+def save(findings: Findings, out: Path | str) -> list[Path]:
     """Write ``<table>.csv``, ``fit.json``, ``finding.txt`` and the pictures as PNG and SVG.
 
     Returns:
         The files that were written.
 
     Raises:
-        CouplingError: if the folder cannot be written.
+        CouplingError: If the folder cannot be written.
     """
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return [*_save_tables(found, out), *_save_figures(found, out)]
+        return [*_save_tables(findings, out), *_save_figures(findings, out)]
     except OSError as error:
         raise CouplingError(
-            f"got {out} for the results, which cannot be written ({why(error)}); choose another folder"
+            f"got {out} for the results, which cannot be written ({why(error)}); "
+            "choose another folder"
         ) from None
 
 
-def _save_tables(found: Findings, out: Path) -> Iterator[Path]:
-    tables = {name: rows for name, rows in found.tables.items() if len(rows)}
+def _save_tables(findings: Findings, out: Path) -> Iterator[Path]:
+    tables = {name: rows for name, rows in findings.tables.items() if len(rows)}
     for name, rows in tables.items():
-        rows.to_csv(out / f"{name}.csv", index=False)
+        with writing(out / f"{name}.csv") as file:
+            frame_for_csv(rows).to_csv(file, index=False)
         yield out / f"{name}.csv"
     about = {
-        "predictor": found.observations.main.name,
-        "finding": found.words,
-        "notes": found.notes,
+        "predictor": findings.observations.main.name,
+        "finding": findings.words,
+        "notes": findings.notes,
     }
     results = {
         name: rows.to_dict("records") for name, rows in tables.items() if name not in _INPUTS
     }
-    (out / "fit.json").write_text(
-        json.dumps(strict(about | {"tables": results}), indent=1), encoding="utf-8"
-    )
-    (out / "finding.txt").write_text(
-        "\n\n".join([*found.words, *_noted(found)]) + "\n", encoding="utf-8"
-    )
-    yield from (out / "fit.json", out / "finding.txt")
+    yield write_text(out / "fit.json", json.dumps(strict(about | {"tables": results}), indent=1))
+    paragraphs = [*findings.words, *_note_lines(findings)]
+    yield write_text(out / "finding.txt", for_terminal("\n\n".join(paragraphs)) + "\n")
 
 
-def _noted(found: Findings) -> list[str]:
-    return [f"Note: {note}." for note in found.notes]
+def _note_lines(findings: Findings) -> list[str]:
+    return [f"Note: {note}." for note in findings.notes]
 
 
-def _save_figures(found: Findings, out: Path) -> Iterator[Path]:
-    for name, draw in _figures(found):
+def _save_figures(findings: Findings, out: Path) -> Iterator[Path]:
+    for name, draw in _figures(findings):
         figure = draw()
         for suffix in ("png", "svg"):
-            figure.savefig(out / f"{name}.{suffix}")
+            with writing(out / f"{name}.{suffix}") as file:
+                figure.savefig(file)
             yield out / f"{name}.{suffix}"
 
 
-def _figures(found: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """The name of every picture there is something for, and what draws it."""
+def _figures(findings: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Yield the name of every picture that has something to show, and a function to draw it."""
     from lm_eval_coupling.figures import scatter as draw  # here, because matplotlib is slow to load
 
-    observed, tables, main = found.observations, found.tables, found.observations.main.name
-    if found.fits:
-        scores = observed.scores if len(observed.scores) <= _SCATTERS else observed.scores[-1:]
-        for score in scores:
-            name = score.replace("−", "minus_").replace(" ", "_")
-            yield f"scatter_{safe_name(name)}", partial(_scatter, found, score)
-        yield (
-            "predictors",
-            lambda: draw.intervals(
-                _compared(found),
-                x_label=f"Pearson correlation with {observed.scores[-1]}",
-                chance=0.0,
-            ),
-        )
-        swept = _swept(found)
-        if swept["rank"].nunique() > 1:
-            yield "ranks", lambda: draw.rank_sweep(swept)
+    observations, tables = findings.observations, findings.tables
+    main = observations.main.name
+    if findings.fits:
+        yield from _figures_across(findings)
     areas = _areas(tables.get("auroc", pd.DataFrame()))
     if 0 < len(areas) <= _ROWS:
         within = areas["predictor"].iloc[0]
-        yield (
-            "auroc",
-            lambda: draw.intervals(
-                areas, x_label=f"AUROC of {within} for right answers", chance=0.5
-            ),
-        )
-        binned = tables["calibration"].merge(
-            areas[["model", "task"]]
-        )  # where there are right and wrong answers
+        label = f"AUROC of {within} for right answers"
+        yield "auroc", lambda: draw.intervals(areas, x_label=label, chance=0.5)
+        # Only tasks with right and wrong answers have an area.
+        binned = tables["calibration"].merge(areas[["model", "task"]])
         yield "calibration", lambda: draw.accuracy_curves(binned, x_label=within)
     if len(tables["checkpoints"]):
-        yield (
-            "training",
-            lambda: draw.training_curves(
-                tables["checkpoints"].assign(x=lambda t: t[main]), x_label=main
-            ),
-        )
+        points = tables["checkpoints"].assign(x=lambda rows: rows[main])
+        yield "training", lambda: draw.training_curves(points, x_label=main)
 
 
-def _scatter(found: Findings, score: str) -> Figure:
+def _figures_across(findings: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:
     from lm_eval_coupling.figures import scatter as draw
 
-    main = found.observations.main
-    rows = dict(found.observations.by_score())[score]
+    observations = findings.observations
+    scores = [score for score, _ in observations.compared()]
+    for score in scores if len(scores) <= _SCATTERS else [observations.main_score]:
+        name = score.replace("−", "minus_").replace(" ", "_")
+        yield f"scatter_{safe_name(name)}", partial(_scatter, findings, score)
+    compared = _compared(findings)
+    label = f"Pearson correlation with {observations.main_score}"
+    yield "predictors", lambda: draw.intervals(compared, x_label=label, chance=0.0)
+    swept = _swept(findings)
+    if swept["rank"].nunique() > 1:
+        yield "ranks", lambda: draw.rank_sweep(swept)
+    left_out = _left_out(findings)
+    if 0 < len(left_out) <= _ROWS:
+        value = left_out["all_models"].iloc[0]
+        label = f"Pearson correlation without each member (line: all, {value:.2f})"
+        yield "influence", lambda: draw.intervals(left_out, x_label=label, chance=value)
+
+
+def _scatter(findings: Findings, score: str) -> Figure:
+    from lm_eval_coupling.figures import scatter as draw
+
+    main = findings.observations.main
+    rows = dict(findings.observations.by_score())[score]
     points = rows.assign(
         x=rows[main.name],
         y=rows["score"],
         x_error=rows.get(main.error, math.nan),
         y_error=rows["score_error"],
     )
-    curves = [found.fits[score, main.name, form, "none"] for form in ("line", "exponential")]
-    lacking = points[["x", "y"]].isna().any(axis=1).sum()
-    title = (
-        f"{lacking} of {len(points)} models left out (no {main.name} or no score)"
-        if lacking
-        else None
-    )
+    curves = [findings.fits[score, main.name, form, "none"] for form in ("line", "exponential")]
+    incomplete = points[["x", "y"]].isna().any(axis=1).sum()
+    title = None
+    if incomplete:
+        title = f"{incomplete} of {len(points)} models left out (no {main.name} or no score)"
     return draw.score_scatter(points, curves, x_label=main.name, y_label=score, title=title)
 
 
-def _compared(found: Findings) -> pd.DataFrame:
-    """Pearson of every predictor with the last score."""
-    rows = found.tables["correlations"].query("method == 'pearson'")
-    rows = rows[rows["score"] == found.observations.scores[-1]]
-    kinds = {predictor.name: predictor.kind for predictor in found.observations.predictors}
+def _compared(findings: Findings) -> pd.DataFrame:
+    """Return Pearson's correlation of every distinct predictor with the main score."""
+    observations = findings.observations
+    rows = findings.tables["correlations"].query("method == 'pearson' and same_as == ''")
+    rows = rows[rows["score"] == observations.main_score]
+    kinds = {predictor.name: predictor.kind for predictor in observations.predictors}
     return rows.assign(
         label=rows["predictor"], value=rows["coefficient"], kind=rows["predictor"].map(kinds)
     )
 
 
-def _swept(found: Findings) -> pd.DataFrame:
-    definition = found.observations.main.name.partition("@")[0]
+def _left_out(findings: Findings) -> pd.DataFrame:
+    """Return the influence of each member on the main score's correlation, strongest first."""
+    rows = findings.tables["influence"]
+    if not len(rows):
+        return rows
+    rows = rows[rows["score"] == findings.observations.main_score].dropna(subset="coefficient")
+    change = (rows["coefficient"] - rows["all_models"]).abs()
+    rows = rows.assign(
+        label=rows["without"], value=rows["coefficient"], low=math.nan, high=math.nan
+    )
+    return rows.loc[change.sort_values(ascending=False).index]
+
+
+def _swept(findings: Findings) -> pd.DataFrame:
+    definition = findings.observations.main.name.partition("@")[0]
     ranks = {
         p.name: p.rank
-        for p in found.observations.predictors
+        for p in findings.observations.predictors
         if p.rank and p.name.startswith(f"{definition}@")
     }
-    rows = found.tables["correlations"].query("method == 'pearson'")
-    return (
-        rows.assign(rank=rows["predictor"].map(ranks))
-        .dropna(subset=["rank", "coefficient"])
-        .astype({"rank": int})
-    )
+    rows = findings.tables["correlations"].query("method == 'pearson'")
+    rows = rows.assign(rank=rows["predictor"].map(ranks))
+    return rows.dropna(subset=["rank", "coefficient"]).astype({"rank": int})
 
 
 def _areas(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of the first predictor, where there is one."""
+    """Return the areas of the first predictor that are defined."""
     if not len(rows):
         return rows
     rows = rows[(rows["predictor"] == rows["predictor"].iloc[0]) & rows["auroc"].notna()]
@@ -179,8 +188,8 @@ def _areas(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(label=rows["model"] + ": " + rows["task"], value=rows["auroc"], kind=kind)
 
 
-def show(found: Findings, console: Console | None = None) -> None:
-    """Print the tables to read and the finding."""
+def show(findings: Findings, console: Console | None = None) -> None:
+    """Print the tables to read, the finding and the notes."""
     console = console or Console()
     makers = (
         _score_table,
@@ -191,32 +200,32 @@ def show(found: Findings, console: Console | None = None) -> None:
         _document_table,
     )
     for make in makers:
-        if table := make(found):
+        if table := make(findings):
             _print(console, *table)
-    for paragraph in found.words:
-        console.print(escape(paragraph), end="\n\n")
-    for note in _noted(found):
-        console.print(escape(note), style="dim")
+    for paragraph in findings.words:
+        console.print(escape(for_terminal(paragraph)), end="\n\n")
+    for note in _note_lines(findings):
+        console.print(escape(for_terminal(note)), style="dim")
 
 
 def _print(console: Console, title: str, shown: list[TextColumn]) -> None:
     fitted = fit_columns(shown, console.width)
-    console.print(Text(title, style="bold"))
+    console.print(Text(for_terminal(title), style="bold"))
     console.print(fitted.table)
     if fitted.left_out:
         console.print(f"left out here, in the files: {', '.join(fitted.left_out)}", style="dim")
     console.print()
 
 
-def _score_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
-    main = found.observations.main.name
+def _score_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
+    main = findings.observations.main.name
     cells = []
-    for score in found.observations.scores if found.fits else ():
+    for score in [s for s, _ in findings.observations.compared()] if findings.fits else ():
         pearson, *ranks = (
-            _correlation(found, score, main, method)
+            _correlation(findings, score, main, method)
             for method in ("pearson", "spearman", "kendall")
         )
-        r2 = [found.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
+        r2 = [findings.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
         numbers = map(_number, [*(rank["coefficient"] for rank in ranks), *r2])
         cells.append(
             (
@@ -231,39 +240,31 @@ def _score_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     return _table(f"{main} and the score, across models", headers, cells)
 
 
-def _correlation(found: Findings, score: str, predictor: str, method: str) -> Mapping[str, Any]:
-    rows = found.tables["correlations"].set_index(["score", "predictor", "method"])
+def _correlation(findings: Findings, score: str, predictor: str, method: str) -> Mapping[str, Any]:
+    rows = findings.tables["correlations"].set_index(["score", "predictor", "method"])
     return rows.loc[score, predictor, method].to_dict()
 
 
-def _predictor_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
-    if not found.fits:
+def _predictor_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
+    if not findings.fits:
         return None
-    score = found.observations.scores[-1]
-    alone = found.tables["alone"].query("score == @score").set_index("predictor")
+    score = findings.observations.main_score
+    alone = findings.tables["alone"].query("score == @score").set_index("predictor")
+    corrected = findings.tables["corrected"].query("score == @score")
+    corrected = corrected.set_index("predictor")["coefficient"]
     cells = []
-    for predictor in [p.name for p in found.observations.predictors]:
+    for predictor in [p.name for p in findings.observations.predictors]:
         pearson, spearman = (
-            _correlation(found, score, predictor, method) for method in ("pearson", "spearman")
+            _correlation(findings, score, predictor, method) for method in ("pearson", "spearman")
         )
-        corrected = found.tables["corrected"].query("score == @score and predictor == @predictor")[
-            "coefficient"
-        ]
         numbers = (
+            corrected.get(predictor, math.nan),
             spearman["coefficient"],
             alone["r2_left_out"][predictor],
             alone["r2_left_out_family"][predictor],
         )
-        noiseless = corrected.iloc[0] if len(corrected) else math.nan
-        ps = _p(pearson["p_bh"]), _p(pearson["p_simultaneous"])
-        cells.append(
-            (
-                predictor,
-                _estimate(pearson, "coefficient"),
-                *ps,
-                *map(_number, (noiseless, *numbers)),
-            )
-        )
+        ps = (_p(pearson["p_bh"]), _p(pearson["p_simultaneous"]))
+        cells.append((predictor, _estimate(pearson, "coefficient"), *ps, *map(_number, numbers)))
     headers = (
         "predictor",
         "Pearson r",
@@ -277,13 +278,13 @@ def _predictor_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
     return _table(f"Every predictor and {score}", headers, cells)
 
 
-def _rival_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
-    rows = found.tables.get("comparisons", pd.DataFrame())
+def _rival_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
+    rows = findings.tables.get("comparisons", pd.DataFrame())
     if not len(rows):
         return None
-    rows = rows[(rows["score"] == found.observations.scores[-1]) & rows["p"].notna()].sort_values(
-        "second", ascending=False
-    )
+    rows = rows[
+        (rows["score"] == findings.observations.main_score) & rows["p"].notna()
+    ].sort_values("second", key=abs, ascending=False)
     cells = [
         (
             row["other"],
@@ -293,14 +294,16 @@ def _rival_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
         )
         for row in rows.to_dict("records")
     ]
-    main = found.observations.main.name
+    main = findings.observations.main.name
     return _table(
-        f"{main} against each rival", ("rival", main, "rival's r", "difference", "p Holm"), cells
+        f"{main} against each rival",
+        ("rival", f"r of {main}", "rival's r", "|r| − |rival's r|", "p Holm"),
+        cells,
     )
 
 
-def _subset_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
-    rows = found.tables.get("subsets", pd.DataFrame())
+def _subset_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
+    rows = findings.tables.get("subsets", pd.DataFrame())
     if not len(rows) or rows["subset"].nunique() == 1:
         return None
     cells = [
@@ -311,13 +314,13 @@ def _subset_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
             _p(row["p"]),
             _number(row["line_r2"]),
         )
-        for row in rows[rows["score"] == found.observations.scores[-1]].to_dict("records")
+        for row in rows[rows["score"] == findings.observations.main_score].to_dict("records")
     ]
-    title = f"Subsets: {found.observations.main.name} and {found.observations.scores[-1]}"
+    title = f"Subsets: {findings.observations.main.name} and {findings.observations.main_score}"
     return _table(title, ("models", "number", "Pearson", "p", "R² line"), cells)
 
 
-def _nested_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
+def _nested_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
     cells = [
         (
             row["score"],
@@ -326,11 +329,14 @@ def _nested_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
             _p(row["p"]),
             *map(_number, _pair(row, "r2_left_out")),
         )
-        for row in found.tables.get("nested", pd.DataFrame()).to_dict("records")
+        for row in findings.tables.get("nested", pd.DataFrame()).to_dict("records")
         if not row["reason"]
     ]
-    headers = ("score", "held fixed", "R²", "R² with", "p of F", "left out", "with")
-    title = f"What {found.observations.main.name} says beyond size (R² without and with it; also of models left out)"
+    headers = ("score", "held fixed", "R²", "R² with", "p", "left out", "with")
+    title = (
+        f"What {findings.observations.main.name} says beyond size (R² without and with it; also of "
+        "models left out)"
+    )
     return _table(title, headers, cells)
 
 
@@ -338,12 +344,14 @@ def _pair(row: Mapping[str, Any], name: str) -> tuple[float, float]:
     return row[f"without_{name}"], row[f"with_predictor_{name}"]
 
 
-def _document_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
-    rows = found.tables.get("auroc", pd.DataFrame())
+def _document_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
+    rows = findings.tables.get("auroc", pd.DataFrame())
     if not len(rows):
         return None
     rows = rows[rows["predictor"] == rows["predictor"].iloc[0]]
-    odds = found.tables["logistic"].query("given != ''").set_index(["model", "task", "predictor"])
+    odds = (
+        findings.tables["logistic"].query("given != ''").set_index(["model", "task", "predictor"])
+    )
     cells = []
     for row in rows.to_dict("records"):
         key = row["model"], row["task"], row["predictor"]
@@ -361,7 +369,7 @@ def _document_table(found: Findings) -> tuple[str, list[TextColumn]] | None:
 def _table(
     title: str, headers: Sequence[str], cells: Sequence[tuple[Any, ...]]
 ) -> tuple[str, list[TextColumn]] | None:
-    """Title and columns; the last columns are left out first where the terminal is narrow."""
+    """Return title and columns; a narrow terminal leaves out the last columns first."""
     if not cells:
         return None
     spare = {header: number for number, header in enumerate(headers) if number > 2}
@@ -373,7 +381,7 @@ def _table(
 
 
 def _estimate(row: Mapping[str, Any], name: str, spec: str = ".2f") -> str:
-    """The number with its interval; its bounds are ``<name>_low`` or ``low``."""
+    """Return the number with its interval, whose bounds are ``<name>_low`` or ``low``."""
     low, high = (row.get(f"{name}_{side}", row.get(side, math.nan)) for side in ("low", "high"))
     interval = "" if math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
     return _number(row.get(name, math.nan), spec) + interval

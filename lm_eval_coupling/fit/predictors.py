@@ -1,4 +1,4 @@
-"""What may say something of a score: every reading of the registry that a run has, the model's size, its loss, and facts."""
+"""Predictors of a score: readings of a run, the model's size, its loss, and facts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lm_eval_coupling.measures.registry import registered_measures
 
 COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
 _SIZES = (*COVARIATES, "log10_compute", "n_heads", "vocab_size")
-_COUPLING = {
-    "depth": "coupling"
-}  # the kind of this measure's readings; of others it is the measure's name
+# The kind of this measure's readings; the kind of the others is the measure's name.
+_COUPLING = {"depth": "coupling"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A column that may say something of the score.
+    """A column that may predict the score.
 
-    ``kind``: ``coupling``, the name of another measure, ``size``, ``loss`` or ``fact``; ``sign``: the direction in which it
-    is expected to go with the score, 0 where nobody has said; ``rank`` where it has one.
+    ``kind`` is ``coupling``, the name of another measure, ``size``, ``loss`` or ``fact``. ``sign``
+    is the direction in which it is expected to go with the score, or 0. ``rank`` is its number of
+    singular vectors, if it has one.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Predictor:
 
     @property
     def error(self) -> str | None:
-        """The column of its standard error."""
+        """The column of its standard error, or None for exact numbers."""
         if self.kind in ("size", "fact"):
             return None
         name, _, rank = self.name.partition("@")
@@ -43,32 +43,33 @@ class Predictor:
 def choose_predictors(
     rows: pd.DataFrame, x: Sequence[str] | None, notes: list[str]
 ) -> list[Predictor]:
-    """The predictors of these rows, the one in question first.
+    """Choose the predictors of these rows, the one in question first.
 
     Args:
-        rows: of :func:`~lm_eval_coupling.fit.scores.scored_rows`.
-        x: names; by default coupling at its headline rank, then all others. Size and loss stay among them.
-        notes: what was left out is added here.
+        rows: Rows of :func:`~lm_eval_coupling.fit.scores.scored_rows`.
+        x: Names; by default coupling at its headline rank, then all others. Size and loss are
+            always added.
+        notes: Sentences about what was left out are added.
 
     Returns:
-        Those that differ between models of a task, and the one in question in any case.
+        The predictors that differ between models of a task, and the one in question in any case.
 
     Raises:
-        CouplingError: if a name is unknown.
+        CouplingError: If a name is unknown.
     """
-    known = {p.name: p for p in _all_predictors(rows)}
+    available = {p.name: p for p in _all_predictors(rows)}
     if x is not None:
-        if unknown := [name for name in x if name not in known and not _is_number(rows, name)]:
+        if unknown := [n for n in x if n not in available and not _is_number(rows, n)]:
             raise CouplingError(
-                f"got no predictor {unknown[0]!r}, expected one of {', '.join(known)} or a number of the facts"
+                f"got no predictor {unknown[0]!r}, expected one of {', '.join(available)} or a "
+                "number of the facts"
             )
-        # Whether coupling says more than size and loss is asked in any case.
-        names = [
-            *dict.fromkeys([*x, *(name for name, p in known.items() if p.kind in ("size", "loss"))])
-        ]
-        chosen = [known.get(name, Predictor(name, "fact")) for name in names]
+        # Coupling is compared with size and loss in any case.
+        rivals = [name for name, p in available.items() if p.kind in ("size", "loss")]
+        names = dict.fromkeys([*x, *rivals])
+        chosen = [available.get(name, Predictor(name, "fact")) for name in names]
     else:
-        chosen = list(known.values())
+        chosen = list(available.values())
     varying = [p for p in chosen if _varies(rows, p)]
     if rows["label"].nunique() > 1 and (
         same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]
@@ -77,14 +78,11 @@ def choose_predictors(
     partly = [p.name for p in varying if p.kind == "size" and rows[p.name].isna().any()]
     if partly:
         notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
-    return [
-        chosen[0],
-        *(p for p in varying if p != chosen[0]),
-    ]  # the one in question in any case, if only to say so
+    return [chosen[0], *(p for p in varying if p != chosen[0])]
 
 
 def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
-    """Those that the runs have, coupling at its headline rank first."""
+    """Yield the predictors that the runs have, coupling at its headline rank first."""
     ranks = sorted(
         {int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")}
     )

@@ -1,4 +1,7 @@
-"""Which rows of saved runs are compared, and their scores: larger is better, with an error that is never zero."""
+"""Rows of saved runs that are compared, and their scores.
+
+A larger score is better, and no error is zero.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import proportion_error
 
 _LOWER_IS_BETTER = re.compile(
-    r"perplexity|bits_per_byte|brier|mse|(?<![a-z])(?:ter|loss|bias)(?![a-z])"
+    r"perplexity|bits_per_byte|brier|mse|error"
+    r"|(?<![a-z])(?:ter|wer|cer|ece|nll|ppl|loss|bias)(?![a-z])"
 )
 _LOGARITHMS = {"log10_params": "n_params", "log10_training_tokens": "training_tokens"}
-_FLOPS_PER_TOKEN = 6  # and parameter, of training
+_FLOPS_PER_TOKEN = 6  # of training, per parameter
 
 
 def scored_rows(
@@ -29,20 +33,23 @@ def scored_rows(
     tasks: Sequence[str] | None = None,
     mixed: str = "refuse",
 ) -> pd.DataFrame:
-    """The rows of ``load_runs`` that have coupling and a score, with ``score, score_error, score_of`` and ``label``.
+    """Select the rows of ``load_runs`` that have coupling and a score.
 
     Args:
-        runs: of every model and task the run that counts.
-        notes: what was left out is added here.
-        score: a metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one lm-eval lists first.
-        tasks: the tasks or groups to use, by default groups that have a score, and tasks in none of these.
+        runs: The run that counts of every model and task.
+        notes: Sentences about what was left out are added.
+        score: A metric such as ``acc_norm`` or ``exact_match,strict-match``; by default the one
+            that lm-eval lists first.
+        tasks: The tasks or groups to use; by default groups that have a score, and tasks in none
+            of these.
         mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
 
     Returns:
-        One row per model and task, with its sizes.
+        One row per model and task, with ``score, score_error, score_of, label`` and its sizes.
 
     Raises:
-        CouplingError: if nothing is left, a name is unknown, or the scores of a task do not compare.
+        CouplingError: If nothing is left, a name is unknown, or the scores of a task do not
+            compare.
     """
     rows = _with_coupling(_labelled(_chosen_tasks(runs, tasks)), notes)
     _require_comparable(rows, mixed)
@@ -54,6 +61,11 @@ def scored_rows(
     sizes["log10_compute"] = (
         np.log10(_FLOPS_PER_TOKEN) + sizes["log10_params"] + sizes["log10_training_tokens"]
     )
+    if taken := [name for name in sizes if name in rows]:
+        raise CouplingError(
+            f"got a fact {taken[0]}, which fit derives from n_params and training_tokens; "
+            "give these, or rename the column"
+        )
     return pd.concat([rows, pd.DataFrame(sizes, rows.index)], axis=1)
 
 
@@ -93,7 +105,7 @@ def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Predictors are compared over the same models: those without coupling stay out."""
+    """Leave out models without coupling, so that predictors are compared over the same models."""
     measured = rows["measured"] > 0
     if not measured.any():
         raise CouplingError(
@@ -165,13 +177,22 @@ def _differences(rows: pd.DataFrame) -> list[str]:
     )
 
 
-def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd.DataFrame:
-    """Columns ``score``, ``score_error`` and ``score_of``; larger is better: ``turned`` perplexities change sign."""
+def _with_scores(rows: pd.DataFrame, score: str | None, notes: list[str]) -> pd.DataFrame:
+    """Add ``score``, ``score_error``, ``score_of`` and ``turned``.
+
+    A score of which lower is better, such as a perplexity, changes its sign and is ``turned``.
+
+    Returns:
+        The rows of tasks that have the score.
+
+    Raises:
+        CouplingError: If no task has it.
+    """
     scored = []
     for task, group in rows.groupby("task", sort=False):
-        metric = _metric(group, wanted)
+        metric = _metric(group, score)
         if metric is None:
-            notes.append(f"{task} has no {wanted or 'metric'} and was left out")
+            notes.append(f"{task} has no {score or 'metric'} and was left out")
             continue
         error = group.get(metric.replace(",", "_stderr,", 1), pd.Series(np.nan, index=group.index))
         lower = _is_lower_better(group, metric, notes)
@@ -190,56 +211,54 @@ def _with_scores(rows: pd.DataFrame, wanted: str | None, notes: list[str]) -> pd
             {name for name in rows.columns if is_score(name) and rows[name].notna().any()}
         )
         raise CouplingError(
-            f"got no score {wanted!r} in these runs, expected one of {', '.join(metrics)}"
+            f"got no score {score!r} in these runs, expected one of {', '.join(metrics)}"
         )
     return pd.concat(scored)
 
 
 def _is_lower_better(group: pd.DataFrame, metric: str, notes: list[str]) -> bool:
-    """As lm-eval says in the runs; guessed from the metric's name where it does not say.
-
-    Returns:
-        Whether a lower score is a better one.
+    """Return whether a lower score is better, by lm-eval's word or else by the metric's name.
 
     Raises:
-        CouplingError: if runs disagree, as versions of a task may.
+        CouplingError: If runs disagree, as versions of a task may.
     """
     name = metric.split(",")[0]
-    known = [dict(told).get(name) for told in group["directions"]]
-    found = {direction for direction in known if direction is not None}
-    if len(found) > 1:
-        first, other = (group["file"].iloc[known.index(direction)] for direction in (True, False))
+    stated = [dict(pairs).get(name) for pairs in group["directions"]]
+    directions = {direction for direction in stated if direction is not None}
+    if len(directions) > 1:
+        first, other = (group["file"].iloc[stated.index(direction)] for direction in (True, False))
         raise CouplingError(
-            f"got {name}, better when higher in {first} and when lower in {other}; choose another score"
+            f"got {name}, better when higher in {first} and when lower in {other}; "
+            "choose another score"
         )
-    if found:
-        return not found.pop()
+    if directions:
+        return not directions.pop()
     lower = bool(_LOWER_IS_BETTER.search(metric))
     notes.append(
-        f"lm-eval does not say whether {name} is better when higher; taken as {'lower' if lower else 'higher'}"
+        f"lm-eval does not say whether {name} is better when higher; "
+        f"taken as {'lower' if lower else 'higher'}"
     )
     return lower
 
 
-def _metric(group: pd.DataFrame, wanted: str | None) -> str | None:
-    there = [name for name in group.columns if is_score(name) and group[name].notna().any()]
-    if wanted is None:
-        first = [name for name in group["metric"].mode() if name in there]
+def _metric(group: pd.DataFrame, score: str | None) -> str | None:
+    available = [name for name in group.columns if is_score(name) and group[name].notna().any()]
+    if score is None:
+        first = [name for name in group["metric"].mode() if name in available]
         return first[0] if first else None
-    return next((name for name in there if wanted in (name, name.split(",")[0])), None)
+    return next((name for name in available if score in (name, name.split(",")[0])), None)
 
 
 def _without_zeros(error: pd.Series, score: pd.Series, n: pd.Series) -> pd.Series:
-    """lm-eval's standard error of a proportion of 0 or 1 is 0, as if it were known exactly."""
+    """Replace lm-eval's errors of 0, of proportions of 0 and 1, by :func:`proportion_error`."""
     proportion = (error == 0) & score.between(0, 1) & (n > 0)
-    known = (
-        score.where(proportion, 0.5),
-        n.where(proportion, 1),
-    )  # anything valid where it is not used
-    return error.where(~proportion, proportion_error(*known)).where(lambda e: e > 0)
+    # Elsewhere any valid numbers do, as they are not used.
+    replaced = proportion_error(score.where(proportion, 0.5), n.where(proportion, 1))
+    return error.where(~proportion, replaced).where(lambda e: e > 0)
 
 
-def some(names: Iterable[object]) -> str:
-    """At most five of them, with how many there are besides."""
+def some(names: Iterable[object], separator: str = ", ") -> str:
+    """Join at most five distinct names, with the number of the others."""
     each = list(dict.fromkeys(map(str, names)))
-    return ", ".join(each[:5]) + (f" and {len(each) - 5} more" if len(each) > 5 else "")
+    more = f" and {len(each) - 5} more" if len(each) > 5 else ""
+    return separator.join(each[:5]) + more

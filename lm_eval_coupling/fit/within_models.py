@@ -1,9 +1,9 @@
-"""Within a model, over documents: does a prompt's coupling tell whether the model gets it right?
+"""Coupling of documents against right and wrong answers, within each model.
 
-A row is a measured document: coupling and regularity of its prompt (mean over its prompts), whether the answer was right,
-and from lm-eval's samples the model's own ``confidence`` (log-likelihood of its choice minus that of the runner-up) and
-``margin`` (of the right choice minus that of the best wrong one). Models are also taken together, a document counting
-once whatever number of them answered it.
+A row is a measured document: coupling and regularity of its prompts (mean over them), whether the
+answer was right, and from lm-eval's samples the model's own ``confidence`` (log-likelihood of its
+choice minus that of the runner-up) and ``margin`` (of the right choice minus that of the best
+wrong one). Models are also pooled, a document counting once however many of them answered it.
 """
 
 from __future__ import annotations
@@ -90,33 +90,35 @@ def _confidence(options: Sequence[tuple[str, float]]) -> float:
 
 
 def _margin(options: Sequence[tuple[str, float]], expected: str | None, right: float) -> float:
-    """NaN where none of the choices, or more than one, is the expected one, or an answer is neither right nor wrong."""
+    """Return the margin of the right choice; NaN where it, or the answer, is not known."""
     choice = None if math.isnan(right) else right_choice(options, expected, bool(right))
     return math.nan if choice is None else margin_of(options, choice)
 
 
 def document_predictors(documents: pd.DataFrame, main: str) -> list[str]:
-    """Coupling at each rank and every other number of a prompt, ``main`` first where documents have it."""
+    """Return the numbers that prompts have, ``main`` first and then coupling at each rank."""
     names = [name for name in value_names(documents) if documents[name].notna().any()]
     return sorted(names, key=lambda name: (name != main, not name.startswith("coupling@")))
 
 
 def yardsticks(documents: pd.DataFrame) -> list[str]:
-    """What is known of an answer without looking inside: the length of its prompt, and the model's own confidence."""
+    """Return the predictors that need no look inside: prompt length and confidence."""
     return [name for name in ("prompt_tokens", "confidence") if documents[name].nunique() > 1]
 
 
 def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str], Auroc]:
-    """By model, task and predictor; :data:`POOLED` are the pairs within each task, :data:`TOGETHER` the mean over models."""
-    results = {}
+    """Estimate the AUROC of every predictor for right answers.
+
+    Returns:
+        The areas by model, task and predictor. :data:`POOLED` are the pairs within each task, and
+        :data:`TOGETHER` is the mean over models.
+    """
+    results: dict[tuple[str, str, str], Auroc] = {}
     for model, group in documents.groupby("model", sort=False):
         for predictor in predictors:
             by_task, pooled = auroc_within(group, predictor, "right", "task")
-            for task, found in {
-                **by_task,
-                **({POOLED: pooled} if len(by_task) > 1 else {}),
-            }.items():
-                results[model, task, predictor] = found
+            areas = by_task | ({POOLED: pooled} if len(by_task) > 1 else {})
+            results |= {(model, task, predictor): area for task, area in areas.items()}
     if documents["model"].nunique() > 1:
         for predictor in predictors:
             results[TOGETHER, POOLED, predictor] = auroc_together(
@@ -126,11 +128,11 @@ def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str
 
 
 def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
-    """A row each, with ``p_holm``: p adjusted for many.
+    """Return one row per area, with ``p_holm``.
 
     Returns:
-        For the many models and tasks of a predictor, the pool apart from its tasks; of all models together, for the many
-        predictors.
+        p is adjusted for the models and tasks of a predictor, pools apart from single tasks. Of
+        all models together it is adjusted for the predictors.
     """
     rows = table(results, "model", "task", "predictor")
     if len(rows):
@@ -143,7 +145,11 @@ def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
 def logistics(
     documents: pd.DataFrame, predictors: Sequence[str]
 ) -> dict[tuple[str, str, str, str], LogisticEffect]:
-    """By model, task, predictor and what is held fixed: nothing, or prompt length and, where known, confidence."""
+    """Estimate the odds of a right answer, with nothing and with the yardsticks held fixed.
+
+    Returns:
+        The effects by model, task, predictor and what is held fixed.
+    """
     results = {}
     for (model, task), group in _by_task_and_pooled(documents):
         group = group.dropna(subset="right")
@@ -163,7 +169,13 @@ def logistics(
 def _odds_together(
     documents: pd.DataFrame, predictor: str
 ) -> dict[tuple[str, str, str, str], LogisticEffect]:
-    """Of the main predictor alone: with a level for every task of every model these regressions are large."""
+    """Estimate the odds of all models together, for the main predictor alone.
+
+    With a level for every task of every model these regressions are large.
+
+    Returns:
+        The effects, keyed like those of single models.
+    """
     if documents["model"].nunique() < 2:
         return {}
     controls = yardsticks(documents)
@@ -178,7 +190,11 @@ def _odds_together(
 def graded(
     documents: pd.DataFrame, predictors: Sequence[str]
 ) -> dict[tuple[str, str, str, str], Correlation]:
-    """Spearman with the margin and with the score, within tasks. By model, task, predictor and which of the two."""
+    """Correlate (Spearman) predictors with the margin and with the score, within tasks.
+
+    Returns:
+        The correlations by model, task, predictor and ``margin`` or ``score``.
+    """
     return {
         (model, task, predictor, of): correlation_within(
             group, predictor, of, "task", method="spearman"
@@ -191,13 +207,13 @@ def graded(
 
 
 def calibration(documents: pd.DataFrame, predictor: str) -> pd.DataFrame:
-    """Share of right answers in bins of the predictor, by model and task."""
-    known = documents.dropna(subset=["right", predictor])
+    """Return the share of right answers in bins of the predictor, by model and task."""
+    answered = documents.dropna(subset=["right", predictor])
     parts = [
         accuracy_by_bin(group[predictor], group["right"], bins=BINS).assign(
             model=model, task=task, predictor=predictor
         )
-        for (model, task), group in known.groupby(["model", "task"], sort=False)
+        for (model, task), group in answered.groupby(["model", "task"], sort=False)
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 

@@ -29,6 +29,7 @@ class _Names:
     unit: str
     p_adjusted: float | None
     carried: bool
+    where: str
 
 
 def in_words(
@@ -40,6 +41,7 @@ def in_words(
     unit: str = "models",
     p_adjusted: float | None = None,
     carried: bool = True,
+    where: str = "",
 ) -> str:
     """Describe a result, its uncertainty and what it does not show in a few sentences.
 
@@ -53,6 +55,7 @@ def in_words(
             the result's own.
         carried: Whether the correlation itself is beyond chance; if not, a comparison or a
             regression that builds on it claims nothing.
+        where: Where a correlation holds, such as ``within families``.
 
     Returns:
         Sentences for a reader who has not seen the numbers.
@@ -60,7 +63,8 @@ def in_words(
     Raises:
         TypeError: If the result is of another kind.
     """
-    names = _Names(x=x, y=y, other=other, unit=unit, p_adjusted=p_adjusted, carried=carried)
+    where = f" {where}" if where else ""
+    names = _Names(x, y, other, unit, p_adjusted, carried, where)
     return _sentences(result, names)
 
 
@@ -78,13 +82,14 @@ def _sentences(result: Result, names: _Names) -> str:
 @_sentences.register
 def _(result: Correlation, names: _Names) -> str:
     given = f", {result.given} numbers held fixed" if result.given else ""
-    subject = f"{result.method.capitalize()} correlation of {names.x} (x) with {names.y} (y){given}"
+    method = result.method.capitalize()
+    subject = f"{method} correlation of {names.x} (x) with {names.y} (y){names.where}{given}"
     if math.isnan(result.coefficient):
         return _undefined(subject, result)
     verdict = _verdict(
         _evidence(result, names.p_adjusted, result.low, result.high),
-        f"Higher {names.x} goes with {_direction(result.coefficient)} {names.y}",
-        f"{names.x} and {names.y} go together",
+        f"Higher {names.x} goes with {_direction(result.coefficient)} {names.y}{names.where}",
+        f"{names.x} and {names.y} go together{names.where}",
     )
     numbers = f"{_interval(result)}, {_p(result, names)}, {_count(result, names)}"
     return f"{subject}: {result.coefficient:.2f} ({numbers}). {verdict}{_dropped(result)}"

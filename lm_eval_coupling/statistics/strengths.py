@@ -114,7 +114,8 @@ def compare_correlations(
         error = jackknife_error(without[0] - without[1], result.difference)
         half = stats.t.ppf((1 + confidence) / 2, units.families - 1) * error
         low, high = result.difference - half, result.difference + half
-    return dataclasses.replace(result, p=p, low=float(low), high=float(high))
+    low, high = max(-1.0, float(low)), min(1.0, float(high))
+    return dataclasses.replace(result, p=p, low=low, high=high)
 
 
 def difference_of_correlations(

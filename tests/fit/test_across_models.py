@@ -39,9 +39,14 @@ class TestAcross:
         by_hand = np.maximum.accumulate(np.minimum(1, p * [3, 2, 1]))
         np.testing.assert_allclose(np.sort(rows["p_holm"]), by_hand)
         pearson = found.tables["correlations"].query("method == 'pearson'")
+        # Coupling at two ranks is one number here: it counts once.
+        same = pearson.set_index("predictor")["same_as"]
+        assert (same["coupling@30"] == "coupling@10").all() and (same["log10_params"] == "").all()
+        distinct = pearson[pearson["same_as"] == ""]
         np.testing.assert_allclose(
-            pearson["p_bh"], stats.false_discovery_control(pearson["p"], method="bh")
+            distinct["p_bh"], stats.false_discovery_control(distinct["p"], method="bh")
         )
+        assert pearson.loc[pearson["same_as"] != "", "p_bh"].isna().all()
 
     def test_lines_with_and_without_errors(self, series, found):
         truth, fits = series[1], found.fits
@@ -66,11 +71,14 @@ class TestAcross:
             "family a",
             "family b",
             "family c",
+            "family d",
+            "family e",
+            "family f",
         ]
         base = truth[[not name.endswith("-chat") for name in truth.index]]
         expected = stats.pearsonr(base["coupling"], base["arc"])[0]
         assert rows.loc[("arc acc", "base"), "coefficient"] == pytest.approx(expected)
-        assert rows.loc[("arc acc", "family a"), "n"] == 4
+        assert rows.loc[("arc acc", "family a"), "n"] == 3
 
     def test_nested_models(self, series, found):
         truth = series[1]
@@ -78,12 +86,12 @@ class TestAcross:
         assert row["without_r2"] == pytest.approx(
             stats.pearsonr(truth["size"], truth["arc"])[0] ** 2
         )
-        X = np.column_stack([np.ones(12), truth["size"], truth["coupling"]])
+        X = np.column_stack([np.ones(18), truth["size"], truth["coupling"]])
         residual = truth["arc"] - X @ np.linalg.lstsq(X, truth["arc"], rcond=None)[0]
         assert row["with_predictor_r2"] == pytest.approx(1 - residual.var() / truth["arc"].var())
-        assert row["families"] == 3
+        assert row["families"] == 6
 
-    def test_what_is_expected_to_go_against_the_score_is_turned_around(self, series):
+    def test_strengths_do_not_depend_on_directions(self, series):
         plain = across_models.comparisons(observations(series[0]))[
             "arc acc", "coupling@10", "log10_params"
         ]
@@ -91,17 +99,16 @@ class TestAcross:
             "arc acc", "miscoupling@10", "log10_params"
         ]
         # In these runs every measure of a model is the same number, so that only the sign tells them apart.
-        assert turned.first == pytest.approx(-plain.first) and turned.second == pytest.approx(
-            plain.second
-        )
+        assert turned.first == pytest.approx(-plain.first)
+        assert (turned.difference, turned.p) == pytest.approx((plain.difference, plain.p))
 
     def test_truth_is_found_and_size_is_not_given_the_credit(self, found):
         words = " ".join(found.words)
-        assert words.startswith("12 models of 3 families and 3 scores.")
+        assert words.startswith("18 models of 6 families and 3 scores.")
         assert "Higher coupling@10 goes with higher arc acc." in words
-        assert "That of coupling@10 is larger than that of log10_params." in words
+        assert "coupling@10 goes with mean of 2 scores more strongly than log10_params" in words
         assert "coupling@10 says something of mean of 2 scores beyond log10_params." in words
-        assert "3 families are few" in words
+        assert "18 models of 6 families" in words and "within families" in words
         assert found.notes == ("the same for all models: line_shape_score, n_layers, d_model",)
 
     def test_no_relation_is_claimed_of_noise(self):

@@ -22,6 +22,8 @@ class TestOutput:
             "fits.csv",
             "subsets.csv",
             "nested.csv",
+            "influence.csv",
+            "within_families.csv",
             "fit.json",
         }
         pictures = (
@@ -29,7 +31,7 @@ class TestOutput:
             "scatter_gsm_acc",
             "scatter_mean_of_2_scores",
             "predictors",
-            "ranks",
+            "influence",
         )
         assert {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} <= files
         assert files == {file.name for file in tmp_path.iterdir()}

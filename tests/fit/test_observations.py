@@ -35,7 +35,7 @@ class TestObservations:
         np.testing.assert_allclose(
             rows["mean of 2 scores"]["coupling_stderr@10"], math.hypot(0.01, 0.01) / 2
         )
-        assert set(frame["family"]) == {"a", "b", "c"} and frame["tuned"].sum() == 6 * 3
+        assert set(frame["family"]) == set("abcdef") and frame["tuned"].sum() == 9 * 3
 
     def test_the_predictor_in_question_comes_first(self, series):
         assert observations(series[0]).main.name == "coupling@10"
@@ -62,7 +62,7 @@ class TestObservations:
         correlated = found.tables["correlations"].query(
             "predictor == 'loss' and method == 'pearson' and score == 'arc acc'"
         )
-        expected = stats.pearsonr(np.arange(12), series[1]["arc"])[0]
+        expected = stats.pearsonr(np.arange(18), series[1]["arc"])[0]
         assert correlated["coefficient"].item() == pytest.approx(expected)
 
     def test_models_without_coupling_stay_out(self, tmp_path):
@@ -130,7 +130,7 @@ class TestObservations:
         save_model(tmp_path, "org/b", 0.1, {"arc": 0.3, "gsm": 0.4})
         found = observations(tmp_path)
         assert set(found.frame["label"]) == {"a #before", "a #after", "b"}
-        assert "not in the mean, as a score is missing: a #after, a #before" in found.notes
+        assert "no mean of the scores, as models do not share two of them" in found.notes
 
     @pytest.mark.parametrize(
         ("key", "what"),
@@ -144,7 +144,7 @@ class TestObservations:
             save_model(
                 tmp_path,
                 model,
-                0.1,
+                0.1 + count / 100,
                 {"arc": 0.3},
                 change=lambda run, n=count: run.update({key: {"arc": n}}),
             )
@@ -248,8 +248,9 @@ class TestObservations:
         save_model(tmp_path, "a", 0.1, {"arc": 0.3, "gsm": 0.2})
         save_model(tmp_path, "b", 0.2, {"arc": 0.4})
         found = observations(tmp_path)
-        assert list(found.frame["label"]) == ["a", "b", "a", "a"]
-        assert "not in the mean, as a score is missing: b" in found.notes
+        assert list(found.frame["label"]) == ["a", "b", "a"]
+        assert "no mean of the scores, as models do not share two of them" in found.notes
+        assert found.main_score == "arc acc"
 
 
 class TestFaultsOfReading:
@@ -312,3 +313,84 @@ class TestFaultsOfReading:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.PerformanceWarning)
             output.save(fit_runs(tmp_path, resamples=QUICK), tmp_path / "out")
+
+
+class TestWhatCounts:
+    """Each model, task and number counts once, and what does not count is named."""
+
+    def save(self, folder, scores, models=10, **about):
+        for i in range(models):
+            save_model(folder, f"org/m{i}-{i + 1}b", 0.2 + i / 50, scores(i), **about)
+
+    def test_a_score_without_a_number_is_missing(self, tmp_path):
+        def scores(i):
+            return {"easy": 0.8 + i / 100, "hard": 0.2 + i / 100, "third": 0.5 + i / 100}
+
+        def forget(run):
+            run["results"]["hard"]["acc,none"] = None
+
+        self.save(tmp_path, scores, models=9)
+        save_model(tmp_path, "org/m9-10b", 0.4, scores(9), change=forget)
+        found = observations(tmp_path)
+        mean = found.frame[found.frame["task"] == "mean"].set_index("label")
+        assert found.main_score == "mean of 2 scores" and len(mean) == 10
+        assert mean.loc["m9-10b", "score"] == pytest.approx(0.74)
+        assert mean["mean_of"].unique().tolist() == ["easy; third"]
+        notes = " ".join(found.notes)
+        assert "the mean is over 2 of 3 scores, without hard acc (no score of m9-10b)" in notes
+
+    def test_with_two_tasks_the_model_is_left_out(self, tmp_path):
+        self.save(tmp_path, lambda i: {"easy": 0.8 + i / 100, "hard": 0.2 + i / 100}, models=9)
+        save_model(tmp_path, "org/m9-10b", 0.4, {"easy": 0.9})
+        found = observations(tmp_path)
+        mean = found.frame[found.frame["task"] == "mean"]
+        assert len(mean) == 9 and "m9-10b (has no hard acc)" in " ".join(found.notes)
+
+    def test_a_copy_under_another_name_and_fingerprint_counts_once(self, tmp_path):
+        self.save(tmp_path / "a", lambda i: {"arc": 0.3 + i / 100})
+        for i in range(10):
+            save_model(tmp_path / "b", f"org/copy{i}", 0.2 + i / 50, {"arc": 0.3 + i / 100})
+        found = observations(tmp_path)
+        assert found.models == 10
+        assert "counted once: " in " ".join(found.notes) and "copy0 (as m0-1b)" in " ".join(
+            found.notes
+        )
+
+    def test_without_a_mean_the_main_score_is_one_of_which_higher_is_better(self, tmp_path):
+        def add_loss(run):
+            score = run["results"]["text"].pop("acc,none")
+            for name in ("acc_stderr,none", "f1,strict", "f1_stderr,strict"):
+                run["results"]["text"].pop(name)
+            run["results"]["text"]["calibration_error,none"] = score
+
+        self.save(
+            tmp_path, lambda i: {"arc": 0.3 + i / 100, "text": 0.9 - i / 100}, change=add_loss
+        )
+        found = observations(tmp_path)
+        assert found.scores == ["arc acc", "text −calibration_error"]
+        assert found.main_score == "arc acc"
+
+    def test_two_models_are_not_compared(self, tmp_path):
+        self.save(tmp_path / "runs", lambda i: {"arc": 0.3 + i / 100}, models=2)
+        found = fit_runs(tmp_path / "runs", resamples=QUICK)
+        assert not found.fits and "correlations" not in found.tables
+        assert "nothing to compare across models" in found.words[0]
+        files = output.save(found, tmp_path / "out")
+        assert not [file for file in files if file.suffix in (".png", ".svg")]
+        output.show(found)
+
+    def test_a_fact_with_the_name_of_a_derived_size_is_refused(self, tmp_path):
+        self.save(tmp_path / "runs", lambda i: {"arc": 0.3 + i / 100})
+        rows = "".join(f"m{i}-{i + 1}b,{i}\n" for i in range(10))
+        (tmp_path / "facts.csv").write_text("model,log10_params\n" + rows)
+        with pytest.raises(CouplingError, match="got a fact log10_params, which fit derives"):
+            fit_runs(tmp_path / "runs", facts=tmp_path / "facts.csv", resamples=QUICK)
+
+    def test_the_last_checkpoint_counts_in_all_tasks(self, tmp_path):
+        self.save(tmp_path, lambda i: {"t1": 0.4 + i / 100, "t2": 0.4 + i / 100})
+        for step, tasks in ((1000, ("t1", "t2")), (2000, ("t1",))):
+            name = f"out/p/checkpoint-{step}"
+            save_model(tmp_path / str(step), name, step / 1e4, dict.fromkeys(tasks, 0.3))
+        found = observations(tmp_path)
+        assert found.models == 11
+        assert "p/checkpoint-2000 has no t2, an earlier checkpoint has" in found.notes
