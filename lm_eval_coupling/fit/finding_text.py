@@ -346,11 +346,14 @@ def _describe_together(
     main: str,
 ) -> Iterator[str]:
     """Describe the answers of all models together, and the other predictors that tell as well."""
-    areas = {
-        predictor: area
-        for (model, _, predictor), area in aurocs.items()
-        if model == TOGETHER and not math.isnan(area.p)
-    }
+    areas: dict[str, Auroc] = {}
+    distinct: set[tuple[float, float]] = set()
+    for (model, _, predictor), area in aurocs.items():
+        # Definitions that are the same up to scale and sign have one area, and count once.
+        numbers = (round(abs(area.auroc - 0.5), 12), round(area.stderr, 12))
+        if model == TOGETHER and not math.isnan(area.p) and numbers not in distinct:
+            distinct.add(numbers)
+            areas[predictor] = area
     if main not in areas:
         return
     adjusted = _holm({name: area.p for name, area in areas.items()})
@@ -364,7 +367,7 @@ def _describe_together(
             if is_beyond_chance(area, adjusted[name], null=0.5)
         ]
         sentences.append(
-            f"Adjusted for all {len(areas)} predictors (Holm), {main} has p = {adjusted[main]:.2g};"
+            f"Adjusted for all {len(areas)} distinct predictors (Holm), {main} has p = {adjusted[main]:.2g};"
             f" beyond chance are {', '.join(clear) or 'none'}."
         )
     models = areas[main].models

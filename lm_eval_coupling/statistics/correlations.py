@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from lm_eval_coupling.statistics.estimates import (
 )
 from lm_eval_coupling.statistics.resampling import (
     FEW,
+    Families,
     Units,
     correlation_interval,
     permutation_p_value,
@@ -60,7 +61,7 @@ def correlation(
     y: Values,
     *,
     method: Method = "pearson",
-    family: Sequence[object] | pd.Series | None = None,
+    family: Families | None = None,
     confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
@@ -242,7 +243,9 @@ def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _ratio((x * y).sum(axis=-1), np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1)))
 
 
-def _ratio(value: np.ndarray, norm: np.ndarray, least: float = 0.0) -> np.ndarray:
+def _ratio(value: Any, norm: Any, least: float = 0.0) -> np.ndarray:
+    """Return value / norm, or 0 where the norm is no more than ``least``."""
+    value, norm = np.asarray(value), np.asarray(norm)
     return np.divide(value, norm, out=np.zeros_like(norm), where=norm > least)
 
 

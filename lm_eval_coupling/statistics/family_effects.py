@@ -191,4 +191,6 @@ def _mixed(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> _Coefficient:
     share = float(ratio / (1 + ratio))
     if np.var(y - X @ beta) < 1e-18:
         return _Coefficient(math.nan, math.nan, math.nan)
-    return _Coefficient(float(beta[-1]), math.sqrt(covariance[-1, -1]), len(sizes) - 1, share)
+    return _Coefficient(
+        float(beta[-1]), math.sqrt(covariance[-1, -1]), float(len(sizes) - 1), share
+    )

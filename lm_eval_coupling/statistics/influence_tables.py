@@ -10,6 +10,7 @@ import pandas as pd
 
 from lm_eval_coupling.statistics.correlations import MANY, Correlation, correlation
 from lm_eval_coupling.statistics.estimates import Result, Values
+from lm_eval_coupling.statistics.resampling import Families
 
 _DROP = 0.5  # of the strength; more than that, and one member decides
 
@@ -36,7 +37,7 @@ def influence(
     y: Values,
     labels: Sequence[str],
     *,
-    family: Sequence[object] | pd.Series | None = None,
+    family: Families | None = None,
     all_models: Correlation | None = None,
     confidence: float = 0.95,
     resamples: int = 999,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import Values, is_constant
-from lm_eval_coupling.statistics.resampling import Units, permutation_p_value
+from lm_eval_coupling.statistics.resampling import Families, Units, permutation_p_value
 
 
 def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np.ndarray:
@@ -60,7 +59,7 @@ def simultaneous_p_values(
     predictors: pd.DataFrame,
     score: pd.Series,
     *,
-    family: Sequence[object] | pd.Series | None = None,
+    family: Families | None = None,
     resamples: int = 4999,
     seed: int = 0,
 ) -> pd.Series:

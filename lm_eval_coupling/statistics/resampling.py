@@ -12,11 +12,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats
+
+Families: TypeAlias = Sequence[object] | pd.Series | np.ndarray
 
 FEW = 8  # models; from fewer no conclusion is drawn
 FEW_FAMILIES = 5  # families, where models come in families
@@ -35,7 +38,7 @@ class Units:
     families: int
 
     @classmethod
-    def of(cls, families: Sequence[object] | pd.Series | None, observations: int) -> Units:
+    def of(cls, families: Families | None, observations: int) -> Units:
         """Return the units of these observations.
 
         One family for all, or one for each, says nothing of which models resemble each other:

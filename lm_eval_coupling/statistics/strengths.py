@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,12 @@ from lm_eval_coupling.statistics.estimates import (
     complete,
     is_constant,
 )
-from lm_eval_coupling.statistics.resampling import Units, fisher_interval, jackknife_error
+from lm_eval_coupling.statistics.resampling import (
+    Families,
+    Units,
+    fisher_interval,
+    jackknife_error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def compare_correlations(
     first: Values,
     second: Values,
     *,
-    family: Sequence[object] | pd.Series | None = None,
+    family: Families | None = None,
     confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,

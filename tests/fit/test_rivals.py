@@ -91,7 +91,9 @@ def test_what_coupling_says_beyond_loss(tmp_path):
     )
     rival = found.tables["comparisons"].set_index("other").loc["gold_answer_loss"]
     assert rival["second"] > rival["first"] > 0 and rival["p_holm"] < 0.05
-    assert "less than 2, beyond chance" in " ".join(found.words)
+    # The margin is the loss in other units, and counts once.
+    assert "Beside 1 rival, strengths compared" in " ".join(found.words)
+    assert "more strongly than 0 and less strongly than 1, beyond chance" in " ".join(found.words)
     alone = found.tables["alone"].set_index("predictor")
     assert alone.loc["gold_answer_loss", "r2_left_out"] > alone.loc["coupling@10", "r2_left_out"]
 
@@ -172,7 +174,8 @@ def test_coupling_of_other_tasks_and_output_types(tmp_path):
 def test_all_predictors_and_ranks_are_adjusted_for_at_once(tmp_path):
     rng = np.random.default_rng(4)
     for i in range(10):
-        save_model(tmp_path, f"m{i}", rng.uniform(0.1, 0.4), 0.3 + 0.04 * i)
+        size = 10 ** rng.uniform(8, 10)
+        save_model(tmp_path, f"m{i}", rng.uniform(0.1, 0.4), 0.3 + 0.04 * i, n_params=size)
     found = fit_runs(tmp_path, resamples=QUICK)
     rows = found.tables["correlations"].query("method == 'pearson'").dropna(subset="p_simultaneous")
     assert (rows["p_simultaneous"] >= rows["p"] - 0.15).all()  # both are of few permutations

@@ -49,16 +49,16 @@ def findings(rng, n):
     of = {"score": "score", "predictor": "coupling"}
     yield correlation(frame["coupling"], frame["score"], resamples=199)
     yield correlation(frame["coupling"], frame["score"], method="spearman", resamples=199)
-    yield compare_correlations(frame["score"], frame["coupling"], frame["other"])
+    yield compare_correlations(frame["score"], frame["coupling"], frame["other"], resamples=199)
     yield line_fit(frame["coupling"], frame["score"])
     yield exponential_fit(frame["coupling"], frame["score"], resamples=199)
-    yield nested_models(frame, **of, covariates=["size"], family="family")
+    yield nested_models(frame, **of, covariates=["size"], family="family", resamples=199)
     yield family_effect(frame, **of, family="family", method="cluster")
     yield auroc(frame["coupling"], frame["correct"])
     yield logistic_effect(frame, correct="correct", predictor="coupling", controls=["size"])
 
 
-CLAIMS = ("goes with", "tend to have", "is larger than", "coupling says something")
+CLAIMS = ("goes with", "tend to have", "more strongly", "coupling says something")
 
 
 def test_words_claim_nothing_from_nothing():
@@ -68,7 +68,8 @@ def test_words_claim_nothing_from_nothing():
         for found in findings(np.random.default_rng([1, i]), 24):
             words = in_words(found)
             claimed = any(claim in words for claim in CLAIMS)
-            assert claimed or "o evidence" in words or "o clear evidence" in words, words
+            cautious = ("o evidence", "o clear evidence", "too few")
+            assert claimed or any(caution in words for caution in cautious), words
             assert not claimed or found.p < 0.05
             claims.append(claimed)
     assert 0 < np.mean(claims) < 0.1
