@@ -28,6 +28,8 @@ from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
 from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
 _MANY = 6  # scores or models; beyond it they are counted instead of described one by one
+_NAMED = 3  # members on which a finding hangs
+_STRONG = 0.5  # |r| at which the reader is told which members it hangs on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,23 +97,22 @@ def _describe_main(results: MainResults, names: Mapping[str, str], carried: bool
 
 def _describe_influence(rows: pd.DataFrame, all_models: Correlation) -> Iterator[str]:
     """Name the members on which the finding hangs, families first."""
-    if not len(rows):
+    is_strong = abs(all_models.coefficient) >= _STRONG or is_beyond_chance(all_models)
+    deciding = rows[rows["decides"]] if len(rows) and is_strong else pd.DataFrame()
+    if not len(deciding):
         return
-    deciding = rows[rows["decides"]]
-    deciding = deciding.assign(
-        change=(deciding["coefficient"] - all_models.coefficient).abs()
-    ).sort_values(["kind", "change"], ascending=[True, False])
+    change = (deciding["coefficient"] - all_models.coefficient).abs()
+    deciding = deciding.assign(change=change).sort_values(
+        ["kind", "change"], ascending=[True, False]
+    )
     parts = [
-        f"{'the family ' if row['kind'] == 'family' else ''}{row['without']} "
-        f"({row['coefficient']:.2f}, p = {row['p']:.2g})"
+        f"without {'the family ' if row['kind'] == 'family' else ''}{row['without']} the "
+        f"correlation is {row['coefficient']:.2f} (p = {row['p']:.2g})"
         for row in deciding.to_dict("records")
     ]
-    if parts:
-        more = f" or {len(parts) - 3} others" if len(parts) > 3 else ""
-        yield (
-            f"It hangs on single members: without {', or without '.join(parts[:3])}{more} the "
-            f"correlation is not the {all_models.coefficient:.2f} of all."
-        )
+    others = len(parts) - _NAMED
+    more = f"; so it is with {others} more" if others > 0 else ""
+    yield f"It hangs on single members: {'; '.join(parts[:_NAMED])}{more}."
 
 
 def _describe_within(within: Correlation, across: Correlation, names: Mapping[str, str]) -> str:
@@ -367,8 +368,8 @@ def _describe_together(
             if is_beyond_chance(area, adjusted[name], null=0.5)
         ]
         sentences.append(
-            f"Adjusted for all {len(areas)} distinct predictors (Holm), {main} has p = {adjusted[main]:.2g};"
-            f" beyond chance are {', '.join(clear) or 'none'}."
+            f"Adjusted for all {len(areas)} distinct predictors (Holm), {main} has "
+            f"p = {adjusted[main]:.2g}; beyond chance are {', '.join(clear) or 'none'}."
         )
     models = areas[main].models
     yield f"All {models} models together, a document counting once: {' '.join(sentences)}"

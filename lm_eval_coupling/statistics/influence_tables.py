@@ -13,14 +13,15 @@ from lm_eval_coupling.statistics.estimates import Result, Values
 from lm_eval_coupling.statistics.resampling import Families
 
 _DROP = 0.5  # of the strength; more than that, and one member decides
+_LEAST_DROP = 0.1  # of r
 
 
 @dataclasses.dataclass(frozen=True)
 class Influence(Result):
     """The correlation without one model or one family; ``decides`` if the finding hangs on it.
 
-    A member decides if the correlation changes its sign without it, loses half of its strength,
-    or is no longer beyond chance.
+    A member decides if the correlation is weaker by 0.1 without it, and either loses half of its
+    strength or is no longer beyond chance.
     """
 
     without: str
@@ -100,5 +101,7 @@ def _decides(every: Correlation, without: Correlation) -> bool:
     if np.isnan(rest) or np.isnan(r):
         return False
     beyond_chance = 1 - every.confidence
-    weaker = rest * np.sign(r) < _DROP * abs(r) and abs(r - rest) > 0.1
-    return bool(weaker or (every.p < beyond_chance <= without.p and abs(rest) < abs(r)))
+    drop = abs(r) - rest * np.sign(r)
+    # A p that crosses the level while r hardly changes is no matter of one member.
+    is_lost = every.p < beyond_chance <= without.p or drop > _DROP * abs(r)
+    return bool(is_lost and drop > _LEAST_DROP)
