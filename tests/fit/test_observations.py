@@ -352,9 +352,8 @@ class TestWhatCounts:
             save_model(tmp_path / "b", f"org/copy{i}", 0.2 + i / 50, {"arc": 0.3 + i / 100})
         found = observations(tmp_path)
         assert found.models == 10
-        assert "counted once: " in " ".join(found.notes) and "copy0 (as m0-1b)" in " ".join(
-            found.notes
-        )
+        (note,) = [note for note in found.notes if "counted once" in note]
+        assert "the same numbers to the last digit" in note and "(as copy0)" in note
 
     def test_without_a_mean_the_main_score_is_one_of_which_higher_is_better(self, tmp_path):
         def add_loss(run):

