@@ -97,7 +97,8 @@ def fit_runs(
     main = observations.main.name
     steps = checkpoints(rows, main)
     training = along_training(steps, main, resamples=resamples)
-    documents = within_models.load_documents(saved.runs, _leaves(runs, observations, tasks, score))
+    rows_of_leaves = _leaves(runs, observations, tasks, score)
+    documents = within_models.load_documents(saved.runs, rows_of_leaves, notes)
     leaves = {group: members for run in saved.runs for group, members in run.leaves.items()}
     across = _across(observations, documents, leaves, resamples)
     within = _within(documents, main)
