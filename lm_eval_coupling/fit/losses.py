@@ -43,9 +43,7 @@ def _losses(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
     metric = row["metric"]
     leaves = run.leaves.get(row["task"]) or [row["task"]]
     documents = [
-        found
-        for leaf in leaves
-        for found in gold_answers(answers_of_run(run, leaf, metric, []))
+        answer for leaf in leaves for answer in gold_answers(answers_of_run(run, leaf, metric, []))
     ]
     values = pd.DataFrame(documents, columns=["loss", "margin"], dtype=float)
     (loss, loss_error, _), (margin, margin_error, _) = (

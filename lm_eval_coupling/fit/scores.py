@@ -83,6 +83,9 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
 
     A task counts with a group of the same weights in whichever run that was evaluated: a subject
     that was run again alone is still a part of it.
+
+    Returns:
+        One mark per row.
     """
     names = ("model", "revision", "variant", "dtype", "fingerprint")
     weights = list(zip(*(runs[name].fillna("") for name in names), strict=True))
@@ -141,16 +144,23 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
 
 
 def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
-    """A model with and without a chat template is one model, not two: with ``keep`` each counts under a label of its own."""
+    """Refuse a model whose prompts of one task were made in several ways.
+
+    With ``keep`` each way counts under a label of its own.
+
+    Raises:
+        CouplingError: If there are several ways and ``mixed`` is ``refuse``.
+    """
     weights = [
         rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")
     ]
     for (model, *_, task), group in rows.groupby(weights, sort=False):
-        if len(told := differing(group["prompting"].unique())) > 1 and mixed == "refuse":
-            ways = " and ".join(words or "without" for words in told.values())
+        descriptions = differing(group["prompting"].unique())
+        if len(descriptions) > 1 and mixed == "refuse":
+            ways = " and ".join(words or "without" for words in descriptions.values())
             raise CouplingError(
-                f"got {task} of {model} with different prompts ({ways}); give runs made alike, or pass mixed='keep' "
-                "(--mixed keep) to have each counted"
+                f"got {task} of {model} with different prompts ({ways}); give runs made alike, or "
+                "pass mixed='keep' (--mixed keep) to have each counted"
             )
 
 

@@ -39,22 +39,23 @@ _COLUMNS = {"model": "model", "task": "task", "document": "doc_hash"}
 
 
 def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """The measured documents of the runs in ``rows`` (of ``load_runs``, with ``label``); empty if no table is found.
+    """Read the measured documents of the runs in ``rows``.
 
     Args:
-        runs: with their tables and samples.
-        rows: one per model and task; ``metric`` tells right from wrong.
-        notes: sentences on tables that cannot be read and samples that are not whole are added.
+        runs: Runs with their tables and samples.
+        rows: Rows of ``load_runs`` with ``label``, one per model and task; ``metric`` tells right
+            from wrong.
+        notes: Sentences on tables that cannot be read and samples that are not whole are added.
 
     Returns:
-        One row per model, task and document: means over its prompts, with ``score``, ``right``, ``confidence`` and
-        ``margin``, NaN where the samples do not say.
+        One row per model, task and document: means over its prompts, with ``score``, ``right``,
+        ``confidence`` and ``margin``, NaN where samples lack them. Empty if there is no table.
     """
-    wanted = {(row["file"], row["task"]): row for row in rows.to_dict("records")}
+    remaining = {(row["file"], row["task"]): row for row in rows.to_dict("records")}
     frames = []
     for run in runs:
         for saved in run.tables:
-            if row := wanted.pop((str(run.file), saved.task), None):
+            if row := remaining.pop((str(run.file), saved.task), None):
                 answers = answers_of_run(run, saved.task, row["metric"], notes)
                 with passing_over(notes):
                     documents = _documents(prompt_values(saved), answers, row["metric"])
@@ -67,18 +68,16 @@ def _documents(
 ) -> pd.DataFrame:
     values = prompts[value_names(prompts)].assign(prompt_tokens=prompts["n_tokens"])
     documents = values.groupby([prompts["task"], prompts["doc_hash"]]).mean().reset_index()
-    found = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
-    score = [answer.get("scores", {}).get(metric, math.nan) for answer in found]
+    given = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
     score = pd.Series(
-        [answer.get("scores", {}).get(metric, math.nan) for answer in found], dtype=float
+        [answer.get("scores", {}).get(metric, math.nan) for answer in given], dtype=float
     )
-    plain = (
-        score.dropna().isin((0, 1)).all()
-    )  # unlike, for instance, the probability of all true answers
-    right = score if plain else score * math.nan
-    options = [answer.get("options", ()) for answer in found]
-    expected = [answer.get("expected") for answer in found]
-    margin = [_margin(*given) for given in zip(options, expected, right, strict=True)]
+    # The probability of all true answers, for example, is neither right nor wrong.
+    is_binary = score.dropna().isin((0, 1)).all()
+    right = score if is_binary else score * math.nan
+    options = [answer.get("options", ()) for answer in given]
+    expected = [answer.get("expected") for answer in given]
+    margin = [_margin(*answer) for answer in zip(options, expected, right, strict=True)]
     return documents.assign(
         score=score, right=right, confidence=list(map(_confidence, options)), margin=margin
     )

@@ -63,7 +63,8 @@ def compare_correlations(
 
     Both predictors are treated alike: each is standardized and turned to correlate positively.
     The test exchanges the two within observations drawn at random, or within whole families.
-    The interval is Zou's (2007), or with families the jackknife's over them.
+    The interval is the jackknife's, over families if there are some, or else Zou's (2007) where
+    that is wider.
 
     Args:
         score: One number per observation.
@@ -112,14 +113,13 @@ def compare_correlations(
     if result.reason:
         return result
     p = _exchange_p(y, signs[0] * a, signs[1] * b, units, resamples, seed)
-    low, high = result.low, result.high
-    if units.families:
-        without = [np.abs(pearson_without_each(v, y, units)) for v in (a, b)]
-        error = jackknife_error(without[0] - without[1], result.difference)
-        half = stats.t.ppf((1 + confidence) / 2, units.families - 1) * error
-        low, high = result.difference - half, result.difference + half
-    low, high = max(-1.0, float(low)), min(1.0, float(high))
-    return dataclasses.replace(result, p=p, low=low, high=high)
+    without = [np.abs(pearson_without_each(v, y, units)) for v in (a, b)]
+    error = jackknife_error(without[0] - without[1], result.difference)
+    half = float(stats.t.ppf((1 + confidence) / 2, units.number - 1)) * error
+    low, high = result.difference - half, result.difference + half
+    if not units.families:
+        low, high = min(low, result.low), max(high, result.high)
+    return dataclasses.replace(result, p=p, low=max(-1.0, low), high=min(1.0, high))
 
 
 def difference_of_correlations(
