@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: help setup test check demo bench docs bounds clean
+.PHONY: help setup test quick check demo bench docs bounds clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -21,6 +21,10 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 # Without the start-up hook, so that the package is first imported under jaxtyping's run-time checks.
 test: setup  ## run all tests
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+QUICK_TESTS = tests/measures tests/numerics tests/saved tests/statistics tests/fit tests/figures tests/sweep
+quick: setup  ## run the fast tests, for a change in progress
+	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(QUICK_TESTS)
 
 check: setup  ## lint, types, workflows and citation
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

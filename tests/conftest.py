@@ -1,9 +1,14 @@
 """Shared by all tests."""
 
+import functools
+
 import pytest
 import torch
+from torch.utils import collect_env
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+# lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 # Files that take minutes, the longest first, so that no worker is left alone with one at the end.
 LONG = [
@@ -18,13 +23,14 @@ LONG = [
     "benchmarks",
     "demo",
     "tasks",
-    "statistics",
-    "fit",
 ]
 ORDER = {f"test_{name}.py": place for place, name in enumerate(LONG)}
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in ORDER:
+            item.add_marker(pytest.mark.slow)  # left out by `make quick`
     items.sort(key=lambda item: ORDER.get(item.path.name, len(ORDER)))
 
 

@@ -53,6 +53,8 @@ def written(out):
 # Without upstream's tasks, whose index takes ten seconds to build.
 EVALUATE = """
 import sys
+from torch.utils import collect_env
+collect_env.get_pretty_env_info = lambda: ""  # for which torch starts eleven programs
 from lm_eval_coupling.harness import plugin
 plugin.install(); import lm_eval; from lm_eval.loggers import EvaluationTracker; from lm_eval.tasks import TaskManager
 folder, kind, dtype, out, store = sys.argv[1:]

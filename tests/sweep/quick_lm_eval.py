@@ -2,9 +2,13 @@
 
 import sys
 
+from torch.utils import collect_env
+
 from lm_eval_coupling import cli
 from lm_eval_coupling.harness import plugin
 
+# lm-eval describes the machine, for which torch starts eleven programs.
+collect_env.get_pretty_env_info = lambda: ""
 plugin.install()
 from lm_eval.tasks import TaskManager  # noqa: E402 (after the plugin, which wraps what it imports)
 

@@ -91,7 +91,7 @@ def test_one_worker_a_device(folder_of, make_plan):
 
 
 def test_slots(monkeypatch):
-    monkeypatch.setattr(local, "cores", lambda: 8)
+    monkeypatch.setattr(local, "usable_cores", lambda: 8)
     monkeypatch.setattr(local, "visible_devices", lambda: [])
     assert local.slots(Local()) == [{}]  # devices of other makers stay visible
     assert local.slots(Local(devices=("cpu",))) == [{"CUDA_VISIBLE_DEVICES": ""}]
