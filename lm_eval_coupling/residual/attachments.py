@@ -95,6 +95,8 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
             add(f"{place}, {kind}", type(module))
         if (forward := replaced_forward(module)) is not None:
             add_callable(f"{place}, forward method", forward)
+        if name.startswith("around ") and is_library_module(type(module).__module__):
+            continue  # its choices, such as the active adapter, are in the layers as well
         for attribute, value in _attributes(module, reference):
             add(f"{place}, {attribute}", value)
         for buffer, tensor in _computed_buffers(module, base):

@@ -108,7 +108,11 @@ def variables(function: types.FunctionType) -> dict[str, Any]:
             values[name] = None
     for name in global_names(function.__code__):
         if name in function.__globals__:
-            values[name] = function.__globals__[name]
+            values[name] = value = function.__globals__[name]
+            if isinstance(value, types.ModuleType) and not is_library_module(value.__name__):
+                for attribute in function.__code__.co_names:
+                    if attribute in vars(value):
+                        values[f"{name}.{attribute}"] = vars(value)[attribute]
     return values
 
 
@@ -223,8 +227,10 @@ class _Writer:
         methods = [
             f"{key}: {self.write(value, depth)}"
             for key, value in sorted(vars(kind).items())
-            if isinstance(value, types.FunctionType | staticmethod | classmethod | property | int)
-            or isinstance(value, float | str | Tensor)
+            if isinstance(value, types.FunctionType | staticmethod | classmethod | property)
+            or isinstance(
+                value, int | float | str | list | tuple | dict | set | Tensor | np.ndarray
+            )
             and not key.startswith("__")
         ]
         bases = [self.write(base, depth) for base in kind.__bases__]

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import cases
@@ -282,6 +283,59 @@ def test_a_hook_on_every_module_counts(model):
         assert fingerprint(model) != before
     finally:
         handle.remove()
+
+
+class Settings:
+    strength = 0.5
+    places = (1, 2)
+
+
+def test_settings_that_a_hook_reads_are_followed(model, monkeypatch):
+    """Attributes of a class, or of a Python module, that are no variables of the hook."""
+    settings = types.ModuleType("steering_settings")
+    settings.strength = 0.5
+    monkeypatch.setitem(globals(), "settings", settings)
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output + Settings.strength + globals_strength()
+    )
+
+    def globals_strength():
+        return settings.strength
+
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.describe_change() is None
+    monkeypatch.setattr(Settings, "places", (1, 2, 3))
+    assert wrapped.describe_change() is not None
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x):
+        return self.factor * self.inner(x)
+
+
+def test_a_module_put_around_another_counts(model):
+    before = fingerprint(model)
+    model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp, 1.5)
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.fingerprint != before
+    model.model.layers[0].mlp.factor = 2.0
+    assert wrapped.describe_change().endswith("factor")
+
+
+def test_the_active_adapter_counts(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.add_adapter("other", config)
+    first = fingerprint(adapted)
+    adapted.set_adapter("other")
+    second = fingerprint(adapted)
+    adapted.set_adapter("default")
+    assert fingerprint(adapted) == first != second
 
 
 HOOKED = """
