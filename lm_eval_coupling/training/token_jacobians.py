@@ -118,8 +118,8 @@ class _BlockCall:
         deviation = (Y[0] - expected).norm() / expected.norm().clamp_min(1e-12)
         if not deviation <= _TOLERANCE[expected.dtype]:
             raise CouplingError(
-                f"got a block {type(self.block).__name__} that is off by {float(deviation):.1e} at one "
-                f"token with the keys of the others; {_UNSUPPORTED}"
+                f"got a block {type(self.block).__name__} that is off by {float(deviation):.1e} at "
+                f"one token with the keys of the others; {_UNSUPPORTED}"
             )
         (rows,) = torch.autograd.grad(Y.diagonal().sum(), X, create_graph=True)
         return rows[:, 0] - torch.eye(d_model, dtype=rows.dtype, device=rows.device)

@@ -1,4 +1,4 @@
-"""The check command: exact where the model is, failed where it is not, one sentence for what cannot be checked."""
+"""Command check: exact and wrong models, and one sentence for models that cannot be checked."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_a_wrong_jacobian_fails_though_its_certificate_is_fine(
 
 @pytest.mark.parametrize("case", KINDS)
 def test_every_kind_of_block(case, device):
-    """Against the unmodified model's own blocks; windows, ALiBi, experts, latent and linear attention among them."""
+    """Compare with the unmodified blocks: windows, ALiBi, experts, latent and linear attention."""
     plain = cases.tiny_model(case, torch.float32).to(device)
     found = check_blocks(ResidualModel.wrap(plain), plain, cases.tiny_tokens(9)[0].tolist())
     assert [one.level for one in found] == list(dict.fromkeys(cases.levels(case))) or len(

@@ -41,7 +41,7 @@ def orthogonal(d, seed):
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def case(request):
-    """Random Jacobians with their triplets, and everything about them by loops on the same J, U, S, V."""
+    """Return random Jacobians with their triplets, for loops on the same J, U, S, V."""
     J = normal(LAYERS, D, D, dtype=request.param)
     return J, top_singular(J, K)
 
@@ -74,7 +74,7 @@ def test_all_pairs_against_loops_and_one_by_one(case):
 
 
 def test_end_to_end_against_the_reference_svd():
-    """Triplets and pairs both from the oracle, in float64: sign and order conventions cancel out of every measure."""
+    """Compare with triplets and pairs of the oracle: conventions of sign and order cancel."""
     J = normal(LAYERS, D, D)
     T = top_singular(J, K)
     A = coupling_matrices(J, T.U, T.V)

@@ -37,7 +37,7 @@ def effective_rank(X):
 
 
 def procrustes(X, Y):
-    """Best fit of Y by scaled rotations of X, by the textbook: Q from the singular vectors, then the residual itself."""
+    """Return the best fit of Y by scaled rotations of X: Q by SVD, then the residual."""
     X, Y = (Z - Z.mean(axis=0) for Z in (X, Y))
     X, Y = X / np.linalg.norm(X), Y / np.linalg.norm(Y)
     U, S, Vt = np.linalg.svd(X.T @ Y)
@@ -45,7 +45,7 @@ def procrustes(X, Y):
 
 
 def naive(x, X):
-    """Every column from the stream at the measured token and the states of all tokens [depth][token]."""
+    """Return every column from the stream at the token and the states [depth][token]."""
     x, X = x.cpu().numpy(), [states.cpu().numpy() for states in X]
     steps = range(1, len(x))
     update = {i: x[i] - x[i - 1] for i in steps}
@@ -178,8 +178,8 @@ def test_what_is_undefined_is_said():
         progress=False,
     )
     assert (
-        found.reason
-        == "undefined contribution_cosine, linearity_of_update: a state, a step or their spread is zero"
+        found.reason == "undefined contribution_cosine, linearity_of_update: "
+        "a state, a step or their spread is zero"
     )
     assert np.isnan(found.contribution_cosine).tolist() == [False, True]
     assert found.linearity[1] == pytest.approx(1) and found.block_influence[1] == pytest.approx(

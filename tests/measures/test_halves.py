@@ -1,4 +1,4 @@
-"""Attention and MLP apart, against plain automatic differentiation through the parts of the unmodified model."""
+"""Attention and MLP apart, against automatic differentiation of the unmodified model's parts."""
 
 import cases
 import numpy as np

@@ -27,7 +27,15 @@ from lm_eval_coupling.measures.registry import Column, MeasureResult, Measure, R
 
 
 def run(batch):
-    return batch.measure_each(lambda one: MeasureResult({"toy_means": one.trajectory[1:].mean(dim=1)}), "toy")
+    return batch.measure_each(measure, "toy")
+
+
+def measure(prompt):
+    return MeasureResult({"toy_means": prompt.trajectory[1:].mean(dim=1)})
+
+
+def last(record, rank):
+    return record["toy_means"][-1]
 
 
 MEASURES = (
@@ -36,7 +44,7 @@ MEASURES = (
         doc="Mean of the stream.",
         columns=(Column("toy_means", "layer", "mean of x^l over its coordinates"),),
         run=run,
-        readings=(Reading("toy", "mean of the stream", "toy_means", lambda record, rank: record["toy_means"][-1], sign=1),),
+        readings=(Reading("toy", "mean of the stream", "toy_means", last, sign=1),),
     ),
 )
 '''
@@ -49,7 +57,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_a_measure_is_one_file(toy, tmp_path):
-    """It appears in the record, in the table with its meaning, in summaries, in what to ask a run for, and in the docs."""
+    """It appears in records, tables, summaries, options of a run, and docs."""
     model = ResidualModel.wrap(cases.tiny_model("llama"))
     prompt = cases.tiny_tokens(5)[0].tolist()
     (record,) = measure_coupling(
@@ -150,5 +158,8 @@ def test_depths_of_readings():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys; from lm_eval_coupling.measures import registry; registry.registered_measures(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from lm_eval_coupling.measures import registry; "
+        "registry.registered_measures(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -69,7 +69,7 @@ def test_jacobians_of_many_pairs_are_the_oracles(case, float64_device):
 
 @pytest.mark.parametrize("case", ["llama", "gpt-oss"])
 def test_a_row_by_autodiff_is_the_oracles(case, float64_device, monkeypatch):
-    """In one backward pass per coordinate for all tokens: it was one for each of them, and hours for a prompt."""
+    """Take one backward pass per coordinate for all tokens, not one for each token."""
     from lm_eval_coupling.jacobians import token_pairs as pairs
 
     alone, right = [], pairs.certified_jacobian
@@ -148,7 +148,7 @@ def test_context_coupling_is_the_oracles(wrapped, llama):
 
 
 def test_what_is_zero_is_undefined_and_counted(float64_device):
-    """A sliding window of 5 tokens: the first does not reach the last, whatever stands between them."""
+    """With a sliding window of 5 tokens, the first token does not reach the last."""
     wrapped = wrapped_on(float64_device, cases.tiny_model("mistral"))
     prompt = cases.tiny_tokens(9).flatten().tolist()
     (found,) = measure_coupling(

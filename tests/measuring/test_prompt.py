@@ -1,4 +1,4 @@
-"""One prompt from token ids to its record, against naive float64 oracles from end to end; and what it says on failure."""
+"""One prompt from token ids to its record, against naive float64 oracles; and its failures."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def trajectory(model, ids, token):
 @pytest.mark.parametrize("position", [-1, 3])
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "gpt-neox"])
 def test_a_record_is_the_oracles(case, position, float64_device):
-    """Every field, from plain backward passes through the unmodified model, full SVDs and loops over single numbers."""
+    """Compare every field with plain backward passes, full SVDs and loops over numbers."""
     plain = cases.tiny_model(case)
     found = measured(wrapped_on(float64_device, plain), position=position)
     token = position % 7
@@ -164,7 +164,7 @@ def test_shapes_and_dtypes(model):
 
 
 def test_a_smaller_rank_is_cut_from_the_largest(model):
-    """What is found at a rank does not depend on the others that were asked for, nor on their order."""
+    """Values at a rank depend neither on the other ranks nor on their order."""
     alone, together = measured(model, ranks=(2,)), measured(model, ranks=[5, 2, 2])
     assert together.ranks == (2, 5)
     for name in [*PAIRS, "subspace_overlap", "gap"]:
@@ -390,7 +390,7 @@ def test_a_jacobian_that_fails_its_certificate_is_not_used(model, monkeypatch, e
 
 
 def test_regularity_of_a_record_is_that_of_its_trajectory(model, llama):
-    """Every number of the trajectory against its own definition, written out, from the unmodified model's hidden states."""
+    """Compare every number with its definition, from the unmodified model's hidden states."""
     found = measured(model, window=2)
     with torch.no_grad(), TrueDtype(torch.float64):
         double = copy.deepcopy(llama).double()

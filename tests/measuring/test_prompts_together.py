@@ -1,4 +1,4 @@
-"""Prompts measured together: the same numbers as alone, and what goes wrong in one costs the others nothing."""
+"""Prompts measured together have the same numbers as alone; a failure is of its prompt only."""
 
 import cases
 import numpy as np
@@ -53,7 +53,7 @@ def test_pairs_of_several_prompts_are_those_of_each(in_the_same_operations, floa
                 and value.dtype.kind == "f"
                 and name not in ("certificate", "svd_residual")
             ):
-                # U and V come with an arbitrary joint sign, and where the gap is small with an arbitrary rotation.
+                # The joint sign of U and V is arbitrary, and so is a rotation if the gap is small.
                 np.testing.assert_allclose(together, value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
@@ -104,7 +104,7 @@ def test_results_leave_a_device_as_they_were(device):
     "case", ["llama", "gemma3", "gpt2", "bloom", "falcon-alibi", "mixtral", "qwen3-next"]
 )
 def test_prompts_measured_together_are_those_measured_alone(case, float64_device):
-    """Padding on the right and a batch in the closed level change nothing but rounding, whatever the lengths."""
+    """Padding on the right and a batch of the closed level change nothing but rounding."""
     together = wrapped_on(float64_device, cases.tiny_model(case))
     prompts = [cases.tiny_tokens(seq).flatten().tolist() for seq in (3, 17, 9, 3)]
     settings = Settings((2, 4), dtype="float64")

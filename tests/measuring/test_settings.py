@@ -1,4 +1,4 @@
-"""Settings of a measurement: what cannot work is refused, and what numbers depend on tells measurements apart."""
+"""Settings: values that cannot work are refused; values that matter tell measurements apart."""
 
 import json
 
@@ -25,7 +25,8 @@ from lm_eval_coupling.residual import ResidualModel
         ({"ranks": "ten"}, "coupling_ranks=ten, expected positive whole numbers"),
         (
             {"ranks": (2, 25)},
-            "coupling_ranks=2.25, rank 25 for a model with d_model = 24; choose ranks of at most 24",
+            "coupling_ranks=2.25, rank 25 for a model with d_model = 24; "
+            "choose ranks of at most 24",
         ),
         (
             {"measures": ("depth", "width")},
@@ -53,7 +54,7 @@ def test_settings_that_cannot_work_are_refused_at_once(options, message):
     ],
 )
 def test_ranks_in_every_form(ranks, expected):
-    """A number alone was a TypeError, a text was taken apart into characters, and NumPy's numbers were refused."""
+    """A single number, a text and NumPy's numbers are ranks."""
     assert chosen_ranks(ranks) == expected
 
 

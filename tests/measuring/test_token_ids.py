@@ -1,4 +1,4 @@
-"""Prompts as people have them: one string was taken apart into characters, a tokenizer's output into its keys."""
+"""Prompts in every form: one string, and the output of a tokenizer, among them."""
 
 import numpy as np
 import pytest

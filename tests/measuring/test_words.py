@@ -1,4 +1,4 @@
-"""Words of directions: a head of signed unit rows, whose nearest words are known, under blocks that write known words."""
+"""Words of directions, for a head of signed unit rows under blocks that write known words."""
 
 import math
 import sys
@@ -47,7 +47,7 @@ class LayerNormHead:
 
 
 def test_biases_have_no_say():
-    """The bias of a norm or a head says the same of every direction; read plainly, all would have the same words."""
+    """The bias of a norm or a head is left out: it would give all directions the same words."""
     directions = torch.linalg.qr(torch.randn(D, 4, generator=torch.Generator().manual_seed(1))).Q.mT
     ids = nearest_words(LayerNormHead(), directions, 3)
     for direction, (plus, minus) in zip(directions, ids.tolist(), strict=True):
@@ -125,7 +125,7 @@ def test_chance_is_that_of_random_directions(writer):
     everything = chance_kept(writer, rank=2, words=2 * D)
     assert everything == 1.0  # all words there are
     one = [chance_kept(writer, rank=1, words=1, seed=seed) for seed in range(40)]
-    # The nearest of 32 equally likely words to u or −u: the same as that of another direction 2 times in 32.
+    # Of 32 equally likely words, that of another direction is nearest to u or −u 2 times in 32.
     assert np.mean(one) == pytest.approx(2 / (2 * D), abs=4 * math.sqrt(0.06 * 0.94 / (40 * 6)))
     assert chance_kept(writer, rank=1, words=4) == chance_kept(writer, rank=1, words=4)
 
@@ -180,7 +180,7 @@ def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
 
 @pytest.fixture
 def measured(tmp_path):
-    """A model and the folder of a run of it, whose documents 0 and 1 were measured at the last but one token."""
+    """Return a model and a run of it, with documents 0 and 1 measured at the last but one token."""
     model = tiny.save_model(tmp_path / "tiny")
     rows = [
         record("arc", i) | {"tokens": (3, 4 + i, 5, 9), "position": 2, "n_tokens": 4}
@@ -196,7 +196,7 @@ def measured(tmp_path):
 
 
 def test_prompts_of_a_run_are_read_where_they_were_measured(words, measured, tmp_path):
-    """The file had no key of a document and the last token's words, wherever coupling was measured."""
+    """The file has the key of a document, and the words of the measured token."""
     model, results = measured
     size = ["--rank", "2", "--words", "3"]
     words.main(

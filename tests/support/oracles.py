@@ -1,4 +1,4 @@
-"""What measurements are held to: plain automatic differentiation of unmodified transformers models."""
+"""Oracles of measurements: plain automatic differentiation of unmodified models."""
 
 import torch
 
@@ -15,7 +15,7 @@ def oracle(model, tokens, layer, t_out, t_in):
 
 
 def oracle_by_input(model, tokens, layer, t_out):
-    """[d_out, t_in, d_in] by one plain backward pass per output coordinate, through the unmodified model's own block."""
+    """Return [d_out, t_in, d_in] by one backward pass per output coordinate."""
     seen = {}
 
     def before(module, args, kwargs):
@@ -44,5 +44,5 @@ def oracle_by_input(model, tokens, layer, t_out):
 
 
 def worst(found, expected):
-    """Relative error; next to nothing (a linear attention that has forgotten a token) is compared with 1e-3."""
+    """Return the relative error; a norm below 1e-3 counts as 1e-3."""
     return ((found - expected).norm() / expected.norm().clamp_min(1e-3)).item()

@@ -1,4 +1,4 @@
-"""Naive float64 oracles: one number at a time, straight from the definitions, sharing no code with the package."""
+"""Naive float64 oracles from the definitions, one number at a time, without package code."""
 
 import itertools
 import math

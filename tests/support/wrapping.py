@@ -17,5 +17,5 @@ def tiny(case="llama", dtype=torch.float32, **changes):
 
 
 def wrapped_on(device, model, tokenizer=None):
-    """A copy of the model on this device, wrapped; the model itself stays where its oracle is computed."""
+    """Return a wrapped copy of the model on a device; the model itself stays with its oracle."""
     return ResidualModel.wrap(copy.deepcopy(model).to(device), tokenizer)
