@@ -58,7 +58,7 @@ class SavedTable:
         """Read all rows at once; arguments and errors are those of :meth:`batches`."""
         parts = []
         for file in self._files(weights):
-            with open_table(file) as table:
+            with open_table(file, self._present(columns)) as table:
                 rows = to_frame(table.read(self._present(columns)))
             parts.append(_select(rows, columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
@@ -78,7 +78,7 @@ class SavedTable:
         """
         parts: list[dict[str, np.ndarray]] = []
         for file in self._files(weights):
-            with open_table(file) as table:
+            with open_table(file, self._present(columns)) as table:
                 part = to_columns(table.read(self._present(columns)))
             kept = _is_first(part.pop("place"))
             if weights != "all":
@@ -111,7 +111,7 @@ class SavedTable:
         """
         present, is_empty = self._present(columns), True
         for file in self._files(weights):
-            with open_table(file) as table:
+            with open_table(file, present) as table:
                 for batch in table.iter_batches(batch_size=rows, columns=present):
                     part = _select(to_frame(batch), columns, weights, places)
                     if len(part):
