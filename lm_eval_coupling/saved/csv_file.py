@@ -15,7 +15,9 @@ from lm_eval_coupling.errors import CouplingError, shown, why
 _MISSING = ("", "na", "n/a", "nan", "none", "null")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # Digits with separators or signs around them: a number to a reader, none to a program.
-_NEARLY_A_NUMBER = re.compile(r"[$€£~≈<>]?\s*[+-]?\d[\d.,'_\s]*(e[+-]?\d+)?\s*%?", re.IGNORECASE)
+_NEARLY_A_NUMBER = re.compile(
+    r"[$€£~≈<>]?\s*[+-]?(\d[\d.,'_\s]*(e[+-]?\d+)?|inf(inity)?)\s*%?", re.IGNORECASE
+)
 _TRUTHS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1", "1.0"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0", "0.0"), False),
@@ -54,6 +56,18 @@ class CsvFile:
             if value is None or math.isinf(value):
                 self.refuse(position, column, "a number such as 3e11")
             values.append(value)
+        return values
+
+    def sizes(self, column: str) -> list[float]:
+        """Return the numbers of a column, which are positive, NaN where none is given.
+
+        Raises:
+            CouplingError: for any other cell.
+        """
+        values = self.numbers(column)
+        for position, value in enumerate(values):
+            if value <= 0:
+                self.refuse(position, column, "a positive number")
         return values
 
     def truths(self, column: str) -> list[bool | None]:
@@ -127,7 +141,7 @@ def read_csv(file: Path | str, needed: Sequence[str], of_what: str) -> CsvFile:
     if missing := [name for name in needed if name not in header]:
         raise CouplingError(
             f"got {file} with the columns {', '.join(header)}, expected one named {missing[0]}"
-            + ("; separate them by commas" if len(header) == 1 and ";" in header[0] else "")
+            + ("; separate them by commas" if len(header) == 1 else "")
         )
     named = [name for name in header if name]
     if twice := [name for name in named if named.count(name) > 1]:

@@ -70,7 +70,7 @@ def _typed(name: str, value: Any) -> Any:
     """Return a fact of the type that its name asks for, None where it has another."""
     if name in _NUMBERS:
         size = number(value)
-        return size if math.isfinite(size) else None
+        return size if math.isfinite(size) and (size > 0 or name == "step") else None
     if name == "tuned":
         return value if isinstance(value, bool) else to_truth(str(value))
     if name in ("family", "lineage"):
@@ -136,7 +136,9 @@ def _columns(table: CsvFile, of_runs: set[str]) -> tuple[dict[str, list[Any]], d
             )
         if name == "tuned":
             facts[name] = table.truths(column)
-        elif name in _NUMBERS:
+        elif name in FACTS[2:]:
+            facts[name] = table.sizes(column)
+        elif name == "step":
             facts[name] = table.numbers(column)
         elif name in ("family", "lineage"):
             facts[name] = table.texts(column)

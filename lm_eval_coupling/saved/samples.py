@@ -63,7 +63,7 @@ def read_answers(
     for sample in read_json_lines(file) if file else ():
         try:
             scores, response = _scores(sample), _response(sample)
-        except (TypeError, ValueError, AttributeError, LookupError):
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
             misshapen += 1
             continue
         lines[str(sample.get("filter"))] += 1

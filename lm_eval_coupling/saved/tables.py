@@ -12,6 +12,7 @@ not cover the pages' headers, where one flipped bit can cut values off without a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -317,19 +318,24 @@ def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         )
     if not intact:
         raise UnreadableTable(_damaged(file, "its checksum differs"))
-    types = {name: schema.field(name).type for name in schema.names}
+    types = dict(zip(schema.names, schema.types, strict=True))
     if not isinstance(about, dict):
         raise UnreadableTable(_damaged(file, "its metadata is no mapping"))
     require_schema(file, about)
     if lacking := [column.name for column in DOCUMENT if column.name not in types]:
         raise UnreadableTable(f"got {file} without the column {lacking[0]}; measure again")
-    for name, column in table_columns().items():
-        if name in types and types[name] != arrow_type(column):
+    for name, kind in _arrow_types(tuple(table_columns().values())).items():
+        if types.get(name, kind) != kind:
             raise UnreadableTable(
-                f"got {file} with {types[name]} in the column {name}, expected "
-                f"{arrow_type(column)}; measure again"
+                f"got {file} with {types[name]} in the column {name}, expected {kind}; measure "
+                "again"
             )
     return about, tuple(schema.names)
+
+
+@functools.cache
+def _arrow_types(columns: tuple[Column, ...]) -> dict[str, pa.DataType]:
+    return {column.name: arrow_type(column) for column in columns}
 
 
 def require_schema(file: Path, about: Mapping[str, Any]) -> None:

@@ -129,6 +129,8 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
         A row per task, document and first prompt, a column per number; NaN where no prompt has it.
     """
     document, names = ["task", "doc_hash", "prompt_hash"], value_names(values)
+    if values.empty:
+        return pd.DataFrame(columns=names, dtype=float)
     if not values.duplicated(document).any():
         return values.set_index(document)[names]  # much faster, and the same
     return values.groupby(document, sort=False)[names].mean()
