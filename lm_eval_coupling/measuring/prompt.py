@@ -61,7 +61,7 @@ def measure_coupling(
         position: token to measure at, negative counts from the end; or several such as
             ``-1+0+last4`` or ``random8``, which give a record each.
         dtype: arithmetic of Jacobians and decompositions, ``float32`` or ``float64``.
-        method: see :func:`~lm_eval_coupling.jacobians.block_jacobians`.
+        method: see :func:`~lm_eval_coupling.jacobians.engine.block_jacobians`.
         window: blocks of the windowed line-shape score and expodistance; by default 11, or all
             blocks of a shallower model.
         tokens: tokens of self- and context coupling: ``all``, ``lastN``, ``firstN``, ``randomN`` or
