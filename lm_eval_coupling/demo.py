@@ -203,7 +203,7 @@ def evaluate(gguf: Path, out: Path) -> dict[str, Any]:
         "pretrained": str(gguf.parent),
         "gguf_file": gguf.name,
         "coupling_limit": DOCUMENTS,
-        "coupling_untrained": 0,
+        "coupling_untrained_seed": 0,
     }
     options = {
         "--model": "coupling-hf",

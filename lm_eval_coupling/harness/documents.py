@@ -1,4 +1,4 @@
-"""From lm-eval's loaded tasks to evaluated documents with their requests."""
+"""Evaluated documents with their requests, read from lm-eval's loaded tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from lm_eval_coupling.runs.rows import DocumentKey
 
 @dataclass(frozen=True)
 class Document:
-    """One evaluated document of this process, with its requests in the order of their ``idx``."""
+    """An evaluated document of this process.
+
+    Attributes:
+        key: its identity.
+        doc_id: its number among the evaluated documents of its task.
+        requests: lm-eval's `Instance`s, in the order of their ``idx``.
+        target: what the task's ``doc_to_target`` returns; None if it has none.
+    """
 
     key: DocumentKey
     doc_id: int
@@ -24,9 +31,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Requested:
-    """What was asked for: the leaf ``tasks`` by name, and ``roots``, the tasks and groups as nested lists of names.
+    """The tasks and groups that were asked for.
 
-    ``members`` are the leaf tasks of every group.
+    Attributes:
+        tasks: the leaf tasks by name.
+        roots: the requested tasks and groups; a task is its name, a group the list of its members.
+        members: names of the leaf tasks of every group.
     """
 
     tasks: dict[str, Any]
@@ -52,16 +62,16 @@ class Requested:
         return cls(dict(tasks), roots + [name for name in tasks if name not in grouped], members)
 
     def documents(self) -> list[Document]:
-        """Those of this process; equal documents with equal prompts are one."""
-        found: dict[DocumentKey, Document] = {}
+        """Return this process's documents; equal ones with equal prompts are one document."""
+        documents: dict[DocumentKey, Document] = {}
         for name, task in self.tasks.items():
             for document in _documents(name, task):
-                found.setdefault(document.key, document)
-        return list(found.values())
+                documents.setdefault(document.key, document)
+        return list(documents.values())
 
 
 def doc_hash(doc: Any) -> str:
-    """lm-eval's own hash of a document: what samples and tables are joined on."""
+    """Return lm-eval's own hash of a document, on which samples and tables are joined."""
     return hash_string(
         json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
     )
@@ -85,8 +95,8 @@ def _documents(name: str, task: Any) -> Iterable[Document]:
 
 
 def _target(task: Any, doc: Any) -> Any:
-    """The task's target; tasks written in Python may have none, and it only matters where there is no context."""
+    """Return the document's target, which is needed only where there is no context."""
     try:
         return task.doc_to_target(doc)
-    except Exception:
+    except Exception:  # tasks written in Python may have none
         return None

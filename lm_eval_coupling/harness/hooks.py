@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -17,10 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, nearest
 
 MODEL = "coupling-hf"
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
+# lm-eval's command passes this where no device is given; HFLM then takes the CPU without a GPU.
+DEFAULT_DEVICE = "cuda:0"
 
 # Below lm-eval's own logger, so that its verbosity and handler apply.
 logger = logging.getLogger("lm_eval.coupling")
@@ -32,12 +37,22 @@ class DryRun(Exception):
 
 @dataclass
 class _Command:
-    """One call of lm-eval's command line; lm-eval itself returns nothing from it."""
+    """The state of one call of lm-eval's command line, which itself returns nothing.
 
+    Attributes:
+        is_ours: True if the model is ``coupling-hf``.
+        tasks: the task manager, for the names of tasks.
+        interrupted: True if Ctrl-C ended the measuring early.
+        problem: why something that was asked for was not written; empty if all was.
+    """
+
+    is_ours: bool = False
+    tasks: Any = None
     interrupted: bool = False
+    problem: str = ""
 
 
-_command: ContextVar[_Command | None] = ContextVar("lm_eval_command", default=None)
+_command: ContextVar[_Command] = ContextVar("lm_eval_command")
 
 
 def after_import(module: Any) -> None:
@@ -75,7 +90,7 @@ def _wrap(
 
 
 def _decorated_by(function: Any) -> Any:
-    """Return the closure cell in which a decorator keeps its function; None for a plain function."""
+    """Return the closure cell that holds a decorated function; None for a plain function."""
     inside = getattr(function, "__wrapped__", None)
     cells = getattr(function, "__closure__", None) or ()
     return next(
@@ -121,6 +136,7 @@ def _add_tasks(manager: Any) -> None:
             )
             original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
             self.include_path = include_path
+            _current().tasks = self
 
         return init
 
@@ -132,17 +148,32 @@ def _refuse_early(config: Any) -> None:
 
     def checked(from_cli: Callable) -> Callable:
         def from_cli_checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            found = from_cli(cls, *args, **kwargs)
-            if found.model == MODEL:
+            settings = from_cli(cls, *args, **kwargs)
+            if settings.model == MODEL:
                 from lm_eval_coupling.runs.options import Options
 
-                Options.take_from(dict(found.model_args or {}))
-                _require_output(found.output_path)
-            return found
+                _current().is_ours = True
+                Options.take_from(dict(settings.model_args or {}))
+                _require_output(settings.output_path)
+                _require_device(settings.device)
+            elif str(settings.model).startswith("coupling"):
+                raise CouplingError(
+                    f"got --model {settings.model}, which lm-eval does not know; "
+                    f"did you mean {MODEL}?"
+                )
+            return settings
 
         return from_cli_checked
 
     _wrap(config.EvaluatorConfig, "from_cli", checked)
+
+
+def _require_device(device: Any) -> None:
+    """Refuse a device that this machine does not have; torch is imported only if one is named."""
+    if device not in (None, "cpu", DEFAULT_DEVICE):
+        from lm_eval_coupling.numerics.devices import device_named
+
+        device_named(str(device))
 
 
 def _record_after_scoring(evaluator: Any) -> None:
@@ -152,20 +183,25 @@ def _record_after_scoring(evaluator: Any) -> None:
         def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
             # A CachingLM holds the model in `.lm`.
             record = getattr(getattr(lm, "lm", lm), "record_coupling", None)
+            call = signature.bind(lm, task_dict, *args, **kwargs)
+            call.apply_defaults()
+            if (announce := getattr(getattr(lm, "lm", lm), "announce", None)) is not None:
+                announce(task_dict, call.arguments)
             try:
                 results = evaluate(lm, task_dict, *args, **kwargs)
             except DryRun:
                 results = None
             if record is not None:
-                call = signature.bind(lm, task_dict, *args, **kwargs)
-                call.apply_defaults()
                 try:
                     record(task_dict, results, call.arguments)
-                except Exception:
+                except Exception as error:
                     logger.exception("coupling was not recorded; the scores are complete")
-                # Into coupling_out. A tracker that saves the results writes them again, with its date.
+                    _current().problem = f"coupling was not recorded ({_one_line(error)})"
+                # Into coupling_out. A tracker that saves the results writes them again,
+                # with its date.
                 _write_tables(results, None, _now())
-                _tell_command(results)
+                if (info := _carried(results)) is not None and info["interrupted"]:
+                    _current().interrupted = True
             return results
 
         return evaluate_and_record
@@ -174,6 +210,7 @@ def _record_after_scoring(evaluator: Any) -> None:
         def simple_evaluate_checked(model: Any, *args: Any, **kwargs: Any) -> Any:
             if model == MODEL:
                 _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
+                _require_device(kwargs.get("device"))
             return simple_evaluate(model, *args, **kwargs)
 
         return simple_evaluate_checked
@@ -183,16 +220,50 @@ def _record_after_scoring(evaluator: Any) -> None:
 
 
 def _write_tables_with_results(tracking: Any) -> None:
+    """Write our tables beside lm-eval's results, and check that its own files are complete.
+
+    lm-eval logs a warning if it cannot write a file, on a full disk for example, and goes on.
+    """
+
     def with_tables(save: Callable) -> Callable:
         def save_results_aggregated(self: Any, results: Any, samples: Any = None) -> None:
             save(self, results, samples)
             # The tracker has no date if it saves nothing.
             date = getattr(self, "date_id", _now())
-            _write_tables(results, _results_folder(self), date)
+            folder = _results_folder(self)
+            self._saves_coupling = _carried(results) is not None
+            _write_tables(results, folder, date)
+            if folder is not None and self._saves_coupling:
+                stem = Path(self.output_path).stem if folder != _model_folder(self) else "results"
+                _require_complete(folder / f"{stem}_{date}.json", json.loads)
 
         return save_results_aggregated
 
+    def with_check(save: Callable) -> Callable:
+        def save_results_samples(self: Any, task_name: str, samples: Any) -> None:
+            save(self, task_name, samples)
+            if self.output_path and getattr(self, "_saves_coupling", False):
+                file = _results_folder(self) / f"samples_{task_name}_{self.date_id}.jsonl"
+                _require_complete(file, lambda text: _require_lines(text, len(samples)))
+
+        return save_results_samples
+
     _wrap(tracking.EvaluationTracker, "save_results_aggregated", with_tables)
+    _wrap(tracking.EvaluationTracker, "save_results_samples", with_check)
+
+
+def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
+    try:
+        parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = f"got {file}, which lm-eval could not write completely ({_one_line(error)})"
+        logger.error("coupling: %s", problem)
+        _current().problem = problem
+
+
+def _require_lines(text: str, expected: int) -> None:
+    if (lines := text.count("\n")) < expected:
+        raise ValueError(f"{lines} of {expected} lines")
 
 
 def _results_folder(tracker: Any) -> Path | None:
@@ -200,8 +271,11 @@ def _results_folder(tracker: Any) -> Path | None:
     if not tracker.output_path:
         return None
     path = Path(tracker.output_path)
-    model = str(tracker.general_config_tracker.model_name_sanitized)
-    return path.parent if path.suffix == ".json" else path / model
+    return path.parent if path.suffix == ".json" else _model_folder(tracker)
+
+
+def _model_folder(tracker: Any) -> Path:
+    return Path(tracker.output_path) / str(tracker.general_config_tracker.model_name_sanitized)
 
 
 def _require_output(output_path: Any) -> None:
@@ -254,40 +328,91 @@ def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str
         info.write_tables(folder, date)
     except Exception as error:
         info.unwritten = str(error)
-        logger.exception("coupling tables were not written; measurements are kept in the store")
+        problem = f"coupling tables were not written ({_one_line(error)})"
+        logger.error("%s; measurements are kept in the store", problem)
+        logger.debug("coupling: the error was", exc_info=True)
+        _current().problem = problem
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error}".split()) or type(error).__name__
 
 
 def _now() -> str:
     return datetime.now().isoformat().replace(":", "-")  # the form of lm-eval's own dates
 
 
-def _tell_command(results: dict[str, Any] | None) -> None:
-    """Tell lm-eval's command line, if it runs, that its evaluation was interrupted."""
-    command, info = _command.get(), _carried(results)
-    if command is not None and info is not None and info["interrupted"]:
-        command.interrupted = True
+def _current() -> _Command:
+    """Return the running command; one that nobody reads if there is none, as in a notebook."""
+    return _command.get(_Command())
 
 
 def _errors_as_sentences(harness: Any) -> None:
+    """Turn errors and Ctrl-C into one sentence and an exit code, if the model is ours."""
+
     def plainly(execute: Callable) -> Callable:
         def execute_plainly(self: Any, args: Any) -> Any:
-            command = _Command()
+            command = _Command(is_ours=getattr(args, "model", None) == MODEL)
             token = _command.set(command)
             try:
                 returned = execute(self, args)
             except CouplingError as error:
-                print(f"lm-eval-coupling: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
+                raise _exit(2, str(error)) from None
+            except KeyboardInterrupt:
+                if not command.is_ours:
+                    raise
+                raise _exit(
+                    130, "interrupted; prompts measured before are kept in the store"
+                ) from None
+            except ValueError as error:
+                if not command.is_ours or (sentence := _about_tasks(error, command.tasks)) is None:
+                    raise
+                raise _exit(2, sentence) from None
             finally:
                 _command.reset(token)
             if command.interrupted:
                 # The results are written, but nobody is to take them for complete.
                 raise SystemExit(130)
+            if command.problem:
+                raise _exit(1, command.problem)
             return returned
 
         return execute_plainly
 
+    def with_hint(parse_args: Callable) -> Callable:
+        def parse_args_with_hint(self: Any) -> Any:
+            try:
+                return parse_args(self)
+            except SystemExit:
+                if any(re.search(r"coupling_\w+=\d+,\d", word) for word in sys.argv):
+                    _say("join several numbers by a plus sign, as in coupling_ranks=10+30")
+                raise
+
+        return parse_args_with_hint
+
     _wrap(harness.HarnessCLI, "execute", plainly)
+    _wrap(harness.HarnessCLI, "parse_args", with_hint)
+
+
+def _about_tasks(error: ValueError, manager: Any) -> str | None:
+    """Return a sentence with the nearest names for lm-eval's error about unknown tasks."""
+    _, found, names = str(error).partition("Tasks not found: ")
+    known = getattr(manager, "all_tasks", None)
+    if not found or not known:
+        return None
+    nearest_names = ", ".join(nearest(name, known) for name in names.split(", "))
+    return f"got --tasks {names}, which lm-eval does not know; did you mean {nearest_names}?"
+
+
+def _exit(code: int, sentence: str) -> SystemExit:
+    _say(sentence)
+    return SystemExit(code)
+
+
+def _say(sentence: str) -> None:
+    """Print one sentence; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lm-eval-coupling: {sentence}", file=sys.stderr)
 
 
 STEPS: dict[str, Callable[[Any], None]] = {

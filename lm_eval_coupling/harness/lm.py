@@ -16,11 +16,11 @@ require_versions("lm-eval", "transformer-lens", "transformers")  # Before the im
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, Reason, reason_of
 from lm_eval_coupling.harness import hooks, plugin
 from lm_eval_coupling.harness.documents import Document, Requested
 from lm_eval_coupling.harness.identity import named_tokenizer, prompt_identity
-from lm_eval_coupling.harness.prompts import document_prompts
+from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
 from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.runs.model_arguments import has_revisions
@@ -45,9 +45,6 @@ from lm_eval_coupling.saved.prompting import encoding
 # Below lm-eval's own logger, so that its verbosity and handler apply.
 logger = logging.getLogger("lm_eval.coupling")
 
-# lm-eval's command passes this where no device is given; HFLM then takes the CPU without a GPU.
-_DEFAULT_DEVICE = "cuda:0"
-
 
 def _device_argument(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the device to load on, or nothing if HFLM's own choice is right.
@@ -56,7 +53,7 @@ def _device_argument(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     device = arguments.get("device")
     if not isinstance(arguments["pretrained"], str) or (
-        device == _DEFAULT_DEVICE and not torch.cuda.is_available()
+        device == hooks.DEFAULT_DEVICE and not torch.cuda.is_available()
     ):
         return {}
     if device is None or str(device).split(":")[0] in ("cuda", "mps"):
@@ -85,6 +82,7 @@ class CouplingLM(HFLM):
         plugin.install()
         arguments = {"pretrained": pretrained, **kwargs}
         options = self.coupling_options = Options.take_from(arguments)
+        self.argument_names = set(arguments)
         store = open_store(options) if options.measures_anything else None
         super().__init__(**arguments | _device_argument(arguments))
         tokenizer = named_tokenizer(arguments, self._model)
@@ -213,23 +211,30 @@ class CouplingLM(HFLM):
         reading = self.coupling_options.prompt
         try:
             prompts = document_prompts(self, document.requests, document.target, reading)
-        except Exception as error:
+        except Exception as error:  # tasks and tokenizers raise anything
+            problem = Reason("error", f"no prompt: {reason_of(error).words}")
             logger.warning(
-                "coupling: no prompt for document %s of %s: %s",
-                *(document.doc_id, document.key.task, error),
+                "coupling: %s of %s: %s", document.doc_id, document.key.task, problem.words
             )
-            return []
+            return [self._document_prompt(document, 0, Prompt((), "context"), problem)]
+        empty = Reason("too_short", "an empty prompt has no token to measure")
         return [
-            DocumentPrompt(
-                document=document.key,
-                doc_id=document.doc_id,
-                index=index,
-                kind=prompt.kind,
-                tokens=prompt.tokens,
-                text=self.tokenizer.decode(list(prompt.tokens)),
-            )
-            for index, prompt in enumerate(prompts)
+            self._document_prompt(document, index, prompt, None if prompt.tokens else empty)
+            for index, prompt in enumerate(prompts or [Prompt((), "context")])
         ]
+
+    def _document_prompt(
+        self, document: Document, index: int, prompt: Prompt, problem: Reason | None
+    ) -> DocumentPrompt:
+        return DocumentPrompt(
+            document=document.key,
+            doc_id=document.doc_id,
+            index=index,
+            kind=prompt.kind,
+            tokens=prompt.tokens,
+            text=self.tokenizer.decode(list(prompt.tokens)),
+            problem=problem,
+        )
 
     def _info(
         self,

@@ -1,4 +1,4 @@
-"""Settings in Python objects as plain data: equal ones for what was written equally, in every process, on every machine."""
+"""Plain data for settings that hold Python objects, equal in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def digest(value: Any) -> str:
-    """Of a text or of nested settings."""
+    """Return 16 hex digits that identify a text or nested settings."""
     written = value if isinstance(value, str) else json.dumps(plain(value), sort_keys=True)
     return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """JSON-able: functions by their name and source, other objects by their class and what they hold.
+    """Convert any value to plain data.
 
-    Nothing of a process or a machine is left: no addresses, no folders that files lie in, no order of a set.
+    Functions become their name and source, other objects their class and attributes. Addresses,
+    folders of files and the order of sets are left out: they differ among processes and machines.
 
     Args:
         value: anything.
-        inside: ids of the objects that it is a part of.
+        inside: ids of the objects that contain it.
 
     Returns:
         Texts, numbers, None, and lists and dictionaries of them.
@@ -65,7 +66,7 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
 
 
 def _written(value: Any, inside: tuple[int, ...]) -> Any:
-    """A function or class: its name, its source, and what a function has bound when it was made."""
+    """Convert a function or class to its name, its source and the values in a closure."""
     name = getattr(value, "__qualname__", type(value).__qualname__)
     try:
         source: Any = textwrap.dedent(inspect.getsource(value))

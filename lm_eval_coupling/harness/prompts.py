@@ -1,18 +1,18 @@
-"""Which tokens each document is measured on.
+"""The tokens on which each document is measured.
 
-The rule: what is measured is the *context*, few-shot examples, chat template, BOS token and left truncation included; at its
-last token by default. Where a context ends in white space there are two readings of it (``coupling_prompt``):
+The prompt is the *context*, including few-shot examples, chat template, BOS token and left
+truncation. If a context ends in white space, ``coupling_prompt`` chooses between two readings:
 
-* ``scored``, the default: exactly the token ids that the model class feeds to the model as context. To score a continuation
-  lm-eval moves the white space at the end of the context to the front of the continuation. The prompt of a multiple-choice
-  task with a chat template so ends with ``<|im_start|>assistant``, that of a task that generates with the newline after it:
-  tasks of the two kinds are measured at different tokens.
-* ``rendered``: the whole prompt, its last white space included, whatever the kind of task.
+* ``scored``, the default: exactly the token ids that the model class feeds as context. To score a
+  continuation, lm-eval moves the white space at the end of the context to the continuation. With a
+  chat template, the prompt of a multiple-choice task therefore ends with ``<|im_start|>assistant``,
+  and the prompt of a generation task with the newline after it.
+* ``rendered``: the whole prompt with its last white space, for every kind of task.
 
-* Every distinct context of a document is measured (Winogrande has one per choice); equal ones once. Requests with an empty
-  context beside others that have one (unconditional likelihoods) are passed over.
-* Documents that have no context at all (BLiMP) are measured on the prefix token and the target continuation.
-* Rolling tasks (WikiText) are measured on the last window that is scored.
+Every distinct context of a document is measured once; Winogrande has one per choice. An empty
+context beside others (unconditional likelihoods) is left out. A document without any context
+(BLiMP) is measured on the prefix token and the target continuation. A rolling task (WikiText) is
+measured on the last scored window; an empty page has none, and gives an empty prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids to measure, and what they are: ``context``, ``continuation`` or ``window``."""
+    """Token ids to measure; ``kind`` is ``context``, ``continuation`` or ``window``."""
 
     tokens: tuple[int, ...]
     kind: str
@@ -33,12 +33,13 @@ class Prompt:
 def document_prompts(
     lm: Any, requests: Sequence[Any], target: Any, reading: str = "scored"
 ) -> list[Prompt]:
-    """The distinct prompts of one document, in the order of its requests.
+    """Return the distinct prompts of one document, in the order of its requests.
 
     Args:
         lm: an `HFLM`, for its tokenizer, window and encoding rules.
         requests: the document's `Instance`s.
-        target: what the task's ``doc_to_target`` says of the document: names the continuation where there is no context.
+        target: what the task's ``doc_to_target`` returns; names the continuation to measure if
+            there is no context.
         reading: one of :data:`~lm_eval_coupling.runs.options.READINGS`.
 
     Returns:
@@ -67,19 +68,22 @@ def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Ite
 
 
 def _scored_context(lm: Any, context: str, continuation: str) -> tuple[int, ...]:
-    """The part of the context that is left after HFLM's truncation to its window, one longer than what it feeds."""
+    """Encode the context as HFLM does, cut to its window.
+
+    The window of context and continuation is one token longer than what HFLM feeds.
+    """
     context_ids, continuation_ids = lm._encode_pair(context, continuation)
     kept = (context_ids + continuation_ids)[-(lm.max_length + 1) :]
     return tuple(kept[: len(kept) - len(continuation_ids)])
 
 
 def _whole_context(lm: Any, context: str) -> tuple[int, ...]:
-    """As HFLM encodes a context, but with the white space at its end."""
+    """Encode the context as HFLM does, but with the white space at its end."""
     return tuple(lm.tok_encode(context)[-lm.max_length :])
 
 
 def _bare_continuation(lm: Any, continuation: str) -> tuple[int, ...]:
-    """Prefix token and continuation, as `TemplateLM.loglikelihood` encodes requests with an empty context."""
+    """Encode a continuation as `TemplateLM.loglikelihood` does after an empty context."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
     whole = ids if ids and ids[0] == prefix else [prefix, *ids]
@@ -105,12 +109,12 @@ def _last_window(lm: Any, text: str) -> tuple[int, ...]:
         max_seq_len=lm.max_length,
         context_len=1,
     )
-    *_, last = map(make_disjoint_window, windows)
+    *_, last = [([], []), *map(make_disjoint_window, windows)]
     return tuple([*last[0], *last[1]][-lm.max_length :])
 
 
 def _of_target(requests: Sequence[Any], target: Any) -> Any:
-    """The request whose continuation is the document's target; the first if the task does not say."""
+    """Return the request whose continuation is the target; the first if no target is known."""
     if isinstance(target, str) and target.isdigit():
         target = int(target)
     if isinstance(target, int) and 0 <= target < len(requests):

@@ -22,7 +22,19 @@ _DOCUMENTS = "a number of documents, 0 (only score) or all"
 
 @dataclass(frozen=True)
 class Options:
-    """The checked ``coupling_`` arguments of a run."""
+    """The checked ``coupling_`` arguments of a run.
+
+    Attributes:
+        settings: what is measured of a prompt.
+        limit: documents measured per task or group; None for all.
+        seed: of the sample of documents.
+        position: the measured token, or several as a text.
+        prompt: one of `READINGS`.
+        untrained: seed of the untrained twin; None for no twin.
+        store: file of the store; None for the user's own.
+        out: folder of the tables; None for the folder of the results.
+        dry_run: True to estimate the cost only.
+    """
 
     settings: Settings
     limit: int | None
@@ -51,6 +63,7 @@ class Options:
         layers: Any = "spaced4",
         trajectories: Any = False,
         untrained: Any = None,
+        untrained_seed: Any = None,
         store: Any = None,
         out: Any = None,
         dry_run: Any = False,
@@ -70,15 +83,15 @@ class Options:
                 dtype=dtype,
                 method=method,
                 window=None if window is None else _integer("window", window),
-                tokens=str(tokens),
-                layers=str(layers),
+                tokens=_choices(tokens),
+                layers=_choices(layers),
                 trajectories=_boolean("trajectories", trajectories),
             ),
             limit=None if limit == "all" else _integer("limit", limit, _DOCUMENTS),
             seed=_integer("seed", seed),
             position=_positions(position),
             prompt=_choice("prompt", prompt, READINGS),
-            untrained=None if untrained is None else _integer("untrained", untrained),
+            untrained=_untrained_seed(untrained, untrained_seed),
             store=_path("store", store),
             out=_path("out", out),
             dry_run=_boolean("dry_run", dry_run),
@@ -166,6 +179,11 @@ def parse_settings(text: str, option: str = "--coupling") -> dict[str, str]:
 def _refuse_unknown(taken: Mapping[str, Any]) -> None:
     known = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
     for name in taken:
+        if name.strip("[]() ").isdigit():
+            raise CouplingError(
+                f"got {name} as an argument, which a comma separates from the others; "
+                f"join several numbers by a plus sign, as in {PREFIX}ranks=10+30"
+            )
         if name not in known:
             raise CouplingError(
                 f"got unknown argument {name}, did you mean {nearest(name, known)}? "
@@ -189,6 +207,29 @@ def _integer(name: str, value: Any, expected: str = "a whole number") -> int:
     except (TypeError, ValueError, OverflowError):
         pass
     raise CouplingError(f"got {PREFIX}{name}={value!r}, expected {expected}")
+
+
+def _untrained_seed(untrained: Any, seed: Any) -> int | None:
+    """Parse the twin's seed, given as ``untrained=seed0`` or ``untrained_seed=0``.
+
+    ``untrained=0`` is refused: it reads as "off", and switched the twin on.
+    """
+    if untrained is None or str(untrained).lower() in ("none", "false", ""):
+        return None if seed is None else _integer("untrained_seed", seed)
+    named = re.fullmatch(r"seed(\d+)", str(untrained))
+    if named and (seed is None or _integer("untrained_seed", seed) == int(named[1])):
+        return int(named[1])
+    number = re.fullmatch(r"(\d+)(\.0)?", str(untrained))
+    example = number[1] if number else "0"
+    raise CouplingError(
+        f"got {PREFIX}untrained={untrained}, expected the seed of an untrained twin; "
+        f"write {PREFIX}untrained_seed={example}, or leave it out for no twin"
+    )
+
+
+def _choices(value: Any) -> str:
+    """Join a choice of tokens or layers; lm-eval's command line hands over -1 as -1.0."""
+    return "+".join(re.sub(r"^(-?\d+)\.0$", r"\1", str(part)) for part in _parts(value))
 
 
 def _positions(value: Any) -> int | str:

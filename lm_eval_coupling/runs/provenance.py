@@ -1,4 +1,4 @@
-"""What a run's results and tables say of how they came about."""
+"""Facts about a run's model, measurements and software, recorded in its results and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("lm-eval-coupling", "lm-eval", "transformer-lens", "transformers", "
 
 
 def about_model(session: Session, config: Any) -> dict[str, Any]:
-    """Size and weights of the model that is measured; ``config`` is its transformers configuration."""
+    """Return size and identity of the measured model; ``config`` is transformers' configuration."""
     model, architecture = session.trained.model, config.get_text_config()
     return {
         "fingerprint": model.fingerprint,
@@ -34,7 +34,7 @@ def about_model(session: Session, config: Any) -> dict[str, Any]:
 def about_measurement(
     rows: Sequence[Row], tasks: Iterable[str], ranks: Sequence[int]
 ) -> dict[str, Any]:
-    """What was measured, with the summary of every task; of an untrained twin, where there is one, apart."""
+    """Summarize what was measured of every task, and of an untrained twin separately."""
     tasks = list(tasks)
     summaries = {
         weights: task_summaries([row for row in rows if row.weights == weights], tasks, ranks)
@@ -52,7 +52,7 @@ def about_measurement(
 
 
 def about_software() -> dict[str, Any]:
-    """A name for this run, and the versions of what computes."""
+    """Return a new name for the run, and the versions of the packages that compute."""
     return {
         "run_id": uuid.uuid4().hex,
         "schema_version": SCHEMA_VERSION,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.runs.task_summary import document_value, rests_on_jacobians, summarize
 from lm_eval_coupling.saved.tables import TRAINED
@@ -33,6 +34,7 @@ class DocumentPrompt:
             :class:`~lm_eval_coupling.residual.image_inputs.ImageTokens`.
         text: the prompt as a reader of the table sees it.
         columns: further columns of its row, such as a picture.
+        problem: reason for which it cannot be measured, if that is already known.
     """
 
     document: DocumentKey
@@ -42,6 +44,7 @@ class DocumentPrompt:
     tokens: tuple[int, ...]
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    problem: Reason | None = None
 
 
 @dataclass(frozen=True)

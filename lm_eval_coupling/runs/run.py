@@ -14,6 +14,9 @@ from typing import Any
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measuring.record import PromptCoupling
+from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 from lm_eval_coupling.runs.options import Options
@@ -118,7 +121,13 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     Returns:
         The rows of complete documents.
     """
-    rows: list[Row] = []
+    rows = [
+        Row(prompt, subject.weights, _unmeasured(prompt, session.settings))
+        for subject in session.subjects
+        for prompt in prompts
+        if prompt.problem is not None
+    ]
+    prompts = [prompt for prompt in prompts if prompt.problem is None]
     interrupted = False
     for at_place in session.at_every_place():
         asked = [prompt for prompt in prompts if at_place.has(prompt.tokens)]
@@ -130,6 +139,13 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
     return Run(rows, reused, interrupted)
+
+
+def _unmeasured(prompt: DocumentPrompt, settings: Settings) -> PromptCoupling:
+    assert prompt.problem is not None
+    nothing = MeasureResult({}, (prompt.problem,))
+    results = dict.fromkeys(settings.measures, nothing)
+    return PromptCoupling(prompt.tokens, position=-1, ranks=settings.ranks, results=results)
 
 
 def _complete_rows(
@@ -191,4 +207,5 @@ def warn_of_failures(info: CouplingInfo, n_chosen: int) -> None:
 
 def dry_run_lines(session: Session, prompts: Sequence[DocumentPrompt]) -> list[str]:
     """Measure one prompt on each set of weights and estimate the cost of all."""
-    return session.try_one([prompt.tokens for prompt in prompts]) if prompts else []
+    tokens = [prompt.tokens for prompt in prompts if prompt.problem is None]
+    return session.try_one(tokens) if tokens else []

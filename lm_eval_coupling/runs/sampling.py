@@ -1,9 +1,10 @@
-"""Which of the evaluated documents are measured: a seeded sample that does not depend on the number of processes."""
+"""The seeded sample of documents to measure, the same for any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from lm_eval_coupling.runs.rows import DocumentKey
@@ -12,15 +13,17 @@ from lm_eval_coupling.runs.rows import DocumentKey
 def choose(
     keys: Iterable[DocumentKey], roots: Sequence[Any], limit: int | None, seed: int
 ) -> set[DocumentKey]:
-    """At most ``limit`` documents for each requested task or group; all of them if ``limit`` is ``None``.
+    """Choose at most ``limit`` documents for each requested task or group.
 
     Args:
         keys: every evaluated document, of all processes.
-        roots: what was requested, as nested lists: a task is its name, a group the list of its members. A group's documents
-            are spread evenly over its members, so that MMLU's 100 come from all its subjects.
-        limit: documents per root.
-        seed: of the sample. The order depends on the document alone, not on its task or prompt: every model, every few-shot
-            setting and every task that asks the same documents is measured on the same ones.
+        roots: what was requested, as nested lists: a task is its name, a group the list of its
+            members. A group's documents are spread evenly over its members, so that MMLU's 100 come
+            from all its subjects. A task in two members counts once.
+        limit: documents per root; None for all.
+        seed: of the sample. The order depends on the document alone, not on its task or prompt:
+            models, few-shot settings and tasks with the same documents are measured on the same
+            ones.
 
     Returns:
         Keys of the documents to measure.
@@ -32,16 +35,24 @@ def choose(
         by_task.setdefault(key.task, []).append(key)
     chosen: set[DocumentKey] = set()
     for root in roots:
-        chosen.update(key for _, key in zip(range(limit), _spread(root, by_task), strict=False))
+        chosen.update(islice(_spread(root, by_task, set()), limit))
     return chosen
 
 
-def _spread(root: Any, by_task: dict[str, list[DocumentKey]]) -> Iterator[DocumentKey]:
-    """The documents of a task, or those of a group's members in turn."""
+def _spread(
+    root: Any, by_task: dict[str, list[DocumentKey]], seen: set[DocumentKey]
+) -> Iterator[DocumentKey]:
+    """Yield the documents of a task, or those of a group's members in turn, each once.
+
+    ``seen`` is shared by all members: a document that one of them has yielded is passed over.
+    """
     if isinstance(root, str):
-        yield from by_task.get(root, [])
+        for key in by_task.get(root, []):
+            if key not in seen:
+                seen.add(key)
+                yield key
         return
-    waiting = [_spread(member, by_task) for member in root]
+    waiting = [_spread(member, by_task, seen) for member in root]
     while waiting:
         for member in list(waiting):
             key = next(member, None)

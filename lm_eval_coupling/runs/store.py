@@ -1,18 +1,20 @@
-"""What has been measured so far, safe against a kill at any moment: one SQLite file that several runs may share."""
+"""The store of measurements: one SQLite file that several runs share and that survives a kill."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
+import random
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,39 +26,43 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 60
+_SECONDS_AFTER_FAILURE = 1
+_SQLITE_SECONDS = 0.5  # SQLite's own waiting, within ours
+T = TypeVar("T")
 _PLAIN, _REASONS, _SECONDS = "_plain", "_reasons", "_seconds"
 
 
 def default_store_path() -> Path:
-    """The store of this user: a file in the user's cache folder."""
+    """Return the path of this user's store, in the user's cache folder."""
     return cache_folder() / "measurements.sqlite"
 
 
 class MeasurementStore:
-    """What each measure found for a prompt, by key. What :meth:`put` has returned from survives a kill, even of the machine.
+    """Results of measures by key; what :meth:`put` has written survives a kill, even of the machine.
 
-    Usable as a context manager, from any thread. Several processes may have the same file open and write to it.
+    Usable as a context manager and from any thread. Several processes may write to one file.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open the SQLite file at ``path``; it and its folder are made if they are missing.
+        """Open the SQLite file at ``path``; create it and its folder if they are missing.
 
         Raises:
-            CouplingError: if the file belongs to another schema version, is no store, or cannot be written.
+            CouplingError: if the file belongs to another schema version, is no store, is locked by
+                another program, or cannot be written.
         """
         self.path = Path(path)
         self._require_writable()
         self._opened: dict[tuple[int, int], sqlite3.Connection] = {}
+        self._unwritten: dict[str, tuple[str, bytes, str]] = {}
+        self._patience: float = BUSY_SECONDS
         try:
-            self._prepare()
-        except (
-            sqlite3.Error,
-            UnicodeDecodeError,
-        ) as error:  # the second where the words of the tables are damaged
+            self._patiently(self._prepare)
+        except sqlite3.Error as error:
             self.close()
-            raise CouplingError(
-                f"got {self.path} as the store, which is no readable store ({why(error)}); delete it or {_ANOTHER}"
-            ) from None
+            raise self._refusal(error) from None
+        except UnicodeDecodeError as error:  # the text of the schema is damaged
+            self.close()
+            raise self._refusal(error) from None
         except CouplingError:
             self.close()
             raise
@@ -65,12 +71,12 @@ class MeasurementStore:
     def key(
         identity: str, measure: str, settings: dict[str, Any], tokens: Sequence[int], position: int
     ) -> str:
-        """Identify what one measure finds.
+        """Return the key of one measure of one prompt.
 
         Args:
-            identity: of the weights and of what computes with them.
-            measure: its name.
-            settings: what its numbers depend on, its version included.
+            identity: of the weights and of everything else that changes a forward pass.
+            measure: the measure's name.
+            settings: everything that its numbers depend on, its version included.
             tokens: token ids of the prompt.
             position: the measured token, from 0.
 
@@ -83,15 +89,18 @@ class MeasurementStore:
         ).hexdigest()
 
     def get(self, key: str) -> MeasureResult | None:
-        """What is stored under ``key``, arrays as NumPy and tuples as lists; ``None`` if missing or unreadable."""
+        """Return the result stored under ``key``, or ``None`` if it is missing or unreadable.
+
+        Arrays come back as NumPy arrays, tuples as lists.
+        """
         try:
-            found = self._connection.execute(
-                "SELECT columns FROM measurements WHERE key = ?", (key,)
-            ).fetchone()
-            return None if found is None else _decode(found[0])
-        except (
-            Exception
-        ) as error:  # a damaged entry takes any form; measuring again is always right
+            row = self._patiently(
+                lambda: self._connection.execute(
+                    "SELECT columns FROM measurements WHERE key = ?", (key,)
+                ).fetchone()
+            )
+            return None if row is None else _decode(row[0])
+        except Exception as error:  # damage takes any form; measuring again is always right
             logger.warning(
                 "coupling: entry %s of %s is unreadable (%s) and is measured again",
                 key[:8],
@@ -101,43 +110,93 @@ class MeasurementStore:
             return None
 
     def put(self, entries: Mapping[str, MeasureResult]) -> None:
-        """Keep what was found (columns of JSON-able values, NumPy arrays, ``None``) by key, durably: all or nothing.
+        """Write results durably, all or none; the last one under a key wins.
 
-        The last one under a key wins.
+        Columns are JSON-able values, NumPy arrays or ``None``. A busy file is tried again for
+        `BUSY_SECONDS`.
+
+        Raises:
+            sqlite3.Error: if the file cannot be written. It is as before then, and not locked. The
+                next call writes these entries as well.
         """
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        rows = [(key, _encode(found), now) for key, found in entries.items()]
-        self._connection.execute("BEGIN IMMEDIATE")
+        self._unwritten |= {key: (key, _encode(entries[key]), now) for key in entries}
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what :meth:`put` could not write before.
+
+        Raises:
+            sqlite3.Error: if the file still cannot be written.
+        """
+        if rows := list(self._unwritten.values()):
+            self._patiently(lambda: self._write(rows))
+            self._unwritten.clear()
+
+    def _write(self, rows: Sequence[tuple[str, bytes, str]]) -> None:
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Repeat ``action`` while another connection holds the file, up to `BUSY_SECONDS`.
+
+        After a failure the next calls give up sooner: a run must not wait for every batch.
+
+        Raises:
+            sqlite3.Error: of the last attempt.
+        """
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                result = action()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+                if time.monotonic() >= deadline:
+                    self._patience = _SECONDS_AFTER_FAILURE
+                    raise
+                time.sleep(random.uniform(0.01, 0.05))  # so that waiting processes do not collide
+            else:
+                self._patience = BUSY_SECONDS
+                return result
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run one transaction, which ends with the block, however the block ends.
+
+        A COMMIT that finds readers in the file fails and leaves the transaction open. Without the
+        rollback every later transaction fails too, and the other processes stay locked out.
+        """
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
         try:
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows
-            )
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+            yield connection
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Release the file; nothing is lost without it."""
+        """Close the file; without this call nothing is lost either."""
         while self._opened:
             (process, _), connection = self._opened.popitem()
             if process == os.getpid():
                 connection.close()
 
     def __len__(self) -> int:
-        """Number of measurements kept."""
+        """Return the number of stored results."""
         return self._connection.execute("SELECT COUNT(*) FROM measurements").fetchone()[0]
 
     def __bool__(self) -> bool:
-        """A store is there even while it is empty."""
+        """Return True: an empty store is a store."""
         return True
 
     def __enter__(self) -> MeasurementStore:
-        """Nothing to do: the store opens when it is made."""
+        """Return the store, which is already open."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the file."""
         self.close()
 
     def _require_writable(self) -> None:
@@ -146,7 +205,8 @@ class MeasurementStore:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CouplingError(
-                f"got {self.path} as the store, whose folder cannot be made ({why(error)}); {_ANOTHER}"
+                f"got {self.path} as the store, whose folder cannot be made ({why(error)}); "
+                f"{_ANOTHER}"
             ) from None
         if self.path.is_dir():
             raise CouplingError(
@@ -160,30 +220,44 @@ class MeasurementStore:
 
     @property
     def _connection(self) -> sqlite3.Connection:
-        """Of this process and thread: SQLite's are not to be shared by threads, nor carried over a fork."""
-        here = (os.getpid(), threading.get_ident())
-        if here not in self._opened:
-            self._opened[here] = self._connect()
-        return self._opened[here]
+        """Connection of this process and thread.
+
+        SQLite's connections must not be shared by threads or carried over a fork.
+        """
+        owner = (os.getpid(), threading.get_ident())
+        if owner not in self._opened:
+            self._opened[owner] = self._connect()
+        return self._opened[owner]
 
     def _connect(self) -> sqlite3.Connection:
         try:
-            # Autocommit: what is to be one transaction says so. Any thread may close it.
-            made = sqlite3.connect(
-                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            # Autocommit: transactions begin explicitly. Any thread may close the connection.
+            connection = sqlite3.connect(
+                self.path, timeout=_SQLITE_SECONDS, isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
             raise CouplingError(
                 f"got {self.path} as the store, which cannot be opened ({why(error)}); {_ANOTHER}"
             ) from None
         try:
-            # A write-ahead log would be faster, but its shared memory does not work on network file systems.
-            made.execute("PRAGMA journal_mode = DELETE")
-            made.execute("PRAGMA synchronous = EXTRA")
+            # A write-ahead log would be faster, but it does not work on network file systems.
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("PRAGMA synchronous = EXTRA")
         except sqlite3.Error:
-            made.close()
+            connection.close()
             raise
-        return made
+        return connection
+
+    def _refusal(self, error: Exception) -> CouplingError:
+        if _is_busy(error):
+            return CouplingError(
+                f"got {self.path} as the store, which another program has kept locked for "
+                f"{BUSY_SECONDS} s; wait until it is done, or {_ANOTHER}"
+            )
+        return CouplingError(
+            f"got {self.path} as the store, which is no readable store ({why(error)}); "
+            f"move it away or {_ANOTHER}"
+        )
 
     def _prepare(self) -> None:
         if not self._tables():
@@ -192,11 +266,11 @@ class MeasurementStore:
             raise CouplingError(
                 f"got {self.path} as the store, an SQLite file of something else; {_ANOTHER}"
             )
-        found = self._connection.execute("SELECT schema_version FROM meta").fetchone()[0]
-        if found != SCHEMA_VERSION:
+        row = self._connection.execute("SELECT schema_version FROM meta").fetchone()
+        if row is None or row[0] != SCHEMA_VERSION:
             raise CouplingError(
-                f"got the store {self.path} of schema version {found}, expected version {SCHEMA_VERSION}; "
-                f"delete it or {_ANOTHER}"
+                f"got the store {self.path} of schema version {row and row[0]}, "
+                f"expected version {SCHEMA_VERSION}; move it away or {_ANOTHER}"
             )
 
     def _tables(self) -> set[str]:
@@ -208,28 +282,33 @@ class MeasurementStore:
         }
 
     def _create(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-        if not self._tables():  # another process may have been faster
-            self._connection.execute(
+        with self._transaction() as connection:
+            if self._tables():  # another process was faster
+                return
+            connection.execute(
                 "CREATE TABLE measurements (key TEXT PRIMARY KEY, columns BLOB, created TEXT)"
             )
-            self._connection.execute("CREATE TABLE meta (schema_version INTEGER)")
-            self._connection.execute("INSERT INTO meta VALUES (?)", (SCHEMA_VERSION,))
-        self._connection.execute("COMMIT")
+            connection.execute("CREATE TABLE meta (schema_version INTEGER)")
+            connection.execute("INSERT INTO meta VALUES (?)", (SCHEMA_VERSION,))
+
+
+def _is_busy(error: Exception) -> bool:
+    """Return whether another connection holds the file; the code's low byte names the kind."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 _ANOTHER = "choose another file with coupling_store=PATH"
 
 
-def _encode(found: MeasureResult) -> bytes:
-    columns = dict(found.columns) | {
-        _REASONS: [[r.code, r.words] for r in found.reasons],
-        _SECONDS: found.seconds,
+def _encode(result: MeasureResult) -> bytes:
+    columns = dict(result.columns) | {
+        _REASONS: [[reason.code, reason.words] for reason in result.reasons],
+        _SECONDS: result.seconds,
     }
     arrays = {name: value for name, value in columns.items() if isinstance(value, np.ndarray)}
-    plain = {name: value for name, value in columns.items() if name not in arrays}
-    order = list(columns)
-    text = json.dumps([order, plain], default=lambda scalar: scalar.item()).encode()
+    others = {name: value for name, value in columns.items() if name not in arrays}
+    text = json.dumps([list(columns), others], default=lambda scalar: scalar.item()).encode()
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{_PLAIN: np.frombuffer(text, dtype=np.uint8)}, **arrays)
     return buffer.getvalue()
@@ -237,7 +316,7 @@ def _encode(found: MeasureResult) -> bytes:
 
 def _decode(blob: bytes) -> MeasureResult:
     with np.load(io.BytesIO(blob), allow_pickle=False) as saved:
-        order, plain = json.loads(saved[_PLAIN].tobytes())
-        columns = {name: plain[name] if name in plain else saved[name] for name in order}
+        order, others = json.loads(saved[_PLAIN].tobytes())
+        columns = {name: others[name] if name in others else saved[name] for name in order}
     reasons = tuple(Reason(*reason) for reason in columns.pop(_REASONS))
     return MeasureResult(columns, reasons, columns.pop(_SECONDS))

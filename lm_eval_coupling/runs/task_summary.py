@@ -1,4 +1,4 @@
-"""From measured prompts to the numbers a task is reported with. No torch."""
+"""Summary of a task over its measured documents. No torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lm_eval_coupling.measuring.record import PromptCoupling
 
 
 def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:
-    """A document's coupling: the mean over its measured prompts; NaN if there is none."""
+    """Return the mean coupling over a document's measured prompts; NaN if there is none."""
     return mean_and_error(prompt.coupling(rank) for prompt in prompts)["mean"]
 
 
 def summarize(
     documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
 ) -> dict[str, Any]:
-    """Every reading of one task over its documents, for every rank, with what could not be measured and why.
+    """Summarize every reading of one task over its documents, for every rank.
 
     Args:
-        documents: the measured prompts of each document.
+        documents: the records of each document.
         ranks: numbers K of singular vectors.
 
     Returns:
-        ``measured`` and ``failed`` documents, ``reasons`` and ``reason_codes`` with the number of prompts of each, and
-        ``measures``: ``mean, stderr, n`` of every reading that some prompt has, by rank where it depends on K.
+        The numbers of ``measured`` and ``failed`` documents. ``reasons`` and ``reason_codes`` count
+        prompts. ``measures`` has ``mean, stderr, n`` of every reading, by rank if it depends on K.
     """
     prompts = [prompt for group in documents.values() for prompt in group]
     measured = sum(any(map(was_measured, group)) for group in documents.values())
@@ -45,15 +45,18 @@ _PROOF = {column.name for column in JACOBIAN}
 
 
 def was_measured(prompt: PromptCoupling) -> bool:
-    """Whether any number is known of it, beside the proof of its Jacobians."""
-    return any(not _PROOF.issuperset(found.columns) for found in prompt.results.values())
+    """Return whether a prompt has any number besides the certificates of its Jacobians."""
+    return any(not _PROOF.issuperset(result.columns) for result in prompt.results.values())
 
 
 def rests_on_jacobians(prompt: PromptCoupling) -> bool:
-    """Whether a number of it was computed from the Jacobians that its certificate is of: those refused have none."""
+    """Return whether a number of a prompt was computed from its certified Jacobians.
+
+    A measure whose Jacobians were refused has their certificates only.
+    """
     return any(
-        "certificate" in found.columns and not _PROOF.issuperset(found.columns)
-        for found in prompt.results.values()
+        "certificate" in result.columns and not _PROOF.issuperset(result.columns)
+        for result in prompt.results.values()
     )
 
 
@@ -65,17 +68,17 @@ def _measures(
     documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
 ) -> dict[str, Any]:
     asked = {name for group in documents.values() for prompt in group for name in prompt.measures}
-    found: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for reading in prompt_readings(asked or default_measures()):
         by_rank = {
-            rank: _over_documents(documents, _of_prompt(reading, rank))
+            rank: _over_documents(documents, _reader(reading, rank))
             for rank in (ranks if reading.of_rank else ranks[:1])
         }
-        found[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
-    return found
+        summaries[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
+    return summaries
 
 
-def _of_prompt(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
+def _reader(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
     def value(prompt: PromptCoupling) -> float:
         return float(reading.read(prompt, rank)) if _is_known(prompt[reading.column]) else math.nan
 

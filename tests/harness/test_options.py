@@ -227,7 +227,7 @@ def test_a_dry_run_says_the_cost_and_scores_nothing(
     arguments = {
         "coupling_dry_run": True,
         "coupling_limit": 3,
-        "coupling_untrained": 1,
+        "coupling_untrained_seed": 1,
         "coupling_store": str(store),
     }
     with pytest.raises(SystemExit) as ended:

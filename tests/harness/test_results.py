@@ -248,7 +248,7 @@ def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
     from lm_eval import utils
 
     out = tmp_path / "tables"
-    arguments = {"coupling_out": str(out), "coupling_limit": 3, "coupling_untrained": 1}
+    arguments = {"coupling_out": str(out), "coupling_limit": 3, "coupling_untrained_seed": 1}
     found = evaluate(kinds=("choice", "winogrande"), limit=5, arguments=arguments)
     lines = utils.make_table(found).splitlines()
     start = next(

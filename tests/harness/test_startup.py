@@ -138,7 +138,7 @@ def test_modules_of_a_zip_archive_that_the_plugin_does_not_know_are_left_alone(l
     (tmp_path / "lm_eval" / "later.py").write_text("x = 1")
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "lm_eval")
     assert folder
-    code = HOOKED + "import lm_eval_coupling.harness.plugin as p; seen = []\n"
+    code = HOOKED + "import lm_eval_coupling.harness.hooks as p; seen = []\n"
     code += "p.after_import = lambda module: seen.append(module.__name__)\n"
     code += "import lm_eval.models, lm_eval.later; print(*seen)"
     assert quiet(python(code, ROOT, archive)) == ["lm_eval.models"]

@@ -14,7 +14,7 @@ def test_the_untrained_twin_is_measured_on_the_same_prompts(evaluate, tmp_path):
     """Beside the trained weights, never among them; the same for the same seed and found again in the store."""
     arguments = {
         "coupling_limit": "all",
-        "coupling_untrained": 3,
+        "coupling_untrained_seed": 3,
         "coupling_out": str(tmp_path / "tables"),
     }
     found = evaluate(kinds=("choice",), arguments=arguments)
@@ -63,6 +63,6 @@ def test_sampled_texts_are_those_of_hf(evaluate):
         "gen_kwargs": {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8},
     }
     expected, other = evaluate("hf", **options), evaluate("hf", **options, torch_random_seed=7)
-    found = evaluate(arguments={"coupling_untrained": 3}, **options)
+    found = evaluate(arguments={"coupling_untrained_seed": 3}, **options)
     assert scores(found) == scores(expected)
     assert scores(other) != scores(expected), "this model does not sample"

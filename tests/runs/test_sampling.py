@@ -27,6 +27,16 @@ def test_all_and_none(limit, expected):
     assert len(choose(documents("a", 7), ["a"], limit, seed=0)) == expected
 
 
+@pytest.mark.parametrize(
+    "root", [[["t1", "t2"], ["t1", "t3"]], [["t1"], ["t1"], ["t2", ["t1", "t3"]]], ["t1", "t1"]]
+)
+def test_a_task_in_two_groups_costs_no_document(root):
+    """Of twelve documents nine were measured: those of the shared task were drawn twice."""
+    keys = [key for task in ("t1", "t2", "t3") for key in documents(task, 20)]
+    assert len(choose(keys, [root], 12, seed=0)) == 12
+    assert len(choose(keys, [root], 100, seed=0)) == 20 * len({*str(root)} & {*"123"})
+
+
 def test_a_groups_documents_come_evenly_from_its_members():
     keys = [key for i in range(57) for key in documents(f"subject{i}", 30)]
     found = per_task(choose(keys, [[f"subject{i}" for i in range(57)]], 100, seed=3))

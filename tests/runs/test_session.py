@@ -167,7 +167,7 @@ def test_a_store_of_another_version_is_refused_in_a_sentence(tmp_path):
     db.close()
     with pytest.raises(
         CouplingError,
-        match="older.sqlite of schema version 1, expected version 2; delete it or choose",
+        match="older.sqlite of schema version 1, expected version 2; move it away or choose",
     ):
         MeasurementStore(path)
 

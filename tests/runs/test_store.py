@@ -1,17 +1,21 @@
 """The store keeps what it was given: through kills, beside other processes, and next to damaged entries."""
 
+import contextlib
 import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.measures.contract import MeasureResult
+from lm_eval_coupling.runs import store as store_module
 from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 
 SETTINGS = {"ranks": [10, 30], "dtype": "float32", "method": "auto"}
@@ -148,7 +152,7 @@ def test_another_schema_version_is_refused(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE meta SET schema_version = 7")
     connection.close()
-    message = rf"{path}.* schema version 7, expected version 2; delete it or choose another file with coupling_store"
+    message = rf"{path}.* schema version 7, expected version 2; move it away or choose another file with coupling_store"
     with pytest.raises(CouplingError, match=message):
         MeasurementStore(path)
 
@@ -215,4 +219,62 @@ def test_a_store_whose_tables_words_are_damaged_is_told(tmp_path):
     MeasurementStore(path).close()
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE meta", b"CREAT\xfa TABLE meta"))
     with pytest.raises(CouplingError, match="no readable store"):
+        MeasurementStore(path)
+
+
+def test_a_commit_that_finds_readers_is_rolled_back(tmp_path, monkeypatch):
+    """Every later put failed, 2 of 48 entries were kept, and other processes were locked out."""
+    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.5)
+    path = tmp_path / "s.sqlite"
+    with MeasurementStore(path) as store, MeasurementStore(path) as other:
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM meta").fetchone()  # holds a lock until it ends
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            store.put({"a": MeasureResult({"x": 1})})
+        started = time.monotonic()
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.put({"b": MeasureResult({"x": 2})})
+        assert time.monotonic() - started < 10
+        reader.execute("COMMIT")
+        reader.close()
+        other.put({"c": MeasureResult({"x": 3})})
+        store.put({"d": MeasureResult({"x": 4})})
+        assert [store.get(key).columns["x"] for key in "abcd"] == [1, 2, 3, 4]
+
+
+def test_a_reader_that_ends_in_time_costs_nothing(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with MeasurementStore(path) as store:
+        reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM meta").fetchone()
+        timer = threading.Timer(1.5, lambda: reader.execute("COMMIT"))
+        timer.start()
+        store.put({"a": MeasureResult({"x": 1})})
+        timer.join()
+        assert store.get("a") == MeasureResult({"x": 1})
+
+
+def test_a_locked_store_is_to_be_waited_for(tmp_path, monkeypatch):
+    """The advice was to delete it, with all that others had measured."""
+    path = tmp_path / "s.sqlite"
+    MeasurementStore(path).close()
+    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.2)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(CouplingError, match="wait until it is done, or choose another") as told:
+            MeasurementStore(path)
+    assert "delete" not in str(told.value)
+    assert len(MeasurementStore(path)) == 0
+
+
+@pytest.mark.parametrize("table", ["meta", "measurements"])
+def test_a_store_without_its_rows_is_refused_in_a_sentence(tmp_path, table):
+    path = tmp_path / "s.sqlite"
+    MeasurementStore(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DELETE FROM meta" if table == "meta" else "DROP TABLE measurements")
+        connection.commit()
+    with pytest.raises(CouplingError, match="schema version None|something else"):
         MeasurementStore(path)

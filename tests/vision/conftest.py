@@ -29,7 +29,7 @@ def classifier(tmp_path_factory):
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
     return (
-        f"ranks=4+8,limit=5,untrained=1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
+        f"ranks=4+8,limit=5,untrained=seed1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
     )
 
 
