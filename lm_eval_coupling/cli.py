@@ -394,6 +394,7 @@ def _vision(options: argparse.Namespace) -> int:
     from lm_eval_coupling.vision.evaluate import run_vision
 
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
     run = run_vision(options.model, options.data, options.out, **arguments)
     print(run.summary, *([run.file] if run.file else []), sep="\n")

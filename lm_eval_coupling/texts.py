@@ -59,24 +59,28 @@ def measure_texts(
     require_writable(out)
     prompts = read_prompts(file)
 
+    from lm_eval_coupling.numerics.devices import device_named
+
+    where = str(device_named(device))
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
     from lm_eval.utils import make_table, simple_parse_args_string
 
     from lm_eval_coupling.harness.lm import CouplingLM
-    from lm_eval_coupling.numerics.devices import device_named
+    from lm_eval_coupling.runs.announcement import announce
     from lm_eval_coupling.runs.results import save_run
     from lm_eval_coupling.runs.run import dry_run_lines, measure_documents, warn_of_failures
 
     arguments = simple_parse_args_string(model_args) | {"pretrained": model}
-    lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
+    lm = CouplingLM(**arguments, **settings, device=where)
     assert lm.session is not None  # it measures
     samples = _samples(prompts)
     chosen = _document_prompts(lm, file.stem, samples, prompts)
     if lm.coupling_options.dry_run:
         lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, chosen)]
         return Measured("\n".join(lines), interrupted=False)
+    announce(lm.session, lm.coupling_options, model, {file.stem: len(prompts)})
     run = measure_documents(lm.session, chosen)
     info = lm.describe(run, [file.stem], {file.stem: None})
     warn_of_failures(info, len(chosen))
@@ -179,6 +183,9 @@ def _document_prompts(
 
     Returns:
         One `DocumentPrompt` per chosen prompt, cut on the left to the model's length.
+
+    Raises:
+        CouplingError: for token ids that the model does not have.
     """
     from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt
     from lm_eval_coupling.runs.sampling import choose

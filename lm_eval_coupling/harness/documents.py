@@ -36,11 +36,13 @@ class Requested:
     Attributes:
         tasks: the leaf tasks by name.
         roots: the requested tasks and groups; a task is its name, a group the list of its members.
+        names: the names of ``roots``.
         members: names of the leaf tasks of every group.
     """
 
     tasks: dict[str, Any]
     roots: list[Any]
+    names: list[str]
     members: dict[str, list[str]]
 
     @classmethod
@@ -53,13 +55,39 @@ class Requested:
 
             groups, tasks = _handle_back_comp(dict(task_dict))
         inner = {g.name for group in groups.values() for g in group.get_all_groups()}
-        roots: list[Any] = [_nested(group) for name, group in groups.items() if name not in inner]
+        outer = {name: group for name, group in groups.items() if name not in inner}
         members = {
             name: [task.task_name for task in group.get_all_tasks()]
             for name, group in groups.items()
         }
         grouped = {name for names in members.values() for name in names}
-        return cls(dict(tasks), roots + [name for name in tasks if name not in grouped], members)
+        alone = [name for name in tasks if name not in grouped]
+        roots = [*map(_nested, outer.values()), *alone]
+        return cls(dict(tasks), roots, [*outer, *alone], members)
+
+    def count(self, limit: float | None, samples: Mapping[str, Any]) -> dict[str, int]:
+        """Count the documents that lm-eval will evaluate, of every requested task or group.
+
+        Args:
+            limit: lm-eval's ``--limit``, a number or a share of each task.
+            samples: lm-eval's ``--samples``, numbers of documents by task.
+
+        Returns:
+            Documents by name, in the order of ``names``.
+        """
+        from lm_eval.evaluator_utils import get_sample_size
+
+        counts = {}
+        for name, task in self.tasks.items():
+            most = get_sample_size(task, limit)
+            available = len(task.eval_docs)
+            counts[name] = available if most is None else min(available, most)
+            if samples.get(name):
+                counts[name] = len(set(samples[name]))
+        return {
+            name: sum(counts[leaf] for leaf in set(self.members.get(name, [name])))
+            for name in self.names
+        }
 
     def documents(self) -> list[Document]:
         """Return this process's documents; equal ones with equal prompts are one document."""

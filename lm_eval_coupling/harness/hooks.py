@@ -200,7 +200,7 @@ def _record_after_scoring(evaluator: Any) -> None:
                 # Into coupling_out. A tracker that saves the results writes them again,
                 # with its date.
                 _write_tables(results, None, _now())
-                if (info := _carried(results)) is not None and info["interrupted"]:
+                if (info := _carried(results)) is not None and info.get("interrupted"):
                     _current().interrupted = True
             return results
 
@@ -242,8 +242,9 @@ def _write_tables_with_results(tracking: Any) -> None:
     def with_check(save: Callable) -> Callable:
         def save_results_samples(self: Any, task_name: str, samples: Any) -> None:
             save(self, task_name, samples)
-            if self.output_path and getattr(self, "_saves_coupling", False):
-                file = _results_folder(self) / f"samples_{task_name}_{self.date_id}.jsonl"
+            folder = _results_folder(self)
+            if folder is not None and getattr(self, "_saves_coupling", False):
+                file = folder / f"samples_{task_name}_{self.date_id}.jsonl"
                 _require_complete(file, lambda text: _require_lines(text, len(samples)))
 
         return save_results_samples

@@ -23,6 +23,7 @@ from lm_eval_coupling.harness.identity import named_tokenizer, prompt_identity
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
 from lm_eval_coupling.numerics.devices import device_named
+from lm_eval_coupling.runs.announcement import announce
 from lm_eval_coupling.runs.model_arguments import has_revisions
 from lm_eval_coupling.runs.options import Options
 from lm_eval_coupling.runs.results import CouplingInfo, add_to_results, with_logged_ids
@@ -140,6 +141,25 @@ class CouplingLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's facts for ``config`` in the results, with ``coupling`` beside them."""
         return super().get_model_info() | ({"coupling": self.coupling_info} if self.session else {})
+
+    def announce(self, task_dict: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+        """Log what will be measured, before the scoring begins.
+
+        Args:
+            task_dict: the tasks, as `lm_eval.evaluate` takes them.
+            call: all arguments of that call by name.
+        """
+        if self.session is None:
+            return
+        try:
+            documents = Requested.of(task_dict).count(call.get("limit"), call.get("samples") or {})
+            announce(self.session, self.coupling_options, self._model_name, documents)
+        except Exception:  # an announcement must not cost an evaluation
+            logger.debug("coupling: nothing was announced", exc_info=True)
+
+    @property
+    def _model_name(self) -> str:
+        return str(getattr(self.pretrained, "name_or_path", self.pretrained))
 
     def record_coupling(
         self,
@@ -276,7 +296,7 @@ class CouplingLM(HFLM):
             self.pretrained, self.peft, self.delta
         )
         model = ScoredModel(
-            name=str(getattr(self.pretrained, "name_or_path", self.pretrained)),
+            name=self._model_name,
             revision=self.revision if named else "main",
             config=self.model.config,
         )

@@ -68,10 +68,7 @@ def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Ite
 
 
 def _scored_context(lm: Any, context: str, continuation: str) -> tuple[int, ...]:
-    """Encode the context as HFLM does, cut to its window.
-
-    The window of context and continuation is one token longer than what HFLM feeds.
-    """
+    # HFLM cuts context and continuation to one token more than it feeds.
     context_ids, continuation_ids = lm._encode_pair(context, continuation)
     kept = (context_ids + continuation_ids)[-(lm.max_length + 1) :]
     return tuple(kept[: len(kept) - len(continuation_ids)])

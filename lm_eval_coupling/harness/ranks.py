@@ -17,7 +17,7 @@ logger = logging.getLogger("lm_eval.coupling")
 
 @dataclass(frozen=True)
 class Part:
-    """The result of a step in one process, or the message of the error that ended it there."""
+    """The result of a step in one process, or the message of the error in it."""
 
     value: Any = None
     error: str | None = None

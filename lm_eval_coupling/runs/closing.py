@@ -13,6 +13,8 @@ from lm_eval_coupling.runs.rows import Row, document_couplings, worst_certificat
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
 TASKS = 20  # more of them, as of MMLU, are left to `show`
+# Smallest coupling above chance, and what it is called.
+_STRENGTHS = ((0.1, "clearly coupled"), (0.02, "weakly coupled"), (0.0, "barely above chance"))
 _HEADER = ("task", "coupling", "untrained", "documents", "prompts", "worst certificate")
 
 _INTERRUPTED = "Interrupted: what was measured is kept, the same command measures the rest."
@@ -36,6 +38,7 @@ def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
     lines += _aligned(table[: TASKS + 1], without=() if UNTRAINED in info else ("untrained",))
     if len(table) > TASKS + 1:
         lines.append(f"  and {len(table) - TASKS - 1} tasks more")
+    lines += _verdict(info)
     return "\n".join(lines + _remarks(info))
 
 
@@ -62,6 +65,36 @@ def _coupling(rows: Sequence[Row], rank: int) -> str:
     if not mean["n"]:
         return "-"
     return f"{mean['mean']:.4f}" + (f" ± {mean['stderr']:.4f}" if mean["n"] > 1 else "")
+
+
+def _verdict(info: CouplingInfo) -> list[str]:
+    """Say in words how far the mean over all measured documents lies above chance."""
+    rank = info["headline_rank"]
+    chance = info["chance"][rank]
+    means = {
+        weights: mean_and_error(
+            document_couplings([r for r in info.rows if r.weights == weights], rank).values()
+        )
+        for weights in (TRAINED, UNTRAINED)
+    }
+    trained, untrained = means[TRAINED], means[UNTRAINED]
+    if trained["n"] < 2:
+        return []
+    lines = [f"In all: {_in_words(trained, chance)}"]
+    if untrained["n"] > 1:
+        lines.append(f"Untrained twin: {_in_words(untrained, chance)}")
+    return lines
+
+
+def _in_words(mean: Mapping[str, float], chance: float) -> str:
+    value = f"{mean['mean']:.4f} ± {mean['stderr']:.4f} over {mean['n']} documents"
+    excess = mean["mean"] - chance
+    if abs(excess) <= 2 * mean["stderr"]:
+        return f"{value}, not distinguishable from chance"
+    if excess < 0:
+        return f"{value}, {-excess:.4f} below chance"
+    strength = next(word for least, word in _STRENGTHS if excess >= least)
+    return f"{value}, {excess:.4f} above chance: {strength}"
 
 
 def _aligned(table: Sequence[Sequence[str]], without: Sequence[str]) -> list[str]:

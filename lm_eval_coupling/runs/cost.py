@@ -1,4 +1,4 @@
-"""What measuring costs, told before it is spent: memory from the shapes, seconds from the first prompts."""
+"""The cost of measuring in words: memory from shapes, seconds from the first prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm_eval_coupling.residual import ResidualModel
 def memory_needed(
     model: ResidualModel, batches: Sequence[Sequence[Sequence[int]]], settings: Settings
 ) -> str:
-    """In words, what the largest of these batches of prompts takes beside the model."""
+    """Describe the memory that the largest batch of prompts takes beside the model."""
     size = {"rank": settings.ranks[-1], "itemsize": DTYPES[settings.dtype].itemsize}
     needed = (
         memory_of(model, seq=max(map(len, batch)), prompts=len(batch), **size) for batch in batches
@@ -27,48 +27,44 @@ def memory_needed(
 def seconds_needed(
     model: ResidualModel, measured: Sequence[PromptCoupling], left: int, settings: Settings
 ) -> str:
-    """In words, what each measure took of the prompt or prompts measured first, and how long ``left`` more will take.
+    """Describe the seconds of the first prompts by measure, and of ``left`` more.
 
-    Several prompts at once take less time than one after the other, so the estimate is on the safe side; the bar knows
-    better as soon as a batch is done.
+    A batch takes less time than its prompts one by one, so the estimate is an upper bound.
 
     Returns:
-        Words for the log.
+        A text for the log.
     """
     first = max(measured, key=lambda record: record.seconds)
-    of_measures = [
-        f"{name} {_duration(found.seconds)}{_extra(model, first, settings, name)}"
-        for name, found in first.results.items()
-        if found.seconds > 0
+    measures = [
+        f"{name} {duration(result.seconds)}{_extra(model, first, settings, name)}"
+        for name, result in first.results.items()
+        if result.seconds > 0
     ]
-    who = (
-        "a first prompt"
-        if len(measured) == 1
-        else f"each of the first {len(measured)} prompts, together"
-    )
-    shortest, longest = (of(len(record.tokens) for record in measured) for of in (min, max))
+    subject = "a first prompt"
+    if len(measured) > 1:
+        subject = f"each of the first {len(measured)} prompts, together"
+    lengths = [len(record.tokens) for record in measured]
+    shortest, longest = min(lengths), max(lengths)
     tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-    what = f"{who} of {tokens} tokens took {_duration(first.seconds)} ({', '.join(of_measures)})"
-    return (
-        f"{what}; the other {left} take up to {_duration(left * first.seconds)}" if left else what
-    )
+    text = f"{subject} of {tokens} tokens took {duration(first.seconds)} ({', '.join(measures)})"
+    if left:
+        text += f"; the other {left} take up to {duration(left * first.seconds)}"
+    return text
 
 
 def _extra(model: ResidualModel, first: PromptCoupling, settings: Settings, name: str) -> str:
+    alone = dataclasses.replace(settings, measures=(name,))
     try:
-        jacobians, megabytes = dataclasses.replace(settings, measures=(name,)).extra(
-            model.n_layers, model.d_model, first.position
-        )
+        jacobians, megabytes = alone.extra(model.n_layers, model.d_model, first.position)
     except CouplingError:
-        return ""  # tokens that the prompt does not have: its record says so
-    return (
-        f" with {jacobians} more Jacobians, {megabytes:.0f} MB of them at a time"
-        if jacobians
-        else ""
-    )
+        return ""  # the prompt lacks a token that the measure needs; its record says so
+    if not jacobians:
+        return ""
+    return f" with {jacobians} more Jacobians, {megabytes:.0f} MB of them at a time"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write seconds for a reader, such as ``1.3 s``, ``12 min`` or ``2 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -46,12 +46,12 @@ def has_revisions(model: str, peft: Any = None, delta: Any = None) -> bool:
 
 
 def names_a_folder(model: str) -> bool:
-    """Return whether a model's name can only be a folder; the hub's are NAME or ORGANIZATION/NAME."""
+    """Return whether a model's name can only be a folder; the hub has NAME or OWNER/NAME."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
 
 
 def shape_on_disk(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return (d_model, n_layers) of a model in a folder, or None if its configuration is unusual."""
+    """Return (d_model, n_layers) of a model in a folder; None if that is not simply read."""
     try:
         config = json.loads((_folder(arguments) / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config") or config
@@ -84,7 +84,7 @@ def _require_configuration(pretrained: Any, arguments: Mapping[str, Any]) -> Non
 
 
 def _require_dtype(dtype: Any) -> None:
-    """Refuse a dtype that torch does not have; importing torch is slow, so usual names come first."""
+    """Refuse a dtype that torch does not have; torch is slow to import, so usual names pass."""
     if not isinstance(dtype, str) or dtype in ("auto", *_DTYPES):
         return
     import torch

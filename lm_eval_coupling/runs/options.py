@@ -120,6 +120,11 @@ class Options:
         Raises:
             CouplingError: naming the argument that is wrong, and the nearest known name.
         """
+        if numbers := [name for name in arguments if name.strip("[]() ").isdigit()]:
+            raise CouplingError(
+                f"got {numbers[0]} as an argument, which a comma separates from the others; "
+                f"join several numbers by a plus sign, as in {PREFIX}ranks=10+30"
+            )
         taken = {
             name: arguments.pop(name) for name in list(arguments) if name.startswith("coupling")
         }
@@ -179,11 +184,6 @@ def parse_settings(text: str, option: str = "--coupling") -> dict[str, str]:
 def _refuse_unknown(taken: Mapping[str, Any]) -> None:
     known = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
     for name in taken:
-        if name.strip("[]() ").isdigit():
-            raise CouplingError(
-                f"got {name} as an argument, which a comma separates from the others; "
-                f"join several numbers by a plus sign, as in {PREFIX}ranks=10+30"
-            )
         if name not in known:
             raise CouplingError(
                 f"got unknown argument {name}, did you mean {nearest(name, known)}? "
@@ -210,15 +210,13 @@ def _integer(name: str, value: Any, expected: str = "a whole number") -> int:
 
 
 def _untrained_seed(untrained: Any, seed: Any) -> int | None:
-    """Parse the twin's seed, given as ``untrained=seed0`` or ``untrained_seed=0``.
-
-    ``untrained=0`` is refused: it reads as "off", and switched the twin on.
-    """
+    """Parse the twin's seed, given as ``untrained=seed0`` or ``untrained_seed=0``."""
     if untrained is None or str(untrained).lower() in ("none", "false", ""):
         return None if seed is None else _integer("untrained_seed", seed)
     named = re.fullmatch(r"seed(\d+)", str(untrained))
     if named and (seed is None or _integer("untrained_seed", seed) == int(named[1])):
         return int(named[1])
+    # A bare number is refused: `untrained=0` reads as "off", and switched the twin on.
     number = re.fullmatch(r"(\d+)(\.0)?", str(untrained))
     example = number[1] if number else "0"
     raise CouplingError(

@@ -55,11 +55,10 @@ def _spread(
     waiting = [_spread(member, by_task, seen) for member in root]
     while waiting:
         for member in list(waiting):
-            key = next(member, None)
-            if key is None:
+            try:
+                yield next(member)
+            except StopIteration:
                 waiting.remove(member)
-            else:
-                yield key
 
 
 def _shuffled(key: DocumentKey, seed: int) -> str:

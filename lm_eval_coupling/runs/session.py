@@ -1,4 +1,4 @@
-"""What a run measures with: the weights in question, the settings, the store; any number of times, any prompts."""
+"""A session: weights, settings and store that measure any prompts any number of times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lm_eval_coupling.errors import CouplingError, resolve_token
 from lm_eval_coupling.measures.contract import MeasureResult
@@ -25,17 +26,17 @@ from lm_eval_coupling.runs.cost import memory_needed, seconds_needed
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.tables import TRAINED
 
-logger = logging.getLogger(
-    "lm_eval.coupling"
-)  # below lm-eval's own, so that its verbosity and handler apply
+# Below lm-eval's own logger, so that its verbosity and handler apply.
+logger = logging.getLogger("lm_eval.coupling")
 
 Tokens = tuple[int, ...]
-Known = dict[Tokens, dict[str, MeasureResult]]  # by the name of the measure
+Known = dict[Tokens, dict[str, MeasureResult]]  # results by prompt and name of the measure
+Batches = list[tuple[Settings, list[Tokens]]]  # prompts to measure together, with the measures
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Weights whose coupling is measured: ``trained``, those that are scored, or ``untrained``."""
+    """A set of weights to measure: ``trained``, which is scored, or ``untrained``, its twin."""
 
     weights: str
     model: ResidualModel
@@ -43,63 +44,76 @@ class Subject:
 
 @dataclass
 class Measured:
-    """What is known of the prompts that were asked for, by the weights and the prompt's token ids."""
+    """Records of prompts, by the weights and the prompt's token ids.
+
+    Attributes:
+        records: what is known of each prompt.
+        reused: prompts whose whole record comes from the store.
+        interrupted: True if Ctrl-C ended the measuring early.
+    """
 
     records: dict[str, dict[Tokens, PromptCoupling]] = field(default_factory=dict)
     reused: dict[str, set[Tokens]] = field(default_factory=dict)
-    """By the weights, the prompts whose whole record comes from the store."""
     interrupted: bool = False
 
     def of(self, weights: str) -> dict[Tokens, PromptCoupling]:
-        """Records of one set of weights."""
+        """Return the records of one set of weights."""
         return self.records.setdefault(weights, {})
 
 
 @dataclass(frozen=True)
 class Session:
-    """Measures prompts once each: in batches, kept in the store as they are made, found there by later runs."""
+    """Measures each prompt once, in batches, and keeps results in the store as they are made.
+
+    Attributes:
+        subjects: the weights to measure, the trained ones first.
+        settings: what is measured of a prompt.
+        position: the measured token, or several as a text.
+        store: where results are kept and found again.
+        quiet: True for every process except the one that reports.
+        place: number of the measured token among those of ``position``; the headline value is of
+            the first.
+    """
 
     subjects: Sequence[Subject]
     settings: Settings
     position: int | str
     store: MeasurementStore
     quiet: bool = False
-    """Neither a bar nor a word of the cost: one process of several speaks for all."""
     place: int = 0
-    """Which of the tokens that ``position`` names is measured; the headline is of the first."""
 
     @property
     def trained(self) -> Subject:
-        """The weights that are scored."""
+        """The scored weights."""
         return self.subjects[0]
 
     def at_every_place(self) -> Iterator[Session]:
-        """This session for each token of a prompt that ``position`` names."""
+        """Yield this session for each token that ``position`` names."""
         for place in range(positions_at_most(self.position)):
             yield dataclasses.replace(self, place=place)
 
     def has(self, tokens: Tokens) -> bool:
-        """Whether a prompt is long enough for another token at this place."""
+        """Return whether a prompt is long enough for another token at this place."""
         return self.place < len(chosen_positions(self.position, len(tokens)))
 
-    def _asked(self, tokens: Tokens) -> int:
+    def _position_in(self, tokens: Tokens) -> int:
         return chosen_positions(self.position, len(tokens))[self.place]
 
     def measure(self, prompts: Sequence[Tokens]) -> Measured:
         """Measure each distinct prompt once on each set of weights.
 
         Args:
-            prompts: token ids; equal ones are one.
+            prompts: token ids; equal prompts are measured once.
 
         Returns:
-            One record for every prompt and set of weights, also where it could not be measured. Ctrl-C keeps what is there:
-            then some have none.
+            One record for every prompt and set of weights, also if it could not be measured. After
+            Ctrl-C some prompts have none.
         """
         measured = Measured()
         known: dict[str, Known] = {}
         try:
             for subject in self.subjects:
-                known[subject.weights] = self._recalled(subject, prompts)
+                known[subject.weights] = self._recall(subject, prompts)
                 measured.of(subject.weights).update(self._complete(known[subject.weights]))
                 measured.reused[subject.weights] = set(measured.of(subject.weights))
             if prompts and not self.quiet:
@@ -115,145 +129,158 @@ class Session:
             logger.warning(
                 "coupling: interrupted, %d of %d prompts are measured and kept", done, len(prompts)
             )
-        self._tell_slower(measured.of(TRAINED).values())
+        self._write_the_rest()
+        self._explain_slow_levels(measured.of(TRAINED).values())
         return measured
 
-    def _tell_slower(self, records: Iterable[PromptCoupling]) -> None:
-        """Once a run, why blocks were measured at a slower level than the fastest; each record says it block by block."""
-        found = Counter(why for record in records for why in record.slower_because or () if why)
-        if not found or self.quiet:
+    def _explain_slow_levels(self, records: Iterable[PromptCoupling]) -> None:
+        """Log once why blocks were measured at a slower level than the fastest.
+
+        Each record says it block by block.
+        """
+        causes = Counter(why for record in records for why in record.slower_because or () if why)
+        if not causes or self.quiet:
             return
-        told = "; ".join(f"{number} × {why}" for why, number in found.most_common(3))
-        others = f"; and {len(found) - 3} reasons more" if len(found) > 3 else ""
+        listed = "; ".join(f"{number} × {cause}" for cause, number in causes.most_common(3))
+        others = f"; and {len(causes) - 3} reasons more" if len(causes) > 3 else ""
         logger.info(
             "coupling: %d Jacobians came from a slower level than the fastest: %s%s",
-            found.total(),
-            told,
-            others,
+            *(causes.total(), listed, others),
         )
 
     def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
-        position = resolve_token(self._asked(tokens), len(tokens))
+        position = resolve_token(self._position_in(tokens), len(tokens))
         return self.store.key(
             subject.model.identity, measure, self.settings.for_measure(measure), tokens, position
         )
 
-    def _recalled(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
-        """What earlier runs have measured of these prompts, measure by measure."""
+    def _recall(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
+        """Return what the store has of these prompts, measure by measure."""
         known: Known = {}
         for tokens in dict.fromkeys(prompts):
             known[tokens] = {}
             for name in self.settings.measures:
-                with contextlib.suppress(
-                    CouplingError
-                ):  # a token that the prompt does not have: its record says so
-                    if (found := self.store.get(self._key(subject, name, tokens))) is not None:
-                        known[tokens][name] = registered_measures()[name].cast(found)
+                # A prompt without the measured token has no key; its record says so.
+                with contextlib.suppress(CouplingError):
+                    if (result := self.store.get(self._key(subject, name, tokens))) is not None:
+                        known[tokens][name] = registered_measures()[name].cast(result)
         return known
 
     def _complete(self, known: Known) -> dict[Tokens, PromptCoupling]:
-        """Records of the prompts of which nothing is missing."""
+        """Return records of the prompts of which no measure is missing."""
         return {
-            tokens: self._record(tokens, found)
-            for tokens, found in known.items()
-            if not self._missing(found)
+            tokens: self._record(tokens, results)
+            for tokens, results in known.items()
+            if not self._missing(results)
         }
 
-    def _missing(self, found: Mapping[str, MeasureResult]) -> tuple[str, ...]:
-        return tuple(name for name in self.settings.measures if name not in found)
+    def _missing(self, results: Mapping[str, MeasureResult]) -> tuple[str, ...]:
+        return tuple(name for name in self.settings.measures if name not in results)
 
-    def _record(self, tokens: Tokens, found: Mapping[str, MeasureResult]) -> PromptCoupling:
-        position = resolve_token(self._asked(tokens), len(tokens))
-        return PromptCoupling(
-            tokens, position, self.settings.ranks, {n: found[n] for n in self.settings.measures}
-        )
+    def _record(self, tokens: Tokens, results: Mapping[str, MeasureResult]) -> PromptCoupling:
+        position = resolve_token(self._position_in(tokens), len(tokens))
+        ordered = {name: results[name] for name in self.settings.measures}
+        return PromptCoupling(tokens, position, self.settings.ranks, ordered)
 
     def _keep(self, subject: Subject, records: Sequence[PromptCoupling]) -> None:
-        """Store what measuring again would find again, at once; memory that ran out may be there the next time."""
-        settled = [
-            (self._key(subject, name, record.tokens), found)
+        """Store the results that would not change; memory that ran out may suffice next time."""
+        settled = {
+            self._key(subject, name, record.tokens): result
             for record in records
-            for name, found in record.results.items()
-            if found.settled
-        ]
+            for name, result in record.results.items()
+            if result.settled
+        }
         try:
             if settled:
-                self.store.put(dict(settled))
+                self.store.put(settled)
         except Exception as error:
-            if len(records) == 1 or isinstance(
-                error, sqlite3.Error
-            ):  # of the file, whatever is written to it
-                told = "coupling: what was measured of %d prompts could not be stored (%s); it stays in this run's tables"
-                logger.warning(told, len(records), error)
+            # An error of the file would recur for each prompt; the store tries again by itself.
+            if len(records) == 1 or isinstance(error, sqlite3.Error):
+                logger.warning(
+                    "coupling: what was measured of %d prompts could not be stored (%s); "
+                    "it stays in this run's tables",
+                    *(len(records), error),
+                )
                 return
-            for record in records:  # what is wrong with one is not to cost the others
+            for record in records:  # an error of one prompt must not cost the others
                 self._keep(subject, [record])
+
+    def _write_the_rest(self) -> None:
+        try:
+            self.store.flush()
+        except sqlite3.Error as error:
+            logger.warning(
+                "coupling: the store %s could not be written to the end (%s); "
+                "this run's tables are complete, but another run measures again",
+                *(self.store.path, error),
+            )
 
     def _measure_missing(
         self, subject: Subject, known: Known, records: dict[Tokens, PromptCoupling]
     ) -> None:
-        """Fill ``records``, a few prompts of about the same length at a time, of each only the measures that are missing."""
+        """Fill ``records``: prompts of similar length together, with the missing measures only."""
         batches = self._batches(subject, known)
         waiting = sum(len(batch) for _, batch in batches)
         if batches and not self.quiet:
             batches = _in_order(batches, subject.model.device)
-            logger.info(
-                "coupling: %s",
-                memory_needed(subject.model, [batch for _, batch in batches], self.settings),
-            )
-        what = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
-        with tqdm(
-            total=waiting, desc=what, unit="prompt", disable=self.quiet or not waiting
-        ) as bar:
+            needed = memory_needed(subject.model, [batch for _, batch in batches], self.settings)
+            logger.info("coupling: %s", needed)
+        title = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
+        bar = tqdm(total=waiting, desc=title, unit="prompt", disable=self.quiet or not waiting)
+        # Lines of the log go above the bar instead of through it.
+        with bar, logging_redirect_tqdm():
             for number, (settings, batch) in enumerate(batches):
-                found = measure_prompts(
-                    subject.model, batch, list(map(self._asked, batch)), settings
-                )
-                self._keep(subject, found)
-                records.update({record.tokens: self._with_known(record, known) for record in found})
+                positions = list(map(self._position_in, batch))
+                measured = measure_prompts(subject.model, batch, positions, settings)
+                self._keep(subject, measured)
+                for record in measured:
+                    records[record.tokens] = self._with_known(record, known)
                 bar.update(len(batch))
                 if number == 0 and not self.quiet:
-                    told = seconds_needed(subject.model, found, waiting - len(found), self.settings)
-                    logger.info("coupling: %s", told)
+                    left = waiting - len(measured)
+                    cost = seconds_needed(subject.model, measured, left, self.settings)
+                    logger.info("coupling: %s", cost)
 
     def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
-        """Measure one prompt on each set of weights, and say in a few lines what all of them would cost."""
-        told = []
+        """Measure one prompt on each set of weights.
+
+        Returns:
+            A few lines on what measuring all of them would cost.
+        """
+        lines = []
         for subject in self.subjects:
-            known = self._recalled(subject, prompts)
+            known = self._recall(subject, prompts)
             batches = _one_first(self._batches(subject, known))
-            told.append(
-                f"{subject.weights} weights: {self._counted(prompts, sum(len(batch) for _, batch in batches))}"
-            )
+            waiting = sum(len(batch) for _, batch in batches)
+            lines.append(f"{subject.weights} weights: {self._counted(prompts, waiting)}")
             if not batches:
                 continue
             settings, batch = batches[0]
-            (record,) = measure_prompts(
-                subject.model, batch, list(map(self._asked, batch)), settings
-            )
-            self._keep(subject, [record])
-            left = sum(len(batch) for _, batch in batches[1:])
-            told.append(seconds_needed(subject.model, [record], left, self.settings))
-            told.append(
+            positions = list(map(self._position_in, batch))
+            measured = measure_prompts(subject.model, batch, positions, settings)
+            self._keep(subject, measured)
+            left = waiting - len(measured)
+            lines.append(seconds_needed(subject.model, measured, left, self.settings))
+            lines.append(
                 memory_needed(subject.model, [batch for _, batch in batches], self.settings)
             )
-        return told
+        return lines
 
     def _with_known(self, record: PromptCoupling, known: Known) -> PromptCoupling:
-        found = {**known[record.tokens], **record.results}
-        return dataclasses.replace(
-            record, results={name: found[name] for name in self.settings.measures}
-        )
+        results = {**known[record.tokens], **record.results}
+        ordered = {name: results[name] for name in self.settings.measures}
+        return dataclasses.replace(record, results=ordered)
 
     def _counted(self, prompts: Sequence[Tokens], waiting: int) -> str:
         distinct = len(set(prompts))
-        return f"{len(prompts)} prompts, {distinct} of them distinct, {distinct - waiting} measured before"
+        before = distinct - waiting
+        return f"{len(prompts)} prompts, {distinct} of them distinct, {before} measured before"
 
-    def _batches(self, subject: Subject, known: Known) -> list[tuple[Settings, list[Tokens]]]:
-        """Prompts to measure together, with the measures that all of them lack."""
+    def _batches(self, subject: Subject, known: Known) -> Batches:
+        """Group the prompts to measure together, with the measures that all of them lack."""
         by_measures: dict[tuple[str, ...], list[Tokens]] = {}
-        for tokens, found in known.items():
-            if missing := self._missing(found):
+        for tokens, results in known.items():
+            if missing := self._missing(results):
                 by_measures.setdefault(missing, []).append(tokens)
         batches = []
         for missing, prompts in by_measures.items():
@@ -265,18 +292,17 @@ class Session:
         return batches
 
 
-def _in_order(
-    batches: list[tuple[Settings, list[Tokens]]], device: torch.device
-) -> list[tuple[Settings, list[Tokens]]]:
-    """What tells soonest what all cost comes first: one prompt, or on a device, where one takes as long as many, a batch."""
+def _in_order(batches: Batches, device: torch.device) -> Batches:
+    """Put first what tells the cost of all soonest."""
+    # A device needs as much time for one prompt as for many.
     if device.type == "cpu":
         return _one_first(batches)
     middle = len(batches) // 2
     return [batches[middle], *batches[:middle], *batches[middle + 1 :]]
 
 
-def _one_first(batches: list[tuple[Settings, list[Tokens]]]) -> list[tuple[Settings, list[Tokens]]]:
-    """The same with a prompt of median length alone before the others, to see what one costs."""
+def _one_first(batches: Batches) -> Batches:
+    """Put a prompt of median length alone before the others."""
     if not batches:
         return []
     middle = len(batches) // 2

@@ -38,7 +38,7 @@ def default_store_path() -> Path:
 
 
 class MeasurementStore:
-    """Results of measures by key; what :meth:`put` has written survives a kill, even of the machine.
+    """Results of measures by key; what :meth:`put` wrote survives a kill, even of the machine.
 
     Usable as a context manager and from any thread. Several processes may write to one file.
     """
@@ -142,8 +142,11 @@ class MeasurementStore:
 
         After a failure the next calls give up sooner: a run must not wait for every batch.
 
+        Returns:
+            The result of ``action``.
+
         Raises:
-            sqlite3.Error: of the last attempt.
+            OperationalError: of the last attempt.
         """
         deadline = time.monotonic() + self._patience
         while True:
@@ -162,11 +165,9 @@ class MeasurementStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run one transaction, which ends with the block, however the block ends.
-
-        A COMMIT that finds readers in the file fails and leaves the transaction open. Without the
-        rollback every later transaction fails too, and the other processes stay locked out.
-        """
+        """Run one transaction, which ends with the block, however the block ends."""
+        # A COMMIT that finds readers in the file fails and leaves the transaction open. Without
+        # the rollback every later transaction fails too, and other processes stay locked out.
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:

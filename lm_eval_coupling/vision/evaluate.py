@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.numerics.devices import device_named
+from lm_eval_coupling.runs.announcement import announce
 from lm_eval_coupling.runs.closing import closing_lines
 from lm_eval_coupling.runs.options import Options, parse_settings
 from lm_eval_coupling.runs.results import CouplingInfo, save_run
@@ -93,6 +95,7 @@ def run_vision(
             f"got a batch size of {batch_size} and a limit of {limit}, "
             "expected whole numbers above 0"
         )
+    device_named(device)  # refused before anything is loaded
     images = load_images(data, split)
     classifier = Classifier.load(model, device)
     labels = model_labels(images.classes, images.count_labels(), classifier.id2label)
@@ -103,6 +106,9 @@ def run_vision(
         )
     if session is not None and options.dry_run:
         return VisionRun(None, _dry_run(classifier, images, limit, options, session))
+    if session is not None:
+        n_images = len(images) if limit is None else min(limit, len(images))
+        announce(session, options, model, {images.name: n_images})
     scored = score(classifier, images, labels, limit, batch_size)
     results = results_of(classifier, images, scored, measured=session is not None)
     info = None
@@ -170,6 +176,9 @@ def _measure(
         options: how to measure.
         session: which weights to measure.
         place: the measured token, for a reader.
+
+    Returns:
+        What results and tables record.
     """
     chosen = choose(targets, [images.name], options.limit, options.seed)
     prompts = [

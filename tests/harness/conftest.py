@@ -33,6 +33,7 @@ def evaluate(home, manager, tmp_path):
         kinds=("choice", "generate"),
         pretrained=None,
         arguments=None,
+        manager=manager,
         **options,
     ):
         from lm_eval_coupling.harness import plugin

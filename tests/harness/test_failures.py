@@ -3,9 +3,12 @@
 import json
 import sqlite3
 
+import pytest
 import torch
 from evaluations import scores
 
+from lm_eval_coupling import load_records
+from lm_eval_coupling.harness import prompts
 from lm_eval_coupling.jacobians import levels as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
@@ -72,6 +75,85 @@ def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):
     assert scores(found) == scores(evaluate("hf", kinds=("choice",)))
     info = found["config"]["coupling"]
     assert info["interrupted"] and 0 < info["measured"] < 8
+
+
+@pytest.mark.parametrize("batches", range(1, 8))
+def test_a_document_of_which_a_context_is_missing_is_not_measured(evaluate, monkeypatch, batches):
+    """After Ctrl-C, a document with one of its two contexts had that one's value."""
+    right, calls = measure.measure_prompts, []
+    monkeypatch.setattr(memory, "PROMPTS", 1)
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    arguments = {"coupling_limit": "all", "coupling_measures": "regularity"}
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval_coupling.runs.session.measure_prompts", interrupted)
+        partial = evaluate(kinds=("winogrande",), arguments=arguments)["config"]["coupling"]
+    whole = evaluate(kinds=("winogrande",), arguments=arguments)["config"]["coupling"]
+    assert partial["interrupted"] and partial["measured"] <= batches // 2
+    assert whole["reused"] == batches and not whole["interrupted"]
+    rows = {(row.document, row.prompt.index) for row in partial.rows}
+    assert all((document, 1 - index) in rows for document, index in rows)
+    complete = {row.document for row in partial.rows}
+    assert len(complete) == partial["measured"]
+
+
+def test_an_empty_page_counts_as_one_that_could_not_be_measured(evaluate, home, tmp_path):
+    """lm-eval scores it as 0; it was left out of the count without a word."""
+    import yaml
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    pages = "".join(json.dumps({"page": page}) + "\n" for page in ("", "One two.", "Three four."))
+    (tmp_path / "pages.jsonl").write_text(pages)
+    task = {
+        "task": "tiny_pages",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "pages.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{page}}",
+        "output_type": "loglikelihood_rolling",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    }
+    (tmp_path / "tasks" / "pages.yaml").write_text(yaml.safe_dump(task))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    out = tmp_path / "out"
+    info = evaluate(
+        kinds=("pages",),
+        arguments={"coupling_limit": "all", "coupling_out": str(out)},
+        manager=manager,
+    )["config"]["coupling"]
+    assert (info["measured"], info["failed"]) == (2, 1)
+    assert info["tasks"]["tiny_pages"]["reasons"] == {"an empty prompt has no token to measure": 1}
+    assert sorted(load_records(out).n_tokens.tolist())[0] == 0
+
+
+def test_a_document_without_a_prompt_is_counted(evaluate, monkeypatch):
+    """Where a prompt could not be made, the document vanished from the count."""
+    right = prompts.document_prompts
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no such template")
+        return [] if len(calls) == 2 else right(*args)
+
+    monkeypatch.setattr("lm_eval_coupling.harness.lm.document_prompts", broken)
+    info = evaluate(kinds=("choice",), arguments={"coupling_limit": 3})["config"]["coupling"]
+    assert (info["measured"], info["failed"]) == (1, 2)
+    assert set(info["tasks"]["tiny_choice"]["reasons"]) == {
+        "no prompt: RuntimeError: no such template",
+        "an empty prompt has no token to measure",
+    }
 
 
 def test_interrupted_before_the_first_is_no_failure(evaluate, monkeypatch, caplog):

@@ -136,6 +136,141 @@ def test_who_waits_for_an_interrupted_run_is_told(installed):
     harness.execute(argparse.Namespace(func=lambda _: None))  # a run after it is one of its own
 
 
+def command(installed, run, model="coupling-hf"):
+    """Call lm-eval's command line with ``run`` in place of an evaluation; return its exit code."""
+    harness = installed._cli.harness.HarnessCLI()
+    with pytest.raises(SystemExit) as ended:
+        harness.execute(argparse.Namespace(func=run, model=model))
+    return ended.value.code
+
+
+def test_ctrl_c_anywhere_in_lm_eval_is_one_line(installed, capsys):
+    """While lm-eval scored or looked for a batch size, a traceback of a hundred lines."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    assert command(installed, interrupted) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    harness = installed._cli.harness.HarnessCLI()
+    with pytest.raises(KeyboardInterrupt):
+        harness.execute(argparse.Namespace(func=interrupted, model="hf"))
+
+
+def test_one_process_of_several_speaks(installed, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    assert command(installed, interrupted) == 130 and capsys.readouterr().err == ""
+
+
+def test_an_unknown_task_is_one_sentence_with_the_nearest_name(installed, capsys):
+    """lm-eval's own traceback, which names no task that there is."""
+
+    def evaluate(_):
+        manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
+        manager.TaskManager.all_tasks = ["arc_easy", "winogrande"]
+        hooks._add_tasks(manager)
+        manager.TaskManager()
+        raise ValueError("Tasks not found: arc_eazy, winogrande_")
+
+    assert command(installed, evaluate) == 2
+    assert capsys.readouterr().err == (
+        "lm-eval-coupling: got --tasks arc_eazy, winogrande_, which lm-eval does not know; "
+        "did you mean arc_easy, winogrande?\n"
+    )
+    with pytest.raises(ValueError, match="Tasks not found"):
+        harness = installed._cli.harness.HarnessCLI()
+        harness.execute(argparse.Namespace(func=evaluate, model="hf"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--model coupling-fh", "got --model coupling-fh, .*; did you mean coupling-hf"),
+        ("--model coupling-hf --device cuda:7", "got device='cuda:7', which this machine does not"),
+        ("--model coupling-hf --device gpu", "got device='gpu', which torch does not know"),
+        (
+            "--model_args pretrained=org/m,coupling_ranks=10,30",
+            "by a plus sign, as in coupling_ran",
+        ),
+        (
+            "--model_args pretrained=org/m,coupling_untrained=0",
+            "write coupling_untrained_seed=0, or",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_refused_at_once(
+    installed, monkeypatch, capfd, words, sentence
+):
+    """`--device cuda` took 46 s to be refused; a misspelt model gave lm-eval's own traceback."""
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks import manager
+
+    def never(*_, **__):
+        raise AssertionError("tasks were indexed")
+
+    monkeypatch.setattr(manager.TaskManager, "__init__", never)
+    given = ["--model", "coupling-hf", "--model_args", "pretrained=org/m", *words.split()]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--tasks", "arc", *given])
+    with pytest.raises(SystemExit) as ended:
+        cli_evaluate()
+    told = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in told
+    assert re.search(sentence, told)
+
+
+def test_tables_that_are_not_written_end_the_command_with_an_error(
+    installed, tracker, tmp_path, capsys
+):
+    """With a full disk the command ended as if all was well."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def evaluate(_):
+        tracker(tmp_path).save_results_aggregated(carrying(full))
+
+    assert command(installed, evaluate) == 1
+    assert "coupling tables were not written ([Errno 28] No space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["out", "out/all.json"])
+@pytest.mark.parametrize("what", ["results", "samples", None])
+def test_files_of_lm_eval_that_are_cut_short_end_the_command_with_an_error(
+    installed, tracker, tmp_path, capsys, monkeypatch, what, output
+):
+    """lm-eval logs a warning, and goes on."""
+    right_text = Path.write_text
+
+    def short(self, text, **options):
+        return right_text(self, text[: len(text) // 2], **options)
+
+    def evaluate(_):
+        made = tracker(tmp_path / output)
+        with monkeypatch.context() as patch:
+            if what == "results":
+                patch.setattr(Path, "write_text", short)
+            made.save_results_aggregated(carrying(lambda *_: None), {})
+        sample = {"arguments": [], "resps": [], "filtered_resps": [], "target": ""}
+        samples = [dict(sample) for _ in range(3)]
+        if what == "samples":
+            samples[1]["arguments"] = None  # an error in the middle of the file
+        made.save_results_samples("t", samples)
+
+    if what is None:
+        installed._cli.harness.HarnessCLI().execute(
+            argparse.Namespace(func=evaluate, model="coupling-hf")
+        )
+        return
+    assert command(installed, evaluate) == 1
+    kind = "samples_t_" if what == "samples" else "all_" if "json" in output else "results_"
+    assert re.search(
+        f"got .*{kind}.*, which lm-eval could not write completely", capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("by_file", [False, True])
 def test_a_wrong_argument_on_lm_evals_command_line(
     installed, tmp_path, monkeypatch, capfd, by_file

@@ -35,6 +35,12 @@ from lm_eval_coupling.runs.store import default_store_path
             {"coupling_out": 1e5},
             "coupling_out=100000.0, expected a path; write one that looks like a number as ./PATH",
         ),
+        ({"coupling_untrained": 0}, "coupling_untrained=0.*; write coupling_untrained_seed=0, or"),
+        ({"coupling_untrained": 3.0}, "write coupling_untrained_seed=3, or leave it out"),
+        ({"coupling_untrained": True}, "coupling_untrained=True, expected the seed"),
+        ({"coupling_untrained": "seed1", "coupling_untrained_seed": 2}, "coupling_untrained=seed1"),
+        ({"30": ""}, "got 30 as an argument.* a plus sign, as in coupling_ranks=10\\+30"),
+        ({"coupling_layers": -9.0}, "got layer -9 of a model of 4 blocks"),
         ({"coupling_measures": "depht"}, "unknown measure 'depht', expected any of depth"),
         ({"coupling_dtype": "float16"}, "expected one of float32, float64"),
         ({"coupling_limit": -1}, "coupling_limit=-1"),
@@ -96,6 +102,30 @@ def test_numbers_and_lists_as_the_command_line_hands_them_over(tmp_path, monkeyp
     assert found.settings.ranks == (10, 30) and found.settings.trajectories
     assert found.out == Path("2024") and {type(found.position), type(found.limit)} == {int}
     assert Options.parse(position=-1.0) == Options.parse()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"untrained": "seed3"},
+        {"untrained_seed": 3},
+        {"untrained_seed": 3.0},
+        {"untrained_seed": "3"},
+        {"untrained": "seed3", "untrained_seed": 3},
+    ],
+)
+def test_the_twins_seed_has_a_name_that_says_so(given):
+    """`coupling_untrained=0` switched the twin on."""
+    assert Options.parse(**given).untrained == 3
+    assert Options.parse(untrained=False).untrained is Options.parse().untrained is None
+
+
+@pytest.mark.parametrize("given", [-1, -1.0, "-1", [-1.0], "-1.0"])
+def test_negative_layers_and_tokens_count_from_the_end(given):
+    """`coupling_layers=-1` arrived as -1.0 and was refused, while positions take it."""
+    settings = Options.parse(layers=given, tokens=given).settings
+    assert settings.layers == settings.tokens == "-1"
+    assert Options.parse(layers=[0, -1.0], tokens="last4").settings.layers == "0+-1"
 
 
 @pytest.fixture
