@@ -194,7 +194,7 @@ def _document_prompts(
     keys = [DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]) for sample in samples]
     chosen = choose(keys, [task], options.limit, options.seed)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    asked, n_cut = [], 0
+    selected, n_cut = [], 0
     for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
         if key not in chosen:
             continue
@@ -207,14 +207,14 @@ def _document_prompts(
         n_cut += len(ids) > lm.max_length
         tokens = tuple(ids[-lm.max_length :])
         text = lm.tokenizer.decode(list(tokens))
-        asked.append(DocumentPrompt(key, number, index=0, kind="text", tokens=tokens, text=text))
+        selected.append(DocumentPrompt(key, number, index=0, kind="text", tokens=tokens, text=text))
     if n_cut:
         logger.warning(
             "coupling: %d of %d prompts are longer than the model's %d tokens; "
             "the last of these are measured",
-            *(n_cut, len(asked), lm.max_length),
+            *(n_cut, len(selected), lm.max_length),
         )
-    return asked
+    return selected
 
 
 def _results(

@@ -1,1 +1,1 @@
-"""lm-eval, and what it is told of this package: nothing else here imports it, the command line and the demo excepted."""
+"""The model class `coupling-hf` and what else lm-eval learns about this package."""

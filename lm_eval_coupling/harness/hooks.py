@@ -10,19 +10,20 @@ import functools
 import inspect
 import json
 import logging
-import os
-import re
-import sys
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, nearest
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness.command_line import (
+    MODEL,
+    current_command,
+    errors_as_sentences,
+    hint_at_plus_signs,
+    one_line,
+)
 
-MODEL = "coupling-hf"
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 # lm-eval's command passes this where no device is given; HFLM then takes the CPU without a GPU.
 DEFAULT_DEVICE = "cuda:0"
@@ -33,26 +34,6 @@ logger = logging.getLogger("lm_eval.coupling")
 
 class DryRun(Exception):
     """Raised instead of scoring, once lm-eval has built all requests."""
-
-
-@dataclass
-class _Command:
-    """The state of one call of lm-eval's command line, which itself returns nothing.
-
-    Attributes:
-        is_ours: True if the model is ``coupling-hf``.
-        tasks: the task manager, for the names of tasks.
-        interrupted: True if Ctrl-C ended the measuring early.
-        problem: why something that was asked for was not written; empty if all was.
-    """
-
-    is_ours: bool = False
-    tasks: Any = None
-    interrupted: bool = False
-    problem: str = ""
-
-
-_command: ContextVar[_Command] = ContextVar("lm_eval_command")
 
 
 def after_import(module: Any) -> None:
@@ -136,7 +117,7 @@ def _add_tasks(manager: Any) -> None:
             )
             original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
             self.include_path = include_path
-            _current().tasks = self
+            current_command().tasks = self
 
         return init
 
@@ -152,7 +133,7 @@ def _refuse_early(config: Any) -> None:
             if settings.model == MODEL:
                 from lm_eval_coupling.runs.options import Options
 
-                _current().is_ours = True
+                current_command().is_ours = True
                 Options.take_from(dict(settings.model_args or {}))
                 _require_output(settings.output_path)
                 _require_device(settings.device)
@@ -196,12 +177,14 @@ def _record_after_scoring(evaluator: Any) -> None:
                     record(task_dict, results, call.arguments)
                 except Exception as error:
                     logger.exception("coupling was not recorded; the scores are complete")
-                    _current().problem = f"coupling was not recorded ({_one_line(error)})"
+                    current_command().problems.append(
+                        f"coupling was not recorded ({one_line(error)})"
+                    )
                 # Into coupling_out. A tracker that saves the results writes them again,
                 # with its date.
                 _write_tables(results, None, _now())
                 if (info := _carried(results)) is not None and info.get("interrupted"):
-                    _current().interrupted = True
+                    current_command().interrupted = True
             return results
 
         return evaluate_and_record
@@ -257,9 +240,9 @@ def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
     try:
         parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        problem = f"got {file}, which lm-eval could not write completely ({_one_line(error)})"
+        problem = f"got {file}, which lm-eval could not write completely ({one_line(error)})"
         logger.error("coupling: %s", problem)
-        _current().problem = problem
+        current_command().problems.append(problem)
 
 
 def _require_lines(text: str, expected: int) -> None:
@@ -329,91 +312,19 @@ def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str
         info.write_tables(folder, date)
     except Exception as error:
         info.unwritten = str(error)
-        problem = f"coupling tables were not written ({_one_line(error)})"
+        problem = f"coupling tables were not written ({one_line(error)})"
         logger.error("%s; measurements are kept in the store", problem)
         logger.debug("coupling: the error was", exc_info=True)
-        _current().problem = problem
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__
+        current_command().problems.append(problem)
 
 
 def _now() -> str:
     return datetime.now().isoformat().replace(":", "-")  # the form of lm-eval's own dates
 
 
-def _current() -> _Command:
-    """Return the running command; one that nobody reads if there is none, as in a notebook."""
-    return _command.get(_Command())
-
-
 def _errors_as_sentences(harness: Any) -> None:
-    """Turn errors and Ctrl-C into one sentence and an exit code, if the model is ours."""
-
-    def plainly(execute: Callable) -> Callable:
-        def execute_plainly(self: Any, args: Any) -> Any:
-            command = _Command(is_ours=getattr(args, "model", None) == MODEL)
-            token = _command.set(command)
-            try:
-                returned = execute(self, args)
-            except CouplingError as error:
-                raise _exit(2, str(error)) from None
-            except KeyboardInterrupt:
-                if not command.is_ours:
-                    raise
-                raise _exit(
-                    130, "interrupted; prompts measured before are kept in the store"
-                ) from None
-            except ValueError as error:
-                if not command.is_ours or (sentence := _about_tasks(error, command.tasks)) is None:
-                    raise
-                raise _exit(2, sentence) from None
-            finally:
-                _command.reset(token)
-            if command.interrupted:
-                # The results are written, but nobody is to take them for complete.
-                raise SystemExit(130)
-            if command.problem:
-                raise _exit(1, command.problem)
-            return returned
-
-        return execute_plainly
-
-    def with_hint(parse_args: Callable) -> Callable:
-        def parse_args_with_hint(self: Any) -> Any:
-            try:
-                return parse_args(self)
-            except SystemExit:
-                if any(re.search(r"coupling_\w+=\d+,\d", word) for word in sys.argv):
-                    _say("join several numbers by a plus sign, as in coupling_ranks=10+30")
-                raise
-
-        return parse_args_with_hint
-
-    _wrap(harness.HarnessCLI, "execute", plainly)
-    _wrap(harness.HarnessCLI, "parse_args", with_hint)
-
-
-def _about_tasks(error: ValueError, manager: Any) -> str | None:
-    """Return a sentence with the nearest names for lm-eval's error about unknown tasks."""
-    _, found, names = str(error).partition("Tasks not found: ")
-    known = getattr(manager, "all_tasks", None)
-    if not found or not known:
-        return None
-    nearest_names = ", ".join(nearest(name, known) for name in names.split(", "))
-    return f"got --tasks {names}, which lm-eval does not know; did you mean {nearest_names}?"
-
-
-def _exit(code: int, sentence: str) -> SystemExit:
-    _say(sentence)
-    return SystemExit(code)
-
-
-def _say(sentence: str) -> None:
-    """Print one sentence; of several processes the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"lm-eval-coupling: {sentence}", file=sys.stderr)
+    _wrap(harness.HarnessCLI, "execute", errors_as_sentences)
+    _wrap(harness.HarnessCLI, "parse_args", hint_at_plus_signs)
 
 
 STEPS: dict[str, Callable[[Any], None]] = {

@@ -1,10 +1,10 @@
-"""What lm-eval would refuse of a plan, found before any work: tasks, options, arguments, models. A process of its own.
+"""Checks of a plan that need lm-eval, in a process of its own: tasks, options, arguments, models.
 
     python -m lm_eval_coupling.harness.preflight QUESTION.json ANSWER.json
 
-The question is what :mod:`lm_eval_coupling.sweep.checks` writes; the answer has ``problems`` (sentences) and ``models``
-(facts by model). The folder ``overrides`` gets a file for each task whose number of examples is set. With ``download``,
-models and data sets are fetched into the caches.
+:mod:`lm_eval_coupling.sweep.checks` writes the question. The answer has ``problems`` (sentences)
+and ``models`` (facts by model). The folder ``overrides`` gets a file for each task whose number of
+examples is set. With ``download``, models and data sets are fetched into the caches.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lm_eval_coupling.runs.options import Options
 
 
 def main(question: Path, answer: Path) -> None:
-    """Answer one question."""
+    """Read a question and write its answer."""
     plugin.install()
-    asked = json.loads(question.read_text(encoding="utf-8"))
+    request = json.loads(question.read_text(encoding="utf-8"))
     from lm_eval.tasks import TaskManager
 
     from lm_eval_coupling.harness import preflight_models
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     problems: list[str] = []
-    given = asked["lm_eval"].get("include_path") or []
+    given = request["lm_eval"].get("include_path") or []
     include = given if isinstance(given, list) else [given]
     problems += [
         f"got lm_eval.include_path: {path!r}, which is no folder"
@@ -41,30 +41,32 @@ def main(question: Path, answer: Path) -> None:
         if not Path(path).is_dir()
     ]
     manager = TaskManager(include_path=[*include])
-    problems += _tasks(manager, [name for name, _ in asked["tasks"]])
-    problems += [*_lm_eval(asked["lm_eval"]), *_coupling(asked["coupling"])]
-    if asked["lm_eval"].get("trust_remote_code"):  # which lm-eval hands on to the model
-        asked["models"] = [
+    problems += _tasks(manager, [name for name, _ in request["tasks"]])
+    problems += [*_lm_eval(request["lm_eval"]), *_coupling(request["coupling"])]
+    if request["lm_eval"].get("trust_remote_code"):  # which lm-eval hands on to the model
+        request["models"] = [
             {**m, "arguments": {"trust_remote_code": True, **m["arguments"]}}
-            for m in asked["models"]
+            for m in request["models"]
         ]
     models, of_models = preflight_models.check(
-        asked["models"], asked["coupling"], offline=asked["offline"]
+        request["models"], request["coupling"], offline=request["offline"]
     )
     problems += of_models
     if not problems:
         _override(
             manager,
-            {name: shots for name, shots in asked["tasks"] if shots is not None},
-            Path(asked["overrides"]),
+            {name: shots for name, shots in request["tasks"] if shots is not None},
+            Path(request["overrides"]),
         )
-        if asked["download"]:
-            problems += _download(TaskManager(include_path=[*include, asked["overrides"]]), asked)
+        if request["download"]:
+            problems += _download(
+                TaskManager(include_path=[*include, request["overrides"]]), request
+            )
     answer.write_text(json.dumps({"problems": problems, "models": models}), encoding="utf-8")
 
 
 def _tasks(manager: Any, names: list[str]) -> Iterator[str]:
-    known: dict[str, str] = {}
+    named_by: dict[str, str] = {}
     for name in names:
         if name.endswith(".yaml"):
             if not Path(name).is_file():
@@ -72,15 +74,21 @@ def _tasks(manager: Any, names: list[str]) -> Iterator[str]:
             continue
         matches = manager.match_tasks([name])
         if not matches:
-            yield f"got the task {name}, which lm-eval does not know; did you mean {nearest(name, manager.all_tasks)}?"
+            yield (
+                f"got the task {name}, which lm-eval does not know; "
+                f"did you mean {nearest(name, manager.all_tasks)}?"
+            )
         for leaf in [leaf for match in matches for leaf in _leaves(manager.task_index, match)]:
-            if known.setdefault(leaf, name) != name:
-                yield f"got the task {leaf} twice, in {known[leaf]} and in {name}; lm-eval refuses that"
+            if named_by.setdefault(leaf, name) != name:
+                yield (
+                    f"got the task {leaf} twice, in {named_by[leaf]} and in {name}; "
+                    "lm-eval refuses that"
+                )
                 break
 
 
 def _leaves(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) -> set[str]:
-    """The tasks that a task, group or tag stands for, as far as its file tells."""
+    """Return the tasks of a task, group or tag, as far as its file names them."""
     entry = index.get(name)
     if entry is None or name in above:
         return {name}
@@ -105,10 +113,13 @@ def _leaves(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) ->
 def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    known = [field.name for field in fields(EvaluatorConfig)]
-    unknown = [name for name in given if name not in known]
+    options = [field.name for field in fields(EvaluatorConfig)]
+    unknown = [name for name in given if name not in options]
     for name in unknown:
-        yield f"got lm_eval.{name}, which lm-eval does not know; did you mean {nearest(name, known)}?"
+        yield (
+            f"got lm_eval.{name}, which lm-eval does not know; "
+            f"did you mean {nearest(name, options)}?"
+        )
     for name, expected in (
         ("limit", "a number"),
         ("num_fewshot", "a whole number"),
@@ -135,11 +146,14 @@ def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _coupling(given: Mapping[str, Any]) -> Iterator[str]:
-    """Each argument alone, so that all that are wrong are told; together only if each is right."""
-    known = [*inspect.signature(Options.parse).parameters]
-    unknown = [name for name in given if name not in known]
+    """Check each argument alone, to report all that are wrong, then all of them together."""
+    options = [*inspect.signature(Options.parse).parameters]
+    unknown = [name for name in given if name not in options]
     for name in unknown:
-        yield f"got coupling.{name}, did you mean {nearest(name, known)}? There are {', '.join(known)}"
+        yield (
+            f"got coupling.{name}, did you mean {nearest(name, options)}? "
+            f"There are {', '.join(options)}"
+        )
     arguments = {name: value for name, value in given.items() if name not in unknown}
     alone = [problem for name, value in arguments.items() for problem in _refused({name: value})]
     yield from alone or _refused(arguments)
@@ -153,7 +167,10 @@ def _refused(arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:
-    """Tasks of the same name with another number of examples, which lm-eval has no option for where tasks differ in it."""
+    """Write tasks of the same names with other numbers of examples.
+
+    lm-eval has one number for all tasks of a run.
+    """
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,18 +200,19 @@ def _entries(manager: Any, name: str) -> Iterable[Any]:
         )
 
 
-def _download(manager: Any, asked: Mapping[str, Any]) -> Iterator[str]:
+def _download(manager: Any, request: Mapping[str, Any]) -> Iterator[str]:
     from lm_eval_coupling.harness import preflight_models
 
     for name in [
-        match for task, _ in asked["tasks"] for match in manager.match_tasks([task]) or [task]
+        match for task, _ in request["tasks"] for match in manager.match_tasks([task]) or [task]
     ]:
         print(f"data of {name} …", file=sys.stderr, flush=True)
         try:
             manager.load([name])
         except Exception as error:  # each data set fails in its own way; the others are fetched
-            yield f"got the task {name}, whose data cannot be fetched: {' '.join(str(error).split())[:300]}"
-    yield from preflight_models.download(asked["models"])
+            reason = " ".join(str(error).split())[:300]
+            yield f"got the task {name}, whose data cannot be fetched: {reason}"
+    yield from preflight_models.download(request["models"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models of a plan before any is loaded: are they there, would they be measured, how large are they; and fetching them."""
+"""Checks of a plan's models before any is loaded, their sizes, and their download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.runs.model_arguments import has_revisions, names_a_folder
 from lm_eval_coupling.runs.options import PREFIX, Options
 
-# What `from_pretrained` takes besides what the model class of lm-eval names itself.
+# Arguments of `from_pretrained` besides those that the model class of lm-eval names itself.
 _FROM_PRETRAINED = [
     *(
         "attn_implementation",
@@ -52,39 +52,44 @@ _LEFT_OUT = (
 def check(
     models: Sequence[Mapping[str, Any]], coupling: Mapping[str, Any], *, offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Facts by model, and what is wrong; ``models`` have ``model, revisions, arguments``."""
+    """Check every model of a plan.
+
+    Args:
+        models: each with ``model``, ``revisions`` and ``arguments``.
+        coupling: the plan's coupling settings.
+        offline: True if the hub is switched off.
+
+    Returns:
+        Facts by model, and sentences on what is wrong.
+    """
     problems: list[str] = []
     facts: dict[str, Any] = {}
     with ThreadPoolExecutor(8) as pool:
-        looks = pool.map(lambda asked: _look(asked, coupling, offline), models)
-        for asked, (found, wrong) in zip(models, looks, strict=True):
+        looks = pool.map(lambda request: _look(request, coupling, offline), models)
+        for request, (about, wrong) in zip(models, looks, strict=True):
             problems += wrong
-            if found:
-                facts[asked["model"]] = found
+            if about:
+                facts[request["model"]] = about
     return facts, problems
 
 
 def _look(
-    asked: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool
+    request: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    model, arguments = asked["model"], asked["arguments"]
+    model, arguments = request["model"], request["arguments"]
     wrong = [*_place(model, arguments)]
-    wrong = [*_arguments(model, arguments, coupling, there=not wrong), *wrong]
+    wrong = [*_arguments(model, arguments, coupling, exists=not wrong), *wrong]
     if not wrong and Path(model).expanduser().is_dir():
         if not has_revisions(model, arguments.get("peft"), arguments.get("delta")):
-            wrong += _of_folder(model, asked["revisions"])
+            wrong += _of_folder(model, request["revisions"])
     elif not wrong:
-        wrong += _revisions(model, asked["revisions"], offline)
+        wrong += _revisions(model, request["revisions"], offline)
     if wrong:
         return {}, wrong
     try:
-        config = _config(model, asked["revisions"][0], arguments)
-    except (
-        Exception
-    ) as error:  # transformers, the hub and the model's own code raise what they like
-        return {}, [
-            f"got the model {model}, which transformers cannot load: {str(error).strip().splitlines()[0]}"
-        ]
+        config = _config(model, request["revisions"][0], arguments)
+    except Exception as error:  # transformers, the hub and the model's own code raise anything
+        return {}, [f"got the model {model}, which transformers cannot load: {_first_line(error)}"]
     text = config.get_text_config()
     width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     wrong = [*_shape(model, config, width, depth, coupling)]
@@ -98,33 +103,33 @@ def _look(
 
 
 def _arguments(
-    model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any], there: bool
+    model: str, arguments: Mapping[str, Any], coupling: Mapping[str, Any], exists: bool
 ) -> Iterator[str]:
-    """What is wrong with the arguments; that a model is not ``there`` is told elsewhere."""
+    """Check the arguments of a model; one that does not exist is reported elsewhere."""
     from lm_eval.models.huggingface import HFLM
 
-    known = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
-    known = [name for name in known if name != "kwargs"]
+    accepted = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
+    accepted = [name for name in accepted if name != "kwargs"]
     for name in arguments:
         if (
-            name not in known
+            name not in accepted
             and not name.startswith("coupling_")
-            and SequenceMatcher(None, name, nearest(name, known)).ratio() >= 0.75
+            and SequenceMatcher(None, name, nearest(name, accepted)).ratio() >= 0.75
         ):
-            yield f"got the argument {name} of {model}, did you mean {nearest(name, known)}?"
+            yield f"got the argument {name} of {model}, did you mean {nearest(name, accepted)}?"
     try:
         Options.parse(**coupling)
     except (CouplingError, TypeError):
-        coupling = {"limit": 0}  # what is wrong there is told once, for all models
+        coupling = {"limit": 0}  # reported once, for all models
     given = {f"{PREFIX}{name}": value for name, value in coupling.items()}
     try:
-        Options.take_from({"pretrained": model if there else "-", **given, **arguments})
+        Options.take_from({"pretrained": model if exists else "-", **given, **arguments})
     except CouplingError as error:
         yield f"{model}: {error}"
 
 
 def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """A folder must be one of a model; a name that looks like a folder is none of the hub's."""
+    """Check that a folder holds a model, and that a name of the hub is no path."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         inner = folder / str(arguments.get("subfolder") or "")
@@ -137,7 +142,7 @@ def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_folder(model: str, revisions: Sequence[str]) -> Iterator[str]:
-    """A folder holds one checkpoint: all of its revisions would be the same weights."""
+    """Refuse revisions of a folder, which holds one checkpoint."""
     if named := [revision for revision in revisions if revision != "main"]:
         yield (
             f"got revision {named[0]} of the folder {model}, where transformers looks for none; "
@@ -155,23 +160,29 @@ def _revisions(model: str, revisions: Sequence[str], offline: bool) -> Iterator[
         missing = ", ".join(unseen[:3]) + (
             f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         )
-        yield f"got the model {model}, of which {missing} is not in the cache, with the hub switched off; --download first"
+        yield (
+            f"got the model {model}, of which {missing} is not in the cache, with the hub "
+            "switched off; --download first"
+        )
         return
     if unseen == ["main"]:
-        return  # its configuration is asked for next
+        return  # its configuration is loaded next
     from huggingface_hub import HfApi
 
     try:
         refs = HfApi().list_repo_refs(model)
     except Exception as error:
-        yield f"got the model {model}, whose revisions cannot be looked up: {str(error).strip().splitlines()[0]}"
+        yield f"got the model {model}, whose revisions cannot be looked up: {_first_line(error)}"
         return
     names = [ref.name for ref in [*refs.branches, *refs.tags]]
     for revision in unseen:
         if revision not in names and not (
             len(revision) == 40 and set(revision) <= set("0123456789abcdef")
         ):
-            yield f"got revision {revision} of {model}, which it does not have; did you mean {nearest(revision, names)}?"
+            yield (
+                f"got revision {revision} of {model}, which it does not have; "
+                f"did you mean {nearest(revision, names)}?"
+            )
 
 
 def _config(model: str, revision: str, arguments: Mapping[str, Any]) -> Any:
@@ -194,7 +205,7 @@ def _shape(
     try:
         options = Options.parse(**coupling)
     except (CouplingError, TypeError):
-        return  # told already
+        return  # reported already
     if options.measures_anything and width and depth:
         try:
             options.settings.check_shape(width, depth)
@@ -203,7 +214,7 @@ def _shape(
 
 
 def _parameters(config: Any) -> int | None:
-    """Counted on a model without storage."""
+    """Count the parameters of a model without storage; None if it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -217,29 +228,38 @@ def _parameters(config: Any) -> int | None:
 
 def _dtype(config: Any, arguments: Mapping[str, Any]) -> Any:
     given = arguments.get("dtype", "auto")
-    found = getattr(config, "dtype", None) if given == "auto" else given
-    return str(found or "float32").removeprefix("torch.")
+    dtype = getattr(config, "dtype", None) if given == "auto" else given
+    return str(dtype or "float32").removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def download(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Fetch every revision of every model of the hub into the cache; what fails is told at the end."""
+    """Fetch every revision of every model of the hub into the cache.
+
+    Yields:
+        A sentence for each revision that cannot be fetched; the others are fetched all the same.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
-    for asked in models:
-        if Path(asked["model"]).is_dir():
+    for request in models:
+        model = request["model"]
+        if Path(model).is_dir():
             continue
-        for revision in asked["revisions"]:
-            print(f"{asked['model']} {revision} …", file=sys.stderr, flush=True)
+        for revision in request["revisions"]:
+            print(f"{model} {revision} …", file=sys.stderr, flush=True)
             try:
-                names = HfApi().list_repo_files(asked["model"], revision=revision)
-                snapshot_download(asked["model"], revision=revision, allow_patterns=needed(names))
+                names = HfApi().list_repo_files(model, revision=revision)
+                snapshot_download(model, revision=revision, allow_patterns=needed(names))
             except Exception as error:
-                first = str(error).strip().splitlines()[0]
-                yield f"got the model {asked['model']} at {revision}, which cannot be fetched: {first}"
+                reason = _first_line(error)
+                yield f"got the model {model} at {revision}, which cannot be fetched: {reason}"
 
 
 def needed(names: Sequence[str]) -> list[str]:
-    """Of the files of a repository those that transformers loads: safetensors where there are any, else other weights."""
+    """Select the files that transformers loads: safetensors if there are any, else others."""
     kept = [
         name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OUT)
     ]

@@ -83,8 +83,8 @@ def _bare_continuation(lm: Any, continuation: str) -> tuple[int, ...]:
     """Encode a continuation as `TemplateLM.loglikelihood` does after an empty context."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
-    whole = ids if ids and ids[0] == prefix else [prefix, *ids]
-    return tuple(whole[-lm.max_length :])
+    tokens = ids if ids and ids[0] == prefix else [prefix, *ids]
+    return tuple(tokens[-lm.max_length :])
 
 
 def _generation_context(lm: Any, context: str, gen_kwargs: dict) -> tuple[int, ...]:

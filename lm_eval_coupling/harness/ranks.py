@@ -27,8 +27,8 @@ class Part:
 class Ranks:
     """Steps that every process takes together; usable as a context manager.
 
-    An error in one process reaches all of them instead of leaving them waiting. Results pass through
-    the host: lm-eval's own backend would take device memory for them.
+    An error in one process reaches all of them instead of leaving them waiting. Results pass
+    through the host: lm-eval's own backend would take device memory for them.
     """
 
     rank: int = 0

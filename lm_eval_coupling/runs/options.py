@@ -118,7 +118,7 @@ class Options:
             The checked ``coupling_`` arguments.
 
         Raises:
-            CouplingError: naming the argument that is wrong, and the nearest known name.
+            CouplingError: naming the argument that is wrong, and the nearest accepted name.
         """
         if numbers := [name for name in arguments if name.strip("[]() ").isdigit()]:
             raise CouplingError(
@@ -182,12 +182,12 @@ def parse_settings(text: str, option: str = "--coupling") -> dict[str, str]:
 
 
 def _refuse_unknown(taken: Mapping[str, Any]) -> None:
-    known = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
+    accepted = [f"{PREFIX}{name}" for name in inspect.signature(Options.parse).parameters]
     for name in taken:
-        if name not in known:
+        if name not in accepted:
             raise CouplingError(
-                f"got unknown argument {name}, did you mean {nearest(name, known)}? "
-                f"There are {', '.join(known)}"
+                f"got unknown argument {name}, did you mean {nearest(name, accepted)}? "
+                f"There are {', '.join(accepted)}"
             )
 
 
@@ -254,9 +254,9 @@ def _boolean(name: str, value: Any) -> bool:
     raise CouplingError(f"got {PREFIX}{name}={value!r}, expected 1 or 0")
 
 
-def _choice(name: str, value: Any, known: Sequence[str]) -> str:
-    if value not in known:
-        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected one of {', '.join(known)}")
+def _choice(name: str, value: Any, accepted: Sequence[str]) -> str:
+    if value not in accepted:
+        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected one of {', '.join(accepted)}")
     return value
 
 

@@ -142,10 +142,10 @@ def save_run(
     Raises:
         CouplingError: if a file cannot be written.
     """
-    now = datetime.now()
-    date = now.isoformat().replace(":", "-")
+    time = datetime.now()
+    date = time.isoformat().replace(":", "-")
     sanitized = re.sub(r'["<>:/|\\?*\[\]]+', "__", results["model_name"])
-    results = results | {"model_name_sanitized": sanitized, "date": now.timestamp()}
+    results = results | {"model_name_sanitized": sanitized, "date": time.timestamp()}
     if info is not None:
         add_to_results(results, info, members or {})
     samples = results.pop("samples")

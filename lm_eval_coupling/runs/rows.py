@@ -23,7 +23,7 @@ class DocumentKey(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentPrompt:
-    """One prompt of an evaluated document, before it is measured.
+    """A prompt of an evaluated document, before it is measured.
 
     Attributes:
         document: the document that it belongs to.
@@ -49,7 +49,7 @@ class DocumentPrompt:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt measured at one token on one set of weights, ``trained`` or ``untrained``.
+    """A prompt measured at one token on one set of weights, ``trained`` or ``untrained``.
 
     Attributes:
         prompt: the prompt and its document.

@@ -77,7 +77,7 @@ def open_session(
     tokenizer: Any = None,
     quiet: bool = False,
 ) -> Session:
-    """Wrap the scored model, and its untrained twin if one is asked for, for measuring.
+    """Wrap the scored model, and its untrained twin if one is present for, for measuring.
 
     Args:
         options: what to measure.
@@ -130,10 +130,10 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     prompts = [prompt for prompt in prompts if prompt.problem is None]
     interrupted = False
     for at_place in session.at_every_place():
-        asked = [prompt for prompt in prompts if at_place.has(prompt.tokens)]
-        measured = at_place.measure([prompt.tokens for prompt in asked])
+        present = [prompt for prompt in prompts if at_place.has(prompt.tokens)]
+        measured = at_place.measure([prompt.tokens for prompt in present])
         for subject in session.subjects:
-            rows += _complete_rows(asked, measured, subject.weights, at_place.place)
+            rows += _complete_rows(present, measured, subject.weights, at_place.place)
         if interrupted := measured.interrupted:
             break
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order

@@ -30,7 +30,7 @@ from lm_eval_coupling.saved.tables import TRAINED
 logger = logging.getLogger("lm_eval.coupling")
 
 Tokens = tuple[int, ...]
-Known = dict[Tokens, dict[str, MeasureResult]]  # results by prompt and name of the measure
+Recalled = dict[Tokens, dict[str, MeasureResult]]  # results by prompt and name of the measure
 Batches = list[tuple[Settings, list[Tokens]]]  # prompts to measure together, with the measures
 
 
@@ -47,7 +47,7 @@ class Measured:
     """Records of prompts, by the weights and the prompt's token ids.
 
     Attributes:
-        records: what is known of each prompt.
+        records: the record of each prompt.
         reused: prompts whose whole record comes from the store.
         interrupted: True if Ctrl-C ended the measuring early.
     """
@@ -110,11 +110,11 @@ class Session:
             Ctrl-C some prompts have none.
         """
         measured = Measured()
-        known: dict[str, Known] = {}
+        recalled: dict[str, Recalled] = {}
         try:
             for subject in self.subjects:
-                known[subject.weights] = self._recall(subject, prompts)
-                measured.of(subject.weights).update(self._complete(known[subject.weights]))
+                recalled[subject.weights] = self._recall(subject, prompts)
+                measured.of(subject.weights).update(self._complete(recalled[subject.weights]))
                 measured.reused[subject.weights] = set(measured.of(subject.weights))
             if prompts and not self.quiet:
                 logger.info(
@@ -122,7 +122,9 @@ class Session:
                     self._counted(prompts, len(set(prompts) - measured.reused[TRAINED])),
                 )
             for subject in self.subjects:
-                self._measure_missing(subject, known[subject.weights], measured.of(subject.weights))
+                self._measure_missing(
+                    subject, recalled[subject.weights], measured.of(subject.weights)
+                )
         except KeyboardInterrupt:
             measured.interrupted = True
             done = sum(tokens in measured.of(TRAINED) for tokens in prompts)
@@ -154,23 +156,23 @@ class Session:
             subject.model.identity, measure, self.settings.for_measure(measure), tokens, position
         )
 
-    def _recall(self, subject: Subject, prompts: Iterable[Tokens]) -> Known:
+    def _recall(self, subject: Subject, prompts: Iterable[Tokens]) -> Recalled:
         """Return what the store has of these prompts, measure by measure."""
-        known: Known = {}
+        recalled: Recalled = {}
         for tokens in dict.fromkeys(prompts):
-            known[tokens] = {}
+            recalled[tokens] = {}
             for name in self.settings.measures:
                 # A prompt without the measured token has no key; its record says so.
                 with contextlib.suppress(CouplingError):
                     if (result := self.store.get(self._key(subject, name, tokens))) is not None:
-                        known[tokens][name] = registered_measures()[name].cast(result)
-        return known
+                        recalled[tokens][name] = registered_measures()[name].cast(result)
+        return recalled
 
-    def _complete(self, known: Known) -> dict[Tokens, PromptCoupling]:
+    def _complete(self, recalled: Recalled) -> dict[Tokens, PromptCoupling]:
         """Return records of the prompts of which no measure is missing."""
         return {
             tokens: self._record(tokens, results)
-            for tokens, results in known.items()
+            for tokens, results in recalled.items()
             if not self._missing(results)
         }
 
@@ -216,10 +218,10 @@ class Session:
             )
 
     def _measure_missing(
-        self, subject: Subject, known: Known, records: dict[Tokens, PromptCoupling]
+        self, subject: Subject, recalled: Recalled, records: dict[Tokens, PromptCoupling]
     ) -> None:
         """Fill ``records``: prompts of similar length together, with the missing measures only."""
-        batches = self._batches(subject, known)
+        batches = self._batches(subject, recalled)
         waiting = sum(len(batch) for _, batch in batches)
         if batches and not self.quiet:
             batches = _in_order(batches, subject.model.device)
@@ -234,7 +236,7 @@ class Session:
                 measured = measure_prompts(subject.model, batch, positions, settings)
                 self._keep(subject, measured)
                 for record in measured:
-                    records[record.tokens] = self._with_known(record, known)
+                    records[record.tokens] = self._with_recalled(record, recalled)
                 bar.update(len(batch))
                 if number == 0 and not self.quiet:
                     left = waiting - len(measured)
@@ -249,8 +251,8 @@ class Session:
         """
         lines = []
         for subject in self.subjects:
-            known = self._recall(subject, prompts)
-            batches = _one_first(self._batches(subject, known))
+            recalled = self._recall(subject, prompts)
+            batches = _one_first(self._batches(subject, recalled))
             waiting = sum(len(batch) for _, batch in batches)
             lines.append(f"{subject.weights} weights: {self._counted(prompts, waiting)}")
             if not batches:
@@ -266,8 +268,8 @@ class Session:
             )
         return lines
 
-    def _with_known(self, record: PromptCoupling, known: Known) -> PromptCoupling:
-        results = {**known[record.tokens], **record.results}
+    def _with_recalled(self, record: PromptCoupling, recalled: Recalled) -> PromptCoupling:
+        results = {**recalled[record.tokens], **record.results}
         ordered = {name: results[name] for name in self.settings.measures}
         return dataclasses.replace(record, results=ordered)
 
@@ -276,10 +278,10 @@ class Session:
         before = distinct - waiting
         return f"{len(prompts)} prompts, {distinct} of them distinct, {before} measured before"
 
-    def _batches(self, subject: Subject, known: Known) -> Batches:
+    def _batches(self, subject: Subject, recalled: Recalled) -> Batches:
         """Group the prompts to measure together, with the measures that all of them lack."""
         by_measures: dict[tuple[str, ...], list[Tokens]] = {}
-        for tokens, results in known.items():
+        for tokens, results in recalled.items():
             if missing := self._missing(results):
                 by_measures.setdefault(missing, []).append(tokens)
         batches = []

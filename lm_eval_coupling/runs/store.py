@@ -119,8 +119,8 @@ class MeasurementStore:
             sqlite3.Error: if the file cannot be written. It is as before then, and not locked. The
                 next call writes these entries as well.
         """
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._unwritten |= {key: (key, _encode(entries[key]), now) for key in entries}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._unwritten |= {key: (key, _encode(entries[key]), created) for key in entries}
         self.flush()
 
     def flush(self) -> None:

@@ -67,9 +67,11 @@ def _is_known(value: Any) -> bool:
 def _measures(
     documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
 ) -> dict[str, Any]:
-    asked = {name for group in documents.values() for prompt in group for name in prompt.measures}
+    requested = {
+        name for group in documents.values() for prompt in group for name in prompt.measures
+    }
     summaries: dict[str, Any] = {}
-    for reading in prompt_readings(asked or default_measures()):
+    for reading in prompt_readings(requested or default_measures()):
         by_rank = {
             rank: _over_documents(documents, _reader(reading, rank))
             for rank in (ranks if reading.of_rank else ranks[:1])

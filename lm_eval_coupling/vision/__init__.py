@@ -1,4 +1,4 @@
-"""Image classifiers: accuracy on a labelled data set and coupling of the measured images, in one run.
+"""Image classifiers: accuracy on a labeled data set and coupling of some of its images, in one run.
 
-What a run leaves is what an evaluation of lm-eval leaves, so that everything that reads saved runs reads it too.
+A run leaves the files that an evaluation of lm-eval leaves, for everything that reads saved runs.
 """

@@ -1,4 +1,4 @@
-"""An image classifier with its image processor: what it says of images, a batch at a time."""
+"""An image classifier with its image processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from lm_eval_coupling.numerics.devices import device_named
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A transformers image classifier in evaluation mode, and what makes pixel values of images for it."""
+    """A transformers image classifier in evaluation mode.
+
+    Attributes:
+        name: as given to ``from_pretrained``.
+        revision: of a model on the Hub.
+        model: the network.
+        processor: makes pixel values of images.
+    """
 
     name: str
     revision: str
@@ -26,12 +33,12 @@ class Classifier:
 
     @classmethod
     def load(cls, name: str, device: str | None = None, revision: str = "main") -> Classifier:
-        """Load from the Hub or from a folder, in the dtype of the saved weights.
+        """Load a classifier from the Hub or from a folder, in the dtype of the saved weights.
 
-        Images are made into pixel values by Pillow and NumPy on every machine, wherever the processor can.
+        Where the processor can, Pillow and NumPy make the pixel values, the same on every machine.
 
         Args:
-            name: what ``AutoModelForImageClassification.from_pretrained`` takes, timm's models among them.
+            name: as ``AutoModelForImageClassification.from_pretrained`` takes it.
             device: such as ``cuda``; by default the best there is.
             revision: of a model on the Hub.
 
@@ -39,7 +46,7 @@ class Classifier:
             The classifier, in evaluation mode on its device.
 
         Raises:
-            CouplingError: if there is no such device or model, or transformers cannot load it as an image classifier.
+            CouplingError: if there is no such device, or no such image classifier.
         """
         where = device_named(device)
         from transformers import AutoModelForImageClassification
@@ -52,14 +59,14 @@ class Classifier:
         except Exception as error:  # the libraries below raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CouplingError(
-                f"got model {name!r}, revision {revision!r}, which transformers cannot load as an image classifier with its "
-                f"image processor: {reason[0][:300]}"
+                f"got model {name!r}, revision {revision!r}, which transformers cannot load as an "
+                f"image classifier with its image processor: {reason[0][:300]}"
             ) from error
         return cls(name, revision, model.eval().to(where), processor)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @property
@@ -73,12 +80,15 @@ class Classifier:
         return {int(i): str(label) for i, label in self.model.config.id2label.items()}
 
     def pixels(self, image: Image.Image) -> Float[Tensor, "channel height width"]:
-        """Pixel values of one image, float32 on the CPU: resized, cut and normalised as the model was trained."""
+        """Return the pixel values of one image, prepared as in training; float32 on the CPU."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
 
     @torch.inference_mode()
     def log_probabilities(self, pixels: Sequence[Tensor]) -> Float[Tensor, "image label"]:
-        """Log-probability of every label, float32 on the CPU; one pass, unless the processor leaves images their sizes."""
+        """Return the log-probability of every label, float32 on the CPU.
+
+        One pass, unless the processor leaves images their sizes.
+        """
         together = len({image.shape for image in pixels}) == 1
         batches = [torch.stack(list(pixels))] if together else [image[None] for image in pixels]
         logits = [
@@ -88,14 +98,14 @@ class Classifier:
 
 
 def _processor(name: str, revision: str) -> Any:
-    """The image processor that computes with Pillow and NumPy; older automatic classes ask for torchvision."""
+    """Load the image processor that computes with Pillow and NumPy."""
     import transformers
 
     try:
         return transformers.AutoImageProcessor.from_pretrained(
             name, revision=revision, backend="pil"
         )
-    except ImportError:
+    except ImportError:  # older automatic classes ask for torchvision
         about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(
             name, revision=revision
         )

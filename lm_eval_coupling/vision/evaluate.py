@@ -29,11 +29,11 @@ from lm_eval_coupling.runs.run import (
 from lm_eval_coupling.runs.sampling import choose
 from lm_eval_coupling.runs.session import Session
 from lm_eval_coupling.saved.atomic import require_writable
+from lm_eval_coupling.vision.accuracy import results_of
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.images import LabelledImages, load_images
+from lm_eval_coupling.vision.images import LabeledImages, load_images
 from lm_eval_coupling.vision.labels import model_labels
 from lm_eval_coupling.vision.pictures import picture
-from lm_eval_coupling.vision.results import results_of
 from lm_eval_coupling.vision.scoring import score
 from lm_eval_coupling.vision.summary_token import summary_token
 
@@ -161,7 +161,7 @@ def _open_session(
 
 def _measure(
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabeledImages,
     targets: Mapping[DocumentKey, tuple[int, str]],
     options: Options,
     session: Session,
@@ -195,7 +195,7 @@ def _measure(
 
 def _prompt(
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabeledImages,
     session: Session,
     key: DocumentKey,
     number: int,
@@ -220,7 +220,7 @@ def _prompt(
 
 def _dry_run(
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabeledImages,
     limit: int | None,
     options: Options,
     session: Session,

@@ -1,4 +1,4 @@
-"""Labelled images, from whatever ``datasets.load_dataset`` takes: folders, Parquet files, names on the Hub."""
+"""Labeled images from folders, Parquet files or names on the Hub, as ``datasets`` loads them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FILES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledImage:
-    """One row of a data set: its number, a name for readers, the encoded image, and its label's number there."""
+class LabeledImage:
+    """A row of a data set: number, name for readers, encoded image, number of its label."""
 
     number: int
     name: str
@@ -33,10 +33,10 @@ class LabelledImage:
     label: int
 
     def decoded(self) -> Image.Image:
-        """The image in RGB.
+        """Decode the image to RGB.
 
         Returns:
-            A picture of Pillow's.
+            An image of Pillow's.
 
         Raises:
             OSError: if it cannot be decoded; some decoders raise other exceptions.
@@ -45,13 +45,21 @@ class LabelledImage:
             return image.convert("RGB")
 
     def digest(self) -> str:
-        """Hash of the encoded image and its label: the same in every order and subset of the data."""
+        """Hash the encoded image and its label; order and subset of the data do not matter."""
         return hashlib.sha256(self.encoded + f" {self.label}".encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledImages:
-    """A split of a data set; ``classes`` are the names of its labels, ``None`` where it only has numbers."""
+class LabeledImages:
+    """A split of a data set.
+
+    Attributes:
+        name: of the data set, as the name of a task.
+        split: its name.
+        classes: names of the labels; None if the data has only numbers.
+        rows: the data set.
+        columns: names of the columns of images and of labels.
+    """
 
     name: str
     split: str
@@ -62,30 +70,30 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> LabelledImage:
+    def __getitem__(self, number: int) -> LabeledImage:
         image, label = self.columns
         row = self.rows[number]
         cell = row[image] or {}
         file = "/".join(Path(cell.get("path") or "").parts[-2:])
-        return LabelledImage(
+        return LabeledImage(
             number, f"{number} ({file})" if file else str(number), _bytes_of(cell), int(row[label])
         )
 
-    def first(self, limit: int | None) -> Iterator[LabelledImage]:
-        """The first images, all where ``limit`` is ``None``."""
+    def first(self, limit: int | None) -> Iterator[LabeledImage]:
+        """Yield the first ``limit`` images; all of them for None."""
         return (
             self[number] for number in range(len(self) if limit is None else min(limit, len(self)))
         )
 
     def count_labels(self) -> int:
-        """One more than the largest number of a label that occurs."""
+        """Return one more than the largest number of a label in the data."""
         import pyarrow.compute as pc
 
         return pc.max(self.rows.with_format("arrow")[self.columns[1]]).as_py() + 1
 
 
 def _bytes_of(cell: Mapping[str, Any]) -> bytes:
-    """The encoded image; of a file that is gone, nothing, which then cannot be decoded."""
+    """Return the encoded image; nothing, which cannot be decoded, if its file is gone."""
     if cell.get("bytes") is not None:
         return cell["bytes"]
     try:
@@ -94,11 +102,12 @@ def _bytes_of(cell: Mapping[str, Any]) -> bytes:
         return b""
 
 
-def load_images(data: str, split: str | None = None) -> LabelledImages:
+def load_images(data: str, split: str | None = None) -> LabeledImages:
     """Open a data set with one column of images and one of class labels.
 
     Args:
-        data: a folder of images with a subfolder for each label, a file or folder of Parquet, or a name on the Hub.
+        data: a folder of images with a subfolder for each label, a file or folder of Parquet, or a
+            name on the Hub.
         split: by default ``test``, or the only one there is.
 
     Returns:
@@ -120,9 +129,10 @@ def load_images(data: str, split: str | None = None) -> LabelledImages:
     rows = rows.filter(_is_labelled, input_columns=label)
     if not len(rows):
         raise CouplingError(
-            f"got {data}, whose split {rows.split} has no labelled image; choose another with --split"
+            f"got {data}, whose split {rows.split} has no labelled image; "
+            "choose another with --split"
         )
-    return LabelledImages(
+    return LabeledImages(
         name=_name_of(data),
         split=str(rows.split),
         classes=classes,
@@ -139,7 +149,8 @@ def _loaded(data: str) -> Mapping[str, Any]:
         if path.is_file():
             if path.suffix not in _FILES:
                 raise CouplingError(
-                    f"got the file {data}, expected a folder of images, .parquet, or a data set's name"
+                    f"got the file {data}, "
+                    "expected a folder of images, .parquet, or a data set's name"
                 )
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path))
         return datasets.load_dataset(str(path) if path.is_dir() else data)
@@ -156,8 +167,8 @@ def _split_of(splits: Mapping[str, Any], split: str | None, data: str) -> Any:
     names = list(splits)
     chosen = split or ("test" if "test" in names else names[0] if len(names) == 1 else None)
     if chosen not in names:
-        wanted = f"split {split!r} of" if split else "no --split for"
-        raise CouplingError(f"got {wanted} {data}, expected one of {', '.join(names)}")
+        given = f"split {split!r} of" if split else "no --split for"
+        raise CouplingError(f"got {given} {data}, expected one of {', '.join(names)}")
     return splits[chosen]
 
 
@@ -169,7 +180,7 @@ def _image_column(rows: Any, data: str) -> str:
             isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
         )
 
-    return _the_one(
+    return _only_column(
         [name for name, feature in rows.features.items() if holds_images(feature)],
         "column of images",
         rows,
@@ -178,7 +189,7 @@ def _image_column(rows: Any, data: str) -> str:
 
 
 def _label_column(rows: Any, data: str) -> str:
-    """The class labels; without any, whole numbers or strings under a name that says so."""
+    """Name the column of class labels, or of numbers or texts under a name such as ``label``."""
     import datasets
 
     labels = [
@@ -188,26 +199,26 @@ def _label_column(rows: Any, data: str) -> str:
     plain = [
         name for name in named if re.search("int|string", getattr(rows.features[name], "dtype", ""))
     ]
-    return _the_one(
+    return _only_column(
         labels or plain, "column of class labels (of a folder: two subfolders or more)", rows, data
     )
 
 
-def _the_one(found: Sequence[str], what: str, rows: Any, data: str) -> str:
-    if len(found) != 1:
+def _only_column(names: Sequence[str], kind: str, rows: Any, data: str) -> str:
+    if len(names) != 1:
         raise CouplingError(
-            f"got {data} with the columns {', '.join(rows.features)}, expected one {what}"
+            f"got {data} with the columns {', '.join(rows.features)}, expected one {kind}"
         )
-    return found[0]
+    return names[0]
 
 
 def _is_labelled(label: int | None) -> bool:
-    """Test splits on the Hub have -1, or nothing, where labels are kept secret."""
+    """Return whether a label is known; test splits on the Hub have -1 or nothing."""
     return label is not None and label >= 0
 
 
 def _name_of(data: str) -> str:
-    """The data set as the name of a task: of a file such as ``test.parquet`` that of its folder."""
+    """Return a name for the task; a file such as ``test.parquet`` has its folder's."""
     path = Path(data).expanduser().resolve()
     if path.is_file():
         return (

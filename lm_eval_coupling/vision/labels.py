@@ -1,4 +1,4 @@
-"""Which of the model's labels a label of the data set is."""
+"""Matching of a data set's labels to a model's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NUMBERED = re.compile(r"(label[ _]?)?\d+")
 def model_labels(
     classes: Sequence[str] | None, count: int, id2label: Mapping[int, str]
 ) -> list[int]:
-    """The model's label of each label of the data set.
+    """Find the model's label for each label of the data set.
 
-    Names are compared without case, underscores and, as in ImageNet's "tench, Tinca tinca", one by one. Where one of the two
-    sides has only numbers, the numbers are compared.
+    Names are compared without case and underscores, and one by one in ImageNet's "tench, Tinca
+    tinca". If one of the two sides has only numbers, the numbers are compared.
 
     Args:
-        classes: names of the data set's labels; ``None`` where it only has numbers.
+        classes: names of the data set's labels; None if it has only numbers.
         count: one more than the largest number of a label that occurs.
         id2label: names of the model's labels, as in its configuration.
 
@@ -29,30 +29,34 @@ def model_labels(
     Raises:
         CouplingError: if the model does not know a label, or knows two by that name.
     """
-    known = [str(id2label[i]) for i in range(len(id2label))]
-    if classes is None or all(map(_is_numbered, known)) or all(map(_is_numbered, classes)):
-        if (wanted := count if classes is None else max(len(classes), count)) > len(known):
+    available = [str(id2label[i]) for i in range(len(id2label))]
+    if classes is None or all(map(_is_numbered, available)) or all(map(_is_numbered, classes)):
+        needed = count if classes is None else max(len(classes), count)
+        if needed > len(available):
             raise CouplingError(
-                f"got data with {wanted} labels and a model with {len(known)}, expected one that knows them all"
+                f"got data with {needed} labels and a model with {len(available)}, "
+                "expected one that knows them all"
             )
         return list(range(count if classes is None else len(classes)))
-    if len(classes) == len(known) and all(
-        _names(a) & _names(b) for a, b in zip(classes, known, strict=True)
+    if len(classes) == len(available) and all(
+        _names(a) & _names(b) for a, b in zip(classes, available, strict=True)
     ):
-        return list(range(len(known)))
-    found = {
-        name: [i for i, other in enumerate(known) if _names(name) & _names(other)]
+        return list(range(len(available)))
+    matches = {
+        name: [i for i, other in enumerate(available) if _names(name) & _names(other)]
         for name in classes
     }
-    if unknown := [name for name in classes if not found[name]]:
+    if unknown := [name for name in classes if not matches[name]]:
         raise CouplingError(
-            f"got {_several(unknown)} that the model does not know, expected labels of its own: {_several(known)}"
+            f"got {_several(unknown)} that the model does not know, "
+            f"expected labels of its own: {_several(available)}"
         )
-    if twice := [name for name in classes if len(found[name]) > 1]:
+    if twice := [name for name in classes if len(matches[name]) > 1]:
         raise CouplingError(
-            f"got the label {twice[0]!r}, by which the model knows {len(found[twice[0]])}, expected one"
+            f"got the label {twice[0]!r}, by which the model knows {len(matches[twice[0]])}, "
+            "expected one"
         )
-    return [found[name][0] for name in classes]
+    return [matches[name][0] for name in classes]
 
 
 def _is_numbered(name: str) -> bool:

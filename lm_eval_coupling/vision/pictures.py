@@ -1,4 +1,4 @@
-"""A measured image as it is kept in a run's table and shown in the report: made anew, small, and nothing but pixels."""
+"""Small pictures of measured images for a run's table and the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ _EXACT = 64  # up to this side without loss
 
 
 def picture(image: Image.Image) -> bytes:
-    """PNG of a small image, JPEG of a reduced larger one. The file that the data came in is not handed on."""
+    """Encode a small picture: PNG for a small image, reduced JPEG for a larger one.
+
+    Returns:
+        Bytes of pixels alone; metadata of the original file is not handed on.
+    """
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

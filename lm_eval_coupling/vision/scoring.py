@@ -1,4 +1,4 @@
-"""Every image of a data set through the classifier: answers, accuracy, and the images that could not be decoded."""
+"""Scoring: a classifier's answers to the images of a data set, and their accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.errors import CouplingError, reason_of
 from lm_eval_coupling.residual.image_inputs import pixel_digest
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.images import LabelledImage, LabelledImages
+from lm_eval_coupling.vision.images import LabeledImage, LabeledImages
 
 logger = logging.getLogger("lm_eval.coupling")
 
@@ -26,10 +26,16 @@ _NAMED = 3  # undecodable images named in a message
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said of one image: its ``KEPT`` most likely labels and the right one, with their log-probabilities.
+    """The model's answer to one image.
 
-    ``target`` and the keys of ``likely`` are numbers of the model's labels, the most likely first. ``doc_hash`` identifies
-    image and label, ``prompt_hash`` the pixel values.
+    Attributes:
+        number: of the image in the data set.
+        name: of the image, for readers.
+        target: number of the right one of the model's labels.
+        likely: log-probabilities of the ``KEPT`` most likely labels, and of the right one, by
+            number, the most likely first.
+        doc_hash: identifies image and label.
+        prompt_hash: identifies the pixel values.
     """
 
     number: int
@@ -41,19 +47,19 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the most likely label is the right one."""
+        """Return whether the most likely label is the right one."""
         return next(iter(self.likely)) == self.target
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The answers, and what could not be decoded: (name, reason)."""
+    """The answers, and (name, reason) of the images that could not be decoded."""
 
     answers: list[Answer]
     undecodable: list[tuple[str, str]]
 
     def accuracy(self) -> tuple[float, float]:
-        """Top-1 accuracy with its standard error, NaN below two images."""
+        """Return top-1 accuracy with its standard error, which is NaN below two images."""
         n, right = len(self.answers), sum(answer.right for answer in self.answers)
         mean = right / n
         return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan
@@ -61,18 +67,18 @@ class Scored:
 
 def score(
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabeledImages,
     labels: Sequence[int],
     limit: int | None,
     batch_size: int,
 ) -> Scored:
-    """Ask for every image, the first ``limit`` of them if given.
+    """Classify every image, or the first ``limit`` of them.
 
     Args:
         classifier: the model.
         images: the data.
         labels: the model's label of each label of the data.
-        limit: how many; ``None`` for all.
+        limit: number of images; None for all.
         batch_size: images in one pass.
 
     Returns:
@@ -102,13 +108,14 @@ def score(
         )
     if not scored.answers:
         raise CouplingError(
-            f"got {images.name}, of which no image can be decoded: {_undecodable(scored, total)[-1]}"
+            f"got {images.name}, of which no image can be decoded: "
+            f"{_undecodable(scored, total)[-1]}"
         )
     return scored
 
 
-def _pixels(classifier: Classifier, image: LabelledImage) -> Tensor | str:
-    """Pixel values, or why there are none."""
+def _pixels(classifier: Classifier, image: LabeledImage) -> Tensor | str:
+    """Return pixel values, or the reason for which there are none."""
     try:
         return classifier.pixels(image.decoded())
     except Exception as error:  # Pillow's decoders raise anything
@@ -116,7 +123,7 @@ def _pixels(classifier: Classifier, image: LabelledImage) -> Tensor | str:
 
 
 def _answers(
-    classifier: Classifier, decoded: Sequence[tuple[LabelledImage, Tensor]], labels: Sequence[int]
+    classifier: Classifier, decoded: Sequence[tuple[LabeledImage, Tensor]], labels: Sequence[int]
 ) -> Iterator[Answer]:
     if not decoded:
         return
@@ -126,7 +133,8 @@ def _answers(
         if reason_of(error).code != "out_of_memory":
             raise
         raise CouplingError(
-            f"got out of memory with {len(decoded)} images in one pass, expected fewer; choose a smaller --batch_size"
+            f"got out of memory with {len(decoded)} images in one pass, expected fewer; "
+            "choose a smaller --batch_size"
         ) from None
     for (image, pixels), row in zip(decoded, log_probabilities, strict=True):
         target = labels[image.label]

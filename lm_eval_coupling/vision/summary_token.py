@@ -1,4 +1,4 @@
-"""Which token of an image a classifier reads: the one whose way through the blocks is measured."""
+"""The token that an image classifier reads, at which its coupling is measured."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _STANDS_OUT = 1.5  # times as strong as a patch; of several summary tokens, the 
 
 
 def summary_token(model: ResidualModel) -> tuple[int, str]:
-    """The class token if the model's answer depends on it more than on a patch, else a patch in the middle of the image.
+    """Choose the class token if the answer depends on it, else a patch in the middle.
 
-    Found by what the model does: the derivative of its answer by the stream after the last block, one backward pass.
+    One backward pass compares the derivatives of the answer with respect to the tokens' streams
+    after the last block.
 
     Returns:
-        The index of the token, and in words what it is.
+        The index of the token, and a description of it.
     """
     stream = model.trace(model.inputs.probe).resid_final.clone().requires_grad_(True)
     with torch.enable_grad():
@@ -30,5 +31,6 @@ def summary_token(model: ResidualModel) -> tuple[int, str]:
         return 0, "the class token"
     return (
         middle,
-        f"token {middle} of {seq}, a patch in the middle of the image, as the model reads all patches alike",
+        f"token {middle} of {seq}, a patch in the middle of the image, "
+        "as the model reads all patches alike",
     )

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_coupling.vision.classifier import Classifier
-from lm_eval_coupling.vision.images import LabelledImages
+from lm_eval_coupling.vision.images import LabeledImages
 from lm_eval_coupling.vision.scoring import Answer, Scored
 
 
 def results_of(
-    classifier: Classifier, images: LabelledImages, scored: Scored, measured: bool
+    classifier: Classifier, images: LabeledImages, scored: Scored, measured: bool
 ) -> dict[str, Any]:
     """Make lm-eval's results: the data set is the task, ``acc`` the metric, an image a sample.
 
@@ -21,6 +21,9 @@ def results_of(
         images: the data.
         scored: the answers.
         measured: True if coupling is measured as well; samples then name it as a metric.
+
+    Returns:
+        What `lm_eval.evaluate` returns, with the name of the model.
     """
     task, (accuracy, error) = images.name, scored.accuracy()
     scores = {"name": task, "alias": task, "sample_len": len(scored.answers), "acc,none": accuracy}
@@ -65,13 +68,13 @@ def results_of(
 def _sample(answer: Answer, names: Mapping[int, str], metrics: list[str]) -> dict[str, Any]:
     choices = [(names[label], value) for label, value in answer.likely.items()]
     responses = [[str(value), str(place == 0)] for place, (_, value) in enumerate(choices)]
-    asked = f"image {answer.name}"
+    question = f"image {answer.name}"
     return {
         "doc_id": answer.number,
         "doc": {"image": answer.name, "label": names[answer.target]},
         "target": names[answer.target],
         "arguments": {
-            f"gen_args_{i}": {"arg_0": asked, "arg_1": label}
+            f"gen_args_{i}": {"arg_0": question, "arg_1": label}
             for i, (label, _) in enumerate(choices)
         },
         "resps": [[response] for response in responses],

@@ -1,0 +1,111 @@
+"""One call of lm-eval's command line for our model: its errors in a sentence, its exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval_coupling.errors import CouplingError, nearest
+
+MODEL = "coupling-hf"
+
+
+@dataclass
+class Command:
+    """The state of one call of lm-eval's command line, which itself returns nothing.
+
+    Attributes:
+        is_ours: True if the model is ``coupling-hf``.
+        tasks: the task manager, for the names of tasks.
+        interrupted: True if Ctrl-C ended the measuring early.
+        problems: why something that was asked for was not written.
+    """
+
+    is_ours: bool = False
+    tasks: Any = None
+    interrupted: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+_running: ContextVar[Command] = ContextVar("lm_eval_command")
+
+
+def current_command() -> Command:
+    """Return the running command; without one, as in a notebook, a new one that nobody reads."""
+    return _running.get(Command())
+
+
+def errors_as_sentences(execute: Callable) -> Callable:
+    """Wrap ``HarnessCLI.execute``: a mistake or Ctrl-C becomes one sentence and an exit code."""
+
+    def execute_plainly(self: Any, args: Any) -> Any:
+        command = Command(is_ours=getattr(args, "model", None) == MODEL)
+        token = _running.set(command)
+        try:
+            returned = execute(self, args)
+        except CouplingError as error:
+            raise _exit(2, str(error)) from None
+        except KeyboardInterrupt:
+            if not command.is_ours:
+                raise
+            sentence = "interrupted; prompts measured before are kept in the store"
+            raise _exit(130, sentence) from None
+        except ValueError as error:
+            sentence = _about_tasks(error, command.tasks)
+            if not (command.is_ours and sentence):
+                raise
+            raise _exit(2, sentence) from None
+        finally:
+            _running.reset(token)
+        if command.interrupted:
+            # The results are written, but nobody is to take them for complete.
+            raise SystemExit(130)
+        if command.problems:
+            raise _exit(1, "; ".join(command.problems))
+        return returned
+
+    return execute_plainly
+
+
+def hint_at_plus_signs(parse_args: Callable) -> Callable:
+    """Wrap ``HarnessCLI.parse_args``: after ``coupling_ranks=10,30``, name the plus sign."""
+
+    def parse_args_with_hint(self: Any) -> Any:
+        try:
+            return parse_args(self)
+        except SystemExit:
+            if any(re.search(r"coupling_\w+=\d+,\d", word) for word in sys.argv):
+                _say("join several numbers by a plus sign, as in coupling_ranks=10+30")
+            raise
+
+    return parse_args_with_hint
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error, or the name of its class, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _about_tasks(error: ValueError, manager: Any) -> str:
+    """Turn lm-eval's error about unknown tasks into a sentence; "" for any other error."""
+    _, mark, names = str(error).partition("Tasks not found: ")
+    if not mark or not (available := getattr(manager, "all_tasks", None)):
+        return ""
+    nearest_names = ", ".join(nearest(name, available) for name in names.split(", "))
+    return f"got --tasks {names}, which lm-eval does not know; did you mean {nearest_names}?"
+
+
+def _exit(code: int, sentence: str) -> SystemExit:
+    _say(sentence)
+    return SystemExit(code)
+
+
+def _say(sentence: str) -> None:
+    """Print one sentence; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lm-eval-coupling: {sentence}", file=sys.stderr)
