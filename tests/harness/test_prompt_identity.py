@@ -4,17 +4,19 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import tiny
-from lm_eval.config.task import FewshotConfig
+from lm_eval.config.task import FewshotConfig, TaskConfig
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import CouplingError, load_records, load_runs
 from lm_eval_coupling.fit.findings import fit_runs
+from lm_eval_coupling.harness.identity import prompt_identity
 from lm_eval_coupling.harness.plain import digest
 from lm_eval_coupling.report.data import gather
 from lm_eval_coupling.report.terminal import show
@@ -226,3 +228,46 @@ def test_a_tokenizer_object_is_what_it_makes_of_texts(home, encoding):
     )
     assert len({words[0] for words in others.values()}) == 3
     assert encoding(_with_bos) == others[_with_bos]
+
+
+def facts(metadata, output_type="multiple_choice", generation=None, **arguments):
+    """What is recorded of a task with this metadata, on a model with these arguments."""
+    lm = types.SimpleNamespace(
+        encoding=[], max_gen_toks=64, argument_names={"pretrained", *arguments}
+    )
+    config = TaskConfig(
+        task="t", metadata=metadata, output_type=output_type, generation_kwargs=generation
+    )
+    task = types.SimpleNamespace(config=config, VERSION=(metadata or {}).get("version", 0))
+    return prompt_identity(lm, task, None, {})
+
+
+def test_metadata_that_makes_documents_tells_runs_apart():
+    """RULER's lengths come from --metadata: runs of several lengths were one, the newest."""
+    short, long = (facts({"max_seq_lengths": [n]}) for n in (4096, 8192))
+    assert short["metadata"] == {"max_seq_lengths": [4096]}
+    assert short["digest"] != long["digest"] != facts(None)["digest"]
+    first, second = (facts({"version": version}) for version in ("1.0.0", "2.0.0"))
+    assert first["digest"] != second["digest"] and first["metadata"] is None
+
+
+def test_a_models_arguments_in_the_metadata_are_not_the_tasks():
+    """lm-eval adds them to the metadata of every task; two models would have no prompt in common."""
+    first, second = (
+        facts(
+            {"pretrained": name, "dtype": "auto", "coupling_ranks": 4, "my_own": name, "n": 3},
+            my_own=name,
+        )
+        for name in ("org/a", "org/b")
+    )
+    assert first == second and first["metadata"] == {"n": 3}
+
+
+def test_room_for_generation_cuts_contexts():
+    one, other = (
+        facts(None, "generate_until", {"until": ["\n"], "max_gen_toks": n}) for n in (8, 256)
+    )
+    assert (one["room_for_generation"], other["room_for_generation"]) == (8, 256)
+    assert one["digest"] != other["digest"]
+    assert facts(None, "generate_until", {})["room_for_generation"] == 64
+    assert facts(None)["room_for_generation"] is None

@@ -307,7 +307,7 @@ def test_memory_is_forecast_near_what_runs_take(folder_of, make_plan):
     """It was 1.13 GB where 3.7 were used: no logits, no batch of prompts, no process."""
     smollm = {"n_params": 134.5e6, "n_layers": 30, "d_model": 576, "vocab_size": 49152}
     qwen = {"n_params": 494e6, "n_layers": 24, "d_model": 896, "vocab_size": 151936}
-    plan = make_plan([folder_of("a")], coupling={"untrained": 0}, lm_eval={"batch_size": 8})
+    plan = make_plan([folder_of("a")], coupling={"untrained_seed": 0}, lm_eval={"batch_size": 8})
     assert gigabytes(plan, smollm | {"dtype": "bfloat16"}) == pytest.approx(2.36, rel=0.2)
     plan = make_plan([folder_of("a")], lm_eval={"batch_size": 8})
     assert gigabytes(plan, qwen | {"dtype": "bfloat16"}) == pytest.approx(3.7, rel=0.2)
