@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -151,10 +152,12 @@ def _refuse_early(config: Any) -> None:
 
 def _require_device(device: Any) -> None:
     """Refuse a device that this machine does not have; torch is imported only if one is named."""
-    if device not in (None, "cpu", DEFAULT_DEVICE):
-        from lm_eval_coupling.numerics.devices import device_named
+    name = str(device)
+    if device in (None, "cpu", DEFAULT_DEVICE) or re.match(r"(npu|hpu|xpu)\b", name):
+        return
+    from lm_eval_coupling.numerics.devices import device_named
 
-        device_named(str(device))
+    device_named(name)
 
 
 def _record_after_scoring(evaluator: Any) -> None:
@@ -162,29 +165,28 @@ def _record_after_scoring(evaluator: Any) -> None:
         signature = inspect.signature(evaluate)
 
         def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
-            # A CachingLM holds the model in `.lm`.
-            record = getattr(getattr(lm, "lm", lm), "record_coupling", None)
+            model = getattr(lm, "lm", lm)  # a CachingLM holds the model in `.lm`
+            record = getattr(model, "record_coupling", None)
+            if record is None:
+                return evaluate(lm, task_dict, *args, **kwargs)
             call = signature.bind(lm, task_dict, *args, **kwargs)
             call.apply_defaults()
-            if (announce := getattr(getattr(lm, "lm", lm), "announce", None)) is not None:
+            if (announce := getattr(model, "announce_coupling", None)) is not None:
                 announce(task_dict, call.arguments)
             try:
                 results = evaluate(lm, task_dict, *args, **kwargs)
             except DryRun:
                 results = None
-            if record is not None:
-                try:
-                    record(task_dict, results, call.arguments)
-                except Exception as error:
-                    logger.exception("coupling was not recorded; the scores are complete")
-                    current_command().problems.append(
-                        f"coupling was not recorded ({one_line(error)})"
-                    )
-                # Into coupling_out. A tracker that saves the results writes them again,
-                # with its date.
-                _write_tables(results, None, _now())
-                if (info := _carried(results)) is not None and info.get("interrupted"):
-                    current_command().interrupted = True
+            try:
+                record(task_dict, results, call.arguments)
+            except Exception as error:
+                logger.exception("coupling was not recorded; the scores are complete")
+                problem = f"coupling was not recorded ({one_line(error)})"
+                current_command().problems.append(problem)
+            # Into coupling_out. A tracker that saves the results writes them again, with its date.
+            _write_tables(results, None, _now())
+            if (info := _carried(results)) is not None and info.get("interrupted"):
+                current_command().interrupted = True
             return results
 
         return evaluate_and_record

@@ -142,7 +142,7 @@ class CouplingLM(HFLM):
         """Return HFLM's facts for ``config`` in the results, with ``coupling`` beside them."""
         return super().get_model_info() | ({"coupling": self.coupling_info} if self.session else {})
 
-    def announce(self, task_dict: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    def announce_coupling(self, task_dict: Mapping[str, Any], call: Mapping[str, Any]) -> None:
         """Log what will be measured, before the scoring begins.
 
         Args:
