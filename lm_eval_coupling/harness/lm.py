@@ -237,14 +237,13 @@ class CouplingLM(HFLM):
                 "coupling: %s of %s: %s", document.doc_id, document.key.task, problem.words
             )
             return [self._document_prompt(document, 0, Prompt((), "context"), problem)]
-        empty = Reason("too_short", "an empty prompt has no token to measure")
         return [
-            self._document_prompt(document, index, prompt, None if prompt.tokens else empty)
+            self._document_prompt(document, index, prompt)
             for index, prompt in enumerate(prompts or [Prompt((), "context")])
         ]
 
     def _document_prompt(
-        self, document: Document, index: int, prompt: Prompt, problem: Reason | None
+        self, document: Document, index: int, prompt: Prompt, problem: Reason | None = None
     ) -> DocumentPrompt:
         return DocumentPrompt(
             document=document.key,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.measures.registry import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
@@ -121,6 +121,7 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     Returns:
         The rows of complete documents.
     """
+    prompts = [prompt if prompt.tokens else _without_tokens(prompt) for prompt in prompts]
     rows = [
         Row(prompt, subject.weights, _unmeasured(prompt, session.settings))
         for subject in session.subjects
@@ -139,6 +140,11 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
     return Run(rows, reused, interrupted)
+
+
+def _without_tokens(prompt: DocumentPrompt) -> DocumentPrompt:
+    empty = Reason("too_short", "an empty prompt has no token to measure")
+    return replace(prompt, problem=prompt.problem or empty)
 
 
 def _unmeasured(prompt: DocumentPrompt, settings: Settings) -> PromptCoupling:
@@ -207,5 +213,5 @@ def warn_of_failures(info: CouplingInfo, n_chosen: int) -> None:
 
 def dry_run_lines(session: Session, prompts: Sequence[DocumentPrompt]) -> list[str]:
     """Measure one prompt on each set of weights and estimate the cost of all."""
-    tokens = [prompt.tokens for prompt in prompts if prompt.problem is None]
+    tokens = [prompt.tokens for prompt in prompts if prompt.tokens]
     return session.try_one(tokens) if tokens else []

@@ -396,7 +396,7 @@ def _require_rows(kept: pd.DataFrame, records: pd.DataFrame, needed: str) -> pd.
     measures = dict.fromkeys(name for measured in records["measures"] for name in measured)
     option = recording_option(needed) or measures_argument([])
     if needed == "untrained weights":
-        option = "coupling_untrained=0"
+        option = "coupling_untrained_seed=0"
     failed = "they failed: " if option == measures_argument([]) and "regularity" in measures else ""
     raise CouplingError(
         f"got {len(records)} records of {tasks} with the measures "
