@@ -1,1 +1,1 @@
-"""A run, whoever asks for it: documents in, records, results and tables out. Knows no lm-eval."""
+"""One run: documents with prompts in, rows, results and tables out. Knows no lm-eval."""

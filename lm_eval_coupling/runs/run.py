@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError, Reason
-from lm_eval_coupling.measures.registry import MeasureResult
+from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
