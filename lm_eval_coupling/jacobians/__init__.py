@@ -17,8 +17,12 @@ the whole sequence and works for any model. ``auto`` takes the first level that 
 **Certificate.** The relative error of uᵀJ against the block's own derivative by one backward pass,
 u being a fixed random direction (:mod:`.certify`). It must be at most 1e-4 in float32 and 1e-10 in
 float64. A level that fails it falls to the next; a result that fails at every level is recorded as
-failed, with its error. Levels other than ``closed`` are compared with differences of outputs as
-well, since autograd does not see a part of a block that runs without gradients.
+failed, with its error.
+
+**Differences of outputs.** A part of a block that runs without gradients, in NumPy or through
+``.item()`` is seen by no level and no backward pass. So J v is compared with differences of outputs
+(:mod:`.differences`): for every block once, along two directions, and each time for the levels that
+rest on autograd. A block that does not move as its gradients say is refused.
 
 A model is asked for nothing beyond :mod:`.protocol`.
 """

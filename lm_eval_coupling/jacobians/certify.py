@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
+from lm_eval_coupling.errors import pass_on_lack_of_memory
 from lm_eval_coupling.jacobians.methods import BYTES
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.numerics.devices import has_float64
@@ -182,61 +182,6 @@ def with_probe_pulled_back(call: Call, output_token: int) -> Call:
     with call.ready():
         pulled = call.pulled_back(probe(call.layer, call.resid_pre), output_token)
     return call.with_pullback(output_token, pulled)
-
-
-STEPS = (1e-2, 1e-3, 1e-4)  # of a difference, relative to the norm of the vector that is moved
-
-
-def require_true_gradients(
-    call: Call, jacobian: Float[Tensor, "d_model d_model"], output_token: int, input_token: int
-) -> None:
-    """Compare J with differences of outputs along one direction.
-
-    Autograd does not see a part of a block that runs without gradients. Costs two to six passes
-    through the block.
-
-    Raises:
-        CouplingError: if the two differ by a twentieth or more at every step width.
-    """
-    x = call.resid_pre[0, input_token]
-    v = probe(call.layer, x)
-    predicted = jacobian @ v
-    for step in STEPS:
-        h = step * x.norm() / v.norm()
-        ends = []
-        for sign in (1, -1):
-            moved = call.resid_pre.clone()
-            moved[0, input_token] += sign * h * v
-            ends.append(call(moved)[0, output_token])
-        difference = (ends[0] - ends[1]) / (2 * h)
-        if output_token == input_token:
-            difference = difference - v
-        rounding = 8 * torch.finfo(call.dtype).eps * (ends[0].norm() / h + v.norm())
-        allowed = 0.05 * torch.maximum(difference.norm(), predicted.norm()) + rounding
-        if (difference - predicted).norm() <= allowed:
-            return
-    raise CouplingError(
-        f"got a block {call.layer} whose output does not move as its gradients say, "
-        "expected true ones; take torch.no_grad and detach out of the model's own code"
-    )
-
-
-def require_not_constant(
-    call: Call, jacobian: Float[Tensor, "d_model d_model"], error: float, token: int
-) -> None:
-    """Refuse a J_tt of exactly zero, certified with an error of 0, if the block changes its token.
-
-    Raises:
-        CouplingError: naming the block.
-    """
-    if error != 0 or jacobian.any():
-        return
-    if not torch.equal(call(call.resid_pre)[0, token], call.resid_pre[0, token]):
-        raise CouplingError(
-            f"got a Jacobian of block {call.layer} that is exactly zero though the block changes "
-            "its token, expected its derivatives; take torch.no_grad and detach out of the model's "
-            "own code"
-        )
 
 
 def _relative_errors(

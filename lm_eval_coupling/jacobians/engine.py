@@ -18,6 +18,7 @@ from lm_eval_coupling.jacobians.levels import (
     certified_jacobian,
     closed_together,
     passes,
+    verify_first,
 )
 from lm_eval_coupling.jacobians.methods import METHODS
 from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
@@ -135,15 +136,6 @@ def jacobians_of_traces(
     return _compute(traces, pairs, range(len(traces[0].calls)), method, rank, workers)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """J of one block for every prompt; ``errors`` is NaN for those in ``alone``, by prompt."""
-
-    jacobians: Float[Tensor, "prompt d_model d_model"]
-    errors: Float[Tensor, " prompt"]
-    alone: dict[int, Certified]
-
-
 def _compute(
     traces: Sequence[Trace],
     pairs: Sequence[tuple[int, int]],
@@ -160,13 +152,16 @@ def _compute(
     stack = Stack(len(traces), len(calls), stream, rank=rank, scattered=is_scattered)
     alone: dict[tuple[int, int], Certified] = {}
 
-    def compute_layer(i: int) -> Float[Tensor, " prompt"]:
-        layer = _of_layer(calls[i], pairs, method)
-        stack.put(i, layer.jacobians)
-        alone.update({(prompt, i): certified for prompt, certified in layer.alone.items()})
-        return layer.errors.to(stream.device)
-
-    errors = run_each(compute_layer, range(len(calls)), workers)
+    results = _closed_results(calls, pairs, method, stack, workers)
+    errors: list[Tensor] = []
+    # In turn: forward mode, of which the token-local level makes use, is for one thread at a time.
+    for i, result in enumerate(results):
+        if isinstance(result, NotTogether):
+            certified = _one_by_one(calls[i], pairs, method, result.why)
+            stack.put(i, torch.stack([each.jacobian for each in certified]))
+            alone.update({(prompt, i): each for prompt, each in enumerate(certified)})
+            result = stream.new_full((len(traces),), torch.nan)
+        errors.append(result.to(stream.device))
     # The device is read once, when all layers are done: it waits for each transfer.
     certificates = torch.stack(errors, dim=1).cpu().double()
     for prompt, i in (~passes(certificates, stream.dtype)).nonzero().tolist():
@@ -176,6 +171,10 @@ def _compute(
             alone[prompt, i] = certified_jacobian(call, output_token, input_token, method)
             stack.correct(prompt, i, alone[prompt, i].jacobian)
         certificates[prompt, i] = alone[prompt, i].error
+    for i, prompts in enumerate(calls):
+        good = passes(certificates[:, i], stream.dtype).tolist()
+        is_together = [is_good and (prompt, i) not in alone for prompt, is_good in enumerate(good)]
+        verify_first(prompts, stack.jacobians[:, i], is_together, pairs)
     triplets = stack.finish()
 
     def of_prompt(prompt: int) -> BlockJacobians:
@@ -193,21 +192,38 @@ def _compute(
     return [of_prompt(prompt) for prompt in range(len(traces))]
 
 
-def _of_layer(calls: Sequence[Call], pairs: Sequence[tuple[int, int]], method: str) -> _Layer:
-    """Compute J of one block for every prompt: together by the closed level, else one by one."""
-    why = None
-    if method in ("auto", "closed"):
+def _closed_results(
+    calls: Sequence[Sequence[Call]],
+    pairs: Sequence[tuple[int, int]],
+    method: str,
+    stack: Stack,
+    workers: int,
+) -> list[Tensor | NotTogether]:
+    """Compute layers by the closed level, ``workers`` at a time, and store their Jacobians.
+
+    Returns:
+        For each layer the certificates of all prompts, or why they are not computed together.
+    """
+    if method not in ("auto", "closed"):
+        return [NotTogether()] * len(calls)
+
+    def compute_layer(i: int) -> Tensor | NotTogether:
         try:
-            jacobians, errors = closed_together(calls, pairs)
-            return _Layer(jacobians, errors, {})
+            jacobians, certificates = closed_together(calls[i], pairs)
         except NotTogether as failure:
-            why = failure.why
-    alone = [
-        certified_jacobian(call, *pair, method, why)
-        for call, pair in zip(calls, pairs, strict=True)
-    ]
-    jacobians = torch.stack([certified.jacobian for certified in alone])
-    return _Layer(jacobians, jacobians.new_full((len(calls),), torch.nan), dict(enumerate(alone)))
+            return NotTogether(failure.why)  # without the traceback, which holds tensors
+        stack.put(i, jacobians)
+        return certificates
+
+    return run_each(compute_layer, range(len(calls)), workers)
+
+
+def _one_by_one(
+    calls: Sequence[Call], pairs: Sequence[tuple[int, int]], method: str, why: str | None
+) -> list[Certified]:
+    """Compute J of one block for each prompt; ``why`` is what speaks against the closed level."""
+    at = zip(calls, pairs, strict=True)
+    return [certified_jacobian(call, *pair, method, closed_fails=why) for call, pair in at]
 
 
 def _chosen_layers(layers: Any, n_layers: int) -> list[int]:

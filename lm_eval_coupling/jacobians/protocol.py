@@ -54,6 +54,13 @@ class Call(Protocol):
     def keys(self) -> Any | None:
         """Kept keys and values, if a step of decoding is known to equal the block."""
 
+    @property
+    def is_verified(self) -> bool:
+        """True once the block's outputs have been seen to move as its derivatives say."""
+
+    def mark_verified(self) -> None:
+        """Record that the block's outputs move as its derivatives say."""
+
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Hold the block's weights, and only them, in the call's dtype."""
 

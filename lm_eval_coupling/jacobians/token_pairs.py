@@ -20,10 +20,10 @@ from lm_eval_coupling.jacobians.autodiff import autodiff_row
 from lm_eval_coupling.jacobians.certify import (
     TOLERANCE,
     certify,
-    require_true_gradients,
     with_probe_pulled_back,
 )
 from lm_eval_coupling.jacobians.closed import closed_row
+from lm_eval_coupling.jacobians.differences import require_true_gradients
 from lm_eval_coupling.jacobians.levels import BUDGET, certified_jacobian, certified_jacobians
 from lm_eval_coupling.jacobians.protocol import Call
 from lm_eval_coupling.numerics.precision import exact_arithmetic

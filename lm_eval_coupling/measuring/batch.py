@@ -21,8 +21,10 @@ from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.devices import off_mps
+from lm_eval_coupling.numerics.memory import block_workers, pair_workers
 from lm_eval_coupling.numerics.spectra import SingularTriplets, top_singular
 from lm_eval_coupling.numerics.transfer import on_host
+from lm_eval_coupling.numerics.workers import run_each
 from lm_eval_coupling.residual import sublayers
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -177,7 +179,11 @@ class Batch:
     @functools.cached_property
     def blocks(self) -> list[BlockJacobians]:
         """Jacobians J_tt of every prompt with their triplets, computed together."""
-        return jacobians_of_traces(self.traces, self.positions, self.settings.method, self._rank)
+        itemsize = DTYPES[self.settings.dtype].itemsize
+        side_by_side = block_workers(self.model, len(self), itemsize)
+        return jacobians_of_traces(
+            self.traces, self.positions, self.settings.method, self._rank, side_by_side
+        )
 
     @property
     def _rank(self) -> int:
@@ -229,10 +235,14 @@ class Batch:
         Returns:
             One result for each prompt, in order.
         """
-        prompts, results = list(self), []
-        for first in range(0, len(prompts), at_once):
-            results += self._measure_group(measure, prompts[first : first + at_once], name)
-        return results
+        prompts = list(self)
+        groups = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
+        itemsize = DTYPES[self.settings.dtype].itemsize
+        side_by_side = pair_workers(self.model, self._rank, itemsize)
+        results = run_each(
+            lambda group: self._measure_group(measure, group, name), groups, side_by_side
+        )
+        return [result for group in results for result in group]
 
     def _measure_group(
         self,

@@ -251,6 +251,8 @@ def memory(
         _DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank)
     )
     coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
+    if device.type == "cpu":
+        coupled = min(prompts, workers(_pairs(n_layers, rank) * itemsize))
     # All bases times one J.
     pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square
     if device.type != "cpu":
@@ -280,6 +282,13 @@ def block_workers(model: Any, prompts: int, itemsize: int = 4) -> int:
     copied = block_params if model.dtype.itemsize != itemsize else 0
     numbers = copied + prompts * _closed(model.d_model, wide, largest)
     return min(model.n_layers, workers(numbers * itemsize))
+
+
+def pair_workers(model: Any, rank: int, itemsize: int = 4) -> int:
+    """Return for how many prompts pairs of blocks are computed side by side; 1 on a device."""
+    if model.device.type != "cpu":
+        return 1
+    return workers(_pairs(model.n_layers, rank) * itemsize)
 
 
 def prompts_at_once(n_layers: int, rank: int, itemsize: int, device: str | torch.device) -> int:

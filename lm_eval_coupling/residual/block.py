@@ -25,6 +25,7 @@ class Block:
         self.weights = state_of(module)
         self.names = _positional_names(module)
         self.before = PassState(module.modules())
+        self.is_verified = False  # set once outputs have been compared with derivatives
 
     @property
     def device(self) -> torch.device:

@@ -68,6 +68,16 @@ class BlockCall:
         """Number of tokens."""
         return self.resid_pre.shape[1]
 
+    @property
+    def is_verified(self) -> bool:
+        """True once the block's outputs have been seen to move as its derivatives say."""
+        # Half of a block is called without a trace: what is known of the whole says nothing of it.
+        return self.block.is_verified and self.resid_post is not None
+
+    def mark_verified(self) -> None:
+        """Record that the block's outputs move as its derivatives say."""
+        self.block.is_verified = self.block.is_verified or self.resid_post is not None
+
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Hold this block's weights, and no others, in the call's dtype."""

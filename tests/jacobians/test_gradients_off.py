@@ -7,7 +7,7 @@ import torch
 
 from lm_eval_coupling import ResidualModel, block_jacobians, measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.jacobians.certify import require_not_constant
+from lm_eval_coupling.jacobians.differences import require_not_constant
 
 MODES = {
     "inference_mode": lambda device: torch.inference_mode(),

@@ -19,6 +19,7 @@ from lm_eval_coupling.numerics.devices import as_tensor
 from lm_eval_coupling.numerics.memory import PAIRS_AT_ONCE
 from lm_eval_coupling.numerics.precision import true_float32
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank
+from lm_eval_coupling.numerics.workers import run_each, workers
 
 
 @true_float32()
@@ -66,19 +67,23 @@ def coupling_matrices(
     """
     layers, (bases, d_model, rank) = J.shape[0], V.shape
     all_V = rearrange(V, "basis d k -> (basis k) d")
-    at_once = (
-        1
-        if V.device.type == "cpu"
-        else max(1, min(layers, PAIRS_AT_ONCE // (all_V.numel() * V.element_size())))
-    )
-    # One buffer, transposed and reused: fresh pages cost half as much as the product.
-    JV = V.new_empty(at_once, bases, rank, d_model)
+    at_once, side_by_side = 1, workers(2 * all_V.numel() * V.element_size())
+    if V.device.type != "cpu":
+        at_once = max(1, min(layers, PAIRS_AT_ONCE // (all_V.numel() * V.element_size())))
+        side_by_side = 1
     A = V.new_empty(layers, bases, rank, rank)
-    for first in range(0, layers, at_once):
-        some = J[first : first + at_once].to(V.device)
-        part = JV[: len(some)]
-        torch.matmul(all_V, some.mT, out=part.flatten(1, 2))
-        torch.matmul(U.mT, part.mT, out=A[first : first + at_once])
+
+    def multiply(firsts: range) -> None:
+        # One buffer, transposed and reused: fresh pages cost half as much as the product.
+        JV = V.new_empty(at_once, bases, rank, d_model)
+        for first in firsts:
+            some = J[first : first + at_once].to(V.device)
+            part = JV[: len(some)]
+            torch.matmul(all_V, some.mT, out=part.flatten(1, 2))
+            torch.matmul(U.mT, part.mT, out=A[first : first + at_once])
+
+    firsts = range(0, layers, at_once)
+    run_each(multiply, [firsts[i::side_by_side] for i in range(side_by_side)], side_by_side)
     return A
 
 
