@@ -110,7 +110,7 @@ class ScoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The model that a :class:`.ResidualModel` was made of, as it was then.
+    """The model that a :class:`.model.ResidualModel` was made of, as it was then.
 
     Attributes:
         model: the model, wrappers included.
