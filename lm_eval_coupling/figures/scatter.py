@@ -189,7 +189,7 @@ def rank_sweep(rows: pd.DataFrame, *, title: str | None = None) -> Figure:
     for number, (score, of) in enumerate(rows.sort_values("rank").groupby("score", sort=False)):
         at = of["rank"].map(ranks.index) + 0.04 * number  # shifted, so that bars do not overlap
         sides = _bar_sides(of, "coefficient")
-        style = {"color": colors[score], "label": picture_name(score), **_JOINED}
+        style: dict[str, Any] = {"color": colors[score], "label": picture_name(score), **_JOINED}
         ax.errorbar(at, of["coefficient"], yerr=sides, **style)
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.set_xticks(range(len(ranks)), ranks)
@@ -215,7 +215,11 @@ def accuracy_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     colors = assign_colors(rows["model"])
     for ax, task in zip(axes, tasks, strict=True):
         for model, of in rows[rows["task"] == task].groupby("model", sort=False):
-            style = {"color": colors[model], "label": picture_name(model), **_JOINED}
+            style: dict[str, Any] = {
+                "color": colors[model],
+                "label": picture_name(model),
+                **_JOINED,
+            }
             ax.errorbar(of["mean"], of["accuracy"], yerr=_bar_sides(of, "accuracy"), **style)
         _draw_chance(ax, x_label)
         set_title(ax, task)
@@ -241,7 +245,7 @@ def training_curves(rows: pd.DataFrame, *, x_label: str, title: str | None = Non
     lines = list(rows.groupby(["lineage", "score_of"], sort=False))
     for number, ((lineage, score), of) in enumerate(lines):
         label = picture_name(f"{lineage}: {score}")
-        style = {"color": CATEGORIES[number % len(CATEGORIES)], "label": label}
+        style: dict[str, Any] = {"color": CATEGORIES[number % len(CATEGORIES)], "label": label}
         above.errorbar(of["step"], of["x"], **style, **_JOINED)
         below.errorbar(of["step"], of["score"], **style, **_JOINED)
     if (rows["step"] > 0).all() and rows["step"].max() > 100 * rows["step"].min():

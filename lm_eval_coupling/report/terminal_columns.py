@@ -78,8 +78,12 @@ def fit_columns(
             own = max(6, min(own, room // len(names)))
             room -= own
             names = names[1:]
-        justify = "left" if column.name else "right"
-        table.add_column(Text(column.header), justify=justify, width=own, overflow="fold")
+        table.add_column(
+            Text(column.header),
+            justify="left" if column.name else "right",
+            width=own,
+            overflow="fold",
+        )
         cells.append([wrap_name(c, own) if column.name else c for c in column.cells])
     marks = list(sections)
     for number, row in enumerate(zip(*cells, strict=True), start=1):
