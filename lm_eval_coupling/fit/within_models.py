@@ -35,6 +35,7 @@ from lm_eval_coupling.statistics import (
 
 POOLED, TOGETHER = "all tasks", "all models"
 BINS = 5
+LEAST_IN_BIN = 10  # documents
 _COLUMNS = {"model": "model", "task": "task", "document": "doc_hash"}
 
 
@@ -209,12 +210,16 @@ def calibration(documents: pd.DataFrame, predictor: str) -> pd.DataFrame:
     """Return the share of right answers in bins of the predictor, by model and task."""
     answered = documents.dropna(subset=["right", predictor])
     parts = [
-        accuracy_by_bin(group[predictor], group["right"], bins=BINS).assign(
+        accuracy_by_bin(group[predictor], group["right"], bins=_bins(len(group))).assign(
             model=model, task=task, predictor=predictor
         )
         for (model, task), group in answered.groupby(["model", "task"], sort=False)
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _bins(documents: int) -> int:
+    return max(1, min(BINS, documents // LEAST_IN_BIN))
 
 
 def _by_task_and_pooled(documents: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:

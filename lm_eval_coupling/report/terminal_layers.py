@@ -128,7 +128,8 @@ def _print_prompt(console: Console, row: pd.Series, miscoupling: bool) -> None:
         "row = layer of the Jacobian, column = layer of the bases; "
         f"coupling {coupling_of(matrix):.4f}, chance {chance_coupling(rank):.4f}"
     )
-    matrix = matrix if miscoupling else 1 - matrix.astype(np.float64)
+    matrix = matrix.astype(np.float64)
+    matrix = matrix if miscoupling else 1 - matrix
     for first in range(0, len(matrix), columns := _columns_that_fit(console.width)):
         for line in _heat_map(matrix, range(first, min(first + columns, len(matrix)))):
             console.print(line, no_wrap=True, crop=True)
