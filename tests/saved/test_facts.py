@@ -102,8 +102,8 @@ def test_facts_of_a_sweep_are_typed_as_well(tmp_path, caplog, facts, warned):
 def test_steps_of_revisions(revision, step, tokens):
     """Stage 2 of a training came before stage 1, and step 100k was step 100."""
     facts = facts_from_name("org/x", revision)
-    found = [None if facts[n] != facts[n] else facts[n] for n in ("step", "training_tokens")]
-    assert found == [step, tokens]
+    actual = [None if facts[n] != facts[n] else facts[n] for n in ("step", "training_tokens")]
+    assert actual == [step, tokens]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,11 @@ def test_a_target_that_may_be_the_index_or_the_text_of_a_choice(
 
 def test_lines_of_samples_are_counted(tmp_path):
     lines = [sample(f"d{number}") for number in range(4)]
-    for kept, told in ((lines, 0), (lines[:1] + lines[2:], 1), ([*lines, lines[0]], 1)):
+    for kept, given in ((lines, 0), (lines[:1] + lines[2:], 1), ([*lines, lines[0]], 1)):
         problems = []
         file = write_samples(tmp_path, "t", kept)
         read_answers(file, "acc,none", evaluated=4.0, problems=problems)
-        assert len(problems) == told
+        assert len(problems) == given
     problems = []
     odd = [sample("d0", metrics=3), sample("d1", metrics=["acc"], acc=10**400), sample("d2")]
     answers = read_answers(write_samples(tmp_path, "t", odd), "acc,none", problems=problems)

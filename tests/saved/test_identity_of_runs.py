@@ -93,9 +93,9 @@ def test_a_generation_setting_of_no_generated_answer_is_no_difference(tmp_path):
 def test_what_a_run_does_not_say_is_no_difference():
     known, unknown = "5-shot, task text 11111111, task version 2", "5-shot"
     assert find_disagreements([known, unknown, "unknown prompts", "?-shot"]) == []
-    (found,) = find_disagreements([unknown, known, "5-shot, task version 3"])
-    assert (found.kind, found.parts) == ("task version", ("task version 2", "task version 3"))
-    assert (found.first, found.second) == (1, 2)
+    (actual,) = find_disagreements([unknown, known, "5-shot, task version 3"])
+    assert (actual.kind, actual.parts) == ("task version", ("task version 2", "task version 3"))
+    assert (actual.first, actual.second) == (1, 2)
 
 
 def test_versions_and_generation_are_told_only_where_they_differ():
@@ -112,6 +112,6 @@ def test_checkpoints_that_were_run_in_two_ways_are_two_trainings(second):
     import pandas as pd
 
     first = {"lineage": "org/p", "variant": "", "dtype": "float32", "prompting": "0-shot"}
-    rows = [one | {"task": "t"} for one in (first, first | second, first, first | second)]
+    rows = [item | {"task": "t"} for item in (first, first | second, first, first | second)]
     labels = label_trainings(pd.DataFrame(rows))
     assert labels.nunique() == 2 and labels[0] == labels[2] != labels[1]

@@ -17,7 +17,7 @@ def test_no_torch_is_loaded(room):
     (path,) = lm_eval_coupling.__path__
     modules = [
         f"lm_eval_coupling.{room}.{found.name}"
-        for found in pkgutil.iter_modules([f"{path}/{room}"])
+        for actual in pkgutil.iter_modules([f"{path}/{room}"])
     ]
     assert modules
     heavy = "{'torch', 'lm_eval', 'transformers'}"

@@ -55,8 +55,8 @@ def test_family_and_tuning_from_the_name(model, family, tuned):
 )
 def test_checkpoints_from_revision_or_folder(model, revision, lineage, step, tokens):
     facts = facts_from_name(model, revision)
-    found = facts["lineage"], facts["step"], facts["training_tokens"]
-    assert found == pytest.approx((lineage, step, tokens), nan_ok=True)
+    actual = facts["lineage"], facts["step"], facts["training_tokens"]
+    assert actual == pytest.approx((lineage, step, tokens), nan_ok=True)
 
 
 def test_how_prompts_were_made_is_told_in_words_and_digests_only_where_runs_differ():
@@ -114,14 +114,14 @@ def test_short_names():
     ],
 )
 def test_labels_have_as_many_parts_as_tell_models_apart(expected):
-    """Regression: models with the same last part of their names had one label, and one's numbers stood for both."""
+    """Models with the same last part of their names had one label, and one's numbers."""
     assert labels(iter(expected)) == expected
 
 
 def test_a_label_says_of_a_checkpoint_what_its_folder_does():
     of = labels(["/x/a/checkpoint-1", "/y/a/checkpoint-2", "C:\\b-1b\\step3"])
-    found = {of[model]: facts_from_name(of[model], "main") for model in of}
-    assert {label: (facts["lineage"], facts["step"]) for label, facts in found.items()} == {
+    actual = {of[model]: facts_from_name(of[model], "main") for model in of}
+    assert {label: (facts["lineage"], facts["step"]) for label, facts in actual.items()} == {
         "x/a/checkpoint-1": ("x/a", 1),
         "y/a/checkpoint-2": ("y/a", 2),
         "b-1b/step3": ("b-1b", 3),
@@ -151,28 +151,29 @@ def csv(tmp_path, text):
 def test_the_file_goes_before_the_name_and_adds_columns(tmp_path):
     file = csv(
         tmp_path,
-        "model,family,tuned,training_tokens,loss\na-1b,greek,yes,3e11,2.5\norg/b-2b,,0,,\nunused,x,1,1,1\n",
+        "model,family,tuned,training_tokens,loss\na-1b,greek,yes,3e11,2.5\norg/b-2b,,0,,\n"
+        "unused,x,1,1,1\n",
     )
-    found = add_facts(runs("org/a-1b", "org/b-2b", "org/c-3b"), file)
-    assert list(found["family"]) == ["greek", "b", "c"]
-    assert list(found["tuned"]) == [True, False, False]
-    assert found["training_tokens"].tolist() == pytest.approx(
+    actual = add_facts(runs("org/a-1b", "org/b-2b", "org/c-3b"), file)
+    assert list(actual["family"]) == ["greek", "b", "c"]
+    assert list(actual["tuned"]) == [True, False, False]
+    assert actual["training_tokens"].tolist() == pytest.approx(
         [3e11, math.nan, math.nan], nan_ok=True
     )
-    assert found["loss"].tolist() == pytest.approx([2.5, math.nan, math.nan], nan_ok=True)
-    assert list(found["n_params"]) == [5, 5, 5]
+    assert actual["loss"].tolist() == pytest.approx([2.5, math.nan, math.nan], nan_ok=True)
+    assert list(actual["n_params"]) == [5, 5, 5]
 
 
 def test_facts_of_no_run_are_told_and_leave_numbers_numbers(tmp_path, caplog):
-    """With a typo in every name the column held objects, which `fit` could not take the logarithm of."""
+    """A column without a known model held objects, which have no logarithm."""
     file = csv(
         tmp_path, "model,training_tokens,loss,colour\norg/A,3e11,2,red\nzz,1,1,x\nb-2b,1e9,3,blue\n"
     )
-    found = add_facts(runs("org/a-1b", "org/b-2b"), file)
+    actual = add_facts(runs("org/a-1b", "org/b-2b"), file)
     assert [m.split(" has ")[1] for m in caplog.messages] == [
         "facts of org/A, zz, of which there is no run; the runs are of org/a-1b, org/b-2b"
     ]
-    assert found["training_tokens"].tolist() == pytest.approx([math.nan, 1e9], nan_ok=True)
+    assert actual["training_tokens"].tolist() == pytest.approx([math.nan, 1e9], nan_ok=True)
     nothing = add_facts(runs("org/c"), file)
     assert (
         nothing["training_tokens"].dtype == nothing["loss"].dtype == float
@@ -208,10 +209,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_facts_that_lie_beside_results(tmp_path):
-    """A sweep tells what its plan knows of a model without a further file; results' own columns are not its to tell."""
+    """Facts of a sweep's plan are read without a further file; results' columns stay."""
     from lm_eval_coupling import load_runs
 
-    told = {
+    given = {
         "family": "f",
         "training_tokens": 1e9,
         "colour": "red",
@@ -219,7 +220,7 @@ def test_facts_that_lie_beside_results(tmp_path):
         "acc,none": 7,
         "n_layers": 3,
     }
-    for folder, facts in (("a", told), ("b", None), ("c", "no JSON")):
+    for folder, facts in (("a", given), ("b", None), ("c", "no JSON")):
         saved_runs.save(
             tmp_path / folder,
             {"arc": saved_runs.task_summary()},

@@ -10,13 +10,13 @@ class TestAnswers:
         return read_answers(write_samples(tmp_path, "t", samples), main)
 
     def test_multiple_choice(self, tmp_path):
-        found = self.read(
+        actual = self.read(
             tmp_path,
             sample("a"),
             sample("b", acc=1.0, target="red"),
             sample("c", acc=0.5, target=None),
         )
-        assert found["a"] == {
+        assert actual["a"] == {
             "scores": {"acc,none": 0.0},
             "given": "red",
             "expected": "blue",
@@ -24,8 +24,8 @@ class TestAnswers:
             "options": [("red", -1.5), ("blue", -2.5)],
             "right": False,
         }
-        assert found["b"]["right"] is True and found["b"]["expected"] == "red"
-        assert found["c"]["right"] is None and found["c"]["expected"] is None
+        assert actual["b"]["right"] is True and actual["b"]["expected"] == "red"
+        assert actual["c"]["right"] is None and actual["c"]["expected"] is None
 
     def test_choices_that_differ_in_their_context(self, tmp_path):
         names = ("Sarah", "Samantha")
@@ -33,10 +33,10 @@ class TestAnswers:
             f"gen_args_{i}": {"arg_0": f"It was {name}", "arg_1": " who won."}
             for i, name in enumerate(names)
         }
-        found = self.read(tmp_path, sample("a", arguments=arguments, target="who won."))
+        actual = self.read(tmp_path, sample("a", arguments=arguments, target="who won."))
         assert (
-            found["a"]["options"] == [("Sarah", -1.5), ("Samantha", -2.5)]
-            and found["a"]["expected"] == "who won."
+            actual["a"]["options"] == [("Sarah", -1.5), ("Samantha", -2.5)]
+            and actual["a"]["expected"] == "who won."
         )
 
     def test_unconditional_likelihoods_are_no_choices(self, tmp_path):
@@ -45,10 +45,10 @@ class TestAnswers:
             f"gen_args_{i}": {"arg_0": a, "arg_1": b} for i, (a, b) in enumerate(arguments)
         }
         responses = [[-3.0, False], [-2.0, False], [-1.0, False], [-0.5, False]]
-        found = self.read(tmp_path, sample("a", arguments=arguments, filtered_resps=responses))
+        actual = self.read(tmp_path, sample("a", arguments=arguments, filtered_resps=responses))
         assert (
-            found["a"]["options"] == [("red", -3.0), ("blue", -2.0)]
-            and found["a"]["given"] == "blue"
+            actual["a"]["options"] == [("red", -3.0), ("blue", -2.0)]
+            and actual["a"]["given"] == "blue"
         )
 
     def test_generation_with_two_filters(self, tmp_path):
@@ -65,14 +65,14 @@ class TestAnswers:
             "a", **generated, filter="flexible-extract", filtered_resps=["42"], exact_match=1.0
         )
         for order in ((strict, flexible), (flexible, strict)):
-            found = self.read(tmp_path, *order, main="exact_match,flexible-extract")["a"]
+            actual = self.read(tmp_path, *order, main="exact_match,flexible-extract")["a"]
             assert (
-                found["given"] == "42"
-                and found["generated"] == "It is 42, or #### 41"
-                and found["expected"] == "42"
+                actual["given"] == "42"
+                and actual["generated"] == "It is 42, or #### 41"
+                and actual["expected"] == "42"
             )
-            assert found["right"] is True
-            assert found["scores"] == {
+            assert actual["right"] is True
+            assert actual["scores"] == {
                 "exact_match,strict-match": 0.0,
                 "exact_match,flexible-extract": 1.0,
             }
@@ -82,14 +82,14 @@ class TestAnswers:
 
     def test_one_scored_continuation_is_no_choice(self, tmp_path):
         arguments = {"gen_args_0": {"arg_0": "The sky is", "arg_1": " blue"}}
-        found = self.read(
+        actual = self.read(
             tmp_path,
             sample("a", arguments=arguments, filtered_resps=[["-1.0", "True"]], target=" blue"),
         )
         assert (
-            found["a"]["given"] is None
-            and found["a"]["expected"] == "blue"
-            and found["a"]["options"] == [("blue", -1.0)]
+            actual["a"]["given"] is None
+            and actual["a"]["expected"] == "blue"
+            and actual["a"]["options"] == [("blue", -1.0)]
         )
 
     def test_rolling_likelihoods_have_no_answer(self, tmp_path):
@@ -98,8 +98,8 @@ class TestAnswers:
             "filtered_resps": [-123.4],
             "resps": [[-123.4]],
         }
-        found = self.read(tmp_path, sample("a", **rolling, target="text"))
-        assert found["a"]["options"] == [] and found["a"]["right"] is False
+        actual = self.read(tmp_path, sample("a", **rolling, target="text"))
+        assert actual["a"]["options"] == [] and actual["a"]["right"] is False
 
     def test_no_file_an_unfinished_line_and_strange_lines(self, tmp_path):
         assert read_answers(tmp_path / "none.jsonl", "acc,none") == {}

@@ -1,4 +1,4 @@
-"""A run is its results, tables and samples; what are other weights or other prompts is never one run."""
+"""A run is its results, tables and samples; other weights or prompts are never one run."""
 
 import json
 
@@ -28,7 +28,7 @@ def change(where, date, **changes):
 
 
 def two_runs(folder, first, second, same_weights=True, **more):
-    """The same model and task, of which lm-eval wrote different things."""
+    """Save one model and task twice, with other things that lm-eval wrote."""
     for number, (date, changes) in enumerate(zip(DAYS, (first, second), strict=False)):
         print_ = ("a" if same_weights else "ab"[number]) * 64
         rows = [record(seed=number) | {"prompt_hash": f"p{number}"}]
@@ -77,7 +77,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("what", PROMPTS)
 def test_what_makes_the_prompts_keeps_runs_apart(tmp_path, what):
-    """With 2 and with 5 examples the same model and task were one row, the newer, and one pool of records."""
+    """Runs with 2 and with 5 examples were one row, the newer, and one pool of records."""
     first, second = (dict(changes) for changes in PROMPTS[what])
     if "config" in second:
         second.pop("config")
@@ -102,7 +102,7 @@ def test_how_many_documents_were_measured_makes_no_other_prompts(tmp_path):
 def test_where_a_function_lay_makes_no_other_prompts(tmp_path):
     """lm-eval writes the functions of nested settings as Python prints them."""
     printed = [{"doc_to_target": f"<function answer at 0x7f{number}1c>"} for number in range(2)]
-    two_runs(tmp_path, *({"configs": {"arc": {"fewshot_config": one}}} for one in printed))
+    two_runs(tmp_path, *({"configs": {"arc": {"fewshot_config": item}}} for item in printed))
     assert len(load_runs(tmp_path)) == len(load_records(tmp_path)) == 1
 
 
@@ -127,12 +127,13 @@ def test_another_token_is_another_measurement(tmp_path):
 )
 @pytest.mark.parametrize("as_text", [False, True])
 def test_how_texts_become_tokens_keeps_runs_apart(tmp_path, key, value, as_text):
-    """With a first token more or a shorter window the same document is another prompt: the newer run only was read."""
+    """Only the newer run was read, though one more first token makes other prompts."""
     plain, other = {"pretrained": "org/tiny"}, {"pretrained": "org/tiny", key: value}
     given = [
-        ",".join(f"{k}={v}" for k, v in one.items()) if as_text else one for one in (plain, other)
+        ",".join(f"{k}={v}" for k, v in item.items()) if as_text else item
+        for item in (plain, other)
     ]
-    two_runs(tmp_path, *({"model_args": one} for one in given))
+    two_runs(tmp_path, *({"model_args": item} for item in given))
     runs = load_runs(tmp_path)
     assert sorted(label_rows(runs)) == ["tiny", f"tiny ({key}={value})"]
     assert load_records(tmp_path)["prompting"].nunique() == 2
@@ -143,13 +144,13 @@ def test_the_models_own_tokenizer_by_name_is_no_difference(tmp_path):
         {"pretrained": "org/tiny"},
         {"pretrained": "org/tiny", "tokenizer": "org/tiny", "truncation": False},
     )
-    two_runs(tmp_path, *({"model_args": one} for one in given))
+    two_runs(tmp_path, *({"model_args": item} for item in given))
     assert len(load_runs(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("key", ["subfolder", "gguf_file", "peft", "dtype"])
 def test_two_weights_under_one_name_are_two(tmp_path, key):
-    """Of two checkpoints in subfolders of one model only the newer was read, and a curve over training was a point."""
+    """Only the newer of two checkpoints in subfolders was read: a curve was a point."""
     arguments = [{"pretrained": "org/tiny", key: f"checkpoint-{step}"} for step in (10, 20)]
     two_runs(tmp_path, *({"model_args": given} for given in arguments), same_weights=False)
     runs, records = load_runs(tmp_path), load_records(tmp_path)
@@ -174,7 +175,7 @@ def test_scores_without_coupling_are_of_the_weights_of_their_name(tmp_path):
 
 
 def test_directions_are_those_of_lm_eval(tmp_path):
-    """``higher_is_better`` of the results was not read, and a bias counted as the better the larger it was."""
+    """``higher_is_better`` was not read: a bias counted as better the larger it was."""
     where = save(tmp_path, {"arc": task_summary()})
     told = {
         "arc": {
@@ -185,8 +186,8 @@ def test_directions_are_those_of_lm_eval(tmp_path):
         }
     }
     change(where, DATE, higher_is_better=told)
-    found = dict(load_runs(tmp_path)["directions"][0])
-    assert found == {
+    actual = dict(load_runs(tmp_path)["directions"][0])
+    assert actual == {
         "likelihood_diff": False,
         "acc": True,
         "nested": False,
@@ -222,26 +223,26 @@ def test_values_are_those_of_the_matrices(tmp_path):
     rows[3]["normalized_miscoupling"][:, 0, 1] = np.nan
     save(tmp_path, {"arc": task_summary()}, rows=rows)
     (table,) = find_runs(tmp_path).runs[0].tables
-    found = prompt_values(table)
+    actual = prompt_values(table)
     expected = [couplings_of(row["normalized_miscoupling"]) or [np.nan, np.nan] for row in rows]
-    np.testing.assert_array_equal(found[["coupling@10", "coupling@30"]], expected)
-    assert found["worst_certificate"][3] == max(rows[3]["certificate"]) and np.isnan(
-        found["worst_certificate"][150]
+    np.testing.assert_array_equal(actual[["coupling@10", "coupling@30"]], expected)
+    assert actual["worst_certificate"][3] == max(rows[3]["certificate"]) and np.isnan(
+        actual["worst_certificate"][150]
     )
 
 
 def test_what_a_measure_keeps_for_every_rank_is_a_number_of_the_prompt(tmp_path):
-    """Coupling of attention alone was a predictor of runs and none of documents: it had no reliability."""
+    """Coupling of attention alone was a predictor of runs and none of documents."""
     rows = [record(doc_id=i) | {"attention_coupling": np.float32([i / 8, 0.25])} for i in range(3)]
     rows += [record(doc_id=3), record(doc_id=4, reason="out of memory")]
     save(tmp_path, {"arc": task_summary()}, rows=rows)
     (table,) = find_runs(tmp_path).runs[0].tables
-    found = prompt_values(table)
-    np.testing.assert_array_equal(found["attention_coupling@10"], [0, 0.125, 0.25, np.nan, np.nan])
+    actual = prompt_values(table)
+    np.testing.assert_array_equal(actual["attention_coupling@10"], [0, 0.125, 0.25, np.nan, np.nan])
     np.testing.assert_array_equal(
-        found["attention_coupling@30"], [0.25, 0.25, 0.25, np.nan, np.nan]
+        actual["attention_coupling@30"], [0.25, 0.25, 0.25, np.nan, np.nan]
     )
-    names = value_names(found)
+    names = value_names(actual)
     assert names[:2] == ["coupling@10", "coupling@30"] and {
         "attention_coupling@10",
         "attention_coupling@30",
@@ -249,7 +250,7 @@ def test_what_a_measure_keeps_for_every_rank_is_a_number_of_the_prompt(tmp_path)
 
 
 def test_bad_files_are_named_and_passed_over(tmp_path, caplog):
-    """One unreadable file was the end of every command that met it."""
+    """An unreadable file was the end of every command that met it."""
     where = save(tmp_path, {"arc": task_summary()}, rows=[record()])
     (where / "results_broken.json").write_text('{"results": {"arc"')
     (where / "coupling_broken.parquet").write_bytes(b"PAR1")
@@ -260,7 +261,7 @@ def test_bad_files_are_named_and_passed_over(tmp_path, caplog):
 
 
 def test_results_of_a_later_release_are_not_read_as_if_they_were_ours(tmp_path, caplog):
-    """Only the tables were held to their version; the summaries beside lm-eval's scores were taken as they stood."""
+    """Tables were held to their version, the summaries beside lm-eval's scores were not."""
     where = save(tmp_path, {"arc": task_summary()}, rows=[record()])
     (file,) = where.glob("results_*.json")
     later = json.loads(file.read_text())

@@ -12,8 +12,8 @@ from lm_eval_coupling.saved.strict_json import strict
 
 
 def test_what_is_not_finite_is_null_however_deep_it_lies():
-    found = strict({"a": [math.nan, {"b": (np.float32("inf"), -math.inf)}], 10: np.nan})
-    assert json.loads(json.dumps(found, allow_nan=False)) == {
+    actual = strict({"a": [math.nan, {"b": (np.float32("inf"), -math.inf)}], 10: np.nan})
+    assert json.loads(json.dumps(actual, allow_nan=False)) == {
         "a": [None, {"b": [None, None]}],
         "10": None,
     }

@@ -1,4 +1,4 @@
-"""Tables come back exactly as written; runs are joined by model and task and never mixed silently."""
+"""Tables come back exactly as written; runs are joined and never mixed silently."""
 
 import json
 import math
@@ -136,7 +136,7 @@ def test_compressed_with_provenance(tmp_path):
 
 
 def test_a_table_has_the_summary_of_its_own_task_only(tmp_path):
-    """Every file of a group of 67 tasks held the summaries of all 67, and a run of tiny models left 20 MB."""
+    """Each of a group's 67 files held the summaries of all 67: 20 MB of tiny models."""
     summaries = {"arc": {"measured": 1}, "gsm": {"measured": 2}}
     provenance = {"model": "a", "tasks": summaries, "untrained": {"seed": 0, "tasks": summaries}}
     arc, gsm = write_tables([record("arc"), record("gsm")], tmp_path, DATE, provenance)
@@ -230,10 +230,10 @@ def test_pooling_is_exact():
         }
         for s in samples
     ]
-    everything = np.concatenate(samples)
+    together = np.concatenate(samples)
     pooled = pool([*parts, {"mean": math.nan, "stderr": math.nan, "n": 0}])
-    assert pooled["n"] == 38 and pooled["mean"] == pytest.approx(everything.mean())
-    assert pooled["stderr"] == pytest.approx(everything.std(ddof=1) / 38**0.5)
+    assert pooled["n"] == 38 and pooled["mean"] == pytest.approx(together.mean())
+    assert pooled["stderr"] == pytest.approx(together.std(ddof=1) / 38**0.5)
     assert math.isnan(pool([])["mean"])
 
 
@@ -252,7 +252,7 @@ def test_newest_run_counts_and_coupling_is_not_lost(tmp_path):
 
 
 def trial(folder, day, *, scored, measured, **settings):
-    """A run of this day of June with tables, of so many documents."""
+    """Save a run of this day of June with tables of so many documents."""
     date, summary = f"2025-06-0{day}T00-00-00", task_summary(day / 10, n=measured)
     config = coupling_config({"arc": summary})["settings"] | settings
     rows = [record("arc", i) for i in range(measured)]
@@ -281,7 +281,7 @@ def trial(folder, day, *, scored, measured, **settings):
     ],
 )
 def test_a_short_trial_takes_no_place(tmp_path, first, second, counts):
-    """Scores and tables of 2 documents stood for those of 50 because their run was the later one."""
+    """Scores of 2 documents stood for those of 50 because their run was the later one."""
     trial(tmp_path, 1, **first)
     trial(tmp_path, 2, **second)
     (row,) = load_runs(tmp_path).to_dict("records")
@@ -315,7 +315,7 @@ def test_revisions_are_models_of_their_own(tmp_path):
 
 
 def test_a_revision_that_was_asked_of_a_folder_is_none(tmp_path):
-    """lm-eval writes down what was asked for; the weights are those of the folder, whatever that was."""
+    """lm-eval records the revision that was asked for, which a folder does not have."""
     run = results({"arc": task_summary()})
     run["config"]["model_revision"], run["config"]["coupling"]["revision"] = "step1", "main"
     (tmp_path / "results_2025-06-01T00-00-00.json").write_text(json.dumps(run))
@@ -481,7 +481,8 @@ def test_many_runs_are_one_table(tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.saved.tables; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = "import sys, lm_eval_coupling.saved.tables; "
+    code += "sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -497,7 +498,7 @@ def test_the_untrained_twin_is_read_only_where_it_is_wanted(tmp_path):
 
 
 def test_untrained_rows_have_a_file_of_their_own(tmp_path):
-    """Plain pandas averaged over trained and untrained weights, and over models, as nothing in the file kept them apart."""
+    """Plain pandas averaged over trained and untrained weights of one file."""
     rows = [record(), record() | {"weights": "untrained"}, record("untrained_arc")]
     files = write_tables(rows, tmp_path, DATE, {"model": "org/a", "run_id": "r"})
     assert [file.name for file in files[:2]] == [

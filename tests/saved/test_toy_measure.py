@@ -1,4 +1,4 @@
-"""A measure is one file: what it records appears in `show`, `fit` and the report without another line anywhere."""
+"""A measure is one file: what it records appears in `show`, `fit` and the report."""
 
 import io
 
@@ -16,13 +16,18 @@ TOY = '''
 """A toy."""
 from lm_eval_coupling.measures.registry import Column, Measure, Reading
 
+def _last_mean(record, rank):
+    return record["toy_means"][-1]
+
 MEASURES = (
     Measure(
         name="toy",
         doc="Last of the means.",
         columns=(Column("toy_means", "layer", "mean of x^l over its coordinates"),),
         run=lambda batch: [],
-        readings=(Reading("toy", "mean of the stream", "toy_means", lambda record, rank: record["toy_means"][-1], sign=1),),
+        readings=(
+            Reading("toy", "mean of the stream", "toy_means", _last_mean, sign=1),
+        ),
     ),
 )
 '''
@@ -46,11 +51,11 @@ def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
     show(tmp_path / "m4", console=Console(file=out, width=80))
     (line,) = [line for line in out.getvalue().splitlines() if "mean of the stream" in line]
     assert "3.5000 ± 0.6455" in line
-    found = fit_runs(tmp_path, resamples=99)
-    (predictor,) = [p for p in found.observations.predictors if p.name == "toy"]
+    actual = fit_runs(tmp_path, resamples=99)
+    (predictor,) = [p for p in actual.observations.predictors if p.name == "toy"]
     assert predictor.kind == "toy" and predictor.sign == 1
-    assert "toy" in set(found.tables["correlations"]["predictor"]) and "toy" in set(
-        found.tables["comparisons"]["other"]
+    assert "toy" in set(actual.tables["correlations"]["predictor"]) and "toy" in set(
+        actual.tables["comparisons"]["other"]
     )
     page = gather(tmp_path)
     assert {"name": "toy", "label": "mean of the stream", "of_rank": False, "sign": 1} in page[

@@ -39,7 +39,7 @@ def record(
     seed=0,
     over_tokens=False,
 ):
-    """One record; with a ``reason``, of a prompt that could not be measured; ``over_tokens`` with every measure there is."""
+    """Make one record; with a ``reason``, of a prompt that could not be measured."""
     generator = np.random.default_rng([seed, doc_id, prompt_index])
     about = {
         "task": task,
@@ -155,7 +155,7 @@ def coupling_config(tasks, model="org/tiny", **changes):
 
 
 def results(tasks, model="org/tiny", coupling=True, groups=None, **changes):
-    """A results file; ``tasks`` gives each task's summary."""
+    """Make a results file; ``tasks`` gives each task's summary."""
     scores = {
         task: {
             "alias": task,
@@ -198,7 +198,7 @@ def save(folder, tasks, model="org/tiny", date=DATE, rows=(), **kwargs):
 
 
 def sample(doc_hash, **changes):
-    """One line of lm-eval's samples, of a multiple-choice task."""
+    """Make one line of lm-eval's samples, of a multiple-choice task."""
     choices = [" red", " blue"]
     made = {
         "doc_hash": doc_hash,
