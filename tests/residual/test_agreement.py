@@ -102,7 +102,7 @@ def test_a_method_of_another_object_is_followed(model):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hook_that_calls_another_part_of_the_model(dtype):
-    """In the twin it calls the twin's part, whose weights are in the trace's dtype or not at all."""
+    """In the twin it calls the twin's part, whose weights are in the trace's dtype."""
     model = cases.tiny_model("llama", dtype)
     norm = model.model.layers[1].input_layernorm
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: norm(output))

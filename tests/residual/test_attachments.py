@@ -114,7 +114,7 @@ def by_computed_buffer(block, value):
     "attach", [f for name, f in list(globals().items()) if name.startswith("by_")]
 )
 def test_what_is_attached_counts(model, attach):
-    """Each of these had the plain model's fingerprint, and the store gave the plain model's numbers."""
+    """Each had the plain model's fingerprint, and the store gave the plain model's numbers."""
     plain = fingerprint(model)
     prints = []
     for value in (0.25, 0.25, 0.5):
@@ -137,7 +137,7 @@ def test_an_ordinary_model_has_nothing_attached(tmp_path):
 
 
 def test_a_class_that_was_patched_counts(model, monkeypatch):
-    """For all models of the process, as many scripts do it; so do functions of transformers' modules."""
+    """A patch of a class, or of a function of transformers, acts on all models of the process."""
     before = fingerprint(model)
     kind = type(model.model.layers[0].mlp)
     right = kind.forward

@@ -11,9 +11,7 @@ from lm_eval_coupling.jacobians.attention_core import AttentionRecord
 from lm_eval_coupling.jacobians.certify import probe, pulled_back, pulled_back_each
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.measuring.prompt import measure_coupling
-from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual import block_call
-from lm_eval_coupling.residual import tracing
+from lm_eval_coupling.residual import ResidualModel, block_call, tracing
 from lm_eval_coupling.residual.arguments import Arguments
 from lm_eval_coupling.residual.block_call import CallBatch
 from lm_eval_coupling.residual.keys import Cache
@@ -44,7 +42,7 @@ NOT_TOGETHER = {"falcon-alibi", "mpt", "bloom"}  # ALiBi has one bias for all pr
 def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
     case, monkeypatch, float64_device
 ):
-    """In long prompts, with sliding windows shorter than them; where it is another, the whole block is differentiated."""
+    """Decode in long prompts with shorter sliding windows; linear attention has the complete block."""
     monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)
@@ -71,7 +69,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
 
 
 def same_record(found, expected, token, kept):
-    """The attention core is that of the whole sequence; where keys were kept, without those beyond the token."""
+    """Require the attention core of the sequence, without the keys beyond the token if kept."""
     keys = slice(found.k.shape[1])
     assert found.k.shape[1] == (token + 1 if kept else expected.k.shape[1])
     assert not expected.weights[:, token + 1 :].any()
@@ -116,7 +114,7 @@ def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float6
 
 
 def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
-    """Neither as certificate nor as attention core: the block is then done from its whole sequence."""
+    """It gives neither certificate nor attention core: the whole sequence does then."""
     monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     tokens = cases.tiny_tokens(17)
@@ -139,7 +137,7 @@ def test_a_decoding_step_with_another_output_is_not_believed(monkeypatch):
 
 
 def test_what_is_not_run_as_it_was_traced_certifies_nothing(monkeypatch):
-    """The last resort replays a block; with other arguments than the trace's it would agree with itself, and be wrong."""
+    """With other arguments than the trace's, a replay would agree with itself and be wrong."""
     monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
     call = wrapped.trace(cases.tiny_tokens(17), torch.float64, 16).calls[1]

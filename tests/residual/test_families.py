@@ -1,4 +1,4 @@
-"""The table of model families says what becomes of each; a share of it is made anew here, as tests/support/make_families.py does."""
+"""The table of model families is right for a share of them, made anew by make_families.py."""
 
 from importlib.metadata import version
 

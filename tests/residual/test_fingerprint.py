@@ -1,4 +1,4 @@
-"""The fingerprint is that of the function a model computes: every weight bit and the architecture, and nothing else."""
+"""The fingerprint covers every weight bit and the architecture, not where a model lies."""
 
 import time
 
@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.residual import fingerprint as module
+from lm_eval_coupling.residual import ResidualModel, object_digest
 from lm_eval_coupling.residual.fingerprint import fingerprint
 
 
@@ -23,7 +22,7 @@ def load(folder, **options):
 
 
 def test_the_same_weights_have_the_same_fingerprint(folder, tmp_path, device):
-    """Saved and loaded again elsewhere, with another attention implementation, wrapped or not, wherever they lie."""
+    """Saved, loaded, with another attention implementation, on another device, wrapped or not."""
     model = load(folder)
     found = fingerprint(model)
     model.save_pretrained(tmp_path / "elsewhere")
@@ -57,7 +56,7 @@ def test_two_weights_that_change_places_change_it(folder):
 
 def test_weights_far_apart_that_change_places_change_it(folder, monkeypatch):
     """Long tensors are read piece by piece: pieces must not be exchangeable."""
-    monkeypatch.setattr(module, "_CHUNK", 64)
+    monkeypatch.setattr(object_digest, "CHUNK", 64)
     model = load(folder)
     before = fingerprint(model)
     weight = model.lm_head.weight.data
@@ -115,7 +114,7 @@ def test_an_adapter_counts(folder):
     ids=["one large parameter", "many small ones cost no more than their size"],
 )
 def test_it_costs_about_one_read_of_the_weights(shapes):
-    """Well under a second of processor time for 20 million weights, and for hundreds of norms and biases."""
+    """20 million weights, or hundreds of norms and biases, take less than a second of CPU time."""
     model = nn.ParameterList(nn.Parameter(torch.ones(shape)) for shape in shapes)
     model.config = PretrainedConfig()
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""Half precision may leave nothing of a token; what is refused is another function, not rounding."""
+"""Another function is refused, rounding is not: half precision may leave nothing of a token."""
 
 import copy
 
@@ -16,7 +16,7 @@ from lm_eval_coupling.residual.load_checks import HALF, off_by, require_close_so
 
 
 def chaotic():
-    """A model whose attention jumps from key to key: as SmolLM2 on rare tokens, it is another one after rounding."""
+    """Make a model whose attention jumps from key to key after rounding, as SmolLM2's does."""
     model = cases.tiny_model("llama", torch.bfloat16, num_hidden_layers=16)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.mul_(10)
@@ -26,7 +26,7 @@ def chaotic():
 
 
 def test_tokens_of_which_rounding_leaves_nothing():
-    """SmolLM2 in bf16, its own dtype, was refused: its logits of the probe are 68 % off those of float32."""
+    """SmolLM2 in bf16, its own dtype, was refused: its logits are 68 % off those of float32."""
     model = chaotic()
     full = copy.deepcopy(model).float()
     ids = torch.tensor([TokenIds(model).probe])
@@ -39,7 +39,7 @@ def test_tokens_of_which_rounding_leaves_nothing():
 
 
 class Adding(LlamaForCausalLM):
-    """Adds to its logits what it would say of the embeddings alone: not in the stream, yet in the score."""
+    """A model that adds its embeddings' logits: they are in the score, not in the stream."""
 
     def forward(self, input_ids, **kwargs):
         found = super().forward(input_ids, **kwargs)

@@ -77,7 +77,7 @@ def another_class(model):
     ids=lambda f: f.__name__,
 )
 def test_a_change_is_seen(model, change):
-    """The second run of one object reused the first one's numbers after the weights had changed, by its old fingerprint."""
+    """The second run of a changed object reused the first one's numbers, by its old fingerprint."""
     wrapped = ResidualModel.wrap(model)
     change(model)
     assert wrapped.describe_change().startswith(
@@ -87,7 +87,7 @@ def test_a_change_is_seen(model, change):
 
 
 def test_a_few_numbers_written_through_data_are_seen(model):
-    """One entry counts no write and may be none of those that are looked at: the numbers of before the edit were reused."""
+    """One entry counts no write and may not be sampled: the numbers from before were reused."""
     wrapped = ResidualModel.wrap(model)
     before = wrapped.identity
     for weight in (layer.mlp.up_proj.weight for layer in model.model.layers):
@@ -117,7 +117,7 @@ def test_the_same_model_loaded_again_has_the_same_identity(model):
 
 @pytest.mark.parametrize("way", ["bridge", "blocks"])
 def test_both_ways_have_one_identity(model, way, monkeypatch):
-    """What is measured is the same: a version of TransformerLens that fails makes nothing be measured anew."""
+    """Both measure the same: where a version of TransformerLens fails, results are reused."""
     from lm_eval_coupling.residual import wrapping as ways
 
     expected = ResidualModel.wrap(model).identity

@@ -1,4 +1,4 @@
-"""Image classifiers as residual streams: exact for every pair of tokens, each family against plain autodiff."""
+"""Image classifiers as residual streams: each family, every pair of tokens, against autodiff."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What is measured is what is scored, whatever has been put on or around the model; or it is refused in one sentence."""
+"""What is scored is measured, with all that is on or around the model, or refused in a sentence."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ FUSED = {
 
 
 def measured_as_scored(scored, base, tolerance=2e-5):
-    """Jacobians of what ``scored`` wraps are those of autograd through ``base``, the model inside, in float64."""
+    """Compare with float64 autograd through ``base``, the model inside ``scored``."""
     wrapped = ResidualModel.wrap(scored)
     found = block_jacobians(wrapped, TOKENS)
     reference = copy.deepcopy(base).double()
@@ -41,7 +41,7 @@ def measured_as_scored(scored, base, tolerance=2e-5):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FUSED)
 def test_lora_on_a_fused_projection_is_measured(case, dtype):
-    """The bridge cuts the base model's projection out of it: in bf16 its attention was measured as the adapted model's."""
+    """The bridge cuts the base model's projection out: in bf16 its attention was measured."""
     model = cases.tiny_model(case, dtype)
     plain = block_jacobians(ResidualModel.wrap(model), TOKENS).jacobians
     adapted = with_lora(model, [FUSED[case]])
@@ -86,7 +86,7 @@ def test_other_adapters_of_weights(kind):
 
 
 def test_an_adapter_that_transformers_attaches():
-    """It has a peft_config and no base model to ask for: wrapping it failed with an AttributeError."""
+    """It has a peft_config but no base model: wrapping failed with an AttributeError."""
     peft = pytest.importorskip("peft")
     model = cases.tiny_model("llama", torch.float32)
     plain = block_jacobians(ResidualModel.wrap(model), TOKENS).jacobians
@@ -208,7 +208,8 @@ def test_mixed_precision_around_the_forward_method():
     """accelerate puts autocast around it, which replays of a block would not have."""
     accelerate = pytest.importorskip("accelerate")
     model = cases.tiny_model("llama", torch.float32)
-    accelerate.state.AcceleratorState._reset_state()  # one of the process, with the precision of whoever came first
+    # One state per process, with the precision of the first Accelerator.
+    accelerate.state.AcceleratorState._reset_state()
     try:
         prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
             model, evaluation_mode=True
@@ -219,7 +220,7 @@ def test_mixed_precision_around_the_forward_method():
 
 
 def test_another_forward_method_of_the_model_is_followed():
-    """Put on the object by hand, around the old one: it was refused, or a copy called the model's own."""
+    """Put on the object by hand, around the old one: it was refused."""
     model = cases.tiny_model("llama", torch.float32)
     right = model.forward
 
@@ -236,7 +237,7 @@ def test_another_forward_method_of_the_model_is_followed():
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_every_weight_follows_the_model(case):
-    """TransformerLens cuts fused projections into copies: after a change the attention measured was the old one's."""
+    """TransformerLens cuts fused projections into copies: a change left the old attention."""
     model = cases.tiny_model(case, torch.float32)
     wrapped = ResidualModel.wrap(model)
     with torch.no_grad():
@@ -251,7 +252,7 @@ def test_every_weight_follows_the_model(case):
     "case", ["gpt2", "gpt-neox", "phi3", "bloom", "mpt", "falcon", "llama", "mixtral", "qwen3-next"]
 )
 def test_nothing_stays_behind(case):
-    """Neither a graph nor an attention pattern, and Jacobians are plain numbers: NumPy takes them as they are."""
+    """No graph, no attention pattern; Jacobians are plain numbers, which NumPy takes."""
     model = cases.tiny_model(case, torch.float32)
     wrapped = ResidualModel.wrap(model)
     measure_coupling(wrapped, [TOKENS[0].tolist()], ranks=(2,), progress=False)

@@ -1,4 +1,4 @@
-"""Blocks of one pass share what they are given alike; what is cut from it is cut once, and never taken for another's."""
+"""Blocks of one pass share equal arguments; what is cut from them is cut once."""
 
 import gc
 import weakref
@@ -51,7 +51,7 @@ def test_what_differs_is_not_shared(other):
 
 
 def test_what_lies_elsewhere_is_brought_once():
-    """A mask for each block of another device was made anew, and held, so that blocks shared nothing there."""
+    """A mask was moved for each block of another device, so that blocks shared nothing there."""
     shared, given, there = SharedArguments(), mask(5), torch.device("meta")
     brought = shared.move(given, there)
     assert brought.device == there and shared.move(given, there) is brought
@@ -118,7 +118,7 @@ def test_memory_is_given_back_at_once():
 @pytest.mark.parametrize("tokens", [(4, 4, 4), (4, 1, 0), (0, 0, 0)])
 @pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0, 1)])
 def test_keys_of_a_batch_are_those_of_each_prompt(tokens, rows):
-    """In one step or one by one: the last ones before each token agree, what stands in front of them is not seen."""
+    """In one step or one by one, the places before each token agree; those in front are unseen."""
     batch = (torch.randn(3, 2, 5, 4), torch.randn(3, 1, 5, 4))
     together = cache_before([Keys(batch, row, 5) for row in rows], tokens).kept
     apart = cache_before(

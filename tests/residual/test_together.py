@@ -1,4 +1,4 @@
-"""Prompts are traced together in one padded pass, which nothing but a model that cannot be padded may switch off."""
+"""Prompts are traced in one padded pass, unless the model cannot be padded."""
 
 import cases
 import pytest
@@ -12,7 +12,7 @@ ALONE = {"falcon-alibi", "mpt", "bloom"}  # ALiBi's distances are not those of a
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_prompts_are_traced_together(case):
-    """A failure of the trial is the same as a no: prompts then go one by one, as slow as that is."""
+    """A trial that fails counts as a no: prompts then go one by one, which is slow."""
     wrapped = ResidualModel.wrap(cases.tiny_model(case))
     prompts = [cases.tiny_tokens(n)[0].tolist() for n in (9, 4)]
     together = wrapped.traces(prompts, torch.float64)

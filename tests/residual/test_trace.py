@@ -43,7 +43,7 @@ def test_the_trace_is_the_models_own_stream(case, float64_device):
 
 
 def test_bfloat16_weights_are_traced_in_full_precision(float64_device):
-    """The stream is that of the same weights in the arithmetic asked for, without the rounding of bf16."""
+    """The stream has the requested arithmetic on the same weights, without the rounding of bf16."""
     model = tiny(dtype=torch.bfloat16)
     upcast = copy.deepcopy(model).float()
     for dtype in (torch.float32, torch.float64):
@@ -73,7 +73,7 @@ def test_one_block_is_upcast_at_a_time(device):
 
 
 def test_float64_is_float64_throughout(float64_device):
-    """transformers computes norms, softmax and rotary embeddings in float32 whatever is asked: not here, nor afterwards."""
+    """transformers computes norms, softmax and rotary tables in float32; a float64 trace does not."""
     model = cases.tiny_model("llama")
     with torch.no_grad():
         casting = model.model(TOKENS, output_hidden_states=True).hidden_states[1]
@@ -116,7 +116,7 @@ def test_training_mode_after_wrapping_does_not_reach_the_measurement():
 
 
 def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blocks():
-    """TransformerLens' Falcon adds the ALiBi bias as transformers' eager one does: another function than the fused one."""
+    """TransformerLens' Falcon adds the ALiBi bias as the eager one does, unlike the fused one."""
     model = cases.tiny_model("falcon-alibi", torch.float64, attn_implementation="sdpa")
     wrapped = ResidualModel.wrap(model)
     assert (
@@ -130,7 +130,7 @@ def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blo
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_logits_of_the_last_stream_are_the_models_own(case, float64_device):
-    """Final norm, scales, soft-caps and head are whatever the unmodified model does; blocks work as before afterwards."""
+    """Final norm, scales, soft-caps and head are the model's; blocks work as before afterwards."""
     model, tokens = cases.tiny_model(case), cases.tiny_tokens(9)
     wrapped = wrapped_on(float64_device, model)
     for _ in range(2):

@@ -126,7 +126,7 @@ def test_an_adapter_is_part_of_the_stream_and_stays_as_it_was():
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "phi3"])
 def test_nothing_is_drawn(case):
-    """TransformerLens cuts joint projections into new layers, whose weights were drawn: a run sampled other texts."""
+    """TransformerLens cuts joint projections into new layers, whose initialization drew numbers."""
     model = cases.tiny_model(case, torch.float32)
     before = torch.get_rng_state()
     wrapped = ResidualModel.wrap(model)

@@ -1,6 +1,7 @@
-"""Weights that are packed in 4 or 8 bits, offloaded, or on several devices: measured as the numbers that they stand for.
+"""Weights packed in 4 or 8 bits, offloaded, or on several devices count as their numbers.
 
-The oracle of a packed model is a dense one whose weights lie on the packing's grid, so that packing loses nothing.
+The oracle of a packed model is a dense one with weights on the packing's grid: packing them loses
+nothing.
 """
 
 import copy
@@ -28,7 +29,8 @@ from lm_eval_coupling.residual.fingerprint import fingerprint
 from lm_eval_coupling.residual.weights import named_weights, upcast
 
 TOKENS = cases.tiny_tokens(9)
-WIDE = {  # bitsandbytes packs 64 numbers at a time, and some processors' 4-bit kernel takes 32 rows at a time
+# bitsandbytes packs 64 numbers at a time; some processors' 4-bit kernel takes 32 rows at a time.
+WIDE = {
     "llama": {"hidden_size": 64, "intermediate_size": 128},
     "phi3": {"hidden_size": 64, "intermediate_size": 128},
     "gpt2": {"n_embd": 64},
@@ -53,7 +55,7 @@ PACKINGS = {
 
 
 def on_grid(model, grid):
-    """Matrices drawn from ``grid``, the largest once in every 64 numbers, so that every scale is the same power of two."""
+    """Draw matrices from ``grid``, the largest once in 64 numbers: all scales are one power of 2."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.tensor(grid)
     with torch.no_grad():
@@ -94,7 +96,7 @@ def packed(tmp_path):
     ],
 )
 def test_packed_weights_are_measured_as_what_they_stand_for(packed, packing, case):
-    """Also where TransformerLens splits a joint projection, and where the packed matrix is transposed."""
+    """Joint projections that TransformerLens splits, and transposed packed matrices, too."""
     dense, model = packed(packing, case)
     wrapped = ResidualModel.wrap(model)
     found = block_jacobians(wrapped, TOKENS)
@@ -266,7 +268,7 @@ def test_other_packings(pack):
 
 
 def offloaded(model, where, folder):
-    """As accelerate leaves a model whose weights do not fit: on the host, with the tables too, or on the disk."""
+    """Offload as accelerate does: to the host, with the tables too, or to the disk."""
     import accelerate
 
     if where == "disk":
@@ -345,7 +347,7 @@ def test_a_block_on_several_devices_is_refused():
 
 
 def test_an_offloaded_model_that_is_bridged_wrongly_goes_by_its_own_blocks(monkeypatch, tmp_path):
-    """The bridge of a model that does not run as it stands is held to the model's own blocks all the same."""
+    """The bridge is held to the model's own blocks even if only traces run the model."""
     model = offloaded(cases.tiny_model("llama", torch.float32), "host", tmp_path)
     expected = block_jacobians(ResidualModel.wrap(model), TOKENS).jacobians
     right = ways.put_bridge_into
@@ -378,7 +380,7 @@ def test_upcast_puts_everything_back():
     assert half.dtype == torch.bfloat16
 
 
-# Tensors without numbers, as torch.compile uses them: a step with operands on two devices is an error there as on real ones.
+# Tensors without numbers, as torch.compile uses them: operands on two devices are an error there to
 TWO_DEVICES = """
 import sys, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -391,14 +393,17 @@ from lm_eval_coupling.jacobians.certify import probe, pulled_back
 from lm_eval_coupling.jacobians.levels import LEVELS
 
 mode = FakeTensorMode()  # one for all: directions are made once and kept
-SharedArguments.indices = lambda self, key, device, make: make()  # constants are no fake ones, and no other device is really there
+# Constants are no fake tensors, and there is no other device.
+SharedArguments.indices = lambda self, key, device, make: make()
 
 def place(module, device):
     for part in module.modules():
-        for tensors, kind in ((part._parameters, torch.nn.Parameter), (part._buffers, lambda t, **_: t)):
+        kinds = ((part._parameters, torch.nn.Parameter), (part._buffers, lambda t, **_: t))
+        for tensors, kind in kinds:
             for name, t in tensors.items():
                 if t is not None:
-                    tensors[name] = kind(torch.empty(t.shape, dtype=t.dtype, device=device), requires_grad=False)
+                    empty = torch.empty(t.shape, dtype=t.dtype, device=device)
+                    tensors[name] = kind(empty, requires_grad=False)
 
 def walk(case):
     wrapped = residual.ResidualModel.wrap(cases.tiny_model(case, torch.float32))
@@ -417,7 +422,8 @@ def walk(case):
                 for level in ("token-local", "autodiff"):
                     assert str(LEVELS[level](call, 2, 2, 1 << 20).device) == device
         assert str(traced.trajectory(1).device) == "other:0"
-        assert str(again.logits(traced.trajectory(1)).device) == "cpu"  # of a head tied to the embeddings
+        # The head is tied to the embeddings.
+        assert str(again.logits(traced.trajectory(1)).device) == "cpu"
 
 walk("llama")
 walk("gpt2")  # whose norm TransformerLens does not call
@@ -432,7 +438,7 @@ except RuntimeError as error:
 
 @pytest.mark.slow
 def test_blocks_on_several_devices_are_measured_where_they_lie():
-    """And without bringing the stream to a block's device, there would be an error: the test can fail."""
+    """Without moving the stream to a block's device there would be an error: the test can fail."""
     tests = Path(__file__).parents[1] / "support"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parents[1])))}
     done = subprocess.run(

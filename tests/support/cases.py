@@ -1,4 +1,4 @@
-"""The architecture matrix: random tiny configurations of every family, small enough for a naive oracle."""
+"""The architecture matrix: random tiny models of every family, for a naive oracle."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 _FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
-# Held to the same oracle in one test each; made by tests/support/every_family.py from the default configuration.
+# Held to the same oracle in one test each; every_family.py makes them from the default configurati
 MORE: dict[str, tuple[str, dict]] = {
     "falcon-one-norm": ("falcon", _FALCON_40B | {"num_ln_in_parallel_attn": 1}),
     "falcon-two-norms": ("falcon", _FALCON_40B | {"num_ln_in_parallel_attn": 2}),
@@ -198,7 +198,7 @@ def levels(case: str) -> list[str]:
 
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64, **changes) -> torch.nn.Module:
-    """A random model of the family, deterministic, with weights large enough that attention is far from uniform."""
+    """Make a deterministic random model, with weights so large that attention is not uniform."""
     model_type, config = CASES[case]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **copy.deepcopy(_COMMON | config | changes))

@@ -1,7 +1,7 @@
-"""A tiny Llama with a byte-level tokenizer, and tiny tasks, as files that lm-eval loads without network.
+"""A tiny Llama with a byte-level tokenizer, and tiny tasks, that lm-eval loads offline.
 
-Every byte is one token, so contexts and continuations split exactly and any text round-trips. The ranks that fit its
-width of 32 are small ones, such as ``coupling_ranks=4+8``.
+Every byte is one token, so contexts and continuations split exactly and any text round-trips. The
+ranks that fit its width of 32 are small ones, such as ``coupling_ranks=4+8``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 
-_CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+_CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def save_model(folder: str | Path, *, dtype: str = "float32", **config_overrides) -> str:
-    """Write a random model, the same every time, and its tokenizer; returns the folder as ``pretrained=`` wants it.
+    """Write a deterministic random model and its tokenizer; return the folder for ``pretrained=``.
 
     Args:
         folder: created where it does not exist.
@@ -130,7 +133,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """,
-    # A different context per choice, as upstream does it: the text is the gold index, the choices are the contexts.
+    # A context per choice, as upstream: the text is the gold index, the choices are the contexts.
     "winogrande": _ACCURACY
     + """\
 doc_to_text: gold
@@ -159,7 +162,7 @@ KINDS = tuple(_TASKS)
 
 
 def save_task(folder: str | Path, kind: str) -> str:
-    """Write a task of eight documents into ``folder``, to be used as ``--include_path``; returns the task's name.
+    """Write a task of eight documents into ``folder``, an ``--include_path``; return its name.
 
     Args:
         folder: created where it does not exist; several kinds may share it.
@@ -170,6 +173,9 @@ def save_task(folder: str | Path, kind: str) -> str:
     data, name = folder / f"{kind}.jsonl", f"tiny_{kind}"
     data.write_text("".join(json.dumps(document) + "\n" for document in _documents(kind)))
     source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: test\n"
+    head = (
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\n"
+        "test_split: test\n"
+    )
     (folder / f"{name}.yaml").write_text(f"{head}{_TASKS[kind]}metadata:\n  version: 1.0\n")
     return name

@@ -68,7 +68,7 @@ def class_name(model_type: str) -> str:
 
 
 def tiny_classifier(case: str, dtype: torch.dtype = torch.float64, **changes) -> torch.nn.Module:
-    """A random model of the family, deterministic, with weights large enough that attention is far from uniform."""
+    """Make a deterministic random model, with weights so large that attention is not uniform."""
     import transformers
 
     model_type, config = CASES[case][:2] if case in CASES else (case, NO_STREAM[case])
