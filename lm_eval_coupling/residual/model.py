@@ -67,7 +67,7 @@ class ResidualModel:
         ]
         tables = looked_up(model)
         outside = self._weights_outside_blocks(tables)
-        self.tracer = Tracer(model, self.block_list, inputs, tables, outside)
+        self.tracer = Tracer(model, self.block_list, inputs=inputs, tables=tables, outside=outside)
         self._lens = Lens(
             model, self.blocks, inputs=inputs, tables=tables, outside=outside, device=self.device
         )

@@ -40,14 +40,14 @@ class Stamp:
         } | {place.removeprefix("module ").replace(", buffer ", ".") for place in ignored}
         tensors = {name: t for name, t in named_tensors(model) if name not in skipped}
         return cls(
-            {name: _place(tensor) for name, tensor in tensors.items()},
-            dict(_entries(tensors)),
-            attachments_of(model, ignored),
-            {
+            places={name: _place(tensor) for name, tensor in tensors.items()},
+            entries=dict(_entries(tensors)),
+            attached=attachments_of(model, ignored),
+            classes={
                 name: (type(module), "forward" in vars(module))
                 for name, module in model.named_modules()
             },
-            frozenset(ignored),
+            ignored=frozenset(ignored),
         )
 
     def change_in(self, model: nn.Module) -> str | None:

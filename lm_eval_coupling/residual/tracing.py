@@ -55,6 +55,7 @@ class Tracer:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
+        *,
         inputs: Inputs,
         tables: dict[nn.Module, nn.Embedding],
         outside: Sequence[Tensor],
