@@ -76,7 +76,9 @@ def _rows(run: SavedRun, table: SavedTable, score: Mapping[str, Any]) -> Iterato
         "prompting": run.prompting(table.task),
         "task": table.task,
     } | dict(score)
-    own, twin = document_values(trained), document_values(untrained)
+    own = document_values(trained)
+    # Averages of nothing take as long as others, and most tables have no twin.
+    twin = document_values(untrained) if len(untrained) else pd.DataFrame()
     others: dict[str, Any] = {}
     for name in [name for name in own if "@" not in name]:
         others[name], others[f"{name}_stderr"], _ = mean_and_error(own[name])
@@ -114,9 +116,8 @@ def paired_difference(first: pd.Series, second: pd.Series) -> dict[str, float | 
     With it come ``difference_stderr`` and Student's 95 % interval, ``difference_low`` and
     ``difference_high``.
     """
-    empty = pd.Series(dtype=float)
-    differences = (first - second).dropna() if len(first) and len(second) else empty
-    mean, error, n = mean_and_error(differences)
+    has_both = len(first) and len(second)
+    mean, error, n = mean_and_error(first - second) if has_both else (math.nan, math.nan, 0)
     estimate = Estimate.from_t(mean, error, max(n - 1, 1), 0.95)
     return {
         "paired": n,
