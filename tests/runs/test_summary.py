@@ -107,6 +107,8 @@ def test_every_measure_at_every_rank():
     assert set(found) == {
         "coupling",
         "coupling_with_diagonal",
+        "rotated",
+        "one_pair",
         *PAIR_MEASURES,
         *of_jacobians,
         *of_the_trajectory,
