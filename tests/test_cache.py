@@ -45,7 +45,8 @@ def test_a_folder_that_another_user_could_have_filled_is_not_used(temporary, pla
         name.mkdir()
         name.chmod(0o777 if planted == "writable" else 0o700)
     if planted == "owner":
-        monkeypatch.setattr(os, "getuid", lambda own=os.getuid(): own + 1)
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
         name.rename(name.with_name(f"lm-eval-coupling-{os.getuid()}"))
     folder = cache.cache_folder()
     assert folder != name and Path(folder).stat().st_mode & 0o777 == 0o700

@@ -19,13 +19,13 @@ def require_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        reason = "" if os.access(folder, os.W_OK) else "Permission denied"
     except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
         raise CouplingError(
-            f"got output folder {folder}, which cannot be written ({error.strerror}); "
-            "choose another"
-        ) from None
+            f"got output folder {folder}, which cannot be written ({reason}); choose another"
+        )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ def test_of_a_prompt_measured_twice_the_newer_counts(tmp_path):
 def test_tables_of_before_there_were_twins_are_trained(plain):
     assert study_tables.read([plain])["weights"].tolist() == ["trained", "trained"]
     with pytest.raises(
-        CouplingError, match="none with untrained weights; measure again with coupling_untrained_seed=0"
+        CouplingError,
+        match="none with untrained weights; measure again with coupling_untrained_seed=0",
     ):
         require(load_records(plain), [], weights="untrained")
 

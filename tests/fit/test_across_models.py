@@ -111,7 +111,9 @@ class TestAcross:
         assert found.notes == ("the same for all models: line_shape_score, n_layers, d_model",)
 
     def test_no_relation_is_claimed_of_noise(self):
-        """Holm promises that at most 5% of families of tests have a false claim; of 60 families of three scores."""
+        """Holm promises that at most 5% of families of tests have a false claim; of 60 families of
+        three scores.
+        """
         rng, claims, n = np.random.default_rng(1), 0, 10
         for _ in range(60):
             results = {

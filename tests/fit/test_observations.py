@@ -113,7 +113,9 @@ class TestObservations:
         assert "of 1 models the last checkpoint counts, 2 rows do not" in found.notes
 
     def test_labels_tell_models_apart_and_no_more(self, tmp_path):
-        """Regression: of two folders with one last name the labels were the whole paths, and in notes they had one name."""
+        """Regression: of two folders with one last name the labels were the whole paths, and in
+        notes they had one name.
+        """
         for i, model in enumerate(("/home/me/a/base", "/home/me/b/base", "org/other")):
             save_model(tmp_path, model, i / 10 + 0.1, {"arc": 0.3})
         save(tmp_path, {"arc": task_summary()}, model="/home/me/c/base", coupling=False)
@@ -219,7 +221,9 @@ class TestObservations:
             observations(tmp_path, score="bleu")
 
     def test_accuracies_and_losses_have_no_mean(self, tmp_path):
-        """The mean of an accuracy and of −bits per byte was a score, of which the loss as a rival was the larger part."""
+        """The mean of an accuracy and of −bits per byte was a score, of which the loss as a rival
+        was the larger part.
+        """
 
         def add_loss(run):
             score = {"bits_per_byte,none": run["results"]["text"].pop("acc,none")}
@@ -265,7 +269,9 @@ class TestFaultsOfReading:
         file.write_text(json.dumps(run | changes))
 
     def test_the_direction_of_a_metric_is_that_of_lm_eval(self, tmp_path):
-        """A bias that is better when lower was taken as better when higher, as its name is not that of a loss."""
+        """A bias that is better when lower was taken as better when higher, as its name is not that
+        of a loss.
+        """
         for i in range(10):
             told = {"arc": {"likelihood_diff": False}}
             self.save(tmp_path, f"m{i}", 0.9 - 0.05 * i, i, higher_is_better=told)

@@ -60,7 +60,9 @@ class TestDocuments:
         )
 
     def test_one_model_prompted_in_two_ways_is_told_apart(self, tmp_path):
-        """Regression: its documents had both names at once, and the command ended with a traceback of pandas."""
+        """Regression: its documents had both names at once, and the command ended with a traceback
+        of pandas.
+        """
         for shots in (0, 5):
             made_so = {"change": lambda run, shots=shots: run.update({"n-shot": {"arc": shots}})}
             save_documents(
@@ -82,7 +84,9 @@ class TestDocuments:
         assert areas["a (5-shot)"] < 0.5
 
     def test_models_are_taken_together_over_the_documents_that_they_share(self, tmp_path):
-        """What each is too few answers for: the numbers are those of ``statistics``, the words name what else says it."""
+        """What each is too few answers for: the numbers are those of ``statistics``, the words name
+        what else says it.
+        """
         rng = np.random.default_rng(1)
         for model in "abc":
             values = rng.uniform(0.1, 0.5, 60)

@@ -1,4 +1,6 @@
-"""One model object evaluated several times, as during training: each evaluation is of the weights as they are then."""
+"""One model object evaluated several times, as during training: each evaluation is of the weights
+as they are then.
+"""
 
 import lm_eval
 import pytest

@@ -1,4 +1,6 @@
-"""lm-eval in fresh interpreters, with and without the start-up hook: nothing other models notice, refusals before work."""
+"""lm-eval in fresh interpreters, with and without the start-up hook: nothing other models notice,
+refusals before work.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
 
 
 def python(code, *words, hook):
-    """Run ``code`` in a fresh interpreter with all packages, with or without what the start-up hook does."""
+    """Run ``code`` in a fresh interpreter with all packages, with or without what the start-up hook
+    does.
+    """
     environment = {k: v for k, v in os.environ.items() if k != OPT_OUT} | (
         {} if hook else {OPT_OUT: "1"}
     )
@@ -126,7 +130,7 @@ twice = look()
 print(before[0][0], sum(before[0][1:]))
 print(once[0][0], sum(once[0][1:]))
 print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
@@ -153,7 +157,9 @@ except SystemExit as ended:
     ["coupling_rank=4", "coupling_ranks=10+9999", "coupling_position=1.5", "coupling_out=1e5"],
 )
 def test_a_wrong_argument_is_refused_before_torch_is_loaded(tmp_path, wrong):
-    """lm-eval's own command had indexed its tasks and loaded everything before it was told of a misspelt word."""
+    """lm-eval's own command had indexed its tasks and loaded everything before it was told of a
+    misspelt word.
+    """
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
     words = [
         "--model",

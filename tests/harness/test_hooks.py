@@ -276,7 +276,9 @@ def test_files_of_lm_eval_that_are_cut_short_end_the_command_with_an_error(
 def test_a_wrong_argument_on_lm_evals_command_line(
     installed, tmp_path, monkeypatch, capfd, by_file
 ):
-    """Before lm-eval indexes its tasks, which takes ten seconds, and whether it stands on the line or in a file."""
+    """Before lm-eval indexes its tasks, which takes ten seconds, and whether it stands on the line
+    or in a file.
+    """
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import manager
 
@@ -363,7 +365,9 @@ def test_how_it_was_asked_is_known(installed):
 
 
 def test_a_reloaded_module_records_again(installed):
-    """A notebook's autoreload lost the recording without a word, because the module was still marked as done."""
+    """A notebook's autoreload lost the recording without a word, because the module was still
+    marked as done.
+    """
     before = installed.evaluator.evaluate
     importlib.reload(installed.evaluator)
     once = installed.evaluator.evaluate
@@ -377,7 +381,9 @@ def test_a_reloaded_module_records_again(installed):
 
 
 def test_a_name_that_was_bound_before_us_records():
-    """After ``from lm_eval import evaluate``, then this package: scores without coupling, and not a word."""
+    """After ``from lm_eval import evaluate``, then this package: scores without coupling, and not a
+    word.
+    """
     from lm_eval.utils import positional_deprecated
 
     module = types.SimpleNamespace(

@@ -65,7 +65,9 @@ def test_a_wrong_argument_is_refused_in_one_sentence(home, tmp_path, arguments, 
 
 
 def test_the_best_device_is_taken_if_none_is_given(home, tmp_path):
-    """HFLM's own default is a GPU, there or not; that of lm-eval's command is the first one, and the CPU without any."""
+    """HFLM's own default is a GPU, there or not; that of lm-eval's command is the first one, and
+    the CPU without any.
+    """
     given = {"coupling_ranks": "2", "coupling_store": str(tmp_path / "s.sqlite")}
     assert CouplingLM(str(home / "float32"), **given).device == device_named(None)
     there = device_named(None) if device_named(None).type == "cuda" else torch.device("cpu")
@@ -79,11 +81,13 @@ def test_no_model_is_said_in_one_sentence():
 
 COMMAND_LINE = """
 position=-2 seed=7.0 ranks=[10,30] limit=1e2 trajectories=true out=2024 untrained=None prompt=rendered
-""".split()
+""".split()  # noqa: E501
 
 
 def test_numbers_and_lists_as_the_command_line_hands_them_over(tmp_path, monkeypatch):
-    """A negative position came as -2.0 and was refused, and so was the documented default of -1 written out."""
+    """A negative position came as -2.0 and was refused, and so was the documented default of -1
+    written out.
+    """
     from lm_eval._cli.utils import key_val_to_dict
 
     monkeypatch.chdir(tmp_path)
@@ -265,7 +269,7 @@ def test_a_dry_run_says_the_cost_and_scores_nothing(
     told = capsys.readouterr().out
     assert ended.value.code == 0
     assert (
-        "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct"
+        "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct"  # noqa: E501
         in told
     )
     assert told.count("; the other 5 take up to ") == 2 and "untrained weights: 6 prompts" in told

@@ -145,7 +145,9 @@ def test_models_that_are_not_there(home, tmp_path):
 
 
 def test_a_folder_has_no_revisions(home):
-    """transformers takes no notice of them: the same weights were measured as checkpoints of a training."""
+    """transformers takes no notice of them: the same weights were measured as checkpoints of a
+    training.
+    """
     assert not look(home / "model")[1]
     (found,) = look(home / "model", revisions=["main", "step1"])[1]
     assert not look(home / "model", {"peft": "some/adapter"}, revisions=["step1"])[1]
@@ -156,7 +158,9 @@ def test_a_folder_has_no_revisions(home):
 
 
 def test_models_of_the_hub(monkeypatch, tmp_path):
-    """Off line what is not in the cache cannot be had; on line each revision must be one that the model has."""
+    """Off line what is not in the cache cannot be had; on line each revision must be one that the
+    model has.
+    """
     import types
 
     import huggingface_hub

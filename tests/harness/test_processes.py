@@ -96,8 +96,10 @@ def test_what_the_other_processes_measured_is_kept(home, tmp_path):
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing_and_measure_nothing_twice(tmp_path):
-    """Killed at random moments while they measure; the last one's tables are those of a run left alone."""
-    code = "import kills, pathlib, sys, json; print(json.dumps(kills.compare(pathlib.Path(sys.argv[1]), 3, 500)))"
+    """Killed at random moments while they measure; the last one's tables are those of a run left
+    alone.
+    """
+    code = "import kills, pathlib, sys, json; print(json.dumps(kills.compare(pathlib.Path(sys.argv[1]), 3, 500)))"  # noqa: E501
     path = os.pathsep.join([str(HOOK.parent), str(HOOK.parent / "tests" / "support")])
     words = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(

@@ -49,7 +49,9 @@ def changed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(home, changed, tmp_path_factory):
-    """One model and task twice, in every way to answer its examples; the first way of all a second time."""
+    """One model and task twice, in every way to answer its examples; the first way of all a second
+    time.
+    """
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
 
@@ -119,7 +121,9 @@ def sources(folder: Path):
 
 
 def test_functions_are_what_they_say(tmp_path):
-    """By its name alone an edited function was the one before, and a function in nested settings was where it lay."""
+    """By its name alone an edited function was the one before, and a function in nested settings
+    was where it lay.
+    """
     a, b = sources(tmp_path / "a"), sources(tmp_path / "b")
     typed = {}
     exec("def one(doc):\n    return doc['c']\n\ntwo = lambda doc: doc['d']", typed)
@@ -157,7 +161,7 @@ from lm_eval_coupling.harness.plain import digest
 from test_prompt_identity import sources
 found = sources(Path({folder!r}))
 print(digest([FewshotConfig(doc_to_target=found.one), {{"c", "b", "a"}}, found.made(frozenset("abc")), lambda doc: doc]))
-"""
+"""  # noqa: E501
 
 
 def test_digests_are_the_same_in_every_process(tmp_path):
@@ -216,7 +220,7 @@ def _with_template(tokenizer):
 
 
 def test_a_tokenizer_object_is_what_it_makes_of_texts(home, encoding):
-    """Any object was taken for the model's own: prompts of one more token went under the same name."""
+    """Any object was taken for the model's own: prompts of one more token went under the same name."""  # noqa: E501
     assert encoding() == encoding(pretrained=str(home / "float32")) == []
     others = {
         change: encoding(change)
@@ -252,7 +256,7 @@ def test_metadata_that_makes_documents_tells_runs_apart():
 
 
 def test_a_models_arguments_in_the_metadata_are_not_the_tasks():
-    """lm-eval adds them to the metadata of every task; two models would have no prompt in common."""
+    """lm-eval adds them to the metadata of every task; two models would have no prompt in common."""  # noqa: E501
     first, second = (
         facts(
             {"pretrained": name, "dtype": "auto", "coupling_ranks": 4, "my_own": name, "n": 3},

@@ -1,4 +1,6 @@
-"""The measured tokens are those that HFLM feeds to the model; the oracle is what the model was called with."""
+"""The measured tokens are those that HFLM feeds to the model; the oracle is what the model was
+called with.
+"""
 
 import pytest
 import tiny
@@ -38,7 +40,9 @@ class Fed(HFLM):
         return self.rows, self.continuations
 
     def context(self, request):
-        """The part of what was fed that comes before the continuation, whose last token is never fed."""
+        """The part of what was fed that comes before the continuation, whose last token is never
+        fed.
+        """
         (row,), (continuation,) = self.fed(request)
         assert (*row, continuation[-1])[-len(continuation) :] == continuation
         return row[: len(row) + 1 - len(continuation)]
@@ -51,7 +55,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lm(folder):
-    """Make an HFLM over the tiny model. Tokenizers: ``plain``, ``bos`` (adds one by itself), ``merging`` (a and b to ab)."""
+    """Make an HFLM over the tiny model. Tokenizers: ``plain``, ``bos`` (adds one by itself),
+    ``merging`` (a and b to ab).
+    """
     model = AutoModelForCausalLM.from_pretrained(folder)
 
     def make(tokenizer="plain", **options):
@@ -75,7 +81,9 @@ def _bos(folder):
 
 
 def _merging(folder):
-    """Joins the last letter of one word to the first of the next, as no sane tokenizer does but BPE may."""
+    """Joins the last letter of one word to the first of the next, as no sane tokenizer does but BPE
+    may.
+    """
     names = ["<s>", "</s>", "<pad>", *"abcx", "ab"]
     tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[("a", "b")]))
     return PreTrainedTokenizerFast(
@@ -134,7 +142,9 @@ def test_spaces_at_the_end_belong_to_the_continuation(lm):
 
 @TOKENIZERS
 def test_the_other_reading_keeps_the_spaces_at_the_end(lm, tokenizer):
-    """A task of choices and one that generates are then measured at the same token of the same prompt."""
+    """A task of choices and one that generates are then measured at the same token of the same
+    prompt.
+    """
     lm, chat = lm(tokenizer), "<user>Why?\n<assistant>\n"
     choice, generation = (
         scored((chat, " Because")),
@@ -156,7 +166,9 @@ def test_the_other_reading_is_cut_from_the_left_too(lm):
 
 
 def test_bos_is_added_once(lm):
-    """By the tokenizer or on demand, but never before a text (a chat template's) that begins with it."""
+    """By the tokenizer or on demand, but never before a text (a chat template's) that begins with
+    it.
+    """
     for made in (lm("bos"), lm("plain", add_bos_token=True, max_length=None)):
         for context in ("sky", "<s>sky"):
             for asked in (

@@ -56,7 +56,9 @@ def test_coupling_is_among_what_trackio_logs(evaluate, tmp_path, monkeypatch):
 
 
 def test_a_document_has_the_value_of_the_naive_oracle(evaluate, home):
-    """From the document's text to its number: tokenised, differentiated row by row, decomposed and averaged in float64."""
+    """From the document's text to its number: tokenised, differentiated row by row, decomposed and
+    averaged in float64.
+    """
     from oracles import oracle
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +90,9 @@ def test_unmeasured_documents_have_no_value(evaluate):
 
 
 def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
-    """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked for."""
+    """lm-eval itself saves nothing where it has no EvaluationTracker; we do where a folder is asked
+    for.
+    """
     found = evaluate(kinds=("choice",), arguments={"coupling_out": str(tmp_path / "tables")})
     frame = load_records(tmp_path / "tables")
     assert sorted(frame.doc_hash) == sorted(
@@ -100,7 +104,7 @@ def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
 def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
-        f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
+        f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"  # noqa: E501
     )
     arguments = (
         f"pretrained={home / 'float32'},coupling_ranks=2+4,coupling_store={tmp_path / 's.sqlite'}"
@@ -134,7 +138,7 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
         printed,
     )
     assert re.search(
-        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work",
+        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work",  # noqa: E501
         printed,
     )
     value = written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"]
@@ -147,7 +151,9 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
 
 
 def test_results_are_strict_json(evaluate, tmp_path):
-    """With one document there is no standard error; NaN in the file was refused by every strict parser."""
+    """With one document there is no standard error; NaN in the file was refused by every strict
+    parser.
+    """
     from lm_eval.loggers import EvaluationTracker
 
     results = evaluate(kinds=("choice",), limit=1)
@@ -164,7 +170,9 @@ def test_results_are_strict_json(evaluate, tmp_path):
 
 
 def test_evaluate_itself_leaves_tables(home, manager, tmp_path):
-    """Without simple_evaluate: coupling_out stayed empty, and a tracker made later found nothing to write."""
+    """Without simple_evaluate: coupling_out stayed empty, and a tracker made later found nothing to
+    write.
+    """
     from lm_eval import evaluator
     from lm_eval.loggers import EvaluationTracker
 
@@ -190,7 +198,9 @@ def test_evaluate_itself_leaves_tables(home, manager, tmp_path):
 @pytest.mark.parametrize("logged", [True, False])
 @pytest.mark.parametrize("chosen", [[5, 7], [7, 1, 5]])
 def test_documents_have_the_numbers_that_lm_eval_logs(evaluate, tmp_path, logged, chosen):
-    """--samples numbers requests anew: `show --doc 5` said that there is no such document, `--doc 0` showed it."""
+    """--samples numbers requests anew: `show --doc 5` said that there is no such document, `--doc
+    0` showed it.
+    """
     arguments = {"coupling_out": str(tmp_path / "out"), "coupling_limit": "all"}
     samples = {"tiny_choice": chosen}
     found = evaluate(kinds=("choice",), samples=samples, log_samples=logged, arguments=arguments)
@@ -220,7 +230,9 @@ ENCODING = {"one more token": {"add_bos_token": True}, "fewer tokens": {"max_len
 
 
 def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
-    """Runs of other prompts went under one name; each way to make them is told apart, in results and in tables."""
+    """Runs of other prompts went under one name; each way to make them is told apart, in results
+    and in tables.
+    """
     digests = {}
     for name, options in {
         "plain": {},
@@ -244,7 +256,9 @@ def test_what_makes_the_prompts_is_recorded(evaluate, tmp_path):
 
 
 def test_what_was_measured_stands_under_the_table(evaluate, tmp_path):
-    """Twins took half of the time and appeared nowhere; the table said "coupling 0.0613" and nothing else."""
+    """Twins took half of the time and appeared nowhere; the table said "coupling 0.0613" and
+    nothing else.
+    """
     from lm_eval import utils
 
     out = tmp_path / "tables"

@@ -1,4 +1,6 @@
-"""The start-up hook: what every interpreter pays for it, what it does on an import of lm-eval, what it leaves alone."""
+"""The start-up hook: what every interpreter pays for it, what it does on an import of lm-eval, what
+it leaves alone.
+"""
 
 import importlib
 import os
@@ -21,7 +23,7 @@ HOOKED = f"import site; site.addsitedir({str(HOOK)!r})\n"
 
 
 def python(code, *path, options=(), **environment):
-    """Run ``code`` in a fresh interpreter that sees nothing but the standard library and ``path``."""
+    """Run ``code`` in a fresh interpreter that sees nothing but the standard library and ``path``."""  # noqa: E501
     inherited = {
         k: v for k, v in os.environ.items() if k not in (OPT_OUT, "PYTHONDONTWRITEBYTECODE")
     }
@@ -78,7 +80,9 @@ def test_a_start_loads_the_hook_and_nothing_else(tmp_path):
 
 
 def test_a_start_costs_little_beside_that_of_python(tmp_path):
-    """All that importing the hook imports, over the `site` that every start imports, with byte-code; a third is usual."""
+    """All that importing the hook imports, over the `site` that every start imports, with
+    byte-code; a third is usual.
+    """
 
     def share():
         found = python(
@@ -115,7 +119,7 @@ STARTS = [HOOKED, "import lm_eval_coupling._startup as s; s.install()\n"]
 @pytest.mark.parametrize("start", STARTS, ids=["pth", "start"])
 def test_the_opt_out_variable(lm_eval, start):
     code = start + "import sys, lm_eval.models as m\n"
-    code += "print(len(m.model_registry), any('lm_eval_coupling' in repr(finder) for finder in sys.meta_path))"
+    code += "print(len(m.model_registry), any('lm_eval_coupling' in repr(finder) for finder in sys.meta_path))"  # noqa: E501
     assert quiet(python(code, ROOT, lm_eval())) == ["1", "True"]
     assert quiet(python(code, ROOT, lm_eval(), **{OPT_OUT: "1"})) == ["0", "False"]
 
@@ -219,7 +223,9 @@ def test_the_finder_answers_for_the_modules_that_the_plugin_knows():
 
 
 def test_the_files_are_what_site_reads():
-    """A line of a .pth is executed if it begins with import; a .start file (PEP 829) names a function."""
+    """A line of a .pth is executed if it begins with import; a .start file (PEP 829) names a
+    function.
+    """
     (line,) = (HOOK / "lm_eval_coupling_hook.pth").read_text().splitlines()
     assert line.startswith("import ") and OPT_OUT in line
     (entry,) = (HOOK / "lm_eval_coupling_hook.start").read_text().splitlines()

@@ -1,4 +1,6 @@
-"""The bundled tasks: lm-eval finds and loads them wherever it is started, and their documents and scoring are right."""
+"""The bundled tasks: lm-eval finds and loads them wherever it is started, and their documents and
+scoring are right.
+"""
 
 import json
 import os
@@ -53,7 +55,9 @@ def generate(demo):
 
 
 def with_hook(code, cwd, **environment):
-    """What ``code`` prints last, read as JSON, in a fresh interpreter with the start-up hook and without network."""
+    """What ``code`` prints last, read as JSON, in a fresh interpreter with the start-up hook and
+    without network.
+    """
     inherited = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     found = subprocess.run(
@@ -127,7 +131,9 @@ class TestChoice:
 
     @pytest.mark.parametrize("extreme", [min, max])
     def test_length_does_not_give_the_answer_away(self, choice, extreme):
-        """Choosing by length, where ties share a point, comes out near chance: 0.25, standard error 0.03."""
+        """Choosing by length, where ties share a point, comes out near chance: 0.25, standard error
+        0.03.
+        """
         points = []
         for document in choice.eval_docs:
             lengths = [len(text) for text in document["choices"]]
@@ -287,7 +293,7 @@ class TestGroups:
     not BENCHMARKS.is_dir(), reason="needs local copies of the benchmarks in ../shared/hf"
 )
 def test_groups_load_their_data(tmp_path):
-    """Each benchmark's own few-shot examples and question are in the prompt of its first document."""
+    """Each benchmark's own few-shot examples and question are in the prompt of its first document."""  # noqa: E501
     found = with_hook(
         """
 import json

@@ -11,7 +11,9 @@ from lm_eval_coupling.residual.untrained import untrained_twin
 
 
 def test_the_untrained_twin_is_measured_on_the_same_prompts(evaluate, tmp_path):
-    """Beside the trained weights, never among them; the same for the same seed and found again in the store."""
+    """Beside the trained weights, never among them; the same for the same seed and found again in
+    the store.
+    """
     arguments = {
         "coupling_limit": "all",
         "coupling_untrained_seed": 3,

@@ -46,7 +46,8 @@ def release(request, monkeypatch):
     return request.param
 
 
-# As its entry point loads it: once lm-eval is there, from inside simple_evaluate, without anything of ours before.
+# As its entry point loads it: once lm-eval is there, from inside simple_evaluate, without anything
+# of ours before.
 AS_AN_ENTRY_POINT = """
 import sys
 from lm_eval import simple_evaluate
@@ -74,7 +75,7 @@ results = simple_evaluate(
     task_manager=TaskManager(include_path=home + "/tasks", include_defaults=False),
 )
 tracker.save_results_aggregated(results, results.pop("samples"))
-"""
+"""  # noqa: E501
 
 
 def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
@@ -95,9 +96,9 @@ def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
 
 
 def test_the_command_with_the_hook(release, home, tmp_path):
-    start = f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
+    start = f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"  # noqa: E501
     (tmp_path / "run.py").write_text(start)
-    arguments = f"pretrained={home / 'float32'},coupling_ranks=2,coupling_limit=2,coupling_store={tmp_path / 's'}"
+    arguments = f"pretrained={home / 'float32'},coupling_ranks=2,coupling_limit=2,coupling_store={tmp_path / 's'}"  # noqa: E501
     words = [
         "--tasks",
         "tiny_choice",

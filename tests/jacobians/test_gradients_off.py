@@ -1,4 +1,6 @@
-"""Derivatives are taken whatever mode the caller is in, and a block whose gradients are wrong is never believed."""
+"""Derivatives are taken whatever mode the caller is in, and a block whose gradients are wrong is
+never believed.
+"""
 
 import cases
 import numpy as np
@@ -28,7 +30,9 @@ def measured(model):
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_callers_mode_does_not_matter(case, mode, device):
-    """Inside torch.inference_mode() every coupling came out as 1, with a certificate of exactly 0; autocast failed all."""
+    """Inside torch.inference_mode() every coupling came out as 1, with a certificate of exactly 0;
+    autocast failed all.
+    """
     expected = measured(cases.tiny_model(case, torch.float32).to(device))
     with MODES[mode](device):
         model = cases.tiny_model(case, torch.float32).to(
@@ -44,7 +48,9 @@ def test_the_callers_mode_does_not_matter(case, mode, device):
 
 
 def test_a_default_device_elsewhere_does_not_matter():
-    """torch.set_default_device("cuda") made random directions fail, and nothing was recorded; "meta" is as far off."""
+    """torch.set_default_device("cuda") made random directions fail, and nothing was recorded;
+    "meta" is as far off.
+    """
     model = cases.tiny_model("llama", torch.float32)
     expected = measured(model)
     with torch.device("meta"):
@@ -73,7 +79,9 @@ class _WithoutGradients(torch.nn.Module):
 @pytest.mark.parametrize("how", ["no_grad", "detach"])
 @pytest.mark.parametrize("method", ["auto", "token-local", "autodiff"])
 def test_a_part_without_gradients_is_refused(how, method):
-    """The closed level was right and rejected, autodiff wrong and accepted: both were compared with autograd alone."""
+    """The closed level was right and rejected, autodiff wrong and accepted: both were compared with
+    autograd alone.
+    """
     model = cases.tiny_model("llama", torch.float32)
     mlp = model.model.layers[1].mlp
     mlp.__class__ = type(

@@ -1,4 +1,6 @@
-"""Block Jacobians against a row-by-row float64 oracle and against the unmodified transformers model, for every family."""
+"""Block Jacobians against a row-by-row float64 oracle and against the unmodified transformers
+model, for every family.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ PAIRS = {
     2: {1: [1, 0], 0: [1]},
     17: {0: [0], 8: [8], 16: [16, 0, 13], 3: [8]},
 }  # inputs by output token
-# transformers computes norms, softmax and rotary embeddings in float32 whatever the model's dtype, and Qwen3-Next's linear
+# transformers computes norms, softmax and rotary embeddings in float32 whatever the model's dtype,
+# and Qwen3-Next's linear
 # attention altogether
 SHARED_CASTS = 1e-6
 LINEAR_ATTENTION_CASTS = 1e-4
@@ -65,7 +68,9 @@ def test_jacobian_is_the_unmodified_models(case, float64_device):
 @pytest.mark.parametrize("case", ["llama", "gemma2", "bloom", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype, device):
-    """Derivatives of bf16 weights are those of the same weights in float32, and the weights are left in bf16."""
+    """Derivatives of bf16 weights are those of the same weights in float32, and the weights are
+    left in bf16.
+    """
     model = cases.tiny_model(case, dtype).to(device)
     before = {name: p.clone() for name, p in model.named_parameters()}
     tokens = cases.tiny_tokens(9)
@@ -107,7 +112,9 @@ def test_tokens_are_mixed_and_causal(float64_device):
     ("level", "following"), [("closed", "token-local"), ("token-local", "autodiff")]
 )
 def test_a_broken_level_is_caught_by_its_certificate(monkeypatch, level, following):
-    """A wrong Jacobian is never recorded under ``auto``: the layer falls to the next level and says so."""
+    """A wrong Jacobian is never recorded under ``auto``: the layer falls to the next level and says
+    so.
+    """
     right = levels.LEVELS[level]
     names = list(levels.LEVELS)
     later = {name: levels.LEVELS[name] for name in names[names.index(level) :]}

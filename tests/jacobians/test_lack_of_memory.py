@@ -1,4 +1,6 @@
-"""Memory: what is not needed any more goes at once, and a lack of it is seen as one, whatever the device calls it."""
+"""Memory: what is not needed any more goes at once, and a lack of it is seen as one, whatever the
+device calls it.
+"""
 
 import gc
 import weakref
@@ -13,7 +15,9 @@ from lm_eval_coupling.jacobians.tangent import NearIdentity, Origin
 
 
 def test_what_a_block_leaves_goes_with_it():
-    """A norm's derivative led back to itself: a matrix per prompt and block stayed until Python looked for such circles."""
+    """A norm's derivative led back to itself: a matrix per prompt and block stayed until Python
+    looked for such circles.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -31,7 +35,9 @@ def test_what_a_block_leaves_goes_with_it():
 
 @pytest.mark.parametrize("words", ["CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"])
 def test_lack_of_memory_is_no_reason_for_a_slower_level(words, monkeypatch):
-    """Devices other than torch's own class say it in words: blocks then went one by one through the slowest level."""
+    """Devices other than torch's own class say it in words: blocks then went one by one through the
+    slowest level.
+    """
     wrapped = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
 
     def scarce(*_):

@@ -1,4 +1,6 @@
-"""Block Jacobians of further families, each in one configuration, against float64 autograd of the unmodified model."""
+"""Block Jacobians of further families, each in one configuration, against float64 autograd of the
+unmodified model.
+"""
 
 import copy
 
@@ -45,7 +47,9 @@ def test_float64_jacobians_are_the_oracles(case, device):
 
 
 def test_a_family_that_transformers_cannot_run_in_float64():
-    """XGLM fills a float32 scalar with the least float64: what there is to compare with is its own float32."""
+    """XGLM fills a float32 scalar with the least float64: what there is to compare with is its own
+    float32.
+    """
     model, tokens = every_family.tiny("xglm", torch.float32), cases.tiny_tokens(9)
     found = block_jacobians(ResidualModel.wrap(model), tokens)
     for layer, jacobian in enumerate(found.jacobians):
@@ -53,7 +57,9 @@ def test_a_family_that_transformers_cannot_run_in_float64():
 
 
 def test_what_blocks_hand_to_each_other_is_said():
-    """Gemma 4's later blocks attend to the keys and values of earlier ones, which their derivatives hold fixed."""
+    """Gemma 4's later blocks attend to the keys and values of earlier ones, which their derivatives
+    hold fixed.
+    """
     assert (
         "shared_kv_states of earlier blocks are held fixed"
         in ResidualModel.wrap(tiny("gemma4_text", torch.float32)).wrapping_reason
@@ -75,7 +81,9 @@ def test_half_precision_weights(case, dtype, device):
 @pytest.mark.parametrize("case", ["olmo", "olmo2", "olmo3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_olmo_in_half_precision(case, dtype, device):
-    """The dtype it is published in: TransformerLens multiplies float32 queries with bf16 values, and wrapping failed."""
+    """The dtype it is published in: TransformerLens multiplies float32 queries with bf16 values,
+    and wrapping failed.
+    """
     model, tokens = cases.tiny_model(case, dtype), cases.tiny_tokens(9)
     found = block_jacobians(ResidualModel.wrap(copy.deepcopy(model).to(device)), tokens)
     reference = copy.deepcopy(model).double()
@@ -93,7 +101,9 @@ def test_olmo_in_half_precision(case, dtype, device):
     ],
 )
 def test_what_is_no_residual_stream_is_refused_in_one_sentence(model_type, message):
-    """Several streams, a norm on the skip connection, blocks that run in circles, a stream split in two."""
+    """Several streams, a norm on the skip connection, blocks that run in circles, a stream split in
+    two.
+    """
     try:
         model = every_family.tiny(model_type)
     except Exception as error:

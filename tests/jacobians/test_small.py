@@ -20,7 +20,9 @@ OUTPUTS += ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def faint(case, scale):
-    """A float32 model whose blocks add ``scale`` times what those of the family add, and what its Jacobians J_tt are."""
+    """A float32 model whose blocks add ``scale`` times what those of the family add, and what its
+    Jacobians J_tt are.
+    """
     model = cases.tiny_model(case, torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,7 +51,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "olmo2", "bloom", "falcon-alibi"])
 def test_digits_do_not_go_with_the_identity(case, scale):
-    """J was ∂F less 1, its error 1e-7 whatever its own size, and hidden by the certificate's floor."""
+    """J was ∂F less 1, its error 1e-7 whatever its own size, and hidden by the certificate's floor."""  # noqa: E501
     model, expected = faint(case, scale)
     found = block_jacobians(model, cases.tiny_tokens(7))
     for jacobian, right in zip(found.jacobians, expected(cases.tiny_tokens(7)), strict=True):
@@ -61,7 +63,9 @@ def test_digits_do_not_go_with_the_identity(case, scale):
 @pytest.mark.parametrize("method", ["token-local", "autodiff"])
 @pytest.mark.parametrize("case", ["llama", "mixtral", "qwen3-next", "bloom"])
 def test_slower_levels_keep_the_digits_too(case, method):
-    """They differentiate the block with its identity: relative to J they were off by 1e-2 where J is 1e-5."""
+    """They differentiate the block with its identity: relative to J they were off by 1e-2 where J
+    is 1e-5.
+    """
     model, expected = faint(case, 1e-5)
     if case == "qwen3-next":
         method = "auto"  # its linear attention has one level only
@@ -102,7 +106,9 @@ def test_certificate_is_relative_to_a_small_jacobian(monkeypatch):
 
 
 def test_keys_of_a_faint_block_are_held_to_what_it_adds():
-    """A step of decoding was taken for the block where both are next to the identity, whatever they add to it."""
+    """A step of decoding was taken for the block where both are next to the identity, whatever they
+    add to it.
+    """
     model, _ = faint("llama", 1e-6)
     with torch.no_grad():
         (call, *_) = model.traces([cases.tiny_tokens(7)], torch.float32, [6], None)[0].calls

@@ -9,7 +9,9 @@ from lm_eval_coupling.numerics.spectra import top_singular
 
 @pytest.mark.parametrize("scattered", [False, True])
 def test_triplets_are_those_of_each_jacobian(scattered, device):
-    """Whether they stay where they are made, or blocks lie on several devices; one is corrected after the others."""
+    """Whether they stay where they are made, or blocks lie on several devices; one is corrected
+    after the others.
+    """
     J = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)).to(device)
     stack = Stack(2, 3, J[0, 0], rank=5, scattered=scattered)
     for layer in range(3):

@@ -1,4 +1,6 @@
-"""Memory that was freed is used again without the system in between, unless the user has set the allocator up."""
+"""Memory that was freed is used again without the system in between, unless the user has set the
+allocator up.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,7 @@ def use():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 use()
 print("FAULTS", kept, use())
-"""
+"""  # noqa: E501
 
 
 def faults(**environment):

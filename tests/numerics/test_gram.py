@@ -1,4 +1,6 @@
-"""Eigenvectors on the host's cores are scipy's and torch's; builds that they cannot call are left alone."""
+"""Eigenvectors on the host's cores are scipy's and torch's; builds that they cannot call are left
+alone.
+"""
 
 import pytest
 import scipy.linalg
@@ -69,7 +71,7 @@ def test_what_is_not_finite_spoils_no_other_matrix(function, by):
     ],
 )
 def test_only_integers_of_32_bits_are_handed_over(signature, plain):
-    """LAPACK built with integers of 64 bits would have read and written beyond those it is given."""
+    """LAPACK built with integers of 64 bits would have read and written beyond those it is given."""  # noqa: E501
     assert gram._takes_plain_integers(signature) is plain
 
 

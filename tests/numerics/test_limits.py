@@ -1,4 +1,6 @@
-"""What may still be taken: within containers of both kinds, within a SLURM job, shared by the processes of a machine."""
+"""What may still be taken: within containers of both kinds, within a SLURM job, shared by the
+processes of a machine.
+"""
 
 import psutil
 import pytest
@@ -41,7 +43,9 @@ def test_without_limits_all_that_is_available(machine):
 
 @pytest.mark.parametrize("folder", ["", "slurm/job_7/step_0/", "slurm/"])
 def test_a_limit_of_the_second_version_on_any_level(machine, folder):
-    """Inside a container the group is the root; elsewhere it and those around it may have one. Files kept are no use."""
+    """Inside a container the group is the root; elsewhere it and those around it may have one.
+    Files kept are no use.
+    """
     machine("own", "0::/slurm/job_7/step_0\n")
     machine(f"cgroup/{folder}memory.max", f"{1000 * MIB}\n")
     machine(f"cgroup/{folder}memory.current", f"{600 * MIB}\n")

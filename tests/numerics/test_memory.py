@@ -33,7 +33,7 @@ GB = 10**9
 
 @pytest.fixture
 def free(monkeypatch, tmp_path):
-    """Set how much is free on the host and on a device; temporary files go to a folder of the test."""
+    """Set how much is free on the host and on a device; temporary files go to a folder of the test."""  # noqa: E501
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def set_free(host, device=16 * GB):
@@ -114,7 +114,9 @@ def test_heads_wider_than_the_model_and_large_vocabularies_take_more():
 
 
 def test_what_a_plan_puts_on_a_device_stays_there(free):
-    """The traces are held when room for the Jacobians is asked for: they were once asked for without."""
+    """The traces are held when room for the Jacobians is asked for: they were once asked for
+    without.
+    """
     for room in (40, 80, 141):
         free(200 * GB, room * GB)
         shape = {
@@ -275,7 +277,7 @@ def added(seq):
     return resident("VmHWM") - before
 measure_coupling(model, [[1, 2]], ranks=(2,), measures=("regularity",), progress=False)
 print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for seq in (16, 500)))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow

@@ -34,7 +34,9 @@ def settings():
 
 
 def as_torch_starts():
-    """Put back what any test, of this file or of another that ran in this process before, has switched on."""
+    """Put back what any test, of this file or of another that ran in this process before, has
+    switched on.
+    """
     torch.set_float32_matmul_precision("highest")
     torch._C._set_cudnn_allow_tf32(True)
     for place in NEWER if hasattr(torch._C, "_set_fp32_precision_setter") else ():
@@ -85,7 +87,9 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_products_are_pinned_and_all_is_put_back(name):
-    """With TensorFloat32 allowed outside, every certificate failed, and coupling matrices were off by up to 1e-3."""
+    """With TensorFloat32 allowed outside, every certificate failed, and coupling matrices were off
+    by up to 1e-3.
+    """
     SWITCHES[name]()
     before = settings()
     with pytest.raises(KeyError), true_float32():
@@ -114,7 +118,9 @@ def test_derivatives_can_be_taken(outside):
 
 
 def test_autocast_does_not_reach_products():
-    """Coupling matrices taken inside a training step's autocast are those taken outside, and can be differentiated."""
+    """Coupling matrices taken inside a training step's autocast are those taken outside, and can be
+    differentiated.
+    """
     J, U = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
     J.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,7 +134,9 @@ def test_autocast_does_not_reach_products():
 
 
 def test_threads_take_turns():
-    """One that left put reduced precision back while another was at work, and found weights in another's dtype."""
+    """One that left put reduced precision back while another was at work, and found weights in
+    another's dtype.
+    """
     inside, most = [], []
 
     def work():

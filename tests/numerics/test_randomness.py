@@ -14,7 +14,9 @@ DEVICES = [
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nobody_notices_that_something_was_drawn(device):
-    """A twin with fresh weights reseeded the GPU: texts sampled after it were others than those of `--model hf`."""
+    """A twin with fresh weights reseeded the GPU: texts sampled after it were others than those of
+    `--model hf`.
+    """
     torch.manual_seed(5)
     torch.rand(3, device=device)
     expected = torch.rand(7, device=device)
@@ -27,7 +29,9 @@ def test_nobody_notices_that_something_was_drawn(device):
 
 
 def test_no_accelerator_is_seeded(monkeypatch):
-    """`torch.manual_seed` seeds those too that have not started yet, when they start: nobody could put them back."""
+    """`torch.manual_seed` seeds those too that have not started yet, when they start: nobody could
+    put them back.
+    """
 
     def reached(*_):
         raise AssertionError("an accelerator's generator was seeded")

@@ -7,7 +7,9 @@ from lm_eval_coupling.numerics.rotations import eigh_by_rotations
 
 
 def matrices(n: int) -> torch.Tensor:
-    """Plain, zero, the identity, tiny and of low rank, constant, diagonal, nearly equal eigenvalues, huge."""
+    """Plain, zero, the identity, tiny and of low rank, constant, diagonal, nearly equal
+    eigenvalues, huge.
+    """
     generator = torch.Generator().manual_seed(n)
     A = torch.randn(8, n, n, dtype=torch.float64, generator=generator)
     A = A + A.mT
@@ -50,7 +52,9 @@ def test_near_enough_is_soon_enough():
 
 
 def test_rounding_may_differ_across_the_diagonal():
-    """A product of two float32 matrices is symmetric to 1e-7 only; what is left of that never settled."""
+    """A product of two float32 matrices is symmetric to 1e-7 only; what is left of that never
+    settled.
+    """
     A = matrices(8)[:1]
     askew = A + 1e-7 * torch.randn(
         A.shape, dtype=A.dtype, generator=torch.Generator().manual_seed(9)

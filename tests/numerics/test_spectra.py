@@ -138,7 +138,9 @@ WIDE = {
 @dtypes
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
 def test_wide_matrices_of_every_kind_together(way, dtype, scale):
-    """Whatever the spectrum and the scale, every matrix of a batch gets the triplets of a full float64 SVD."""
+    """Whatever the spectrum and the scale, every matrix of a batch gets the triplets of a full
+    float64 SVD.
+    """
     kinds = [
         with_spectrum(S) if S else torch.randn(200, 200, dtype=torch.float64, generator=rng())
         for S in WIDE.values()
@@ -260,7 +262,9 @@ def test_the_rank_does_not_depend_on_the_width(dtype):
 
 @dtypes
 def test_singular_vectors_are_within_their_bound(dtype):
-    """Against a full float64 SVD: clear gaps, small ones, and two equal values of which nothing is known."""
+    """Against a full float64 SVD: clear gaps, small ones, and two equal values of which nothing is
+    known.
+    """
     values = torch.tensor([5, 4, 3.999, 2, 2, 1, 0.5, 0.25, 0.1, 0], dtype=torch.float64)
     J = with_spectrum(values).to(dtype)
     U, S, Vt = torch.linalg.svd(J.double())

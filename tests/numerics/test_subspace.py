@@ -1,4 +1,4 @@
-"""Subspace iteration by products alone: what has settled is right, and what cannot settle is said."""
+"""Subspace iteration by products alone: what has settled is right, and what cannot settle is said."""  # noqa: E501
 
 import pytest
 import torch
@@ -54,7 +54,9 @@ def test_what_has_settled_is_the_leading_subspace(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_matrices_are_multiplied_where_they_lie(dtype, monkeypatch):
-    """Those still at work were copied, as many times as others had settled; of 70 billion weights a card held no copy."""
+    """Those still at work were copied, as many times as others had settled; of 70 billion weights a
+    card held no copy.
+    """
     monkeypatch.setattr(subspace, "GRAM", 0)
     i, right = torch.arange(150, dtype=torch.float64), subspace._Product.of
     spectra = [
@@ -80,7 +82,9 @@ def test_wide_matrices_are_multiplied_where_they_lie(dtype, monkeypatch):
 
 
 def test_what_cannot_settle_is_said():
-    """Values that differ by less than the tolerance asked for, up to the end of the spectrum, and no numbers at all."""
+    """Values that differ by less than the tolerance asked for, up to the end of the spectrum, and
+    no numbers at all.
+    """
     i = torch.arange(300, dtype=torch.float64)
     J = torch.stack(
         [with_spectrum(torch.where(i < 5, 1.0, 0.3 - 1e-7 * i)), torch.full((300, 300), torch.nan)]

@@ -1,4 +1,6 @@
-"""Workers of one thread each: results in order, settings put back, errors passed on, memory bounded."""
+"""Workers of one thread each: results in order, settings put back, errors passed on, memory
+bounded.
+"""
 
 import threading
 import time

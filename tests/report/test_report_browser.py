@@ -54,7 +54,7 @@ class TestInABrowser:
         assert opened.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         opened.press("Right")
         opened.until(
-            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"
+            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"  # noqa: E501
         )
         opened.press("End")
         opened.until("document.activeElement.id === 'tab-provenance'")
@@ -63,7 +63,7 @@ class TestInABrowser:
         opened.run("document.querySelector('#rows tbody tr:last-child button').focus()")
         opened.press("Return")
         opened.until(
-            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"
+            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"  # noqa: E501
         )
 
     @pytest.mark.parametrize("rank", [10, 30])
@@ -504,7 +504,7 @@ class TestInABrowser:
     def test_the_dark(self, report, scheme, light):
         """Background and text, of the page and of its plots, follow the reader's setting."""
         expression = (
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"  # noqa: E501
             "document.querySelector('#scatter').layout.font.color]"
         )
         flags = f"{browser.FLAGS} --blink-settings=preferredColorScheme={scheme}"

@@ -67,7 +67,9 @@ def test_a_record_for_each(model):
 
 
 def test_a_run_keeps_them_apart(model, tmp_path):
-    """From the session to the table: values of the run are of the first token, the others are there for who asks."""
+    """From the session to the table: values of the run are of the first token, the others are there
+    for who asks.
+    """
     with MeasurementStore(tmp_path / "store.sqlite") as store:
         session = Session(
             subjects=[Subject("trained", model)],

@@ -1,4 +1,6 @@
-"""Which documents are measured: seeded, spread over a group's members, whoever asks and in whatever order."""
+"""Which documents are measured: seeded, spread over a group's members, whoever asks and in whatever
+order.
+"""
 
 import random
 from collections import Counter
@@ -91,7 +93,9 @@ def test_a_larger_limit_keeps_the_documents_of_a_smaller_one():
 
 
 def test_the_same_documents_whatever_the_prompt():
-    """Few-shot examples and chat templates change the prompt of a document, not whether it is measured."""
+    """Few-shot examples and chat templates change the prompt of a document, not whether it is
+    measured.
+    """
     plain, templated = (
         choose(documents("a", 60, prompt), ["a"], 10, 0) for prompt in ("plain", "templated")
     )

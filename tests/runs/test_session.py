@@ -1,4 +1,6 @@
-"""What the store spares: each measure of each prompt is measured once, and what failed for the moment is tried again."""
+"""What the store spares: each measure of each prompt is measured once, and what failed for the
+moment is tried again.
+"""
 
 import sqlite3
 
@@ -103,7 +105,9 @@ def test_the_same_token_is_the_same_measurement(model, store, asked):
 
 
 def test_memory_that_ran_out_for_a_part_is_tried_again(model, store, asked, monkeypatch):
-    """A record without entropy, for a passing lack of memory, was stored and reused by every later run."""
+    """A record without entropy, for a passing lack of memory, was stored and reused by every later
+    run.
+    """
     with monkeypatch.context() as patch:
 
         def scarce(self, resid):
@@ -215,7 +219,7 @@ def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkey
     found = records(model, store, "regularity")
     assert len(found) == 2 and len(store) == 1
     assert [r.getMessage() for r in caplog.records] == [
-        "coupling: what was measured of 1 prompts could not be stored (no such thing); it stays in this run's tables"
+        "coupling: what was measured of 1 prompts could not be stored (no such thing); it stays in this run's tables"  # noqa: E501
     ]
 
 

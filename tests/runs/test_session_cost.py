@@ -44,7 +44,9 @@ def test_equal_prompts_are_one_and_found_again(make):
 
 
 def test_what_is_known_does_not_look_like_progress(make, monkeypatch):
-    """The bar jumped ahead for prompts that the store had, and its remaining time was wrong by as much."""
+    """The bar jumped ahead for prompts that the store had, and its remaining time was wrong by as
+    much.
+    """
     bars = []
 
     class Bar(tqdm):
@@ -93,7 +95,9 @@ def test_trying_one_measures_one_of_each_weights(make):
 
 
 def test_another_thread_stores_and_finds(make, caplog):
-    """SQLite refuses a connection of another thread: nothing was stored, with two warnings a prompt."""
+    """SQLite refuses a connection of another thread: nothing was stored, with two warnings a
+    prompt.
+    """
     session, found = make(), []
     thread = threading.Thread(target=lambda: found.append(session.measure(PROMPTS)))
     thread.start()

@@ -25,7 +25,9 @@ CODES = {"out of memory": "out_of_memory", "the Jacobian is off": "certificate",
 
 
 def prompt(off_diagonal, diagonal=0.0, line_shape_score=NAN, expodistance=NAN, reason=None):
-    """Two layers; at each rank all five kinds have the same values: [[diagonal, first], [second, diagonal]]."""
+    """Two layers; at each rank all five kinds have the same values: [[diagonal, first], [second,
+    diagonal]].
+    """
     arrays = {}
     if off_diagonal is not None:
         pairs = np.array(
@@ -66,7 +68,9 @@ def test_a_document_is_worth_the_mean_of_its_prompts():
 
 
 def test_documents_count_once_however_many_prompts_they_have():
-    """Three prompts of one document and one of another: 0.5·(mean of three + one), not the mean of four."""
+    """Three prompts of one document and one of another: 0.5·(mean of three + one), not the mean of
+    four.
+    """
     group = [
         prompt([(m, m), (0, 0)], line_shape_score=s)
         for m, s in ((0.1, 1.0), (0.2, 2.0), (0.3, 6.0))

@@ -1,4 +1,6 @@
-"""Correlations against published examples and naive computations, and in simulations whose truth is known."""
+"""Correlations against published examples and naive computations, and in simulations whose truth is
+known.
+"""
 
 import itertools
 import math
@@ -153,7 +155,7 @@ def test_no_interval_from_few_or_perfect_ranks():
 
 
 def test_partial_correlation_of_ppcor():
-    """Example of R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""
+    """Example of R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""  # noqa: E501
     frame = pd.DataFrame(
         {
             "hl": [7, 15, 19, 15, 21, 22, 57, 15, 20, 18],

@@ -45,14 +45,17 @@ def test_line_of_anscombes_first_set():
 
 
 def test_errors_in_both_as_published():
-    """Pearson's data with York's weights: York et al. (2004); digits from the R package bfsl, standard errors times √χ²ᵣ."""
+    """Pearson's data with York's weights: York et al. (2004); digits from the R package bfsl,
+    standard errors times √χ²ᵣ.
+    """
     found = line_fit(**PEARSON_YORK)
     intercept, slope = found.coefficients["intercept"], found.coefficients["slope"]
     assert (intercept.value, slope.value) == pytest.approx((5.479910224, -0.480533407), abs=1e-9)
     assert found.dispersion**2 == pytest.approx(1.483294149, abs=1e-9)
     assert intercept.stderr / found.dispersion == pytest.approx(0.294970735, abs=1e-9)
     assert slope.stderr / found.dispersion == pytest.approx(0.0579850090, abs=1e-9)
-    # There −0.01651, from the mean of the observed x; that of the adjusted x, which York's errors use, is 0.2% smaller.
+    # There −0.01651, from the mean of the observed x; that of the adjusted x, which York's errors
+    # use, is 0.2% smaller.
     assert found.covariance[0, 1] / found.dispersion**2 == pytest.approx(-0.01651, rel=3e-3)
 
 
@@ -120,7 +123,9 @@ def test_errors_of_x_flatten_a_plain_line_but_not_yorks():
 
 
 def test_exponential_as_published():
-    """R's documented SSasymp fit of Loblolly, seed 329: Asym 94.1282 (8.4030), R0 −8.2508, lrc −3.2176 (0.1386)."""
+    """R's documented SSasymp fit of Loblolly, seed 329: Asym 94.1282 (8.4030), R0 −8.2508, lrc
+    −3.2176 (0.1386).
+    """
     age, height = [3, 5, 10, 15, 20, 25], [3.93, 9.34, 26.08, 37.79, 48.31, 56.43]
     found = exponential_fit(age, height)
     a, b, c = (found.coefficients[name] for name in "abc")
@@ -162,7 +167,9 @@ def test_exponential_permutation_test_has_its_size_despite_the_search_and_weight
 
 
 def test_exponential_with_weights_against_a_direct_fit():
-    """In a, b and c themselves, where the optimiser settles only because it starts at the answer; and F from two fits."""
+    """In a, b and c themselves, where the optimiser settles only because it starts at the answer;
+    and F from two fits.
+    """
     rng = np.random.default_rng(4)
     x, errors = rng.uniform(2, 3, 20), np.exp(rng.normal(size=20)) / 3
     y = np.exp(1.5 * (x - 2)) + errors * rng.normal(size=20)
@@ -231,7 +238,7 @@ def test_curves_that_cannot_be_fitted_say_why():
 
 
 def test_errors_of_zero_are_refused_with_a_remedy():
-    """A score of 0 or 1 has a standard error of 0 in lm-eval, which would give it infinite weight."""
+    """A score of 0 or 1 has a standard error of 0 in lm-eval, which would give it infinite weight."""  # noqa: E501
     with pytest.raises(CouplingError, match="proportion_error"):
         line_fit([1, 2, 3], [0.2, 0.5, 1.0], y_error=[0.1, 0.1, 0.0])
     with pytest.raises(CouplingError, match="without y_error"):

@@ -37,7 +37,9 @@ def test_longley_as_certified():
 
 
 def test_collinearity_of_longley():
-    """The variance inflation factors that textbooks give for Longley's data; ratio of its eigenvalues 12220."""
+    """The variance inflation factors that textbooks give for Longley's data; ratio of its
+    eigenvalues 12220.
+    """
     table = collinearity(LONGLEY, [*OTHERS, "YEAR"])
     assert table["vif"].round(2).tolist() == [135.53, 1788.51, 33.62, 3.59, 399.15, 758.98]
     assert table.attrs["condition_number"] ** 2 == pytest.approx(12220, rel=1e-3)
@@ -123,7 +125,9 @@ def test_a_family_that_alone_determines_the_regression_cannot_be_left_out():
 
 
 def test_nested_models_have_their_size_coverage_and_power():
-    """A predictor that only follows a covariate adds nothing, though it correlates strongly with the score."""
+    """A predictor that only follows a covariate adds nothing, though it correlates strongly with
+    the score.
+    """
 
     def one(rng):
         size = rng.normal(size=25)
@@ -156,7 +160,9 @@ def test_nested_models_have_their_size_coverage_and_power():
 
 
 def test_mixed_model_of_balanced_families_is_the_fixed_effects_estimate():
-    """Where the predictor has the same mean in every family, random and fixed levels give the same coefficient and error."""
+    """Where the predictor has the same mean in every family, random and fixed levels give the same
+    coefficient and error.
+    """
     frame = family_frame(np.random.default_rng(5), effect=0.7)
     frame["coupling"] -= frame.groupby("family")["coupling"].transform("mean")
     X = np.column_stack([frame["coupling"], pd.get_dummies(frame["family"], dtype=float)])
@@ -168,7 +174,7 @@ def test_mixed_model_of_balanced_families_is_the_fixed_effects_estimate():
 
 
 def cr2(y, X, family):
-    """Bell and McCaffrey's variance and degrees of freedom by whole matrices (Imbens and Kolesar)."""
+    """Bell and McCaffrey's variance and degrees of freedom by whole matrices (Imbens and Kolesar)."""  # noqa: E501
     bread, n = np.linalg.inv(X.T @ X), len(y)
     kept = np.eye(n) - X @ bread @ X.T
     variance, columns = np.zeros((X.shape[1],) * 2), []
@@ -201,7 +207,9 @@ def test_clustered_errors_against_the_sandwich():
 
 
 def test_families_that_resemble_each_other_fool_plain_least_squares_only():
-    """Nothing depends on the predictor, but both it and the score go by family: 12 families of 4 models."""
+    """Nothing depends on the predictor, but both it and the score go by family: 12 families of 4
+    models.
+    """
 
     def one(rng):
         frame = family_frame(rng, families=12, between=True)
@@ -241,7 +249,9 @@ def test_families_that_cannot_be_told_apart_say_why():
 
 
 def test_adjusted_p_values_as_published():
-    """Benjamini and Hochberg (1995), section 4.1: of 15 tests at 0.05 Holm rejects 3 and their procedure 4."""
+    """Benjamini and Hochberg (1995), section 4.1: of 15 tests at 0.05 Holm rejects 3 and their
+    procedure 4.
+    """
     p = [
         0.0001,
         0.0004,

@@ -1,4 +1,6 @@
-"""One score and many predictors: no more false claims than promised, and more found than by Bonferroni."""
+"""One score and many predictors: no more false claims than promised, and more found than by
+Bonferroni.
+"""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,9 @@ def hanging_together(rng, n, predictors, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.9])
 def test_size(share):
-    """Of 200 data sets of noise about 5 % have any p below 0.05, however the twenty predictors hang together."""
+    """Of 200 data sets of noise about 5 % have any p below 0.05, however the twenty predictors hang
+    together.
+    """
     rng = np.random.default_rng(0)
     claims = [
         simultaneous_p_values(
@@ -28,7 +32,9 @@ def test_size(share):
 
 
 def test_power_beyond_bonferroni():
-    """Of twenty predictors that say the same one correlation is found about as often as if it were alone."""
+    """Of twenty predictors that say the same one correlation is found about as often as if it were
+    alone.
+    """
     rng, found, bonferroni = np.random.default_rng(1), 0, 0
     for _ in range(60):
         X = hanging_together(rng, 15, 20, 0.97)

@@ -1,4 +1,6 @@
-"""Several models over the same documents: as many observations as documents, in simulations whose truth is known."""
+"""Several models over the same documents: as many observations as documents, in simulations whose
+truth is known.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ COLUMNS = {"model": "model", "task": "task", "document": "doc"}
 
 
 def answers(rng, *, models=3, documents=80, shift=0.0):
-    """Models agree on what is hard, and on which prompts are coupled; ``shift`` of the right answers' values."""
+    """Models agree on what is hard, and on which prompts are coupled; ``shift`` of the right
+    answers' values.
+    """
     hard, coupled = rng.normal(size=documents), rng.normal(size=documents)
     frames = []
     for i in range(models):

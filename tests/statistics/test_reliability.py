@@ -14,7 +14,9 @@ from lm_eval_coupling.statistics import (
 
 
 def crossed(rng, models, documents, noise, spread=1.0):
-    """Models with a true level each, documents with an effect common to all, noise; the truth and the matrix."""
+    """Models with a true level each, documents with an effect common to all, noise; the truth and
+    the matrix.
+    """
     truth = rng.normal(0, spread, models)
     return truth, truth[:, None] + rng.normal(0, 2, documents) + rng.normal(
         0, noise, (models, documents)
@@ -22,7 +24,9 @@ def crossed(rng, models, documents, noise, spread=1.0):
 
 
 def test_alpha_by_hand():
-    """Cronbach's alpha of a matrix whose item variances are counted by hand: k/(k−1)·(1 − Σ var_item/var_total)."""
+    """Cronbach's alpha of a matrix whose item variances are counted by hand: k/(k−1)·(1 − Σ
+    var_item/var_total).
+    """
     X = np.array([[1.0, 2, 3], [2, 2, 5], [4, 6, 5], [5, 5, 9]])
     k = X.shape[1]
     expected = k / (k - 1) * (1 - X.var(axis=0, ddof=1).sum() / X.sum(axis=1).var(ddof=1))
@@ -35,7 +39,9 @@ def test_alpha_by_hand():
 
 @pytest.mark.parametrize(("documents", "noise"), [(20, 3.0), (100, 3.0), (100, 12.0)])
 def test_the_truth_is_found(documents, noise):
-    """True reliability is 1/(1 + noise²/n): the mean over many data sets of many models comes near it."""
+    """True reliability is 1/(1 + noise²/n): the mean over many data sets of many models comes near
+    it.
+    """
     rng = np.random.default_rng(0)
     true = 1 / (1 + noise**2 / documents)
     found = [
@@ -47,7 +53,9 @@ def test_the_truth_is_found(documents, noise):
 
 
 def test_the_interval_covers():
-    """Coverage of Feldt's interval is its 95 %, for ten models as for many: of 400 data sets 92 to 98 % hold the truth."""
+    """Coverage of Feldt's interval is its 95 %, for ten models as for many: of 400 data sets 92 to
+    98 % hold the truth.
+    """
     rng = np.random.default_rng(1)
     true = 1 / (1 + 9 / 30)
     found = [
@@ -93,7 +101,9 @@ def test_documents_that_a_model_lacks_are_left_out_for_all():
 
 
 def test_errors_give_the_same_reliability_where_documents_are_not_shared():
-    """Without a document in common, noise is all of a model's error, and its standard errors tell the reliability."""
+    """Without a document in common, noise is all of a model's error, and its standard errors tell
+    the reliability.
+    """
     rng = np.random.default_rng(5)
     truth = rng.normal(size=2000)
     samples = truth[:, None] + rng.normal(0, 3, (2000, 40))
@@ -106,7 +116,9 @@ def test_errors_give_the_same_reliability_where_documents_are_not_shared():
 
 
 def test_a_corrected_correlation_finds_the_truth():
-    """Two numbers of true correlation 0.6, measured with reliabilities 0.7 and 0.8, correlate by 0.45."""
+    """Two numbers of true correlation 0.6, measured with reliabilities 0.7 and 0.8, correlate by
+    0.45.
+    """
     rng = np.random.default_rng(6)
     covers, estimates, observed = [], [], []
     for _ in range(300):

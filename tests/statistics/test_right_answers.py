@@ -1,4 +1,6 @@
-"""AUROC and odds within a model against published examples, and in simulations whose truth is known."""
+"""AUROC and odds within a model against published examples, and in simulations whose truth is
+known.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ sm = pytest.importorskip(
 
 
 def test_auroc_of_iris_as_published():
-    """R's pROC on iris, sepal length of setosa against the others: 0.9586, 95% interval (DeLong) 0.9302 to 0.9870."""
+    """R's pROC on iris, sepal length of setosa against the others: 0.9586, 95% interval (DeLong)
+    0.9302 to 0.9870.
+    """
     iris = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the data").load_iris()
     found = auroc(iris.data[:, 0], iris.target != 0)
     assert found.auroc == pytest.approx(0.9586, abs=1e-10)
@@ -151,7 +155,9 @@ def test_odds_ratios_cover():
 
 
 def test_logistic_effect_as_published():
-    """Spector and Mazzeo's data in Greene's Econometric Analysis: PSI 2.379 (1.065), log likelihood −12.890."""
+    """Spector and Mazzeo's data in Greene's Econometric Analysis: PSI 2.379 (1.065), log likelihood
+    −12.890.
+    """
     data = sm.datasets.spector.load_pandas()
     frame = data.exog.assign(GRADE=data.endog)
     found = logistic_effect(frame, correct="GRADE", predictor="PSI", controls=["GPA", "TUCE"])

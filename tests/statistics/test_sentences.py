@@ -62,7 +62,9 @@ CLAIMS = ("goes with", "tend to have", "more strongly", "coupling says something
 
 
 def test_words_claim_nothing_from_nothing():
-    """Nothing depends on anything; a claim may be made no more often than the test's 5% (few families: the note says so)."""
+    """Nothing depends on anything; a claim may be made no more often than the test's 5% (few
+    families: the note says so).
+    """
     claims = []
     for i in range(25):
         for found in findings(np.random.default_rng([1, i]), 24):

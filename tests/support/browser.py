@@ -1,7 +1,8 @@
-"""A real browser without a screen: the Chromium in Qt WebEngine, which comes as wheels (``pip install pyqt6-webengine``).
+"""A real browser without a screen: the Chromium in Qt WebEngine, which comes as wheels (``pip
+install pyqt6-webengine``).
 
-Run as a script it opens an empty page and says whether that works here; a browser that lacks a system library may
-take the whole process down, hence :func:`reason_to_skip` asks in another one.
+Run as a script it opens an empty page and says whether that works here; a browser that lacks a
+system library may take the whole process down, hence :func:`reason_to_skip` asks in another one.
 """
 
 import functools
@@ -40,7 +41,9 @@ def reason_to_skip():
 
 @functools.cache
 def application():
-    """Qt's application, one for the whole process: a second one after the first is gone takes the process down."""
+    """Qt's application, one for the whole process: a second one after the first is gone takes the
+    process down.
+    """
     from PyQt6 import QtWebEngineWidgets  # noqa: F401 it must be loaded before the application is made
     from PyQt6.QtWidgets import QApplication
 
@@ -48,7 +51,7 @@ def application():
 
 
 class Browser:
-    """One page of a given size; what it logs and asks for is kept in ``console`` and ``requests``."""
+    """One page of a given size; what it logs and asks for is kept in ``console`` and ``requests``."""  # noqa: E501
 
     def __init__(self, width=1200, height=900):
         os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
@@ -119,7 +122,7 @@ class Browser:
     def run(self, script):
         """Value of a JavaScript expression; an exception in it fails."""
         found = []
-        wrapped = f"(() => {{ try {{ return JSON.stringify([{script}]) }} catch (e) {{ return String(e) }} }})()"
+        wrapped = f"(() => {{ try {{ return JSON.stringify([{script}]) }} catch (e) {{ return String(e) }} }})()"  # noqa: E501
         self.page.runJavaScript(wrapped, found.append)
         self.wait(lambda: found, f"run {script}")
         assert found[0].startswith("["), f"{script}: {found[0]}"
@@ -145,8 +148,8 @@ class Browser:
 
         self.until(f"document.querySelector({json.dumps(selector)})?.getClientRects().length > 0")
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"  # noqa: E501
+            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"  # noqa: E501
         )
         QTest.mouseClick(self._input(), Qt.MouseButton.LeftButton, pos=QPoint(round(x), round(y)))
         self.app.processEvents()

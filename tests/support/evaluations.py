@@ -67,7 +67,7 @@ found = lm_eval.simple_evaluate(
 )
 if found:
     tracker.save_results_aggregated(results=found, samples=found.pop("samples"))
-"""
+"""  # noqa: E501
 
 
 def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):

@@ -1,7 +1,9 @@
-"""A tiny random model of every class in transformers' causal-LM mapping, by one recipe from its default configuration.
+"""A tiny random model of every class in transformers' causal-LM mapping, by one recipe from its
+default configuration.
 
-Not as tests/support/cases.py has them, one by one and with what is special about them switched on: here the question is only whether
-a class that the recipe can shrink is measured, or refused in a sentence.
+Not as tests/support/cases.py has them, one by one and with what is special about them switched on:
+here the question is only whether a class that the recipe can shrink is measured, or refused in a
+sentence.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 LAYERS = 2
-# Every name under which configurations keep a size, and the size that is set where a configuration has it.
+# Every name under which configurations keep a size, and the size that is set where a configuration
+# has it.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ["hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "word_embed_proj_dim"], 32
@@ -193,7 +196,9 @@ _NO_CACHE = {"xlm", "xlnet", "openai-gpt"}  # take no such argument
 
 
 def tiny(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> torch.nn.Module:
-    """A random model of the class that AutoModelForCausalLM has for ``model_type``; whatever it raises if there is none."""
+    """A random model of the class that AutoModelForCausalLM has for ``model_type``; whatever it
+    raises if there is none.
+    """
     config = shrunk(AutoConfig.for_model(model_type), _SPECIAL.get(model_type, {}) | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

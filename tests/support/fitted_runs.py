@@ -14,7 +14,9 @@ QUICK = 199  # resamples
 
 
 def save_model(folder, model, coupling, scores, *, date=DATE, rows=(), change=None, **about):
-    """A run with this coupling@10 and this accuracy on every task (of 50 documents); the folder it is in."""
+    """A run with this coupling@10 and this accuracy on every task (of 50 documents); the folder it
+    is in.
+    """
     summaries = {task: task_summary(coupling + 0.01) for task in scores}
     about = {"fingerprint": model, "run_id": model} | about
     where = save(folder, summaries, model=model, date=date, rows=rows, **about)
@@ -37,7 +39,9 @@ def observations(folder, *, x=None, **kwargs):
 
 
 def save_documents(folder, model, values, right, task="arc", likelihoods=None, **about):
-    """A run whose documents have this coupling@10 and these answers; samples are in another order than records."""
+    """A run whose documents have this coupling@10 and these answers; samples are in another order
+    than records.
+    """
     rows = [record(task, i) | {"n_tokens": 10 + i} for i in range(len(values))]
     for row, coupling in zip(rows, values, strict=True):
         row["normalized_miscoupling"] = np.full_like(row["normalized_miscoupling"], 1 - coupling)

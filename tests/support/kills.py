@@ -3,7 +3,7 @@ r"""Kills an evaluation at random moments while it measures, lets one run to the
     python tests/support/kills.py --kills 50
 
 Runs are forked from one process that has loaded everything, so that a kill costs seconds. Prints what was found as JSON.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def save_task(folder: Path, documents: int) -> None:
         {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")}
     )
     (folder / "kills.yaml").write_text(
-        f"task: kills\ndataset_path: json\ndataset_kwargs: {source}\ntest_split: test\noutput_type: multiple_choice\n"
-        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n'
+        f"task: kills\ndataset_path: json\ndataset_kwargs: {source}\ntest_split: test\noutput_type: multiple_choice\n"  # noqa: E501
+        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n'  # noqa: E501
     )
 
 
@@ -86,7 +86,7 @@ def forked(*arguments: Path) -> int:
 
 
 def stored(store: Path) -> dict[str, tuple[int, str]]:
-    """Of every entry the place and the time of writing: an entry that is written again has another place."""
+    """Of every entry the place and the time of writing: an entry that is written again has another place."""  # noqa: E501
     if not store.exists():
         return {}
     with sqlite3.connect(store, timeout=60) as db:

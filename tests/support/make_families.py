@@ -1,7 +1,8 @@
-"""Writes docs/families.md, every class of transformers' causal-LM mapping: ``python tests/support/make_families.py [model type …]``.
+"""Writes docs/families.md, every class of transformers' causal-LM mapping: ``python
+tests/support/make_families.py [model type …]``.
 
-With names only their rows are written anew, and those of the image classifiers that the tests go through. A full run takes a
-minute or two.
+With names only their rows are written anew, and those of the image classifiers that the tests go
+through. A full run takes a minute or two.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ model types: held to float64 automatic differentiation of the unmodified model a
 
 | model type | transformers class | way in | level, or why it is refused |
 | --- | --- | --- | --- |
-"""
+"""  # noqa: E501
 _IMAGES = """\
 
 ## Image classifiers
@@ -59,7 +60,7 @@ and blocks that change the number of tokens, are refused in a sentence.
 
 | model type | transformers class | way in | level, or why it is refused | measured at |
 | --- | --- | --- | --- | --- |
-"""
+"""  # noqa: E501
 _TOKENS = torch.tensor([[3, 20, 7, 41, 5, 33, 9, 12, 28]])
 
 
@@ -104,7 +105,7 @@ def image_row(case: str) -> str:
     if not found.certificate.max() <= 1e-4:
         raise AssertionError(f"{case} is off by {found.certificate.max():.1e}")
     levels = [f"`{level}`" for level in dict.fromkeys(found.method)]
-    return f"{about} {wrapped.wrapping} | {', '.join(levels)} | {'a patch' if position else 'the class token'} |"
+    return f"{about} {wrapped.wrapping} | {', '.join(levels)} | {'a patch' if position else 'the class token'} |"  # noqa: E501
 
 
 def image_rows() -> list[str]:
@@ -123,7 +124,7 @@ def _lines(rows: Sequence[str]) -> str:
 
 
 def written() -> dict[str, str]:
-    """The rows that stand in docs/families.md, by model type; without those of image classifiers."""
+    """The rows that stand in docs/families.md, by model type; without those of image classifiers."""  # noqa: E501
     rows = _table(PAGE.read_text().partition(_IMAGES)[0])
     return {line.split(" | ")[0].strip("| *"): line for line in rows}
 

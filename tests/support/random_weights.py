@@ -1,4 +1,6 @@
-"""Weights that make a tiny model behave like no other: its usual ones leave attention uniform, and adapters do nothing."""
+"""Weights that make a tiny model behave like no other: its usual ones leave attention uniform, and
+adapters do nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import nn
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
-    """Matrices far from zero, so that attention is far from uniform; norms and biases near what they were."""
+    """Matrices far from zero, so that attention is far from uniform; norms and biases near what
+    they were.
+    """
     for name, parameter in model.named_parameters():
         if "norm" not in name and parameter.dim() > 1:
             parameter.normal_(0, 0.2)

@@ -1,7 +1,8 @@
 """What simulations of a statistic have in common.
 
-They are seeded. A rate over N of them may differ from the truth by four Monte-Carlo standard errors; where a method is
-approximate in samples of this size, the slack that is granted beyond that is written beside it.
+They are seeded. A rate over N of them may differ from the truth by four Monte-Carlo standard
+errors; where a method is approximate in samples of this size, the slack that is granted beyond that
+is written beside it.
 """
 
 import math
@@ -21,7 +22,9 @@ def simulate(one, n):
 
 
 def uniform(p):
-    """Whether p-values are spread as they must be where there is nothing to find; sees tests that never reject, too."""
+    """Whether p-values are spread as they must be where there is nothing to find; sees tests that
+    never reject, too.
+    """
     return stats.kstest(p, "uniform").pvalue > 1e-3
 
 

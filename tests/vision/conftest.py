@@ -1,4 +1,6 @@
-"""A folder of tiny images by colour, and a tiny classifier of colours, as files that load without network."""
+"""A folder of tiny images by colour, and a tiny classifier of colours, as files that load without
+network.
+"""
 
 import datasets
 import pytest
@@ -28,9 +30,7 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
-    return (
-        f"ranks=4+8,limit=5,untrained=seed1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"
-    )
+    return f"ranks=4+8,limit=5,untrained=seed1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"  # noqa: E501
 
 
 @pytest.fixture(scope="session")

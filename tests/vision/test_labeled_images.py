@@ -1,4 +1,6 @@
-"""Labelled images: what is taken, what is told in a sentence, and which label of the model one of the data is."""
+"""Labelled images: what is taken, what is told in a sentence, and which label of the model one of
+the data is.
+"""
 
 import datasets
 import numpy as np

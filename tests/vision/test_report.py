@@ -1,4 +1,6 @@
-"""A run of images in the report, in a real browser: the image is shown, and what data sets say stays text."""
+"""A run of images in the report, in a real browser: the image is shown, and what data sets say
+stays text.
+"""
 
 import io
 import json
@@ -49,7 +51,7 @@ def test_every_measured_image_is_shown_as_it_is(report):
         source = window.run("document.querySelector('#document img.picture').src")
         assert source.startswith("data:image/png;base64,")
         colour = window.run(
-            "(() => { const c = document.createElement('canvas'); c.width = c.height = 16; const x = c.getContext('2d');"
+            "(() => { const c = document.createElement('canvas'); c.width = c.height = 16; const x = c.getContext('2d');"  # noqa: E501
             "x.drawImage(document.querySelector('#document img.picture'), 0, 0);"
             "return [...x.getImageData(0, 0, 1, 1).data] })()"
         )

@@ -1,4 +1,6 @@
-"""One run of a classifier: accuracy as transformers gives it, coupling as measured alone, files as lm-eval leaves them."""
+"""One run of a classifier: accuracy as transformers gives it, coupling as measured alone, files as
+lm-eval leaves them.
+"""
 
 import io
 import json
@@ -234,8 +236,10 @@ def test_the_command_says_what_it_found(images, classifier, tmp_path, capsys):
 
 
 def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
-    """Measures over tokens took those after the measured one for unable to move it: of the class token all."""
-    settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"
+    """Measures over tokens took those after the measured one for unable to move it: of the class
+    token all.
+    """
+    settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"  # noqa: E501
     file, *_ = run_vision(
         classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
     )
