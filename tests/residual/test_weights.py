@@ -37,8 +37,8 @@ WIDE = {
     "gpt-neox": {"hidden_size": 64, "intermediate_size": 128},
 }
 # fmt: off
-NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,  # noqa: E501
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,  # noqa: E501
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 # fmt: on
 FP4 = [sign * x for sign in (-1, 1) for x in (0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1)]
@@ -55,7 +55,7 @@ PACKINGS = {
 
 
 def on_grid(model, grid):
-    """Draw matrices from ``grid``, the largest once in 64 numbers: all scales are one power of 2."""
+    """Draw matrices from ``grid``, the largest once in 64 numbers: all scales are a power of 2."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.tensor(grid)
     with torch.no_grad():
