@@ -42,7 +42,7 @@ NOT_TOGETHER = {"falcon-alibi", "mpt", "bloom"}  # ALiBi has one bias for all pr
 def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
     case, monkeypatch, float64_device
 ):
-    """Decode in long prompts with shorter sliding windows; linear attention has the complete block."""
+    """Decode in long prompts with shorter sliding windows; linear attention has all of it."""
     monkeypatch.setattr(tracing, "LONG", 12)
     wrapped = wrapped_on(float64_device, cases.tiny_model(case))
     tokens = cases.tiny_tokens(17)

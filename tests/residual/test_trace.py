@@ -73,7 +73,7 @@ def test_one_block_is_upcast_at_a_time(device):
 
 
 def test_float64_is_float64_throughout(float64_device):
-    """transformers computes norms, softmax and rotary tables in float32; a float64 trace does not."""
+    """transformers computes norms, softmax and rotary tables in float32; float64 traces do not."""
     model = cases.tiny_model("llama")
     with torch.no_grad():
         casting = model.model(TOKENS, output_hidden_states=True).hidden_states[1]
