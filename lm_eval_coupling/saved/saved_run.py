@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from lm_eval_coupling.saved.precedence import takes_place
 from lm_eval_coupling.saved.prompting import describe_prompting, model_arguments
 from lm_eval_coupling.saved.results_file import COUPLING, number, read_results, require_shape
 from lm_eval_coupling.saved.run_files import date_in, list_run_files
-from lm_eval_coupling.saved.saved_table import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable, has_equal_rows
 from lm_eval_coupling.saved.tables import UNTRAINED, read_header
 from lm_eval_coupling.saved.what_was_run import WhatWasRun
+
+logger = logging.getLogger(__name__)
 
 # Arguments of the model, besides its name and revision, that make other weights of it.
 _VARIANTS = ("peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
@@ -195,7 +198,29 @@ class SavedRuns:
             key = (table.file.parent, run.what_was_run(table.task))
             if key not in latest or takes_place(table.standing, latest[key][1].standing):
                 latest[key] = (run, table)
-        return sorted(latest.values(), key=lambda pair: pair[1].file)
+        return _without_equal_tables(sorted(latest.values(), key=lambda pair: pair[1].file))
+
+
+def _without_equal_tables(
+    pairs: Sequence[tuple[SavedRun, SavedTable]],
+) -> list[tuple[SavedRun, SavedTable]]:
+    """Leave out tables of one run, prompts and rows that lie in a second folder.
+
+    Copies byte by byte are not listed at all; these were written again, by other software.
+
+    Returns:
+        The other pairs, in the order of the tables' files.
+    """
+    kept: dict[tuple[Any, ...], list[tuple[SavedRun, SavedTable]]] = {}
+    for run, table in pairs:
+        key = (table.about.get("run_id"), table.about.get("date"), run.what_was_run(table.task))
+        others = kept.setdefault(key, [])
+        equal = [other for _, other in others if key[0] and has_equal_rows(table, other)]
+        if equal:
+            logger.warning("passed over: got %s, a copy of %s", table.file, equal[0].file)
+        else:
+            others.append((run, table))
+    return sorted((pair for same in kept.values() for pair in same), key=lambda p: p[1].file)
 
 
 def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:

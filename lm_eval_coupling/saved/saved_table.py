@@ -159,3 +159,20 @@ def passing_over(problems: list[str]) -> Iterator[None]:
         yield
     except UnreadableTable as error:
         problems.append(str(error))
+
+
+def has_equal_rows(table: SavedTable, other: SavedTable) -> bool:
+    """Return whether two tables hold the same prompts with the same couplings, in one order.
+
+    A table that is damaged in any column equals no other.
+    """
+    names = ("doc_hash", "prompt_hash", "prompt_index", "n_tokens", "coupling")
+    texts = []
+    for own in (table, other):
+        try:
+            columns = own.read_columns(own.columns, "all")
+        except UnreadableTable:
+            return False
+        # As a text NaN is equal to NaN.
+        texts.append(repr([columns[name].tolist() for name in names]))
+    return texts[0] == texts[1]

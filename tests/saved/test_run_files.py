@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 from saved_runs import DATE, record, save, task_summary
 
@@ -15,8 +16,8 @@ from lm_eval_coupling.saved.run_files import list_run_files
 from lm_eval_coupling.saved.saved_run import find_runs
 
 
-def run(folder, model="org/m", **more):
-    rows = [record("t", number) for number in range(3)]
+def run(folder, model="org/m", seed=0, **more):
+    rows = [record("t", number, seed=seed) for number in range(3)]
     return save(folder, {"t": task_summary()}, model=model, rows=rows, run_id=model, **more)
 
 
@@ -175,3 +176,17 @@ def test_an_output_path_that_is_a_file(tmp_path):
     (where / f"results_{DATE}.json").rename(where / f"mine_{DATE}.json")
     (where / "other.json").write_text(json.dumps({"results": {}}))
     assert len(load_runs(tmp_path)) == 1
+
+
+def test_a_run_that_was_written_again_counts_once(tmp_path, caplog):
+    where = run(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (file,) = (tmp_path / "b").rglob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
+    assert len(load_records(tmp_path)) == 3 == len(load_records(where))
+    assert "a copy of" in caplog.text
+    (table,) = (tmp_path / "b").rglob("*.parquet")
+    pq.write_table(pq.read_table(table), table)
+    assert len(load_records(tmp_path)) == 3
+    run(tmp_path / "b", seed=1)
+    assert len(load_records(tmp_path)) == 6
