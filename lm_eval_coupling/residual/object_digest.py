@@ -210,7 +210,7 @@ class _Writer:
 
     def _callable(self, value: Any, depth: int) -> str:
         if isinstance(value, functools.partial):
-            parts = (value.func, value.args, value.keywords)
+            parts: tuple[Any, ...] = (value.func, value.args, value.keywords)
             return "partial " + " ".join(self.write(part, depth) for part in parts)
         if isinstance(value, types.MethodType):
             parts = (value.__func__, value.__self__)
