@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.console import forget_backend_of_a_notebook, replace_unprintable_characters
 from lm_eval_coupling.errors import CouplingError
 
 _DEVICE = "such as cuda or cpu (default: the best available)"
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 if a sweep or check found something missing. After a mistake of the
         user, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
     """
-    _replace_unprintable_characters()
-    _forget_backend_of_a_notebook()
+    replace_unprintable_characters()
+    forget_backend_of_a_notebook()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # argparse would take lm-eval's own options, such as --help, for ours.
@@ -52,25 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # The reader, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _replace_unprintable_characters() -> None:
-    """Print `?` for characters that the output cannot encode, such as × on a Windows console."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _forget_backend_of_a_notebook() -> None:
-    """Unset a backend of matplotlib that is not installed here; importing matplotlib would fail.
-
-    A notebook's kernel sets it for its own environment, and for the commands that a cell calls.
-    """
-    import importlib.util
-
-    scheme, _, module = os.environ.get("MPLBACKEND", "").partition("://")
-    if scheme == "module" and importlib.util.find_spec(module.partition(".")[0] or "-") is None:
-        del os.environ["MPLBACKEND"]
 
 
 class _Version(argparse.Action):

@@ -25,7 +25,6 @@ def test_readers_load_no_torch(module):
     [
         ("lm_eval", KNOW_LM_EVAL),
         ("transformer_lens", ("residual",)),
-        ("matplotlib", ("figures", "coupling_analysis")),
     ],
 )
 def test_a_library_is_imported_in_its_packages_only(library, packages):
@@ -52,6 +51,11 @@ def test_a_package_never_imports(package, never):
         if package_of(other) in never - {"lm_eval_coupling"}
     }
     assert broken == set()
+
+
+def test_only_what_draws_loads_matplotlib():
+    loading = {name for name in MODULES if "matplotlib" in imports(name, at_import_only=True)}
+    assert set(map(package_of, loading)) <= {"figures", "coupling_analysis"}
 
 
 def test_the_package_does_not_import_the_studies():
