@@ -113,8 +113,10 @@ class TestObservations:
         assert "of 1 models the last checkpoint counts, 2 rows do not" in found.notes
 
     def test_labels_tell_models_apart_and_no_more(self, tmp_path):
-        """Regression: of two folders with one last name the labels were the whole paths, and in
-        notes they had one name.
+        """Regression.
+
+        Of two folders with one last name the labels were the whole paths, and in notes they had
+        one name.
         """
         for i, model in enumerate(("/home/me/a/base", "/home/me/b/base", "org/other")):
             save_model(tmp_path, model, i / 10 + 0.1, {"arc": 0.3})
@@ -269,8 +271,8 @@ class TestFaultsOfReading:
         file.write_text(json.dumps(run | changes))
 
     def test_the_direction_of_a_metric_is_that_of_lm_eval(self, tmp_path):
-        """A bias that is better when lower was taken as better when higher, as its name is not that
-        of a loss.
+        """A bias that is better when lower was taken as better when higher, as its name is not
+        that of a loss.
         """
         for i in range(10):
             told = {"arc": {"likelihood_diff": False}}

@@ -1,5 +1,6 @@
-"""Coupling beside its rivals: loss, other numbers of the inside, noise of the documents, other
-tasks and output types.
+"""Coupling beside its rivals.
+
+Loss, other numbers of the inside, noise of the documents, other tasks and output types.
 """
 
 import json
@@ -30,8 +31,9 @@ def save_model(
     change=None,
     **about,
 ):
-    """A run of known coupling@10 and accuracy; ``losses``: −log p of the right answer of each
-    document, in nats per byte.
+    """A run of known coupling@10 and accuracy; ``losses``.
+
+    −log p of the right answer of each document, in nats per byte.
     """
     summaries = {task: task_summary(coupling + 0.01) for task in tasks}
     where = save(folder, summaries, model=name, rows=rows, fingerprint=name, run_id=name, **about)
@@ -123,8 +125,9 @@ def test_compute_is_held_fixed_where_it_is_known(tmp_path):
 
 
 def test_reliability_of_documents_and_correlation_without_noise(tmp_path):
-    """Models whose true coupling differs by 0.05, documents with noise of 0.1: a reliability of 0.9
-    takes 36 of them.
+    """Models whose true coupling differs by 0.05, documents with noise of 0.1.
+
+    A reliability of 0.9 takes 36 of them.
     """
     rng = np.random.default_rng(2)
     for i in range(12):
