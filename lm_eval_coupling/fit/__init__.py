@@ -1,1 +1,1 @@
-"""Does coupling go with the score? From saved runs to a finding in words."""
+"""Regressions of scores on coupling: from saved runs to a finding in words."""
