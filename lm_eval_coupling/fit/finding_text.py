@@ -11,14 +11,11 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit.observations import Observations
-from lm_eval_coupling.fit.within_models import POOLED, TOGETHER
 from lm_eval_coupling.statistics import (
-    Auroc,
     Corrected,
     Correlation,
     CorrelationDifference,
     Fit,
-    LogisticEffect,
     NestedModels,
     Reliability,
     adjust_p_values,
@@ -27,7 +24,7 @@ from lm_eval_coupling.statistics import (
 from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
 from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
-_MANY = 6  # scores or models; beyond it they are counted instead of described one by one
+MANY = 6  # scores or models; beyond it they are counted instead of described one by one
 _NAMED = 3  # members on which a finding hangs
 _STRONG = 0.5  # |r| at which the reader is told which members it hangs on
 
@@ -60,9 +57,9 @@ def describe_models(
         Paragraphs, in the order of reading.
     """
     words, main_score = [_describe_observations(observations)], observations.main_score
-    adjusted = _holm({score: r.p for score, r in pearson.items()})
+    adjusted = adjust_by_name({score: r.p for score, r in pearson.items()})
     described = list(pearson)
-    if len(pearson) > _MANY:
+    if len(pearson) > MANY:
         counts = _count_scores(pearson, adjusted, observations.main.name)
         words.append(f"{counts} The tables have them one by one.")
         described = [main_score]
@@ -124,7 +121,8 @@ def _describe_within(within: Correlation, across: Correlation, names: Mapping[st
     return words
 
 
-def _holm(p: Mapping[Any, float]) -> dict[Any, float]:
+def adjust_by_name(p: Mapping[Any, float]) -> dict[Any, float]:
+    """Adjust p-values for their number by Holm."""
     return dict(zip(p, adjust_p_values(list(p.values())).tolist(), strict=True))
 
 
@@ -195,10 +193,10 @@ def describe_predictors(
         for row in distinct.sort_values("p_simultaneous").to_dict("records")
         if is_beyond_chance(correlated[score, row["predictor"], "pearson"], row["p_simultaneous"])
     ]
-    more = f" and {len(clear) - _MANY} more" if len(clear) > _MANY else ""
+    more = f" and {len(clear) - MANY} more" if len(clear) > MANY else ""
     verdict = f"none goes with {score} beyond chance"
     if clear:
-        verdict = f"{len(clear)} go with {score} beyond chance: {', '.join(clear[:_MANY])}{more}"
+        verdict = f"{len(clear)} go with {score} beyond chance: {', '.join(clear[:MANY])}{more}"
     yield (
         f"Of {len(distinct)} distinct predictors and ranks together (permutations that adjust for "
         f"all at once) {verdict}."
@@ -227,7 +225,7 @@ def describe_rivals(
     tested = {name: r for name, r in compared.items() if not math.isnan(r.p)}
     if not tested:
         return
-    adjusted = _holm({name: r.p for name, r in tested.items()})
+    adjusted = adjust_by_name({name: r.p for name, r in tested.items()})
     clear = [name for name, r in tested.items() if is_beyond_chance(r, adjusted[name])]
     more = sum(tested[name].difference > 0 and own[main] for name in clear)
     less = sum(tested[name].difference < 0 and own[name] for name in clear)
@@ -299,95 +297,6 @@ def describe_tasks(
             f"{statistics.median(mine):.2f} (median over {len(mine)} tasks), measured on another "
             f"task's by {statistics.median(others):.2f} (over {len(others)} pairs of tasks)."
         )
-
-
-def describe_documents(
-    aurocs: Mapping[tuple[str, str, str], Auroc],
-    logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
-    main: str,
-) -> list[str]:
-    """Describe whether the predictor tells right from wrong answers within each model."""
-    pooled: dict[str, tuple[str, Auroc]] = {}
-    for (model, task, predictor), area in aurocs.items():
-        # The pool follows the single tasks of a model, and replaces them.
-        if predictor == main and model != TOGETHER:
-            pooled[model] = (task, area)
-    if not pooled:
-        return []
-    adjusted = _holm({model: area.p for model, (_, area) in pooled.items()})
-    together = [*_describe_together(aurocs, logistics, main)]
-    if len(pooled) > _MANY:
-        areas = {model: area for model, (_, area) in pooled.items()}
-        return [_count_areas(areas, adjusted, main), *together]
-    words = []
-    for model, (task, area) in pooled.items():
-        p = adjusted[model] if len(pooled) > 1 else None
-        carried = is_beyond_chance(area, p, null=0.5)
-        sentences = [in_words(area, x=main, p_adjusted=p)]
-        sentences += _describe_odds(logistics, model, task, main, carried)
-        words.append(f"Within {model}, over documents: {' '.join(sentences)}")
-    return words + together
-
-
-def _describe_odds(
-    logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
-    model: str,
-    task: str,
-    main: str,
-    carried: bool,
-) -> Iterator[str]:
-    for (name, of_task, predictor, given), effect in logistics.items():
-        if (name, of_task, predictor) == (model, task, main) and given:
-            yield in_words(effect, carried=carried)
-
-
-def _describe_together(
-    aurocs: Mapping[tuple[str, str, str], Auroc],
-    logistics: Mapping[tuple[str, str, str, str], LogisticEffect],
-    main: str,
-) -> Iterator[str]:
-    """Describe the answers of all models together, and the other predictors that tell as well."""
-    areas: dict[str, Auroc] = {}
-    distinct: set[tuple[float, float]] = set()
-    for (model, _, predictor), area in aurocs.items():
-        # Definitions that are the same up to scale and sign have one area, and count once.
-        numbers = (round(abs(area.auroc - 0.5), 12), round(area.stderr, 12))
-        if model == TOGETHER and not math.isnan(area.p) and numbers not in distinct:
-            distinct.add(numbers)
-            areas[predictor] = area
-    if main not in areas:
-        return
-    adjusted = _holm({name: area.p for name, area in areas.items()})
-    carried = is_beyond_chance(areas[main], null=0.5)
-    sentences = [in_words(areas[main], x=main)]
-    sentences += _describe_odds(logistics, TOGETHER, POOLED, main, carried)
-    if len(areas) > 1:
-        clear = [
-            f"{name} (AUROC {area.auroc:.2f})"
-            for name, area in areas.items()
-            if is_beyond_chance(area, adjusted[name], null=0.5)
-        ]
-        sentences.append(
-            f"Adjusted for all {len(areas)} distinct predictors (Holm), {main} has "
-            f"p = {adjusted[main]:.2g}; beyond chance are {', '.join(clear) or 'none'}."
-        )
-    models = areas[main].models
-    yield f"All {models} models together, a document counting once: {' '.join(sentences)}"
-
-
-def _count_areas(areas: Mapping[str, Auroc], adjusted: Mapping[str, float], main: str) -> str:
-    clear = [
-        area for model, area in areas.items() if is_beyond_chance(area, adjusted[model], null=0.5)
-    ]
-    up = sum(area.auroc > 0.5 for area in clear)
-    values = [area.auroc for area in areas.values() if not math.isnan(area.auroc)]
-    if not values:
-        return f"Within {len(areas)} models, over documents: no AUROC of {main} is estimable."
-    return (
-        f"Within {len(areas)} models, over documents: AUROC of {main} for right answers from "
-        f"{min(values):.2f} to {max(values):.2f}; beyond chance (adjusted for their number by "
-        f"Holm) in {len(clear)} of them, in {up} with higher {main} for right answers."
-    )
 
 
 def describe_training(results: Mapping[tuple[str, str, str, str], Correlation]) -> Iterator[str]:

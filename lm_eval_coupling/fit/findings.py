@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit import across_models, document_noise, finding_text, within_models
+from lm_eval_coupling.fit.answers_text import describe_documents
 from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.losses import add_losses
 from lm_eval_coupling.fit.observations import LEAST, Observations, observe
@@ -21,7 +22,7 @@ from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.fit.scores import scored_rows
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
-from lm_eval_coupling.statistics import Fit
+from lm_eval_coupling.statistics import Correlation, Fit
 from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
 __all__ = ["Findings", "Observations", "Predictor", "fit_runs"]
@@ -115,18 +116,22 @@ def fit_runs(
     )
 
 
+def _nothing_to_compare(observations: Observations) -> str | None:
+    if observations.models == 1:
+        return "One model only: nothing to compare across models."
+    if not any(True for _ in observations.compared()):
+        return f"No score of {LEAST} models or more: nothing to compare across models."
+    return None
+
+
 def _across(
     observations: Observations,
     documents: pd.DataFrame,
     leaves: Mapping[str, Sequence[str]],
     resamples: int,
 ) -> _Part:
-    if observations.models == 1:
-        return _Part(words=["One model only: nothing to compare across models."])
-    if not any(True for _ in observations.compared()):
-        return _Part(
-            words=[f"No score of {LEAST} models or more: nothing to compare across models."]
-        )
+    if problem := _nothing_to_compare(observations):
+        return _Part(words=[problem])
     main, last = observations.main.name, observations.main_score
     correlated = across_models.correlations(observations, resamples=resamples)
     fits = across_models.fits(observations)
@@ -157,33 +162,38 @@ def _across(
     pearson = {score: correlated[score, main, "pearson"] for score, _ in observations.compared()}
     rivals = {other: r for (score, _, other), r in compared.items() if score == last}
     size = next((name for name in observations.covariates if name in rivals), None)
-    is_last = influences["score"] == last if len(influences) else []
     results = finding_text.MainResults(
         pearson=pearson[last],
         fits={form: fits[last, main, form, "none"] for form in ("line", "exponential")},
         within_families=within.get((last, main)),
         against_size=None if size is None else (size, rivals[size]),
         nested=[r for (score, *_), r in nested.items() if score == last],
-        influence=influences[is_last] if len(influences) else influences,
+        influence=influences[influences["score"] == last] if len(influences) else influences,
     )
-    # One score is chosen from several, so that its p is adjusted for their number.
-    of_score = rows[(rows["score"] == last) & (rows["method"] == "pearson")]
-    own = {
-        row["predictor"]: is_beyond_chance(
-            correlated[last, row["predictor"], "pearson"], row["p_holm"]
-        )
-        for row in of_score.to_dict("records")
-    }
+    own = _beyond_chance(rows, correlated, last)
+    key = (last, main)
     words = [
         *finding_text.describe_models(observations, pearson, results),
         *finding_text.describe_predictors(rows, correlated, last),
         *finding_text.describe_rivals(rivals, main, last, own, described=size),
-        *finding_text.describe_noise(
-            reliable.get((last, main)), corrected.get((last, main)), main, last
-        ),
+        *finding_text.describe_noise(reliable.get(key), corrected.get(key), main, last),
         *finding_text.describe_tasks(main, pearson, swapped),
     ]
     return _Part(tables, fits, words)
+
+
+def _beyond_chance(
+    rows: pd.DataFrame, correlated: Mapping[tuple[str, str, str], Correlation], score: str
+) -> dict[str, bool]:
+    """Return whether each predictor's correlation with the score is beyond chance.
+
+    The score is one of several, so that p is adjusted for their number.
+    """
+    of_score = rows[(rows["score"] == score) & (rows["method"] == "pearson")]
+    return {
+        name: is_beyond_chance(correlated[score, name, "pearson"], p)
+        for name, p in zip(of_score["predictor"], of_score["p_holm"], strict=True)
+    }
 
 
 def _within(documents: pd.DataFrame, main: str) -> _Part:
@@ -206,7 +216,7 @@ def _within(documents: pd.DataFrame, main: str) -> _Part:
         "graded": across_models.table(graded, "model", "task", "predictor", "of"),
         "calibration": within_models.calibration(documents, predictors[0]),
     }
-    words = finding_text.describe_documents(aurocs, logistics, predictors[0])
+    words = describe_documents(aurocs, logistics, predictors[0])
     return _Part(tables, words=words)
 
 

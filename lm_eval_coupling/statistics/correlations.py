@@ -26,6 +26,7 @@ from lm_eval_coupling.statistics.resampling import (
     Families,
     Units,
     correlation_interval,
+    orders_within,
     permutation_p_value,
     without_each,
 )
@@ -203,7 +204,7 @@ def correlation_within(
     )
     orders = None
     if len(rows) <= MANY:
-        orders = _orders_within(rows[group], resamples, np.random.default_rng(seed))
+        orders = orders_within(rows[group], resamples, np.random.default_rng(seed))
     units = Units.of(None, len(rows))
     return _correlate_residuals(
         values[x].to_numpy(), values[y].to_numpy(), levels, units, orders, result
@@ -333,16 +334,6 @@ def _no_interval(coefficient: float, units: Units, n: int, method: Method) -> st
 
 def _rank(fixed: np.ndarray) -> int:
     return int(np.linalg.matrix_rank(fixed)) if len(fixed) else 1
-
-
-def _orders_within(groups: pd.Series, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw orders of the observations that move each only within its group."""
-    codes = pd.factorize(groups)[0]
-    places = np.argsort(codes, kind="stable")
-    orders = np.empty((resamples, len(codes)), dtype=np.intp)
-    # Sorting random numbers by group shuffles all groups at once.
-    orders[:, places] = np.lexsort((rng.random(orders.shape), np.broadcast_to(codes, orders.shape)))
-    return orders
 
 
 def _correlate_residuals(

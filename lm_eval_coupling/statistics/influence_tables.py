@@ -75,13 +75,13 @@ def influence(
         )
         results.append(
             Influence(
-                name,
-                kind,
-                without.coefficient,
-                without.p,
-                without.n,
-                every.coefficient,
-                _decides(every, without),
+                without=name,
+                kind=kind,
+                coefficient=without.coefficient,
+                p=without.p,
+                n=without.n,
+                all_models=every.coefficient,
+                decides=_decides(every, without),
             )
         )
     return results

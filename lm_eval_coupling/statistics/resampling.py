@@ -86,6 +86,20 @@ class Units:
         return orders
 
 
+def orders_within(groups: pd.Series, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw orders of the observations that move each only within its group.
+
+    Returns:
+        An order a row.
+    """
+    codes = pd.factorize(groups)[0]
+    places = np.argsort(codes, kind="stable")
+    orders = np.empty((resamples, len(codes)), dtype=np.intp)
+    # Sorting random numbers by group shuffles all groups at once.
+    orders[:, places] = np.lexsort((rng.random(orders.shape), np.broadcast_to(codes, orders.shape)))
+    return orders
+
+
 def permutation_p_value(
     observed: float, resampled: Float[np.ndarray, " resample"], observations: int
 ) -> float:

@@ -169,7 +169,7 @@ def logistic_effect(
             0 and 1, or there is no statsmodels.
     """
     check_confidence(confidence)
-    sm = load_statsmodels("api")
+    load_statsmodels("api")
     labels = [name for name in (task, cluster) if name]
     rows, dropped = complete_rows(frame, [correct, predictor, *controls], labels)
     _right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
@@ -195,21 +195,29 @@ def logistic_effect(
             "finite"
         )
         return dataclasses.replace(result, reason=reason)
+    groups = pd.factorize(rows[cluster])[0] if cluster else None
+    return _fit_odds(y, X, groups, result)
+
+
+def _fit_odds(
+    y: np.ndarray, X: np.ndarray, groups: np.ndarray | None, result: LogisticEffect
+) -> LogisticEffect:
+    """Fit the odds with and without the last column; ``groups`` make the error robust."""
+    logit = load_statsmodels("api").Logit
     robust = {}
-    if cluster:
-        groups = {"groups": pd.factorize(rows[cluster])[0]}
-        robust = {"cov_type": "cluster", "cov_kwds": groups}
+    if groups is not None:
+        robust = {"cov_type": "cluster", "cov_kwds": {"groups": groups}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # convergence is checked below
         with_, without = (
-            sm.Logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1])
+            logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1])
         )
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
         return dataclasses.replace(result, reason="the fit did not settle")
-    effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, confidence)
+    effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, result.confidence)
     ratio = max(0.0, 2 * (with_.llf - without.llf))
     notes: tuple[str, ...] = ()
-    if rarer < 10 * X.shape[1]:
+    if result.rarer < 10 * X.shape[1]:
         notes = (
             "fewer than 10 answers of the rarer kind for each coefficient: the effect is "
             "overstated",
@@ -220,7 +228,7 @@ def logistic_effect(
         low=math.exp(effect.low),
         high=math.exp(effect.high),
         log_odds=effect,
-        p=float(with_.pvalues[-1] if cluster else stats.chi2.sf(ratio, 1)),
+        p=float(stats.chi2.sf(ratio, 1) if groups is None else with_.pvalues[-1]),
         deviance_explained=float(ratio / (-2 * without.llf)),
         notes=notes,
     )

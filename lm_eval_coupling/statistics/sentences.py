@@ -64,7 +64,9 @@ def in_words(
         TypeError: If the result is of another kind.
     """
     where = f" {where}" if where else ""
-    names = _Names(x, y, other, unit, p_adjusted, carried, where)
+    names = _Names(
+        x=x, y=y, other=other, unit=unit, p_adjusted=p_adjusted, carried=carried, where=where
+    )
     return _sentences(result, names)
 
 
