@@ -60,14 +60,9 @@ class TestDocuments:
         )
 
     def test_one_model_prompted_in_two_ways_is_told_apart(self, tmp_path):
-<<<<<<< HEAD
-        """Regression: its documents had both names at once, and the command ended with a traceback
-        of pandas.
-=======
         """Regression.
 
         Its documents had both names at once, and the command ended with a traceback of pandas.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
         """
         for shots in (0, 5):
             made_so = {"change": lambda run, shots=shots: run.update({"n-shot": {"arc": shots}})}
@@ -90,14 +85,9 @@ class TestDocuments:
         assert areas["a (5-shot)"] < 0.5
 
     def test_models_are_taken_together_over_the_documents_that_they_share(self, tmp_path):
-<<<<<<< HEAD
-        """What each is too few answers for: the numbers are those of ``statistics``, the words name
-        what else says it.
-=======
         """What each is too few answers for.
 
         The numbers are those of ``statistics``, the words name what else says it.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
         """
         rng = np.random.default_rng(1)
         for model in "abc":

@@ -1,10 +1,5 @@
-<<<<<<< HEAD
 """Correlations against published examples and naive computations, and in simulations whose truth is
 known.
-=======
-"""Correlations against published examples and naive computations, and in simulations whose truth
-is known.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
 """
 
 import itertools
@@ -160,14 +155,7 @@ def test_no_interval_from_few_or_perfect_ranks():
 
 
 def test_partial_correlation_of_ppcor():
-<<<<<<< HEAD
     """Example of R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""  # noqa: E501
-=======
-    """Example of R's ppcor (Kim 2015).
-
-    Pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202.
-    """
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     frame = pd.DataFrame(
         {
             "hl": [7, 15, 19, 15, 21, 22, 57, 15, 20, 18],

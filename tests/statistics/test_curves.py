@@ -45,14 +45,8 @@ def test_line_of_anscombes_first_set():
 
 
 def test_errors_in_both_as_published():
-<<<<<<< HEAD
     """Pearson's data with York's weights: York et al. (2004); digits from the R package bfsl,
     standard errors times √χ²ᵣ.
-=======
-    """Pearson's data with York's weights.
-
-    York et al. (2004); digits from the R package bfsl, standard errors times √χ²ᵣ.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     found = line_fit(**PEARSON_YORK)
     intercept, slope = found.coefficients["intercept"], found.coefficients["slope"]
@@ -129,14 +123,8 @@ def test_errors_of_x_flatten_a_plain_line_but_not_yorks():
 
 
 def test_exponential_as_published():
-<<<<<<< HEAD
     """R's documented SSasymp fit of Loblolly, seed 329: Asym 94.1282 (8.4030), R0 −8.2508, lrc
     −3.2176 (0.1386).
-=======
-    """R's documented SSasymp fit of Loblolly, seed 329.
-
-    Asym 94.1282 (8.4030), R0 −8.2508, lrc −3.2176 (0.1386).
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     age, height = [3, 5, 10, 15, 20, 25], [3.93, 9.34, 26.08, 37.79, 48.31, 56.43]
     found = exponential_fit(age, height)
@@ -250,11 +238,7 @@ def test_curves_that_cannot_be_fitted_say_why():
 
 
 def test_errors_of_zero_are_refused_with_a_remedy():
-<<<<<<< HEAD
     """A score of 0 or 1 has a standard error of 0 in lm-eval, which would give it infinite weight."""  # noqa: E501
-=======
-    """A score of 0 or 1 has an error of 0 in lm-eval, which would give it infinite weight."""
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     with pytest.raises(CouplingError, match="proportion_error"):
         line_fit([1, 2, 3], [0.2, 0.5, 1.0], y_error=[0.1, 0.1, 0.0])
     with pytest.raises(CouplingError, match="without y_error"):

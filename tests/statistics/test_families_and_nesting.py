@@ -174,11 +174,7 @@ def test_mixed_model_of_balanced_families_is_the_fixed_effects_estimate():
 
 
 def cr2(y, X, family):
-<<<<<<< HEAD
     """Bell and McCaffrey's variance and degrees of freedom by whole matrices (Imbens and Kolesar)."""  # noqa: E501
-=======
-    """Return Bell and McCaffrey's variance and degrees of freedom, by whole matrices."""
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     bread, n = np.linalg.inv(X.T @ X), len(y)
     kept = np.eye(n) - X @ bread @ X.T
     variance, columns = np.zeros((X.shape[1],) * 2), []
@@ -211,14 +207,8 @@ def test_clustered_errors_against_the_sandwich():
 
 
 def test_families_that_resemble_each_other_fool_plain_least_squares_only():
-<<<<<<< HEAD
     """Nothing depends on the predictor, but both it and the score go by family: 12 families of 4
     models.
-=======
-    """Nothing depends on the predictor, but both it and the score go by family.
-
-    12 families of 4 models.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
 
     def one(rng):
@@ -259,14 +249,8 @@ def test_families_that_cannot_be_told_apart_say_why():
 
 
 def test_adjusted_p_values_as_published():
-<<<<<<< HEAD
     """Benjamini and Hochberg (1995), section 4.1: of 15 tests at 0.05 Holm rejects 3 and their
     procedure 4.
-=======
-    """Benjamini and Hochberg (1995), section 4.1.
-
-    Of 15 tests at 0.05 Holm rejects 3 and their procedure 4.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     p = [
         0.0001,

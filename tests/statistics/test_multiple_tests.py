@@ -1,11 +1,5 @@
-<<<<<<< HEAD
 """One score and many predictors: no more false claims than promised, and more found than by
 Bonferroni.
-=======
-"""One score and many predictors.
-
-No more false claims than promised, and more found than by Bonferroni.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
 """
 
 import numpy as np
@@ -23,13 +17,8 @@ def hanging_together(rng, n, predictors, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.9])
 def test_size(share):
-<<<<<<< HEAD
     """Of 200 data sets of noise about 5 % have any p below 0.05, however the twenty predictors hang
     together.
-=======
-    """Of 200 data sets of noise about 5 % have any p below 0.05, however the twenty predictors
-    hang together.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     rng = np.random.default_rng(0)
     claims = [

@@ -1,11 +1,5 @@
-<<<<<<< HEAD
 """Several models over the same documents: as many observations as documents, in simulations whose
 truth is known.
-=======
-"""Several models over the same documents.
-
-As many observations as documents, in simulations whose truth is known.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
 """
 
 import math

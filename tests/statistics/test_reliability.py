@@ -24,14 +24,8 @@ def crossed(rng, models, documents, noise, spread=1.0):
 
 
 def test_alpha_by_hand():
-<<<<<<< HEAD
     """Cronbach's alpha of a matrix whose item variances are counted by hand: k/(k−1)·(1 − Σ
     var_item/var_total).
-=======
-    """Cronbach's alpha of a matrix whose item variances are counted by hand.
-
-    K/(k−1)·(1 − Σ var_item/var_total).
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     X = np.array([[1.0, 2, 3], [2, 2, 5], [4, 6, 5], [5, 5, 9]])
     k = X.shape[1]
@@ -45,14 +39,8 @@ def test_alpha_by_hand():
 
 @pytest.mark.parametrize(("documents", "noise"), [(20, 3.0), (100, 3.0), (100, 12.0)])
 def test_the_truth_is_found(documents, noise):
-<<<<<<< HEAD
     """True reliability is 1/(1 + noise²/n): the mean over many data sets of many models comes near
     it.
-=======
-    """True reliability is 1/(1 + noise²/n).
-
-    The mean over many data sets of many models comes near it.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     rng = np.random.default_rng(0)
     true = 1 / (1 + noise**2 / documents)
@@ -65,14 +53,8 @@ def test_the_truth_is_found(documents, noise):
 
 
 def test_the_interval_covers():
-<<<<<<< HEAD
     """Coverage of Feldt's interval is its 95 %, for ten models as for many: of 400 data sets 92 to
     98 % hold the truth.
-=======
-    """Coverage of Feldt's interval is its 95 %, for ten models as for many.
-
-    Of 400 data sets 92 to 98 % hold the truth.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     rng = np.random.default_rng(1)
     true = 1 / (1 + 9 / 30)

@@ -24,14 +24,8 @@ sm = pytest.importorskip(
 
 
 def test_auroc_of_iris_as_published():
-<<<<<<< HEAD
     """R's pROC on iris, sepal length of setosa against the others: 0.9586, 95% interval (DeLong)
     0.9302 to 0.9870.
-=======
-    """R's pROC on iris, sepal length of setosa against the others.
-
-    0.9586, 95% interval (DeLong) 0.9302 to 0.9870.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     iris = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the data").load_iris()
     found = auroc(iris.data[:, 0], iris.target != 0)
@@ -161,14 +155,8 @@ def test_odds_ratios_cover():
 
 
 def test_logistic_effect_as_published():
-<<<<<<< HEAD
     """Spector and Mazzeo's data in Greene's Econometric Analysis: PSI 2.379 (1.065), log likelihood
     −12.890.
-=======
-    """Spector and Mazzeo's data in Greene's Econometric Analysis.
-
-    PSI 2.379 (1.065), log likelihood −12.890.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     """
     data = sm.datasets.spector.load_pandas()
     frame = data.exog.assign(GRADE=data.endog)

@@ -1,13 +1,8 @@
-"""Shared parts of simulations of a statistic.
+"""What simulations of a statistic have in common.
 
 They are seeded. A rate over N of them may differ from the truth by four Monte-Carlo standard
-<<<<<<< HEAD
 errors; where a method is approximate in samples of this size, the slack that is granted beyond that
 is written beside it.
-=======
-errors. Where a method is approximate in samples of this size, the slack granted beyond that is
-written beside it.
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
 """
 
 import math
@@ -17,23 +12,19 @@ from scipy import stats
 
 
 def draws(one, n):
-    """Return each number that ``one`` returns, over n seeded simulations."""
+    """Each number that ``one`` returns, over n seeded simulations."""
     return np.array([one(np.random.default_rng([20240717, i])) for i in range(n)], dtype=float).T
 
 
 def simulate(one, n):
-    """Return the means of these numbers."""
+    """Their means."""
     return draws(one, n).mean(axis=-1)
 
 
 def uniform(p):
-<<<<<<< HEAD
     """Whether p-values are spread as they must be where there is nothing to find; sees tests that
     never reject, too.
     """
-=======
-    """Return whether p-values are uniform; sees tests that never reject, too."""
->>>>>>> 2fe8fd4 (Size and coverage of every statistic that speaks: a benchmark and a slow test; lines of tests)
     return stats.kstest(p, "uniform").pvalue > 1e-3
 
 
