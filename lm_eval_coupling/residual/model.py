@@ -110,8 +110,8 @@ class ResidualModel:
         self._scored = scored
         self._compares_all = scored.has_own_functions
         if self._compares_all:
-            # Hooks may go by places in the whole batch, such as the last one.
-            self.tracer.pads = False
+            # Hooks may go by places in the batch, such as the last one or those from the tenth on.
+            self.tracer.pads = self.tracer.decodes = False
 
     @made_on_host()
     def describe_change(self) -> str | None:

@@ -49,6 +49,7 @@ class Tracer:
         outputs: number of things that a block returns as a tuple, 0 for a plain tensor.
         d_model: width of the stream, known after the first pass.
         pads: whether prompts may share a pass; None until it was tried.
+        decodes: whether a step of decoding is the block at one token; None until it was tried.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Tracer:
         self.outputs = self.d_model = 0
         self.pads: bool | None = None
         self.first_input: Callable[[Tensor], Tensor] | None = None
-        self._decodes: bool | None = None
+        self.decodes: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,9 +99,9 @@ class Tracer:
 
     def _is_decoding(self, dtype: torch.dtype) -> bool:
         """Return whether a step of decoding has every block's derivative by its own token."""
-        if self._decodes is None:
-            self._decodes = self.inputs.causal and self._succeeds(self._decoding_agrees, dtype)
-        return self._decodes
+        if self.decodes is None:
+            self.decodes = self.inputs.causal and self._succeeds(self._decoding_agrees, dtype)
+        return self.decodes
 
     def _succeeds(self, trial: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
         """Run a trial on prompts of its own; False if it fails."""

@@ -61,6 +61,12 @@ def test_hooks_are_measured_wherever_they_are(model, hook, where, layer):
     as_oracle(model)
 
 
+def test_hooks_at_later_tokens_are_measured_in_long_prompts(model):
+    """A step of decoding has one token, at which such a hook does nothing."""
+    model.model.layers[1].mlp.register_forward_hook(later)
+    as_oracle(model, cases.tiny_tokens(70))
+
+
 def test_hooks_before_a_block_are_part_of_it(model):
     """They ran twice in every replay: once in its input, once in the call."""
     model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 0.3, *args[1:]))
