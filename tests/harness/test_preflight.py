@@ -97,13 +97,15 @@ def test_every_wrong_coupling_argument_is_told():
 
 def test_facts_of_a_model_without_its_weights(home):
     facts, problems = look(home / "model")
-    parameters = sum(t.numel() for t in lm_eval_model(home / "model").parameters())
+    model = lm_eval_model(home / "model")
+    parameters = sum(t.numel() for t in model.parameters())
     assert not problems
     assert facts == {
         str(home / "model"): {
             "d_model": 32,
             "n_layers": 4,
             "n_params": parameters,
+            "vocab_size": model.config.vocab_size,
             "dtype": "float32",
         }
     }
