@@ -60,6 +60,14 @@ def test_two_checkouts_in_turn(benchmark, model, tmp_path):
     assert all(row["here / other"] == row["here, s"] / row["other, s"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
+def test_a_busy_machine(benchmark, model, tmp_path):
+    arguments = "--tokens 5 --prompts 2 --ranks 4 --busy 1".split()
+    found = results(benchmark("busy"), tmp_path / "b.json", "--model", model, *arguments)
+    (row,) = found["rows"]
+    assert found["fair_share"] >= 1 and row["loaded / fair share"] > 0 and row["quiet, CPU s"] > 0
+
+
 def test_what_is_no_checkout_is_refused(benchmark, model, tmp_path):
     with pytest.raises(SystemExit, match="expected the folder of another checkout"):
         benchmark("in_turn").main([str(tmp_path), "--model", str(model)])

@@ -34,20 +34,41 @@ def require_true_gradients(
     Raises:
         CouplingError: if the block does not move as its gradients say.
     """
-    fine = call.in_dtype(torch.float64) if has_finer(call) else call
-    jacobian = jacobian.to(fine.dtype)
     # Errors of J below this are not certified where the tokens differ: it may be next to nothing.
     floor = 0.0 if output_token == input_token else 4 * torch.finfo(call.dtype).eps
-    with fine.ready():
-        for number in range(1 if call.is_verified else DIRECTIONS):
-            v = probe(call.layer + number * _ANOTHER, fine.resid_pre)
-            if not _agrees(fine, jacobian @ v, v, (output_token, input_token), floor):
-                raise CouplingError(
-                    f"got a block {call.layer} whose output does not move as its gradients say, "
-                    "expected true ones; take torch.no_grad, detach, NumPy and .item() out of the "
-                    "model's own code and hooks"
-                )
+    tokens = output_token, input_token
+    count = 1 if call.is_verified else DIRECTIONS
+    try:
+        fine = call.in_dtype(torch.float64) if has_finer(call) else call
+        is_true = _moves_as(fine, jacobian, tokens, floor, count)
+    except RuntimeError as error:
+        # A hook or a patched forward may hold tensors of its own, which stay in float32.
+        pass_on_lack_of_memory(error)
+        is_true = _moves_as(call, jacobian, tokens, floor, count)
+    if not is_true:
+        raise CouplingError(
+            f"got a block {call.layer} whose output does not move as its gradients say, expected "
+            "true ones; take torch.no_grad, detach, NumPy and .item() out of the model's own code "
+            "and hooks"
+        )
     call.mark_verified()
+
+
+def _moves_as(
+    call: Call,
+    jacobian: Float[Tensor, "d_model d_model"],
+    tokens: tuple[int, int],
+    floor: float,
+    count: int,
+) -> bool:
+    """Return whether J agrees with differences of outputs along each of ``count`` directions."""
+    jacobian = jacobian.to(call.dtype)
+    with call.ready():
+        for number in range(count):
+            v = probe(call.layer + number * _ANOTHER, call.resid_pre)
+            if not _agrees(call, jacobian @ v, v, tokens, floor):
+                return False
+    return True
 
 
 def _agrees(
