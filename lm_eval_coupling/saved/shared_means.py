@@ -71,7 +71,7 @@ def mean_over_shared_items(
             items, units = items, []
     kept = rows[rows[unit].isin(units) & rows[item].isin(items)]
     groups = kept.groupby(unit, sort=False)
-    columns = {name: groups[name].mean(skipna=False) for name in (*required, *optional)}
+    columns = {name: groups[name].agg(_mean) for name in (*required, *optional)}
     columns |= {name: groups[name].agg(_error_of_mean) for name in errors}
     means = pd.DataFrame(columns | {"n": groups.size()}).reindex(units)
     return SharedMeans(
@@ -84,6 +84,11 @@ def mean_over_shared_items(
             if units and name not in units
         },
     )
+
+
+def _mean(values: pd.Series) -> float:
+    """Return the mean; NaN if one is missing (pandas 2 has no such mean of groups)."""
+    return float(values.mean(skipna=False))
 
 
 def _error_of_mean(errors: pd.Series) -> float:

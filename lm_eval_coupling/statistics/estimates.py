@@ -113,6 +113,9 @@ def complete_rows(
 
 
 def _numbers(name: str, values: Values) -> np.ndarray:
+    # pandas 2 would hand its own missing value to NumPy, which has no number for it.
+    if isinstance(values, pd.Series) and isinstance(values.dtype, pd.api.extensions.ExtensionDtype):
+        values = values.to_numpy(na_value=np.nan)
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
