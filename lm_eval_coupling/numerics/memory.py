@@ -240,6 +240,8 @@ def memory(
     trace = 3 * n_layers * tokens * d_model + prompts * seq**2
     per_token = (3 if seq >= 64 else 8) * (largest // d_model + d_model)
     forward = copied + 2 * scores + tokens * per_token
+    # Once per block a prompt's passes are compared with its derivative, in float64.
+    verified = 2 * (block_params + 2 * n_heads * seq**2 + seq * per_token) if itemsize == 4 else 0
     wide = max(d_model, n_heads * (d_head or d_model // n_heads))
     jacobian = copied + prompts * _closed(d_model, wide, largest)
     at_once = layers_at_once(d_model, itemsize, device, rank)
@@ -259,7 +261,7 @@ def memory(
         pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
     logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     size = prompts * n_layers * square * itemsize
-    working = (trace + max(forward, jacobian, spectra, pairs, logits)) * itemsize
+    working = (trace + max(forward, verified, jacobian, spectra, pairs, logits)) * itemsize
     held = 0 if scattered else trace * itemsize
     where = place(size, torch.device("cpu") if scattered else device, held)
     return Memory(size, where, 2 * basis * itemsize, working)
