@@ -240,8 +240,11 @@ def memory(
     trace = 3 * n_layers * tokens * d_model + prompts * seq**2
     per_token = (3 if seq >= 64 else 8) * (largest // d_model + d_model)
     forward = copied + 2 * scores + tokens * per_token
-    # Once per block a prompt's passes are compared with its derivative, in float64.
-    verified = 2 * (block_params + 2 * n_heads * seq**2 + seq * per_token) if itemsize == 4 else 0
+    # Once per block its passes are compared with its derivative, in float64. Long prompts keep keys,
+    # and are compared by steps of decoding.
+    verified = copied
+    if itemsize == 4:
+        verified += 2 * (block_params + (tokens * per_token if seq < 64 else 0))
     wide = max(d_model, n_heads * (d_head or d_model // n_heads))
     jacobian = copied + prompts * _closed(d_model, wide, largest)
     at_once = layers_at_once(d_model, itemsize, device, rank)
