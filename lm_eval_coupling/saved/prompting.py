@@ -199,7 +199,7 @@ def _dataset(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | N
     own = {
         name: value
         for name, value in metadata.items()
-        if name not in ("version", *arguments) and not name.startswith("coupling_")
+        if name not in ("version", "config_source", *arguments) and not name.startswith("coupling_")
     }
     path = str(config.get("dataset_path") or "").rstrip("/").rpartition("/")[2]
     chosen = {name: config.get(name) for name in ("dataset_name", "test_split")}
