@@ -240,7 +240,7 @@ def memory(
     trace = 3 * n_layers * tokens * d_model + prompts * seq**2
     per_token = (3 if seq >= 64 else 8) * (largest // d_model + d_model)
     forward = copied + 2 * scores + tokens * per_token
-    # Once per block its passes are compared with its derivative, in float64. Long prompts keep keys,
+    # Once per block its passes are compared with its derivative, in float64. Long prompts keep keys
     # and are compared by steps of decoding.
     verified = copied
     if itemsize == 4:
