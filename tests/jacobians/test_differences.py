@@ -1,4 +1,4 @@
-"""A block that autograd does not follow is refused; one that it follows is measured, however faint."""
+"""A block whose derivative leaves out a part of its output is caught by differences of outputs."""
 
 import cases
 import pytest
