@@ -1,7 +1,7 @@
 """Checksums over every bit of a Parquet file, of its column chunks and of its footer.
 
-A damaged table is refused where it would otherwise give other numbers. Parquet's own checksums of pages do
-not cover the pages' headers, where one flipped bit can cut values off without an error.
+A damaged table is refused where it would otherwise give other numbers. Parquet's own checksums of
+pages do not cover the pages' headers, where one flipped bit can cut values off without an error.
 """
 
 from __future__ import annotations
