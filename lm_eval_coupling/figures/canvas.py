@@ -48,7 +48,11 @@ def make_grid(
 
 
 def split_panels(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate panels with a number in all of these columns from those that would be empty.
+    """Separate panels that have a complete row from those that would be empty.
+
+    Args:
+        rows: One row per document and panel, which the column ``panel`` names.
+        columns: A row is complete if it has a number in each of them.
 
     Returns:
         Names of the panels to draw, and a sentence for each of the others.
@@ -57,12 +61,12 @@ def split_panels(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[list[str],
         CouplingError: if no panel has a number.
     """
     is_complete = rows[list(columns)].notna().all(axis=1)
-    has_number = is_complete.groupby(rows["panel"], sort=False).any()
-    drawn, empty = list(has_number.index[has_number]), list(has_number.index[~has_number])
+    has_row = is_complete.groupby(rows["panel"], sort=False).any()
+    drawn, empty = list(has_row.index[has_row]), list(has_row.index[~has_row])
     if not drawn:
         raise CouplingError(
-            f"got no number of {', '.join(empty) or 'anything'} in any document, expected one; "
-            "the column reason of the records says why"
+            f"expected a document in which {', '.join(empty) or 'anything'} is defined, got none; "
+            "the column `reason` of the tables says why"
         )
     return drawn, [f"{name}: undefined in all documents, not drawn" for name in empty]
 

@@ -89,6 +89,7 @@ def _draw_chance(ax: Axes, predictor: str) -> None:
 
 
 def _draw_fit(ax: Axes, fit: Fit, x: pd.Series, style: str) -> None:
+    """Draw a fitted curve over the range of x, with its confidence band if it is a line."""
     if fit.parameters is None:
         return
     at = np.linspace(x.min(), x.max(), 200)

@@ -26,6 +26,7 @@ def run(batch: Batch) -> list[MeasureResult]:
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
+    """Couple the attention Jacobians of all blocks with each other, and so the MLP Jacobians."""
     import torch
 
     from lm_eval_coupling.measures.formulas.miscoupling import normalized_by_rank

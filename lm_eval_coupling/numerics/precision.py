@@ -112,11 +112,15 @@ def _take_off() -> tuple[dict[tuple[str, str], str], str, bool]:
     for place in _NEWER if _has_newer_interface() else ():
         newer[place] = torch._C._get_fp32_precision_getter(*place)
         torch._C._set_fp32_precision_setter(*place, "none")
-    return newer, torch.get_float32_matmul_precision(), _convolutions_round()
+    return newer, torch.get_float32_matmul_precision(), _convolutions_allow_tf32()
 
 
-def _convolutions_round() -> bool:
-    """Read the older switch of convolutions; reading fails unless newer settings agree with it."""
+def _convolutions_allow_tf32() -> bool:
+    """Return whether the older switch allows TensorFloat32 in convolutions.
+
+    Newer versions of torch refuse to read that switch unless the newer settings agree with it. So
+    these are set to tf32, and a refusal means that the switch is off. The caller restores them.
+    """
     if not _has_newer_interface():
         return torch.backends.cudnn.allow_tf32
     for op in ("conv", "rnn"):

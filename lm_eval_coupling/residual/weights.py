@@ -196,9 +196,10 @@ def unreadable(model: nn.Module) -> str | None:
 
 
 def has_replaced_forward(module: nn.Module) -> bool:
-    """Return whether a packed or offloaded layer has a forward method put on it by hand.
+    """Return whether somebody replaced the forward method of a packed or offloaded layer.
 
-    The twin's layer is a plain one: it would run without it.
+    The measuring twin has a plain layer in its place, which would run without the replacement.
+    Other layers keep their replaced forward in the twin: for them the answer is False.
     """
     forward = vars(module).get("forward")
     hook = getattr(module, "_hf_hook", None)
@@ -207,10 +208,13 @@ def has_replaced_forward(module: nn.Module) -> bool:
         return forward is not None and not own
     if hook is None or forward is None:
         return False
-    around = getattr(forward, "func", forward)  # accelerate's own is a partial of new_forward
-    before = vars(module).get("_old_forward")
-    replaced = getattr(before, "__func__", None) is not type(module).forward
-    return getattr(around, "__name__", "") != "new_forward" or (is_packed(module) and replaced)
+    # accelerate wraps a layer's own forward by a partial of `new_forward`. A forward that was
+    # replaced before accelerate came is kept in an offloaded layer's twin, but not a packed one's.
+    wrapper = getattr(forward, "func", forward)
+    original = vars(module).get("_old_forward")
+    was_replaced = getattr(original, "__func__", None) is not type(module).forward
+    is_accelerates = getattr(wrapper, "__name__", "") == "new_forward"
+    return not is_accelerates or (is_packed(module) and was_replaced)
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

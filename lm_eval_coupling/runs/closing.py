@@ -80,16 +80,18 @@ def _verdict(info: CouplingInfo) -> list[str]:
     trained, untrained = means[TRAINED], means[UNTRAINED]
     if trained["n"] < 2:
         return []
-    lines = [f"In all: {_in_words(trained, chance)}"]
+    lines = [f"In all: {_against_chance(trained, chance)}"]
     if untrained["n"] > 1:
-        lines.append(f"Untrained twin: {_in_words(untrained, chance)}")
+        lines.append(f"Untrained twin: {_against_chance(untrained, chance)}")
     return lines
 
 
-def _in_words(mean: Mapping[str, float], chance: float) -> str:
-    value = f"{mean['mean']:.4f} ± {mean['stderr']:.4f} over {mean['n']} documents"
-    excess = mean["mean"] - chance
-    if abs(excess) <= 2 * mean["stderr"]:
+def _against_chance(summary: Mapping[str, float], chance: float) -> str:
+    """Compare the mean coupling of documents with that of random matrices."""
+    # Two standard errors make about a 95 % interval.
+    value = f"{summary['mean']:.4f} ± {summary['stderr']:.4f} over {summary['n']} documents"
+    excess = summary["mean"] - chance
+    if abs(excess) <= 2 * summary["stderr"]:
         return f"{value}, not distinguishable from chance"
     if excess < 0:
         return f"{value}, {-excess:.4f} below chance"

@@ -228,7 +228,11 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def pearson_without_each(x: np.ndarray, y: np.ndarray, units: Units) -> Float[np.ndarray, " unit"]:
-    """Return Pearson's coefficient without each unit, from sums over units."""
+    """Return Pearson's coefficient with each unit left out, NaN where it is undefined.
+
+    A unit is a group of observations, such as a family of models. The sums of each unit are
+    subtracted from the totals.
+    """
     x, y = x - x.mean(), y - y.mean()
     products = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y])
     sums = np.stack([np.bincount(units.codes, p, units.number) for p in products])
@@ -236,8 +240,8 @@ def pearson_without_each(x: np.ndarray, y: np.ndarray, units: Units) -> Float[np
     n = np.maximum(n, 1)
     covariance = sxy - sx * sy / n
     norm = np.sqrt(np.maximum(sxx - sx**2 / n, 0) * np.maximum(syy - sy**2 / n, 0))
-    scale = 1e-12 * math.sqrt(float(sxx.max() * syy.max()))
-    return _ratio(covariance, norm, scale)
+    tolerance = 1e-12 * math.sqrt(float(sxx.max() * syy.max()))  # below it, a norm is rounding
+    return _ratio(covariance, norm, tolerance)
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -118,6 +118,7 @@ def _(result: CorrelationDifference, names: _Names) -> str:
 
 @_sentences.register
 def _(result: Fit, names: _Names) -> str:
+    """Describe a fitted curve: its slope or rate, R², p, and whether y depends on x."""
     form = "Straight line" if result.form == "line" else "Exponential"
     errors = {
         "none": "",
@@ -127,12 +128,12 @@ def _(result: Fit, names: _Names) -> str:
     subject = f"{form} for {names.y} (y) over {names.x} (x){errors}"
     if result.reason:
         return _undefined(subject, result)
-    assert result.parameters is not None  # a fit without a reason has them
+    assert result.parameters is not None  # None only where a reason is given
     claim = f"Higher {names.x} goes with {_direction(result.parameters[1])} {names.y}"
     parameter, steepness = "slope", result.coefficients.get("slope")
     bounds = (steepness.low, steepness.high) if steepness else (math.nan, math.nan)
     if steepness is None:
-        # The interval of a rate does not tell: a rate of 0 is a line, not independence.
+        # The interval of a rate does not tell whether y depends on x: a rate of 0 is a line.
         parameter, steepness = "rate", result.coefficients["c"]
         is_curved = result.p_curvature < 1 - result.confidence
         is_curved &= not steepness.low <= 0 <= steepness.high

@@ -130,7 +130,7 @@ def test_layer_coupling_without_a_defined_pair(tmp_path):
     run = save(tmp_path, [record(0, normalized_miscoupling=undefined)])
     with pytest.raises(
         CouplingError,
-        match="got no number of coupling, its Jacobian.* in any document, expected one",
+        match="a document in which coupling, its Jacobian.* is defined, got none",
     ):
         script("layer_coupling")([str(run), "--out", str(tmp_path)])
 

@@ -48,7 +48,9 @@ def test_what_is_undefined_everywhere_has_no_axes():
             figure.get_suptitle().split()
             == "t entropy: undefined in all documents, not drawn".split()
         )  # in lines of its width
-    with pytest.raises(CouplingError, match="got no number of coupling, entropy in any document"):
+    with pytest.raises(
+        CouplingError, match="a document in which coupling, entropy is defined, got none"
+    ):
         line_figures.curves(rows.assign(median=math.nan))
     matrices = {"first": np.array([[0, 0.3], [0.2, 0]]), "second": np.full((2, 2), np.nan)}
     figure = matrix_figures.token_heatmaps(

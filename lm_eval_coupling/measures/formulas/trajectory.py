@@ -104,10 +104,12 @@ def _steps(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*batch s
 def _windows(
     values: Float[Tensor, "*batch steps"], window: int | None
 ) -> Float[Tensor, "*batch windows window"]:
+    """Return all runs of ``window`` steps in a row; a step joins two points of a trajectory."""
     steps = values.shape[-1]
     if steps == 0:
         raise CouplingError(
-            "got a trajectory of fewer than 2 points, expected at least 2; use a model with a block"
+            "got a trajectory of fewer than 2 points, expected at least 2; "
+            "use a model with at least one block"
         )
     if window is None:
         window = steps
