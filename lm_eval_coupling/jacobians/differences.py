@@ -64,11 +64,24 @@ def _moves_as(
     """Return whether J agrees with differences of outputs along each of ``count`` directions."""
     jacobian = jacobian.to(call.dtype)
     with call.ready():
+        by_decoding = tokens[0] == tokens[1] and _decodes_as_traced(call, tokens[0])
         for number in range(count):
             v = probe(call.layer + number * _ANOTHER, call.resid_pre)
-            if not _agrees(call, jacobian @ v, v, tokens, floor):
+            if not _agrees(call, jacobian @ v, v, tokens, floor, by_decoding):
                 return False
     return True
+
+
+def _decodes_as_traced(call: Call, token: int) -> bool:
+    """Return whether a step of decoding gives the traced output: then it can replace a pass."""
+    if call.keys is None:
+        return False
+    try:
+        u = probe(call.layer, call.resid_pre)
+        return bool(call.batch_with([]).pull_back_decoding([u], [token]).isfinite().all())
+    except (ValueError, RuntimeError) as error:
+        pass_on_lack_of_memory(error)
+        return False
 
 
 def _agrees(
@@ -77,13 +90,14 @@ def _agrees(
     v: Float[Tensor, " d_model"],
     tokens: tuple[int, int],
     floor: float,
+    by_decoding: bool,
 ) -> bool:
     output_token, input_token = tokens
     differences: list[Tensor] = []
     is_near = False
     for step in STEPS:
         h = step * float(call.resid_pre[0, input_token].norm() / v.norm())
-        ends = [_output(call, sign * h * v, output_token, input_token) for sign in (1, -1)]
+        ends = [_output(call, sign * h * v, tokens, by_decoding) for sign in (1, -1)]
         difference = (ends[0] - ends[1]) / (2 * h)
         if output_token == input_token:
             difference = difference - v
@@ -103,15 +117,13 @@ def _agrees(
 
 
 def _output(
-    call: Call, move: Float[Tensor, " d_model"], output_token: int, input_token: int
+    call: Call, move: Float[Tensor, " d_model"], tokens: tuple[int, int], by_decoding: bool
 ) -> Float[Tensor, " d_model"]:
     """Return F at the output token once ``move`` has been added to the input token."""
-    if call.keys is not None and output_token == input_token:
+    output_token, input_token = tokens
+    if by_decoding:
         x = call.resid_pre[:, [input_token]] + move
-        try:
-            return call.batch_with([]).decode(x, [input_token])[0, 0]
-        except (ValueError, RuntimeError) as error:
-            pass_on_lack_of_memory(error)
+        return call.batch_with([]).decode(x, [input_token])[0, 0]
     moved = call.resid_pre.clone()
     moved[0, input_token] += move
     return call(moved)[0, output_token]

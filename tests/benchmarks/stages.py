@@ -27,9 +27,9 @@ ENTRANCES = {
     "certify together": (jacobians, "certify_each"),
     "jacobians": (batch, "jacobians_of_traces"),
     "spectra": (stack, "top_singular"),
-    "pairs": (depth, "_of_prompts"),
-    "swapped pairs": (swapped, "_of_prompt"),
-    "regularity": (regularity, "_of_prompts"),
+    "pairs": (depth, "_measure"),
+    "swapped pairs": (swapped, "_measure"),
+    "regularity": (regularity, "_measure"),
 }
 
 
