@@ -58,7 +58,7 @@ class CsvFile:
             values.append(value)
         return values
 
-    def sizes(self, column: str) -> list[float]:
+    def sizes(self, column: str, *, allow_zero: bool = False) -> list[float]:
         """Return the numbers of a column, which are positive, NaN where none is given.
 
         Raises:
@@ -66,8 +66,8 @@ class CsvFile:
         """
         values = self.numbers(column)
         for position, value in enumerate(values):
-            if value <= 0:
-                self.refuse(position, column, "a positive number")
+            if value < 0 or (value == 0 and not allow_zero):
+                self.refuse(position, column, "a positive number" + " or 0" * allow_zero)
         return values
 
     def truths(self, column: str) -> list[bool | None]:

@@ -137,7 +137,8 @@ def _columns(table: CsvFile, of_runs: set[str]) -> tuple[dict[str, list[Any]], d
         if name == "tuned":
             facts[name] = table.truths(column)
         elif name in FACTS[2:]:
-            facts[name] = table.sizes(column)
+            # A checkpoint of step 0 has read no tokens.
+            facts[name] = table.sizes(column, allow_zero=name == "training_tokens")
         elif name == "step":
             facts[name] = table.numbers(column)
         elif name in ("family", "lineage"):

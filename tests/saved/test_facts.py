@@ -50,6 +50,8 @@ def test_what_people_write_is_understood(tmp_path, text, name, value):
         ("model,share\ntiny,50%\n", "expected a number"),
         ("model,loss\ntiny,inf\n", "expected a number"),
         ("model,n_params\ntiny,-5\n", "expected a positive number"),
+        ("model,n_params\ntiny,0\n", "expected a positive number"),
+        ("model,training_tokens\ntiny,-1\n", "expected a positive number or 0"),
         ("model,tuned\ntiny,maybe\n", "'maybe' in the column tuned .line 2., expected yes or no"),
         ("model,a,a\ntiny,1,2\n", "two columns 'a'"),
         ("model,a,b\ntiny,1\n", "2 cells in line 2, expected 3"),
