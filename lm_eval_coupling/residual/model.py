@@ -369,7 +369,9 @@ def _sizes_in(config: Any, causal: bool) -> tuple[int, int | None, int]:
     text = config.get_text_config()
     words = getattr(text, "vocab_size", None) if causal else None
     heads = getattr(text, "num_attention_heads", None)
-    return heads or 1, getattr(text, "head_dim", None), words or 0
+    # A network of several stages has a list of them, and is refused for its stream.
+    heads = heads if isinstance(heads, int) and heads else 1
+    return heads, getattr(text, "head_dim", None), words or 0
 
 
 def _block_sizes(blocks: Sequence[nn.Module]) -> tuple[int, int]:

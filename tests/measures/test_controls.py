@@ -57,7 +57,9 @@ class GivenJacobians(Batch):
 
     def __init__(self, J, settings):
         self.settings, self._triplets = settings, {}
-        self.model = SimpleNamespace(d_model=J.shape[-1])
+        self.model = SimpleNamespace(
+            d_model=J.shape[-1], n_layers=len(J), device=torch.device("cpu")
+        )
         self.tokens, self.positions = [[1, 2, 3]], [2]
         stream = torch.ones(1, 3, J.shape[-1], dtype=J.dtype)
         self.traces = [SimpleNamespace(calls=[None] * len(J), resid_final=stream)]
