@@ -8,16 +8,14 @@ import pytest
 
 import lm_eval_coupling
 
-ROOMS = ("saved", "statistics", "fit", "studies", "figures", "report")
 
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_torch_is_loaded(room):
+@pytest.mark.parametrize("package", ["saved", "statistics", "fit", "figures", "report"])
+def test_no_torch_is_loaded(package):
     """Pictures and studies loaded torch for a square root."""
     (path,) = lm_eval_coupling.__path__
     modules = [
-        f"lm_eval_coupling.{room}.{found.name}"
-        for actual in pkgutil.iter_modules([f"{path}/{room}"])
+        f"lm_eval_coupling.{package}.{module.name}"
+        for module in pkgutil.iter_modules([f"{path}/{package}"])
     ]
     assert modules
     heavy = "{'torch', 'lm_eval', 'transformers'}"
