@@ -123,7 +123,11 @@ def test_the_wheel_holds_the_package_the_tasks_and_the_hook(wheel):
         f"lm_eval_coupling/_tasks/{name}": content
         for name, content in sources(ROOT / "tasks").items()
     }
-    expected = package | tasks | sources(ROOT / "hook")
+    studies = {
+        f"coupling_analysis/{name}": content
+        for name, content in sources(ROOT / "analysis" / "coupling_analysis").items()
+    }
+    expected = package | tasks | studies | sources(ROOT / "hook")
     assert {
         "lm_eval_coupling/_startup.py",
         "lm_eval_coupling/_tasks/arc.yaml",
@@ -133,9 +137,9 @@ def test_the_wheel_holds_the_package_the_tasks_and_the_hook(wheel):
     assert found.keys() == expected.keys() and found == expected
     assert sum(map(len, found.values())) < 2_000_000
     metadata = email.message_from_bytes(about["METADATA"])
-    assert metadata["Name"] == "lm-eval-coupling" and "lm-eval[hf]>=0.4.13" in metadata.get_all(
-        "Requires-Dist"
-    )
+    assert metadata[
+        "Name"
+    ] == "lm-eval-coupling" and "lm-eval[hf]<0.6,>=0.4.13" in metadata.get_all("Requires-Dist")
 
 
 def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
