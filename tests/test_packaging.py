@@ -197,26 +197,29 @@ def test_the_command_is_there(installed):
     assert "demo" in run(next(installed.scripts.glob("lm-eval-coupling*")), "--help")
 
 
-def test_lm_evals_own_command_measures(installed, tmp_path):
-    task = tiny.save_task(tmp_path / "tasks", "choice")
-    model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)
-    options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={tmp_path / 'store.sqlite'}"
-    words = [
+def evaluation_of_a_tiny_model(folder, task):
+    """Arguments of lm-eval that measure a tiny model on a task in ``folder``."""
+    model = tiny.save_model(folder / "model", num_hidden_layers=2)
+    options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={folder / 'store.sqlite'}"
+    return [
         "--model",
         "coupling-hf",
         "--model_args",
         f"pretrained={model},{options}",
         "--tasks",
         task,
-    ]
-    words += [
         "--include_path",
-        tmp_path / "tasks",
+        folder / "tasks",
         "--output_path",
-        tmp_path / "out",
+        folder / "out",
         "--device",
         "cpu",
     ]
+
+
+def test_lm_evals_own_command_measures(installed, tmp_path):
+    task = tiny.save_task(tmp_path / "tasks", "choice")
+    words = evaluation_of_a_tiny_model(tmp_path, task)
     printed = run(installed.python, "-m", "lm_eval", *words)
     (results,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(results.read_text())["results"][task]
@@ -230,24 +233,7 @@ def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
     """
     folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
     pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
-    model = tiny.save_model(tmp_path / "model", num_hidden_layers=2)
-    options = f"coupling_ranks=4+8,coupling_limit=2,coupling_store={tmp_path / 'store.sqlite'}"
-    words = [
-        "--model",
-        "coupling-hf",
-        "--model_args",
-        f"pretrained={model},{options}",
-        "--tasks",
-        task,
-    ]
-    words += [
-        "--include_path",
-        tmp_path / "tasks",
-        "--output_path",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    ]
+    words = evaluation_of_a_tiny_model(tmp_path, task)
     printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=str(folder))
     assert "Coupling at K = 4" in printed and [
         *(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")
