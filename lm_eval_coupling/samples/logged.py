@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.runs.rows import DocumentKey
+from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
 
@@ -48,8 +49,7 @@ class LoggedEvaluation:
     @cached_property
     def members(self) -> dict[str, list[str]]:
         """Leaf tasks of every group."""
-        groups = self._groups
-        return {name: _leaves(name, groups) for name in groups}
+        return leaf_tasks(self._groups)
 
     @cached_property
     def roots(self) -> list[Any]:
@@ -199,9 +199,3 @@ def _compare_count(
 
 def _nested(name: str, groups: Mapping[str, Sequence[str]]) -> Any:
     return [_nested(member, groups) for member in groups[name]] if name in groups else name
-
-
-def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    if name not in groups:
-        return [name]
-    return list(dict.fromkeys(leaf for member in groups[name] for leaf in _leaves(member, groups)))
