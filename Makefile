@@ -30,7 +30,8 @@ check: setup  ## lint, types, workflows and citation
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --quiet --offline .github/workflows
-	$(BIN)/cffconvert --validate
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 demo: setup  ## evaluate a small real model, measure its coupling, draw the picture
 	$(BIN)/lm-eval-coupling demo
