@@ -18,7 +18,7 @@ $(BIN)/.ready: pyproject.toml
 
 setup: $(BIN)/.ready  ## a virtual environment with everything installed
 
-# Without the start-up hook, so that the package is first imported under jaxtyping's run-time checks.
+# Without the start-up hook, so that the tests import the package first, with checks of shapes on it.
 test: setup  ## run all tests
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 

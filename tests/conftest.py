@@ -5,7 +5,9 @@ import functools
 import pytest
 import torch
 from torch.utils import collect_env
+from shape_checks import check_shapes_in
 
+check_shapes_in("lm_eval_coupling", "coupling_analysis")
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)

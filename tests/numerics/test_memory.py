@@ -301,4 +301,5 @@ def test_no_more_is_taken_than_announced():
     assert "ADDED" in done.stdout, done.stderr[-3000:]
     short, announced_short, long, announced_long = map(int, done.stdout.split("ADDED")[1].split())
     assert announced_short / 2 < short < 1.3 * announced_short
-    assert announced_long / 1.3 < long < 1.3 * announced_long, (long, announced_long)
+    # Workers that do not meet at their peaks need less.
+    assert announced_long / 1.5 < long < 1.3 * announced_long, (long, announced_long)
