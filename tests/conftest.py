@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from torch.utils import collect_env
 from shape_checks import check_shapes_in
+from torch.utils import collect_env
 
 check_shapes_in("lm_eval_coupling", "coupling_analysis")
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring

@@ -1,4 +1,4 @@
-"""The tests themselves: arrays of every call into the package are checked against its annotations."""
+"""Arrays of every call that a test makes into the package are checked against its annotations."""
 
 import pytest
 import torch

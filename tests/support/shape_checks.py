@@ -1,7 +1,7 @@
 """Checks of shapes at run time, put on functions of the package as it is imported.
 
-jaxtyping's own import hook wraps every function, which doubles the time of a tiny model's evaluation.
-Here it wraps those alone whose annotations name an array; mypy holds all other types.
+jaxtyping's own import hook wraps every function, which doubles the time of an evaluation of a tiny
+model. Here it wraps those alone whose annotations name an array; mypy holds all other types.
 """
 
 import ast
