@@ -5,6 +5,7 @@ coupling as we do.
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling import ResidualModel, measure_coupling
 
@@ -40,7 +42,22 @@ def results(script, out, *arguments):
     return found["results"]
 
 
+@pytest.fixture
+def one_process(benchmark, monkeypatch):
+    """Start a process for the first measurement alone; the others repeat what it found."""
+    machine, found = benchmark("machine"), []
+    measure = machine.found_by
+
+    def first(command, what, **how):
+        if not found:
+            found.append(measure(command, what, **how))
+        return found[0]
+
+    monkeypatch.setattr(machine, "found_by", first)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_two_checkouts_in_turn(benchmark, model, tmp_path):
     script = benchmark("in_turn")
     found = results(
@@ -61,6 +78,7 @@ def test_two_checkouts_in_turn(benchmark, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 def test_a_busy_machine(benchmark, model, tmp_path):
     arguments = "--tokens 5 --prompts 2 --ranks 4 --busy 1".split()
     found = results(benchmark("busy"), tmp_path / "b.json", "--model", model, *arguments)
@@ -73,24 +91,17 @@ def test_what_is_no_checkout_is_refused(benchmark, model, tmp_path):
         benchmark("in_turn").main([str(tmp_path), "--model", str(model)])
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of the JSON files that are drawn."""
+    return tmp_path_factory.mktemp("saved")
+
+
 class TestAgainstRelease:
-    def test_both_find_the_same(self, benchmark, model, tmp_path):
+    def test_both_find_the_same(self, benchmark, model, saved):
         script = benchmark("against_release")
-        arguments = (
-            "--model",
-            model,
-            "--tokens",
-            1,
-            30,
-            "--ranks",
-            2,
-            4,
-            "--layers",
-            4,
-            "--prompts",
-            3,
-        )
-        for found in results(script, tmp_path / "a.json", *arguments):
+        arguments = "--tokens 1 30 --ranks 2 4 --layers 4 --prompts 3".split()
+        for found in results(script, saved / "a.json", "--model", model, *arguments):
             assert not found["jacobians_extrapolated"] and found["methods"] == ["closed"]
             agreement = found["agreement"]
             assert agreement["jacobian_relative_error"] < 1e-5
@@ -159,7 +170,8 @@ class TestAgainstRelease:
         )
 
 
-def test_floors(benchmark, model, tmp_path):
+def test_floors(benchmark, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark("floors"), "SQUARE", 64)
     arguments = ("--model", model, "--tokens", 6, "--ranks", 4, "--repeats", 1)
     found = results(benchmark("floors"), tmp_path / "f.json", *arguments)
     assert found["gflops_per_second"] > 0
@@ -190,10 +202,10 @@ def test_products_are_those_of_a_real_forward_and_backward_pass(benchmark, model
     assert backward.get_total_flops() == sum(p.flops for p in products.certificate(shape, tokens))
 
 
-def test_growth(benchmark, tmp_path):
+def test_growth(benchmark, saved):
     sizes = ("--tokens", 4, 16, "--widths", 64, 128, "--layers", 1, 2, "--prompts", 1, 2)
     base = ("--length", 4, "--width", 64, "--depth", 2, "--ranks", 4, "--repeats", 1)
-    found = results(benchmark("growth"), tmp_path / "growth.json", *sizes, *base)
+    found = results(benchmark("growth"), saved / "g.json", *sizes, *base)
     assert {
         axis: [row["size"] for row in found[axis]["rows"]]
         for axis in ("tokens", "d_model", "layers", "prompts")
@@ -241,7 +253,8 @@ def test_memory_of_each_procedure(benchmark, model, procedure, capsys):
 
 class TestOverhead:
     @pytest.mark.slow
-    def test_a_measured_run(self, benchmark, model, tmp_path):
+    def test_a_measured_run(self, benchmark, model, tmp_path, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", lean_lm_eval(), prepend=os.pathsep)
         options = SimpleNamespace(
             model=model,
             data=tmp_path,
@@ -268,15 +281,25 @@ class TestOverhead:
         assert found["ratio_whole_process"] == pytest.approx(70 / 30)
 
 
+# In place of Python: the second process fails, the first runs one of its parts.
+STAND_IN = """#!/usr/bin/env bash
+echo "$@" >> {told}
+case "$*" in
+    *large*) exit 3 ;;
+    *tf32*) exec {python} "${{@:1:9}}" --parts tf32 --quick ;;
+esac
+"""
+
+
 class TestDevice:
     """The script for whoever has a GPU, on a CPU: every part runs, and what fails loses itself
     only.
     """
 
     def run(self, benchmark, out, *parts):
-        code = benchmark("device").main(
-            ["--device", "cpu", "--quick", "--out", str(out), "--parts", *parts]
-        )
+        # Its time counts from the start of this process, which runs other tests as well.
+        options = ["--device", "cpu", "--quick", "--seconds", "1e6", "--out", str(out)]
+        code = benchmark("device").main([*options, "--parts", *parts])
         return code, {part: json.loads((out / f"{part}.json").read_text()) for part in parts}
 
     def test_numerics(self, benchmark, tmp_path):
@@ -292,7 +315,8 @@ class TestDevice:
         )
 
     def test_models(self, benchmark, tmp_path):
-        code, found = self.run(benchmark, tmp_path, "small", "memory", "profile", "release")
+        parts = "small memory profile release large exactness overhead".split()
+        code, found = self.run(benchmark, tmp_path, *parts)
         assert code == 0
         assert [row["together"] for row in found["small"]["rows"]] == [1, 1, 8, 8, 32, 32, 8, 8]
         assert all(
@@ -303,17 +327,26 @@ class TestDevice:
             found["profile"]["rows"][0]["longest_on_host"]
             and found["release"]["rows"][0]["release"]["total"] > 0
         )
+        exact = found["exactness"]
+        assert not exact["failed_families"] and exact["worst"]["float32"] < 2e-5
+        assert found["overhead"]["rows"][0]["measured"] == 4 and found["large"]["rows"]
 
     @pytest.mark.slow
-    def test_the_script(self, tmp_path):
-        environment = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable}
+    def test_the_script(self, benchmark, tmp_path):
+        """Its processes cover every part and end as the worst of them does; one is a real one."""
+        python = tmp_path / "python"
+        python.write_text(STAND_IN.format(python=sys.executable, told=tmp_path / "told"))
+        python.chmod(0o755)
+        out = tmp_path / "out"
+        environment = os.environ | {"OUT": str(out), "DEVICE": "cpu", "PYTHON": str(python)}
         command = ["bash", str(BENCHMARKS / "device.sh"), "--quick"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        exact = json.loads((tmp_path / "exactness.json").read_text())
-        assert not exact["failed_families"] and exact["worst"]["float32"] < 2e-5
-        assert json.loads((tmp_path / "overhead.json").read_text())["rows"][0]["measured"] == 4
-        assert json.loads((tmp_path / "large.json").read_text())["rows"]
+        assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
+        calls = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+        parts = [part for call in calls for part in call[call.index("--parts") + 1 :]]
+        assert sorted(parts) == sorted([*benchmark("device").PARTS, *["--quick"] * len(calls)])
+        assert all(call[1:5] == ["--device", "cpu", "--out", str(out)] for call in calls)
+        assert json.loads((out / "tf32.json").read_text())["rows"]
 
     def test_a_part_that_fails_or_takes_too_long_loses_itself_only(
         self, benchmark, tmp_path, monkeypatch
@@ -326,10 +359,10 @@ class TestDevice:
 
         def lasts(report, options):
             report.add(first=1.0)
-            time.sleep(60)
+            signal.raise_signal(signal.SIGALRM)  # as the clock does after the part's time
 
         monkeypatch.setitem(device.PARTS, "spectra", (fails, 0.5))
-        monkeypatch.setitem(device.PARTS, "memory", (lasts, 0.0))
+        monkeypatch.setitem(device.PARTS, "memory", (lasts, 0.5))
         code, found = self.run(benchmark, tmp_path, "spectra", "memory", "tf32")
         assert (
             code == 1
@@ -338,6 +371,14 @@ class TestDevice:
         )
         assert all(part["rows"] for part in found.values()) and "failed" not in found["tf32"]
 
+    def test_a_time_limit(self, benchmark):
+        device = benchmark("device")
+        with pytest.raises(device._TooLong, match="took more than"), device.at_most(0.01):
+            time.sleep(600)
+        with device.at_most(600):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
     def test_no_device(self, benchmark, tmp_path, capsys):
         if torch.cuda.is_available():
             pytest.skip("there is one")
@@ -345,23 +386,14 @@ class TestDevice:
         assert "torch sees no GPU" in capsys.readouterr().out
 
 
-def test_pictures(benchmark, model, tmp_path):
-    results(
-        benchmark("against_release"),
-        tmp_path / "a.json",
-        "--model",
-        model,
-        "--tokens",
-        2,
-        8,
-        "--ranks",
-        4,
-    )
-    base = ("--length", 4, "--width", 64, "--depth", 2, "--ranks", 4, "--repeats", 1)
-    sizes = ("--tokens", 4, 16, "--widths", 64, 128, "--layers", 1, 2, "--prompts", 1, 2)
-    results(benchmark("growth"), tmp_path / "g.json", *sizes, *base)
-    benchmark("plot").main([str(tmp_path / "a.json"), str(tmp_path / "g.json")])
-    assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "g.png").stat().st_size > 5000
+def test_pictures(benchmark, model, saved):
+    """Of what the tests above have saved."""
+    if not (saved / "a.json").exists():
+        TestAgainstRelease().test_both_find_the_same(benchmark, model, saved)
+    if not (saved / "g.json").exists():
+        test_growth(benchmark, saved)
+    benchmark("plot").main([str(saved / "a.json"), str(saved / "g.json")])
+    assert all((saved / name).stat().st_size > 5000 for name in ("a.png", "g.png"))
 
 
 def test_a_sweep_takes_little_beside_its_units(benchmark):

@@ -48,6 +48,13 @@ def model(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def everything(folder, tokenizer):
+    """All prompts measured in one call."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return run_coupling_hf(model, tokenizer, "tiny", PROMPTS, ranks=[4])
+
+
 def family(case, tokenizer):
     return cases.tiny_model(case, torch.float64, num_hidden_layers=3, vocab_size=len(tokenizer))
 
@@ -243,9 +250,8 @@ def test_nothing_is_saved_unasked(model, tokenizer, tmp_path):
     ],
 )
 def test_start_and_end_number_the_prompts_as_in_the_release(
-    model, tokenizer, start, end, expected, recwarn
+    model, tokenizer, everything, start, end, expected, recwarn
 ):
-    everything = run_coupling_hf(model, tokenizer, "tiny", PROMPTS, ranks=[4])
     recwarn.clear()
     out = run_coupling_hf(model, tokenizer, "tiny", PROMPTS, start, end, ranks=[4])
     assert {i: PROMPTS.index(found["prompt"]) for i, found in out.items()} == expected

@@ -94,7 +94,7 @@ def against_release(report: Any, options: SimpleNamespace) -> None:
     settings = Settings(
         _settings(options).ranks, (*default_measures(), "swapped")
     )  # the release's order is one of the two
-    for tokens in (10, 128):
+    for tokens in (_length(10, options), _length(128, options)):
         prompts = [
             models.prompt(tokens, _vocabulary(model), tokenizer, number=i)
             for i in range(2 if options.quick else 64)
@@ -204,6 +204,10 @@ def _prompts(
     return found if prompts else [found[i] for i in groups(model, found, _settings(options))[0]]
 
 
+def _length(tokens: int, options: SimpleNamespace) -> int:
+    return tokens // 8 + 2 if options.quick else tokens
+
+
 def _stages(
     report: Any,
     model: ResidualModel,
@@ -215,6 +219,7 @@ def _stages(
     """Seconds of a prompt by stage, the smaller of the runs after the first, and the peak memory of
     the last.
     """
+    tokens = _length(tokens, options)
     settings, offered = _settings(options), _prompts(model, tokens, prompts, options)
     announced = memory_of(model, rank=settings.ranks[-1], seq=tokens, prompts=len(offered))
     spent = []
@@ -262,6 +267,7 @@ def _profile(
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    tokens = _length(tokens, options)
     settings, offered = (
         _settings(options),
         _prompts(model, tokens, min(prompts, 2) if options.quick else prompts, options),

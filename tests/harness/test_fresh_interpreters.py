@@ -107,8 +107,8 @@ INSTALL = """
 import os
 from lm_eval import evaluator
 from lm_eval.api.registry import model_registry
-import lm_eval.loggers.evaluation_tracker, lm_eval.models, lm_eval.tasks.manager, lm_eval._cli.harness
-import lm_eval.config.evaluate_config
+import lm_eval.loggers.evaluation_tracker, lm_eval.models, lm_eval.tasks.manager
+import lm_eval._cli.harness, lm_eval.config.evaluate_config
 
 def look():
     wrapped = (
@@ -119,7 +119,8 @@ def look():
         lm_eval.config.evaluate_config.EvaluatorConfig.from_cli.__func__,
         lm_eval._cli.harness.HarnessCLI.execute,
     )
-    return ["coupling-hf" in model_registry, *(hasattr(function, "_of_coupling") for function in wrapped)], wrapped
+    ours = [hasattr(function, "_of_coupling") for function in wrapped]
+    return ["coupling-hf" in model_registry, *ours], wrapped
 
 before = look()
 from lm_eval_coupling.harness import plugin
@@ -130,7 +131,7 @@ twice = look()
 print(before[0][0], sum(before[0][1:]))
 print(once[0][0], sum(once[0][1:]))
 print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.slow

@@ -80,8 +80,9 @@ def test_no_model_is_said_in_one_sentence():
 
 
 COMMAND_LINE = """
-position=-2 seed=7.0 ranks=[10,30] limit=1e2 trajectories=true out=2024 untrained=None prompt=rendered
-""".split()  # noqa: E501
+position=-2 seed=7.0 ranks=[10,30] limit=1e2
+trajectories=true out=2024 untrained=None prompt=rendered
+""".split()
 
 
 def test_numbers_and_lists_as_the_command_line_hands_them_over(tmp_path, monkeypatch):
@@ -269,8 +270,8 @@ def test_a_dry_run_says_the_cost_and_scores_nothing(
     told = capsys.readouterr().out
     assert ended.value.code == 0
     assert (
-        "Dry run: 6 documents would be measured; on this process\ntrained weights: 6 prompts, 6 of them distinct"  # noqa: E501
-        in told
+        "Dry run: 6 documents would be measured; on this process\n"
+        "trained weights: 6 prompts, 6 of them distinct" in told
     )
     assert told.count("; the other 5 take up to ") == 2 and "untrained weights: 6 prompts" in told
 

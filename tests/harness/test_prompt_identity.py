@@ -12,6 +12,7 @@ import tiny
 from lm_eval.config.task import FewshotConfig, TaskConfig
 from lm_eval.tasks import TaskManager
 from rich.console import Console
+from task_sources import sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import CouplingError, load_records, load_runs
@@ -95,31 +96,6 @@ def test_answers_in_the_examples_keep_runs_apart(runs):
     assert console.export_text().count("task text") >= len(ANSWERS)
 
 
-SOURCE = """
-def one(doc):
-    return doc["a"]
-
-def other(doc):
-    return doc["b"]
-
-def made(label):
-    def answer(doc):
-        return label
-    return answer
-"""
-
-
-def sources(folder: Path):
-    import importlib.util
-
-    folder.mkdir()
-    (folder / "utils.py").write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location(f"utils_{folder.name}", folder / "utils.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_functions_are_what_they_say(tmp_path):
     """By its name alone an edited function was the one before, and a function in nested settings
     was where it lay.
@@ -153,24 +129,21 @@ def test_functions_are_what_they_say(tmp_path):
 
 
 PROCESS = """
-import sys
-sys.path.insert(0, {tests!r})
 from pathlib import Path
 from lm_eval.config.task import FewshotConfig
 from lm_eval_coupling.harness.plain import digest
-from test_prompt_identity import sources
+from task_sources import sources
 found = sources(Path({folder!r}))
-print(digest([FewshotConfig(doc_to_target=found.one), {{"c", "b", "a"}}, found.made(frozenset("abc")), lambda doc: doc]))
-"""  # noqa: E501
+values = [FewshotConfig(doc_to_target=found.one), {{"c", "b", "a"}}]
+print(digest([*values, found.made(frozenset("abc")), lambda doc: doc]))
+"""
 
 
 def test_digests_are_the_same_in_every_process(tmp_path):
     """Neither the order of a set nor where an object lies is part of them."""
     said = []
     for number in range(2):
-        code = PROCESS.format(
-            tests=str(Path(__file__).parent), folder=str(tmp_path / f"number{number}")
-        )
+        code = PROCESS.format(folder=str(tmp_path / f"number{number}"))
         paths = os.pathsep.join(
             [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
         )
@@ -220,7 +193,7 @@ def _with_template(tokenizer):
 
 
 def test_a_tokenizer_object_is_what_it_makes_of_texts(home, encoding):
-    """Any object was taken for the model's own: prompts of one more token went under the same name."""  # noqa: E501
+    """Prompts of one more token went under the same name: any object counted as the model's own."""
     assert encoding() == encoding(pretrained=str(home / "float32")) == []
     others = {
         change: encoding(change)
@@ -256,7 +229,7 @@ def test_metadata_that_makes_documents_tells_runs_apart():
 
 
 def test_a_models_arguments_in_the_metadata_are_not_the_tasks():
-    """lm-eval adds them to the metadata of every task; two models would have no prompt in common."""  # noqa: E501
+    """lm-eval adds them to every task's metadata; two models would have no prompt in common."""
     first, second = (
         facts(
             {"pretrained": name, "dtype": "auto", "coupling_ranks": 4, "my_own": name, "n": 3},

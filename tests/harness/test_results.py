@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import reference
 import torch
-from evaluations import HOOK, run, written
+from evaluations import command, run, written
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.errors import CouplingError
@@ -102,35 +101,8 @@ def test_tables_are_written_for_an_evaluation_from_python(evaluate, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"  # noqa: E501
-    )
-    arguments = (
-        f"pretrained={home / 'float32'},coupling_ranks=2+4,coupling_store={tmp_path / 's.sqlite'}"
-    )
-    words = [
-        "--tasks",
-        "tiny_choice",
-        "--include_path",
-        home / "tasks",
-        "--output_path",
-        tmp_path / "out",
-        "--log_samples",
-    ]
-    printed = run(
-        [
-            sys.executable,
-            script,
-            "--model",
-            "coupling-hf",
-            "--model_args",
-            arguments,
-            *words,
-            "--device",
-            "cpu",
-        ]
-    )
+    printed = run(command(home, tmp_path / "out", tmp_path / "s", "--device", "cpu"))
+    assert "Coupling at K = 2" in printed and "8 of 8" in printed
     assert "|coupling" in printed.replace(" ", "")
     assert "coupling: on this process 8 prompts, 8 of them distinct, 0 measured before" in printed
     assert re.search(
@@ -138,7 +110,8 @@ def test_the_command_leaves_table_results_samples_and_records(home, tmp_path):
         printed,
     )
     assert re.search(
-        r"coupling: measuring takes \d+ MB of Jacobians on the host, .* of singular vectors, .* at work",  # noqa: E501
+        r"coupling: measuring takes \d+ MB of Jacobians on the host, "
+        ".* of singular vectors, .* at work",
         printed,
     )
     value = written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"]

@@ -23,7 +23,7 @@ HOOKED = f"import site; site.addsitedir({str(HOOK)!r})\n"
 
 
 def python(code, *path, options=(), **environment):
-    """Run ``code`` in a fresh interpreter that sees nothing but the standard library and ``path``."""  # noqa: E501
+    """Run ``code`` in a fresh interpreter that sees only the standard library and ``path``."""
     inherited = {
         k: v for k, v in os.environ.items() if k not in (OPT_OUT, "PYTHONDONTWRITEBYTECODE")
     }
@@ -119,7 +119,8 @@ STARTS = [HOOKED, "import lm_eval_coupling._startup as s; s.install()\n"]
 @pytest.mark.parametrize("start", STARTS, ids=["pth", "start"])
 def test_the_opt_out_variable(lm_eval, start):
     code = start + "import sys, lm_eval.models as m\n"
-    code += "print(len(m.model_registry), any('lm_eval_coupling' in repr(finder) for finder in sys.meta_path))"  # noqa: E501
+    code += "hooked = any('lm_eval_coupling' in repr(finder) for finder in sys.meta_path)\n"
+    code += "print(len(m.model_registry), hooked)"
     assert quiet(python(code, ROOT, lm_eval())) == ["1", "True"]
     assert quiet(python(code, ROOT, lm_eval(), **{OPT_OUT: "1"})) == ["0", "False"]
 

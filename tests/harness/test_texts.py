@@ -150,6 +150,7 @@ def test_what_is_cut_is_told(home, tmp_path, caplog):
         "device": "cpu",
     }
     measure_texts(str(home / "float32"), file, tmp_path / "out", **arguments)
-    told = "coupling: 1 of 2 prompts are longer than the model's 32 tokens; the last of these are measured"  # noqa: E501
+    told = "coupling: 1 of 2 prompts are longer than the model's 32 tokens; "
+    told += "the last of these are measured"
     assert told in caplog.messages
     assert sorted(load_records(tmp_path / "out").n_tokens) == [5, 32]

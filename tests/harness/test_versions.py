@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from evaluations import HOOK, environment, evaluation, run, written
+from evaluations import HOOK, command, environment, evaluation, run, written
+from lean_lm_eval import lean_lm_eval, save_lean_lm_eval
 
 from lm_eval_coupling import load_records
 
@@ -16,34 +17,33 @@ NEXT = "lm-eval==0.5.0.dev1"
 
 @pytest.fixture(scope="module")
 def next_release(tmp_path_factory):
-    """A folder with the pre-release; everything it needs is there with the present one."""
-    folder = tmp_path_factory.mktemp("next")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--pre",
-        "--no-deps",
-        "--target",
-        str(folder),
-        NEXT,
-    ]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    """A path to the pre-release; everything it needs is there with the present one."""
+    folder, lean = tmp_path_factory.mktemp("next"), tmp_path_factory.mktemp("lean")
+    words = ["install", "--quiet", "--pre", "--no-deps", "--target", str(folder), NEXT]
+    found = subprocess.run(
+        [sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False
+    )
     if found.returncode:
         pytest.skip(f"no {NEXT} from the package index: {found.stderr.strip().splitlines()[-1]}")
-    return str(folder)
+    # The folder itself has the version, beside the package.
+    return [save_lean_lm_eval(lean, folder / "lm_eval"), str(folder)]
 
 
 @pytest.fixture(params=["present", "next"])
 def release(request, monkeypatch):
-    """Fresh interpreters find this lm-eval."""
-    path = [str(HOOK.parent)]
+    """Fresh interpreters find this lm-eval.
+
+    test_results.py and test_processes.py try the present one's command and several processes.
+    """
+    path = [lean_lm_eval()]
     if request.param == "next":
-        path.insert(0, request.getfixturevalue("next_release"))
-    monkeypatch.setattr("evaluations.ENVIRONMENT", {"PYTHONPATH": os.pathsep.join(path)})
+        path = request.getfixturevalue("next_release")
+    path = os.pathsep.join([*path, str(HOOK.parent)])
+    monkeypatch.setattr("evaluations.ENVIRONMENT", {"PYTHONPATH": path})
     return request.param
+
+
+only_next = pytest.mark.parametrize("release", ["next"], indirect=True)
 
 
 # As its entry point loads it: once lm-eval is there, from inside simple_evaluate, without anything
@@ -65,9 +65,10 @@ type(model_registry).get = get
 
 home, out = sys.argv[1:]
 tracker = EvaluationTracker(output_path=out)
+arguments = dict(coupling_ranks="2", coupling_limit=2, coupling_store=out + "/s")
 results = simple_evaluate(
     "coupling-hf",
-    model_args=dict(pretrained=home + "/float32", coupling_ranks="2", coupling_limit=2, coupling_store=out + "/s"),
+    model_args=dict(pretrained=home + "/float32", **arguments),
     tasks=["tiny_choice"],
     device="cpu",
     bootstrap_iters=0,
@@ -75,7 +76,7 @@ results = simple_evaluate(
     task_manager=TaskManager(include_path=home + "/tasks", include_defaults=False),
 )
 tracker.save_results_aggregated(results, results.pop("samples"))
-"""  # noqa: E501
+"""
 
 
 def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
@@ -95,36 +96,16 @@ def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
     assert len(load_records(tmp_path / "out")) == 2
 
 
+@only_next
 def test_the_command_with_the_hook(release, home, tmp_path):
-    start = f"import site\nsite.addsitedir({str(HOOK)!r})\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"  # noqa: E501
-    (tmp_path / "run.py").write_text(start)
-    arguments = f"pretrained={home / 'float32'},coupling_ranks=2,coupling_limit=2,coupling_store={tmp_path / 's'}"  # noqa: E501
-    words = [
-        "--tasks",
-        "tiny_choice",
-        "--include_path",
-        home / "tasks",
-        "--output_path",
-        tmp_path / "out",
-        "--log_samples",
-    ]
-    printed = run(
-        [
-            sys.executable,
-            tmp_path / "run.py",
-            "--model",
-            "coupling-hf",
-            "--model_args",
-            arguments,
-            *words,
-        ]
-    )
+    printed = run(command(home, tmp_path / "out", tmp_path / "s", limit=2))
     assert "Coupling at K = 2" in printed and "2 of 8" in printed
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     values = [json.loads(line)["coupling"] for line in samples.read_text().splitlines()]
     assert sum(value is not None for value in values) == 2 == len(load_records(tmp_path / "out"))
 
 
+@only_next
 def test_several_processes(release, home, tmp_path):
     """The next release gathers in another way; `CouplingLM` had relied on this one's."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29594")

@@ -51,7 +51,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt-neox", "olmo2", "bloom", "falcon-alibi"])
 def test_digits_do_not_go_with_the_identity(case, scale):
-    """J was ∂F less 1, its error 1e-7 whatever its own size, and hidden by the certificate's floor."""  # noqa: E501
+    """J was ∂F less 1: its error was 1e-7 at any size, and the certificate's floor hid it."""
     model, expected = faint(case, scale)
     found = block_jacobians(model, cases.tiny_tokens(7))
     for jacobian, right in zip(found.jacobians, expected(cases.tiny_tokens(7)), strict=True):

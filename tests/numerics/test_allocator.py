@@ -13,7 +13,8 @@ import ctypes, resource
 from lm_eval_coupling.numerics.memory import keep_freed_memory
 kept = keep_freed_memory()
 libc, size = ctypes.CDLL(None), 24 << 20
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 def use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
@@ -25,7 +26,7 @@ def use():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 use()
 print("FAULTS", kept, use())
-"""  # noqa: E501
+"""
 
 
 def faults(**environment):

@@ -71,7 +71,7 @@ def test_what_is_not_finite_spoils_no_other_matrix(function, by):
     ],
 )
 def test_only_integers_of_32_bits_are_handed_over(signature, plain):
-    """LAPACK built with integers of 64 bits would have read and written beyond those it is given."""  # noqa: E501
+    """LAPACK built with integers of 64 bits would read and write beyond those of 32 bits."""
     assert gram._takes_plain_integers(signature) is plain
 
 

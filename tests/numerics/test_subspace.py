@@ -1,4 +1,4 @@
-"""Subspace iteration by products alone: what has settled is right, and what cannot settle is said."""  # noqa: E501
+"""Subspace iteration by products alone: settled triplets are right, the others are reported."""
 
 import pytest
 import torch

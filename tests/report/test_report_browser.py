@@ -54,7 +54,8 @@ class TestInABrowser:
         assert opened.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         opened.press("Right")
         opened.until(
-            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"  # noqa: E501
+            "document.activeElement.id === 'tab-layers'"
+            " && !document.querySelector('#layers').hidden"
         )
         opened.press("End")
         opened.until("document.activeElement.id === 'tab-provenance'")
@@ -63,7 +64,8 @@ class TestInABrowser:
         opened.run("document.querySelector('#rows tbody tr:last-child button').focus()")
         opened.press("Return")
         opened.until(
-            "document.activeElement.id === 'tab-layers' && !document.querySelector('#layers').hidden"  # noqa: E501
+            "document.activeElement.id === 'tab-layers'"
+            " && !document.querySelector('#layers').hidden"
         )
 
     @pytest.mark.parametrize("rank", [10, 30])
@@ -504,7 +506,8 @@ class TestInABrowser:
     def test_the_dark(self, report, scheme, light):
         """Background and text, of the page and of its plots, follow the reader's setting."""
         expression = (
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"  # noqa: E501
+            "[getComputedStyle(document.body).backgroundColor,"
+            "getComputedStyle(document.body).color,"
             "document.querySelector('#scatter').layout.font.color]"
         )
         flags = f"{browser.FLAGS} --blink-settings=preferredColorScheme={scheme}"

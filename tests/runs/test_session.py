@@ -219,7 +219,8 @@ def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkey
     found = records(model, store, "regularity")
     assert len(found) == 2 and len(store) == 1
     assert [r.getMessage() for r in caplog.records] == [
-        "coupling: what was measured of 1 prompts could not be stored (no such thing); it stays in this run's tables"  # noqa: E501
+        "coupling: what was measured of 1 prompts could not be stored (no such thing); "
+        "it stays in this run's tables"
     ]
 
 

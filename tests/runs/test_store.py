@@ -30,9 +30,10 @@ from lm_eval_coupling.runs.store import MeasurementStore
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with MeasurementStore(path) as store:
     for i in range(count):
-        store.put({f"{name}-{i}": MeasureResult({"values": np.full((40, 40), i, np.float32), "tokens": [i]})})
+        columns = {"values": np.full((40, 40), i, np.float32), "tokens": [i]}
+        store.put({f"{name}-{i}": MeasureResult(columns)})
         print(f"{name}-{i}", flush=True)
-"""  # noqa: E501
+"""
 
 
 def writer(path, name, count=10**9):
@@ -154,7 +155,8 @@ def test_another_schema_version_is_refused(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE meta SET schema_version = 7")
     connection.close()
-    message = rf"{path}.* schema version 7, expected version 2; move it away or choose another file with coupling_store"  # noqa: E501
+    message = rf"{path}.* schema version 7, expected version 2; move it away or choose another file"
+    message += " with coupling_store"
     with pytest.raises(CouplingError, match=message):
         MeasurementStore(path)
 
@@ -211,7 +213,8 @@ def test_the_default_is_a_file_of_the_user():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lm_eval_coupling.runs.store; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"  # noqa: E501
+    code = "import sys, lm_eval_coupling.runs.store\n"
+    code += "sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

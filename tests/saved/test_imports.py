@@ -4,21 +4,26 @@ import pkgutil
 import subprocess
 import sys
 
-import pytest
-
 import lm_eval_coupling
 
+PACKAGES = ("saved", "statistics", "fit", "figures", "report")
+IMPORT = """
+import importlib, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+    if heavy := {"torch", "lm_eval", "transformers"} & {*sys.modules}:
+        sys.exit(f"{module} loads {heavy}")
+"""
 
-@pytest.mark.parametrize("package", ["saved", "statistics", "fit", "figures", "report"])
-def test_no_torch_is_loaded(package):
+
+def test_no_torch_is_loaded():
     """Pictures and studies loaded torch for a square root."""
     (path,) = lm_eval_coupling.__path__
-    modules = [
-        f"lm_eval_coupling.{package}.{module.name}"
-        for module in pkgutil.iter_modules([f"{path}/{package}"])
+    found = [
+        [f"lm_eval_coupling.{package}.{module.name}" for module in pkgutil.iter_modules([folder])]
+        for package, folder in ((package, f"{path}/{package}") for package in PACKAGES)
     ]
-    assert modules
-    heavy = "{'torch', 'lm_eval', 'transformers'}"
-    code = f"import sys, {', '.join(modules)}; sys.exit(str({heavy} & {{*sys.modules}} or ''))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.stderr.strip() == "", ran.stderr
+    assert all(found)
+    command = [sys.executable, "-c", IMPORT, *(name for names in found for name in names)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and ran.stderr.strip() == "", ran.stderr

@@ -63,6 +63,7 @@ def test_permutation_p_is_exact_for_few_pairs(method):
     assert observed.p == pytest.approx(tails, abs=1e-12) and observed.p < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, truth, n, slack",
     [
@@ -83,6 +84,7 @@ def test_intervals_of_correlations_cover_and_tests_find(method, truth, n, slack)
     assert power > (0.4 if n == 12 else 0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, truth",
     [
@@ -110,6 +112,7 @@ def test_large_samples_go_on_where_small_ones_end():
         assert abs(resampled.p - theory.p) < 0.06
 
 
+@pytest.mark.slow
 def test_permutation_test_has_its_size():
     def one(rng):
         x, y = rng.exponential(size=10) ** 2, rng.exponential(size=10) ** 2  # far from normal
@@ -155,7 +158,7 @@ def test_no_interval_from_few_or_perfect_ranks():
 
 
 def test_partial_correlation_of_ppcor():
-    """Example of R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""  # noqa: E501
+    """R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""
     frame = pd.DataFrame(
         {
             "hl": [7, 15, 19, 15, 21, 22, 57, 15, 20, 18],
@@ -169,17 +172,18 @@ def test_partial_correlation_of_ppcor():
     assert found.p == pytest.approx(0.06789202, abs=0.05)  # by permutation; theirs is a t test
 
 
+@pytest.mark.slow
 def test_partial_correlation_covers():
     def one(rng):
         z = rng.normal(size=15)
         x, y = (v + 2 * z for v in normal_pair(rng, 15, 0.5))
-        return covers(
-            partial_correlation(pd.DataFrame({"x": x, "y": y, "z": z}), "x", "y", ["z"]), 0.5
-        )
+        frame = pd.DataFrame({"x": x, "y": y, "z": z})
+        return covers(partial_correlation(frame, "x", "y", ["z"], resamples=1), 0.5)
 
     assert near(simulate(one, 400), 0.95, 400, slack=0.02)  # the wider of two intervals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, truth", [("pearson", -0.5), ("spearman", 6 / math.pi * math.asin(-0.25))]
 )
@@ -191,7 +195,7 @@ def test_within_groups_the_sign_may_turn(method, truth):
         x, y = normal_pair(rng, 100, -0.5)
         frame = pd.DataFrame({"x": x + 3 * group, "y": y + 3 * group, "group": group})
         pooled = stats.pearsonr(frame["x"], frame["y"]).statistic
-        found = correlation_within(frame, "x", "y", "group", method=method)
+        found = correlation_within(frame, "x", "y", "group", method=method, resamples=399)
         assert found.given == 4 and found.n == 100
         return covers(found, truth), found.p < 0.05, pooled > 0.5
 
@@ -250,6 +254,7 @@ def test_zous_interval_as_published():
     assert (round(found.low, 3), round(found.high, 3)) == (-0.093, 0.517)
 
 
+@pytest.mark.slow
 def test_compared_strengths_have_their_size_coverage_and_power():
     """The second predictor is turned around, which must not matter."""
 

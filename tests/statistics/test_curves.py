@@ -77,6 +77,7 @@ def test_errors_in_both_of_one_size_are_demings():
     assert larger.stderr == pytest.approx(2 * found.coefficients["slope"].stderr)
 
 
+@pytest.mark.slow
 def test_lines_cover_and_weights_help():
     def one(rng):
         x, errors = rng.normal(size=15), np.exp(rng.normal(size=15))
@@ -96,6 +97,7 @@ def test_lines_cover_and_weights_help():
     assert weighted < plain / 2 and dispersion == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_errors_of_x_flatten_a_plain_line_but_not_yorks():
     def one(rng):
         truth, x_error, y_error = (
@@ -139,6 +141,7 @@ def test_exponential_as_published():
     assert (high[0] - low[0]) / 2 / stats.t.ppf(0.975, 3) == pytest.approx(1.2261, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_exponential_covers_and_tells_itself_from_a_line():
     def one(rng):
         x = rng.uniform(0.2, 0.6, 25)
@@ -157,6 +160,7 @@ def test_exponential_covers_and_tells_itself_from_a_line():
     assert uniform(p_curvature)
 
 
+@pytest.mark.slow
 def test_exponential_permutation_test_has_its_size_despite_the_search_and_weights():
     def one(rng):
         x, errors = rng.uniform(size=12), np.exp(rng.normal(size=12))
@@ -238,7 +242,7 @@ def test_curves_that_cannot_be_fitted_say_why():
 
 
 def test_errors_of_zero_are_refused_with_a_remedy():
-    """A score of 0 or 1 has a standard error of 0 in lm-eval, which would give it infinite weight."""  # noqa: E501
+    """lm-eval gives a score of 0 or 1 a standard error of 0, which is an infinite weight."""
     with pytest.raises(CouplingError, match="proportion_error"):
         line_fit([1, 2, 3], [0.2, 0.5, 1.0], y_error=[0.1, 0.1, 0.0])
     with pytest.raises(CouplingError, match="without y_error"):

@@ -124,6 +124,7 @@ def test_a_family_that_alone_determines_the_regression_cannot_be_left_out():
     assert "not possible" in in_words(found)
 
 
+@pytest.mark.slow
 def test_nested_models_have_their_size_coverage_and_power():
     """A predictor that only follows a covariate adds nothing, though it correlates strongly with
     the score.
@@ -141,7 +142,7 @@ def test_nested_models_have_their_size_coverage_and_power():
             }
         )
         a, b = (
-            nested_models(frame, score="score", predictor=name, covariates=["size"])
+            nested_models(frame, score="score", predictor=name, covariates=["size"], resamples=399)
             for name in "ab"
         )
         gain = [f.with_predictor.r2_left_out > f.without.r2_left_out and f.p < 0.05 for f in (a, b)]
@@ -174,7 +175,7 @@ def test_mixed_model_of_balanced_families_is_the_fixed_effects_estimate():
 
 
 def cr2(y, X, family):
-    """Bell and McCaffrey's variance and degrees of freedom by whole matrices (Imbens and Kolesar)."""  # noqa: E501
+    """Return Bell and McCaffrey's variance and degrees of freedom, by matrices of all rows."""
     bread, n = np.linalg.inv(X.T @ X), len(y)
     kept = np.eye(n) - X @ bread @ X.T
     variance, columns = np.zeros((X.shape[1],) * 2), []
@@ -206,6 +207,7 @@ def test_clustered_errors_against_the_sandwich():
     )
 
 
+@pytest.mark.slow
 def test_families_that_resemble_each_other_fool_plain_least_squares_only():
     """Nothing depends on the predictor, but both it and the score go by family: 12 families of 4
     models.
@@ -214,7 +216,9 @@ def test_families_that_resemble_each_other_fool_plain_least_squares_only():
     def one(rng):
         frame = family_frame(rng, families=12, between=True)
         mixed = family_effect(frame, score="score", predictor="coupling", family="family")
-        plain = nested_models(frame, score="score", predictor="coupling", family="family")
+        plain = nested_models(
+            frame, score="score", predictor="coupling", family="family", resamples=399
+        )
         return mixed.p < 0.05, covers(mixed.effect, 0), plain.p < 0.05, plain.p_f < 0.05
 
     mixed, coverage, permuted, plain = simulate(one, 60)
@@ -222,6 +226,7 @@ def test_families_that_resemble_each_other_fool_plain_least_squares_only():
     assert plain > 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", [6, 40])
 def test_clustered_errors_have_their_size(families):
     def one(rng):

@@ -79,6 +79,7 @@ def test_copies_of_a_model_are_no_more_evidence():
     assert (found.models, found.tasks, found.n) == (3, 2, 240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 0.6])
 def test_answers_to_one_document_count_as_one(shift):
     truth = stats.norm.cdf(shift / math.sqrt(2))
@@ -87,11 +88,12 @@ def test_answers_to_one_document_count_as_one(shift):
         found = auroc_together(answers(rng, shift=shift), "value", "right", **COLUMNS)
         return covers(found, truth), found.p, (found.auroc - 0.5) / found.stderr
 
-    covered, p, _ = draws(one, 500)
-    assert near(covered.mean(), 0.95, 500, slack=0.02)  # asymptotic
+    covered, p, _ = draws(one, 300)
+    assert near(covered.mean(), 0.95, 300, slack=0.02)  # asymptotic
     assert uniform(p) if shift == 0 else np.mean(p < 0.05) > 0.75
 
 
+@pytest.mark.slow
 def test_taken_for_independent_they_mislead():
     """The same answers, each as an observation of its own, find what is not there."""
 
@@ -102,10 +104,11 @@ def test_taken_for_independent_they_mislead():
         )
         return naive.p < 0.05, auroc_together(frame, "value", "right", **COLUMNS).p < 0.05
 
-    naive, robust = draws(one, 400).mean(axis=1)
-    assert naive > 0.1 and near(robust, 0.05, 400, slack=0.02)
+    naive, robust = draws(one, 250).mean(axis=1)
+    assert naive > 0.1 and near(robust, 0.05, 250, slack=0.02)
 
 
+@pytest.mark.slow
 def test_odds_of_answers_to_one_document_are_robust():
     def one(rng):
         frame = answers(rng)
@@ -116,9 +119,9 @@ def test_odds_of_answers_to_one_document_are_robust():
         )
         return found.p < 0.05, found.low <= 1 <= found.high, naive.p
 
-    rejected, covered, _ = draws(one, 300)
-    assert near(rejected.mean(), 0.05, 300, slack=0.02) and near(
-        covered.mean(), 0.95, 300, slack=0.02
+    rejected, covered, _ = draws(one, 200)
+    assert near(rejected.mean(), 0.05, 200, slack=0.02) and near(
+        covered.mean(), 0.95, 200, slack=0.02
     )
 
 

@@ -62,6 +62,7 @@ def test_a_family_that_is_left_out_is_left_out_as_a_whole():
     assert found.families == 6 and "of 6 families" in in_words(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["normal", "lognormal"])
 def test_models_in_families_do_not_make_findings(data):
     """32 models in 9 families, whose half of the variance lies between families."""

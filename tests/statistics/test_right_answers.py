@@ -51,6 +51,7 @@ def test_auroc_with_ties_against_all_pairs():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 1.0, 2.0])
 def test_aurocs_cover(shift):
     truth = stats.norm.cdf(shift / math.sqrt(2))
@@ -118,6 +119,7 @@ def documents(rng, n=150, effect=0.0):
     )
 
 
+@pytest.mark.slow
 def test_easy_tasks_of_high_coupling_fool_only_what_ignores_the_task():
     def one(rng):
         frame = documents(rng)
@@ -138,6 +140,7 @@ def test_easy_tasks_of_high_coupling_fool_only_what_ignores_the_task():
     assert naive_logistic > 0.95 and naive_auroc > 0.95
 
 
+@pytest.mark.slow
 def test_odds_ratios_cover():
     def one(rng):
         frame = documents(rng, n=400, effect=0.8)

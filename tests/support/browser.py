@@ -51,7 +51,7 @@ def application():
 
 
 class Browser:
-    """One page of a given size; what it logs and asks for is kept in ``console`` and ``requests``."""  # noqa: E501
+    """One page of a given size, with its log in ``console`` and its loads in ``requests``."""
 
     def __init__(self, width=1200, height=900):
         os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
@@ -122,7 +122,8 @@ class Browser:
     def run(self, script):
         """Value of a JavaScript expression; an exception in it fails."""
         found = []
-        wrapped = f"(() => {{ try {{ return JSON.stringify([{script}]) }} catch (e) {{ return String(e) }} }})()"  # noqa: E501
+        wrapped = f"(() => {{ try {{ return JSON.stringify([{script}]) }}"
+        wrapped += " catch (e) { return String(e) } })()"
         self.page.runJavaScript(wrapped, found.append)
         self.wait(lambda: found, f"run {script}")
         assert found[0].startswith("["), f"{script}: {found[0]}"
@@ -148,8 +149,9 @@ class Browser:
 
         self.until(f"document.querySelector({json.dumps(selector)})?.getClientRects().length > 0")
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"  # noqa: E501
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"  # noqa: E501
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
         QTest.mouseClick(self._input(), Qt.MouseButton.LeftButton, pos=QPoint(round(x), round(y)))
         self.app.processEvents()

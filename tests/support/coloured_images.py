@@ -23,7 +23,7 @@ def save_images(folder, each=4, side=16, colours=COLOURS):
 
 
 def save_classifier(folder, case="vit", labels=tuple(COLOURS), side=16):
-    """A random model, the same every time, with its image processor; returns the folder as a name."""  # noqa: E501
+    """Save a reproducible random model and its image processor; return the folder's path."""
     names = {
         "id2label": dict(enumerate(labels)),
         "label2id": {name: i for i, name in enumerate(labels)},

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from lean_lm_eval import lean_lm_eval
 
 HOOK = Path(__file__).parents[2] / "hook"
 ENVIRONMENT: dict[str, str] = {}  # of fresh processes, for tests that change it
@@ -30,7 +31,8 @@ def scores(results):
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
-    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOK.parent)}
+    path = os.pathsep.join([lean_lm_eval(), str(HOOK.parent)])
+    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     kept |= ENVIRONMENT
     return kept | {
         "ACCELERATE_USE_CPU": "1"
@@ -56,18 +58,25 @@ import sys
 from torch.utils import collect_env
 collect_env.get_pretty_env_info = lambda: ""  # for which torch starts eleven programs
 from lm_eval_coupling.harness import plugin
-plugin.install(); import lm_eval; from lm_eval.loggers import EvaluationTracker; from lm_eval.tasks import TaskManager
+plugin.install()
+import lm_eval
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 folder, kind, dtype, out, store = sys.argv[1:]
-arguments = dict(pretrained=folder + "/float32", device="cpu", coupling_ranks="2+4", coupling_limit="all")
-arguments |= dict(coupling_dtype=dtype, coupling_store=store)
+arguments = dict(pretrained=folder + "/float32", device="cpu", coupling_ranks="2+4")
+arguments |= dict(coupling_limit="all", coupling_dtype=dtype, coupling_store=store)
 tracker = EvaluationTracker(output_path=out)
 found = lm_eval.simple_evaluate(
-    model="coupling-hf", model_args=arguments, tasks=["tiny_" + kind], bootstrap_iters=2, evaluation_tracker=tracker,
+    model="coupling-hf",
+    model_args=arguments,
+    tasks=["tiny_" + kind],
+    bootstrap_iters=2,
+    evaluation_tracker=tracker,
     task_manager=TaskManager(include_path=folder + "/tasks", include_defaults=False),
 )
 if found:
     tracker.save_results_aggregated(results=found, samples=found.pop("samples"))
-"""  # noqa: E501
+"""
 
 
 def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):
@@ -97,3 +106,22 @@ def stored(store):
             return dict(db.execute("SELECT key, created FROM measurements"))
         except sqlite3.OperationalError:
             return {}
+
+
+def command(home, out, store, *words, limit="all"):
+    """Return lm-eval's own command with the start-up hook, for a tiny task."""
+    script = home / "command.py"
+    script.write_text(
+        f"import site\nsite.addsitedir({str(HOOK)!r})\n"
+        "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
+    )
+    coupling = f"coupling_ranks=2+4,coupling_limit={limit},coupling_store={store}"
+    options = {
+        "--model": "coupling-hf",
+        "--model_args": f"pretrained={home / 'float32'},{coupling}",
+        "--tasks": "tiny_choice",
+        "--include_path": home / "tasks",
+        "--output_path": out,
+    }
+    given = [word for option in options.items() for word in option]
+    return [sys.executable, script, *given, "--log_samples", *words]

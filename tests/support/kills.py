@@ -1,9 +1,10 @@
-r"""Kills an evaluation at random moments while it measures, lets one run to the end, and compares it with one left alone.
+r"""Kill an evaluation at random moments, finish it, and compare it with a run left alone.
 
     python tests/support/kills.py --kills 50
 
-Runs are forked from one process that has loaded everything, so that a kill costs seconds. Prints what was found as JSON.
-"""  # noqa: E501
+Runs are forked from one process that has loaded everything, so that a kill costs seconds. The
+findings are the last line printed, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ def save_task(folder: Path, documents: int) -> None:
         {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")}
     )
     (folder / "kills.yaml").write_text(
-        f"task: kills\ndataset_path: json\ndataset_kwargs: {source}\ntest_split: test\noutput_type: multiple_choice\n"  # noqa: E501
-        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n'  # noqa: E501
+        f"task: kills\ndataset_path: json\ndataset_kwargs: {source}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\n'
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n"
     )
 
 
@@ -86,7 +88,7 @@ def forked(*arguments: Path) -> int:
 
 
 def stored(store: Path) -> dict[str, tuple[int, str]]:
-    """Of every entry the place and the time of writing: an entry that is written again has another place."""  # noqa: E501
+    """Return row and time of writing of every entry; an entry written again has another row."""
     if not store.exists():
         return {}
     with sqlite3.connect(store, timeout=60) as db:
@@ -99,12 +101,14 @@ def stored(store: Path) -> dict[str, tuple[int, str]]:
             return {}
 
 
-def killed_at_random(home: Path, out: Path, store: Path, chance: random.Random) -> bool:
-    """Kill one run some time after it has begun to measure; whether it had not ended by itself."""
-    before, child = len(stored(store)), forked(home, out, store)
-    while len(stored(store)) == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+def killed_at_random(
+    home: Path, out: Path, store: Path, chance: random.Random, further: int
+) -> bool:
+    """Kill a run once it has stored 1 to ``further`` entries; return False if it ended before."""
+    enough, child = len(stored(store)) + chance.randint(1, further), forked(home, out, store)
+    while len(stored(store)) < enough and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.02)
-    time.sleep(chance.uniform(0, 1.2))
+    time.sleep(chance.uniform(0, 0.1))
     try:
         os.kill(child, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -123,7 +127,8 @@ def compare(folder: Path, kills: int, documents: int, seed: int = 0) -> dict[str
     evaluate(home, folder / "alone", folder / "alone.sqlite")
     seen: dict[str, tuple[int, str]] = {}
     while done < kills:
-        assert killed_at_random(home, folder / "killed", store, chance), (
+        further = max(1, documents // kills)
+        assert killed_at_random(home, folder / "killed", store, chance, further), (
             f"it ended after {done} kills; use more documents"
         )
         found = stored(store)
@@ -175,8 +180,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)  # before anything is forked
     with tempfile.TemporaryDirectory() as temporary:
-        print(
-            json.dumps(
-                compare(Path(temporary), options.kills, options.documents, options.seed), indent=1
-            )
-        )
+        findings = compare(Path(temporary), options.kills, options.documents, options.seed)
+    print(json.dumps(findings))

@@ -8,7 +8,8 @@ import numpy as np
 from saved_runs import record
 
 NASTY = (
-    "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=2'> \"quoted\" {{script}} & &amp; \\u003c "  # noqa: E501
+    "</script><script>window.pwned=1</script><!--<img src=x onerror='window.pwned=2'> "
+    '"quoted" {{script}} & &amp; \\u003c '
     "\u2028 \u202eright-to-left\u202c 漢字 🙂 \x00"
 )
 BAD_MODEL = "org/<b>bold</b><img src=x onerror=window.pwned=3>%{x}"
@@ -54,13 +55,15 @@ class Tags(HTMLParser):
 def table(window, holder):
     """Texts of a table's cells, row by row."""
     return window.run(
-        f"[...document.querySelectorAll('#{holder} tbody tr')].map(tr => [...tr.cells].map(cell => cell.innerText.trim()))"  # noqa: E501
+        f"[...document.querySelectorAll('#{holder} tbody tr')]"
+        ".map(tr => [...tr.cells].map(cell => cell.innerText.trim()))"
     )
 
 
 def headers(window, holder):
     return window.run(
-        f"[...document.querySelectorAll('#{holder} thead th button')].map(button => button.dataset.name)"  # noqa: E501
+        f"[...document.querySelectorAll('#{holder} thead th button')]"
+        ".map(button => button.dataset.name)"
     )
 
 

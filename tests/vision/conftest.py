@@ -30,7 +30,8 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
-    return f"ranks=4+8,limit=5,untrained=seed1,store={tmp_path_factory.mktemp('store') / 'store.sqlite'}"  # noqa: E501
+    store = tmp_path_factory.mktemp("store") / "store.sqlite"
+    return f"ranks=4+8,limit=5,untrained=seed1,store={store}"
 
 
 @pytest.fixture(scope="session")

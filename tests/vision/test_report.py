@@ -51,7 +51,8 @@ def test_every_measured_image_is_shown_as_it_is(report):
         source = window.run("document.querySelector('#document img.picture').src")
         assert source.startswith("data:image/png;base64,")
         colour = window.run(
-            "(() => { const c = document.createElement('canvas'); c.width = c.height = 16; const x = c.getContext('2d');"  # noqa: E501
+            "(() => { const c = document.createElement('canvas'); c.width = c.height = 16;"
+            "const x = c.getContext('2d');"
             "x.drawImage(document.querySelector('#document img.picture'), 0, 0);"
             "return [...x.getImageData(0, 0, 1, 1).data] })()"
         )

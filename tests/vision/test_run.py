@@ -239,7 +239,8 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
     """Measures over tokens took those after the measured one for unable to move it: of the class
     token all.
     """
-    settings = f"ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,store={tmp_path / 'store.sqlite'}"  # noqa: E501
+    settings = "ranks=4,limit=1,measures=depth+spectra+self+context,tokens=last3,"
+    settings += f"store={tmp_path / 'store.sqlite'}"
     file, *_ = run_vision(
         classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
     )
