@@ -359,6 +359,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.runs.model_arguments import require_loadable
+
+    # Mistakes are refused before the next import, which loads torch and lm-eval.
+    for dtype in options.dtype:
+        require_loadable({"pretrained": options.model, "dtype": dtype})
     from lm_eval_coupling.check.command import check
 
     is_exact = check(options.model, device=options.device, dtypes=options.dtype, out=options.out)
@@ -372,6 +377,11 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _vision(options: argparse.Namespace) -> int:
+    from lm_eval_coupling.vision.arguments import check_arguments
+
+    # Mistakes are refused before the next import, which loads torch.
+    checked = _select(options, "limit", "batch_size", "coupling")
+    check_arguments(options.model, options.out, **checked)
     from lm_eval_coupling.vision.evaluate import run_vision
 
     logging.basicConfig(format="%(message)s")

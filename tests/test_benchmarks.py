@@ -80,10 +80,13 @@ def test_two_checkouts_in_turn(benchmark, model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_a_busy_machine(benchmark, model, tmp_path):
-    arguments = "--tokens 5 --prompts 2 --ranks 4 --busy 1".split()
+    arguments = "--tokens 5 --prompts 2 --ranks 4 --busy 1 --policies default passive".split()
     found = results(benchmark("busy"), tmp_path / "b.json", "--model", model, *arguments)
-    (row,) = found["rows"]
-    assert found["fair_share"] >= 1 and row["loaded / fair share"] > 0 and row["quiet, CPU s"] > 0
+    assert [row[""] for row in found["rows"]] == ["here", "here, passive"]
+    for row in found["rows"]:
+        assert row["loaded / fair share"] > 0 and row["quiet, CPU s"] > 0
+        assert row["scoring quiet, s"] > 0
+    assert found["fair_share"] >= 1
 
 
 def test_what_is_no_checkout_is_refused(benchmark, model, tmp_path):

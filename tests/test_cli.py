@@ -87,11 +87,11 @@ def bad(tmp_path):
     "words",
     [
         "show BAD",
-        "fit BAD --out OUT",
-        "fit RUN --facts BAD --out OUT",
+        "fit BAD --out HERE/out",
+        "fit RUN --facts BAD --out HERE/out",
         "report BAD -o OUT",
         "sweep BAD --dry-run",
-        "measure BAD RUN/prompts.txt --out OUT",
+        "measure BAD RUN/prompts.txt --out HERE/out",
         "check BAD",
     ],
 )
@@ -177,8 +177,11 @@ def test_demo(monkeypatch, out):
     ],
     ids=["measure", "vision", "demo"],
 )
-def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(monkeypatch, words, module, name, answer):
+def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(
+    monkeypatch, tmp_path, words, module, name, answer
+):
     """What was measured is kept and told, but a loop over models is to know."""
+    monkeypatch.chdir(tmp_path)
     for interrupted, code in ((True, 130), (False, 0)):
         returned = answer(interrupted)
         monkeypatch.setattr(
@@ -199,3 +202,63 @@ def test_a_notebooks_backend_that_is_not_installed_is_forgotten(monkeypatch, bac
     monkeypatch.setenv("MPLBACKEND", backend)
     assert cli.main(["show", "/nowhere"]) == 2
     assert os.environ.get("MPLBACKEND") == ("agg" if backend == "agg" else None)
+
+
+EVALUATES = ("torch", "transformers", "lm_eval", "datasets", "accelerate")
+DRAWS = ("matplotlib", "plotly", "scipy.stats", "statsmodels")
+READS = ("pandas", "pyarrow", "numpy", "rich")
+LOADED = """
+import sys
+from lm_eval_coupling.cli import main
+split = sys.argv.index("--")
+try:
+    code = main(sys.argv[1:split])
+except SystemExit as ended:
+    code = ended.code
+print("CODE", code, *[name for name in sys.argv[split + 1:] if name in sys.modules])
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save(folder, {"arc": task_summary()}, rows=[record()])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "not_loaded"),
+    [
+        ("--help", 0, (*EVALUATES, *DRAWS, *READS)),
+        ("--version", 0, (*EVALUATES, *DRAWS, *READS)),
+        ("show --help", 0, (*EVALUATES, *DRAWS, *READS)),
+        ("dance", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("show", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("measure MODEL --out HERE/out", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("show SAVED", 0, (*EVALUATES, *DRAWS)),
+        ("show SAVED --task arc --doc 0", 0, (*EVALUATES, *DRAWS)),
+        ("show SAVED SAVED --compare", 2, (*EVALUATES, *DRAWS)),  # one run alone
+        ("show HERE/nowhere", 2, (*EVALUATES, *DRAWS)),
+        ("report HERE/nowhere", 2, EVALUATES),
+        ("fit HERE/nowhere", 2, EVALUATES),
+        ("sweep HERE/nowhere.yaml", 2, (*EVALUATES, *DRAWS, "pandas")),
+        ("demo --out HERE/prompts/under", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("check HERE/nowhere", 2, (*EVALUATES, *DRAWS)),
+        ("vision --model a --data b --out HERE/out --coupling rank=3", 2, (*EVALUATES, *DRAWS)),
+        ("vision --model a --data b --out HERE/out --batch_size 0", 2, (*EVALUATES, *DRAWS)),
+        ("measure HERE/nowhere HERE/prompts --out HERE/out", 2, (*EVALUATES, *DRAWS)),
+    ],
+)
+def test_a_command_loads_only_what_it_needs(saved, tmp_path, words, expected, not_loaded):
+    """Torch and lm-eval take ten seconds to load, and scipy's statistics one."""
+    (tmp_path / "prompts").write_text("a\n")
+    for name, path in {"SAVED": saved, "HERE": tmp_path}.items():
+        words = words.replace(name, str(path))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *words.split(), "--", *not_loaded],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"CODE {expected}", done.stderr
+    assert "Traceback" not in done.stderr

@@ -33,10 +33,13 @@ class BlockJacobians:
     """Jacobians of several blocks for one pair of tokens.
 
     Attributes:
-        jacobians: J of each layer, in the arithmetic that was asked for. certificate: relative
-        error of each against the model's own derivative, float64, on the host. method: level that
-        each layer was computed at. layers: their indices. device: where the model computed; the
-        Jacobians may lie on the host. why: for each layer, why no faster level was taken, or None.
+        jacobians: J of each layer, in the arithmetic that was asked for.
+        certificate: relative error of each against the model's own derivative, float64, on the
+            host.
+        method: level that each layer was computed at.
+        layers: indices of the layers.
+        device: where the model computed; the Jacobians may lie on the host.
+        why: for each layer, why no faster level was taken, or None.
         triplets: top singular triplets of each, if they were asked for.
     """
 
@@ -119,18 +122,19 @@ def jacobians_of_traces(
 ) -> list[BlockJacobians]:
     """Compute J_tt of every block for several prompts of one model, each at its own token t.
 
-    Steps of the closed level are gone through once for all prompts. Memory is that of one prompt
-    times their number.
+    The closed level computes all prompts of a block at once. Memory is that of one prompt times
+    their number.
 
     Args:
-        traces: one per prompt.
-        tokens: absolute index of the token of each.
+        traces: trace of each prompt.
+        tokens: index of the token of each prompt, from 0.
         method: as for :func:`block_jacobians`.
         rank: number of singular triplets to compute while the Jacobians lie on the device, if any.
-        workers: blocks to compute side by side, on one core each; the blocks must be independent.
+        workers: number of blocks to compute side by side, on one core each. More than one only if
+            the blocks are independent (:attr:`.protocol.Model.has_independent_blocks`).
 
     Returns:
-        For each prompt what :func:`block_jacobians` returns, with triplets if ``rank`` is given.
+        For each prompt the result of :func:`block_jacobians`, with triplets if ``rank`` is given.
     """
     pairs = [(token, token) for token in tokens]
     return _compute(traces, pairs, range(len(traces[0].calls)), method, rank, workers)
@@ -150,19 +154,18 @@ def _compute(
     calls = [[trace.calls[layer] for trace in traces] for layer in layers]
     is_scattered = len({prompts[0].resid_pre.device for prompts in calls}) > 1
     stack = Stack(len(traces), len(calls), stream, rank=rank, scattered=is_scattered)
-    alone: dict[tuple[int, int], Certified] = {}
-
-    results = _closed_results(calls, pairs, method, stack, workers)
+    closed = _closed_results(calls, pairs, method, stack, workers)
+    alone: dict[tuple[int, int], Certified] = {}  # by prompt and layer
     errors: list[Tensor] = []
-    # In turn: forward mode, of which the token-local level makes use, is for one thread at a time.
-    for i, result in enumerate(results):
+    # One layer after the other: forward mode, which the token-local level uses, allows one thread.
+    for i, result in enumerate(closed):
         if isinstance(result, NotTogether):
             certified = _one_by_one(calls[i], pairs, method, result.why)
             stack.put(i, torch.stack([each.jacobian for each in certified]))
             alone.update({(prompt, i): each for prompt, each in enumerate(certified)})
             result = stream.new_full((len(traces),), torch.nan)
         errors.append(result.to(stream.device))
-    # The device is read once, when all layers are done: it waits for each transfer.
+    # One transfer after all layers: the device would stop and wait at each.
     certificates = torch.stack(errors, dim=1).cpu().double()
     for prompt, i in (~passes(certificates, stream.dtype)).nonzero().tolist():
         if (prompt, i) not in alone:
@@ -177,19 +180,21 @@ def _compute(
         verify_first(prompts, stack.jacobians[:, i], is_together, pairs)
     triplets = stack.finish()
 
-    def of_prompt(prompt: int) -> BlockJacobians:
-        each = [alone.get((prompt, i)) for i in range(len(calls))]
-        return BlockJacobians(
-            jacobians=stack.jacobians[prompt],
-            certificate=certificates[prompt],
-            method=["closed" if certified is None else certified.level for certified in each],
-            layers=list(layers),
-            device=stream.device,
-            why=[None if certified is None else certified.why for certified in each],
-            triplets=None if triplets is None else triplets[prompt],
+    results = []
+    for prompt in range(len(traces)):
+        slower = [alone.get((prompt, i)) for i in range(len(calls))]
+        results.append(
+            BlockJacobians(
+                jacobians=stack.jacobians[prompt],
+                certificate=certificates[prompt],
+                method=["closed" if entry is None else entry.level for entry in slower],
+                layers=list(layers),
+                device=stream.device,
+                why=[None if entry is None else entry.why for entry in slower],
+                triplets=None if triplets is None else triplets[prompt],
+            )
         )
-
-    return [of_prompt(prompt) for prompt in range(len(traces))]
+    return results
 
 
 def _closed_results(
@@ -199,10 +204,11 @@ def _closed_results(
     stack: Stack,
     workers: int,
 ) -> list[Tensor | NotTogether]:
-    """Compute layers by the closed level, ``workers`` at a time, and store their Jacobians.
+    """Compute layers by the closed level, ``workers`` at a time, and put their Jacobians in place.
 
     Returns:
-        For each layer the certificates of all prompts, or why they are not computed together.
+        For each layer the certificates of all prompts, or the reason why the closed level does not
+        apply to all of them.
     """
     if method not in ("auto", "closed"):
         return [NotTogether()] * len(calls)
@@ -211,7 +217,7 @@ def _closed_results(
         try:
             jacobians, certificates = closed_together(calls[i], pairs)
         except NotTogether as failure:
-            return NotTogether(failure.why)  # without the traceback, which holds tensors
+            return NotTogether(failure.why)  # a new one: a traceback would keep tensors alive
         stack.put(i, jacobians)
         return certificates
 
@@ -221,9 +227,11 @@ def _closed_results(
 def _one_by_one(
     calls: Sequence[Call], pairs: Sequence[tuple[int, int]], method: str, why: str | None
 ) -> list[Certified]:
-    """Compute J of one block for each prompt; ``why`` is what speaks against the closed level."""
-    at = zip(calls, pairs, strict=True)
-    return [certified_jacobian(call, *pair, method, closed_fails=why) for call, pair in at]
+    """Compute J of one block for each prompt; ``why`` is why the closed level does not apply."""
+    return [
+        certified_jacobian(call, *pair, method, closed_fails=why)
+        for call, pair in zip(calls, pairs, strict=True)
+    ]
 
 
 def _chosen_layers(layers: Any, n_layers: int) -> list[int]:
@@ -237,15 +245,19 @@ def _chosen_layers(layers: Any, n_layers: int) -> list[int]:
 
 
 def check_method(method: str) -> str:
-    """Return the name of a level, or refuse an unknown one by name."""
+    """Return the name of a level.
+
+    Raises:
+        CouplingError: if there is no such level.
+    """
     return one_of("method", method, METHODS)
 
 
 def chosen_dtype(dtype: Any) -> torch.dtype:
-    """Return the arithmetic that was asked for, by its name or as torch's own.
+    """Return a dtype of torch, given as such or by its name.
 
     Raises:
-        CouplingError: for any other.
+        CouplingError: if it is neither float32 nor float64.
     """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if isinstance(chosen, torch.dtype) and chosen in TOLERANCE:
@@ -257,7 +269,7 @@ def chosen_dtype(dtype: Any) -> torch.dtype:
 
 
 def require_model(model: Any) -> None:
-    """Refuse a model that has not been wrapped."""
+    """Raise CouplingError for a model that has not been wrapped."""
     if not hasattr(model, "traces"):
         raise CouplingError(
             f"got a {type(model).__name__} as model, expected a ResidualModel; "

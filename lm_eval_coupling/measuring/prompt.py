@@ -29,6 +29,7 @@ from lm_eval_coupling.measuring.settings import (
 from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
+from lm_eval_coupling.numerics.workers import usable_threads
 
 
 @exact_arithmetic()
@@ -124,6 +125,7 @@ def measure_prompt(
 
 
 @exact_arithmetic()
+@usable_threads()
 def measure_prompts(
     model: Model,
     prompts: Sequence[Sequence[int]],

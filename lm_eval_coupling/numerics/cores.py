@@ -12,13 +12,14 @@ from lm_eval_coupling.numerics.cgroups import own_groups, read_number
 def usable_cores() -> int:
     """Return the number of cores that the scheduler gives to this process, at least 1.
 
-    It is the least of the process's affinity, the quotas of its control groups, what SLURM allots
-    to it, and OMP_NUM_THREADS. A quota of two cores and a half is two.
+    It is the least of the process's affinity, the quotas of its control groups, SLURM's allotment
+    and OMP_NUM_THREADS. A quota of two cores and a half counts as two, one below a core as one.
     """
-    # Not every system knows which cores a process may use.
+    # macOS and Windows do not tell which cores a process may use.
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     limits = [affinity or os.cpu_count() or 1, *_quotas()]
-    # The first is per task, the other of the job on this machine; OMP_NUM_THREADS may be a list.
+    # SLURM's first is of a task, its second of the whole job on this machine. OMP_NUM_THREADS may
+    # be a list, of which the first number is that of the outermost level.
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").split(",")[0].strip()
         if text.isdecimal() and int(text):
@@ -29,17 +30,20 @@ def usable_cores() -> int:
 def _quotas() -> Iterator[float]:
     """Yield the quota of each control group around this process, in cores."""
     for folder in own_groups("cpu"):
-        quota, period = _second_version(folder / "cpu.max")
+        quota, period = _read_cpu_max(folder / "cpu.max")
         if quota is None:
             quota = read_number(folder / "cpu.cfs_quota_us")
             period = read_number(folder / "cpu.cfs_period_us")
-        # Version 1 writes -1 for no quota.
+        # Version 1 of control groups writes -1 for no quota.
         if quota is not None and quota > 0 and period:
             yield quota / period
 
 
-def _second_version(file: Path) -> tuple[int | None, int | None]:
-    """Return quota and period from a line such as ``50000 100000`` or ``max 100000``."""
+def _read_cpu_max(file: Path) -> tuple[int | None, int | None]:
+    """Return quota and period, both None without a quota.
+
+    Version 2 of control groups writes a line such as ``50000 100000`` or ``max 100000``.
+    """
     try:
         quota, period = file.read_text().split()
         return int(quota), int(period)

@@ -1,14 +1,15 @@
-"""Eigendecompositions of many small symmetric matrices on a GPU, by the faster of two ways.
+"""Eigendecompositions of many small symmetric matrices on a GPU, by the faster of two solvers.
 
-torch's dispatch of ``torch.linalg.eigh`` decides by version, library and size whether a batch is
-decomposed together or matrix by matrix. So both ways are timed on the first batch of a shape.
+torch's own ``torch.linalg.eigh`` decomposes a batch together or matrix by matrix, depending on its
+version, the library behind it and the size. So both solvers are timed on the first batch of a
+shape, and the faster one is used for that shape until the process ends.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,24 @@ from torch import Tensor
 from lm_eval_coupling.numerics.rotations import eigh_by_rotations
 
 _FAST = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # NVIDIA P100, V100, A100, H100 and H200, B200
-_Key = tuple[str, torch.dtype, int, int]
-_CHOICES: dict[_Key, str] = {}
+
+
+class _Solver(Protocol):
+    """Function with the arguments and results of :func:`device_eigh`."""
+
+    def __call__(self, H: Tensor, settled_at: float) -> tuple[Tensor, Tensor]: ...
+
+
+class _Shape(NamedTuple):
+    """Kind of batch for which one solver is chosen."""
+
+    device: str
+    dtype: torch.dtype
+    columns: int
+    below: int  # the smallest power of two above the number of matrices
+
+
+_CHOICES: dict[_Shape, str] = {}
 
 
 def has_fast_float64(device: torch.device) -> bool:
@@ -29,10 +46,10 @@ def has_fast_float64(device: torch.device) -> bool:
 def device_eigh(
     H: Float[Tensor, "batch n n"], settled_at: float
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
-    """Return eigenvalues and eigenvectors, largest first, by the way that is faster for this shape.
+    """Return eigenvalues and eigenvectors, largest first, by the faster solver for this shape.
 
-    The first batch of a shape is decomposed four times. Batches count as one shape up to a factor
-    of two in their number of matrices.
+    The first batch of a shape is decomposed five times. Batches are of one shape if their numbers
+    of matrices lie between the same powers of two.
 
     Args:
         H: symmetric, in float64 or float32.
@@ -41,38 +58,40 @@ def device_eigh(
     Returns:
         In the dtype and on the device of H; NaN for a matrix that is not decomposed.
     """
-    key = (str(H.device), H.dtype, H.shape[-1], math.frexp(len(H))[1])
-    if key not in _CHOICES:
-        seconds = {name: _seconds(way, H, settled_at) for name, way in _WAYS.items()}
-        _CHOICES[key] = min(seconds, key=lambda name: seconds[name])
-    return _WAYS[_CHOICES[key]](H, settled_at)
+    shape = _Shape(str(H.device), H.dtype, H.shape[-1], 1 << len(H).bit_length())
+    if shape not in _CHOICES:
+        seconds = {name: _seconds(solver, H, settled_at) for name, solver in SOLVERS.items()}
+        _CHOICES[shape] = min(seconds, key=lambda name: seconds[name])
+    return SOLVERS[_CHOICES[shape]](H, settled_at)
 
 
 def choices() -> dict[str, str]:
-    """Return the way chosen for each device, dtype and shape in this process, in words."""
+    """Return the solver chosen for each device, dtype and shape in this process, in words."""
     return {
-        f"{device}, {dtype}, {n} columns, below {1 << power} matrices": way
-        for (device, dtype, n, power), way in _CHOICES.items()
+        f"{device}, {dtype}, {columns} columns, below {below} matrices": solver
+        for (device, dtype, columns, below), solver in _CHOICES.items()
     }
 
 
-def _by_library(
+def _eigh_by_library(
     H: Float[Tensor, "batch n n"], settled_at: float
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Decompose by torch, to full accuracy whatever ``settled_at`` is."""
     del settled_at
+    # torch raises for the whole batch if one matrix holds NaN.
     finite = torch.isfinite(H).all(dim=(1, 2), keepdim=True)
     values, vectors = torch.linalg.eigh(torch.where(finite, H, 0))
     values, vectors = values.flip(-1), vectors.flip(-1)
     return torch.where(finite[:, 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 
-def _seconds(way: Callable[..., object], H: Tensor, settled_at: float) -> float:
-    """Return the time of a second call, after one that starts the library; infinite if it fails."""
+def _seconds(solver: _Solver, H: Tensor, settled_at: float) -> float:
+    """Return the time of a second call; infinite if the solver fails."""
     try:
-        way(H, settled_at)
+        solver(H, settled_at)  # loads the library
         _wait(H.device)
         start = time.perf_counter()
-        way(H, settled_at)
+        solver(H, settled_at)
         _wait(H.device)
     except torch.linalg.LinAlgError:
         return math.inf
@@ -84,4 +103,4 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-_WAYS = {"rotations": eigh_by_rotations, "library": _by_library}
+SOLVERS: dict[str, _Solver] = {"rotations": eigh_by_rotations, "library": _eigh_by_library}

@@ -26,7 +26,7 @@ from lm_eval_coupling.numerics import limits
 from lm_eval_coupling.numerics.subspace import GRAM, block_of
 from lm_eval_coupling.numerics.workers import workers
 
-SPECTRA = 2 << 30  # bytes of all decompositions that run at the same time on a CPU
+SPECTRA = 2 << 30  # bytes of all decompositions on a CPU, unless every worker has only one
 ROOM = 0.8  # of the free memory of a device; libraries and gaps of the allocator take the rest
 # Prompts per batch on a CPU, their tokens, and bytes of their Jacobians: more gain nothing there.
 PROMPTS, TOKENS, BYTES = 8, 2048, 1 << 30
@@ -75,10 +75,19 @@ def jacobian_stack(
     return stream.new_empty(shape, device=stream.device if where == "device" else "cpu")
 
 
+def spectra_workers(d_model: int, itemsize: int, reserved: int = 0) -> int:
+    """Return how many workers of a CPU decompose Jacobians side by side.
+
+    ``reserved`` bytes of the free memory will be taken by something else.
+    """
+    return workers(_DECOMPOSITION * d_model**2 * itemsize, reserved)
+
+
 def layers_at_once(d_model: int, itemsize: int, device: torch.device, rank: int = 64) -> int:
     """Return how many Jacobians a device, or each worker of a CPU, decomposes at once."""
     if device.type == "cpu":
-        most, room, each = 4, SPECTRA // workers(), _DECOMPOSITION * d_model**2
+        room = min(SPECTRA, limits.free_on_host() // 2) // spectra_workers(d_model, itemsize)
+        most, each = 4, _DECOMPOSITION * d_model**2
     else:
         # Some may be repeated in float64, a quarter at a time, from a copy of twice the size.
         room = min(limits.free(device) // 3, SPECTRA_ON_DEVICE)
@@ -166,12 +175,21 @@ def keep_freed_memory() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that measuring takes beside the model."""
+    """Bytes that measuring takes beside the model.
+
+    Attributes:
+        jacobians: Jacobians of a batch.
+        where: their place, ``device``, ``host`` or ``disk``.
+        bases: singular vectors.
+        working: the largest need of a step of the computation.
+        workers: number of workers that compute blocks side by side, each with memory of its own.
+    """
 
     jacobians: int
     where: str
     bases: int
     working: int
+    workers: int = 1
 
     @property
     def total(self) -> int:
@@ -191,7 +209,8 @@ class Memory:
         }
         jacobians = f"{_bytes(self.jacobians)} of Jacobians {where[self.where]}"
         parts = f"{_bytes(self.bases)} of singular vectors, {_bytes(self.working)} while at work"
-        return f"{jacobians}, {parts}"
+        by = f" on {self.workers} blocks side by side" if self.workers > 1 else ""
+        return f"{jacobians}, {parts}{by}"
 
 
 def memory(
@@ -210,6 +229,7 @@ def memory(
     d_head: int | None = None,
     vocabulary: int = 0,
     scattered: bool = False,
+    independent: bool = True,
 ) -> Memory:
     """Estimate the memory of a measurement from above; peaks are lower where heads share keys.
 
@@ -228,6 +248,7 @@ def memory(
         d_head: width of an attention head; ``d_model / n_heads`` unless given.
         vocabulary: number of token types, for the logits that are decoded at every depth.
         scattered: whether blocks lie on several devices, so that their Jacobians go to the host.
+        independent: whether workers of a CPU may compute blocks side by side.
 
     Returns:
         Bytes, and the place of the Jacobians.
@@ -245,34 +266,31 @@ def memory(
     verified = copied
     if itemsize == 4:
         verified += 2 * (block_params + (tokens * per_token if seq < 64 else 0))
-    wide = max(d_model, n_heads * (d_head or d_model // n_heads))
-    jacobian = copied + prompts * _closed(d_model, wide, largest)
-    at_once = layers_at_once(d_model, itemsize, device, rank)
-    if device.type == "cpu":
-        jacobian *= min(n_layers, workers(jacobian * itemsize))
-        at_once *= workers()
-    at_once = min(prompts * n_layers, at_once)
-    spectra = at_once * (
-        _DECOMPOSITION * square if device.type == "cpu" else _by_products(d_model, rank)
-    )
-    coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
-    if device.type == "cpu":
-        coupled = min(prompts, workers(_pairs(n_layers, rank) * itemsize))
-    # All bases times one J.
-    pairs = 3 * basis // prompts + coupled * _pairs(n_layers, rank) + square
-    if device.type != "cpu":
-        pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
-    logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     size = prompts * n_layers * square * itemsize
-    working = (trace + max(forward, verified, jacobian, spectra, pairs, logits)) * itemsize
     held = 0 if scattered else trace * itemsize
     where = place(size, torch.device("cpu") if scattered else device, held)
-    return Memory(size, where, 2 * basis * itemsize, working)
-
-
-def _closed(d_model: int, wide: int, largest: int) -> int:
-    """Return the numbers that the closed level takes for one prompt's Jacobian of one block."""
-    return max(13 * d_model * wide // 2, 5 * d_model**2 // 2 + largest)
+    wide = max(d_model, n_heads * (d_head or d_model // n_heads))
+    closed = max(13 * d_model * wide // 2, 5 * square // 2 + largest)
+    jacobian = copied + prompts * closed
+    at_once = layers_at_once(d_model, itemsize, device, rank)
+    side_by_side = 1
+    # All bases times one J, and all pairs of some prompts.
+    pairs = 3 * basis // prompts + square
+    if device.type == "cpu":
+        reserved = size if where == "host" else 0  # it is taken only when it is written
+        if independent and not scattered:
+            side_by_side = min(n_layers, workers(jacobian * itemsize, reserved))
+        decomposed = min(prompts * n_layers, at_once * spectra_workers(d_model, itemsize, reserved))
+        spectra = decomposed * _DECOMPOSITION * square
+        coupled = min(prompts, workers(_pairs(n_layers, rank) * itemsize, reserved))
+    else:
+        spectra = min(prompts * n_layers, at_once) * _by_products(d_model, rank)
+        coupled = min(prompts, prompts_at_once(n_layers, rank, itemsize, device))
+        pairs += min(n_layers * basis // prompts, PAIRS_AT_ONCE // itemsize)
+    pairs += coupled * _pairs(n_layers, rank)
+    logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
+    step = max(forward, verified, side_by_side * jacobian, spectra, pairs, logits)
+    return Memory(size, where, 2 * basis * itemsize, (trace + step) * itemsize, side_by_side)
 
 
 def block_workers(model: Any, prompts: int, itemsize: int = 4) -> int:
@@ -280,13 +298,7 @@ def block_workers(model: Any, prompts: int, itemsize: int = 4) -> int:
 
     It is 1 on a device, and where blocks share something that a pass may change.
     """
-    if model.device.type != "cpu" or len(model.devices) > 1 or not model.has_independent_blocks:
-        return 1
-    block_params, largest = model.block_sizes
-    wide = max(model.d_model, model.n_heads * (model.d_head or model.d_model // model.n_heads))
-    copied = block_params if model.dtype.itemsize != itemsize else 0
-    numbers = copied + prompts * _closed(model.d_model, wide, largest)
-    return min(model.n_layers, workers(numbers * itemsize))
+    return memory_of(model, rank=1, seq=1, prompts=prompts, itemsize=itemsize).workers
 
 
 def pair_workers(model: Any, rank: int, itemsize: int = 4) -> int:
@@ -328,6 +340,7 @@ def shape_of(model: Any, itemsize: int) -> dict[str, Any]:
         "largest_weight": largest,
         "cast": model.dtype.itemsize != itemsize,
         "scattered": len(model.devices) > 1,
+        "independent": model.has_independent_blocks,
     }
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from lm_eval_coupling.errors import CouplingError, whole
 from lm_eval_coupling.numerics.devices import as_tensor, known_device
 from lm_eval_coupling.numerics.gram import leading_gram_eigenvectors
-from lm_eval_coupling.numerics.memory import layers_at_once
+from lm_eval_coupling.numerics.memory import layers_at_once, spectra_workers
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.subspace import block_of, leading_right_vectors, orthonormal
-from lm_eval_coupling.numerics.workers import run_each, workers
+from lm_eval_coupling.numerics.workers import run_each
 
 # Largest accepted residual and loss of orthogonality. Rounding costs eps · σ_1/σ_k.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
@@ -86,7 +86,7 @@ def top_singular(
     matrices = J.detach().reshape(-1, d_model, d_model)
     at_once = layers_at_once(d_model, J.element_size(), device, k)
     parts = matrices.split(at_once) if len(matrices) else [matrices]
-    count = workers() if device.type == "cpu" else 1
+    count = spectra_workers(d_model, J.element_size()) if device.type == "cpu" else 1
     triplets = run_each(lambda part: _decompose(part.to(device), k), parts, count)
     U, S, V, residual = (torch.cat(each) for each in zip(*triplets, strict=True))
     batch = J.shape[:-2]

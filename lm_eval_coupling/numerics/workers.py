@@ -1,8 +1,7 @@
 """Independent pieces of work on the cores of a CPU, one thread each.
 
-Products over all cores wait for each other at a barrier each time. On a busy machine a thread spins
-there while the thread it waits for is not scheduled. Pieces on one core each have nothing to wait
-for.
+The threads of a product wait for each other at its end. On a busy machine they spin there while one
+of them is not scheduled. Workers of one thread each have nothing to wait for.
 """
 
 from __future__ import annotations
@@ -22,21 +21,42 @@ from lm_eval_coupling.numerics.precision import become_worker, is_worker, true_f
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-_SHARE = 2  # workers together take at most this fraction of the free memory: a half
 
 
-def workers(bytes_each: int = 0) -> int:
-    """Return how many workers may run side by side, each of them holding ``bytes_each``.
+def workers(bytes_each: int = 0, reserved: int = 0) -> int:
+    """Return how many workers may run side by side.
 
     It is the number of usable cores, or torch's own number of threads if the caller set a smaller
-    one, within half of the free memory. Inside a worker it is 1.
+    one. Together they take at most half of the memory that is free. Inside a worker it is 1.
+
+    Args:
+        bytes_each: memory that each worker takes.
+        reserved: bytes of the free memory that will be taken by something else.
     """
     if is_worker():
         return 1
     most = min(usable_cores(), torch.get_num_threads())
     if bytes_each and most > 1:
-        most = min(most, limits.free_on_host() // (_SHARE * bytes_each))
+        most = min(most, (limits.free_on_host() - reserved) // (2 * bytes_each))
     return max(1, most)
+
+
+@contextmanager
+def usable_threads() -> Iterator[None]:
+    """Limit torch to the usable cores inside.
+
+    torch starts a thread for every core of the machine, also where a quota gives it fewer. More
+    threads than cores wait for each other at every product.
+    """
+    threads, cores = torch.get_num_threads(), usable_cores()
+    if is_worker() or threads <= cores:
+        yield
+        return
+    torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_each(work: Callable[[_In], _Out], items: Sequence[_In], count: int) -> list[_Out]:
@@ -69,7 +89,7 @@ def run_each(work: Callable[[_In], _Out], items: Sequence[_In], count: int) -> l
                     future.cancel()
                 pool.shutdown()
         finally:
-            # A worker's setting is its own, but also what later threads of the process start with.
+            # A worker's setting holds for itself, and for threads that the process starts later.
             torch.set_num_threads(threads)
 
 

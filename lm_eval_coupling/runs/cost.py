@@ -1,9 +1,13 @@
-"""The cost of measuring in words: memory from shapes, seconds from the first prompts."""
+"""The cost of measuring in words: memory from shapes, seconds from the prompts so far."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.certify import DTYPES
@@ -12,15 +16,87 @@ from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 
+_RECENT = 15  # batches whose median is the pace
+_SECONDS = 10.0  # of measuring before the load of the machine is judged
+_SHARE = 0.5  # of the usable cores below which measuring is slowed down
+
+
+def load_average() -> float | None:
+    """Return the number of processes that ran or waited for a core in the last minute.
+
+    None where the system does not count them.
+    """
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+class Pace:
+    """Seconds of a prompt and use of the cores, from the batches of prompts that are done.
+
+    The first batch also loads libraries and allocates memory. Its time counts only until there is
+    another.
+    """
+
+    def __init__(
+        self,
+        cores: int,
+        *,
+        wall: Callable[[], float] = time.perf_counter,
+        cpu: Callable[[], float] = time.process_time,
+        load: Callable[[], float | None] = load_average,
+    ) -> None:
+        """Start the clocks.
+
+        Args:
+            cores: number of cores that measuring uses.
+            wall: clock in seconds.
+            cpu: clock of the CPU seconds that this process has used on all cores.
+            load: load average of the machine.
+        """
+        self._cores, self._wall, self._cpu, self._load = cores, wall, cpu, load
+        self._start = self._last = wall()
+        self._cpu_start = cpu()
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._batches, self._has_warned = 0, False
+
+    def add(self, prompts: int) -> None:
+        """Count a batch of prompts that has just ended."""
+        if self._batches == 1:
+            self._seconds.clear()
+        last, self._last = self._last, self._wall()
+        self._seconds.append((self._last - last) / prompts)
+        self._batches += 1
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a prompt over the recent batches."""
+        return median(self._seconds)
+
+    def slowed_by(self) -> str | None:
+        """Describe a machine that is busy with other work, once; otherwise return None.
+
+        Few CPU seconds alone do not show it: steps that take one core leave the others idle.
+        """
+        elapsed, machine = self._last - self._start, os.cpu_count() or 1
+        if self._has_warned or elapsed < _SECONDS:
+            return None
+        used, load = (self._cpu() - self._cpu_start) / elapsed, self._load()
+        if load is None or load <= machine or used >= _SHARE * self._cores:
+            return None
+        self._has_warned = True
+        return (
+            f"the machine is busy: {load:.0f} processes want its {machine} cores, and measuring "
+            f"got {used:.1f} of the {self._cores} that it may use; the times are not those of a "
+            "free machine"
+        )
+
 
 def memory_needed(
     model: ResidualModel, batches: Sequence[Sequence[Sequence[int]]], settings: Settings
 ) -> str:
     """Describe the memory that the largest batch of prompts takes beside the model."""
     size = {"rank": settings.ranks[-1], "itemsize": DTYPES[settings.dtype].itemsize}
-    needed = (
-        memory_of(model, seq=max(map(len, batch)), prompts=len(batch), **size) for batch in batches
-    )
+    shapes = {(max(map(len, batch)), len(batch)) for batch in batches}
+    needed = (memory_of(model, seq=seq, prompts=prompts, **size) for seq, prompts in shapes)
     return f"measuring takes {max(needed, key=lambda memory: memory.total)}"
 
 

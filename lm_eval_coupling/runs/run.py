@@ -17,6 +17,7 @@ from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.device_eigh import choices
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 from lm_eval_coupling.runs.options import Options
@@ -194,6 +195,8 @@ def describe(
     if UNTRAINED in facts:
         facts[UNTRAINED]["seed"] = options.untrained
     facts |= {"reused": run.reused, "interrupted": run.interrupted}
+    if eigensolvers := choices():
+        facts["eigensolvers"] = eigensolvers
     return CouplingInfo(facts, run.rows, options.out)
 
 

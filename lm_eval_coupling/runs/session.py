@@ -21,13 +21,17 @@ from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.workers import workers
 from lm_eval_coupling.residual import ResidualModel
-from lm_eval_coupling.runs.cost import memory_needed, seconds_needed
+from lm_eval_coupling.runs.cost import Pace, duration, memory_needed, seconds_needed
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.tables import TRAINED
 
 # Below lm-eval's own logger, so that its verbosity and handler apply.
 logger = logging.getLogger("lm_eval.coupling")
+
+# The remaining time is ours: tqdm's own counts the first prompt, which is slower than the others.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 Tokens = tuple[int, ...]
 Recalled = dict[Tokens, dict[str, MeasureResult]]  # results by prompt and name of the measure
@@ -228,7 +232,9 @@ class Session:
             needed = memory_needed(subject.model, [batch for _, batch in batches], self.settings)
             logger.info("coupling: %s", needed)
         title = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
-        bar = tqdm(total=waiting, desc=title, unit="prompt", disable=self.quiet or not waiting)
+        is_hidden = self.quiet or not waiting
+        bar = tqdm(total=waiting, desc=title, bar_format=_BAR, disable=is_hidden)
+        pace, left = Pace(workers()), waiting
         # Lines of the log go above the bar instead of through it.
         with bar, logging_redirect_tqdm():
             for number, (settings, batch) in enumerate(batches):
@@ -237,11 +243,20 @@ class Session:
                 self._keep(subject, measured)
                 for record in measured:
                     records[record.tokens] = self._with_recalled(record, recalled)
+                pace.add(len(batch))
+                left -= len(batch)
+                bar.set_postfix_str(f"{duration(left * pace.seconds)} left", refresh=False)
                 bar.update(len(batch))
-                if number == 0 and not self.quiet:
-                    left = waiting - len(measured)
+                if self.quiet:
+                    continue
+                if number == 0:
                     cost = seconds_needed(subject.model, measured, left, self.settings)
                     logger.info("coupling: %s", cost)
+                elif number == 1 and left:
+                    each, rest = duration(pace.seconds), duration(left * pace.seconds)
+                    logger.info("coupling: the next prompts took %s each; %s left", each, rest)
+                if subject.model.device.type == "cpu" and (words := pace.slowed_by()):
+                    logger.warning("coupling: %s", words)
 
     def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
         """Measure one prompt on each set of weights.

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special  # `scipy.stats` takes most of a second to import
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -45,7 +45,9 @@ class Estimate(Result):
     @classmethod
     def from_t(cls, value: float, stderr: float, df: float | int, confidence: float) -> Estimate:
         """Return the estimate with Student's interval; ``df=math.inf`` is the normal one."""
-        half = stats.t.ppf((1 + confidence) / 2, df) * stderr
+        level = (1 + confidence) / 2
+        quantile = special.ndtri(level) if math.isinf(df) else special.stdtrit(df, level)
+        half = quantile * stderr
         return cls(float(value), float(stderr), float(value - half), float(value + half))
 
 

@@ -28,8 +28,8 @@ from lm_eval_coupling.runs.run import (
 )
 from lm_eval_coupling.runs.sampling import choose
 from lm_eval_coupling.runs.session import Session
-from lm_eval_coupling.saved.atomic import require_writable
 from lm_eval_coupling.vision.accuracy import results_of
+from lm_eval_coupling.vision.arguments import check_arguments
 from lm_eval_coupling.vision.classifier import Classifier
 from lm_eval_coupling.vision.images import LabeledImages, load_images
 from lm_eval_coupling.vision.labels import model_labels
@@ -87,14 +87,7 @@ def run_vision(
         CouplingError: if this is no image classifier of transformer blocks, there are no labeled
             images, or a setting is wrong.
     """
-    settings = parse_settings(coupling)
-    options = Options.take_from({"pretrained": model} | settings)
-    require_writable(out)
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise CouplingError(
-            f"got a batch size of {batch_size} and a limit of {limit}, "
-            "expected whole numbers above 0"
-        )
+    options = check_arguments(model, out, limit=limit, batch_size=batch_size, coupling=coupling)
     device_named(device)  # refused before anything is loaded
     images = load_images(data, split)
     classifier = Classifier.load(model, device)
@@ -102,7 +95,7 @@ def run_vision(
     session, place = None, ""
     if options.measures_anything:
         options, session, place = _open_session(
-            classifier, options, position_given="coupling_position" in settings
+            classifier, options, position_given="coupling_position" in parse_settings(coupling)
         )
     if session is not None and options.dry_run:
         return VisionRun(None, _dry_run(classifier, images, limit, options, session))

@@ -1,10 +1,13 @@
 """Time of a prompt on a quiet machine, and beside two busy Python processes per core.
 
-    python tests/benchmarks/busy.py --model DIR [--other ../before] [--tokens 128] [--prompts 8]
+    python tests/benchmarks/busy.py --model DIR [--other ../before] [--policies default passive]
+        [--tokens 128] [--prompts 8]
 
-Each state measures the prompts together in a process of its own, in turn with another checkout if
-one is given. The fair share of a loaded machine is the quiet time times (busy processes + our
-threads) / cores, and at least the quiet time. Run it on a machine that does nothing else.
+Each state measures the prompts together in a process of its own, in turn with another checkout and
+other wait policies of OpenMP (``OMP_WAIT_POLICY``) if they are given. Scoring is a forward pass of
+the model over all prompts, whose products take all threads. The fair share of a loaded machine is
+the quiet time times (busy processes + our threads) / cores, and at least the quiet time. Run it on
+a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 
 HERE = Path(__file__).resolve().parents[2]
 _BUSY = "while True: sum(i * i for i in range(10**6))"
+_PASSES = 3  # of scoring
 
 
 @contextlib.contextmanager
@@ -37,12 +41,15 @@ def load(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def measured_by(folder: Path, options: dict) -> dict[str, float]:
+def measured_by(folder: Path, policy: str, options: dict) -> dict[str, float]:
     """Return wall and CPU seconds of a prompt, by the package in ``folder``."""
     command = [sys.executable, __file__, "--measure", json.dumps(options)]
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("OMP_NUM_THREADS", None)  # a user's default
+    for variable in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # a user's defaults
+        environment.pop(variable, None)
+    if policy != "default":
+        environment["OMP_WAIT_POLICY"] = policy.upper()
     return machine.found_by(command, folder.name, env=environment, cwd=folder)
 
 
@@ -66,13 +73,25 @@ def measure(options: dict) -> dict[str, float]:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if lacking := [record.reason for record in records if record.normalized_miscoupling is None]:
         raise SystemExit(f"a prompt could not be measured: {lacking[0]}")
-    return {"wall": wall / len(prompts), "cpu": cpu / len(prompts)}
+    ids = torch.tensor(prompts)
+    with torch.inference_mode():
+        model(ids)
+        scoring, scoring_cpu = time.perf_counter(), time.process_time()
+        for _ in range(_PASSES):
+            model(ids)
+        scoring, scoring_cpu = time.perf_counter() - scoring, time.process_time() - scoring_cpu
+    seconds = {"wall": wall, "cpu": cpu}
+    seconds |= {"scoring": scoring / _PASSES, "scoring_cpu": scoring_cpu / _PASSES}
+    return {name: value / len(prompts) for name, value in seconds.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "busy")
     parser.add_argument("--model", required=True, help="transformers folder of a small Llama")
     parser.add_argument("--other", type=Path, help="folder of another checkout")
+    parser.add_argument(
+        "--policies", nargs="+", choices=("default", "passive", "active"), default=["default"]
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8, help="measured together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
@@ -86,17 +105,22 @@ def main(arguments: list[str] | None = None) -> None:
     asked = {k: v for k, v in vars(options).items() if k not in ("other", "out")}
     about = machine.describe()
     folders = {"here": HERE} | ({"other": options.other.resolve()} if options.other else {})
+    contenders = {
+        name if policy == "default" else f"{name}, {policy}": (folder, policy)
+        for name, folder in folders.items()
+        for policy in options.policies
+    }
     least: dict[tuple[str, str], dict[str, float]] = {}
     for _ in range(options.rounds or (1 if options.quick else 3)):
         for state, processes in (("quiet", 0), ("loaded", options.busy)):
-            for name, folder in folders.items():
+            for name, (folder, policy) in contenders.items():
                 with load(processes):
-                    seconds = measured_by(folder, asked)
+                    seconds = measured_by(folder, policy, asked)
                 known = least.setdefault((name, state), seconds)
                 least[name, state] = {k: min(known[k], v) for k, v in seconds.items()}
     share = max(1.0, (options.busy + options.threads) / cores)
     rows = []
-    for name in folders:
+    for name in contenders:
         quiet, loaded = least[name, "quiet"], least[name, "loaded"]
         rows.append(
             {
@@ -107,6 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "loaded, CPU s": loaded["cpu"],
                 "loaded / fair share": loaded["wall"] / (share * quiet["wall"]),
                 "CPU, loaded / quiet": loaded["cpu"] / quiet["cpu"],
+                "scoring quiet, s": quiet["scoring"],
+                "scoring loaded, s": loaded["scoring"],
+                "scoring CPU, loaded / quiet": loaded["scoring_cpu"] / quiet["scoring_cpu"],
             }
         )
     machine.save("busy", about, options, {"fair_share": share, "rows": rows})

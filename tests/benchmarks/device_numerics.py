@@ -5,6 +5,7 @@ float64 on the CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from timing import seconds
 
 from lm_eval_coupling import ResidualModel, block_jacobians
 from lm_eval_coupling.measures.formulas.miscoupling import coupling_matrices
-from lm_eval_coupling.numerics import gram, subspace
+from lm_eval_coupling.numerics import device_eigh, gram, subspace
 from lm_eval_coupling.numerics.spectra import top_singular
 
 
@@ -67,6 +68,25 @@ def spectra(report: Any, options: SimpleNamespace) -> None:
                 d_model=d_model,
                 seconds=seconds(lambda G=G: torch.linalg.eigh(G)) / 4,
             )
+    _small_problems(report, options)
+    report.save(eigensolvers=device_eigh.choices())
+
+
+def _small_problems(report: Any, options: SimpleNamespace) -> None:
+    """Seconds of both solvers of many small matrices, and their errors."""
+    shapes = [(8, 12)] if options.quick else [(240, 64), (960, 64), (240, 128), (960, 128)]
+    for batch, n in shapes:
+        for dtype, settled_at in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+            A = _matrices("flat", batch, n, options.device).to(dtype)
+            H = A + A.mT
+            exact = torch.linalg.eigvalsh(H[:4].double().cpu()).flip(-1)
+            row: dict[str, Any] = {}
+            for name, solver in device_eigh.SOLVERS.items():
+                values, _ = solver(H, settled_at)
+                decompose = functools.partial(solver, H, settled_at)
+                row[f"{name}, s"] = min(seconds(decompose) for _ in range(2))
+                row[f"{name}, error"] = float((values[:4].cpu() - exact).abs().max() / exact.max())
+            report.add(kind="small problems", batch=batch, n=n, dtype=str(dtype), **row)
 
 
 def _matrices(kind: str, batch: int, d_model: int, device: str) -> torch.Tensor:

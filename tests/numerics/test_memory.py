@@ -246,6 +246,7 @@ def test_a_device_gets_as_many_prompts_as_it_has_room_for(free, monkeypatch):
         d_head=64,
         vocabulary=49152,
         devices=[torch.device("cuda")],
+        has_independent_blocks=True,
     )
     sizes = {}
     for room in (1, 4, 40):

@@ -26,8 +26,8 @@ def small_problems(request, monkeypatch):
     if request.param != "on the host":
         monkeypatch.setattr(gram, "MANY", 0)
         monkeypatch.setattr(gram, "has_fast_float64", lambda device: True)
-        ways = {request.param: device_eigh._WAYS[request.param]}
-        monkeypatch.setattr(device_eigh, "_WAYS", ways)
+        ways = {request.param: device_eigh.SOLVERS[request.param]}
+        monkeypatch.setattr(device_eigh, "SOLVERS", ways)
         monkeypatch.setattr(device_eigh, "_CHOICES", {})
 
 

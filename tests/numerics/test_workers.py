@@ -5,13 +5,16 @@ bounded.
 import threading
 import time
 
+import cases
 import pytest
 import torch
 
+from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.numerics import limits
 from lm_eval_coupling.numerics import workers as module
 from lm_eval_coupling.numerics.precision import exact_arithmetic
-from lm_eval_coupling.numerics.workers import run_each, workers
+from lm_eval_coupling.numerics.workers import run_each, usable_threads, workers
+from lm_eval_coupling.residual import ResidualModel
 
 
 @pytest.fixture
@@ -99,3 +102,37 @@ def test_there_are_no_more_than_cores_threads_and_memory_allow(threads, monkeypa
     assert workers(10**9) == 1
     monkeypatch.setattr(module, "usable_cores", lambda: 2)
     assert workers() == 2
+
+
+def test_memory_that_others_will_take_is_left_to_them(threads, monkeypatch):
+    monkeypatch.setattr(module, "usable_cores", lambda: 64)
+    monkeypatch.setattr(limits, "free_on_host", lambda: 10_000)
+    assert [workers(1000, reserved) for reserved in (0, 6000, 20_000)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize(("cores", "inside"), [(2, 2), (1, 1), (8, 4)])
+def test_torch_has_no_more_threads_than_cores_while_measuring(threads, monkeypatch, cores, inside):
+    """A container with a quota of one core ran torch with a thread for each core of the machine."""
+    monkeypatch.setattr(module, "usable_cores", lambda: cores)
+
+    @usable_threads()
+    def count():
+        return torch.get_num_threads()
+
+    assert count() == inside and torch.get_num_threads() == 4
+
+
+def test_a_prompt_is_measured_on_the_usable_cores(threads, monkeypatch):
+    """A quota below one core: a single worker, which is one thread."""
+    seen = set()
+    model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
+    right = type(model).traces
+
+    def traces(*arguments):
+        seen.add((torch.get_num_threads(), workers()))
+        return right(*arguments)
+
+    monkeypatch.setattr(type(model), "traces", traces)
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    (record,) = measure_coupling(model, [[1, 2, 3]], ranks=(2,), progress=False)
+    assert record.reason is None and seen == {(1, 1)} and torch.get_num_threads() == 4
