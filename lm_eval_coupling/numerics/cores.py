@@ -1,12 +1,36 @@
-"""The number of processor cores that this process is given. No torch."""
+"""The processor cores that this process is given, and how its threads wait for each other.
+
+Imports no torch, which reads the environment when it is loaded.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from lm_eval_coupling.numerics.cgroups import own_groups, read_number
+
+# Rounds that a thread of GNU's OpenMP spins at the end of a product before it gives up its core.
+# Measured with SmolLM2 and four prompts together on two cores, beside four busy processes: the
+# default of 300,000 rounds takes 1.98 times the fair share of time, 10,000 rounds 1.19 times. On a
+# quiet machine 10,000 rounds take 5 % more time than the default, none (PASSIVE) 23 %.
+SPINS = 10_000
+
+
+def limit_spinning(environment: MutableMapping[str, str]) -> None:
+    """Set the rounds that waiting threads spin, unless the user has chosen how they wait.
+
+    Args:
+        environment: variables of a process that has not loaded torch yet; changed in place.
+    """
+    if not waiting_is_chosen(environment):
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def waiting_is_chosen(environment: MutableMapping[str, str]) -> bool:
+    """Return whether a variable says how threads of OpenMP wait."""
+    return "OMP_WAIT_POLICY" in environment or "GOMP_SPINCOUNT" in environment
 
 
 def usable_cores() -> int:

@@ -290,7 +290,13 @@ def memory(
     pairs += coupled * _pairs(n_layers, rank)
     logits = 3 * min(prompts * (n_layers + 1), max(POINTS, n_layers + 1)) * vocabulary
     step = max(forward, verified, side_by_side * jacobian, spectra, pairs, logits)
-    return Memory(size, where, 2 * basis * itemsize, (trace + step) * itemsize, side_by_side)
+    return Memory(
+        jacobians=size,
+        where=where,
+        bases=2 * basis * itemsize,
+        working=(trace + step) * itemsize,
+        workers=side_by_side,
+    )
 
 
 def block_workers(model: Any, prompts: int, itemsize: int = 4) -> int:

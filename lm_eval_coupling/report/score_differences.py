@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pandas as pd
-from scipy import special  # `scipy.stats` takes most of a second to import
 
 from lm_eval_coupling.report.overview_rows import paired_difference
 from lm_eval_coupling.saved.samples import read_answers
@@ -65,4 +64,7 @@ def mcnemar_p(first: pd.Series, second: pd.Series) -> float:
     higher, lower = int((first > second).sum()), int((first < second).sum())
     if higher == lower:
         return 1.0
+    # Imported here, because most commands need no p-value.
+    from scipy import special
+
     return float(2 * special.bdtr(min(higher, lower), higher + lower, 0.5))

@@ -13,6 +13,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians.certify import DTYPES
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.cores import SPINS, waiting_is_chosen
 from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 
@@ -72,9 +73,12 @@ class Pace:
         return median(self._seconds)
 
     def slowed_by(self) -> str | None:
-        """Describe a machine that is busy with other work, once; otherwise return None.
+        """Describe a machine that is busy with other work.
 
         Few CPU seconds alone do not show it: steps that take one core leave the others idle.
+
+        Returns:
+            A sentence, once; None before and after, and on a machine that is not busy.
         """
         elapsed, machine = self._last - self._start, os.cpu_count() or 1
         if self._has_warned or elapsed < _SECONDS:
@@ -83,11 +87,13 @@ class Pace:
         if load is None or load <= machine or used >= _SHARE * self._cores:
             return None
         self._has_warned = True
-        return (
+        sentence = (
             f"the machine is busy: {load:.0f} processes want its {machine} cores, and measuring "
-            f"got {used:.1f} of the {self._cores} that it may use; the times are not those of a "
-            "free machine"
+            f"got {used:.1f} of the {self._cores} that it may use"
         )
+        if waiting_is_chosen(os.environ):
+            return sentence
+        return f"{sentence}; GOMP_SPINCOUNT={SPINS} in the environment makes it faster there"
 
 
 def memory_needed(

@@ -32,6 +32,27 @@ class RunFiles:
     passed_over: tuple[str, ...]
 
 
+def require_roots(roots: Iterable[Path]) -> None:
+    """Require that every root exists and can be read.
+
+    Raises:
+        CouplingError: naming the first that does not.
+    """
+    for root in roots:
+        _mode(root)
+
+
+def _mode(root: Path) -> int:
+    try:
+        return os.stat(root).st_mode
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if missing else f"cannot be read ({why(error)})"
+        raise CouplingError(
+            f"got {root}, which {reason}; give folders that lm-eval wrote, or its result files"
+        ) from None
+
+
 def list_run_files(roots: Sequence[Path]) -> RunFiles:
     """List ``results_*.json`` and coupling tables, each file once, in the order of the roots.
 
@@ -50,14 +71,7 @@ def list_run_files(roots: Sequence[Path]) -> RunFiles:
     """
     listing = _Listing()
     for root in roots:
-        try:
-            mode = os.stat(root).st_mode
-        except (OSError, ValueError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "does not exist" if missing else f"cannot be read ({why(error)})"
-            raise CouplingError(
-                f"got {root}, which {reason}; give folders that lm-eval wrote, or its result files"
-            ) from None
+        mode = _mode(root)
         if stat.S_ISREG(mode):
             listing.add_file(root)
             listing.add_companions(root)

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
-from scipy import special  # `scipy.stats` takes most of a second to import
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -45,6 +44,11 @@ class Estimate(Result):
     @classmethod
     def from_t(cls, value: float, stderr: float, df: float | int, confidence: float) -> Estimate:
         """Return the estimate with Student's interval; ``df=math.inf`` is the normal one."""
+        if math.isnan(stderr):
+            return cls(float(value))
+        # Imported here: most tables need no quantile. `scipy.stats` would take ten times as long.
+        from scipy import special
+
         level = (1 + confidence) / 2
         quantile = special.ndtri(level) if math.isinf(df) else special.stdtrit(df, level)
         half = quantile * stderr

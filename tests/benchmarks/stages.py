@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from lm_eval_coupling.measures import depth, regularity, swapped
 from lm_eval_coupling.measuring import batch
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.measuring.record import PromptCoupling
+from lm_eval_coupling.numerics.workers import workers
 from lm_eval_coupling.residual import ResidualModel
 
 # Where each stage is entered. What runs inside another stage counts for the inner one only, so the
@@ -35,15 +37,26 @@ ENTRANCES = {
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[Counter]:
-    """Collects seconds by stage of every measurement made inside; the code measured is what users
-    run.
+    """Collect seconds by stage of every measurement made inside.
+
+    The code measured is what users run. Stages that workers run side by side count for the time
+    that they take together.
     """
     spent: Counter = Counter()
-    inner = [0.0]  # seconds of stages inside the open ones
+    by_workers: Counter = Counter()
+    main, lock = threading.get_ident(), threading.Lock()
+    inner = [0.0]  # seconds of stages inside the open ones of the main thread
 
     def timed(stage, function):
         @functools.wraps(function)
         def run(*args, **kwargs):
+            if threading.get_ident() != main:
+                start = time.perf_counter()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    with lock:
+                        by_workers[stage] += time.perf_counter() - start
             inner.append(0.0)
             synchronize()
             start = time.perf_counter()
@@ -63,6 +76,10 @@ def stopwatch() -> Iterator[Counter]:
             undo.callback(setattr, owner, name, original)
             setattr(owner, name, timed(stage, original))
         yield spent
+    for stage, seconds in by_workers.items():
+        spent[stage] += seconds / workers()
+        if stage == "certify together":  # it runs inside the Jacobians
+            spent["jacobians"] -= seconds / workers()
 
 
 def measured(

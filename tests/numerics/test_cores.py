@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lm_eval_coupling.numerics import cgroups
-from lm_eval_coupling.numerics.cores import usable_cores
+from lm_eval_coupling.numerics.cores import limit_spinning, usable_cores
 
 VARIABLES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS")
 
@@ -76,3 +76,16 @@ def test_what_a_variable_allows(machine, monkeypatch, name):
 def test_a_list_of_threads_by_nesting(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
     assert usable_cores() == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_chose_how_they_wait(given, expected):
+    limit_spinning(given)
+    assert given == expected

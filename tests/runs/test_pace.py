@@ -22,11 +22,11 @@ class Machine:
         self.wall = self.cpu = 0.0
         self.load = load
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            monkeypatch.delenv(variable, raising=False)
 
     def pace(self, cores=2):
-        return Pace(
-            cores, wall=lambda: self.wall, cpu=lambda: self.cpu, load=lambda: self.load
-        )
+        return Pace(cores, wall=lambda: self.wall, cpu=lambda: self.cpu, load=lambda: self.load)
 
     def run(self, pace, prompts, wall, cpu):
         self.wall += wall
@@ -63,9 +63,17 @@ def test_a_busy_machine_is_named_once(machine):
     machine.run(pace, 1, 20.0, 8.0)
     words = pace.slowed_by()
     assert words.startswith("the machine is busy: 6 processes want its 2 cores, and measuring got ")
-    assert "got 0.4 of the 2 that it may use" in words
+    assert "got 0.4 of the 2 that it may use; GOMP_SPINCOUNT=10000 in the environment" in words
     machine.run(pace, 8, 20.0, 8.0)
     assert pace.slowed_by() is None
+
+
+def test_no_remedy_is_named_to_who_took_it(machine, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    pace = machine.pace()
+    machine.load = 6.4
+    machine.run(pace, 1, 20.0, 8.0)
+    assert pace.slowed_by().endswith("got 0.4 of the 2 that it may use")
 
 
 @pytest.mark.parametrize(
