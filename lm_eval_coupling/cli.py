@@ -367,8 +367,7 @@ def _report(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lm_eval_coupling.runs.model_arguments import require_loadable
 
-    # Mistakes are refused before the next import, which loads torch and lm-eval.
-    for dtype in options.dtype:
+    for dtype in options.dtype:  # before the next import, which loads torch and lm-eval
         require_loadable({"pretrained": options.model, "dtype": dtype})
     from lm_eval_coupling.check.command import check
 
@@ -385,9 +384,8 @@ def _sweep(options: argparse.Namespace) -> int:
 def _vision(options: argparse.Namespace) -> int:
     from lm_eval_coupling.vision.arguments import check_arguments
 
-    # Mistakes are refused before the next import, which loads torch.
     checked = _select(options, "limit", "batch_size", "coupling")
-    check_arguments(options.model, options.out, **checked)
+    check_arguments(options.model, options.out, **checked)  # before the import that loads torch
     from lm_eval_coupling.vision.evaluate import run_vision
 
     logging.basicConfig(format="%(message)s")
