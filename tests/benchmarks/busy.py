@@ -1,10 +1,10 @@
 """Time of a prompt on a quiet machine, and beside two busy Python processes per core.
 
-    python tests/benchmarks/busy.py --model DIR [--other ../before] [--policies default passive]
+    python tests/benchmarks/busy.py --model DIR [--other ../before] [--policies default 10000]
         [--tokens 128] [--prompts 8]
 
 Each state measures the prompts together in a process of its own, in turn with another checkout and
-other wait policies of OpenMP (``OMP_WAIT_POLICY``) if they are given. Scoring is a forward pass of
+other wait policies of OpenMP if they are given. Scoring is a forward pass of
 the model over all prompts, whose products take all threads. The fair share of a loaded machine is
 the quiet time times (busy processes + our threads) / cores, and at least the quiet time. Run it on
 a machine that does nothing else.
@@ -46,9 +46,11 @@ def measured_by(folder: Path, policy: str, options: dict) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", json.dumps(options)]
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    for variable in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # a user's defaults
+    for variable in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # a user's defaults
         environment.pop(variable, None)
-    if policy != "default":
+    if policy.isdecimal():
+        environment["GOMP_SPINCOUNT"] = policy
+    elif policy != "default":
         environment["OMP_WAIT_POLICY"] = policy.upper()
     return machine.found_by(command, folder.name, env=environment, cwd=folder)
 
@@ -89,9 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = machine.parser(__doc__, "busy")
     parser.add_argument("--model", required=True, help="transformers folder of a small Llama")
     parser.add_argument("--other", type=Path, help="folder of another checkout")
-    parser.add_argument(
-        "--policies", nargs="+", choices=("default", "passive", "active"), default=["default"]
-    )
+    policies = "default, passive, active, or a number of rounds to spin (GOMP_SPINCOUNT)"
+    parser.add_argument("--policies", nargs="+", default=["default"], help=policies)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8, help="measured together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 30, 50])
