@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: help setup test quick check demo bench docs bounds clean
+.PHONY: help setup test quick check demo bench docs dist fresh bounds clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -49,13 +49,23 @@ docs: setup  ## build the site into site/, refusing broken links
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The tests that touch what other packages offer, in an environment of its own.
+dist: setup  ## build the source archive, and the wheel from it, into dist/; check both
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+fresh: dist  ## the wheel alone in a new environment: seconds to the picture of the demo
+	$(BIN)/python tests/benchmarks/fresh_install.py --wheel dist/*.whl --torch "$(TORCH)"
+
+# The tests that touch what other packages offer, in an environment of its own. The newest ignores our upper bounds.
 RESOLUTION ?= lowest
-BOUNDS = $(if $(filter newest,$(RESOLUTION)),--prerelease allow --upgrade,--resolution lowest-direct)
+NEWEST = $(filter newest,$(RESOLUTION))
 bounds:  ## tests with the lowest or the newest versions of what we need: RESOLUTION=lowest|newest
 	$(PYTHON) -m venv .venv-$(RESOLUTION)
-	.venv-$(RESOLUTION)/bin/python -m pip install --quiet uv
-	.venv-$(RESOLUTION)/bin/uv pip install --python .venv-$(RESOLUTION)/bin/python $(BOUNDS) -e '.[dev]'
+	.venv-$(RESOLUTION)/bin/python -m pip install --quiet uv $(if $(NEWEST),$(TORCH))
+	.venv-$(RESOLUTION)/bin/uv pip install --python .venv-$(RESOLUTION)/bin/python \
+		$(if $(NEWEST),,--resolution lowest-direct) -e '.[dev]'
+	$(if $(NEWEST),.venv-newest/bin/python -m pip install --quiet --upgrade --pre --no-deps lm-eval transformer-lens transformers)
 	LM_EVAL_COUPLING_NO_HOOK=1 .venv-$(RESOLUTION)/bin/python -m pytest -q -n 2 --dist loadfile \
 		tests/harness tests/jacobians tests/residual tests/saved tests/statistics
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # argparse would take lm-eval's own options, such as --help, for ours.
         if words[:1] == ["run"]:
             return _run(words[1:])
-        options = _parser().parse_args(words)
+        options = command_parser().parse_args(words)
         if "folders" in options:  # before pandas is loaded, which takes most of a second
             from lm_eval_coupling.saved.run_files import require_roots
 
@@ -70,7 +70,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands; the options of `run` are those of lm-eval."""
     parser = argparse.ArgumentParser(
         prog="lm-eval-coupling",
         description="Transformer block coupling beside the scores of lm-eval.",

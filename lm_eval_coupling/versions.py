@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from lm_eval_coupling.errors import CouplingError
 
 logger = logging.getLogger("lm_eval.coupling")
+_warned: set[str] = set()  # Names of packages.
 
 
 def installed_version(package: str) -> str | None:
@@ -22,7 +23,7 @@ def installed_version(package: str) -> str | None:
 
 
 def require_versions(*packages: str) -> None:
-    """Refuse packages older than this package's own requirements, and warn of newer ones.
+    """Refuse packages older than this package's own requirements, and warn once of newer ones.
 
     Does nothing where this package is run from a folder and has no metadata to read.
 
@@ -47,10 +48,12 @@ def require_versions(*packages: str) -> None:
                 f"expected {requirement.name}{requirement.specifier}, got {installed}; "
                 f'run: pip install "{requirement.name}{requirement.specifier}"'
             )
-        logger.warning(
-            "coupling: %s %s is newer than any that was tested (%s)",
-            *(requirement.name, installed, requirement.specifier),
-        )
+        if requirement.name not in _warned:
+            _warned.add(requirement.name)
+            logger.warning(
+                "coupling: %s %s is newer than any that was tested (%s)",
+                *(requirement.name, installed, requirement.specifier),
+            )
 
 
 def _is_too_old(specifier: SpecifierSet, installed: str) -> bool:

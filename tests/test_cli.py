@@ -36,7 +36,7 @@ def command(*words, **environment):
 def test_help_names_the_commands_and_loads_nothing_heavy():
     found = command("--help")
     assert found.returncode == 0 and all(name in found.stdout for name in ("run", "demo", "show"))
-    code = "import sys, lm_eval_coupling.cli as c; c._parser(); "
+    code = "import sys, lm_eval_coupling.cli as c; c.command_parser(); "
     code += "sys.exit(any(m in sys.modules for m in sys.argv[1:]))"
     heavy = ("torch", "lm_eval", "pandas", "numpy", "rich", "pyarrow")
     assert subprocess.run([sys.executable, "-c", code, *heavy], check=False).returncode == 0

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
+from lm_eval_coupling.harness.lm_eval_internals import is_command_running
 
 MODEL = "coupling-hf"
+_INTERRUPTED = "interrupted; prompts measured before are kept in the store"
 
 
 @dataclass
@@ -24,12 +26,14 @@ class Command:
         tasks: the task manager, for the names of tasks.
         interrupted: True if Ctrl-C ended the measuring early.
         problems: why something that was asked for was not written.
+        unprinted: results of ours whose summary is not printed yet.
     """
 
     is_ours: bool = False
     tasks: Any = None
     interrupted: bool = False
     problems: list[str] = field(default_factory=list)
+    unprinted: dict[str, Any] | None = None
 
 
 _running: ContextVar[Command] = ContextVar("lm_eval_command")
@@ -38,6 +42,32 @@ _running: ContextVar[Command] = ContextVar("lm_eval_command")
 def current_command() -> Command:
     """Return the running command; without one, as in a notebook, a new one that nobody reads."""
     return _running.get(Command())
+
+
+def join_running_command() -> Command | None:
+    """Begin the state of a command that lm-eval began without the start-up hook.
+
+    An error that ends it from now on is one sentence; its exit code is Python's own, 1.
+
+    Returns:
+        The state, or None where no such command runs.
+    """
+    if _running.get(None) is not None or not is_command_running():
+        return None
+    command = Command(is_ours=True)
+    _running.set(command)
+    usual = sys.excepthook
+
+    def say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, CouplingError):
+            _say(str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            _say(_INTERRUPTED)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = say
+    return command
 
 
 def errors_as_sentences(execute: Callable) -> Callable:
@@ -53,8 +83,7 @@ def errors_as_sentences(execute: Callable) -> Callable:
         except KeyboardInterrupt:
             if not command.is_ours:
                 raise
-            sentence = "interrupted; prompts measured before are kept in the store"
-            raise _exit(130, sentence) from None
+            raise _exit(130, _INTERRUPTED) from None
         except ValueError as error:
             sentence = _about_tasks(error, command.tasks)
             if not (command.is_ours and sentence):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from lm_eval_coupling.harness.lm_eval_internals import split_nested_tasks
 from lm_eval_coupling.runs.rows import DocumentKey
 
 
@@ -51,9 +52,7 @@ class Requested:
         if "tasks" in task_dict:
             tasks, groups = task_dict["tasks"], task_dict.get("groups", {})
         else:
-            from lm_eval.evaluator_utils import _handle_back_comp
-
-            groups, tasks = _handle_back_comp(dict(task_dict))
+            groups, tasks = split_nested_tasks(task_dict)
         inner = {g.name for group in groups.values() for g in group.get_all_groups()}
         outer = {name: group for name, group in groups.items() if name not in inner}
         members = {

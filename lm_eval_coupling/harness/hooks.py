@@ -6,7 +6,7 @@ touched.
 
 from __future__ import annotations
 
-import functools
+import atexit
 import inspect
 import json
 import logging
@@ -19,11 +19,14 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.command_line import (
     MODEL,
+    Command,
     current_command,
     errors_as_sentences,
     hint_at_plus_signs,
+    join_running_command,
     one_line,
 )
+from lm_eval_coupling.harness.lm_eval_internals import wrap
 
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 # lm-eval's command passes this where no device is given; HFLM then takes the CPU without a GPU.
@@ -48,36 +51,6 @@ def after_import(module: Any) -> None:
         logger.warning(
             "lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error
         )
-
-
-def _wrap(
-    owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Replace a function of a module or class by ``around(function)``, once per import.
-
-    Inside a decorator, the decorated function is replaced: names bound earlier, as by
-    ``from lm_eval import evaluate``, then lead to ours too.
-    """
-    original = inspect.getattr_static(owner, name)
-    plain = original.__func__ if isinstance(original, classmethod) else original
-    if getattr(plain, "_of_coupling", False):
-        return
-    if (inside := _decorated_by(plain)) is not None:
-        inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
-        plain._of_coupling = True  # type: ignore[union-attr]
-        return
-    wrapped = functools.wraps(plain)(around(plain))
-    wrapped._of_coupling = True  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
-
-
-def _decorated_by(function: Any) -> Any:
-    """Return the closure cell that holds a decorated function; None for a plain function."""
-    inside = getattr(function, "__wrapped__", None)
-    cells = getattr(function, "__closure__", None) or ()
-    return next(
-        (cell for cell in cells if inside is not None and cell.cell_contents is inside), None
-    )
 
 
 def tasks_folder() -> Path:
@@ -122,7 +95,7 @@ def _add_tasks(manager: Any) -> None:
 
         return init
 
-    _wrap(manager.TaskManager, "__init__", with_ours)
+    wrap(manager, "TaskManager.__init__", with_ours)
 
 
 def _refuse_early(config: Any) -> None:
@@ -137,7 +110,7 @@ def _refuse_early(config: Any) -> None:
                 current_command().is_ours = True
                 Options.take_from(dict(settings.model_args or {}))
                 _require_output(settings.output_path)
-                _require_device(settings.device)
+                require_device(settings.device)
             elif str(settings.model).startswith("coupling"):
                 raise CouplingError(
                     f"got --model {settings.model}, which lm-eval does not know; "
@@ -147,10 +120,10 @@ def _refuse_early(config: Any) -> None:
 
         return from_cli_checked
 
-    _wrap(config.EvaluatorConfig, "from_cli", checked)
+    wrap(config, "EvaluatorConfig.from_cli", checked)
 
 
-def _require_device(device: Any) -> None:
+def require_device(device: Any) -> None:
     """Refuse a device that this machine does not have; torch is imported only if one is named."""
     name = str(device)
     if device in (None, "cpu", DEFAULT_DEVICE) or re.match(r"(npu|hpu|xpu)\b", name):
@@ -185,8 +158,10 @@ def _record_after_scoring(evaluator: Any) -> None:
                 current_command().problems.append(problem)
             # Into coupling_out. A tracker that saves the results writes them again, with its date.
             _write_tables(results, None, _now())
-            if (info := _carried(results)) is not None and info.get("interrupted"):
-                current_command().interrupted = True
+            if (info := _carried(results)) is not None:
+                command = current_command()
+                command.interrupted |= bool(info.get("interrupted"))
+                command.unprinted = results
             return results
 
         return evaluate_and_record
@@ -195,13 +170,13 @@ def _record_after_scoring(evaluator: Any) -> None:
         def simple_evaluate_checked(model: Any, *args: Any, **kwargs: Any) -> Any:
             if model == MODEL:
                 _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
-                _require_device(kwargs.get("device"))
+                require_device(kwargs.get("device"))
             return simple_evaluate(model, *args, **kwargs)
 
         return simple_evaluate_checked
 
-    _wrap(evaluator, "evaluate", recording)
-    _wrap(evaluator, "simple_evaluate", checking)
+    wrap(evaluator, "evaluate", recording)
+    wrap(evaluator, "simple_evaluate", checking)
 
 
 def _write_tables_with_results(tracking: Any) -> None:
@@ -234,8 +209,8 @@ def _write_tables_with_results(tracking: Any) -> None:
 
         return save_results_samples
 
-    _wrap(tracking.EvaluationTracker, "save_results_aggregated", with_tables)
-    _wrap(tracking.EvaluationTracker, "save_results_samples", with_check)
+    wrap(tracking, "EvaluationTracker.save_results_aggregated", with_tables)
+    wrap(tracking, "EvaluationTracker.save_results_samples", with_check)
 
 
 def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
@@ -284,17 +259,38 @@ def _close_under_the_table(utils: Any) -> None:
             info = _carried(result_dict)
             if info is None or column != last:
                 return table
-            try:
-                from lm_eval_coupling.runs.closing import closing_lines
-
-                return f"{table}\n{closing_lines(info, result_dict)}"
-            except Exception:
-                logger.exception("coupling: no summary under the table")
-                return table
+            current_command().unprinted = None
+            summary = _summary(info, result_dict)
+            return f"{table}\n{summary}" if summary else table
 
         return make_table_and_close
 
-    _wrap(utils, "make_table", with_closing)
+    wrap(utils, "make_table", with_closing)
+
+
+def _summary(info: Any, results: dict[str, Any]) -> str:
+    try:
+        from lm_eval_coupling.runs.closing import closing_lines
+
+        return closing_lines(info, results)
+    except Exception:
+        logger.exception("coupling: no summary under the table")
+        return ""
+
+
+def serve_running_command() -> None:
+    """Serve a command of lm-eval that began without the start-up hook, as far as still possible.
+
+    It holds the unchanged function that makes its tables. Our lines are therefore printed when
+    Python ends, which is right after the tables.
+    """
+
+    def print_summary(command: Command) -> None:
+        if (results := command.unprinted) is not None:
+            print(_summary(_carried(results), results), flush=True)
+
+    if (command := join_running_command()) is not None:
+        atexit.register(print_summary, command)
 
 
 def _carried(results: dict[str, Any] | None) -> Any:
@@ -325,8 +321,8 @@ def _now() -> str:
 
 
 def _errors_as_sentences(harness: Any) -> None:
-    _wrap(harness.HarnessCLI, "execute", errors_as_sentences)
-    _wrap(harness.HarnessCLI, "parse_args", hint_at_plus_signs)
+    wrap(harness, "HarnessCLI.execute", errors_as_sentences)
+    wrap(harness, "HarnessCLI.parse_args", hint_at_plus_signs)
 
 
 STEPS: dict[str, Callable[[Any], None]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from lm_eval_coupling.errors import CouplingError, Reason, reason_of
 from lm_eval_coupling.harness import hooks, plugin
 from lm_eval_coupling.harness.documents import Document, Requested
 from lm_eval_coupling.harness.identity import named_tokenizer, prompt_identity
+from lm_eval_coupling.harness.lm_eval_internals import wrap_reading_of_config
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
 from lm_eval_coupling.numerics.devices import device_named
@@ -66,9 +67,6 @@ def _device_argument(arguments: Mapping[str, Any]) -> dict[str, Any]:
 class CouplingLM(HFLM):
     """lm-eval's `hf`, which also measures block coupling of a sample of the evaluated documents."""
 
-    _rank: int
-    _world_size: int
-
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         """Load the model as HFLM does, and wrap a twin on its weights for measuring.
 
@@ -82,40 +80,54 @@ class CouplingLM(HFLM):
         """
         plugin.install()
         arguments = {"pretrained": pretrained, **kwargs}
+        hooks.require_device(kwargs.get("device"))
         options = self.coupling_options = Options.take_from(arguments)
         self.argument_names = set(arguments)
         store = open_store(options) if options.measures_anything else None
+        wrap_reading_of_config(self, self._with_check_of_config)
         super().__init__(**arguments | _device_argument(arguments))
-        tokenizer = named_tokenizer(arguments, self._model)
+        tokenizer = named_tokenizer(arguments, self.model)
         self.encoding = encoding(arguments | {"tokenizer": tokenizer})
-        self._split_data_without_gpus()
         self.coupling_info = CouplingInfo({})
         self.session = self._open_session(store) if store is not None else None
         if options.dry_run:
             for scoring in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(self, scoring, self._stop_before_scoring)
 
-    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+    def _with_check_of_config(self, read: Callable[..., None]) -> Callable[..., None]:
         """Refuse what the configuration already rules out, before the weights are loaded."""
-        try:
-            super()._get_config(*args, **kwargs)
-        except (OSError, ValueError) as error:
-            name = args[0] if args else kwargs.get("pretrained")
-            raise CouplingError(
-                f"got model {name!r}, revision {kwargs.get('revision', 'main')!r}, "
-                f"which transformers cannot load: {' '.join(str(error).split())}"
-            ) from error
-        config = self._config.get_text_config()
-        d_model = getattr(config, "hidden_size", None)
-        n_layers = getattr(config, "num_hidden_layers", None)
-        if self.coupling_options.measures_anything and d_model and n_layers:
-            self.coupling_options.settings.check_shape(d_model, n_layers)
 
-    def _split_data_without_gpus(self) -> None:
-        """Share the documents among processes on the CPU too; HFLM does so only on GPUs."""
+        def read_and_check(*args: Any, **kwargs: Any) -> None:
+            try:
+                read(*args, **kwargs)
+            except (OSError, ValueError) as error:
+                name = args[0] if args else kwargs.get("pretrained")
+                raise CouplingError(
+                    f"got model {name!r}, revision {kwargs.get('revision', 'main')!r}, "
+                    f"which transformers cannot load: {' '.join(str(error).split())}"
+                ) from error
+            config = self.config.get_text_config()
+            d_model = getattr(config, "hidden_size", None)
+            n_layers = getattr(config, "num_hidden_layers", None)
+            if self.coupling_options.measures_anything and d_model and n_layers:
+                self.coupling_options.settings.check_shape(d_model, n_layers)
+
+        return read_and_check
+
+    @property
+    def _shares_on_cpus(self) -> bool:
         accelerator = getattr(self, "accelerator", None)
-        if self._world_size == 1 and accelerator is not None and accelerator.num_processes > 1:
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        return super().world_size == 1 and accelerator is not None and accelerator.num_processes > 1
+
+    @property
+    def rank(self) -> int:
+        """Index of this process; HFLM shares documents among processes only on GPUs."""
+        return self.accelerator.process_index if self._shares_on_cpus else super().rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share the documents."""
+        return self.accelerator.num_processes if self._shares_on_cpus else super().world_size
 
     def _open_session(self, store: MeasurementStore) -> Session:
         if self.backend != "causal":
@@ -124,7 +136,7 @@ class CouplingLM(HFLM):
                 "use --model hf or coupling_limit=0"
             )
         return open_session(
-            self.coupling_options, self._model, store, self.tokenizer, quiet=self.rank != 0
+            self.coupling_options, self.model, store, self.tokenizer, quiet=self.rank != 0
         )
 
     def _follow_the_weights(self) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 
 from lm_eval_coupling import _startup
-from lm_eval_coupling.harness.hooks import MODEL, STEPS, TARGET, after_import, tasks_folder
+from lm_eval_coupling.harness.hooks import (
+    MODEL,
+    STEPS,
+    TARGET,
+    after_import,
+    serve_running_command,
+    tasks_folder,
+)
 
 __all__ = ["MODEL", "TARGET", "install", "tasks_folder"]
 
@@ -16,3 +23,4 @@ def install() -> None:
     for name in STEPS:
         if name in sys.modules:
             after_import(sys.modules[name])
+    serve_running_command()

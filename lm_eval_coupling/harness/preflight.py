@@ -13,10 +13,13 @@ import inspect
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness import plugin
@@ -138,9 +141,11 @@ def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
         yield f"got lm_eval.batch_size: {size!r}, expected a whole number of 1 or more, or auto"
     if not unknown:
         try:
-            EvaluatorConfig(
-                **{**given, "tasks": ["-"], "output_path": "-", "model_args": {}}
-            )._configure()
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "lm_eval.yaml")
+                written = {**given, "tasks": ["-"], "output_path": "-", "model_args": {}}
+                file.write_text(yaml.safe_dump(written), encoding="utf-8")
+                EvaluatorConfig.from_config(file)
         except (ValueError, TypeError) as error:
             yield f"got lm_eval as lm-eval refuses it: {' '.join(str(error).split())}"
 
@@ -171,8 +176,6 @@ def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:
 
     lm-eval has one number for all tasks of a run.
     """
-    import yaml
-
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.yaml"):
         old.unlink()

@@ -21,6 +21,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lm_eval_coupling.harness.lm_eval_internals import encode_pair
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -69,7 +71,7 @@ def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Ite
 
 def _scored_context(lm: Any, context: str, continuation: str) -> tuple[int, ...]:
     # HFLM cuts context and continuation to one token more than it feeds.
-    context_ids, continuation_ids = lm._encode_pair(context, continuation)
+    context_ids, continuation_ids = encode_pair(lm, context, continuation)
     kept = (context_ids + continuation_ids)[-(lm.max_length + 1) :]
     return tuple(kept[: len(kept) - len(continuation_ids)])
 

@@ -6,6 +6,10 @@ bit-identical. Only this package knows TransformerLens and transformers; the mat
 :class:`BlockCall` objects.
 """
 
+from lm_eval_coupling.versions import require_versions
+
+require_versions("transformer-lens", "transformers")  # Before the imports below fail.
+
 from lm_eval_coupling.residual.arithmetic import TrueDtype
 from lm_eval_coupling.residual.block_call import BlockCall
 from lm_eval_coupling.residual.model import ResidualModel

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.residual.arguments import tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
-from lm_eval_coupling.residual.bridge import is_component
+from lm_eval_coupling.residual.bridge import innermost, is_component
 from lm_eval_coupling.residual.object_digest import MODULE_ATTRIBUTES
 from lm_eval_coupling.residual.weights import state_of, upcast
 
@@ -64,8 +64,8 @@ class Block:
 
 def _positional_names(module: nn.Module) -> list[str]:
     """Return positional parameter names; empty if the block takes ``*args``."""
-    module = getattr(module, "original_component", None) or module  # a bridge takes any
-    parameters = inspect.signature(module.forward).parameters.values()
+    # TransformerLens' component takes any arguments.
+    parameters = inspect.signature(innermost(module).forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return []
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

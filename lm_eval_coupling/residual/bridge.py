@@ -1,4 +1,8 @@
-"""TransformerLens' bridge inside the measuring module tree; nothing else knows TransformerLens."""
+"""TransformerLens' bridge inside the measuring module tree; nothing else knows TransformerLens.
+
+The names on which this relies are those of ``INTERNALS``. A test resolves each against the
+installed release, and says which one moved.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,20 @@ from torch import nn
 
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual.weights import split_again
+
+_OWN_BLOCKS = "the model's own blocks are measured, without a bridge"
+# By module, the names that are called, read or replaced, and what happens without each.
+INTERNALS = {
+    "transformer_lens.model_bridge.sources": {"build_bridge_from_module": _OWN_BLOCKS},
+    "transformer_lens.model_bridge.bridge": {"TransformerBridge": _OWN_BLOCKS},
+    "transformer_lens.model_bridge.generalized_components": {
+        "AttentionBridge.forward": _OWN_BLOCKS,
+        "BlockBridge.original_component": _OWN_BLOCKS,
+        # These two are attributes of an object, set from an argument of the same name.
+        "JointQKVAttentionBridge(split_qkv_matrix)": _OWN_BLOCKS,
+        "JointGateUpMLPBridge(split_gate_up_matrix)": _OWN_BLOCKS,
+    },
+}
 
 
 def put_bridge_into(twin: nn.Module) -> nn.Module:
@@ -35,6 +53,18 @@ def put_bridge_into(twin: nn.Module) -> nn.Module:
 def is_component(module: nn.Module) -> bool:
     """Return whether a module is TransformerLens' own, with notes to itself between passes."""
     return type(module).__module__.startswith("transformer_lens.")
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the transformers module inside TransformerLens' component."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
+
+
+def bridged_blocks(bridge: Any) -> list[nn.Module]:
+    """Return the transformers blocks that a bridge runs."""
+    return [block.original_component for block in bridge.blocks]
 
 
 def _architecture(model: nn.Module) -> str:

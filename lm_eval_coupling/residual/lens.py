@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map_only
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.devices import as_tensor
 from lm_eval_coupling.residual.arithmetic import arithmetic
+from lm_eval_coupling.residual.bridge import innermost
 from lm_eval_coupling.residual.inputs import Inputs
-from lm_eval_coupling.residual.vocabulary import head_in_parts, innermost, rows_only
+from lm_eval_coupling.residual.vocabulary import head_in_parts, rows_only
 from lm_eval_coupling.residual.weights import upcast
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -12,16 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm_eval_coupling.residual.bridge import innermost
 from lm_eval_coupling.residual.weights import fetched, is_absent
 
 AT_ONCE = 1 << 24  # entries of a head that are cast at a time
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """Return the transformers module inside TransformerLens' component."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module
 
 
 def looked_up(model: nn.Module) -> dict[nn.Module, nn.Embedding]:

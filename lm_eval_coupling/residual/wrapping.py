@@ -17,7 +17,7 @@ from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.residual import load_checks as checks
 from lm_eval_coupling.residual.agreement import Scored, ScoredModel, uncompiled_forwards
 from lm_eval_coupling.residual.attachments import attachments_of, has_own_functions
-from lm_eval_coupling.residual.bridge import put_bridge_into
+from lm_eval_coupling.residual.bridge import bridged_blocks, put_bridge_into
 from lm_eval_coupling.residual.image_inputs import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
 from lm_eval_coupling.residual.scored import (
@@ -220,7 +220,7 @@ class _Wrapping:
         computes_eagerly(twin)
         try:
             bridge = put_bridge_into(twin)
-            model = self._model(twin, [block.original_component for block in bridge.blocks], BRIDGE)
+            model = self._model(twin, bridged_blocks(bridge), BRIDGE)
             checks.require_shared_weights(twin, self.base)
             trace = self._check(model)
             error = max(

@@ -46,14 +46,10 @@ def release(request, monkeypatch):
 only_next = pytest.mark.parametrize("release", ["next"], indirect=True)
 
 
-# As its entry point loads it: once lm-eval is there, from inside simple_evaluate, without anything
-# of ours before.
-AS_AN_ENTRY_POINT = """
+# As lm-eval loads an entry point: at the first look-up of the name, with nothing of ours before.
+DISCOVERY = """
 import sys
-from lm_eval import simple_evaluate
 from lm_eval.api.registry import model_registry
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
 
 assert not [name for name in sys.modules if name.startswith("lm_eval_coupling")]
 find = type(model_registry).get
@@ -62,6 +58,11 @@ def get(self, name, *rest):
         import lm_eval_coupling.harness.lm
     return find(self, name, *rest)
 type(model_registry).get = get
+"""
+AS_AN_ENTRY_POINT = f"""{DISCOVERY}
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 
 home, out = sys.argv[1:]
 tracker = EvaluationTracker(output_path=out)
@@ -76,24 +77,60 @@ results = simple_evaluate(
     task_manager=TaskManager(include_path=home + "/tasks", include_defaults=False),
 )
 tracker.save_results_aggregated(results, results.pop("samples"))
+
+from lm_eval_coupling.harness.plugin import tasks_folder
+ours = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
+assert {{"arc", "coupling_demo"}} <= {{*ours.all_groups}}
+"""
+COMMAND = f"""{DISCOVERY}
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
 """
 
 
-def test_the_class_needs_no_hook(release, home, tmp_path, monkeypatch):
-    """Found through its entry point alone it scored, ended well and recorded nothing."""
-    monkeypatch.setenv("LM_EVAL_COUPLING_NO_HOOK", "1")
-    script = tmp_path / "run.py"
-    script.write_text(AS_AN_ENTRY_POINT)
-    found = subprocess.run(
-        [sys.executable, str(script), str(home), str(tmp_path / "out")],
+def without_hook(code, folder, *words):
+    """Run a program in an interpreter in which no hook is installed."""
+    script = folder / "run.py"
+    script.write_text(code)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)],
         env=environment() | {"LM_EVAL_COUPLING_NO_HOOK": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_class_needs_no_hook(release, home, tmp_path):
+    """Found through its entry point alone it scored, ended well and recorded nothing."""
+    found = without_hook(AS_AN_ENTRY_POINT, tmp_path, home, tmp_path / "out")
     assert found.returncode == 0, found.stderr[-3000:]
     assert 0 < written(tmp_path / "out")["results"]["tiny_choice"]["coupling,none"] < 1
     assert len(load_records(tmp_path / "out")) == 2
+
+
+def command_without_hook(home, folder, settings):
+    words = ["--tasks", "tiny_choice", "--include_path", home / "tasks", "--device", "cpu"]
+    words += ["--output_path", folder / "out", "--log_samples", "--model", "coupling-hf"]
+    given = f"pretrained={home / 'float32'},coupling_store={folder / 's'},{settings}"
+    return without_hook(COMMAND, folder, *words, "--model_args", given)
+
+
+def test_the_command_without_the_hook(release, home, tmp_path):
+    """lm-eval's command already holds its own function for tables when it loads our class."""
+    done = command_without_hook(home, tmp_path, "coupling_ranks=2,coupling_limit=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table, _, summary = done.stdout.partition("Coupling at K = 2")
+    assert "|coupling" in table and "2 of 8" in summary and "tiny_choice" in summary
+    assert "Coupling at K = 2" not in summary
+    assert len(load_records(tmp_path / "out")) == 2
+
+
+def test_a_wrong_argument_without_the_hook(release, home, tmp_path):
+    done = command_without_hook(home, tmp_path, "coupling_rank=4")
+    sentence = "lm-eval-coupling: got unknown argument coupling_rank, did you mean coupling_ranks"
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(sentence)
 
 
 @only_next
