@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -272,3 +273,10 @@ def test_what_a_command_starts_gives_up_its_core_soon(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT")
     assert cli.main(["show", "/nowhere"]) == 2
     assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
+def test_shtab_completes_every_command():
+    shtab = pytest.importorskip("shtab")
+    completions = shtab.complete(cli.command_parser(), "bash")
+    (commands,) = re.findall(r"pos_0_choices=\((.*)\)", completions)
+    assert {"run", "demo", "show", "fit", "sweep", "measure", "check"} <= {*commands.split()}
