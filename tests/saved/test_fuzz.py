@@ -22,7 +22,7 @@ from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.saved_table import passing_over
 from lm_eval_coupling.saved.values import prompt_values
 
-FLIPS, MUTATIONS = 600, 100
+FLIPS, MUTATIONS = 600, 60
 ODD = [None, 3, -1, 1e400, True, "", "x", "10", [], {}, [[]], [None], {"": {}}, "\ud800", 10**30]
 
 
@@ -158,7 +158,7 @@ def test_files_that_were_cut_or_overwritten(run, tmp_path, how):
     generator = random.Random(how)
     expected, _ = read(run)
     for file in sorted(run.iterdir()):
-        for _ in range(4):
+        for _ in range(2):
             folder = copied(run, tmp_path / "copy")
             content = (folder / file.name).read_bytes()
             at = generator.randrange(len(content))
