@@ -22,7 +22,8 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 test: setup  ## run all tests
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-QUICK_TESTS = tests/measures tests/numerics tests/saved tests/statistics tests/fit tests/figures tests/sweep
+QUICK_TESTS = $(addprefix tests/,jacobians measures measuring numerics saved statistics fit sweep \
+	test_language.py test_structure.py)
 quick: setup  ## run the fast tests, for a change in progress
 	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(QUICK_TESTS)
 

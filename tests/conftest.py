@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -12,28 +13,37 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
-# Files that take minutes, the longest first, so that no worker is left alone with one at the end.
+# Files that take longest, the longest first, so that no worker is left alone with one at the end.
 LONG = [
     "sweep_real",
-    "scores",
-    "jacobians",
     "real_model",
-    "decoding",
-    "scored",
-    "more_families",
-    "prompt",
     "benchmarks",
+    "processes",
+    "results",
+    "versions",
+    "fuzz",
     "demo",
-    "tasks",
+    "more_families",
+    "packaging",
+    "scored",
+    "failures",
+    "jacobians",
+    "scores",
 ]
 ORDER = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+# Files of whole evaluations, of all model families and of damaged files: not in `make quick`.
+SLOW = {f"test_{name}.py" for name in ("more_families", "scored", "decoding", "fuzz")}
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name in ORDER:
-            item.add_marker(pytest.mark.slow)  # left out by `make quick`
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: ORDER.get(item.path.name, len(ORDER)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # no collection need look at the million objects of imported modules
 
 
 DEVICES = [

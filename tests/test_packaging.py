@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling.harness import plugin
 
@@ -85,6 +86,7 @@ class Environment:
         # Lines of a .pth come last on the path and the .pth files in the folders they name are not
         # read.
         borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        borrowed = [lean_lm_eval(), *borrowed]
         (self.packages / "borrowed.pth").write_text("\n".join(borrowed))
         self.empty = self.files()
 
@@ -234,7 +236,8 @@ def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
     folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
     pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
     words = evaluation_of_a_tiny_model(tmp_path, task)
-    printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=str(folder))
+    path = os.pathsep.join([str(folder), lean_lm_eval()])
+    printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=path)
     assert "Coupling at K = 4" in printed and [
         *(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")
     ]

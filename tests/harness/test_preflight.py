@@ -1,12 +1,14 @@
 """What lm-eval or we would refuse of a plan, found before any work and without loading a model."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from lean_lm_eval import lean_lm_eval
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -272,6 +274,7 @@ def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeyp
         "output": str(tmp_path / "out"),
         "run": {"environment": {"HF_HUB_OFFLINE": "1"}},
     }
+    monkeypatch.setenv("PYTHONPATH", lean_lm_eval(), prepend=os.pathsep)
     file = tmp_path / "plan.yaml"
     file.write_text(json.dumps(plan))
     assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling.harness import plugin
 
@@ -54,16 +55,40 @@ def generate(demo):
     return demo["coupling_demo_generate"]
 
 
-def with_hook(code, cwd, **environment):
-    """What ``code`` prints last, read as JSON, in a fresh interpreter with the start-up hook and
-    without network.
-    """
+LOAD = f"""
+import site
+site.addsitedir({str(ROOT / "hook")!r})
+import json, os, sys
+from lm_eval.tasks import TaskManager
+
+manager = TaskManager()
+tasks = manager.load("coupling_demo")["tasks"]
+paths = {{name: str(entry.yaml_path) for name, entry in manager.task_index.items()}}
+found = {{"paths": paths, "documents": {{k: list(t.eval_docs) for k, t in tasks.items()}}}}
+if benchmarks := sys.argv[1]:
+    os.chdir(benchmarks)
+    tasks, found["prompts"] = manager.load("open_llm_leaderboard_v1")["tasks"], {{}}
+    for name in {[name.replace("mmlu", "mmlu_anatomy") for name in LEADERBOARD]!r}:
+        task = tasks[name]
+        task.set_fewshot_seed(0)
+        task.build_all_requests(limit=1)
+        found["prompts"][name] = task.instances[0].args[0]
+    found["leaves"] = len(tasks)
+    found["arc"] = {{k: len(task.eval_docs) for k, task in manager.load("arc")["tasks"].items()}}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """What a fresh interpreter with the hook loads beside all of lm-eval's tasks, off line."""
+    folder = tmp_path_factory.mktemp("anywhere")
     inherited = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     found = subprocess.run(
-        [sys.executable, "-c", f"import site; site.addsitedir({str(ROOT / 'hook')!r})\n{code}"],
-        env=inherited | offline | environment,
-        cwd=cwd,
+        [sys.executable, "-c", LOAD, str(BENCHMARKS) if BENCHMARKS.is_dir() else ""],
+        env=inherited | offline | {"HF_HOME": str(folder / "cache")},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -72,24 +97,13 @@ def with_hook(code, cwd, **environment):
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def test_found_without_include_path_and_loaded_from_any_folder(tmp_path, demo):
-    found = with_hook(
-        """
-import json
-from lm_eval.tasks import TaskManager
-
-manager = TaskManager()
-tasks = manager.load("coupling_demo")["tasks"]
-paths = {name: str(entry.yaml_path) for name, entry in manager.task_index.items()}
-print(json.dumps({"paths": paths, "documents": {k: list(t.eval_docs) for k, t in tasks.items()}}))
-""",
-        cwd=tmp_path,
-    )
+@pytest.mark.slow
+def test_found_without_include_path_and_loaded_from_any_folder(loaded, demo):
     ours = plugin.tasks_folder().resolve()
     assert {
-        name for name, path in found["paths"].items() if ours in Path(path).resolve().parents
+        name for name, path in loaded["paths"].items() if ours in Path(path).resolve().parents
     } == NAMES
-    assert found["documents"] == {name: list(task.eval_docs) for name, task in demo.items()}
+    assert loaded["documents"] == {name: list(task.eval_docs) for name, task in demo.items()}
     assert set(demo) == LEAVES
 
 
@@ -234,8 +248,9 @@ def score(task, document, output):
 
 @pytest.fixture(scope="module")
 def manager():
-    """Ours beside upstream's tasks, which takes seconds to index."""
-    return TaskManager(include_path=plugin.tasks_folder())
+    """Ours beside some of upstream's tasks: to index them all takes ten seconds."""
+    upstream = Path(lean_lm_eval()) / "lm_eval" / "tasks"
+    return TaskManager(include_path=[upstream, plugin.tasks_folder()], include_defaults=False)
 
 
 @pytest.fixture
@@ -289,33 +304,15 @@ class TestGroups:
         assert found["acc_norm,none"] == pytest.approx(0.45)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not BENCHMARKS.is_dir(), reason="needs local copies of the benchmarks in ../shared/hf"
 )
-def test_groups_load_their_data(tmp_path):
-    """Each benchmark's own few-shot examples and question are in the prompt of its first document."""  # noqa: E501
-    found = with_hook(
-        """
-import json
-from lm_eval.tasks import TaskManager
-
-manager = TaskManager()
-tasks = manager.load("open_llm_leaderboard_v1")["tasks"]
-prompts = {}
-for name in ("arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu_anatomy", "winogrande", "gsm8k"):
-    task = tasks[name]
-    task.set_fewshot_seed(0)
-    task.build_all_requests(limit=1)
-    prompts[name] = task.instances[0].args[0]
-sizes = {name: len(task.eval_docs) for name, task in manager.load("arc")["tasks"].items()}
-print(json.dumps({"leaves": len(tasks), "prompts": prompts, "arc": sizes}))
-""",
-        cwd=BENCHMARKS,
-        HF_HOME=str(tmp_path),
-    )
-    assert found["leaves"] == 62
-    assert found["arc"] == {"arc_easy": 2376, "arc_challenge": 1172}
-    prompts = found["prompts"]
+def test_groups_load_their_data(loaded):
+    """The first prompt of each benchmark holds its own few-shot examples and question."""
+    assert loaded["leaves"] == 62
+    assert loaded["arc"] == {"arc_easy": 2376, "arc_challenge": 1172}
+    prompts = loaded["prompts"]
     assert prompts["arc_challenge"].count("Question:") == 26
     assert prompts["hellaswag"].count("\n\n") == 10
     assert (

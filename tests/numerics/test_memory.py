@@ -33,7 +33,7 @@ GB = 10**9
 
 @pytest.fixture
 def free(monkeypatch, tmp_path):
-    """Set how much is free on the host and on a device; temporary files go to a folder of the test."""  # noqa: E501
+    """Set how much memory is free on the host and on a device; keep temporary files apart."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def set_free(host, device=16 * GB):
@@ -260,6 +260,7 @@ def test_a_device_gets_as_many_prompts_as_it_has_room_for(free, monkeypatch):
 
 
 MEASURE = """
+import os
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -267,18 +268,29 @@ from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.numerics.memory import memory_of
 from lm_eval_coupling.residual import ResidualModel
 torch.set_num_threads(1)
-size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, vocab_size=99)
-model = ResidualModel.wrap(AutoModelForCausalLM.from_config(LlamaConfig(**size)).bfloat16().eval())
-resident = lambda what: int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) * 1024
+size = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+config = LlamaConfig(**size, num_attention_heads=8, vocab_size=99)
+model = ResidualModel.wrap(AutoModelForCausalLM.from_config(config).bfloat16().eval())
+def resident(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+def warm_up():
+    measure_coupling(model, [[1, 2]], ranks=(2,), progress=False)
 def added(seq):
-    before = resident("VmRSS")
+    warm_up()  # a process that was forked reads the pages of libraries anew
+    before, prompt = resident("VmRSS"), [1 + i % 90 for i in range(seq)]
     Path("/proc/self/clear_refs").write_text("5")
-    (record,) = measure_coupling(model, [[1 + i % 90 for i in range(seq)]], ranks=(50,), progress=False)
+    (record,) = measure_coupling(model, [prompt], ranks=(50,), progress=False)
     assert record.reason is None
     return resident("VmHWM") - before
-measure_coupling(model, [[1, 2]], ranks=(2,), measures=("regularity",), progress=False)
-print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for seq in (16, 500)))
-"""  # noqa: E501
+warm_up()
+for seq in (16, 500):
+    # In a process of its own, to which the prompt before has left no freed memory.
+    if (child := os.fork()) == 0:
+        print(added(seq), memory_of(model, rank=50, seq=seq).total, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
 
 
 @pytest.mark.slow
@@ -287,20 +299,17 @@ print("ADDED", *(f"{added(seq)} {memory_of(model, rank=50, seq=seq).total}" for 
 )
 def test_no_more_is_taken_than_announced():
     root = str(Path(__file__).parents[2])
-    environment = {
-        "PYTHONPATH": root,
-        "PATH": "",
-        "MALLOC_TRIM_THRESHOLD_": "131072",
-    }  # nothing kept from the short prompt
     done = subprocess.run(
         [sys.executable, "-c", MEASURE],
-        env=environment,
+        # Freed memory is not kept, so that the model's loading leaves none either.
+        env={"PYTHONPATH": root, "PATH": "", "MALLOC_TRIM_THRESHOLD_": "131072"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "ADDED" in done.stdout, done.stderr[-3000:]
-    short, announced_short, long, announced_long = map(int, done.stdout.split("ADDED")[1].split())
-    assert announced_short / 2 < short < 1.3 * announced_short
-    # Workers that do not meet at their peaks need less.
-    assert announced_long / 1.5 < long < 1.3 * announced_long, (long, announced_long)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        taken, announced = map(int, line.split())
+        # An estimate from above, which refuses no prompt that takes less than half of it.
+        assert announced / 2 < taken < 1.1 * announced, line
+    assert len(done.stdout.splitlines()) == 2
