@@ -1,5 +1,7 @@
 """The main job as a user runs it: a real model on real benchmarks, beside `--model hf`.
 
+And numbers of the same model that another implementation found.
+
 Needs benchmark data and a script that fetches SmolLM2-135M in a folder next to the repository, or
 wherever LM_EVAL_COUPLING_REAL points: ``hf/`` is lm-eval's working directory, ``models/get_model.py
 NAME DIR`` writes the model.
@@ -11,9 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from lean_lm_eval import lean_lm_eval
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm_eval_coupling import ResidualModel, measure_coupling
 from lm_eval_coupling.measures.formulas.headline import chance_level
+from lm_eval_coupling.measures.registry import readings
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("LM_EVAL_COUPLING_REAL", ROOT.parent / "shared"))
@@ -25,6 +33,19 @@ pytestmark = [
         not (REAL / "hf").is_dir(), reason=f"no benchmark data in {REAL}: set LM_EVAL_COUPLING_REAL"
     ),
 ]
+
+PROMPTS = [
+    "What is the capital of France? The capital is",
+    "Question: Which of these is a renewable resource?\nAnswer:",
+    "The man put the ladder against the wall and started to",
+    "Sarah was a much better surgeon than Maria so",
+    "Question: Janet's ducks lay 16 eggs per day. She eats three for breakfast. "
+    "How much does she make?\nAnswer:",
+    "def fibonacci(n):\n    if n < 2:\n        return",
+    "Once upon a time there was a little girl who lived in a",
+    "The chemical symbol for gold is",
+]
+CONTROLS = ("depth", "controls", "without_identity")
 
 EVALUATE = """
 import json, sys
@@ -65,7 +86,7 @@ def test_a_real_model_on_real_benchmarks(smollm2, tmp_path):
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([lean_lm_eval(), str(ROOT)]),
     }
     environment["OMP_NUM_THREADS"] = (
         "1"  # other tests run beside it, and threads that wait for each other spin
@@ -91,3 +112,22 @@ def test_a_real_model_on_real_benchmarks(smollm2, tmp_path):
         assert row.pop("coupling_stderr,none") is not None
         assert row == hf["results"][task]
         assert chance + 0.03 < value < 0.4, task  # far from chance, as a trained model is
+
+
+def test_numbers_of_an_independent_audit_of_smollm2(smollm2):
+    """Found by another implementation: autograd Jacobians and full SVDs in float64."""
+    hf_model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = ResidualModel.wrap(hf_model, AutoTokenizer.from_pretrained(smollm2))
+    records = measure_coupling(model, PROMPTS, ranks=[10], measures=CONTROLS, progress=False)
+    found = {
+        name: np.mean([readings()[name].read(record, 10) for record in records])
+        for name in ("coupling", "deflated", "rotated", "without_identity", "erasing")
+    }
+    expected = {
+        "coupling": 0.165,
+        "deflated": 0.181,
+        "rotated": 0.138,
+        "without_identity": 0.112,
+        "erasing": -0.24,
+    }
+    assert found == pytest.approx(expected, abs=0.01)

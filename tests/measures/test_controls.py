@@ -1,10 +1,6 @@
 """Controls of coupling: against loops and random rotations, by hand, and at the edges."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import cases
@@ -33,7 +29,6 @@ from lm_eval_coupling.residual import ResidualModel
 
 D, LAYERS, RANKS = 12, 4, (2, 3, 5)
 CONTROLS = ("depth", "controls", "without_identity")
-REAL = Path(os.environ.get("LM_EVAL_COUPLING_REAL", Path(__file__).parents[3] / "shared"))
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -342,45 +337,3 @@ def test_deflation_is_that_of_the_matrix():
     rest = J - T.S[:, :1, None] * T.U[..., :1] @ T.V[..., :1].mT
     expected = miscoupling(coupling_matrices(rest, T.U[..., 1:], T.V[..., 1:]), normalized=True)
     torch.testing.assert_close(found, expected)
-
-
-PROMPTS = [
-    "What is the capital of France? The capital is",
-    "Question: Which of these is a renewable resource?\nAnswer:",
-    "The man put the ladder against the wall and started to",
-    "Sarah was a much better surgeon than Maria so",
-    "Question: Janet's ducks lay 16 eggs per day. She eats three for breakfast. "
-    "How much does she make?\nAnswer:",
-    "def fibonacci(n):\n    if n < 2:\n        return",
-    "Once upon a time there was a little girl who lived in a",
-    "The chemical symbol for gold is",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (REAL / "models").is_dir(), reason=f"no models in {REAL}: set LM_EVAL_COUPLING_REAL"
-)
-def test_numbers_of_an_independent_audit_of_smollm2(tmp_path):
-    """Found by another implementation: autograd Jacobians and full SVDs in float64."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    fetch = [sys.executable, str(REAL / "models" / "get_model.py"), "smollm2-135m", str(tmp_path)]
-    done = subprocess.run(fetch, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"the model cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
-    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    model = ResidualModel.wrap(hf_model, AutoTokenizer.from_pretrained(tmp_path))
-    records = measure_coupling(model, PROMPTS, ranks=[10], measures=CONTROLS, progress=False)
-    found = {
-        name: np.mean([readings()[name].read(record, 10) for record in records])
-        for name in ("coupling", "deflated", "rotated", "without_identity", "erasing")
-    }
-    expected = {
-        "coupling": 0.165,
-        "deflated": 0.181,
-        "rotated": 0.138,
-        "without_identity": 0.112,
-        "erasing": -0.24,
-    }
-    assert found == pytest.approx(expected, abs=0.01)
