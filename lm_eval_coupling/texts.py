@@ -6,16 +6,24 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.runs.options import Options, parse_settings
 from lm_eval_coupling.saved.atomic import require_writable
 
 logger = logging.getLogger("lm_eval.coupling")
 FIELDS = ("prompt", "text", "tokens")
+
+
+class Line(NamedTuple):
+    """A prompt of a file, as a text or as token ids, with the further fields of its object."""
+
+    prompt: str | list[int]
+    fields: Mapping[str, Any]
 
 
 class Measured(NamedTuple):
@@ -38,7 +46,8 @@ def measure_texts(
 
     Args:
         model: a transformers folder or a name on the hub.
-        file: see :func:`read_prompts`.
+        file: see :func:`read_lines`. Further fields become columns of the table, and ``score`` is
+            what ``fit`` asks about.
         out: folder of results, samples and tables; the file's name becomes that of the task.
         model_args: further arguments of lm-eval's ``hf``, as ``name=value`` joined by commas.
         coupling: settings in the same form, such as ``ranks=10+30,limit=50``; the limit is ``all``
@@ -57,7 +66,9 @@ def measure_texts(
     if not options.measures_anything:
         raise CouplingError("got coupling_limit=0, expected a number of prompts to measure, or all")
     require_writable(out)
-    prompts = read_prompts(file)
+    options.require_positions_in_prompts("the prompts of a file")
+    lines = read_lines(file)
+    fields = further_fields(lines, file)
 
     from lm_eval_coupling.numerics.devices import device_named
 
@@ -69,35 +80,44 @@ def measure_texts(
 
     from lm_eval_coupling.harness.lm import CouplingLM
     from lm_eval_coupling.runs.announcement import announce
+    from lm_eval_coupling.runs.prompt_results import prompt_results, sample_of
     from lm_eval_coupling.runs.results import save_run
     from lm_eval_coupling.runs.run import dry_run_lines, measure_documents, warn_of_failures
 
     arguments = simple_parse_args_string(model_args) | {"pretrained": model}
     lm = CouplingLM(**arguments, **settings, device=where)
     assert lm.session is not None  # it measures
-    samples = _samples(prompts)
-    chosen = _document_prompts(lm, file.stem, samples, prompts)
+    keys = _keys(file.stem, [line.prompt for line in lines])
+    chosen = _document_prompts(lm, keys, lines, fields)
     if lm.coupling_options.dry_run:
-        lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, chosen)]
-        return Measured("\n".join(lines), interrupted=False)
-    announce(lm.session, lm.coupling_options, model, {file.stem: len(prompts)})
+        costs = ["Dry run: nothing is written", *dry_run_lines(lm.session, chosen)]
+        return Measured("\n".join(costs), interrupted=False)
+    announce(lm.session, lm.coupling_options, model, {file.stem: len(lines)})
     run = measure_documents(lm.session, chosen)
     info = lm.describe(run, [file.stem], {file.stem: None})
     warn_of_failures(info, len(chosen))
-    results = _results(lm, file.stem, samples, arguments | settings)
+    given = arguments | settings
+    results = prompt_results(
+        file.stem,
+        [sample_of(key, number) for number, key in enumerate(keys)],
+        # The name that lm-eval's tracker takes.
+        model_name=str(next(given[k] for k in ("peft", "delta", "pretrained") if k in given)),
+        config={"model": "coupling-hf", "model_args": given} | lm.get_model_info(),
+    )
+    _add_fields(results, file.stem, fields)
     save_run(results, info, out)
     return Measured(make_table(results), run.interrupted)
 
 
-def read_prompts(file: Path) -> list[str | list[int]]:
+def read_lines(file: Path) -> list[Line]:
     """Read the prompts of a file: one per line, lines of nothing but spaces left out.
 
     In a ``.jsonl`` file a line is a JSON string, a list of token ids, or an object with one of them
-    under ``prompt``, ``text`` or ``tokens``. In any other file a line is a prompt, white space
-    included.
+    under ``prompt``, ``text`` or ``tokens`` and any further fields. In any other file a line is a
+    prompt, white space included.
 
     Returns:
-        Texts, or lists of token ids.
+        Prompts as texts or lists of token ids, with their further fields.
 
     Raises:
         CouplingError: if the file cannot be read, or naming the line that is no prompt.
@@ -114,56 +134,107 @@ def read_prompts(file: Path) -> list[str | list[int]]:
     if not numbered:
         raise CouplingError(f"got {file}, which has no prompts; write one a line")
     return [
-        _prompt(line, f"line {number} of {file}") if file.suffix == ".jsonl" else line
+        _line(line, f"line {number} of {file}") if file.suffix == ".jsonl" else Line(line, {})
         for number, line in numbered
     ]
 
 
-def _prompt(line: str, where: str) -> str | list[int]:
+def _line(line: str, where: str) -> Line:
     try:
         value = json.loads(line)
     except ValueError as error:
         raise CouplingError(f"got {where}, which is no JSON ({error})") from None
+    fields: dict[str, Any] = {}
     if isinstance(value, dict):
-        value = next((value[name] for name in FIELDS if name in value), None)
+        name = next((name for name in FIELDS if name in value), "")
+        fields = {other: v for other, v in value.items() if other != name}
+        value = value.get(name)
     is_ids = (
         isinstance(value, list)
         and value
         and all(type(token) is int and token >= 0 for token in value)
     )
     if is_ids or (isinstance(value, str) and value):
-        return value
+        return Line(value, fields)
     raise CouplingError(
         f"got {where}, expected a JSON string, token ids, or an object with {', '.join(FIELDS)}"
     )
 
 
-def _samples(prompts: Sequence[str | list[int]]) -> list[dict[str, Any]]:
-    """Make one lm-eval sample per prompt; a counter keeps equal prompts apart."""
+def further_fields(lines: Sequence[Line], file: Path) -> dict[str, list[Any]]:
+    """Return the further fields of the lines as columns of a table.
+
+    A column is of numbers or of truth values if all of its values are; others become texts. Where
+    a line lacks a field the column has None.
+
+    Args:
+        lines: the lines of a file.
+        file: for the message.
+
+    Returns:
+        One value per line, by the name of the field.
+
+    Raises:
+        CouplingError: if a field has the name of a column of the tables, or ``score`` is no number.
+    """
+    names = list(dict.fromkeys(name for line in lines for name in line.fields))
+    if not names:
+        return {}
+    from lm_eval_coupling.saved.tables import IMAGE, RESPONSE, table_columns
+
+    taken = {*table_columns(), *(column.name for column in (*RESPONSE, *IMAGE))}
+    if twice := [name for name in names if name in taken]:
+        raise CouplingError(
+            f"got the field {twice[0]!r} in {file}, which is a column of the tables; rename it"
+        )
+    columns = {name: _plain([line.fields.get(name) for line in lines]) for name in names}
+    if any(isinstance(score, str) for score in columns.get("score", ())):
+        raise CouplingError(f"got a score in {file} that is no number; write numbers, or null")
+    return columns
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, bool) for value in present):
+        return values
+    if all(_is_number(value) for value in present):
+        return [None if value is None else float(value) for value in values]
+    return [
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in values
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
+
+
+def _add_fields(results: dict[str, Any], task: str, fields: Mapping[str, Sequence[Any]]) -> None:
+    """Add the fields to the samples of a run, and the mean of ``score`` to its results."""
+    for number, sample in enumerate(results["samples"][task]):
+        sample["doc"] = {name: values[number] for name, values in fields.items()}
+        if (score := sample["doc"].get("score")) is not None:
+            sample |= {"score": float(score), "metrics": ["score", "coupling"]}
+    mean = mean_and_error(float(s) for s in fields.get("score", ()) if s is not None)
+    if mean["n"]:
+        stderr = mean["stderr"] if mean["n"] > 1 else "N/A"
+        results["results"][task] |= {"score,none": mean["mean"], "score_stderr,none": stderr}
+        results["higher_is_better"][task]["score"] = True
+
+
+def _keys(task: str, prompts: Sequence[str | list[int]]) -> list[Any]:
+    """Return the identity of each prompt; a counter keeps equal prompts apart."""
+    from lm_eval_coupling.runs.rows import DocumentKey
+
     seen = Counter[str]()
-    samples = []
-    for number, prompt in enumerate(prompts):
+    keys = []
+    for prompt in prompts:
         repeat = {"repeat": seen[str(prompt)]} if seen[str(prompt)] else {}
         seen[str(prompt)] += 1
-        samples.append(
-            {
-                "doc_id": number,
-                "doc": {},
-                "target": "",
-                "arguments": [],
-                "resps": [],
-                "filtered_resps": [],
-                "filter": "none",
-                "metrics": ["coupling"],
-                # As lm-eval hashes a document.
-                "doc_hash": _hash(
-                    json.dumps({"prompt": prompt} | repeat, indent=2, ensure_ascii=False)
-                ),
-                "prompt_hash": _hash(str(prompt)),
-                "target_hash": "",
-            }
-        )
-    return samples
+        # As lm-eval hashes a document.
+        document = json.dumps({"prompt": prompt} | repeat, indent=2, ensure_ascii=False)
+        keys.append(DocumentKey(task, _hash(document), _hash(str(prompt))))
+    return keys
 
 
 def _hash(text: str) -> str:
@@ -171,15 +242,15 @@ def _hash(text: str) -> str:
 
 
 def _document_prompts(
-    lm: Any, task: str, samples: Sequence[dict[str, Any]], prompts: Sequence[str | list[int]]
+    lm: Any, keys: Sequence[Any], lines: Sequence[Line], fields: Mapping[str, Sequence[Any]]
 ) -> list[Any]:
     """Encode the chosen prompts.
 
     Args:
         lm: a `CouplingLM`.
-        task: name of the task.
-        samples: one per prompt.
-        prompts: texts or token ids.
+        keys: identity of each prompt, all of one task.
+        lines: the prompts, as texts or token ids.
+        fields: further columns, one value per line.
 
     Returns:
         One `DocumentPrompt` per chosen prompt, cut on the left to the model's length.
@@ -187,17 +258,17 @@ def _document_prompts(
     Raises:
         CouplingError: for token ids that the model does not have.
     """
-    from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt
+    from lm_eval_coupling.runs.rows import DocumentPrompt
     from lm_eval_coupling.runs.sampling import choose
 
     options = lm.coupling_options
-    keys = [DocumentKey(task, sample["doc_hash"], sample["prompt_hash"]) for sample in samples]
-    chosen = choose(keys, [task], options.limit, options.seed)
+    chosen = choose(keys, [keys[0].task], options.limit, options.seed)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     selected, n_cut = [], 0
-    for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+    for number, (key, line) in enumerate(zip(keys, lines, strict=True)):
         if key not in chosen:
             continue
+        prompt = line.prompt
         ids = lm.tok_encode(prompt) if isinstance(prompt, str) else prompt
         if ids and max(ids) >= vocabulary:
             raise CouplingError(
@@ -207,7 +278,12 @@ def _document_prompts(
         n_cut += len(ids) > lm.max_length
         tokens = tuple(ids[-lm.max_length :])
         text = lm.tokenizer.decode(list(tokens))
-        selected.append(DocumentPrompt(key, number, index=0, kind="text", tokens=tokens, text=text))
+        columns = {name: values[number] for name, values in fields.items()}
+        selected.append(
+            DocumentPrompt(
+                key, number, index=0, kind="text", tokens=tokens, text=text, columns=columns
+            )
+        )
     if n_cut:
         logger.warning(
             "coupling: %d of %d prompts are longer than the model's %d tokens; "
@@ -215,27 +291,3 @@ def _document_prompts(
             *(n_cut, len(selected), lm.max_length),
         )
     return selected
-
-
-def _results(
-    lm: Any, task: str, samples: list[dict[str, Any]], arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """Make the results that lm-eval would have left of a task without a metric."""
-    hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
-    return {
-        "results": {task: {"name": task, "alias": task, "sample_len": len(samples)}},
-        "group_subtasks": {},
-        "configs": {task: {"task": task, "output_type": "text", "num_fewshot": 0}},
-        "versions": {task: 1},
-        "n-shot": {task: 0},
-        "higher_is_better": {task: {}},
-        "n-samples": {task: {"original": len(samples), "effective": len(samples)}},
-        "config": {"model": "coupling-hf", "model_args": arguments} | lm.get_model_info(),
-        "samples": {task: samples},
-        "task_hashes": {task: _hash(hashes)},
-        "model_source": "coupling-hf",
-        # The name that lm-eval's tracker takes.
-        "model_name": next(
-            str(arguments[name]) for name in ("peft", "delta", "pretrained") if name in arguments
-        ),
-    }

@@ -402,3 +402,11 @@ def test_pictures(benchmark, model, saved):
 def test_a_sweep_takes_little_beside_its_units(benchmark):
     """Under 5 % of a unit of a minute."""
     assert 0 < benchmark("sweep_overhead").seconds_of_units(2, 0.5, {"workers": 1}, 1) < 3
+
+
+@pytest.mark.slow
+def test_the_callbacks_overhead(benchmark, tmp_path):
+    """Losses with and without it are compared by the script itself."""
+    small = ("--layers", 2, "--width", 32, "--batch", 2, "--prompts", 1)
+    found = results(benchmark("callback_overhead"), tmp_path / "c.json", *small)
+    assert found["same_losses"] and found["measurement, s"] > 0 and found["step, s"] > 0

@@ -20,7 +20,7 @@ from lm_eval_coupling.measures.registry import (
     measures_argument,
     registered_measures,
 )
-from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE
+from lm_eval_coupling.saved.tables import DOCUMENT, IMAGE, RESPONSE
 
 _SIZES = {
     "rank": "the numbers K asked for (`coupling_ranks`), ascending",
@@ -123,6 +123,8 @@ def _overview() -> Iterator[str]:
 def _common() -> Iterator[str]:
     yield "## Columns of every table\n"
     yield from _columns((*DOCUMENT, *PROMPT, *OUTCOME))
+    yield "Rows at a token of a response or continuation have in addition:\n"
+    yield from _columns(RESPONSE)
     yield "Tables of images (`lm-eval-coupling vision`) have in addition:\n"
     yield from _columns(IMAGE)
     yield "Sizes:\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -20,9 +21,11 @@ from lm_eval_coupling.errors import CouplingError, Reason, reason_of
 from lm_eval_coupling.harness import hooks, plugin
 from lm_eval_coupling.harness.documents import Document, Requested
 from lm_eval_coupling.harness.identity import named_tokenizer, prompt_identity
-from lm_eval_coupling.harness.lm_eval_internals import wrap_reading_of_config
+from lm_eval_coupling.harness.lm_eval_internals import wrap_generation, wrap_reading_of_config
 from lm_eval_coupling.harness.prompts import Prompt, document_prompts
 from lm_eval_coupling.harness.ranks import Part, Ranks
+from lm_eval_coupling.harness.responses import continued_prompts
+from lm_eval_coupling.measures.formulas.choices import PROMPT_PART, choices_by_part
 from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.runs.announcement import announce
 from lm_eval_coupling.runs.model_arguments import has_revisions
@@ -89,7 +92,10 @@ class CouplingLM(HFLM):
         tokenizer = named_tokenizer(arguments, self.model)
         self.encoding = encoding(arguments | {"tokenizer": tokenizer})
         self.coupling_info = CouplingInfo({})
+        self.responses_with_reasoning: dict[tuple[int, ...], str] = {}
         self.session = self._open_session(store) if store is not None else None
+        if self.session is not None and isinstance(self.think_end_token, str):
+            wrap_generation(self, self._keeping_reasoning)
         if options.dry_run:
             for scoring in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(self, scoring, self._stop_before_scoring)
@@ -223,6 +229,19 @@ class CouplingLM(HFLM):
         elsewhere = set(chain(*by_rank[: self.rank]))
         return chosen, [d for d in documents if d.key in chosen and d.key not in elsewhere]
 
+    def _keeping_reasoning(self, generate: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        """Return ``generate`` that also keeps the reasoning that HFLM removes from responses."""
+
+        def generate_and_keep(context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            generated = generate(context, *args, **kwargs)
+            mask = kwargs["attention_mask"].bool()
+            for prompt, kept, tokens in zip(context, mask, generated, strict=True):
+                response = self.tok_decode(tokens[len(prompt) :].tolist())
+                self.responses_with_reasoning[tuple(prompt[kept].tolist())] = response
+            return generated
+
+        return generate_and_keep
+
     def _stop_before_scoring(self, requests: Any, **_: Any) -> Any:
         """Replace every way to score in a dry run; by then lm-eval has built all requests."""
         raise hooks.DryRun
@@ -237,34 +256,46 @@ class CouplingLM(HFLM):
         raise SystemExit(0)
 
     def _with_prompts(self, documents: Sequence[Document]) -> list[DocumentPrompt]:
-        return [prompt for document in documents for prompt in self._prompts(document)]
+        return [prompt for document in documents for prompt in self.prompts_of(document)]
 
-    def _prompts(self, document: Document) -> list[DocumentPrompt]:
-        reading = self.coupling_options.prompt
+    def prompts_of(self, document: Document) -> list[DocumentPrompt]:
+        """Return what is measured of a document: its prompts, or texts that go on after them."""
+        options = self.coupling_options
+        # Nothing is generated in a dry run.
+        parts = [PROMPT_PART] if options.dry_run else list(choices_by_part(options.position))
+        requests, target = document.requests, document.target
+        prompts: list[Prompt] = []
         try:
-            prompts = document_prompts(self, document.requests, document.target, reading)
+            if PROMPT_PART in parts:
+                prompts = document_prompts(self, requests, target, options.prompt)
+                prompts = prompts or [Prompt((), "context")]
+            following = [part for part in parts if part != PROMPT_PART]
+            prompts += continued_prompts(self, requests, target, following)
         except Exception as error:  # tasks and tokenizers raise anything
             problem = Reason("error", f"no prompt: {reason_of(error).words}")
             logger.warning(
                 "coupling: %s of %s: %s", document.doc_id, document.key.task, problem.words
             )
-            return [self._document_prompt(document, 0, Prompt((), "context"), problem)]
-        return [
-            self._document_prompt(document, index, prompt)
-            for index, prompt in enumerate(prompts or [Prompt((), "context")])
-        ]
+            prompts = [Prompt((), "context", problem=problem)]
+        numbers = Counter[str]()
+        return [self._document_prompt(document, numbers, prompt) for prompt in prompts]
 
     def _document_prompt(
-        self, document: Document, index: int, prompt: Prompt, problem: Reason | None = None
+        self, document: Document, numbers: Counter[str], prompt: Prompt
     ) -> DocumentPrompt:
+        """Number a prompt within its document and kind, and decode it."""
+        numbers[prompt.kind] += 1
+        decode = self.tokenizer.decode
         return DocumentPrompt(
             document=document.key,
             doc_id=document.doc_id,
-            index=index,
+            index=numbers[prompt.kind] - 1,
             kind=prompt.kind,
             tokens=prompt.tokens,
-            text=self.tokenizer.decode(list(prompt.tokens)),
-            problem=problem,
+            text=decode(list(prompt.tokens)),
+            problem=prompt.problem,
+            span=prompt.span,
+            token_texts=tuple(decode([prompt.tokens[i]]) for i in prompt.span or ()),
         )
 
     def _info(

@@ -46,6 +46,7 @@ USED = {
     "lm_eval.models.huggingface": {
         "HFLM._encode_pair": "documents with choices are not measured; their records say why",
         "HFLM._get_config": "a wrong model or rank is refused only once the weights are loaded",
+        "HFLM._model_generate": "reasoning that think_end_token removes cannot be measured",
     },
 }
 
@@ -121,3 +122,14 @@ def wrap_reading_of_config(
     """
     if (read := getattr(lm, "_get_config", None)) is not None:
         lm._get_config = around(read)
+
+
+def wrap_generation(lm: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the step of an `HFLM` that generates token ids for a batch of contexts.
+
+    Args:
+        lm: a loaded model.
+        around: makes the new step from the old one; not called if there is no such step.
+    """
+    if (generate := getattr(lm, "_model_generate", None)) is not None:
+        lm._model_generate = around(generate)

@@ -21,15 +21,26 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.harness.lm_eval_internals import encode_pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids to measure; ``kind`` is ``context``, ``continuation`` or ``window``."""
+    """Token ids to measure.
+
+    Attributes:
+        tokens: ids within the model's window.
+        kind: ``context``, ``continuation``, ``window``, or one of
+            :data:`~lm_eval_coupling.measures.formulas.choices.PARTS`.
+        span: tokens of the part that follows the context; None if the text is the prompt alone.
+        problem: reason for which there are no tokens.
+    """
 
     tokens: tuple[int, ...]
     kind: str
+    span: range | None = None
+    problem: Reason | None = None
 
 
 def document_prompts(
@@ -61,10 +72,11 @@ def _prompts(lm: Any, requests: Sequence[Any], target: Any, reading: str) -> Ite
         )
         yield Prompt(context, "context")
     if scored and not with_context:
-        yield Prompt(_bare_continuation(lm, _of_target(scored, target).args[1]), "continuation")
+        gold = gold_request(scored, target) or scored[0]
+        yield Prompt(_bare_continuation(lm, gold.args[1]), "continuation")
     for request in requests:
         if request.request_type == "generate_until":
-            yield Prompt(_generation_context(lm, *request.args), "context")
+            yield Prompt(generation_context(lm, *request.args), "context")
         elif request.request_type == "loglikelihood_rolling":
             yield Prompt(_last_window(lm, request.args[0]), "window")
 
@@ -89,7 +101,8 @@ def _bare_continuation(lm: Any, continuation: str) -> tuple[int, ...]:
     return tuple(tokens[-lm.max_length :])
 
 
-def _generation_context(lm: Any, context: str, gen_kwargs: dict) -> tuple[int, ...]:
+def generation_context(lm: Any, context: str, gen_kwargs: dict) -> tuple[int, ...]:
+    """Encode a context as HFLM does before it generates: with room for the response."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     room = normalize_gen_kwargs(dict(gen_kwargs), lm.max_gen_toks)["max_gen_toks"]
@@ -112,11 +125,13 @@ def _last_window(lm: Any, text: str) -> tuple[int, ...]:
     return tuple([*last[0], *last[1]][-lm.max_length :])
 
 
-def _of_target(requests: Sequence[Any], target: Any) -> Any:
-    """Return the request whose continuation is the target; the first if no target is known."""
+def gold_request(requests: Sequence[Any], target: Any) -> Any | None:
+    """Return the only request whose continuation is the target; None if it is not known."""
     if isinstance(target, str) and target.isdigit():
         target = int(target)
     if isinstance(target, int) and 0 <= target < len(requests):
         return requests[target]
+    if len(requests) == 1:
+        return requests[0]
     named = [r for r in requests if isinstance(target, str) and r.args[1].strip() == target.strip()]
-    return named[0] if named else requests[0]
+    return named[0] if len(named) == 1 else None

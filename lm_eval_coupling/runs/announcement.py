@@ -9,7 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from lm_eval_coupling.jacobians.certify import DTYPES
-from lm_eval_coupling.measures.formulas.choices import positions_at_most
+from lm_eval_coupling.measures.formulas.choices import (
+    PROMPT_PART,
+    choices_by_part,
+    positions_at_most,
+)
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.runs.cost import duration
@@ -51,7 +55,7 @@ def announce(session: Session, options: Options, name: str, documents: Mapping[s
     lines = {
         "model": f"{name}, {model.n_layers} blocks of width {model.d_model} on {model.device}",
         "measures": f"{measures} at K = {ranks}, in {settings.dtype}",
-        "token": f"{session.position} of the prompt" + (", its last" * (session.position == -1)),
+        "token": f"{session.position}" + _where(session.position),
         "documents": ", ".join(listed),
         "untrained twin": twin,
         "store": str(session.store.path),
@@ -61,6 +65,12 @@ def announce(session: Session, options: Options, name: str, documents: Mapping[s
         "coupling is measured after the scoring:\n%s",
         "\n".join(f"  {key + ':':<16}{value}" for key, value in lines.items()),
     )
+
+
+def _where(position: int | str) -> str:
+    if position == -1:
+        return " of the prompt, its last"
+    return " of the prompt" * (list(choices_by_part(position)) == [PROMPT_PART])
 
 
 def estimated_seconds(model: ResidualModel, settings: Settings) -> float:

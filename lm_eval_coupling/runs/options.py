@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
-from lm_eval_coupling.measures.formulas.choices import positions_at_most
+from lm_eval_coupling.measures.formulas.choices import (
+    PROMPT_PART,
+    choices_by_part,
+    positions_at_most,
+)
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.runs.model_arguments import require_loadable, shape_on_disk
 from lm_eval_coupling.saved.atomic import require_writable
@@ -139,6 +143,21 @@ class Options:
             options.settings.check_shape(*shape)
         return options
 
+    def require_positions_in_prompts(self, what: str) -> None:
+        """Refuse tokens of responses where nothing follows a prompt.
+
+        Args:
+            what: what is measured, for the message.
+
+        Raises:
+            CouplingError: if ``position`` names such tokens.
+        """
+        if set(choices_by_part(self.position)) != {PROMPT_PART}:
+            raise CouplingError(
+                f"got {PREFIX}position={self.position} for {what}, which nothing follows; "
+                "give tokens of the prompt, such as -1"
+            )
+
     @property
     def measures_anything(self) -> bool:
         """False if the run only scores."""
@@ -231,9 +250,11 @@ def _choices(value: Any) -> str:
 
 
 def _positions(value: Any) -> int | str:
-    """Parse one token as a number, or several as a text such as ``-1+0+last4``."""
+    """Parse one token as a number, or a text such as ``-1+0+last4`` or ``generated-spread8``."""
     parts = [
-        str(part) if re.fullmatch(r"[a-z]+[0-9]+", str(part)) else _integer("position", part)
+        str(part)
+        if re.fullmatch(r"[a-z]+(-[a-z0-9]+)?[0-9]*", str(part))
+        else _integer("position", part)
         for part in _parts(value)
     ]
     choice = parts[0] if len(parts) == 1 else "+".join(map(str, parts))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.formulas.choices import PARTS, PROMPT_PART
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.runs.task_summary import document_value, rests_on_jacobians, summarize
 from lm_eval_coupling.saved.tables import TRAINED
@@ -29,12 +30,16 @@ class DocumentPrompt:
         document: the document that it belongs to.
         doc_id: the document's number in the data set.
         index: number of the prompt within its document.
-        kind: ``context``, ``continuation``, ``window``, ``text`` or ``image``.
+        kind: ``context``, ``continuation``, ``window``, ``text`` or ``image``; or one of
+            :data:`~lm_eval_coupling.measures.formulas.choices.PARTS`, for a context with what
+            follows it.
         tokens: token ids, or an image's
             :class:`~lm_eval_coupling.residual.image_inputs.ImageTokens`.
         text: the prompt as a reader of the table sees it.
         columns: further columns of its row, such as a picture.
         problem: reason for which it cannot be measured, if that is already known.
+        span: tokens of the part that follows the context; None if the prompt is no such text.
+        token_texts: every token of ``span``, decoded.
     """
 
     document: DocumentKey
@@ -45,6 +50,13 @@ class DocumentPrompt:
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     problem: Reason | None = None
+    span: range | None = None
+    token_texts: tuple[str, ...] = ()
+
+    @property
+    def part(self) -> str:
+        """Part of the document's text that is measured: the prompt, or one of `PARTS`."""
+        return self.kind if self.kind in PARTS else PROMPT_PART
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,18 @@ class Row:
             "reused": int(self.reused),
             "place": self.place,
         }
-        return about | self.measured.to_columns() | dict(self.prompt.columns)
+        return about | self.measured.to_columns() | self._in_part() | dict(self.prompt.columns)
+
+    def _in_part(self) -> dict[str, Any]:
+        """Return where the token lies in a response or continuation; empty for a prompt."""
+        if (span := self.prompt.span) is None:
+            return {}
+        index = self.measured.position - span.start
+        return {
+            "part_index": index,
+            "part_length": len(span),
+            "token_text": self.prompt.token_texts[index],
+        }
 
 
 def by_document(rows: Iterable[Row]) -> dict[DocumentKey, list[PromptCoupling]]:

@@ -21,10 +21,11 @@ from lm_eval_coupling.numerics.device_eigh import choices
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.untrained import untrained_twin
 from lm_eval_coupling.runs.options import Options
+from lm_eval_coupling.runs.places import all_places
 from lm_eval_coupling.runs.provenance import about_measurement, about_model, about_software
 from lm_eval_coupling.runs.results import CouplingInfo
 from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, Row, reasons
-from lm_eval_coupling.runs.session import Measured, Session, Subject
+from lm_eval_coupling.runs.session import Measured, Session, Spot, Subject
 from lm_eval_coupling.runs.store import MeasurementStore, default_store_path
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
@@ -122,20 +123,33 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     Returns:
         The rows of complete documents.
     """
+    places = all_places(session.position)
+    first_of = {place.part: place.number for place in reversed(places)}
     prompts = [prompt if prompt.tokens else _without_tokens(prompt) for prompt in prompts]
     rows = [
-        Row(prompt, subject.weights, _unmeasured(prompt, session.settings))
+        Row(
+            replace(prompt, span=None),
+            subject.weights,
+            _unmeasured(prompt, session.settings),
+            place=first_of.get(prompt.part, 0),
+        )
         for subject in session.subjects
         for prompt in prompts
         if prompt.problem is not None
     ]
     prompts = [prompt for prompt in prompts if prompt.problem is None]
     interrupted = False
-    for at_place in session.at_every_place():
-        present = [prompt for prompt in prompts if at_place.has(prompt.tokens)]
-        measured = at_place.measure([prompt.tokens for prompt in present])
+    for place in places:
+        spots = [
+            (prompt, spot)
+            for prompt in prompts
+            if prompt.part == place.part and (spot := place.spot(prompt)) is not None
+        ]
+        if not spots:
+            continue
+        measured = session.measure([spot for _, spot in spots])
         for subject in session.subjects:
-            rows += _complete_rows(present, measured, subject.weights, at_place.place)
+            rows += _complete_rows(spots, measured, subject.weights, place.number)
         if interrupted := measured.interrupted:
             break
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
@@ -156,13 +170,13 @@ def _unmeasured(prompt: DocumentPrompt, settings: Settings) -> PromptCoupling:
 
 
 def _complete_rows(
-    prompts: Sequence[DocumentPrompt], measured: Measured, weights: str, place: int
+    spots: Sequence[tuple[DocumentPrompt, Spot]], measured: Measured, weights: str, place: int
 ) -> list[Row]:
     records, reused = measured.of(weights), measured.reused.get(weights, ())
-    unfinished: set[DocumentKey] = {p.document for p in prompts if p.tokens not in records}
+    unfinished: set[DocumentKey] = {p.document for p, spot in spots if spot not in records}
     return [
-        Row(prompt, weights, records[prompt.tokens], reused=prompt.tokens in reused, place=place)
-        for prompt in prompts
+        Row(prompt, weights, records[spot], reused=spot in reused, place=place)
+        for prompt, spot in spots
         if prompt.document not in unfinished
     ]
 
@@ -216,5 +230,10 @@ def warn_of_failures(info: CouplingInfo, n_chosen: int) -> None:
 
 def dry_run_lines(session: Session, prompts: Sequence[DocumentPrompt]) -> list[str]:
     """Measure one prompt on each set of weights and estimate the cost of all."""
-    tokens = [prompt.tokens for prompt in prompts if prompt.tokens]
-    return session.try_one(tokens) if tokens else []
+    first, *_ = all_places(session.position)
+    spots = [
+        (first.spot(prompt) if prompt.part == first.part else None) or Spot.at(prompt.tokens, -1)
+        for prompt in prompts
+        if prompt.tokens and prompt.problem is None
+    ]
+    return session.try_one(spots) if spots else []

@@ -7,16 +7,16 @@ import dataclasses
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lm_eval_coupling.errors import CouplingError, resolve_token
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.contract import MeasureResult
-from lm_eval_coupling.measures.formulas.choices import chosen_positions, positions_at_most
 from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.prompt import groups, measure_prompts
 from lm_eval_coupling.measuring.record import PromptCoupling
@@ -33,9 +33,33 @@ logger = logging.getLogger("lm_eval.coupling")
 # The remaining time is ours: tqdm's own counts the first prompt, which is slower than the others.
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
-Tokens = tuple[int, ...]
-Recalled = dict[Tokens, dict[str, MeasureResult]]  # results by prompt and name of the measure
-Batches = list[tuple[Settings, list[Tokens]]]  # prompts to measure together, with the measures
+
+class Spot(NamedTuple):
+    """A token of a text: what one record is about.
+
+    Attributes:
+        tokens: token ids of the text.
+        position: index from 0; a token that the text lacks is kept as it was named, so that its
+            record can give the reason.
+    """
+
+    tokens: tuple[int, ...]
+    position: int
+
+    @classmethod
+    def at(cls, tokens: tuple[int, ...], position: int) -> Spot:
+        """Return a spot whose position may be given from the end."""
+        exists = -len(tokens) <= position < len(tokens)
+        return cls(tokens, position % len(tokens) if exists else position)
+
+    @property
+    def exists(self) -> bool:
+        """False if the text lacks the token."""
+        return 0 <= self.position < len(self.tokens)
+
+
+Recalled = dict[Spot, dict[str, MeasureResult]]  # results by spot and name of the measure
+Batches = list[tuple[Settings, list[Spot]]]  # spots to measure together, with the measures
 
 
 @dataclass(frozen=True)
@@ -48,26 +72,26 @@ class Subject:
 
 @dataclass
 class Measured:
-    """Records of prompts, by the weights and the prompt's token ids.
+    """Records of prompts, by the weights and the spot.
 
     Attributes:
-        records: the record of each prompt.
-        reused: prompts whose whole record comes from the store.
+        records: the record of each spot.
+        reused: spots whose whole record comes from the store.
         interrupted: True if Ctrl-C ended the measuring early.
     """
 
-    records: dict[str, dict[Tokens, PromptCoupling]] = field(default_factory=dict)
-    reused: dict[str, set[Tokens]] = field(default_factory=dict)
+    records: dict[str, dict[Spot, PromptCoupling]] = field(default_factory=dict)
+    reused: dict[str, set[Spot]] = field(default_factory=dict)
     interrupted: bool = False
 
-    def of(self, weights: str) -> dict[Tokens, PromptCoupling]:
+    def of(self, weights: str) -> dict[Spot, PromptCoupling]:
         """Return the records of one set of weights."""
         return self.records.setdefault(weights, {})
 
 
 @dataclass(frozen=True)
 class Session:
-    """Measures each prompt once, in batches, and keeps results in the store as they are made.
+    """Measures each spot once, in batches, and keeps results in the store as they are made.
 
     Attributes:
         subjects: the weights to measure, the trained ones first.
@@ -75,8 +99,6 @@ class Session:
         position: the measured token, or several as a text.
         store: where results are kept and found again.
         quiet: True for every process except the one that reports.
-        place: number of the measured token among those of ``position``; the headline value is of
-            the first.
     """
 
     subjects: Sequence[Subject]
@@ -84,46 +106,33 @@ class Session:
     position: int | str
     store: MeasurementStore
     quiet: bool = False
-    place: int = 0
 
     @property
     def trained(self) -> Subject:
         """The scored weights."""
         return self.subjects[0]
 
-    def at_every_place(self) -> Iterator[Session]:
-        """Yield this session for each token that ``position`` names."""
-        for place in range(positions_at_most(self.position)):
-            yield dataclasses.replace(self, place=place)
-
-    def has(self, tokens: Tokens) -> bool:
-        """Return whether a prompt is long enough for another token at this place."""
-        return self.place < len(chosen_positions(self.position, len(tokens)))
-
-    def _position_in(self, tokens: Tokens) -> int:
-        return chosen_positions(self.position, len(tokens))[self.place]
-
-    def measure(self, prompts: Sequence[Tokens]) -> Measured:
-        """Measure each distinct prompt once on each set of weights.
+    def measure(self, spots: Sequence[Spot]) -> Measured:
+        """Measure each distinct spot once on each set of weights.
 
         Args:
-            prompts: token ids; equal prompts are measured once.
+            spots: tokens to measure at; equal ones are measured once.
 
         Returns:
-            One record for every prompt and set of weights, also if it could not be measured. After
-            Ctrl-C some prompts have none.
+            One record for every spot and set of weights, also if it could not be measured. After
+            Ctrl-C some spots have none.
         """
         measured = Measured()
         recalled: dict[str, Recalled] = {}
         try:
             for subject in self.subjects:
-                recalled[subject.weights] = self._recall(subject, prompts)
+                recalled[subject.weights] = self._recall(subject, spots)
                 measured.of(subject.weights).update(self._complete(recalled[subject.weights]))
                 measured.reused[subject.weights] = set(measured.of(subject.weights))
-            if prompts and not self.quiet:
+            if spots and not self.quiet:
                 logger.info(
                     "coupling: on this process %s",
-                    self._counted(prompts, len(set(prompts) - measured.reused[TRAINED])),
+                    self._counted(spots, len(set(spots) - measured.reused[TRAINED])),
                 )
             for subject in self.subjects:
                 self._measure_missing(
@@ -131,9 +140,9 @@ class Session:
                 )
         except KeyboardInterrupt:
             measured.interrupted = True
-            done = sum(tokens in measured.of(TRAINED) for tokens in prompts)
+            done = sum(spot in measured.of(TRAINED) for spot in spots)
             logger.warning(
-                "coupling: interrupted, %d of %d prompts are measured and kept", done, len(prompts)
+                "coupling: interrupted, %d of %d prompts are measured and kept", done, len(spots)
             )
         self._write_the_rest()
         self._explain_slow_levels(measured.of(TRAINED).values())
@@ -154,44 +163,41 @@ class Session:
             *(causes.total(), listed, others),
         )
 
-    def _key(self, subject: Subject, measure: str, tokens: Tokens) -> str:
-        position = resolve_token(self._position_in(tokens), len(tokens))
-        return self.store.key(
-            subject.model.identity, measure, self.settings.for_measure(measure), tokens, position
-        )
+    def _key(self, subject: Subject, measure: str, spot: Spot) -> str:
+        settings = self.settings.for_measure(measure)
+        return self.store.key(subject.model.identity, measure, settings, *spot)
 
-    def _recall(self, subject: Subject, prompts: Iterable[Tokens]) -> Recalled:
-        """Return what the store has of these prompts, measure by measure."""
+    def _recall(self, subject: Subject, spots: Iterable[Spot]) -> Recalled:
+        """Return what the store has of these spots, measure by measure."""
         recalled: Recalled = {}
-        for tokens in dict.fromkeys(prompts):
-            recalled[tokens] = {}
-            for name in self.settings.measures:
-                # A prompt without the measured token has no key; its record says so.
+        for spot in dict.fromkeys(spots):
+            recalled[spot] = {}
+            for name in self.settings.measures if spot.exists else ():
+                # An entry of another release is not cast, and is measured again.
                 with contextlib.suppress(CouplingError):
-                    if (result := self.store.get(self._key(subject, name, tokens))) is not None:
-                        recalled[tokens][name] = registered_measures()[name].cast(result)
+                    if (result := self.store.get(self._key(subject, name, spot))) is not None:
+                        recalled[spot][name] = registered_measures()[name].cast(result)
         return recalled
 
-    def _complete(self, recalled: Recalled) -> dict[Tokens, PromptCoupling]:
-        """Return records of the prompts of which no measure is missing."""
+    def _complete(self, recalled: Recalled) -> dict[Spot, PromptCoupling]:
+        """Return records of the spots of which no measure is missing."""
         return {
-            tokens: self._record(tokens, results)
-            for tokens, results in recalled.items()
+            spot: self._record(spot, results)
+            for spot, results in recalled.items()
             if not self._missing(results)
         }
 
     def _missing(self, results: Mapping[str, MeasureResult]) -> tuple[str, ...]:
         return tuple(name for name in self.settings.measures if name not in results)
 
-    def _record(self, tokens: Tokens, results: Mapping[str, MeasureResult]) -> PromptCoupling:
-        position = resolve_token(self._position_in(tokens), len(tokens))
+    def _record(self, spot: Spot, results: Mapping[str, MeasureResult]) -> PromptCoupling:
         ordered = {name: results[name] for name in self.settings.measures}
-        return PromptCoupling(tokens, position, self.settings.ranks, ordered)
+        return PromptCoupling(*spot, self.settings.ranks, ordered)
 
     def _keep(self, subject: Subject, records: Sequence[PromptCoupling]) -> None:
         """Store the results that would not change; memory that ran out may suffice next time."""
         settled = {
-            self._key(subject, name, record.tokens): result
+            self._key(subject, name, spot_of(record)): result
             for record in records
             for name, result in record.results.items()
             if result.settled
@@ -222,15 +228,14 @@ class Session:
             )
 
     def _measure_missing(
-        self, subject: Subject, recalled: Recalled, records: dict[Tokens, PromptCoupling]
+        self, subject: Subject, recalled: Recalled, records: dict[Spot, PromptCoupling]
     ) -> None:
         """Fill ``records``: prompts of similar length together, with the missing measures only."""
         batches = self._batches(subject, recalled)
         waiting = sum(len(batch) for _, batch in batches)
         if batches and not self.quiet:
             batches = _in_order(batches, subject.model.device)
-            needed = memory_needed(subject.model, [batch for _, batch in batches], self.settings)
-            logger.info("coupling: %s", needed)
+            logger.info("coupling: %s", self._memory_needed(subject, batches))
         title = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
         is_hidden = self.quiet or not waiting
         bar = tqdm(total=waiting, desc=title, bar_format=_BAR, disable=is_hidden)
@@ -238,11 +243,10 @@ class Session:
         # Lines of the log go above the bar instead of through it.
         with bar, logging_redirect_tqdm():
             for number, (settings, batch) in enumerate(batches):
-                positions = list(map(self._position_in, batch))
-                measured = measure_prompts(subject.model, batch, positions, settings)
+                measured = _measure(subject, batch, settings)
                 self._keep(subject, measured)
                 for record in measured:
-                    records[record.tokens] = self._with_recalled(record, recalled)
+                    records[spot_of(record)] = self._with_recalled(record, recalled)
                 pace.add(len(batch))
                 left -= len(batch)
                 bar.set_postfix_str(f"{duration(left * pace.seconds)} left", refresh=False)
@@ -258,55 +262,67 @@ class Session:
                 if subject.model.device.type == "cpu" and (words := pace.slowed_by()):
                     logger.warning("coupling: %s", words)
 
-    def try_one(self, prompts: Sequence[Tokens]) -> list[str]:
-        """Measure one prompt on each set of weights.
+    def try_one(self, spots: Sequence[Spot]) -> list[str]:
+        """Measure one spot on each set of weights.
 
         Returns:
             A few lines on what measuring all of them would cost.
         """
         lines = []
         for subject in self.subjects:
-            recalled = self._recall(subject, prompts)
+            recalled = self._recall(subject, spots)
             batches = _one_first(self._batches(subject, recalled))
             waiting = sum(len(batch) for _, batch in batches)
-            lines.append(f"{subject.weights} weights: {self._counted(prompts, waiting)}")
+            lines.append(f"{subject.weights} weights: {self._counted(spots, waiting)}")
             if not batches:
                 continue
             settings, batch = batches[0]
-            positions = list(map(self._position_in, batch))
-            measured = measure_prompts(subject.model, batch, positions, settings)
+            measured = _measure(subject, batch, settings)
             self._keep(subject, measured)
             left = waiting - len(measured)
             lines.append(seconds_needed(subject.model, measured, left, self.settings))
-            lines.append(
-                memory_needed(subject.model, [batch for _, batch in batches], self.settings)
-            )
+            lines.append(self._memory_needed(subject, batches))
         return lines
 
+    def _memory_needed(self, subject: Subject, batches: Batches) -> str:
+        texts = [[spot.tokens for spot in batch] for _, batch in batches]
+        return memory_needed(subject.model, texts, self.settings)
+
     def _with_recalled(self, record: PromptCoupling, recalled: Recalled) -> PromptCoupling:
-        results = {**recalled[record.tokens], **record.results}
+        results = {**recalled[spot_of(record)], **record.results}
         ordered = {name: results[name] for name in self.settings.measures}
         return dataclasses.replace(record, results=ordered)
 
-    def _counted(self, prompts: Sequence[Tokens], waiting: int) -> str:
-        distinct = len(set(prompts))
+    def _counted(self, spots: Sequence[Spot], waiting: int) -> str:
+        distinct = len(set(spots))
         before = distinct - waiting
-        return f"{len(prompts)} prompts, {distinct} of them distinct, {before} measured before"
+        return f"{len(spots)} prompts, {distinct} of them distinct, {before} measured before"
 
     def _batches(self, subject: Subject, recalled: Recalled) -> Batches:
-        """Group the prompts to measure together, with the measures that all of them lack."""
-        by_measures: dict[tuple[str, ...], list[Tokens]] = {}
-        for tokens, results in recalled.items():
+        """Group the spots to measure together, with the measures that all of them lack."""
+        by_measures: dict[tuple[str, ...], list[Spot]] = {}
+        for spot, results in recalled.items():
             if missing := self._missing(results):
-                by_measures.setdefault(missing, []).append(tokens)
+                by_measures.setdefault(missing, []).append(spot)
         batches = []
-        for missing, prompts in by_measures.items():
+        for missing, spots in by_measures.items():
             settings = dataclasses.replace(self.settings, measures=missing)
+            texts = [spot.tokens for spot in spots]
             batches += [
-                (settings, [prompts[i] for i in group])
-                for group in groups(subject.model, prompts, settings)
+                (settings, [spots[i] for i in group])
+                for group in groups(subject.model, texts, settings)
             ]
         return batches
+
+
+def _measure(subject: Subject, batch: Sequence[Spot], settings: Settings) -> list[PromptCoupling]:
+    texts, positions = zip(*batch, strict=True)
+    return measure_prompts(subject.model, texts, positions, settings)
+
+
+def spot_of(record: PromptCoupling) -> Spot:
+    """Return the spot that a record is about."""
+    return Spot(record.tokens, record.position)
 
 
 def _in_order(batches: Batches, device: torch.device) -> Batches:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.runs.rows import DocumentKey
+from lm_eval_coupling.saved.prompting import model_arguments
 from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -28,11 +30,13 @@ _RERUN = "run lm_eval again with --log_samples"
 class LoggedRequest(NamedTuple):
     """One request as lm-eval sent it.
 
-    ``args`` are the context, and the continuation or the generation arguments.
+    ``args`` are the context, and the continuation or the generation arguments. ``resps`` are the
+    responses to it.
     """
 
     request_type: str
     args: tuple[Any, ...]
+    resps: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class LoggedEvaluation:
                 f"got output_type={output_type!r} for task {task} in {self.file}, "
                 f"expected one of {', '.join(_REQUEST_TYPES)}"
             )
-        arguments = sample["arguments"]
+        arguments, logged = sample["arguments"], sample.get("resps") or ()
         requests = []
         for number in range(len(arguments)):
             given = arguments[f"gen_args_{number}"]
@@ -93,32 +97,79 @@ class LoggedEvaluation:
                 raise CouplingError(
                     f"got images or audio in the samples of task {task}, expected text alone"
                 )
-            requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args))
+            resps = logged[number] if number < len(logged) else ()
+            requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args, resps))
         return requests
 
 
-def read_evaluation(path: Path) -> LoggedEvaluation:
-    """Read one evaluation with its samples.
+def read_evaluations(path: Path, model: str, revision: str = "main") -> list[LoggedEvaluation]:
+    """Read the evaluations of one model with their samples.
 
     Args:
-        path: lm-eval's results file, or a folder that holds one of them, at any depth.
+        path: lm-eval's results file, or a folder that holds some, at any depth. In a folder with
+            several, as a sweep leaves it, those of other models and revisions are left out.
+        model: name or path of the model; its last part decides.
+        revision: of the model.
 
     Returns:
-        The results, with the whole lines of the samples; a cut line is named in a warning.
+        Evaluations of different tasks: their results, with the whole lines of the samples. A cut
+        line is named in a warning.
 
     Raises:
-        CouplingError: if there is none or more than one, or if its samples cannot be measured.
+        CouplingError: if there is none, if a task was evaluated twice, or if samples cannot be
+            measured.
     """
-    file = _results_file(path)
+    files = _results_files(path)
+    if len(files) == 1:
+        return [_read_evaluation(files[0], _read_results(files[0]))]
+    results = {file: _read_results(file) for file in files}
+    own = {
+        file: content
+        for file, content in results.items()
+        if last_part(evaluated_model(content)) in (last_part(model), None)
+        and (content.get("config") or {}).get("model_revision", revision) in (revision, None)
+    }
+    if not own:
+        others = sorted({str(evaluated_model(content)) for content in results.values()})
+        raise CouplingError(
+            f"got --samples {path} with evaluations of {', '.join(others[:5])}, "
+            f"expected one of {model} at revision {revision}"
+        )
+    counts = Counter(task for content in own.values() for task in content["configs"])
+    if twice := [task for task, count in counts.items() if count > 1]:
+        named = ", ".join(file.relative_to(path).as_posix() for file in list(own)[:3])
+        raise CouplingError(
+            f"got --samples {path} with {len(own)} evaluations ({named}, …) that share the task "
+            f"{twice[0]}, expected one of each task; give its results file"
+        )
+    return [_read_evaluation(file, content) for file, content in own.items()]
+
+
+def evaluated_model(results: Mapping[str, Any]) -> Any:
+    """Return the name of the model that was evaluated, None if the results do not tell."""
+    arguments = model_arguments(results)
+    return arguments.get("pretrained") or arguments.get("model") or results.get("model_name")
+
+
+def last_part(name: Any) -> str | None:
+    """Return the last part of a model's name or path in lower case, None without a name."""
+    return PurePath(str(name)).name.lower() if isinstance(name, str) and name else None
+
+
+def _read_results(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        tasks = list(results["configs"])
+        list(results["configs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CouplingError(
             f"got {file}, expected the results of lm-eval, with `configs` ({why(error)})"
         ) from None
+    return results
+
+
+def _read_evaluation(file: Path, results: dict[str, Any]) -> LoggedEvaluation:
     samples = {}
-    for task in tasks:
+    for task in results["configs"]:
         if (logged := _samples_file(file, task)) is None:
             logger.warning("coupling: %s has no samples beside %s; it is left out", task, file)
             continue
@@ -129,21 +180,15 @@ def read_evaluation(path: Path) -> LoggedEvaluation:
     return LoggedEvaluation(file, results, samples)
 
 
-def _results_file(path: Path) -> Path:
+def _results_files(path: Path) -> list[Path]:
     if path.is_file():
-        return path
+        return [path]
     files = sorted(path.rglob("results_*.json")) if path.is_dir() else []
-    if len(files) == 1:
-        return files[0]
     if not files:
         raise CouplingError(
             f"got --samples {path}, expected a results_*.json of lm-eval or a folder with one"
         )
-    named = ", ".join(file.relative_to(path).as_posix() for file in files[:3])
-    raise CouplingError(
-        f"got --samples {path} with {len(files)} evaluations ({named}, …), expected one; "
-        "give its results file"
-    )
+    return files
 
 
 def _samples_file(results: Path, task: str) -> Path | None:

@@ -11,8 +11,9 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.runs.options import Options, parse_settings
 from lm_eval_coupling.runs.rows import DocumentPrompt
-from lm_eval_coupling.samples.logged import LoggedEvaluation, LoggedRequest, read_evaluation
+from lm_eval_coupling.samples.logged import LoggedEvaluation, LoggedRequest, read_evaluations
 from lm_eval_coupling.saved.atomic import require_writable
+from lm_eval_coupling.saved.prompting import model_arguments
 
 logger = logging.getLogger("lm_eval.coupling")
 
@@ -34,7 +35,8 @@ def measure_samples(
 
     Args:
         model: a transformers folder or a name on the hub: the model that was evaluated.
-        results: lm-eval's results file or its folder, with samples beside it.
+        results: lm-eval's results file or a folder, with samples beside it; of several
+            evaluations in a folder, as a sweep leaves it, those of ``model`` are measured.
         out: folder of the new results, samples and tables.
         model_args: further arguments of lm-eval's ``hf``, as ``name=value`` joined by commas.
         coupling: settings in the same form, such as ``ranks=10+30,limit=50``.
@@ -42,8 +44,8 @@ def measure_samples(
         same_model: measure even if the results name another model than ``model``.
 
     Returns:
-        lm-eval's table with a summary of the measuring below it, and whether Ctrl-C ended the
-        measuring early.
+        lm-eval's table of each evaluation with a summary of the measuring below it, and whether
+        Ctrl-C ended the measuring early.
 
     Raises:
         CouplingError: for a wrong argument or unusable samples, before anything heavy is loaded,
@@ -52,30 +54,53 @@ def measure_samples(
     settings = parse_settings(coupling)
     if not Options.take_from({"pretrained": model} | settings).measures_anything:
         raise CouplingError("got limit=0, expected a number of documents to measure, or all")
-    evaluation = read_evaluation(results)
+    from lm_eval.utils import simple_parse_args_string
+
+    given = simple_parse_args_string(model_args)
+    evaluations = read_evaluations(results, model, given.get("revision", "main"))
     require_writable(out)
 
     from lm_eval_coupling.harness import plugin
 
     plugin.install()
-    from lm_eval.utils import make_table, simple_parse_args_string
-
     from lm_eval_coupling.harness.lm import CouplingLM
     from lm_eval_coupling.numerics.devices import device_named
-    from lm_eval_coupling.runs.results import save_run
-    from lm_eval_coupling.runs.run import dry_run_lines, measure_documents, warn_of_failures
+    from lm_eval_coupling.runs.run import dry_run_lines
     from lm_eval_coupling.samples.same_model import differences
 
-    arguments = simple_parse_args_string(model_args) | {"pretrained": model}
+    # Where it was given, the logged responses lack the reasoning.
+    logged = model_arguments(evaluations[0].results).get("think_end_token")
+    thinking = {} if logged is None else {"think_end_token": logged}
+    arguments = thinking | given | {"pretrained": model}
     lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
     assert lm.session is not None  # limit=0 was refused above.
-    other = differences(lm, evaluation.results)
-    _require_same_model(model, evaluation, other, same_model)
-    prompts = _chosen_prompts(lm, evaluation)
+    others = [differences(lm, evaluation.results) for evaluation in evaluations]
+    for evaluation, other in zip(evaluations, others, strict=True):
+        _require_same_model(model, evaluation, other, same_model)
     if lm.coupling_options.dry_run:
-        return "\n".join(
-            ["Dry run: nothing is written", *dry_run_lines(lm.session, prompts)]
-        ), False
+        prompts = [p for evaluation in evaluations for p in _chosen_prompts(lm, evaluation)]
+        lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, prompts)]
+        return "\n".join(lines), False
+    tables: list[str] = []
+    interrupted = False
+    for evaluation, other in zip(evaluations, others, strict=True):
+        table, interrupted = _measure_evaluation(lm, model, evaluation, other, out)
+        tables.append(table)
+        if interrupted:
+            break
+    return "\n".join(tables), interrupted
+
+
+def _measure_evaluation(
+    lm: Any, model: str, evaluation: LoggedEvaluation, other: list[str], out: Path
+) -> tuple[str, bool]:
+    """Measure and save one evaluation; return its table and whether Ctrl-C ended it early."""
+    from lm_eval.utils import make_table
+
+    from lm_eval_coupling.runs.results import save_run
+    from lm_eval_coupling.runs.run import measure_documents, warn_of_failures
+
+    prompts = _chosen_prompts(lm, evaluation)
     run = measure_documents(lm.session, prompts)
     info = lm.describe(
         run,
@@ -109,7 +134,7 @@ def _require_same_model(
 
 def _chosen_prompts(lm: Any, evaluation: LoggedEvaluation) -> list[DocumentPrompt]:
     """Encode the prompts of the chosen documents as `CouplingLM` does in an evaluation."""
-    from lm_eval_coupling.harness.prompts import document_prompts
+    from lm_eval_coupling.harness.documents import Document
     from lm_eval_coupling.runs.sampling import choose
 
     options = lm.coupling_options
@@ -119,21 +144,19 @@ def _chosen_prompts(lm: Any, evaluation: LoggedEvaluation) -> list[DocumentPromp
         for key, sample in evaluation.documents(task).items()
     }
     chosen = choose(documents, evaluation.roots, options.limit, options.seed)
-    prompts, n_changed = [], 0
+    prompts: list[DocumentPrompt] = []
+    n_changed = 0
     for key, sample in documents.items():
         if key not in chosen:
             continue
         requests = [_as_text(lm, request) for request in evaluation.requests(key.task, sample)]
         contexts = {request.args[0].strip() for request in requests}
-        made = document_prompts(lm, requests, sample.get("target"), options.prompt)
-        for index, prompt in enumerate(made):
-            text = lm.tokenizer.decode(list(prompt.tokens))
-            n_changed += prompt.kind == "context" and not _is_of(text.strip(), contexts)
-            prompts.append(
-                DocumentPrompt(
-                    key, sample["doc_id"], index, kind=prompt.kind, tokens=prompt.tokens, text=text
-                )
-            )
+        made = lm.prompts_of(Document(key, sample["doc_id"], requests, sample.get("target")))
+        n_changed += sum(
+            prompt.kind == "context" and not _is_of(prompt.text.strip(), contexts)
+            for prompt in made
+        )
+        prompts += made
     if n_changed:
         logger.warning(
             "coupling: %d of %d prompts do not decode back to the logged text; "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
 from typing import Any
 
 from lm_eval.utils import hash_string
 
+from lm_eval_coupling.samples.logged import evaluated_model, last_part
 from lm_eval_coupling.saved.prompting import model_arguments
 
 
@@ -34,8 +34,7 @@ def _facts(lm: Any, results: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]
     """Yield name, value of the evaluation and value of the model; None where it is not known."""
     config = results.get("config") or {}
     arguments = model_arguments(results)
-    evaluated = arguments.get("pretrained") or arguments.get("model") or results.get("model_name")
-    yield "name", _last_part(evaluated), _last_part(lm.pretrained)
+    yield "name", last_part(evaluated_model(results)), last_part(lm.pretrained)
     yield "revision", config.get("model_revision"), lm.revision
     dtype = config.get("model_dtype")
     yield "dtype", dtype and str(dtype).removeprefix("torch."), _dtype(lm)
@@ -45,16 +44,21 @@ def _facts(lm: Any, results: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]
         lm.get_model_info().get("model_num_parameters"),
     )
     yield "maximum length", _whole(results.get("max_length")), lm.max_length
-    bos = arguments.get("add_bos_token")
-    yield "add_bos_token", None if bos is None else str(bos), str(lm.add_bos_token)
+    yield "add_bos_token", *_beginning(lm, arguments)
     if template := results.get("chat_template"):
         own = lm.chat_template(True) if lm.tokenizer.chat_template else ""
         yield "chat template", hash_string(template)[:8], hash_string(own)[:8]
     yield "token after which generation ends", results.get("eot_token_id"), lm.eot_token_id
 
 
-def _last_part(name: Any) -> str | None:
-    return PurePath(str(name)).name.lower() if isinstance(name, str) and name else None
+def _beginning(lm: Any, arguments: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return whether a token stands before every prompt, in the evaluation and here."""
+    given = arguments.get("add_bos_token")
+    if "base_url" not in arguments:
+        return None if given is None else str(given), str(lm.add_bos_token)
+    # lm-eval sends no such token to a server unless it is told to; `hf` asks the tokenizer.
+    has_own = lm.tok_encode("a") != lm.tok_encode("a", add_special_tokens=False)
+    return str(bool(given)), str(has_own)
 
 
 def _dtype(lm: Any) -> str:

@@ -49,7 +49,13 @@ DOCUMENT = (
     Column("doc_hash", "", "lm-eval's hash of the document: join samples on it", "text"),
     Column("prompt_hash", "", "lm-eval's hash of the document's first prompt", "text"),
     Column("prompt_index", "", "number of the prompt among those of the document, from 0", "whole"),
-    Column("kind", "", "what the prompt is to the task: its context, or a whole text", "text"),
+    Column(
+        "kind",
+        "",
+        "what the prompt is to the task: its context, a whole text, or the context with what "
+        "follows it, measured in the part named: generated, reasoning, answer, target",
+        "text",
+    ),
     Column("weights", "", "trained, or untrained for the twin of coupling_untrained", "text"),
     Column(
         "reused",
@@ -71,6 +77,17 @@ DOCUMENT = (
         "double",
     ),
     Column("n_tokens", "", "number of tokens of the prompt", "whole"),
+)
+# Further columns of rows at a token of a response or of a continuation.
+RESPONSE = (
+    Column(
+        "part_index",
+        "",
+        "number of the measured token in the response or continuation, from 0",
+        "whole",
+    ),
+    Column("part_length", "", "number of tokens of that response or continuation", "whole"),
+    Column("token_text", "", "the measured token, decoded", "text"),
 )
 # Further columns of rows of images.
 IMAGE = (
@@ -162,8 +179,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         dict(row) | {"coupling": couplings_of(row.get("normalized_miscoupling"))} for row in rows
     ]
     columns = table_columns()
-    names = list(columns) + [name for name in rows[0] if name not in columns]
-    columns |= {column.name: column for column in IMAGE}
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    columns |= {column.name: column for column in (*RESPONSE, *IMAGE)}
     types = {name: arrow_type(column) for name, column in columns.items()}
     arrays = [to_arrow([row.get(name) for row in rows], types.get(name)) for name in names]
     fields = [

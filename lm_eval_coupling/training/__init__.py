@@ -1,5 +1,6 @@
-"""Coupling in a training loop: a differentiable penalty."""
+"""Coupling in a training loop: measured by a callback, or changed by a differentiable penalty."""
 
+from lm_eval_coupling.training.callback import CouplingCallback
 from lm_eval_coupling.training.penalty import coupling_penalty
 
-__all__ = ["coupling_penalty"]
+__all__ = ["CouplingCallback", "coupling_penalty"]

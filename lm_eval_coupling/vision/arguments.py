@@ -18,6 +18,7 @@ def check_arguments(
         CouplingError: naming the argument that is wrong.
     """
     options = Options.take_from({"pretrained": model} | parse_settings(coupling))
+    options.require_positions_in_prompts("images")
     require_writable(out)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise CouplingError(

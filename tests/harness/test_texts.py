@@ -1,5 +1,6 @@
 """`lm-eval-coupling measure`: the prompts of a file, without any task."""
 
+import json
 import subprocess
 import sys
 
@@ -10,7 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import ResidualModel, load_records, load_runs, measure_coupling
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.texts import measure_texts, read_prompts
+from lm_eval_coupling.fit.findings import fit_runs
+from lm_eval_coupling.texts import further_fields, measure_texts, read_lines
+
+
+def read_prompts(file):
+    return [line.prompt for line in read_lines(file)]
+
 
 TEXTS = ["The sky is blue. ", "Why?", "  The grass is green"]
 
@@ -87,6 +94,64 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
         and not interrupted
     )
     assert len(load_records(out, weights="untrained")) == 4
+
+
+def test_further_fields_are_columns_and_the_score_is_fitted(home, tmp_path):
+    """Within a model, `fit` asks whether coupling tells right from wrong."""
+    file, out = tmp_path / "own.jsonl", tmp_path / "out"
+    lines = [
+        {"prompt": f"{'so ' * n}it is", "id": f"q{n}", "score": n % 2, "level": n, "tags": ["a"]}
+        for n in range(8)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    measure_texts(
+        str(home / "float32"), file, out, coupling=f"ranks=2,store={tmp_path / 's'}", device="cpu"
+    )
+    records = load_records(out)
+    assert list(records["id"]) == [f"q{n}" for n in range(8)]
+    assert list(records["level"]) == list(range(8)) and set(records["tags"]) == {'["a"]'}
+    assert written(out)["results"]["own"]["score,none"] == 0.5
+    (run,) = load_runs([out]).to_dict("records")
+    assert run["score,none"] == 0.5
+    findings = fit_runs([out])
+    documents = findings.tables["documents"]
+    assert sorted(documents["right"]) == [0.0] * 4 + [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "text": "b"}', "field 'text' in .*, which is a column of the tables"),
+        ('{"prompt": "a", "coupling": 1}', "field 'coupling' in .*; rename it"),
+        ('{"prompt": "a", "score": "good"}', "a score in .* that is no number"),
+    ],
+)
+def test_fields_that_cannot_be_columns_are_refused(tmp_path, line, message):
+    file = tmp_path / "own.jsonl"
+    file.write_text(line)
+    with pytest.raises(CouplingError, match=message):
+        further_fields(read_lines(file), file)
+
+
+def test_fields_of_mixed_kinds_become_texts(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "a", "x": 1, "y": true}\n{"prompt": "b", "x": "2"}\n"c"')
+    assert further_fields(read_lines(file), file) == {
+        "x": ["1", "2", None],
+        "y": [True, None, None],
+    }
+
+
+def test_nothing_follows_the_prompts_of_a_file(home, tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    with pytest.raises(CouplingError, match="generated-last for the prompts of a file, which noth"):
+        measure_texts(
+            str(home / "float32"),
+            tmp_path / "p.txt",
+            tmp_path / "out",
+            coupling="ranks=2,position=generated-last",
+            device="cpu",
+        )
 
 
 def test_token_ids_of_another_model_are_refused(home, tmp_path):

@@ -10,7 +10,8 @@ from lm_eval_coupling.measures.formulas.choices import chosen_positions, positio
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.runs.options import Options
-from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, Row, document_couplings
+from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, document_couplings
+from lm_eval_coupling.runs.run import measure_documents
 from lm_eval_coupling.runs.session import Session, Subject
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.records import load_records
@@ -78,15 +79,13 @@ def test_a_run_keeps_them_apart(model, tmp_path):
             store=store,
             quiet=True,
         )
-        rows = []
-        for at in session.at_every_place():
-            asked = [tokens for tokens in PROMPTS if at.has(tokens)]
-            for i, record in enumerate(at.measure(asked).of("trained").values()):
-                key = DocumentKey("task", f"d{len(record.tokens)}", f"p{i}")
-                prompt = DocumentPrompt(
-                    key, i, index=0, kind="context", tokens=record.tokens, text="text"
-                )
-                rows.append(Row(prompt, "trained", record, place=at.place))
+        prompts = [
+            DocumentPrompt(
+                DocumentKey("task", f"d{i}", f"p{i}"), i, 0, "context", tokens=tokens, text="text"
+            )
+            for i, tokens in enumerate(PROMPTS)
+        ]
+        rows = measure_documents(session, prompts).rows
         assert len(store) == len(rows) == 3 + 5  # the third token of three is the last
     assert [row.measured.position for row in rows if row.place == 0] == [2, 5]
     values = document_couplings(rows, 2)

@@ -14,7 +14,7 @@ from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.runs import session as session_module
 from lm_eval_coupling.runs import store as store_module
-from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.session import Session, Spot, Subject
 from lm_eval_coupling.runs.store import MeasurementStore
 
 PROMPTS = [tuple(cases.tiny_tokens(seq)[0].tolist()) for seq in (4, 6)]
@@ -50,7 +50,8 @@ def records(model, store, *measures, prompts=PROMPTS, position=-1, **settings):
     session = Session(
         subjects=[subject], settings=chosen, position=position, store=store, quiet=True
     )
-    return session.measure(prompts).of("trained")
+    measured = session.measure([Spot.at(tokens, position) for tokens in prompts])
+    return {spot.tokens: record for spot, record in measured.of("trained").items()}
 
 
 def test_the_order_of_measures_does_not_matter(model, store, asked):
@@ -184,7 +185,7 @@ def test_why_a_block_was_slower_is_in_the_record_and_once_in_the_log(store, capl
         subjects=[Subject("trained", experts)], settings=chosen, position=-1, store=store
     )
     with caplog.at_level("INFO", logger="lm_eval.coupling"):
-        found = session.measure(PROMPTS).of("trained")
+        found = session.measure([Spot.at(tokens, -1) for tokens in PROMPTS]).of("trained")
     for record in found.values():
         assert record.method == ("token-local",) * 2
         assert all(why.startswith("closed: ") and len(why) > 12 for why in record.slower_because)

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.runs import session as sessions
-from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.session import Session, Spot, Subject
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
 
-PROMPTS = [tuple(cases.tiny_tokens(n)[0].tolist()) for n in (5, 9, 7)]
+PROMPTS = [Spot.at(tuple(cases.tiny_tokens(n)[0].tolist()), -1) for n in (5, 9, 7)]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,13 @@ import logging
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.samples.logged import read_evaluation
+from lm_eval_coupling.samples.logged import read_evaluations
+
+
+def read_evaluation(path):
+    (evaluation,) = read_evaluations(path, "org/model")
+    return evaluation
+
 
 SAMPLE = {
     "doc_id": 0,
@@ -75,8 +81,34 @@ def test_a_folder_without_or_with_several_evaluations_is_refused(tmp_path):
         read_evaluation(tmp_path / "nowhere")
     save(tmp_path / "one", SAMPLE)
     save(tmp_path / "two", SAMPLE)
-    with pytest.raises(CouplingError, match="with 2 evaluations .* give its results file"):
+    with pytest.raises(CouplingError, match="with 2 evaluations .* task t, .* give its results f"):
         read_evaluation(tmp_path)
+
+
+def results_of(model, task, revision="main"):
+    return {
+        "configs": {task: {"output_type": "multiple_choice"}},
+        "config": {"model_args": {"pretrained": model}, "model_revision": revision},
+    }
+
+
+def test_of_a_folder_of_several_models_those_of_the_model_are_read(tmp_path):
+    for number, (model, task, revision) in enumerate(
+        [
+            ("org/model", "a", "main"),
+            ("somewhere/Model", "b", "main"),
+            ("org/model", "a", "step1"),
+            ("org/another", "a", "main"),
+        ]
+    ):
+        about = results_of(model, task, revision)
+        save(tmp_path / str(number), SAMPLE, results=about, task=task)
+    evaluations = read_evaluations(tmp_path, "org/model")
+    assert [list(evaluation.samples) for evaluation in evaluations] == [["a"], ["b"]]
+    (step,) = read_evaluations(tmp_path, "org/model", "step1")
+    assert step.file.parent.name == "2"
+    with pytest.raises(CouplingError, match="org/another, org/model, .* of org/third at revision"):
+        read_evaluations(tmp_path, "org/third")
 
 
 def test_results_without_samples_are_refused(tmp_path):

@@ -10,6 +10,11 @@ from lm_eval_coupling.errors import CouplingError, is_several, shown, whole
 
 TOKENS = "all, lastN, firstN, randomN such as last8, or positions such as 0+3+-1"
 POSITIONS = "a token such as -1, or several such as -1+0+last4 or random8"
+# What follows a prompt: the whole response, the two parts of a reasoning model's response, and the
+# gold continuation of a multiple-choice document.
+PARTS = ("generated", "reasoning", "answer", "target")
+PROMPT_PART = "prompt"
+_OF_PART = re.compile(rf"({'|'.join(PARTS)})-(first|last|spread[1-9]\d*)")
 LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
 
 
@@ -69,21 +74,71 @@ def chosen_positions(choice: str | int, seq: int) -> list[int]:
         CouplingError: if the choice cannot be read.
     """
     positions: dict[int, int] = {}
-    for part in str(choice).strip("[] ").replace(",", "+").split("+"):
-        named = re.fullmatch(r"(?:last|first|random)[1-9]\d*", part.strip())
+    for part in _split(choice):
+        if _OF_PART.fullmatch(part):
+            raise CouplingError(
+                f"got coupling_position={part} for a prompt that nothing follows, "
+                f"expected {POSITIONS}"
+            )
+        named = re.fullmatch(r"(?:last|first|random)[1-9]\d*", part)
         tokens = (
-            chosen_tokens(part.strip(), seq - 1)
+            chosen_tokens(part, seq - 1)
             if named
-            else _numbers(part, "coupling_position", POSITIONS)
+            else _numbers(part, "coupling_position", f"{POSITIONS}; or generated-spread8")
         )
         for token in tokens:
             positions.setdefault(token % seq if -seq <= token < seq else token, token)
     return list(positions.values())
 
 
+def choices_by_part(choice: str | int) -> dict[str, str]:
+    """Split a choice of measured tokens by the part of a document's text that holds them.
+
+    Returns:
+        A choice for `chosen_positions` under `PROMPT_PART`, and choices for `chosen_in_part` under
+        the names of `PARTS`, in the order in which ``choice`` names them first.
+    """
+    by_part: dict[str, list[str]] = {}
+    for position in _split(choice):
+        named = _OF_PART.fullmatch(position)
+        part, tokens = named.groups() if named else (PROMPT_PART, position)
+        by_part.setdefault(part, []).append(tokens)
+    return {part: "+".join(tokens) for part, tokens in by_part.items()}
+
+
+def chosen_in_part(choice: str, length: int) -> list[int]:
+    """Return the tokens that ``choice`` names in a response or continuation, each once.
+
+    Args:
+        choice: ``first``, ``last`` or ``spreadN``, which spreads N tokens evenly from the first to
+            the last; or several of them, joined by plus signs.
+        length: number of tokens, at least one.
+
+    Returns:
+        Indices from 0, in the order of ``choice``.
+    """
+    tokens: list[int] = []
+    for name in choice.split("+"):
+        if name in ("first", "last"):
+            tokens.append(0 if name == "first" else length - 1)
+        else:
+            tokens += _spread(int(name.removeprefix("spread")), length)
+    return list(dict.fromkeys(tokens))
+
+
 def positions_at_most(choice: str | int) -> int:
-    """Return the number of tokens that ``choice`` names in a long prompt."""
-    return len(chosen_positions(choice, 10**6))
+    """Return the number of tokens that ``choice`` names where the texts are long.
+
+    Raises:
+        CouplingError: if the choice cannot be read.
+    """
+    long_text = 10**6
+    return sum(
+        len(chosen_positions(tokens, long_text))
+        if part == PROMPT_PART
+        else len(chosen_in_part(tokens, long_text))
+        for part, tokens in choices_by_part(choice).items()
+    )
 
 
 def chosen_layers(choice: str, n_layers: int) -> list[int]:
@@ -98,8 +153,7 @@ def chosen_layers(choice: str, n_layers: int) -> list[int]:
     if choice == "all":
         return list(range(n_layers))
     if named := re.fullmatch(r"spaced([1-9]\d*)", choice):
-        count = min(int(named[1]), n_layers)
-        return sorted({round(i * (n_layers - 1) / max(1, count - 1)) for i in range(count)})
+        return _spread(int(named[1]), n_layers)
     layers = _numbers(choice, "coupling_layers", LAYERS)
     if bad := [layer for layer in layers if not -n_layers <= layer < n_layers]:
         raise CouplingError(
@@ -109,8 +163,18 @@ def chosen_layers(choice: str, n_layers: int) -> list[int]:
     return sorted({layer % n_layers for layer in layers})
 
 
+def _split(choice: str | int) -> list[str]:
+    return [part.strip() for part in str(choice).strip("[] ").replace(",", "+").split("+")]
+
+
+def _spread(count: int, length: int) -> list[int]:
+    """Return ``count`` indices from the first of ``length`` to the last, or all of them."""
+    count = min(count, length)
+    return sorted({round(i * (length - 1) / max(1, count - 1)) for i in range(count)})
+
+
 def _numbers(choice: str, name: str, expected: str) -> list[int]:
     try:
-        return [int(part) for part in choice.strip("[] ").replace(",", "+").split("+")]
+        return [int(part) for part in _split(choice)]
     except ValueError:
         raise CouplingError(f"got {name}={choice}, expected {expected}") from None
