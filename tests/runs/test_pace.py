@@ -10,7 +10,7 @@ from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.runs import session as sessions
 from lm_eval_coupling.runs.cost import Pace
-from lm_eval_coupling.runs.session import Session, Subject
+from lm_eval_coupling.runs.session import Session, Spot, Subject
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.saved.tables import TRAINED
 
@@ -120,7 +120,7 @@ def test_a_session_says_the_time_left_and_that_the_machine_is_busy(
     monkeypatch.setattr(sessions, "tqdm", Bar)
     monkeypatch.setattr(sessions, "Pace", lambda cores: machine.pace())
     monkeypatch.setattr(sessions, "measure_prompts", slow)
-    prompts = [(3, 4, 5, 6 + n) for n in range(10)]
+    prompts = [Spot.at((3, 4, 5, 6 + n), -1) for n in range(10)]
     store = MeasurementStore(tmp_path / "store.sqlite")
     session = Session([Subject(TRAINED, model)], Settings(ranks=(2,)), position=-1, store=store)
     with caplog.at_level(logging.INFO, logger="lm_eval.coupling"):
