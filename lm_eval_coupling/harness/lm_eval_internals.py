@@ -72,15 +72,15 @@ def wrap(
         (without,) = (paths[path] for paths in WRAPPED.values() if path in paths)
         logger.warning("lm-eval-coupling: this lm-eval has no %s; %s", path, without)
         return
-    plain = original.__func__ if isinstance(original, classmethod) else original
+    plain: Any = original.__func__ if isinstance(original, classmethod) else original
     if getattr(plain, "_of_coupling", False):
         return
     if (inside := _decorated_by(plain)) is not None:
         inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
         plain._of_coupling = True
         return
-    wrapped = functools.wraps(plain)(around(plain))
-    wrapped._of_coupling = True  # type: ignore[attr-defined]
+    wrapped: Any = functools.wraps(plain)(around(plain))
+    wrapped._of_coupling = True
     setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
 
 
