@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval_coupling.console import forget_backend_of_a_notebook, replace_unprintable_characters
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.cores import limit_spinning
+from lm_eval_coupling.saved.run_files import require_roots
 
 _DEVICE = "such as cuda or cpu (default: the best available)"
 _RESULTS = "folders that lm-eval wrote, searched recursively"
@@ -37,17 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     replace_unprintable_characters()
     forget_backend_of_a_notebook()
-    limit_spinning(os.environ)  # also of lm-eval in a sweep, whose runs are `run` commands
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] != ["sweep"]:  # its runs are commands themselves, after the plan's own variables
+        limit_spinning(os.environ)
     try:
         # argparse would take lm-eval's own options, such as --help, for ours.
         if words[:1] == ["run"]:
             return _run(words[1:])
         options = command_parser().parse_args(words)
-        if "folders" in options:  # before pandas is loaded, which takes most of a second
-            from lm_eval_coupling.saved.run_files import require_roots
-
-            require_roots(options.folders)
+        if "folders" in options:
+            require_roots(options.folders)  # before pandas is loaded
         return options.command(options) or 0
     except CouplingError as error:
         print(f"lm-eval-coupling: {error}", file=sys.stderr)

@@ -266,11 +266,13 @@ def test_a_command_loads_only_what_it_needs(saved, tmp_path, words, expected, no
 
 
 def test_what_a_command_starts_gives_up_its_core_soon(monkeypatch):
-    """Set before torch is loaded, and inherited by the runs of a sweep."""
+    """Set before torch is loaded; the runs of a sweep are commands that set it themselves."""
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # restored after the test
     monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert cli.main(["sweep", "/nowhere.yaml"]) == 2
+    assert "GOMP_SPINCOUNT" not in os.environ  # it would override a plan's OMP_WAIT_POLICY
     assert cli.main(["show", "/nowhere"]) == 2
     assert os.environ["GOMP_SPINCOUNT"] == "10000"
 
