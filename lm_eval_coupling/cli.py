@@ -351,8 +351,7 @@ def _fit(options: argparse.Namespace) -> None:
     findings = fit_runs(options.folders, **arguments)
     files = output.save(findings, options.out)
     output.show(findings)
-    kinds = "tables (CSV, fit.json), pictures (PNG, SVG), finding.txt"
-    print(f"{len(files)} files in {options.out}: {kinds}")
+    print(f"{len(files)} files in {options.out}: tables, fit.json, pictures, finding.txt")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -368,7 +367,7 @@ def _report(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     from lm_eval_coupling.runs.model_arguments import require_loadable
 
-    for dtype in options.dtype:  # before the next import, which loads torch and lm-eval
+    for dtype in options.dtype:  # before the next import, which loads torch
         require_loadable({"pretrained": options.model, "dtype": dtype})
     from lm_eval_coupling.check.command import check
 
@@ -385,8 +384,8 @@ def _sweep(options: argparse.Namespace) -> int:
 def _vision(options: argparse.Namespace) -> int:
     from lm_eval_coupling.vision.arguments import check_arguments
 
-    checked = _select(options, "limit", "batch_size", "coupling")
-    check_arguments(options.model, options.out, **checked)  # before the import that loads torch
+    # Before the next import, which loads torch.
+    check_arguments(options.model, **_select(options, "out", "limit", "batch_size", "coupling"))
     from lm_eval_coupling.vision.evaluate import run_vision
 
     logging.basicConfig(format="%(message)s")
