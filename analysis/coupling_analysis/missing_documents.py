@@ -18,7 +18,7 @@ def describe_missing(
 ) -> list[str]:
     """Count the documents that lack a drawn number, and name runs with other tasks.
 
-    A document counts once for each model and weights where none of its prompts has the number.
+    A document counts once for each model and weights where one of its prompts lacks the number.
 
     Args:
         records: from :func:`~coupling_analysis.study_tables.read`, none dropped since.
@@ -62,7 +62,7 @@ def _describe_task_sets(records: pd.DataFrame) -> list[str]:
 def _count_unknown(records: pd.DataFrame, is_known: pd.Series) -> str:
     keys = [*RUN, *DOCUMENT]
     documents = records.assign(known=is_known).groupby(keys, sort=False, dropna=False)
-    has_number = documents["known"].any()
+    has_number = documents["known"].all()
     if has_number.all():
         return ""
     reasons = Counter(

@@ -20,6 +20,7 @@ from lm_eval_coupling.saved.records import read_table, require_tables
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.saved_table import passing_over
 from lm_eval_coupling.saved.tables import require
+from lm_eval_coupling.saved.values import means_of_parts
 from lm_eval_coupling.statistics import adjust_p_values
 
 RUN = ["model", "revision", "weights"]
@@ -169,7 +170,8 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
 
     Returns:
         One row per measure, document and depth: ``model, revision, weights, task, doc_hash,
-        prompt_hash, measure, depth, value, n_tokens``. Undefined values are NaN.
+        prompt_hash, measure, depth, value, n_tokens``. Undefined values are NaN. Documents that
+        lack the measure in one of their prompts are left out.
 
     Raises:
         CouplingError: if no record has one of the measures.
@@ -177,13 +179,33 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
     rows = []
     for name in measures:
         reading = readings()[name]
-        for record in require(records, [reading.column]).to_dict("records"):
+        for record in whole_documents(records, reading.column).to_dict("records"):
             depth, value = reading.in_depth(record, rank)
             about = {key: record[key] for key in (*RUN, *DOCUMENT, "n_tokens")}
             rows.append(pd.DataFrame(about | {"measure": name, "depth": depth, "value": value}))
     keys = [*RUN, *DOCUMENT, "measure", "depth"]
-    groups = pd.concat(rows).groupby(keys, sort=False, dropna=False, as_index=False)
-    return groups[["value", "n_tokens"]].mean()
+    return means_of_parts(pd.concat(rows), keys, ["value", "n_tokens"]).reset_index()
+
+
+def whole_documents(records: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the records of the documents that have a column in all of their prompts.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        CouplingError: if there is none.
+    """
+    known = require(records, [column])
+    lacking, of = (
+        pd.MultiIndex.from_frame(rows[[*RUN, *DOCUMENT]])
+        for rows in (records.drop(known.index), known)
+    )
+    if (kept := known[~of.isin(lacking)]).empty:
+        raise CouplingError(
+            f"got no document with {column} in all of its prompts; measure again those that failed"
+        )
+    return kept
 
 
 def quartiles(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -248,7 +270,7 @@ def _document_matrices(
     records: pd.DataFrame, rank: int, by: Sequence[str]
 ) -> dict[tuple, np.ndarray]:
     """Return m̃ of each group, [document layer layer], averaged over a document's prompts."""
-    groups = require(records, ["normalized_miscoupling"]).groupby(list(by), sort=False)
+    documents = whole_documents(records, "normalized_miscoupling")
     return {
         key: np.stack(
             [
@@ -256,7 +278,7 @@ def _document_matrices(
                 for _, of in group.groupby(DOCUMENT, sort=False)
             ]
         )
-        for key, group in groups
+        for key, group in documents.groupby(list(by), sort=False)
     }
 
 

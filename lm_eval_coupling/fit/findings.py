@@ -93,7 +93,7 @@ def fit_runs(
     runs = rows_of_runs(saved.runs, mixed=mixed, facts=facts)
     notes = [f"passed over: {problem}" for problem in saved.passed_over]
     rows = scored_rows(runs, notes, score=score, tasks=tasks, mixed=mixed)
-    rows = add_losses(rows, saved.runs)
+    rows = add_losses(rows, saved.runs, notes)
     observations = observe(rows, notes, x=x)
     main = observations.main.name
     steps = checkpoints(rows, main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,19 @@ from lm_eval_coupling.saved.values import mean_and_error
 LOSSES = {"gold_answer_loss": -1, "gold_answer_margin": 1, "bits_per_byte": -1}
 
 
-def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
+def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -> pd.DataFrame:
     """Add the model's losses and their standard errors to the rows of ``load_runs``.
 
     ``gold_answer_loss`` is −log p of the right answer in nats per byte, the mean over documents.
     ``gold_answer_margin`` is its log-likelihood less that of the best wrong answer. Both need a
-    task of choices whose samples were kept. ``bits_per_byte`` is the mean over the rolling tasks
-    of the same run, given to every other task of it.
+    task of choices whose samples were kept, and are over the same ``gold_answer_n`` documents for
+    all rows of a task. ``bits_per_byte`` is the mean over the rolling tasks of the same run, given
+    to every other task of it.
+
+    Args:
+        rows: of the compared runs.
+        runs: the runs with their samples.
+        notes: a sentence is added for each task of which a run lacks answers that others have.
 
     Returns:
         As many rows, in their order, with these columns added.
@@ -30,26 +37,47 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun]) -> pd.DataFrame:
     by_file = {str(run.file): run for run in runs}
     names = ("gold_answer_loss", "gold_answer_margin")
     columns = [column for name in names for column in (name, f"{name}_stderr")]
-    numbers = [_losses(by_file[row["file"]], row) for row in rows.to_dict("records")]
-    losses = pd.DataFrame(numbers, rows.index, columns=columns)
+    losses = pd.DataFrame(math.nan, rows.index, [*columns, "gold_answer_n"])
+    for task, of_task in rows.groupby("task", sort=False):
+        answers = [_answers(by_file[row["file"]], row) for row in of_task.to_dict("records")]
+        shared = _shared_documents(answers, str(task), notes)
+        for index, own in zip(of_task.index, answers, strict=True):
+            if shared and own.keys() >= shared:
+                numbers = pd.DataFrame([own[document] for document in shared])
+                parts = [mean_and_error(numbers[column])[:2] for column in numbers]
+                losses.loc[index] = [*parts[0], *parts[1], len(shared)]
     if "bits_per_byte,none" in rows:
         rolling = rows.groupby("file")["bits_per_byte,none"].transform("mean")
         losses["bits_per_byte"] = rolling.where(rows["bits_per_byte,none"].isna())
     return pd.concat([rows, losses.dropna(axis=1, how="all")], axis=1)
 
 
-def _losses(run: SavedRun, row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return loss and margin of the right answers, each with its standard error."""
-    metric = row["metric"]
-    leaves = run.leaves.get(row["task"]) or [row["task"]]
-    documents = [
-        answer for leaf in leaves for answer in gold_answers(answers_of_run(run, leaf, metric, []))
-    ]
-    values = pd.DataFrame(documents, columns=["loss", "margin"], dtype=float)
-    (loss, loss_error, _), (margin, margin_error, _) = (
-        mean_and_error(values[name]) for name in values
-    )
-    return loss, loss_error, margin, margin_error
+def _answers(run: SavedRun, row: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return loss and margin of the right answers of a run, by single task and document."""
+    return {
+        (leaf, sys.intern(document)): numbers
+        for leaf in run.leaves.get(row["task"]) or [row["task"]]
+        for document, answer in answers_of_run(run, leaf, row["metric"], []).items()
+        for numbers in gold_answers({document: answer})
+    }
+
+
+def _shared_documents(
+    answers: Sequence[Mapping[tuple[str, str], Any]], task: str, notes: list[str]
+) -> set[tuple[str, str]]:
+    """Return the documents that the models have in common.
+
+    Models with answers to less than half as many documents as another one are left out.
+    """
+    most = max(map(len, answers), default=0)
+    kept = [own.keys() for own in answers if 2 * len(own) >= most > 0]
+    shared = set.intersection(*map(set, kept)) if kept else set()
+    if any(len(own) != len(shared) for own in answers if own):
+        notes.append(
+            f"losses of the right answers of {task} are over the {len(shared)} documents that "
+            f"{len(kept)} of {len(answers)} runs have in common, of up to {most}"
+        )
+    return shared
 
 
 def gold_answers(answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[float, float]]:

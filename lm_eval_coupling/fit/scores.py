@@ -170,6 +170,7 @@ def _differences(rows: pd.DataFrame) -> list[str]:
         "n_samples": "numbers of documents",
         "measured": "numbers of measured documents",
         "chat_template": "use of a chat template",
+        "dtype": "dtype",
     }
     notes = []
     for column, what in columns.items():

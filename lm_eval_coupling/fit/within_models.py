@@ -19,7 +19,7 @@ from lm_eval_coupling.fit.losses import margin_of, right_choice
 from lm_eval_coupling.saved.samples import answers_of_run
 from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.saved_table import passing_over
-from lm_eval_coupling.saved.values import prompt_values, value_names
+from lm_eval_coupling.saved.values import means_of_parts, prompt_values, value_names
 from lm_eval_coupling.statistics import (
     Auroc,
     Correlation,
@@ -67,8 +67,9 @@ def load_documents(runs: Iterable[SavedRun], rows: pd.DataFrame, notes: list[str
 def _documents(
     prompts: pd.DataFrame, answers: Mapping[str, Mapping[str, Any]], metric: str
 ) -> pd.DataFrame:
-    values = prompts[value_names(prompts)].assign(prompt_tokens=prompts["n_tokens"])
-    documents = values.groupby([prompts["task"], prompts["doc_hash"]]).mean().reset_index()
+    rows = prompts.assign(prompt_tokens=prompts["n_tokens"])
+    names = [*value_names(prompts), "prompt_tokens"]
+    documents = means_of_parts(rows, ["task", "doc_hash"], names).reset_index()
     given = [answers.get(doc_hash, {}) for doc_hash in documents["doc_hash"]]
     score = pd.Series(
         [answer.get("scores", {}).get(metric, math.nan) for answer in given], dtype=float

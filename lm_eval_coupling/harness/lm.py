@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -45,7 +45,7 @@ from lm_eval_coupling.runs.run import (
 from lm_eval_coupling.runs.sampling import choose
 from lm_eval_coupling.runs.session import Session
 from lm_eval_coupling.runs.store import MeasurementStore
-from lm_eval_coupling.saved.prompting import encoding
+from lm_eval_coupling.saved.prompting import describe_documents, encoding
 
 # Below lm-eval's own logger, so that its verbosity and handler apply.
 logger = logging.getLogger("lm_eval.coupling")
@@ -201,21 +201,27 @@ class CouplingLM(HFLM):
             return
         requested = Requested.of(task_dict)
         with Ranks(self.rank, self.world_size) as ranks:
-            chosen, own = self._choose(ranks, requested)
+            chosen, own, documents = self._choose(ranks, requested)
             if self.coupling_options.dry_run:
                 self._end_dry_run(len(chosen), own)
             session = self.session
             parts = ranks.at_first(lambda: measure_documents(session, self._with_prompts(own)))
         if parts is None or results is None:
             return
-        info = self.coupling_info = self._info(parts, requested, results, call or {})
+        prompts = self._prompt_facts(requested, documents, call or {})
+        info = self.coupling_info = self._info(parts, requested, results, call or {}, prompts)
         add_to_results(results, info, requested.members)
         warn_of_failures(info, len(chosen))
 
     def _choose(
         self, ranks: Ranks, requested: Requested
-    ) -> tuple[set[DocumentKey], list[Document]]:
-        """Choose the documents to measure: the keys of all, and this process's documents."""
+    ) -> tuple[set[DocumentKey], list[Document], set[DocumentKey]]:
+        """Choose the documents to measure.
+
+        Returns:
+            The keys of all chosen ones, this process's chosen documents, and the keys of all
+            documents that were evaluated.
+        """
         documents: list[Document] = []
 
         def keys() -> list[DocumentKey]:
@@ -227,7 +233,8 @@ class CouplingLM(HFLM):
         options = self.coupling_options
         chosen = choose(chain(*by_rank), requested.roots, options.limit, options.seed)
         elsewhere = set(chain(*by_rank[: self.rank]))
-        return chosen, [d for d in documents if d.key in chosen and d.key not in elsewhere]
+        own = [d for d in documents if d.key in chosen and d.key not in elsewhere]
+        return chosen, own, set(chain(*by_rank))
 
     def _keeping_reasoning(self, generate: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """Return ``generate`` that also keeps the reasoning that HFLM removes from responses."""
@@ -304,6 +311,7 @@ class CouplingLM(HFLM):
         requested: Requested,
         results: Mapping[str, Any],
         call: Mapping[str, Any],
+        prompts: Mapping[str, Any],
     ) -> CouplingInfo:
         """Describe what all processes measured."""
         for rank, part in enumerate(parts):
@@ -313,14 +321,23 @@ class CouplingLM(HFLM):
                     *(rank, part.error),
                 )
         joined = Run.join(part.value for part in parts if part.error is None)
-        samples = call.get("samples") or {}
-        rows = with_logged_ids(joined.rows, results, samples)
+        rows = with_logged_ids(joined.rows, results, call.get("samples") or {})
         run = Run(rows, joined.reused, joined.interrupted)
-        prompts = {
+        return self.describe(run, list(requested.tasks), prompts)
+
+    def _prompt_facts(
+        self, requested: Requested, documents: Iterable[DocumentKey], call: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what made the prompts of each task, and of which documents they are."""
+        hashes: dict[str, list[str]] = {}
+        for key in documents:
+            hashes.setdefault(key.task, []).append(key.doc_hash)
+        samples = call.get("samples") or {}
+        return {
             name: prompt_identity(self, task, samples.get(name), call)
+            | {"documents": describe_documents(hashes.get(name, ()))}
             for name, task in requested.tasks.items()
         }
-        return self.describe(run, list(requested.tasks), prompts)
 
     def describe(
         self, run: Run, tasks: Sequence[str], prompts: Mapping[str, Any], **further: Any

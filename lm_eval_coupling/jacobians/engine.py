@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ def jacobians_of_traces(
     method: str,
     rank: int | None = None,
     workers: int = 1,
+    on_block: Callable[[], None] | None = None,
 ) -> list[BlockJacobians]:
     """Compute J_tt of every block for several prompts of one model, each at its own token t.
 
@@ -132,12 +133,14 @@ def jacobians_of_traces(
         rank: number of singular triplets to compute while the Jacobians lie on the device, if any.
         workers: number of blocks to compute side by side, on one core each. More than one only if
             the blocks are independent (:attr:`.protocol.Model.has_independent_blocks`).
+        on_block: function to call, from any thread, after each block.
 
     Returns:
         For each prompt the result of :func:`block_jacobians`, with triplets if ``rank`` is given.
     """
     pairs = [(token, token) for token in tokens]
-    return _compute(traces, pairs, range(len(traces[0].calls)), method, rank, workers)
+    layers = range(len(traces[0].calls))
+    return _compute(traces, pairs, layers, method, rank, workers, on_block)
 
 
 def _compute(
@@ -147,6 +150,7 @@ def _compute(
     method: str,
     rank: int | None = None,
     workers: int = 1,
+    on_block: Callable[[], None] | None = None,
 ) -> list[BlockJacobians]:
     """Compute J of every layer for each trace at its pair (output token, input token)."""
     check_method(method)
@@ -154,7 +158,8 @@ def _compute(
     calls = [[trace.calls[layer] for trace in traces] for layer in layers]
     is_scattered = len({prompts[0].resid_pre.device for prompts in calls}) > 1
     stack = Stack(len(traces), len(calls), stream, rank=rank, scattered=is_scattered)
-    closed = _closed_results(calls, pairs, method, stack, workers)
+    on_block = on_block or (lambda: None)
+    closed = _closed_results(calls, pairs, method, stack, workers, on_block)
     alone: dict[tuple[int, int], Certified] = {}  # by prompt and layer
     errors: list[Tensor] = []
     # One layer after the other: forward mode, which the token-local level uses, allows one thread.
@@ -164,6 +169,7 @@ def _compute(
             stack.put(i, torch.stack([each.jacobian for each in certified]))
             alone.update({(prompt, i): each for prompt, each in enumerate(certified)})
             result = stream.new_full((len(traces),), torch.nan)
+            on_block()
         errors.append(result.to(stream.device))
     # One transfer after all layers: the device would stop and wait at each.
     certificates = torch.stack(errors, dim=1).cpu().double()
@@ -203,6 +209,7 @@ def _closed_results(
     method: str,
     stack: Stack,
     workers: int,
+    on_block: Callable[[], None],
 ) -> list[Tensor | NotTogether]:
     """Compute layers by the closed level, ``workers`` at a time, and put their Jacobians in place.
 
@@ -219,6 +226,7 @@ def _closed_results(
         except NotTogether as failure:
             return NotTogether(failure.why)  # a new one: a traceback would keep tensors alive
         stack.put(i, jacobians)
+        on_block()
         return certificates
 
     return run_each(compute_layer, range(len(calls)), workers)

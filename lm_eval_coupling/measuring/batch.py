@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from lm_eval_coupling.numerics.workers import run_each
 from lm_eval_coupling.residual import sublayers
 
 logger = logging.getLogger("lm_eval.coupling")
+
+# Function to call, from any thread, with a number of prompts after one more block of theirs.
+ON_BLOCK: ContextVar[Callable[[int], object] | None] = ContextVar("on_block", default=None)
 
 
 class DoubtfulJacobian(Unmeasurable):
@@ -181,8 +185,14 @@ class Batch:
         """Jacobians J_tt of every prompt with their triplets, computed together."""
         itemsize = DTYPES[self.settings.dtype].itemsize
         side_by_side = block_workers(self.model, len(self), itemsize)
+        on_block = ON_BLOCK.get()
         return jacobians_of_traces(
-            self.traces, self.positions, self.settings.method, self._rank, side_by_side
+            self.traces,
+            self.positions,
+            self.settings.method,
+            self._rank,
+            side_by_side,
+            on_block and functools.partial(on_block, len(self)),
         )
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
 from lm_eval_coupling.measures.registry import registered_measures
-from lm_eval_coupling.measuring.batch import Batch
+from lm_eval_coupling.measuring.batch import ON_BLOCK, Batch
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import (
     LONG_PROMPT,
@@ -30,6 +31,9 @@ from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.workers import usable_threads
+
+# Layout of a tqdm bar of prompts, which may stand between two of them.
+BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 @exact_arithmetic()
@@ -98,13 +102,32 @@ def measure_coupling(
         for token in chosen_positions(position, len(ids))
     ]
     records: dict[int, PromptCoupling] = {}
-    with tqdm(total=len(places), desc="Measuring coupling", disable=not progress) as bar:
+    with tqdm(
+        total=len(places), desc="Measuring coupling", disable=not progress, bar_format=BAR
+    ) as bar:
         for group in groups(model, [ids for ids, _ in places], settings):
             group_prompts, positions = zip(*(places[i] for i in group), strict=True)
-            measured = measure_prompts(model, group_prompts, positions, settings)
+            done = len(records) + len(group)
+            with moving_by_blocks(bar, done, model.n_layers):
+                measured = measure_prompts(model, group_prompts, positions, settings)
             records.update(zip(group, measured, strict=True))
-            bar.update(len(group))
     return [records[i] for i in range(len(places))]
+
+
+@contextlib.contextmanager
+def moving_by_blocks(bar: tqdm, done: int, n_layers: int) -> Iterator[None]:
+    """Move a bar of prompts block by block, and at the end to the prompts ``done`` by then."""
+
+    def advance(prompts: int) -> None:
+        # A batch that is halved after a failure goes through its blocks again.
+        bar.update(max(0.0, min(prompts / n_layers, done - bar.n)))
+
+    token = ON_BLOCK.set(advance)
+    try:
+        yield
+    finally:
+        ON_BLOCK.reset(token)
+    bar.update(done - bar.n)
 
 
 def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -> list[list[int]]:

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.registry import Reading, prompt_readings
+from lm_eval_coupling.report.table_numbers import table_numbers
 from lm_eval_coupling.report.task_table import describe_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
@@ -129,7 +128,7 @@ def _require_words(words: SavedWords, tables: Iterable[Mapping[str, Any]]) -> No
 def _readings(columns: Iterable[str]) -> list[dict[str, Any]]:
     """Describe the readings other than coupling that a run has."""
     names = {str(name).partition("@")[0] for name in columns} - {"coupling"}
-    fields = ("name", "label", "of_rank", "sign")
+    fields = ("name", "label", "of_rank", "sign", "doc")
     return [
         {field: getattr(reading, field) for field in fields}
         for reading in prompt_readings()
@@ -189,14 +188,15 @@ class _Tables:
         Returns:
             ``tables``, their ``numbers``, and the ``limit`` of prompts of each.
         """
-        sizes = [pq.read_metadata(table.file).num_rows for _, table in self._tables]
-        limit = _limit(sizes, documents)
+        means_of_tables = [*table_numbers([table for _, table in self._tables], problems)]
+        limit = _limit([sum(means.prompts.values()) for _, means in means_of_tables], documents)
         described, numbers = [], []
-        for number, (run, table) in enumerate(self._tables):
+        for number, means in means_of_tables:
+            run, table = self._tables[number]
             metrics = run.results["results"].get(table.task, {})
             answers = answers_of_run(run, table.task, _main_metric(metrics), problems)
             with passing_over(problems):
-                about = describe_table(table, answers, limit, words)
+                about = describe_table(table, means, answers, limit, words)
                 described.append({"task": table.task} | about)
                 numbers.append(number)
         return {"tables": described, "numbers": numbers, "limit": limit}

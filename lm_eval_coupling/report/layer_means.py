@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 _SCALE, _UNDEFINED = 10_000, 0xFFFF
@@ -17,40 +16,41 @@ _AXES = {"jacobian": 1, "basis": 0}  # the axis of a matrix that a layer's profi
 class LayerMeans:
     """Mean matrices and norms of a table, and each layer's mean miscoupling with its error.
 
-    A document's value is the mean over its prompts of what is defined. Errors are over documents.
+    A document's value is the mean over its prompts, undefined where it is in one of them. Means and
+    errors are over documents.
 
     Args:
         ranks: numbers K to average.
-        prompts: how many prompts each document has, so that all documents count alike.
+        prompts: how many prompts each document has.
     """
 
     def __init__(self, ranks: Sequence[int], prompts: Mapping[tuple[str, str], int]) -> None:
-        self._prompts = prompts
         self._norms = _Mean()
         self._matrices = {rank: _Mean() for rank in ranks}
-        self._profiles: dict[tuple[int, str], dict[tuple[str, str], _Mean]] = {
-            (rank, side): {} for rank in ranks for side in _AXES
+        self._profiles: dict[tuple[int, str], list[np.ndarray]] = {
+            (rank, side): [] for rank in ranks for side in _AXES
         }
+        self._norms_of_documents = _DocumentMeans(prompts)
+        self._matrices_of_documents = {rank: _DocumentMeans(prompts) for rank in ranks}
 
-    def add(self, rows: pd.DataFrame) -> None:
-        """Add rows with ``doc_hash, prompt_hash, ranks, normalized_miscoupling, norms``."""
-        for row in rows.to_dict("records"):
-            document = row["doc_hash"], row["prompt_hash"]
-            weight = 1 / self._prompts[document]
-            self._norms.add(row["norms"], weight)
-            matrices = row["normalized_miscoupling"]
-            if matrices is None:
-                continue
-            for rank, matrix in zip(row["ranks"], matrices, strict=True):
-                if rank in self._matrices:
-                    self._matrices[rank].add(matrix, weight)
-                    self._add_profiles(rank, document, matrix)
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row with ``doc_hash, prompt_hash, ranks, normalized_miscoupling, norms``."""
+        document = row["doc_hash"], row["prompt_hash"]
+        norms = self._norms_of_documents.add(document, row["norms"])
+        if norms is not None:
+            self._norms.add(norms)
+        matrices = row["normalized_miscoupling"]
+        of_rank = {} if matrices is None else dict(zip(row["ranks"], matrices, strict=True))
+        for rank, documents in self._matrices_of_documents.items():
+            matrix = documents.add(document, of_rank.get(rank))
+            if matrix is not None:
+                self._matrices[rank].add(matrix)
+                self._add_profiles(rank, matrix)
 
-    def _add_profiles(self, rank: int, document: tuple[str, str], matrix: np.ndarray) -> None:
-        pairs = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix.astype(np.float64))
+    def _add_profiles(self, rank: int, matrix: np.ndarray) -> None:
+        pairs = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
         for side, axis in _AXES.items():
-            profile = self._profiles[rank, side].setdefault(document, _Mean())
-            profile.add(_nanmean(pairs, axis))
+            self._profiles[rank, side].append(_nanmean(pairs, axis))
 
     def summary(self, *, matrices: bool) -> dict[str, Any]:
         """Return ``norms``, ``profile`` and, if asked for, the packed ``mean`` matrices.
@@ -69,7 +69,7 @@ class LayerMeans:
     def _summarize_profile(self, rank: int) -> dict[str, list[float]]:
         profile = {}
         for side in _AXES:
-            documents = np.stack([mean.mean() for mean in self._profiles[rank, side].values()])
+            documents = np.stack(self._profiles[rank, side])
             n = np.isfinite(documents).sum(axis=0)
             center = _nanmean(documents, 0)
             squares = np.nansum((documents - center) ** 2, axis=0)
@@ -84,24 +84,49 @@ def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
     return np.where(n, np.nansum(values, axis=axis) / np.maximum(n, 1), np.nan)
 
 
+class _DocumentMeans:
+    """Means over the prompts of each document, given out when a document is complete.
+
+    Only documents of which a prompt is still to come are held.
+    """
+
+    def __init__(self, prompts: Mapping[tuple[str, str], int]) -> None:
+        self._prompts = prompts
+        self._begun: dict[tuple[str, str], list[np.ndarray | None]] = {}
+
+    def add(self, document: tuple[str, str], array: np.ndarray | None) -> np.ndarray | None:
+        """Add a prompt's array; None if the prompt has none.
+
+        Returns:
+            The document's mean in float64 after its last prompt, else None. None as well if one of
+            its prompts has no array; NaN where one of them is undefined.
+        """
+        arrays = self._begun.setdefault(document, [])
+        arrays.append(array)
+        if len(arrays) < self._prompts[document]:
+            return None
+        defined = [a for a in self._begun.pop(document) if a is not None]
+        is_complete = len(defined) == self._prompts[document]
+        return np.mean(np.stack(defined), axis=0, dtype=np.float64) if is_complete else None
+
+
 class _Mean:
-    """Weighted mean of arrays, entry by entry over what is defined."""
+    """Mean of arrays, entry by entry over what is defined."""
 
     def __init__(self) -> None:
         self.has_values = False
         self._total: np.ndarray | float = 0.0
-        self._weight: np.ndarray | float = 0.0
+        self._n: np.ndarray | int = 0
 
-    def add(self, array: np.ndarray | None, weight: float = 1.0) -> None:
-        if array is not None:
-            is_defined = np.isfinite(array)
-            self._total = self._total + weight * np.where(is_defined, array, 0).astype(np.float64)
-            self._weight = self._weight + weight * is_defined
-            self.has_values = True
+    def add(self, array: np.ndarray) -> None:
+        is_defined = np.isfinite(array)
+        self._total = self._total + np.where(is_defined, array, 0)
+        self._n = self._n + is_defined
+        self.has_values = True
 
     def mean(self) -> np.ndarray:
-        weight = np.asarray(self._weight)
-        return np.where(weight > 0, self._total / np.where(weight > 0, weight, 1), np.nan)
+        n = np.asarray(self._n)
+        return np.where(n > 0, self._total / np.maximum(n, 1), np.nan)
 
 
 def pack(matrix: Float[np.ndarray, "layer layer"]) -> str:

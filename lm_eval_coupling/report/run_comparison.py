@@ -11,7 +11,7 @@ from lm_eval_coupling.report.score_differences import score_difference
 from lm_eval_coupling.saved.prompting import differing
 from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.saved_table import SavedTable
-from lm_eval_coupling.saved.values import prompt_values, ranks_of
+from lm_eval_coupling.saved.values import means_of_parts, prompt_values, ranks_of
 from lm_eval_coupling.saved.what_was_run import WhatWasRun
 
 
@@ -78,4 +78,4 @@ def _with_differences(label: str, base: str, own: WhatWasRun, other: WhatWasRun)
 
 def _document_couplings(values: pd.DataFrame) -> pd.DataFrame:
     names = [f"coupling@{rank}" for rank in ranks_of(values)]
-    return values.groupby("doc_hash")[names].mean()
+    return means_of_parts(values, ["doc_hash"], names)

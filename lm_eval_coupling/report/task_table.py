@@ -6,19 +6,11 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import LayerMeans, pack
-from lm_eval_coupling.report.overview_rows import paired_difference
+from lm_eval_coupling.report.table_numbers import TableNumbers
 from lm_eval_coupling.saved.saved_table import SavedTable
-from lm_eval_coupling.saved.values import (
-    PROMPT,
-    document_values,
-    mean_and_error,
-    prompt_values,
-    ranks_of,
-)
+from lm_eval_coupling.saved.values import PROMPT
 from lm_eval_coupling.saved.words import SavedWords
 
 _TEXT = 4000  # characters of a prompt that are kept: its end, as few-shot examples come first
@@ -37,6 +29,7 @@ _DOCUMENT = (
 
 def describe_table(
     table: SavedTable,
+    numbers: TableNumbers,
     answers: Mapping[str, Mapping[str, Any]],
     limit: int,
     words: SavedWords | None = None,
@@ -45,6 +38,7 @@ def describe_table(
 
     Args:
         table: table of one task.
+        numbers: its means over documents.
         answers: the model's answers, by ``doc_hash``.
         limit: most prompts to include one by one; means are over all.
         words: words of the directions of some prompts.
@@ -55,58 +49,39 @@ def describe_table(
         (prompts), ``documents``, and ``untrained``: ``seed, coupling, profile, norms`` of the twin
         with the paired ``difference`` at every rank, or None.
     """
-    values = prompt_values(table, "all")
-    trained, untrained = (values[values["weights"] == of] for of in ("trained", "untrained"))
-    own, twin = document_values(trained), document_values(untrained)
-    ranks = ranks_of(trained)
-    headline = headline_rank(ranks) if ranks else None
-    means = LayerMeans(ranks, _count_prompts(trained))
+    headline = headline_rank(numbers.ranks) if numbers.ranks else None
+    means = LayerMeans(numbers.ranks, numbers.prompts)
     documents: list[dict[str, Any]] = []
-    for rows in table.batches(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
-        for row in rows.head(limit - len(documents)).to_dict("records"):
+    for row in table.records(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
+        means.add(row)
+        if len(documents) < limit:
             document = _describe_document(row, headline, answers)
             directions = words and words.of(table.about.get("fingerprint"), row)
             if directions:
                 document["words"] = [line for line in directions if line["k"] <= _DIRECTIONS]
             documents.append(document)
-        means.add(rows)
     return {
-        "ranks": ranks,
+        "ranks": numbers.ranks,
         "headline": headline,
-        "chance": {rank: chance_coupling(rank) for rank in ranks},
-        "measured": len(own.dropna(how="all")),
+        "chance": {rank: chance_coupling(rank) for rank in numbers.ranks},
+        "measured": numbers.measured,
         **means.summary(matrices=True),
-        "worst_certificate": trained["worst_certificate"].max(),
-        "total": len(trained),
+        "worst_certificate": numbers.worst_certificate,
+        "total": sum(numbers.prompts.values()),
         "documents": documents,
-        "untrained": _describe_twin(table, own, untrained) if len(twin) else None,
+        "untrained": _describe_twin(table, numbers) if numbers.twin_prompts else None,
     }
 
 
-def _count_prompts(values: pd.DataFrame) -> dict[tuple[str, str], int]:
-    return values.groupby(["doc_hash", "prompt_hash"]).size().to_dict()
-
-
-def _describe_twin(
-    table: SavedTable, trained: pd.DataFrame, untrained: pd.DataFrame
-) -> dict[str, Any]:
-    """Return what the page shows of the untrained twin.
-
-    ``trained`` has the documents' values, ``untrained`` the prompts'.
-    """
-    twin, ranks = document_values(untrained), ranks_of(untrained)
-    means = LayerMeans(ranks, _count_prompts(untrained))
-    for rows in table.batches(_LAYERS, weights="untrained"):
-        means.add(rows)
-    names = {rank: f"coupling@{rank}" for rank in ranks}
+def _describe_twin(table: SavedTable, numbers: TableNumbers) -> dict[str, Any]:
+    """Return what the page shows of the untrained twin."""
+    means = LayerMeans(numbers.ranks, numbers.twin_prompts)
+    for row in table.records(_LAYERS, weights="untrained"):
+        means.add(row)
     return {
         "seed": (table.about.get("untrained") or {}).get("seed"),
-        "coupling": {rank: mean_and_error(twin[name]) for rank, name in names.items()},
-        "difference": {
-            rank: paired_difference(trained[name].dropna(), twin[name].dropna())
-            for rank, name in names.items()
-            if name in trained
-        },
+        "coupling": {rank: numbers.twin_coupling(rank) for rank in numbers.ranks},
+        "difference": {rank: numbers.difference(rank) for rank in numbers.ranks},
         **means.summary(matrices=False),
     }
 

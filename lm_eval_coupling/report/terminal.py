@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -66,7 +67,7 @@ def show(
         raise CouplingError(f"got document {doc} without a task; add the task's name (--task)")
     runs = find_runs(roots)
     # The tables of the first folder come first: `compare` takes the first run as the base.
-    tables = sorted(runs.newest_tables(), key=lambda pair: _root_number(pair[1].file, roots))
+    tables = _by_root(runs.newest_tables(), roots)
     require_tables(tables, runs.passed_over, where)
     if task is not None:
         _require(task, {table.task for _, table in tables}, "task", where)
@@ -97,11 +98,21 @@ def show(
                 print_document(console, table, doc, miscoupling=miscoupling)
 
 
-def _root_number(file: Path, roots: Sequence[Path]) -> int:
-    """Return the number of the given path that a file lies under."""
-    real = file.resolve()
-    under = (number for number, path in enumerate(roots) if path.resolve() in (real, *real.parents))
-    return next(under, len(roots))
+def _by_root(tables: Tables, roots: Sequence[Path]) -> Tables:
+    """Sort tables by the number of the given path that they lie under."""
+    numbers = {path.resolve(): number for number, path in reversed([*enumerate(roots)])}
+
+    @functools.cache
+    def number_of_folder(folder: Path) -> int:
+        real = folder.resolve()
+        return min(numbers.get(path, len(roots)) for path in (real, *real.parents))
+
+    def number(pair: tuple[SavedRun, SavedTable]) -> int:
+        file = pair[1].file
+        own = roots.index(file) if file in roots else len(roots)
+        return min(own, number_of_folder(file.parent))
+
+    return sorted(tables, key=number)
 
 
 def _stdout() -> Console:

@@ -118,7 +118,7 @@ def by_document(rows: Iterable[Row]) -> dict[DocumentKey, list[PromptCoupling]]:
 
 
 def document_couplings(rows: Iterable[Row], rank: int) -> dict[DocumentKey, float]:
-    """Return each document's coupling at ``rank``; NaN if it could not be measured."""
+    """Return each document's coupling at ``rank``; NaN if one of its prompts has none."""
     return {key: document_value(prompts, rank) for key, prompts in by_document(rows).items()}
 
 

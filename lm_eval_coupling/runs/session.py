@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.registry import registered_measures
-from lm_eval_coupling.measuring.prompt import groups, measure_prompts
+from lm_eval_coupling.measuring.prompt import groups, measure_prompts, moving_by_blocks
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.workers import workers
@@ -31,7 +31,7 @@ from lm_eval_coupling.saved.tables import TRAINED
 logger = logging.getLogger("lm_eval.coupling")
 
 # The remaining time is ours: tqdm's own counts the first prompt, which is slower than the others.
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}{postfix}]"  # may stand between two prompts
 
 
 class Spot(NamedTuple):
@@ -239,18 +239,19 @@ class Session:
         title = "Measuring coupling" + ("" if subject is self.trained else f", {subject.weights}")
         is_hidden = self.quiet or not waiting
         bar = tqdm(total=waiting, desc=title, bar_format=_BAR, disable=is_hidden)
-        pace, left = Pace(workers()), waiting
+        pace, left, done = Pace(workers()), waiting, 0
         # Lines of the log go above the bar instead of through it.
         with bar, logging_redirect_tqdm():
             for number, (settings, batch) in enumerate(batches):
-                measured = _measure(subject, batch, settings)
+                done += len(batch)
+                with moving_by_blocks(bar, done, subject.model.n_layers):
+                    measured = _measure(subject, batch, settings)
                 self._keep(subject, measured)
                 for record in measured:
                     records[spot_of(record)] = self._with_recalled(record, recalled)
                 pace.add(len(batch))
                 left -= len(batch)
                 bar.set_postfix_str(f"{duration(left * pace.seconds)} left", refresh=False)
-                bar.update(len(batch))
                 if self.quiet:
                     continue
                 if number == 0:

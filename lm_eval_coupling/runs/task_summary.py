@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lm_eval_coupling.measures.formulas.means import mean_and_error
+from lm_eval_coupling.measures.formulas.means import mean_and_error, mean_of_parts
 from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, prompt_readings
 from lm_eval_coupling.measuring.record import PromptCoupling
 
 
 def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:
-    """Return the mean coupling over a document's measured prompts; NaN if there is none."""
-    return mean_and_error(prompt.coupling(rank) for prompt in prompts)["mean"]
+    """Return the mean coupling over a document's prompts; NaN if one of them has none."""
+    return mean_of_parts(prompt.coupling(rank) for prompt in prompts)
 
 
 def summarize(
@@ -27,11 +27,13 @@ def summarize(
         ranks: numbers K of singular vectors.
 
     Returns:
-        The numbers of ``measured`` and ``failed`` documents. ``reasons`` and ``reason_codes`` count
-        prompts. ``measures`` has ``mean, stderr, n`` of every reading, by rank if it depends on K.
+        The numbers of ``measured`` and ``failed`` documents: one fails if any of its prompts does.
+        ``reasons`` and ``reason_codes`` count prompts. ``measures`` has ``mean, stderr, n`` of
+        every reading, by rank if it depends on K.
     """
     prompts = [prompt for group in documents.values() for prompt in group]
-    measured = sum(any(map(was_measured, group)) for group in documents.values())
+    # A document without any prompt was not measured.
+    measured = sum(bool(group) and all(map(was_measured, group)) for group in documents.values())
     return {
         "measured": measured,
         "failed": len(documents) - measured,
@@ -90,4 +92,4 @@ def _reader(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
 def _over_documents(
     documents: Mapping[Any, Sequence[PromptCoupling]], value: Callable[[PromptCoupling], float]
 ) -> dict[str, float | int]:
-    return mean_and_error(mean_and_error(map(value, group))["mean"] for group in documents.values())
+    return mean_and_error(mean_of_parts(map(value, group)) for group in documents.values())

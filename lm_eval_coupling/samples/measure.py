@@ -13,7 +13,7 @@ from lm_eval_coupling.runs.options import Options, parse_settings
 from lm_eval_coupling.runs.rows import DocumentPrompt
 from lm_eval_coupling.samples.logged import LoggedEvaluation, LoggedRequest, read_evaluations
 from lm_eval_coupling.saved.atomic import require_writable
-from lm_eval_coupling.saved.prompting import model_arguments
+from lm_eval_coupling.saved.prompting import describe_documents, model_arguments
 
 logger = logging.getLogger("lm_eval.coupling")
 
@@ -203,8 +203,9 @@ def _prompt_identity(task: str, evaluation: LoggedEvaluation) -> Mapping[str, An
     from lm_eval_coupling.samples.prompt_facts import prompt_facts
 
     own = (evaluation.results.get("config") or {}).get("coupling") or {}
-    recorded = (own.get("prompts") or {}).get(task)
-    return recorded or prompt_facts(task, evaluation.results)
+    recorded = (own.get("prompts") or {}).get(task) or prompt_facts(task, evaluation.results)
+    documents = describe_documents(key.doc_hash for key in evaluation.documents(task))
+    return recorded | {"documents": documents}
 
 
 def _without_coupling(evaluation: LoggedEvaluation, default_name: str) -> dict[str, Any]:

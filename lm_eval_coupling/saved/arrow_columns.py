@@ -50,13 +50,8 @@ def to_arrow(values: Sequence[Any], kind: pa.DataType | None) -> pa.Array | pa.C
     return pa.array([_encodable(v) for v in plain], type=kind, from_pandas=False)
 
 
-def to_frame(table: pa.Table | pa.RecordBatch) -> pd.DataFrame:
-    """Convert rows: nested float32 lists to arrays, other lists to tuples, null to None."""
-    return frame_of_columns(to_columns(table))
-
-
 def to_columns(table: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
-    """Convert the columns as :func:`to_frame` does, without a frame."""
+    """Convert rows: nested float32 lists to arrays, other lists to tuples, null to None."""
     return {name: _values(table.column(name)) for name in table.schema.names}
 
 

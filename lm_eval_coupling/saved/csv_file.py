@@ -58,16 +58,23 @@ class CsvFile:
             values.append(value)
         return values
 
-    def sizes(self, column: str, *, allow_zero: bool = False) -> list[float]:
+    def sizes(self, column: str, *, allow_zero: bool = False, whole: bool = False) -> list[float]:
         """Return the numbers of a column, which are positive, NaN where none is given.
+
+        Args:
+            column: name of the column.
+            allow_zero: accept 0 as well.
+            whole: accept whole numbers only.
 
         Raises:
             CouplingError: for any other cell.
         """
+        kind = "a positive whole number" if whole else "a positive number"
         values = self.numbers(column)
         for position, value in enumerate(values):
-            if value < 0 or (value == 0 and not allow_zero):
-                self.refuse(position, column, "a positive number" + " or 0" * allow_zero)
+            is_whole = math.isnan(value) or value.is_integer()
+            if value < 0 or (value == 0 and not allow_zero) or (whole and not is_whole):
+                self.refuse(position, column, kind + " or 0" * allow_zero)
         return values
 
     def truths(self, column: str) -> list[bool | None]:

@@ -30,6 +30,7 @@ FACTS = (
     "vocab_size",
 )
 _NUMBERS = (*FACTS[2:], "step")
+_COUNTS = ("n_layers", "d_model", "n_heads", "vocab_size")
 # Columns of runs that facts may correct; `step` and `lineage` order checkpoints.
 _CORRECTABLE = ("model", "revision", "step", "lineage", *FACTS)
 # Columns that `fit` makes of a run's, and others that no fact may stand for.
@@ -77,7 +78,8 @@ def _typed(name: str, value: Any) -> Any:
         return str(value) if isinstance(value, str | int | float) else None
     if _RESERVED.fullmatch(name):
         return None
-    return value if isinstance(value, str | int | float) else None
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    return value if isinstance(value, str | int | float) and not is_infinite else None
 
 
 def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
@@ -138,9 +140,11 @@ def _columns(table: CsvFile, of_runs: set[str]) -> tuple[dict[str, list[Any]], d
             facts[name] = table.truths(column)
         elif name in FACTS[2:]:
             # A checkpoint of step 0 has read no tokens.
-            facts[name] = table.sizes(column, allow_zero=name == "training_tokens")
+            facts[name] = table.sizes(
+                column, allow_zero=name == "training_tokens", whole=name in _COUNTS
+            )
         elif name == "step":
-            facts[name] = table.numbers(column)
+            facts[name] = table.sizes(column, allow_zero=True)
         elif name in ("family", "lineage"):
             facts[name] = table.texts(column)
         else:

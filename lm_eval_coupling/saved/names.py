@@ -12,7 +12,8 @@ import pandas as pd
 from lm_eval_coupling.saved.prompting import differing
 
 _SIZE = re.compile(
-    r"(?<![a-z0-9.])(?:(?:\d+x)?\d+(?:[._]\d+)?[kmb]|nano|tiny|mini|small|base|medium|large|x+l)"
+    r"(?<![a-z0-9.])(?:(?:\d+x)?\d+(?:[._]\d+)?[kmb]|\d+b\d"
+    r"|nano|tiny|mini|small|base|medium|large|x+l)"
     r"(?![a-z0-9])"
 )
 _TUNED = re.compile(
@@ -123,9 +124,12 @@ def label_weights(rows: pd.DataFrame, names: Mapping[str, str] | None = None) ->
 
 def _with_prompting(names: pd.Series, rows: pd.DataFrame) -> pd.Series:
     prompting = rows["prompting"].fillna("")
-    for _, of in prompting.groupby([names, rows["task"]]):
+    place = [names, rows["task"]]
+    is_several = prompting.groupby(place).transform("nunique") > 1
+    prompting = prompting.where(is_several, "")  # most tasks need no group of their own
+    for _, of in prompting[is_several].groupby([keys[is_several] for keys in place]):
         prompting[of.index] = of.map(differing(of.unique()))
-    return _told_apart(names, prompting, [names, rows["task"]], " ({})")
+    return _told_apart(names, prompting, place, " ({})")
 
 
 def _told_apart(

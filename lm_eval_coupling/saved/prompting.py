@@ -8,16 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from lm_eval_coupling.saved.answer_settings import (
+    SEED,
+    describe_generation,
+    from_text,
+    mapping,
+    one_word,
+    short_digest,
+)
+
 UNKNOWN = "unknown prompts"  # of a table without results that says nothing of them
-_SEED = 1234  # lm-eval's default for the choice of few-shot examples and for sampling
 # Every task has these, so that they tell a reader something only where they differ.
-_HIDDEN_UNLESS_DIFFERENT = ("task text", "task version", "dataset", "generation")
-_DIGESTED = ("chosen samples", "chat template", "system instruction", "task text", "dataset")
+_HIDDEN_UNLESS_DIFFERENT = (
+    "task text",
+    "task version",
+    "dataset",
+    "documents",
+    "generation",
+    "scoring",
+)
+_DIGESTED = (
+    "chosen samples",
+    "chat template",
+    "system instruction",
+    "task text",
+    "dataset",
+    "documents",
+    "scoring",
+)
 _ORDER = (  # of the parts; the arguments of the model that change tokens have no prefix
     "chat template",
     "one turn",
@@ -27,12 +49,14 @@ _ORDER = (  # of the parts; the arguments of the model that change tokens have n
     "task text",
     "task version",
     "dataset",
+    "documents",
     "generation",
+    "scoring",
     "chosen samples",
 )
 _PREFIXES = (*_DIGESTED, "task version", "generation", "few-shot seed", "token")
 # Kinds that a run without configs says nothing of; another run's value is then no difference.
-_UNKNOWN_IF_ABSENT = ("task text", "task version", "dataset")
+_UNKNOWN_IF_ABSENT = ("task text", "task version", "dataset", "documents", "scoring")
 # Kinds that follow from the model; scores of models that differ in them are still compared.
 _OF_THE_MODEL = ("chat template", "turns")
 # The fields of a task's configuration that its prompts and few-shot examples are rendered from.
@@ -51,6 +75,8 @@ TEXTS: tuple[str, ...] = (
     "validation_split",
     "use_prompt",
 )
+# The fields of a task's configuration that make scores of answers.
+_SCORING = ("metric_list", "filter_list", "repeats", "process_results")
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
@@ -66,7 +92,7 @@ _ENCODING = (
 def model_arguments(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the model arguments that lm-eval was given."""
     given = (results.get("config") or {}).get("model_args")
-    return _from_text(given) if isinstance(given, str) else _mapping(given)
+    return from_text(given) if isinstance(given, str) else mapping(given)
 
 
 def encoding(arguments: Mapping[str, Any]) -> list[str]:
@@ -82,7 +108,7 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
         given["tokenizer"] = "an object"
     if given["tokenizer"] == arguments.get("pretrained"):
         given["tokenizer"] = None
-    given["chat_template_args"] = _digest(given["chat_template_args"])
+    given["chat_template_args"] = short_digest(given["chat_template_args"])
     given["truncation"] = given["truncation"] or None
     return [
         f"{name}={value}"
@@ -92,7 +118,10 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def describe_prompting(
-    results: Mapping[str, Any], tasks: Sequence[str], coupling: Mapping[str, Any]
+    results: Mapping[str, Any],
+    tasks: Sequence[str],
+    coupling: Mapping[str, Any],
+    documents: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Describe how prompts and answers of tasks were made, and at which token they were measured.
 
@@ -102,13 +131,18 @@ def describe_prompting(
         results: what lm-eval wrote; empty where only a table is there.
         tasks: one single task, or those of a group.
         coupling: what the run or the table says of its coupling; may be empty.
+        documents: digests of the documents of tasks of which other runs have others.
 
     Returns:
         Parts such as ``5-shot, chat template 1f0c22ab, one turn, task text 9b3d8c11, token 0``.
         Equal descriptions mean that the same document had the same prompt.
     """
     of_tasks = {task: _parts_of_task(results, task, coupling) for task in tasks}
-    of_tasks = {task: parts for task, parts in of_tasks.items() if parts}
+    of_tasks = {
+        task: parts | ({"documents": documents[task]} if task in documents else {})
+        for task, parts in of_tasks.items()
+        if parts
+    }
     if not of_tasks:
         return ", ".join([UNKNOWN, *_token(coupling)])
     shots = sorted({parts["shots"] for parts in of_tasks.values()})
@@ -118,11 +152,11 @@ def describe_prompting(
         values = {task: parts[kind] for task, parts in of_tasks.items() if parts.get(kind)}
         if kind == "":
             words = (word for words in values.values() for word in words)
-            described += dict.fromkeys(map(_one_word, words))
+            described += dict.fromkeys(map(one_word, words))
         elif len(tasks) == 1 or len(set(values.values())) == 1 and len(values) == len(tasks):
             described += [f"{kind} {values[next(iter(values))]}".strip()] if values else []
         elif values:
-            described.append(f"{kind} {_digest(values)}")
+            described.append(f"{kind} {short_digest(values)}")
     return ", ".join(described + _token(coupling))
 
 
@@ -138,45 +172,79 @@ def _parts_of_task(
     The run's own record goes before lm-eval's results. Under "" stand the model arguments that
     change tokens.
     """
-    recorded = _mapping(coupling.get("prompts"))
-    recorded = recorded if "num_fewshot" in recorded else _mapping(recorded.get(task))
+    recorded = _recorded_prompts(coupling, task)
     if not recorded and task not in results.get("results", {}):
         return {}
-    config = _mapping((results.get("configs") or {}).get(task))
+    config = mapping((results.get("configs") or {}).get(task))
     shots = _shots(
         recorded.get(
             "num_fewshot", (results.get("n-shot") or {}).get(task, config.get("num_fewshot"))
         )
     )
     template = recorded.get("chat_template") or results.get("chat_template_sha")
-    template = str(template or _digest(results.get("chat_template")) or "")[:8]
+    template = str(template or short_digest(results.get("chat_template")) or "")[:8]
     turns = recorded.get("fewshot_as_multiturn", results.get("fewshot_as_multiturn"))
     texts = recorded.get("task_texts") or (
-        config and _digest({name: config.get(name) for name in TEXTS})
+        config and short_digest({name: config.get(name) for name in TEXTS})
     )
-    seed = (results.get("config") or {}).get("fewshot_seed", _SEED)
+    seed = (results.get("config") or {}).get("fewshot_seed", SEED)
     version = (results.get("versions") or {}).get(task, recorded.get("task_version"))
     arguments = model_arguments(results)
     parts = {
         "shots": shots,
         "chat template": template,
         "one turn": " " if template and shots != "0" and turns is False else "",
-        "system instruction": _digest(
+        "system instruction": short_digest(
             recorded.get("system_instruction") or results.get("system_instruction")
         ),
-        "few-shot seed": str(seed) if shots != "0" and seed != _SEED else "",
+        "few-shot seed": str(seed) if shots != "0" and seed != SEED else "",
         "": _list(recorded["encoding"]) if "encoding" in recorded else encoding(arguments),
         "task text": str(texts or "")[:8],
         "task version": _version(version),
-        "dataset": _dataset(config, arguments),
-        "generation": _generation(config, results.get("config") or {}),
-        "chosen samples": _digest(recorded["samples"])
+        "dataset": _dataset(config or recorded, arguments),
+        "generation": describe_generation(config, results.get("config") or {}, arguments),
+        "scoring": short_digest({name: config[name] for name in _SCORING if config.get(name)}),
+        "chosen samples": short_digest(recorded["samples"])
         if recorded.get("samples")
         else _chosen(results, task)
         if not recorded
         else None,
     }
     return {kind: value for kind, value in parts.items() if value}
+
+
+def _recorded_prompts(coupling: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """Return what a run or table recorded of a task's prompts; empty if nothing."""
+    recorded = mapping(coupling.get("prompts"))
+    return recorded if "num_fewshot" in recorded else mapping(recorded.get(task))
+
+
+def describe_documents(doc_hashes: Iterable[str]) -> dict[str, Any]:
+    """Return the number of documents and a digest of their hashes, whatever their order."""
+    hashes = sorted(doc_hashes)
+    return {"number": len(hashes), "digest": hashlib.sha256(" ".join(hashes).encode()).hexdigest()}
+
+
+def evaluated_documents(
+    results: Mapping[str, Any], task: str, coupling: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], str] | None:
+    """Return what tells whether two runs evaluated the same documents of a task.
+
+    A run of `coupling-hf` records :func:`describe_documents`. lm-eval's own hash, which it writes
+    with logged samples, is of the prompts as well, and of their order.
+
+    Returns:
+        The scope within which runs compare, and a digest: digests of one scope differ only if the
+        documents do. None if nothing is known.
+    """
+    own = mapping(_recorded_prompts(coupling, task).get("documents"))
+    if own.get("digest") and isinstance(own.get("number"), int):
+        return ("recorded", own["number"]), str(own["digest"])[:8]
+    logged = (results.get("task_hashes") or {}).get(task)
+    count = mapping((results.get("n-samples") or {}).get(task)).get("effective")
+    if not logged or not isinstance(count, int):
+        return None
+    return ("logged", count, describe_prompting(results, [task], coupling)), str(logged)[:8]
 
 
 def _shots(count: Any) -> str:
@@ -189,12 +257,12 @@ def _version(version: Any) -> str:
         return f"{float(version):g}"
     except (TypeError, ValueError, OverflowError):
         is_known = isinstance(version, str) and version not in ("", "None", "N/A")
-        return _one_word(version) if is_known else ""
+        return one_word(version) if is_known else ""
 
 
 def _dataset(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
     """Digest what chooses a task's documents: part of the dataset, split, and ``--metadata``."""
-    metadata = _mapping(config.get("metadata"))
+    metadata = mapping(config.get("metadata"))
     # lm-eval adds the arguments of the model to the metadata of every task.
     own = {
         name: value
@@ -203,27 +271,9 @@ def _dataset(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | N
     }
     path = str(config.get("dataset_path") or "").rstrip("/").rpartition("/")[2]
     chosen = {name: config.get(name) for name in ("dataset_name", "test_split")}
-    revision = _mapping(config.get("dataset_kwargs")).get("revision")
+    revision = mapping(config.get("dataset_kwargs")).get("revision")
     choices = {"path": path, "revision": revision, "metadata": own, **chosen}
-    return _digest(choices) if any(choices.values()) else None
-
-
-def _generation(config: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
-    """Describe the settings of generation; None for tasks that generate nothing."""
-    if config.get("output_type", "generate_until") != "generate_until":
-        return None
-    given = run.get("gen_kwargs")
-    settings = _from_text(given) if isinstance(given, str) else _mapping(given)
-    settings = {**_mapping(config.get("generation_kwargs")), **settings}
-    if settings.get("do_sample") in (True, "True", "true"):
-        seeds = {name: run.get(name) for name in ("torch_seed", "random_seed")}
-        settings |= {name: seed for name, seed in seeds.items() if seed not in (None, _SEED, 0)}
-    simple = bool | int | float
-    words = [
-        f"{name}={value if isinstance(value, simple) else _digest(value) or 'none'}"
-        for name, value in sorted(settings.items())
-    ]
-    return _one_word(" ".join(words)) or None
+    return short_digest(choices) if any(choices.values()) else None
 
 
 def _chosen(results: Mapping[str, Any], task: str) -> str | None:
@@ -233,16 +283,18 @@ def _chosen(results: Mapping[str, Any], task: str) -> str | None:
         return None
     effective, original = count.get("effective"), count.get("original")
     fewer = isinstance(effective, int) and isinstance(original, int) and effective < original
-    return _digest([(results.get("task_hashes") or {}).get(task), effective]) if fewer else None
+    return (
+        short_digest([(results.get("task_hashes") or {}).get(task), effective]) if fewer else None
+    )
 
 
 def _token(coupling: Mapping[str, Any]) -> list[str]:
     """Name the measured token, unless it is the last one that the model is given."""
-    settings = _mapping(coupling.get("settings"))
+    settings = mapping(coupling.get("settings"))
     position, prompt = settings.get("position", -1), settings.get("prompt", "scored")
-    rendered = [] if prompt == "scored" else [f"{_one_word(prompt)} prompt"]
+    rendered = [] if prompt == "scored" else [f"{one_word(prompt)} prompt"]
     is_last = str(position) in ("-1", "[-1]")
-    return rendered if is_last else [*rendered, f"token {_one_word(position)}"]
+    return rendered if is_last else [*rendered, f"token {one_word(position)}"]
 
 
 def differing(descriptions: Iterable[str]) -> dict[str, str]:
@@ -337,27 +389,5 @@ def _kind(part: str) -> str:
     return part.split("=", 1)[0]
 
 
-def _from_text(arguments: str) -> dict[str, str]:
-    return dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _one_word(value: Any) -> str:
-    """Return a value without the commas and line breaks that would end its part."""
-    return " ".join(str(value).replace(", ", "+").replace(",", "+").split())
-
-
-def _digest(value: Any) -> str | None:
-    if not value:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    # lm-eval writes functions in nested settings as Python prints them, with their address.
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]

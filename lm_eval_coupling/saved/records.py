@@ -11,6 +11,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, flag, is_several, one_of, shown
 from lm_eval_coupling.errors import path as as_path
+from lm_eval_coupling.measures.registry import measured_columns, registered_measures
 from lm_eval_coupling.saved.saved_run import SavedRun, SavedRuns, find_runs
 from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 
@@ -31,7 +32,8 @@ def load_records(
         path: one table, or a folder that is searched recursively.
         newest: of the same weights, prompts and task in the same folder only the newest table, or
             an older one of more documents measured alike.
-        columns: only these columns of the record, which saves most of the time.
+        columns: only these columns of the record, which saves most of the time; by default all
+            that a run was asked to record.
         weights: ``trained``, ``untrained`` (the twin of ``coupling_untrained``) or ``all``.
         places: ``first``, the token that the run's values are of, or ``all`` measured tokens.
 
@@ -60,7 +62,21 @@ def load_records(
         with passing_over(problems):
             frames.append(read_table(run, table, columns, weights, places))
     require_tables(frames, problems, path)
-    return pd.concat(frames, ignore_index=True)
+    records = pd.concat(frames, ignore_index=True)
+    return records if columns is not None else _without_unasked(records)
+
+
+def _without_unasked(records: pd.DataFrame) -> pd.DataFrame:
+    """Leave out columns that no run was asked to record and that are empty throughout."""
+    asked = {name for names in records["measures"] for name in names or ()}
+    expected = {
+        column.name
+        for name, measure in registered_measures().items()
+        for column in measure.columns
+        if name in asked and not column.option
+    }
+    unasked = [name for name in measured_columns() if name in records and name not in expected]
+    return records.drop(columns=[name for name in unasked if records[name].isna().all()])
 
 
 def find_tables(path: Path | str, *, newest: bool = True) -> list[tuple[SavedRun, SavedTable]]:
@@ -86,7 +102,7 @@ def require_tables(tables: Sequence[Any], problems: Sequence[str], path: Path | 
     Raises:
         CouplingError: if no table is left.
     """
-    if not tables:
+    if not len(tables):  # it may be a frame, whose truth value is undefined
         raise CouplingError(
             problems[0]
             if problems

@@ -18,7 +18,11 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.precedence import takes_place
-from lm_eval_coupling.saved.prompting import describe_prompting, model_arguments
+from lm_eval_coupling.saved.prompting import (
+    describe_prompting,
+    evaluated_documents,
+    model_arguments,
+)
 from lm_eval_coupling.saved.results_file import COUPLING, number, read_results, require_shape
 from lm_eval_coupling.saved.run_files import date_in, list_run_files
 from lm_eval_coupling.saved.saved_table import SavedTable, has_equal_rows
@@ -41,11 +45,13 @@ class SavedRun:
         file: its results; None where only tables are there.
         results: the content of ``file``, of the shape that lm-eval writes, or empty.
         tables: its coupling tables, one per single task.
+        documents: digests of the documents of tasks of which a run beside it has others.
     """
 
     file: Path | None
     results: Mapping[str, Any]
     tables: tuple[SavedTable, ...]
+    documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def coupling(self) -> Mapping[str, Any]:
@@ -147,9 +153,6 @@ class SavedRun:
     def what_was_run(self, task: str) -> WhatWasRun:
         """Return what decides the numbers of a task or group; derived once."""
         if task not in self._what_was_run:
-            about = self.coupling
-            if not self.file and (table := self.table(task)):
-                about = table.about  # a table alone says of its own task how it was prompted
             tasks = self.leaves.get(task) or [task]
             self._what_was_run[task] = WhatWasRun(
                 model=self.model,
@@ -158,9 +161,27 @@ class SavedRun:
                 dtype=self.dtype,
                 fingerprint=self.fingerprint,
                 task=task,
-                prompting=describe_prompting(self.results, tasks, about),
+                prompting=describe_prompting(
+                    self.results, tasks, self._about(task), self.documents
+                ),
             )
         return self._what_was_run[task]
+
+    def _about(self, task: str) -> Mapping[str, Any]:
+        """Return what says how a task was prompted: a table alone says it of its own task."""
+        table = None if self.file else self.table(task)
+        return self.coupling if table is None else table.about
+
+    def evaluated_documents(self) -> Iterator[tuple[tuple[Any, ...], str]]:
+        """Yield scope and digest of the documents of each single task, as far as they are known.
+
+        Scopes are those of :func:`~.prompting.evaluated_documents`, after the task.
+        """
+        tasks = [task for task in self.results.get("results", {}) if not self.leaves.get(task)]
+        for task in dict.fromkeys([*tasks, *(table.task for table in self.tables)]):
+            known = evaluated_documents(self.results, task, self._about(task))
+            if known is not None:
+                yield (task, *known[0]), known[1]
 
     @functools.cached_property
     def _what_was_run(self) -> dict[str, WhatWasRun]:
@@ -252,8 +273,27 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
             if file in roots:
                 raise
             passed_over.append(str(error))
-    runs = tuple(_join(results, _with_twins(tables)))
+    runs = tuple(_with_differing_documents([*_join(results, _with_twins(tables))]))
     return SavedRuns(runs, (*passed_over, *_contradictions(runs)))
+
+
+def _with_differing_documents(runs: Sequence[SavedRun]) -> Iterator[SavedRun]:
+    """Yield the runs, with digests of the tasks of which they evaluated different documents.
+
+    Digests of runs of the same documents, or of another number of them, say nothing.
+    """
+    known: dict[tuple[Any, ...], dict[str, list[int]]] = {}
+    for place, run in enumerate(runs):
+        for scope, digest in run.evaluated_documents():
+            known.setdefault(scope, {}).setdefault(digest, []).append(place)
+    differing: dict[int, dict[str, str]] = {}
+    for (task, *_), by_digest in known.items():
+        for digest, places in by_digest.items() if len(by_digest) > 1 else ():
+            for place in places:
+                differing.setdefault(place, {})[task] = digest
+    for place, run in enumerate(runs):
+        documents = differing.get(place)
+        yield dataclasses.replace(run, documents=documents) if documents else run
 
 
 def _contradictions(runs: Iterable[SavedRun]) -> Iterator[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from lm_eval_coupling.saved.arrow_columns import to_columns, to_frame
+from lm_eval_coupling.saved.arrow_columns import frame_of_columns, to_columns
 from lm_eval_coupling.saved.precedence import Standing
 from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.tables import UnreadableTable, open_table
@@ -59,8 +60,8 @@ class SavedTable:
         parts = []
         for file in self._files(weights):
             with open_table(file, self._present(columns)) as table:
-                rows = to_frame(table.read(self._present(columns)))
-            parts.append(_select(rows, columns, weights, places))
+                rows = _checked_columns(file, table.read(self._present(columns)))
+            parts.append(_select(frame_of_columns(rows), columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
     def read_columns(self, columns: Sequence[str], weights: str) -> dict[str, np.ndarray]:
@@ -79,7 +80,7 @@ class SavedTable:
         parts: list[dict[str, np.ndarray]] = []
         for file in self._files(weights):
             with open_table(file, self._present(columns)) as table:
-                part = to_columns(table.read(self._present(columns)))
+                part = _checked_columns(file, table.read(self._present(columns)))
             kept = _is_first(part.pop("place"))
             if weights != "all":
                 kept &= part["weights"] == weights
@@ -113,12 +114,39 @@ class SavedTable:
         for file in self._files(weights):
             with open_table(file, present) as table:
                 for batch in table.iter_batches(batch_size=rows, columns=present):
-                    part = _select(to_frame(batch), columns, weights, places)
+                    rows_read = frame_of_columns(_checked_columns(file, batch))
+                    part = _select(rows_read, columns, weights, places)
                     if len(part):
                         is_empty = False
                         yield part
         if is_empty:
             yield self.read(columns, weights=weights, places=places)
+
+    def records(
+        self, columns: Sequence[str], *, weights: str = "trained"
+    ) -> Iterator[dict[str, Any]]:
+        """Read rows of the first measured token one by one, as :meth:`batches` without frames.
+
+        Args:
+            columns: those to read, as far as the table has them.
+            weights: ``trained``, ``untrained`` or ``all``.
+
+        Yields:
+            A row's values by column.
+
+        Raises:
+            UnreadableTable: if the table is damaged.
+        """
+        present = self._present(columns)
+        for file in self._files(weights):
+            with open_table(file, present) as table:
+                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=present):
+                    read = _checked_columns(file, batch)
+                    values = {name: column.tolist() for name, column in read.items()}
+                    for row in zip(*values.values(), strict=True):
+                        record = dict(zip(values, row, strict=True))
+                        if not record["place"] and weights in ("all", record["weights"]):
+                            yield record
 
     def _files(self, weights: str) -> list[Path]:
         """Return the files that may have rows of these weights; the first gives the columns."""
@@ -128,6 +156,33 @@ class SavedTable:
         if columns is None:
             return None
         return [name for name in self.columns if name in (*columns, "weights", "place")]
+
+
+def _checked_columns(file: Path, rows: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Convert rows, and refuse those whose parts do not fit together, as no run writes them.
+
+    Returns:
+        An array for each column.
+
+    Raises:
+        UnreadableTable: if ranks are no distinct positive numbers, or values are not by rank.
+    """
+    columns = to_columns(rows)
+    by_rank = [columns[name] for name in ("coupling", "normalized_miscoupling") if name in columns]
+    for row, ranks in enumerate(columns.get("ranks", ())):
+        fits = bool(ranks) and None not in ranks and min(ranks) > 0 and len({*ranks}) == len(ranks)
+        values = [column[row] for column in by_rank if column[row] is not None]
+        squares = [np.shape(value)[1:] for value in values if np.ndim(value) == 3]
+        if (
+            not fits
+            or any(len(value) != len(ranks) for value in values)
+            or any(height != width for height, width in squares)
+        ):
+            raise UnreadableTable(
+                f"got {file} with ranks and values in row {row} that do not fit together, as no "
+                "run writes them; copy it again or measure again"
+            )
+    return columns
 
 
 def _select(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,13 @@ def prompt_values(
         (:func:`ranked_readings`); and ``worst_certificate``, the largest of the blocks. NaN where
         a number is missing.
     """
+    return frame_of_columns(prompt_columns(table, weights, names))
+
+
+def prompt_columns(
+    table: SavedTable, weights: str = "trained", names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Read the columns of :func:`prompt_values` without making a frame of them."""
     plain = [r for r in plain_readings() if r.column in table.columns and _is_wanted(r, names)]
     ranked = [r for r in ranked_readings() if r.column in table.columns and _is_wanted(r, names)]
     names_read = dict.fromkeys([*_ABOUT, *(reading.column for reading in (*plain, *ranked))])
@@ -60,7 +67,7 @@ def prompt_values(
     kept = [name for name in columns if name in _ABOUT and name not in ("certificate", "coupling")]
     values = {name: columns[name] for name in kept if name not in values} | values
     of_rank = {"coupling": columns["coupling"]} | {r.name: columns[r.column] for r in ranked}
-    return frame_of_columns(values | _by_rank(columns["ranks"], of_rank))
+    return values | _by_rank(columns["ranks"], of_rank)
 
 
 def _is_wanted(reading: Reading, names: Sequence[str] | None) -> bool:
@@ -123,17 +130,25 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
     """Average the numbers of each document over its prompts.
 
     Args:
-        values: of :func:`prompt_values`.
+        values: of :func:`prompt_values`, or of several tables with the number of each in ``table``.
 
     Returns:
-        A row per task, document and first prompt, a column per number; NaN where no prompt has it.
+        A row per table, task, document and first prompt, a column per number; NaN where one of the
+        document's prompts does not have it.
     """
-    document, names = ["task", "doc_hash", "prompt_hash"], value_names(values)
+    document = [name for name in ("table", "task", "doc_hash", "prompt_hash") if name in values]
+    names = value_names(values)
     if values.empty:
         return pd.DataFrame(columns=names, dtype=float)
     if not values.duplicated(document).any():
         return values.set_index(document)[names]  # much faster, and the same
-    return values.groupby(document, sort=False)[names].mean()
+    return means_of_parts(values, document, names)
+
+
+def means_of_parts(rows: pd.DataFrame, key: list[str], names: Sequence[str]) -> pd.DataFrame:
+    """Average columns over the rows of each key; NaN where one of these rows has no value."""
+    parts = rows.groupby(key, sort=False, dropna=False)[[*names]]
+    return parts.mean().where(parts.count().eq(parts.size(), axis=0))
 
 
 def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
@@ -142,6 +157,6 @@ def mean_and_error(values: pd.Series) -> tuple[float, float, int]:
     return summary["mean"], summary["stderr"], int(summary["n"])
 
 
-def ranks_of(values: pd.DataFrame) -> list[int]:
-    """Return the ranks that any prompt was measured with, ascending."""
+def ranks_of(values: Iterable[str]) -> list[int]:
+    """Return the ranks that any prompt was measured with, ascending, from the names of columns."""
     return [int(name.removeprefix("coupling@")) for name in values if name.startswith("coupling@")]

@@ -16,7 +16,8 @@ class WhatWasRun:
         dtype: that the model ran in, "" if unknown.
         fingerprint: of the weights; None where only scores were taken.
         task: name of a task or group.
-        prompting: how prompts and answers were made (:mod:`.prompting`).
+        prompting: how prompts and answers were made, and of which documents where runs differ in
+            them (:mod:`.prompting`).
     """
 
     model: str

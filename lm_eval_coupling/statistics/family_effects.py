@@ -68,9 +68,9 @@ def family_effect(
     """Estimate the coefficient of ``predictor`` when models of a family resemble each other.
 
     ``mixed`` gives every family its own random level: the maximum of the restricted likelihood
-    over the ratio of the variances, and Student's t with (families − 1) degrees of freedom.
+    over the ratio of the variances, and Student's t with Satterthwaite's degrees of freedom.
     ``cluster`` is least squares with the error of Bell and McCaffrey (2002; CR2), which allows
-    for any dependence within a family, and Satterthwaite's degrees of freedom.
+    for any dependence within a family, with Satterthwaite's degrees of freedom too.
 
     Args:
         frame: One row per model.
@@ -191,6 +191,26 @@ def _mixed(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> _Coefficient:
     share = float(ratio / (1 + ratio))
     if np.var(y - X @ beta) < 1e-18:
         return _Coefficient(math.nan, math.nan, math.nan)
-    return _Coefficient(
-        float(beta[-1]), math.sqrt(covariance[-1, -1]), float(len(sizes) - 1), share
-    )
+    df = _satterthwaite(X, groups, ratio)
+    return _Coefficient(float(beta[-1]), math.sqrt(covariance[-1, -1]), df, share)
+
+
+def _satterthwaite(X: np.ndarray, groups: np.ndarray, ratio: float) -> float:
+    """Return Satterthwaite's degrees of freedom of the last coefficient's error.
+
+    They lie between what the families and what the models within families leave, by how much of
+    the error comes from the variance of each; the spread of both variances is that of the
+    restricted likelihood.
+    """
+    parts = (np.eye(len(X)), (groups[:, None] == groups).astype(float))
+    inverse = np.linalg.inv(parts[0] + ratio * parts[1])
+    weighted = X.T @ inverse
+    unscaled = np.linalg.inv(weighted @ X)
+    projection = inverse - weighted.T @ unscaled @ weighted
+    products = [projection @ part for part in parts]
+    information = [[float(np.sum(a * b.T)) / 2 for b in products] for a in products]
+    direction = weighted.T @ unscaled[:, -1]
+    gradient = np.array([direction @ part @ direction for part in parts])
+    # In units of the variance within families, which cancels.
+    spread = float(gradient @ np.linalg.pinv(information) @ gradient)
+    return 2 * float(unscaled[-1, -1]) ** 2 / spread

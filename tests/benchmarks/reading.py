@@ -30,11 +30,12 @@ sys.argv = ["lm-eval-coupling", *sys.argv[1:]]
 try:
     runpy.run_module("lm_eval_coupling.cli", run_name="__main__")
 finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
     # Not getrusage: it starts from the size of the process that forked this one.
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     peak = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    print((peak or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024, file=sys.stderr)
+    print(used.ru_utime + used.ru_stime, (peak or [used.ru_maxrss])[0] / 1024, file=sys.stderr)
 """
 
 
@@ -58,15 +59,14 @@ def write(folder: Path, runs: int, documents: int, layers: int) -> int:
 
 
 def command(*words: str) -> dict[str, float]:
-    """Wall seconds and peak memory of one command."""
+    """Wall seconds, CPU seconds and peak memory of one command."""
     started = time.perf_counter()
     ran = subprocess.run(
         [sys.executable, "-c", _MEASURED, *words], capture_output=True, text=True, check=True
     )
-    return {
-        "seconds": time.perf_counter() - started,
-        "peak": float(ran.stderr.strip().splitlines()[-1]),
-    }
+    seconds = time.perf_counter() - started
+    cpu_seconds, peak = map(float, ran.stderr.strip().splitlines()[-1].split())
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Size at 5 % and coverage at 95 % of every statistic that speaks in ``finding.txt``.
 
-    python tests/benchmarks/statistics_size.py [--repetitions 1000] [--quick]
+    python tests/benchmarks/statistics_size.py [--repetitions 1000] [--quick] [--resume]
 
 Each row simulates one statistic where nothing depends on anything (``size``: the share of p ≤ 0.05;
 ``claims``: the share of results that the words would call beyond chance) and where the truth is
@@ -227,16 +227,38 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="20 repetitions of each case")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows of --out that have as many repetitions, or a size from 3 to 7 %%",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "statistics_size.json"
     )
     options = parser.parse_args(argv)
     repetitions = 20 if options.quick else options.repetitions
+    earlier = json.loads(options.out.read_text())["rates_in_percent"] if options.resume else []
     rows = []
     for about, chance, truth in cases():
-        rows.append(about | measure(chance, truth, repetitions))
-        print(rows[-1], flush=True)
-    results = {"repetitions": repetitions, "resamples": RESAMPLES, "rates_in_percent": rows}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        kept = next((row for row in earlier if about.items() <= row.items()), None)
+        if kept is None or (kept["repetitions"] < repetitions and not _is_held(kept)):
+            kept = about | measure(chance, truth, repetitions) | {"repetitions": repetitions}
+            print(kept, flush=True)
+        rows.append(kept)
+        # Rows that an interrupted call has not come to stay as they were.
+        done = _keys(rows)
+        known = [row for row in earlier if not any(own.items() <= row.items() for own in done)]
+        results = {"resamples": RESAMPLES, "rates_in_percent": rows + known}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _is_held(row: dict[str, float]) -> bool:
+    return 3 <= row.get("size", 5) <= 7 and 92 <= row.get("coverage", 95) <= 98
+
+
+def _keys(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return what describes each row, without its rates."""
+    rates = ("size", "claims", "coverage", "repetitions")
+    return [{name: row[name] for name in row if name not in rates} for row in rows]
 
 
 if __name__ == "__main__":

@@ -80,6 +80,23 @@ def test_loss_of_the_right_answer_by_hand(tmp_path):
     assert right_choice([("Ann", -1.0), ("Bob", -2.0)], "was late", False) == 1
 
 
+def test_losses_are_over_the_documents_that_all_models_answered(tmp_path):
+    """Lines cut out of one model's samples changed its loss to that over easier documents."""
+    losses = np.linspace(0.1, 1.0, 10)
+    for number in range(4):
+        kept = losses if number else losses[:6]
+        save_model(tmp_path, f"m{number}", 0.2 + number / 50, 0.5 + number / 50, losses=kept)
+    save_model(tmp_path, "m4", 0.35, 0.6, losses=losses[:1])
+    found = fit_runs(tmp_path, resamples=QUICK)
+    rows = found.observations.frame.set_index("label")
+    assert rows["gold_answer_loss"].dropna().tolist() == pytest.approx([losses[:6].mean()] * 4)
+    assert rows["gold_answer_n"].dropna().tolist() == [6] * 4 and "m4" in rows.index
+    assert (
+        "losses of the right answers of arc are over the 6 documents that 4 of 5 runs have in "
+        "common, of up to 10" in found.notes
+    )
+
+
 def test_what_coupling_says_beyond_loss(tmp_path):
     """The score is made of the loss; coupling follows the loss and says nothing of its own."""
     rng = np.random.default_rng(0)

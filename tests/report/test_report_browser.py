@@ -410,6 +410,7 @@ class TestInABrowser:
             window.click("#tab-layers")
             window.until("document.querySelector('#regularity tbody tr')")
             assert "Line-shape score" in window.text("#regularity")
+            assert "1 where the stream moves in a straight line" in window.text("#regularity")
 
     def test_untrained_weights_are_drawn_dashed_and_their_difference_told(self, tmp_path):
         """Regression: the untrained twin was nowhere on the page."""

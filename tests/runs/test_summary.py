@@ -63,8 +63,20 @@ def test_a_document_is_worth_the_mean_of_its_prompts():
     assert document_value([first], 4) == pytest.approx(0.7)
     assert document_value([first, second], 4) == pytest.approx((0.7 + 0.3) / 2)
     assert document_value([first, second], 8) == pytest.approx((0.4 + 0.9) / 2)
-    assert document_value([first, prompt(None)], 4) == pytest.approx(0.7)
     assert math.isnan(document_value([prompt(None)], 4)) and math.isnan(document_value([], 4))
+
+
+def test_a_document_of_which_a_prompt_failed_has_no_value():
+    """The mean over the other contexts was taken for the document's, and it counted as measured."""
+    first, failed = prompt([(0.2, 0.4), (0.5, 0.7)], expodistance=1.0), prompt(None)
+    assert math.isnan(document_value([first, failed], 4))
+    documents = {"whole": [first, first], "partial": [first, failed]}
+    summary = summarize(documents, (4, 8))
+    assert (summary["measured"], summary["failed"]) == (1, 1)
+    assert summary["measures"]["coupling"][4] == pytest.approx(
+        {"mean": 0.7, "stderr": NAN, "n": 1}, nan_ok=True
+    )
+    assert summary["measures"]["expodistance"]["n"] == 1
 
 
 def test_documents_count_once_however_many_prompts_they_have():
@@ -136,10 +148,11 @@ def test_failures_are_counted_by_document_and_their_reasons_by_prompt():
         "without prompt": [],
     }
     found = summarize(documents, (4, 8))
-    assert (found["measured"], found["failed"]) == (3, 2)
+    assert (found["measured"], found["failed"]) == (2, 3)
     assert found["reasons"] == {"out of memory": 3, "the Jacobian is off": 1}
     assert found["reason_codes"] == {"out_of_memory": 3, "certificate": 1}
-    assert found["measures"]["coupling"][4] == pytest.approx({"mean": 0.7, "stderr": 0.1, "n": 2})
+    coupling = found["measures"]["coupling"][4]
+    assert coupling == pytest.approx({"mean": 0.8, "stderr": NAN, "n": 1}, nan_ok=True)
     assert found["measures"]["line_shape_score"]["n"] == 1
 
 

@@ -1,6 +1,7 @@
 """Facts are typed where they are read: understood, or refused with the file, the line and why."""
 
 import json
+import math
 
 import pytest
 from saved_runs import sample, save, task_summary, write_samples
@@ -52,6 +53,8 @@ def test_what_people_write_is_understood(tmp_path, text, name, value):
         ("model,n_params\ntiny,-5\n", "expected a positive number"),
         ("model,n_params\ntiny,0\n", "expected a positive number"),
         ("model,training_tokens\ntiny,-1\n", "expected a positive number or 0"),
+        ("model,step\ntiny,-3\n", "expected a positive number or 0"),
+        ("model,n_layers\ntiny,12.5\n", "expected a positive whole number"),
         ("model,tuned\ntiny,maybe\n", "'maybe' in the column tuned .line 2., expected yes or no"),
         ("model,a,a\ntiny,1,2\n", "two columns 'a'"),
         ("model,a,b\ntiny,1\n", "2 cells in line 2, expected 3"),
@@ -76,6 +79,7 @@ def test_what_has_no_one_meaning_is_refused_by_name_and_place(tmp_path, text, me
         ({"n_params": "7b"}, True),
         ({"family": [1]}, True),
         ({"log10_params": 3}, True),
+        ({"loss": math.inf}, True),
         ([], True),
     ],
 )

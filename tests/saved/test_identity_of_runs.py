@@ -8,8 +8,10 @@ from saved_runs import DATE, record, save, task_summary
 from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.scores import scored_rows
+from lm_eval_coupling.report.overview_rows import overview
 from lm_eval_coupling.saved.names import label_rows, label_trainings
 from lm_eval_coupling.saved.prompting import find_disagreements, readable
+from lm_eval_coupling.saved.saved_run import find_runs
 
 ARC = {"doc_to_text": "{{q}}", "output_type": "multiple_choice"}
 GENERATED = {"output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}}
@@ -33,7 +35,21 @@ DIFFERENCES = {
         for u in ("\n", "\n\n")
     ),
     "system instruction": ({}, {"system_instruction": "Be brief."}),
+    "filters": tuple(
+        {"configs": {"arc": GENERATED | {"filter_list": [{"name": "strict", "filter": [regex]}]}}}
+        for regex in ("a", "b")
+    ),
+    "repeats": tuple({"configs": {"arc": GENERATED | {"repeats": n}}} for n in (1, 8)),
+    "metrics": tuple(
+        {"configs": {"arc": ARC | {"metric_list": [{"metric": "acc", "ignore_case": b}]}}}
+        for b in (False, True)
+    ),
     "shots": ({"n-shot": {"arc": 0}}, {"n-shot": {"arc": 5}}),
+    "logged documents": tuple({"task_hashes": {"arc": digit * 64}} for digit in "ab"),
+    "documents": tuple(
+        {"prompts": {"arc": {"num_fewshot": 5, "documents": {"number": 50, "digest": digit * 64}}}}
+        for digit in "ab"
+    ),
 }
 
 
@@ -41,7 +57,9 @@ def edit(where, date, changes):
     file = where / f"results_{date}.json"
     run = json.loads(file.read_text())
     run["config"] |= changes.get("config", {})
-    file.write_text(json.dumps(run | {k: v for k, v in changes.items() if k != "config"}))
+    run["config"]["coupling"] |= {k: changes[k] for k in ("prompts",) if k in changes}
+    others = {k: v for k, v in changes.items() if k not in ("config", "prompts")}
+    file.write_text(json.dumps(run | others))
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
@@ -69,6 +87,46 @@ def test_differences_between_models_are_refused_by_name_unless_asked_for(tmp_pat
     assert any("models differ in the" in note for note in notes)
 
 
+def test_hashes_of_other_numbers_of_documents_say_nothing(tmp_path):
+    """More documents of one task have another hash than fewer of them."""
+    for number, model in enumerate(("org/a-1b", "org/b-2b")):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        counts = {"arc": {"original": 100, "effective": 40 + number}}
+        edit(where, DATE, {"task_hashes": {"arc": f"{number}" * 64}, "n-samples": counts})
+    rows, notes = load_runs(tmp_path), []
+    assert rows["prompting"].nunique() == 1 and len(scored_rows(rows, notes)) == 2
+    assert "models differ in the numbers of documents of arc" in notes
+
+
+def test_hashes_of_prompts_of_two_chat_templates_say_nothing(tmp_path):
+    """lm-eval's hash is of the prompts too, which the templates of two models make differ."""
+    for number, model in enumerate(("org/a-1b", "org/b-2b")):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        template = {"chat_template": f"t{number}", "chat_template_sha": f"{number}" * 8}
+        edit(where, DATE, template | {"task_hashes": {"arc": f"{number}" * 64}})
+    assert len(scored_rows(load_runs(tmp_path), [])) == 2
+
+
+def test_models_in_two_dtypes_are_compared_with_a_note(tmp_path):
+    """Nothing was said, and two runs of one model had one label in `show`."""
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        for model in ("org/a-1b", f"org/b{number}-2b"):
+            save(
+                tmp_path / dtype,
+                {"arc": task_summary()},
+                model=model,
+                fingerprint=model,
+                run_id=f"{model} {dtype}",
+                model_dtype=dtype,
+                rows=[record(seed=number)],
+            )
+    notes = []
+    scored_rows(load_runs(tmp_path), notes)
+    assert "models differ in the dtype of arc" in notes
+    labels = set(overview(find_runs(tmp_path).with_tables(), [])["label"])
+    assert {"org/a-1b [float32]", "org/a-1b [bfloat16]"} < labels and len(labels) == 4
+
+
 def test_what_belongs_to_a_model_does_not_keep_models_apart(tmp_path):
     for number, model in enumerate(("org/a-1b", "org/b-2b")):
         where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
@@ -87,6 +145,24 @@ def test_a_generation_setting_of_no_generated_answer_is_no_difference(tmp_path):
         where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
         kwargs = {"config": {"gen_kwargs": {"temperature": number}}, "configs": {"arc": ARC}}
         edit(where, DATE, kwargs)
+    assert len(scored_rows(load_runs(tmp_path), [])) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"do_sample": False, "temperature": 0.0}, {"temperature": 0}),
+        ({"do_sample": False}, {"do_sample": "False", "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 1}, {"do_sample": "true", "temperature": "1.0"}),
+        ({"max_gen_toks": 64}, {"max_new_tokens": 64.0}),
+        ({"until": ["x"]}, {"until": "x"}),
+    ],
+)
+def test_one_setting_of_generation_given_in_two_ways(tmp_path, first, second):
+    """A text of the command line and a number of Python made two ways of prompting."""
+    for model, settings in (("org/a-1b", first), ("org/b-2b", second)):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        edit(where, DATE, {"configs": {"arc": GENERATED | {"generation_kwargs": settings}}})
     assert len(scored_rows(load_runs(tmp_path), [])) == 2
 
 

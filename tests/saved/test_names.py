@@ -25,6 +25,7 @@ from lm_eval_coupling.saved.prompting import differing, readable
         ("stabilityai/stablelm-2-1_6b", "stablelm-2", False),
         ("openai-community/gpt2-xl", "gpt2", False),
         ("microsoft/phi-2", "phi-2", False),
+        ("bigscience/bloom-7b1", "bloom", False),
         ("/models/SmolLM2-135M/", "smollm2", False),
         ("C:\\models\\gemma-2b-it", "gemma", True),
         ("7b", "7b", False),

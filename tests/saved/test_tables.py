@@ -45,7 +45,7 @@ def test_every_column_round_trips(tmp_path):
     rows[1]["norms"] = None
     rows[2] = record(doc_id=2, layers=7, ranks=(3,), over_tokens=True)
     (path,) = write_tables(rows, tmp_path, DATE, coupling_config({}))
-    frame = load_records(path)
+    frame = load_records(path, columns=list(TYPES))
     of_the_table = {"model", "coupling"}  # made as it is written
     assert len(frame) == 4 and list(frame.columns)[: len(TYPES) - 1] == [
         name for name in TYPES if name != "model"
@@ -60,6 +60,19 @@ def test_every_column_round_trips(tmp_path):
         and set(frame["fingerprint"]) == {"f" * 64}
     )
     assert frame["doc_id"].dtype == np.int64 and frame["seconds"].dtype == np.float64
+
+
+def test_columns_that_no_run_was_asked_for_are_left_out(tmp_path):
+    """Ninety columns came back, of which thirty were empty."""
+    rows = [record(doc_id=0), record(doc_id=1, reason="too short")]
+    for row in rows:
+        row["expodistance"] = np.nan  # asked for, and undefined in all of them
+    write_tables(rows, tmp_path, DATE, {})
+    frame = load_records(tmp_path)
+    empty = {name for name in frame if frame[name].isna().all()}
+    assert "expodistance" in empty and "reason" in frame and "singular_values" in frame
+    assert not {"mlp_coupling", "trajectories", "self_miscoupling"} & {*frame}
+    assert "trajectories" in load_records(tmp_path, columns=["trajectories"])
 
 
 def test_missing_is_null_and_undefined_is_nan(tmp_path):

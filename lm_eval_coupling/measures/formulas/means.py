@@ -17,3 +17,12 @@ def mean_and_error(values: Iterable[float]) -> dict[str, float | int]:
     squares = math.fsum((value - mean) ** 2 for value in defined)
     stderr = math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
     return {"mean": mean, "stderr": stderr, "n": n}
+
+
+def mean_of_parts(values: Iterable[float]) -> float:
+    """Return the mean of the parts of one whole; NaN if there is none or one is undefined.
+
+    The mean over the other parts would be the value of something else.
+    """
+    parts = [float(value) for value in values]
+    return math.fsum(parts) / len(parts) if parts else math.nan

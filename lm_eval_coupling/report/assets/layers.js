@@ -21,13 +21,18 @@ function renderLayers() {
   renderLayerNumbers(joined);
 }
 
-/** List the numbers of a task other than coupling. */
+/** List the numbers of a task other than coupling, each with what it says. */
 function renderOtherNumbers(row) {
-  const measured = DATA.readings.filter((reading) => !reading.of_rank && known(readingOf(row, reading)[0]));
+  const measured = DATA.readings.filter((reading) => known(readingOf(row, reading)[0]));
   at("regularity").closest("details").hidden = !measured.length;
   const of = (reading) => readingOf(row, reading);
   const mean = { name: "Mean", numeric: true, value: (reading) => of(reading)[0], error: (reading) => of(reading)[1], cell: (reading) => withError(...of(reading)) };
-  sortable(at("regularity"), [{ name: "Number of a prompt", value: (reading) => sentence(reading.label) }, mean], measured, {});
+  const columns = [
+    { name: "Number of a prompt", value: (reading) => sentence(reading.label) + (reading.of_rank ? `, K = ${state.rank}` : "") },
+    mean,
+    { name: "What it says", text: true, value: (reading) => reading.doc || null },
+  ];
+  sortable(at("regularity"), columns, measured, {});
 }
 
 const SIDES = { jacobian: "its Jacobian, others' bases", basis: "its basis, others' Jacobians" };

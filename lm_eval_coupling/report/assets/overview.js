@@ -66,7 +66,7 @@ function overviewColumns() {
     }),
     measured("Score", scoreOf, 4, { shown: true }),
     { name: "Metric", shown: true, value: (row) => (known(scoreOf(row)[0]) ? metric(scoreName(row)) : null) },
-    ...DATA.readings.map((reading) => measured(sentence(reading.label), (row) => readingOf(row, reading), 3)),
+    ...DATA.readings.map((reading) => measured(sentence(reading.label), (row) => readingOf(row, reading), 3, { title: reading.doc })),
     { name: "Shots", shown: true, numeric: true, value: (row) => row.n_fewshot },
     { name: "Prompts", shown: several, text: true, value: (row) => prompting(row) || null, title: "how the prompts were made" },
     { name: "Scored", numeric: true, value: (row) => row.n_samples, title: "documents behind the score" },

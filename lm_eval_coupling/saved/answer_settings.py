@@ -1,0 +1,97 @@
+"""Settings of generation in words, equal for all ways to give lm-eval the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SEED = 1234  # lm-eval's default for the choice of few-shot examples and for sampling
+# Names of lm-eval's longest answer in tokens, the one that goes first at the front.
+_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def describe_generation(
+    config: Mapping[str, Any], run: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> str | None:
+    """Describe the settings of generation; None for tasks that generate nothing."""
+    if config.get("output_type", "generate_until") != "generate_until":
+        return None
+    given = run.get("gen_kwargs")
+    settings = from_text(given) if isinstance(given, str) else mapping(given)
+    settings = _normalized({**mapping(config.get("generation_kwargs")), **settings})
+    if (most := arguments.get("max_gen_toks")) and settings:
+        settings.setdefault("max_gen_toks", _plain_value(most))
+    if settings.get("do_sample"):
+        seeds = {name: run.get(name) for name in ("torch_seed", "random_seed")}
+        settings |= {name: seed for name, seed in seeds.items() if seed not in (None, SEED, 0)}
+    words = [f"{name}={_setting(value)}" for name, value in sorted(settings.items())]
+    return one_word(" ".join(words)) or None
+
+
+def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of generation in one form for all ways to give the same ones to lm-eval."""
+    plain = {name: _plain_value(value) for name, value in settings.items()}
+    lengths = [plain.pop(name, None) for name in _MAX_TOKENS]
+    if (most := next((length for length in lengths if length is not None), None)) is not None:
+        plain["max_gen_toks"] = most
+    if "until" in plain and not isinstance(plain["until"], list):
+        plain["until"] = [plain["until"]]
+    if not plain:
+        return {}
+    temperature = plain.get("temperature") or 0
+    is_hot = isinstance(temperature, int | float) and temperature > 0
+    plain["do_sample"] = bool(plain.get("do_sample", is_hot))
+    if not plain["do_sample"]:  # the most likely token, whatever these are
+        for name in ("temperature", "top_p", "top_k"):
+            plain.pop(name, None)
+    return plain
+
+
+def _plain_value(value: Any) -> Any:
+    """Return the truth value or number that a text of the command line is."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[value.strip().lower()]
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float) and abs(value) < 1e15:
+        return f"{value:.15g}"
+    return short_digest(value) or "none"
+
+
+def from_text(arguments: str) -> dict[str, str]:
+    """Return the arguments of a text such as ``a=1,b=2``."""
+    return dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return a mapping as it is, and an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def one_word(value: Any) -> str:
+    """Return a value without the commas and line breaks that would end its part."""
+    return " ".join(str(value).replace(", ", "+").replace(",", "+").split())
+
+
+def short_digest(value: Any) -> str | None:
+    """Return eight hexadecimal digits of the hash of a text or of JSON; None for nothing."""
+    if not value:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    # lm-eval writes functions in nested settings as Python prints them, with their address.
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
