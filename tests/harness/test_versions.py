@@ -77,10 +77,6 @@ results = simple_evaluate(
     task_manager=TaskManager(include_path=home + "/tasks", include_defaults=False),
 )
 tracker.save_results_aggregated(results, results.pop("samples"))
-
-from lm_eval_coupling.harness.plugin import tasks_folder
-ours = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
-assert {{"arc", "coupling_demo"}} <= {{*ours.all_groups}}
 """
 COMMAND = f"""{DISCOVERY}
 from lm_eval.__main__ import cli_evaluate
