@@ -119,7 +119,7 @@ def jacobians_of_traces(
     method: str,
     rank: int | None = None,
     workers: int = 1,
-    on_block: Callable[[], None] | None = None,
+    on_block: Callable[[], object] | None = None,
 ) -> list[BlockJacobians]:
     """Compute J_tt of every block for several prompts of one model, each at its own token t.
 
@@ -150,7 +150,7 @@ def _compute(
     method: str,
     rank: int | None = None,
     workers: int = 1,
-    on_block: Callable[[], None] | None = None,
+    on_block: Callable[[], object] | None = None,
 ) -> list[BlockJacobians]:
     """Compute J of every layer for each trace at its pair (output token, input token)."""
     check_method(method)
@@ -209,7 +209,7 @@ def _closed_results(
     method: str,
     stack: Stack,
     workers: int,
-    on_block: Callable[[], None],
+    on_block: Callable[[], object],
 ) -> list[Tensor | NotTogether]:
     """Compute layers by the closed level, ``workers`` at a time, and put their Jacobians in place.
 

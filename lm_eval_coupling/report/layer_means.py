@@ -106,8 +106,9 @@ class _DocumentMeans:
         if len(arrays) < self._prompts[document]:
             return None
         defined = [a for a in self._begun.pop(document) if a is not None]
-        is_complete = len(defined) == self._prompts[document]
-        return np.mean(np.stack(defined), axis=0, dtype=np.float64) if is_complete else None
+        if len(defined) < self._prompts[document]:
+            return None
+        return np.asarray(np.mean(np.stack(defined), axis=0, dtype=np.float64))
 
 
 class _Mean:

@@ -87,7 +87,8 @@ def _rows(
         "seed": (table.about.get("untrained") or {}).get("seed"),
         "file": str(table.file),
     }
-    for rank in numbers.ranks or [None]:
+    ranks: list[int | None] = [*numbers.ranks] or [None]
+    for rank in ranks:
         mean, error, n = numbers.coupling(rank)
         twin_mean, twin_error, _ = numbers.twin_coupling(rank)
         chance = math.nan if rank is None else chance_coupling(rank)
