@@ -308,10 +308,14 @@ class TestDevice:
     def test_numerics(self, benchmark, tmp_path):
         code, found = self.run(benchmark, tmp_path, "spectra", "tf32")
         assert code == 0 and all(part["machine"]["device"] == "cpu" for part in found.values())
-        assert all(
-            row["residual"] < 1e-5 and row["orthogonality"] < 1e-5
-            for row in found["spectra"]["rows"]
-        )
+        rows = found["spectra"]["rows"]
+        small = [row for row in rows if row["kind"] == "small problems"]
+        assert len(small) == 2 and len(rows) > 2
+        for row in rows:
+            errors = ("residual", "orthogonality")
+            if row in small:  # both solvers of small problems, in float64 and in float32
+                errors = ("library, error", "rotations, error")
+            assert all(row[error] < 1e-5 for error in errors), row
         assert all(
             row["certificate"] < 1e-4 and row["coupling_matrices"] < 1e-5
             for row in found["tf32"]["rows"]
