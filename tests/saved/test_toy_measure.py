@@ -60,9 +60,9 @@ def test_a_measure_appears_wherever_numbers_are_read(toy, tmp_path):
         actual.tables["comparisons"]["other"]
     )
     page = gather(tmp_path)
-    assert {"name": "toy", "label": "mean of the stream", "of_rank": False, "sign": 1} in page[
-        "readings"
-    ]
+    (reading,) = [reading for reading in page["readings"] if reading["name"] == "toy"]
+    assert reading["label"] == "mean of the stream"
+    assert reading["sign"] == 1 and not reading["of_rank"]
     assert [row["readings"]["toy"][""][0] for row in page["rows"]] == [
         0.5 * i + 1.5 for i in range(MODELS)
     ]
