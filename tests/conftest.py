@@ -31,8 +31,9 @@ LONG = [
     "scores",
 ]
 ORDER = {f"test_{name}.py": place for place, name in enumerate(LONG)}
-# Files of whole evaluations, of all model families and of damaged files: not in `make quick`.
-SLOW = {f"test_{name}.py" for name in ("more_families", "scored", "decoding", "fuzz")}
+# Not in `make quick`: whole evaluations and sweeps, all model families, damaged files.
+SLOW_FILES = ("jacobians", "more_families", "scored", "decoding", "fuzz", "local")
+SLOW = {f"test_{name}.py" for name in SLOW_FILES}
 
 
 def pytest_collection_modifyitems(items):
