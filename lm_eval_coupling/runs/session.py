@@ -248,7 +248,8 @@ class Session:
                     measured = _measure(subject, batch, settings)
                 self._keep(subject, measured)
                 for record in measured:
-                    records[spot_of(record)] = self._with_recalled(record, recalled)
+                    spot = spot_of(record)
+                    records[spot] = self._record(spot, {**recalled[spot], **record.results})
                 pace.add(len(batch))
                 left -= len(batch)
                 bar.set_postfix_str(f"{duration(left * pace.seconds)} left", refresh=False)
@@ -288,11 +289,6 @@ class Session:
     def _memory_needed(self, subject: Subject, batches: Batches) -> str:
         texts = [[spot.tokens for spot in batch] for _, batch in batches]
         return memory_needed(subject.model, texts, self.settings)
-
-    def _with_recalled(self, record: PromptCoupling, recalled: Recalled) -> PromptCoupling:
-        results = {**recalled[spot_of(record)], **record.results}
-        ordered = {name: results[name] for name in self.settings.measures}
-        return dataclasses.replace(record, results=ordered)
 
     def _counted(self, spots: Sequence[Spot], waiting: int) -> str:
         distinct = len(set(spots))

@@ -22,15 +22,9 @@ from lm_eval_coupling.saved.answer_settings import (
 )
 
 UNKNOWN = "unknown prompts"  # of a table without results that says nothing of them
+_OF_THE_TASK = ("task text", "task version", "dataset", "documents")
 # Every task has these, so that they tell a reader something only where they differ.
-_HIDDEN_UNLESS_DIFFERENT = (
-    "task text",
-    "task version",
-    "dataset",
-    "documents",
-    "generation",
-    "scoring",
-)
+_HIDDEN_UNLESS_DIFFERENT = (*_OF_THE_TASK, "generation", "scoring")
 _DIGESTED = (
     "chosen samples",
     "chat template",
@@ -46,17 +40,12 @@ _ORDER = (  # of the parts; the arguments of the model that change tokens have n
     "system instruction",
     "few-shot seed",
     "",
-    "task text",
-    "task version",
-    "dataset",
-    "documents",
-    "generation",
-    "scoring",
+    *_HIDDEN_UNLESS_DIFFERENT,
     "chosen samples",
 )
 _PREFIXES = (*_DIGESTED, "task version", "generation", "few-shot seed", "token")
 # Kinds that a run without configs says nothing of; another run's value is then no difference.
-_UNKNOWN_IF_ABSENT = ("task text", "task version", "dataset", "documents", "scoring")
+_UNKNOWN_IF_ABSENT = (*_OF_THE_TASK, "scoring")
 # Kinds that follow from the model; scores of models that differ in them are still compared.
 _OF_THE_MODEL = ("chat template", "turns")
 # The fields of a task's configuration that its prompts and few-shot examples are rendered from.

@@ -21,6 +21,14 @@ def run(tmp_path_factory):
     return save(tmp_path_factory.mktemp("run"), rows)
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file that a small model is trained on."""
+    file = tmp_path_factory.mktemp("text") / "sky.txt"
+    file.write_text("The sky is blue, the grass is green and the snow is white. " * 60)
+    return file
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A run of depth coupling alone, from before there were twins."""

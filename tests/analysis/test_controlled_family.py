@@ -1,6 +1,5 @@
 """The script that makes a family of one model: its weights, members that load, no work twice."""
 
-import importlib.util
 import json
 import types
 from pathlib import Path
@@ -8,18 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from studied import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
-
-SCRIPT = Path(__file__).parents[2] / "analysis" / "controlled_family.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("controlled_family", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("controlled_family")
 
 
 @pytest.fixture

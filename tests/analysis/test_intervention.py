@@ -1,34 +1,20 @@
 """The intervention: matched members, a stop in the middle, and differences by hand."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from studied import load_script
 
 from lm_eval_coupling.errors import CouplingError
 
-ANALYSIS = Path(__file__).parents[2] / "analysis"
 TINY = "--layers 2 --width 16 --heads 2 --mlp 24 --context 12 --vocabulary 280 --windows 4".split()
 TINY += "--steps 6 --rank 3 --prompts 2 --seeds 2 --strengths -2 2 --rate 0.01".split()
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("intervention", ANALYSIS / "intervention.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ANALYSIS)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "sky.txt"
-    file.write_text("The sky is blue, the grass is green and the snow is white. " * 60)
-    return file
+    return load_script("intervention")
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,23 @@
 """The script that trains a small model: checkpoints, a falling loss, equal weights."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from studied import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling.errors import CouplingError
 
-ANALYSIS = Path(__file__).parents[2] / "analysis"
 TINY = "--layers 2 --width 32 --heads 2 --mlp 48 --context 16 --vocabulary 300".split()
 TINY += "--windows 4 --rate 0.02 --steps 0 5 25".split()
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("small_training", ANALYSIS / "small_training.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ANALYSIS)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "sky.txt"
-    file.write_text("The sky is blue, the grass is green and the snow is white. " * 60)
-    return file
+    return load_script("small_training")
 
 
 @pytest.fixture(scope="module")

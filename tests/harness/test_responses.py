@@ -2,12 +2,10 @@
 
 import json
 
-import lm_eval
 import numpy as np
 import pytest
 import tiny
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
+from evaluations import evaluate_and_log
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import ResidualModel, load_records, measure_coupling
@@ -49,9 +47,10 @@ def lm(home, tmp_path_factory):
 
 
 def evaluate(home, out, task="tiny_generate", **arguments):
-    tracker = EvaluationTracker(output_path=str(out))
     arguments = {"coupling_ranks": "2", "coupling_limit": 1} | arguments
-    results = lm_eval.simple_evaluate(
+    _, samples = evaluate_and_log(
+        home,
+        out,
         model="coupling-hf",
         model_args={
             "pretrained": str(home / "model"),
@@ -60,15 +59,7 @@ def evaluate(home, out, task="tiny_generate", **arguments):
         }
         | arguments,
         tasks=[task],
-        task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-        evaluation_tracker=tracker,
     )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for name, logged in samples.items():
-        tracker.save_results_samples(name, logged)
     return load_records(out, places="all"), samples[task]
 
 

@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 from coupling_analysis.noise_robustness import noise_robustness
+from studied import load_script
 from wrapping import wrapped_on
 
 from lm_eval_coupling.errors import CouplingError
@@ -59,9 +60,6 @@ def test_noise_has_the_size_asked_for(model):
 
 
 def test_the_script(model, tmp_path, monkeypatch):
-    import importlib.util
-    from pathlib import Path
-
     import pandas as pd
     import saved_runs
     from coupling_analysis import prompt_matrices
@@ -71,11 +69,7 @@ def test_the_script(model, tmp_path, monkeypatch):
     ]
     run = saved_runs.save(tmp_path, {"arc": saved_runs.task_summary()}, rows=rows)
     monkeypatch.setattr(prompt_matrices, "load_model", lambda name: model)
-    spec = importlib.util.spec_from_file_location(
-        "noise", Path(__file__).parents[2] / "analysis" / "noise.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("noise")
     out = tmp_path / "figures"
     script.main(
         ["tiny", str(run), "--prompts", "2", "--levels", "0", "1", "--rank", "3", "--out", str(out)]

@@ -1,12 +1,9 @@
 """Samples that a server scored are measured with the weights that it served."""
 
-import lm_eval
 import pytest
 import tiny
 from completions_server import Completions, serving
-from evaluations import written
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
+from evaluations import evaluate_and_log, written
 from test_measure_samples import coupling_arguments, equal_records, evaluate, measure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,9 +29,10 @@ def served(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("served")
     model = AutoModelForCausalLM.from_pretrained(home / "model")
     tokenizer = AutoTokenizer.from_pretrained(home / "model")
-    tracker = EvaluationTracker(output_path=str(out))
     with serving(Completions(model, tokenizer)) as address:
-        results = lm_eval.simple_evaluate(
+        evaluate_and_log(
+            home,
+            out,
             model="local-completions",
             model_args={
                 "model": str(home / "model"),
@@ -43,15 +41,7 @@ def served(home, tmp_path_factory):
                 "max_length": 513,  # of which lm-eval keeps one for itself
             },
             tasks=TASKS,
-            task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
-            bootstrap_iters=0,
-            log_samples=True,
-            evaluation_tracker=tracker,
         )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, logged in samples.items():
-        tracker.save_results_samples(task, logged)
     return out
 
 

@@ -3,14 +3,11 @@
 import json
 import logging
 
-import lm_eval
 import numpy as np
 import pytest
 import tiny
 import yaml
-from evaluations import written
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
+from evaluations import evaluate_and_log, written
 
 from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
@@ -37,22 +34,14 @@ def home(tmp_path_factory):
 
 def evaluate(home, out, model, tasks=TASKS, model_args=(), **further):
     """Evaluate by lm-eval's own entry point, logging samples; returns the results."""
-    tracker = EvaluationTracker(output_path=str(out))
-    manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
-    results = lm_eval.simple_evaluate(
+    results, _ = evaluate_and_log(
+        home,
+        out,
         model=model,
         model_args={"pretrained": str(home / "model"), "device": "cpu"} | dict(model_args),
-        tasks=list(tasks),
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=True,
-        evaluation_tracker=tracker,
+        tasks=tasks,
         **further,
     )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, logged in samples.items():
-        tracker.save_results_samples(task, logged)
     return results
 
 

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import numpy as np
 from lean_lm_eval import lean_lm_eval
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 
 HOOK = Path(__file__).parents[2] / "hook"
 ENVIRONMENT: dict[str, str] = {}  # of fresh processes, for tests that change it
@@ -86,6 +89,28 @@ def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):
     return [
         str(word) for word in (sys.executable, *launcher, script, home, kind, dtype, out, store)
     ]
+
+
+def evaluate_and_log(home, out, *, tasks, **arguments):
+    """Evaluate by lm-eval's function in this process, and write results and samples.
+
+    Returns:
+        lm-eval's results without the samples, and the samples by task.
+    """
+    tracker = EvaluationTracker(output_path=str(out))
+    results = lm_eval.simple_evaluate(
+        tasks=list(tasks),
+        task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+        evaluation_tracker=tracker,
+        **arguments,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, logged in samples.items():
+        tracker.save_results_samples(task, logged)
+    return results, samples
 
 
 def numbers(nested):

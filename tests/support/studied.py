@@ -22,11 +22,16 @@ PAIRS = np.array([[0, 0.2, 0.4], [0.6, 0, 0.8], [1, 0.5, 0]], dtype=np.float32)
 NOT_OURS = ("correlate", "controlled_family")
 
 
-def script(name):
+def load_script(name):
+    """Return a script of analysis/ as a module of its own, which shares no state with another."""
     spec = importlib.util.spec_from_file_location(f"analysis_{name}", ANALYSIS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def script(name):
+    return load_script(name).main
 
 
 def record(doc_id, *, task="arc", weights="trained", shift=0.0, **changes):
