@@ -12,7 +12,6 @@ effects.png show differences from the control of the same seed, with 95 % t-inte
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ import command
 import numpy as np
 import pandas as pd
 import torch
+from kept_rows import KeptRows
 from scipy import stats
 from small_training import cut, documents, fresh_model, learn_tokenizer
 from tqdm import tqdm
 
-from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.scatter import intervals
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
@@ -151,19 +150,8 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     recipe = {"texts": [str(file) for file in options.texts]} | {
         name: getattr(options, name) for name in RECIPE if name != "seeds"
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    recipe_file, file = options.out / "recipe.json", options.out / "members.jsonl"
-    if recipe_file.exists() and json.loads(recipe_file.read_text()) != recipe:
-        raise CouplingError(
-            f"got {options.out}, made with other texts or settings (see {recipe_file}); choose "
-            "another --out"
-        )
-    recipe_file.write_text(json.dumps(recipe, indent=1) + "\n")
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    # A stopped command may leave half a line, which is written again.
-    lines = [line for line in lines if line.endswith("\n")]
-    file.write_text("".join(lines))
-    rows = {(row["form"], row["strength"], row["seed"]): row for row in map(json.loads, lines)}
+    kept = KeptRows(options.out, "members.jsonl", recipe)
+    rows = {(row["form"], row["strength"], row["seed"]): row for row in kept.rows}
     texts = [text for source in options.texts for text in documents(source, options.column)]
     tokenizer = learn_tokenizer(texts, options.vocabulary)
     windows = cut(texts, tokenizer, options.context)
@@ -175,8 +163,7 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
         model, loss = train(member, windows, tokenizer, options)
         row = member | {"loss": loss} | outcomes(model, kept_out, options)
         rows[tuple(member.values())] = row
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        kept.add([row])
         print(
             f"seed {member['seed']}, {name_of(member)}: kept-out loss {row['loss_kept_out']:.3f}, "
             f"coupling@{options.rank} {row['coupling']:.3f}, rotated {row['rotated']:.3f}",

@@ -29,7 +29,7 @@ from typing import Any
 
 import command
 import pandas as pd
-from zoo_parts.recipes import Recipe, zoo
+from zoo_parts.recipes import TASKS, Recipe, zoo
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -165,6 +165,7 @@ def run(recipes: list[Recipe], options: argparse.Namespace) -> int:
     evaluation = Evaluation(
         options.data.resolve(),
         options.out.resolve(),
+        tasks=options.tasks,
         pairs=options.pairs,
         measured=options.measured,
         measures=options.measures,
@@ -237,6 +238,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--turns", type=int, metavar="N", help="members per trainer at a time (2 on a GPU, else 1)")
     help_evaluators = "processes (the free cores on a GPU, else half of them)"
     add("--evaluators", type=int, metavar="N", help=help_evaluators)
+    add("--tasks", nargs="+", default=TASKS, choices=TASKS, help="blimp and kept_out by default")
     add("--pairs", type=int, default=20, metavar="N", help="scored per paradigm of BLiMP (20)")
     add("--measured", type=int, default=48, metavar="N", help="documents per task (48)")
     add("--measures", default="depth+regularity", help="as coupling_measures (%(default)s)")

@@ -9,6 +9,8 @@ members.csv         one row per member at its last checkpoint
 predictors.csv      for every score, predictor and set of covariates: the partial correlation, and
                     how well families of recipes are predicted that were left out
 seeds.csv           how much of a number's spread is due to seeds alone
+influence.csv       the partial correlations of coupling and its controls, and their range when any
+                    one member is left out
 along.csv           every checkpoint
 along_training.csv  Spearman's correlation over the steps of one member
 
@@ -31,13 +33,19 @@ from lm_eval_coupling import load_runs
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import add_legend, make_grid
 from lm_eval_coupling.figures.palette import CATEGORIES
-from lm_eval_coupling.statistics import adjust_p_values, correlation, nested_models
+from lm_eval_coupling.statistics import (
+    adjust_p_values,
+    correlation,
+    nested_models,
+    partial_correlation,
+)
 
 # Metric of each task, and the sign that makes larger better.
 SCORES = {"blimp": ("acc,none", 1), "kept_out": ("bits_per_byte,none", -1)}
 LABELS = {"blimp": "BLiMP, accuracy", "kept_out": "kept-out text, bits per byte"}
 SIZE = ["log10_params", "n_layers", "d_model"]
 MAIN, MAIN_ERROR = "coupling@10", "coupling_stderr@10"
+PARTS = [f"{name}@10" for name in ("coupling", "rotated", "deflated", "without_identity")]
 MEMBER = ["member", "family", "task", "step", "training_tokens", "n_params", "n_layers", "d_model"]
 PRINTED = ["score", "members", "given", "predictor", "n", "r", "low", "high", "p"]
 
@@ -48,13 +56,11 @@ def read_checkpoints(folder: Path) -> pd.DataFrame:
     ``score`` is signed so that larger is better; ``bits`` are those of the kept-out text.
 
     Raises:
-        CouplingError: if a task has no results.
+        CouplingError: if no run has results of the kept-out text.
     """
     runs = load_runs(folder / "runs", facts=folder / "facts.csv")
-    if missing := [task for task in SCORES if task not in set(runs["task"])]:
-        raise CouplingError(
-            f"got {folder} without results of {missing[0]}, expected the records of a zoo"
-        )
+    if "kept_out" not in set(runs["task"]):
+        raise CouplingError(f"got {folder} without results of kept_out, expected those of a zoo")
     rows = runs[runs["task"].isin(SCORES)].copy()
     facts = pd.read_csv(folder / "facts.csv")
     steps = facts["model"].str.rpartition("-")[2].astype(int).groupby(facts["member"]).max()
@@ -69,6 +75,11 @@ def read_checkpoints(folder: Path) -> pd.DataFrame:
     rows["log10_params"] = np.log10(rows["n_params"])
     rows["log10_tokens"] = np.log10(rows["training_tokens"].where(rows["training_tokens"] > 0))
     return rows
+
+
+def tasks_of(rows: pd.DataFrame) -> list[str]:
+    """Return the tasks that the checkpoints were evaluated on."""
+    return [task for task in SCORES if task in set(rows["task"])]
 
 
 def predictors(rows: pd.DataFrame) -> list[str]:
@@ -86,7 +97,7 @@ def select_finished(rows: pd.DataFrame) -> pd.DataFrame:
 
 def relate_predictors(last: pd.DataFrame) -> Iterator[dict]:
     """Relate every predictor to both scores, over all members and those of unspoiled text."""
-    for task, subset in itertools.product(SCORES, ("all", "unspoiled")):
+    for task, subset in itertools.product(tasks_of(last), ("all", "unspoiled")):
         rows = last[(last["task"] == task) & ((subset == "all") | (last["family"] != "spoiled"))]
         covariates = {"nothing": [], "size": SIZE, "size and tokens": [*SIZE, "log10_tokens"]}
         if task == "blimp":
@@ -128,6 +139,31 @@ def relate_predictor(rows: pd.DataFrame, name: str, fixed: list[str]) -> dict:
     return outcome
 
 
+def leave_members_out(last: pd.DataFrame) -> pd.DataFrame:
+    """Relate coupling and its controls to less loss, with every member and without each."""
+    rows = last[last["task"] == "kept_out"].set_index("member")
+    sets = {"nothing": [], "size": SIZE, "size and tokens": [*SIZE, "log10_tokens"]}
+    table = []
+    for (given, fixed), name in itertools.product(sets.items(), PARTS):
+        if name not in rows:
+            continue
+        whole = partial_correlation(rows, name, "score", fixed)
+        without = pd.Series(
+            {
+                member: partial_correlation(
+                    rows.drop(member), name, "score", fixed, resamples=0
+                ).coefficient
+                for member in rows.index
+            }
+        )
+        about = {"given": given, "predictor": name, "n": whole.n, "r": whole.coefficient}
+        interval = {"low": whole.low, "high": whole.high, "p": whole.p}
+        lowest = {"lowest": without.min(), "lowest_without": without.idxmin()}
+        highest = {"highest": without.max(), "highest_without": without.idxmax()}
+        table.append(about | interval | lowest | highest)
+    return pd.DataFrame(table)
+
+
 def compare_seeds(last: pd.DataFrame) -> pd.DataFrame:
     """Compare each number's spread over seeds of the standard recipe with that over the zoo."""
     rows = []
@@ -159,32 +195,33 @@ def correlate_along_training(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_zoo(rows: pd.DataFrame, last: pd.DataFrame) -> Figure:
-    """Draw both scores over coupling, and coupling along training over step and bits."""
+    """Draw scores over coupling, and coupling along training over step and bits."""
     title = f"The zoo: {last['member'].nunique()} members, {MAIN}"
-    figure, axes = make_grid(4, width=4.2, height=3.4, columns=2, title=title)
+    tasks = tasks_of(last)
+    figure, axes = make_grid(2 + len(tasks), width=4.2, height=3.4, columns=2, title=title)
     families = list(dict.fromkeys(last["family"]))
     colors = dict(zip(families, itertools.cycle(CATEGORIES), strict=False))
     # Colors repeat after a while, markers tell the families apart then.
     markers = {family: "os^"[i // len(CATEGORIES)] for i, family in enumerate(families)}
-    for ax, (task, label) in zip(axes[:2], LABELS.items(), strict=True):
+    for ax, task in zip(axes[:-2], tasks, strict=True):
         for family, of in last[last["task"] == task].groupby("family", sort=False):
             style = {"color": colors[family], "markersize": 4, "label": family}
             ax.plot(of[MAIN], of["score"].abs(), markers[family], **style)
         ax.set_xlabel(MAIN, fontsize="small")
-        ax.set_ylabel(label, fontsize="small")
+        ax.set_ylabel(LABELS[task], fontsize="small")
     checkpoints = rows.groupby(["member", "task"])["step"].transform("nunique")
     paths = rows[(rows["task"] == "kept_out") & (checkpoints > 3)]
     for member, of in paths.groupby("member", sort=False):
         of, family = of.sort_values("step"), of["family"].iloc[0]
         style = {"color": colors[family], "marker": markers[family], "markersize": 3}
-        for ax, x in ((axes[2], of["step"]), (axes[3], of["bits"])):
+        for ax, x in ((axes[-2], of["step"]), (axes[-1], of["bits"])):
             ax.plot(x, of[MAIN], linewidth=1, **style)
             ax.annotate(member, (x.iloc[-1], of[MAIN].iloc[-1]), fontsize="xx-small")
             ax.set_ylabel(f"{MAIN}, kept-out text", fontsize="small")
-    axes[2].set_xscale("symlog", linthresh=10)
-    axes[2].set_xlabel("step", fontsize="small")
-    axes[3].invert_xaxis()
-    axes[3].set_xlabel("bits per byte (training goes right)", fontsize="small")
+    axes[-2].set_xscale("symlog", linthresh=10)
+    axes[-2].set_xlabel("step", fontsize="small")
+    axes[-1].invert_xaxis()
+    axes[-1].set_xlabel("bits per byte (training goes right)", fontsize="small")
     add_legend(figure, axes)
     return figure
 
@@ -197,13 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     rows = read_checkpoints(options.records)
     last = select_finished(rows)
-    columns = [*MEMBER, "score", "acc_stderr,none", "bits", *predictors(last), MAIN_ERROR]
+    errors = ["acc_stderr,none"] if "acc_stderr,none" in last else []
+    columns = [*MEMBER, "score", *errors, "bits", *predictors(last), MAIN_ERROR]
     relations = pd.DataFrame(relate_predictors(last))
     groups = relations.groupby(["score", "members", "given"], sort=False)
     relations["p_holm"] = groups["p"].transform(adjust_p_values)
     tables = {
         "members": last[columns].sort_values(["task", "member"]),
         "predictors": relations.round(6),
+        "influence": leave_members_out(last).round(6),
         "seeds": compare_seeds(last).round(6),
         "along_training": correlate_along_training(rows).round(6),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import lm_eval
 import transformers
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from zoo_parts.recipes import TASKS
 
 from lm_eval_coupling.harness import lm, plugin
 
-TASKS = ("blimp", "kept_out")
 # Import torch, transformers and TransformerLens before the evaluators fork, not in each of them.
 PRELOADED = (lm.CouplingLM, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
 
@@ -34,6 +34,7 @@ class Evaluation:
     """Evaluation of checkpoints on BLiMP and the kept-out text, scored and measured.
 
     Args:
+        tasks: some of ``TASKS``.
         data: folder that ``text.prepare`` wrote; tasks find their documents there.
         out: folder of the zoo; names of models and results are relative to it.
         pairs: minimal pairs scored of each paradigm of BLiMP.
@@ -43,14 +44,23 @@ class Evaluation:
     """
 
     def __init__(
-        self, data: Path, out: Path, *, pairs: int, measured: int, measures: str, ranks: str
+        self,
+        data: Path,
+        out: Path,
+        *,
+        tasks: Sequence[str] = TASKS,
+        pairs: int,
+        measured: int,
+        measures: str,
+        ranks: str,
     ) -> None:
         """Load the tasks."""
         plugin.install()
-        self.out, self.measured, self.measures, self.ranks = out, measured, measures, ranks
+        self.out, self.names = out, list(tasks)
+        self.measured, self.measures, self.ranks = measured, measures, ranks
         with inside(data):
             self.tasks = LoadedTasks(include_path=str(Path(__file__).parent))
-            for name, task in self.tasks.load(list(TASKS))["tasks"].items():
+            for name, task in self.tasks.load(self.names)["tasks"].items():
                 # lm-eval reads all documents at every evaluation, whatever the limit.
                 if name != "kept_out":
                     split = task.config.validation_split
@@ -71,7 +81,7 @@ class Evaluation:
                     "coupling_measures": self.measures,
                     "coupling_store": str(self.out / "store" / model.replace("/", "-")),
                 },
-                tasks=list(TASKS),
+                tasks=self.names,
                 task_manager=self.tasks,
                 batch_size=64,
                 device="cpu",

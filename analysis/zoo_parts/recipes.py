@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+TASKS = ("blimp", "kept_out")  # that checkpoints are evaluated on
 HEAD = 32  # components of an attention head
 
 
@@ -80,3 +81,10 @@ def _members() -> Iterator[Recipe]:
     yield Recipe("shape-9x96", "shape", layers=9, width=96)
     yield Recipe("standard-3", "standard", seed=3)
     yield Recipe("length-2", "length", length=2.0)
+    # More members that stopped early or read little text, so that no single one decides.
+    for seed in (1, 2):
+        yield Recipe(f"text-0.03-{seed}", "text", text=0.03, seed=seed)
+        yield Recipe(f"length-0.1-{seed}", "length", length=0.1, seed=seed)
+        yield Recipe(f"shuffled-1-{seed}", "spoiled", shuffled=1.0, seed=seed)
+    yield from (Recipe(f"text-{share}", "text", text=share) for share in (0.05, 0.2))
+    yield from (Recipe(f"length-{share}", "length", length=share) for share in (0.06, 0.2, 0.6))
