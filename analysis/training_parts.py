@@ -43,7 +43,7 @@ SIZES = {
     "prompts": 20,
     "seeds": 3,
 }
-STEPS = [0, 10, 20, 40, 80, 160, 320, 640, 1280, 2560]
+STEPS = [0, 10, 20, 40, 80, 160, 320, 640, 1280]
 RECIPE = ("column", "steps", *(name for name in SIZES if name != "seeds"), "rate")
 KEPT_OUT = 64  # windows
 MEASURES = ("depth", "controls", "without_identity", "regularity", "geometry")
