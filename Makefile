@@ -59,16 +59,18 @@ fresh: dist  ## the wheel alone in a new environment: seconds to the picture of 
 	$(BIN)/python tests/benchmarks/fresh_install.py --wheel dist/*.whl --torch "$(TORCH)"
 
 # The tests that touch what other packages offer, in an environment of its own. The newest ignores our upper bounds.
+# BOUNDS_TESTS=tests/test_internals.py takes seconds: is every name inside lm-eval and TransformerLens still there?
 RESOLUTION ?= lowest
+BOUNDS_TESTS ?= $(addprefix tests/,test_internals.py test_bounds.py harness jacobians residual saved statistics)
 NEWEST = $(filter newest,$(RESOLUTION))
+BOUNDS_PYTHON = .venv-$(RESOLUTION)/bin/python
 bounds:  ## tests with the lowest or the newest versions of what we need: RESOLUTION=lowest|newest
-	$(PYTHON) -m venv .venv-$(RESOLUTION)
-	.venv-$(RESOLUTION)/bin/python -m pip install --quiet uv $(if $(NEWEST),$(TORCH))
-	.venv-$(RESOLUTION)/bin/uv pip install --python .venv-$(RESOLUTION)/bin/python \
-		$(if $(NEWEST),,--resolution lowest-direct) -e '.[dev]'
-	$(if $(NEWEST),.venv-newest/bin/python -m pip install --quiet --upgrade --pre --no-deps lm-eval transformer-lens transformers)
-	LM_EVAL_COUPLING_NO_HOOK=1 .venv-$(RESOLUTION)/bin/python -m pytest -q -n 2 --dist loadfile \
-		tests/harness tests/jacobians tests/residual tests/saved tests/statistics
+	$(PYTHON) -m venv --clear .venv-$(RESOLUTION)
+	$(BOUNDS_PYTHON) -m pip install --quiet uv $(if $(NEWEST),$(TORCH))
+	$(BOUNDS_PYTHON) -m uv pip install --quiet --python $(BOUNDS_PYTHON) $(if $(NEWEST),,--resolution lowest-direct) -e '.[dev]'
+	$(if $(NEWEST),$(BOUNDS_PYTHON) -m pip install --quiet --upgrade --pre --no-deps lm-eval transformer-lens transformers)
+	$(BOUNDS_PYTHON) -m pip freeze | grep -E '^(lm[-_]eval|numpy|pandas|torch|transformer-lens|transformers)=='
+	LM_EVAL_COUPLING_NO_HOOK=1 $(BOUNDS_PYTHON) -m pytest -q -n 2 --dist loadfile $(BOUNDS_TESTS)
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV) .venv-lowest .venv-newest site

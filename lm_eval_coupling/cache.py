@@ -19,7 +19,8 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     try:
-        folder = user_cache_path("lm-eval-coupling")
+        # Of platformdirs, old releases return the path unexpanded, newer ones raise RuntimeError.
+        folder = user_cache_path("lm-eval-coupling").expanduser()
     except RuntimeError:
         user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
         folder = Path(tempfile.gettempdir()) / f"lm-eval-coupling-{user}"

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # no collection need look at the million objects of imported modules
+
+
+@pytest.fixture(autouse=True)
+def _logger_of_lm_eval():
+    """Undo what lm-eval's command does to its logger in this process.
+
+    It adds a handler for the standard error stream of the first caller, and stops propagation:
+    before pytest 9 `caplog` then sees no record of ours.
+    """
+    logger = logging.getLogger("lm_eval")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 DEVICES = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lm_eval_coupling.errors import CouplingError
 
@@ -34,6 +36,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     _group: Any = field(default=None, repr=False)
+    _exchanged: list[Tensor] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> Ranks:
         return self
@@ -47,6 +50,7 @@ class Ranks:
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
+            self._exchanged.clear()
 
     def everywhere(self, step: Callable[[], Any]) -> list[Any]:
         """Return the result of ``step`` in every process, in all of them.
@@ -59,8 +63,7 @@ class Ranks:
         """
         if self.size == 1:
             return [step()]
-        parts: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(parts, _attempt(step), group=self._on_host())
+        parts = self._gather(_attempt(step), to_all=True)
         if failed := [
             f"process {rank}: {part.error}" for rank, part in enumerate(parts) if part.error
         ]:
@@ -74,9 +77,32 @@ class Ranks:
         """Return every process's result or error in process 0, and ``None`` in the others."""
         if self.size == 1:
             return [Part(value=step())]
-        parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        torch.distributed.gather_object(_attempt(step), parts, dst=0, group=self._on_host())
-        return parts
+        parts = self._gather(_attempt(step), to_all=False)
+        return parts if self.rank == 0 else None
+
+    def _gather(self, part: Part, *, to_all: bool) -> list[Part]:
+        """Return every process's part, in all processes or in process 0; in the others none.
+
+        The exchanged tensors are kept until the group is closed. Gloo's threads drop them too, and
+        dropping the last reference takes Python's lock. torch before 2.8 waits for these threads
+        with that lock held, without end (pytorch pull request 154976).
+        """
+        group, distributed = self._on_host(), torch.distributed
+        data = torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8)
+        size = torch.tensor([len(data)], device="cpu")
+        sizes = [torch.zeros_like(size) for _ in range(self.size)]
+        distributed.all_gather(sizes, size, group=group)
+        sent = torch.zeros(int(max(sizes)), dtype=torch.uint8, device="cpu")
+        sent[: len(data)] = data
+        receives = to_all or self.rank == 0
+        received = [torch.empty_like(sent) for _ in range(self.size if receives else 0)]
+        if to_all:
+            distributed.all_gather(received, sent, group=group)
+        else:
+            distributed.gather(sent, received or None, dst=0, group=group)
+        self._exchanged += [size, *sizes, sent, *received]
+        pairs = zip(received, sizes, strict=receives)
+        return [pickle.loads(data[: int(n)].numpy().tobytes()) for data, n in pairs]
 
     def _on_host(self) -> Any:
         if self._group is None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.residual import rotary
 from lm_eval_coupling.residual.arguments import tensors_in
 from lm_eval_coupling.residual.attachments import own_hooks
 from lm_eval_coupling.residual.block import Block
@@ -79,12 +80,13 @@ def require_close_somewhere(
 
 @torch.no_grad()
 def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
-    """Return a model's logits for the probe, in float32."""
+    """Return a model's logits for the probe, in float32, as if no pass had gone before."""
     dtype = next(
         (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
         torch.float32,
     )
-    return inputs.read(model(**inputs.batch([inputs.probe], device, dtype).arguments)).float()
+    with rotary.unused_tables(model):
+        return inputs.read(model(**inputs.batch([inputs.probe], device, dtype).arguments)).float()
 
 
 def end_of(

@@ -21,7 +21,8 @@ def is_dynamic(module: nn.Module) -> bool:
 
 def recomputed_names(module: nn.Module) -> set[str]:
     """Return the names of the attributes and buffers that such a module's passes write."""
-    names: set[str] = {"attention_scaling"} if is_dynamic(module) else set()
+    # transformers 5.9 writes the second name where it means the unprefixed one.
+    names = {"attention_scaling", "None_max_seq_len_cached"} if is_dynamic(module) else set()
     for prefix in _prefixes(module):
         names |= {f"{prefix}{name}" for name in ("inv_freq", "long_inv_freq", "max_seq_len_cached")}
     return names

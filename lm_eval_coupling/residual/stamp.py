@@ -89,9 +89,10 @@ def _entries(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...
     for name, tensor in tensors.items():
         if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
             flat = tensor.detach().flatten()
-            by_device.setdefault(tensor.device, {})[name] = flat[
-                _spread(flat.numel()).to(tensor.device)
-            ].float()
+            # torch 2.6 cannot index 8-bit floats.
+            bits = flat.view(torch.uint8) if flat.element_size() == 1 else flat
+            entries = bits[_spread(flat.numel()).to(tensor.device)].view(flat.dtype).float()
+            by_device.setdefault(tensor.device, {})[name] = entries
     for samples in by_device.values():
         sizes = [len(entries) for entries in samples.values()]
         numbers = torch.cat([*samples.values()]).cpu().split(sizes)

@@ -204,7 +204,7 @@ def killed_and_resumed(options, work: Path) -> dict:
 
 def two_processes(options, work: Path) -> dict:
     """The same records from one process and from two."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29555")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(lm_eval(options, "coupling-hf", "arc_easy", 8, work / "one", work / "one.sqlite"), options)
     run(
         lm_eval(options, "coupling-hf", "arc_easy", 8, work / "two", work / "two.sqlite", launcher),

@@ -141,7 +141,7 @@ def test_the_command_with_the_hook(release, home, tmp_path):
 @only_next
 def test_several_processes(release, home, tmp_path):
     """The next release gathers in another way; `CouplingLM` had relied on this one's."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29594")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(evaluation(home, "choice", tmp_path / "out", tmp_path / "s", launcher=launcher))
     assert (
         written(tmp_path / "out")["config"]["coupling"]["measured"]

@@ -1,5 +1,6 @@
 """Measured prompts are what the scored model computes for them, alone, whatever it holds."""
 
+import inspect
 import threading
 from functools import partial
 
@@ -265,6 +266,8 @@ def test_a_registered_attention_function_is_measured(model):
 
 def test_an_adapter_that_acts_from_a_token_on_is_refused(model):
     peft = pytest.importorskip("peft")
+    if "alora_invocation_tokens" not in inspect.signature(peft.LoraConfig).parameters:
+        pytest.skip("this peft has no activated LoRA")
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"
     )

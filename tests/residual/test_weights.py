@@ -16,6 +16,7 @@ import torch
 from oracles import oracle
 from random_weights import with_lora
 from torch import nn
+from torch.utils import backend_registration
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lm_eval_coupling.errors import CouplingError
@@ -439,6 +440,10 @@ except RuntimeError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch offers no stand-in for a second device",
+)
 def test_blocks_on_several_devices_are_measured_where_they_lie():
     """Without moving the stream to a block's device there would be an error: the test can fail."""
     tests = Path(__file__).parents[1] / "support"

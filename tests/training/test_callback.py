@@ -270,9 +270,9 @@ def test_two_processes_train_as_without_it(tmp_path):
     script = tmp_path / "two.py"
     here = Path(__file__).parent
     script.write_text(TWO.format(paths=[str(here), str(here.parent / "support")]))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    for name, port in (("plain", 29597), ("watched", 29598)):
-        said = run([*launcher, "--master_port", port, script, tmp_path, name])
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    for name in ("plain", "watched"):
+        said = run([sys.executable, *launcher, script, tmp_path, name])
         assert "world 2" in said
     plain, watched = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "watched")
