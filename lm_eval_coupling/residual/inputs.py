@@ -86,13 +86,13 @@ class TokenIds:
             CouplingError: for anything else. A GPU that looks up a row beyond its embeddings is
                 lost to the process.
         """
-        rows = [self._row(tokens).long() for tokens in prompts]
+        rows = [self._row(tokens).to("cpu", torch.long) for tokens in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # in one transfer
         return Batch({"input_ids": ids, **self.options}, [len(row) for row in rows])
 
     def _row(self, tokens: Any) -> Tensor:
         try:
-            ids = torch.as_tensor(tokens, device="cpu")  # not the default device
+            ids = torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError):
             raise CouplingError(
                 f"got {str(tokens)[:80]!r} as the tokens of a prompt, {_EXPECTED}"
