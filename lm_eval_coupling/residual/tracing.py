@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory, shown
 from lm_eval_coupling.numerics.devices import has_float64
+from lm_eval_coupling.numerics.pass_threads import PassThreads
 from lm_eval_coupling.residual.arguments import SharedArguments, tensors_in
 from lm_eval_coupling.residual.arithmetic import arithmetic
 from lm_eval_coupling.residual.block import Block, PassState
@@ -69,6 +70,7 @@ class Tracer:
         self.pads: bool | None = None
         self.first_input: Callable[[Tensor], Tensor] | None = None
         self.decodes: bool | None = None
+        self.pass_threads = PassThreads()
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +169,7 @@ class Tracer:
             )
             for block in self.blocks
         ]
-        with self._hooked(traced, dtype):
+        with self._hooked(traced, dtype), self._threads(direction):
             with contextlib.suppress(_LastBlockDone):
                 with explain_refused_inputs(batch.arguments, traced[0]):
                     self.model(**batch.arguments)
@@ -186,6 +188,15 @@ class Tracer:
             )
             for prompt, length in enumerate(lengths)
         ]
+
+    def _threads(self, direction: Direction | None) -> contextlib.AbstractContextManager[None]:
+        """Watch how busy the machine is, and limit the threads of a pass without derivatives."""
+        if self.device.type != "cpu":
+            return contextlib.nullcontext()
+        # Other threads would round derivatives in another order. Long prompts alone go without:
+        # their values have the same bits with any number of threads.
+        alone = direction is not None
+        return self.pass_threads.watched() if alone else self.pass_threads.limited()
 
     @contextlib.contextmanager
     def _hooked(self, traced: Sequence[TracedBlock], dtype: torch.dtype) -> Iterator[None]:

@@ -29,7 +29,7 @@ def test_every_step_of_every_seed_is_measured(out):
     rows = pd.read_json(out / "prompts.jsonl", lines=True)
     assert rows.groupby(["seed", "step"]).size().tolist() == [2] * 8
     assert rows.groupby("seed")["loss"].nunique().tolist() == [4, 4]
-    parts = pd.read_csv(out / "parts.csv").set_index(["reading", "seed", "step"])
+    parts = pd.read_csv(out / "parts.csv").set_index(["reading", "seed", "step"]).sort_index()
     of = rows.query("seed == 1 and step == 4")["rotated"]
     assert parts.loc[("rotated", 1, 4), "mean"] == pytest.approx(of.mean())
     assert parts.loc["loss", "chance"].isna().all()
