@@ -19,13 +19,15 @@ $(BIN)/.ready: pyproject.toml
 setup: $(BIN)/.ready  ## a virtual environment with everything installed
 
 # Without the start-up hook, so that the tests import the package first, with checks of shapes on it.
+# Tests run side by side: the threads of their child processes would wait for each other.
+TEST = LM_EVAL_COUPLING_NO_HOOK=1 OMP_NUM_THREADS=1 $(BIN)/python
 test: setup  ## run all tests
-	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 QUICK_TESTS = $(addprefix tests/,jacobians measures measuring numerics saved statistics fit sweep \
 	test_language.py test_structure.py)
 quick: setup  ## run the fast tests, for a change in progress
-	LM_EVAL_COUPLING_NO_HOOK=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(QUICK_TESTS)
+	$(TEST) -m pytest -q -n 2 --dist loadfile -m "not slow" $(QUICK_TESTS)
 
 check: setup  ## lint, types, workflows and citation
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -70,7 +72,7 @@ bounds:  ## tests with the lowest or the newest versions of what we need: RESOLU
 	$(BOUNDS_PYTHON) -m uv pip install --quiet --python $(BOUNDS_PYTHON) $(if $(NEWEST),,--resolution lowest-direct) -e '.[dev]'
 	$(if $(NEWEST),$(BOUNDS_PYTHON) -m pip install --quiet --upgrade --pre --no-deps lm-eval transformer-lens transformers)
 	$(BOUNDS_PYTHON) -m pip freeze | grep -E '^(lm[-_]eval|numpy|pandas|torch|transformer-lens|transformers)=='
-	LM_EVAL_COUPLING_NO_HOOK=1 $(BOUNDS_PYTHON) -m pytest -q -n 2 --dist loadfile $(BOUNDS_TESTS)
+	LM_EVAL_COUPLING_NO_HOOK=1 OMP_NUM_THREADS=1 $(BOUNDS_PYTHON) -m pytest -q -n 2 --dist loadfile $(BOUNDS_TESTS)
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV) .venv-lowest .venv-newest site
