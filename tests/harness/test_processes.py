@@ -100,7 +100,7 @@ def test_killed_runs_lose_nothing_and_measure_nothing_twice(tmp_path):
     """Killed at random moments while they measure; the last one's tables are those of a run left
     alone.
     """
-    words = [sys.executable, kills.__file__, "--kills", "3", "--documents", "120"]
+    words = [sys.executable, kills.__file__, "--kills", "3", "--documents", "60"]
     path = os.pathsep.join([environment()["PYTHONPATH"], str(Path(kills.__file__).parent)])
     done = subprocess.run(
         words, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False

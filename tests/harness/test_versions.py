@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from evaluations import HOOK, command, environment, evaluation, run, written
+from forked import run_forked
 from lean_lm_eval import lean_lm_eval, save_lean_lm_eval
 
 from lm_eval_coupling import load_records
@@ -88,13 +89,7 @@ def without_hook(code, folder, *words):
     """Run a program in an interpreter in which no hook is installed."""
     script = folder / "run.py"
     script.write_text(code)
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, words)],
-        env=environment() | {"LM_EVAL_COUPLING_NO_HOOK": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_forked([script, *words], environment() | {"LM_EVAL_COUPLING_NO_HOOK": "1"})
 
 
 def test_the_class_needs_no_hook(release, home, tmp_path):

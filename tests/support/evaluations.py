@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lm_eval
 import numpy as np
+from forked import run_forked
 from lean_lm_eval import lean_lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -43,9 +44,12 @@ def environment():
 
 
 def run(words):
-    done = subprocess.run(
-        list(map(str, words)), env=environment(), capture_output=True, text=True, check=False
-    )
+    """Run a Python script or module in a process of its own; return all that it prints."""
+    words = list(map(str, words))
+    if words[1].endswith(".py"):
+        done = run_forked(words[1:], environment())
+    else:
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
