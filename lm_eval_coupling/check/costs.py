@@ -40,7 +40,8 @@ def costs(model: Any, tokens: Sequence[int], settings: Settings) -> list[Cost]:
 
     The first run does not count: it includes start-up costs of the device.
     """
-    prompts = [list(tokens)] * OFFERED
+    # Different prompts: equal ones would share a pass.
+    prompts = [[*tokens[i:], *tokens[:i]] for i in range(OFFERED)]
     largest = len(groups(model, prompts, settings)[0])
     return [_cost(model, prompts[:size], settings) for size in sorted({1, largest})]
 

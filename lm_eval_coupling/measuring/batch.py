@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.errors import Reason, Unmeasurable, reason_of
-from lm_eval_coupling.jacobians.certify import DTYPES, TOLERANCE, probe
+from lm_eval_coupling.jacobians.certify import DTYPES, TOLERANCE
 from lm_eval_coupling.jacobians.engine import BlockJacobians, jacobians_of_traces
 from lm_eval_coupling.jacobians.protocol import Model
 from lm_eval_coupling.measures.contract import MeasureResult
@@ -137,7 +137,7 @@ class Batch:
         tokens: token ids of every prompt.
         positions: measured token of each prompt, from 0.
         settings: settings of all prompts.
-        traces: traces of one padded forward pass.
+        traces: traces of the prompts; equal prompts at several tokens share a pass.
         trajectories: x^0 … x^L of every prompt at its measured token, on a device with float64.
     """
 
@@ -147,25 +147,22 @@ class Batch:
         tokens: Sequence[Sequence[int]],
         positions: Sequence[int],
         settings: Settings,
-        *,
-        derivative: bool,
+        traces: Sequence[Any],
     ) -> None:
-        """Trace the prompts.
+        """Take traced prompts.
 
         Args:
-            model: model to trace.
+            model: model that was traced.
             tokens: token ids of every prompt.
             positions: measured token of each prompt, from 0.
             settings: settings of all prompts.
-            derivative: take the pullbacks that certify the Jacobians J_tt.
+            traces: trace of each prompt, with the pullback that certifies the Jacobians J_tt.
 
         Raises:
             Unmeasurable: if the stream of a prompt is not finite.
         """
         self.model, self.tokens, self.positions, self.settings = model, tokens, positions, settings
-        self.traces = model.traces(
-            tokens, DTYPES[settings.dtype], positions if derivative else None, probe
-        )
+        self.traces = traces
         self._triplets: dict[int, SingularTriplets] = {}
         at_tokens = zip(self.traces, positions, strict=True)
         self.trajectories = [off_mps(trace.trajectory(position)) for trace, position in at_tokens]

@@ -6,16 +6,16 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from lm_eval_coupling.errors import CouplingError, Reason, flag, reason_of, resolve_token
-from lm_eval_coupling.jacobians.certify import DTYPES
+from lm_eval_coupling.jacobians.certify import DTYPES, probe
 from lm_eval_coupling.jacobians.engine import require_model
-from lm_eval_coupling.jacobians.protocol import Model
+from lm_eval_coupling.jacobians.protocol import Model, Trace
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_positions, written
 from lm_eval_coupling.measures.registry import registered_measures
@@ -105,11 +105,12 @@ def measure_coupling(
     with tqdm(
         total=len(places), desc="Measuring coupling", disable=not progress, bar_format=BAR
     ) as bar:
-        for group in groups(model, [ids for ids, _ in places], settings):
+        for group in groups_of_texts(model, [ids for ids, _ in places], settings):
             group_prompts, positions = zip(*(places[i] for i in group), strict=True)
+            parts = groups(model, group_prompts, settings)
             done = len(records) + len(group)
             with moving_by_blocks(bar, done, model.n_layers):
-                measured = measure_prompts(model, group_prompts, positions, settings)
+                measured = measure_prompts(model, group_prompts, positions, settings, parts)
             records.update(zip(group, measured, strict=True))
     return [records[i] for i in range(len(places))]
 
@@ -140,6 +141,30 @@ def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -
     return batches(model, lengths, rank=settings.ranks[-1], itemsize=itemsize)
 
 
+def groups_of_texts(
+    model: Model, prompts: Sequence[Sequence[int]], settings: Settings
+) -> list[list[int]]:
+    """Return groups of prompts to trace in one pass, so that equal prompts share it.
+
+    Args:
+        model: model to measure.
+        prompts: token ids; a text that is measured at several tokens stands here several times.
+        settings: settings of all prompts.
+
+    Returns:
+        Indices of the prompts, those of one text together and in their order.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        places.setdefault(tuple(prompt), []).append(index)
+    of_text = list(places.values())
+    texts = [prompts[indices[0]] for indices in of_text]
+    return [
+        [index for text in group for index in of_text[text]]
+        for group in groups(model, texts, settings)
+    ]
+
+
 def measure_prompt(
     model: Model, tokens: Sequence[int], position: int, settings: Settings
 ) -> PromptCoupling:
@@ -154,36 +179,48 @@ def measure_prompts(
     prompts: Sequence[Sequence[int]],
     position: int | Sequence[int],
     settings: Settings,
+    parts: Sequence[Sequence[int]] | None = None,
+    on_part: Callable[[Sequence[PromptCoupling]], object] | None = None,
 ) -> list[PromptCoupling]:
     """Measure several prompts together; where that fails in halves, down to one prompt.
 
     Args:
         model: model to measure.
-        prompts: token ids of every prompt.
+        prompts: token ids of every prompt. Equal prompts are traced once.
         position: one token of all prompts, or one for each; negative counts from the end.
         settings: settings of all prompts.
+        parts: indices of the prompts whose Jacobians are held together; by default all. Every
+            prompt is in one part.
+        on_part: called with the records of each part once it is measured.
 
     Returns:
         One record for each prompt, in order.
     """
     given = [position] * len(prompts) if isinstance(position, int) else list(position)
     positions: list[int] = []
-    results: dict[int, dict[str, MeasureResult]] = {}
+    wrong: dict[int, dict[str, MeasureResult]] = {}
     for i, (tokens, token) in enumerate(zip(prompts, given, strict=True)):
         try:
             positions.append(resolve_token(token, len(tokens)))
         except CouplingError as error:
             positions.append(token)
-            results[i] = _failed(settings, Reason("no_such_token", str(error)))
-    valid = [i for i in range(len(prompts)) if i not in results]
-    measured = _measure_or_halve(
-        model, [prompts[i] for i in valid], [positions[i] for i in valid], settings
-    )
-    results.update(zip(valid, measured, strict=True))
-    return [
-        PromptCoupling(tuple(map(int, tokens)), positions[i], settings.ranks, results[i])
-        for i, tokens in enumerate(prompts)
-    ]
+            wrong[i] = _failed(settings, Reason("no_such_token", str(error)))
+    records: dict[int, PromptCoupling] = {}
+
+    def finish(results: Mapping[int, dict[str, MeasureResult]]) -> None:
+        finished = {
+            i: PromptCoupling(tuple(map(int, prompts[i])), positions[i], settings.ranks, by_measure)
+            for i, by_measure in results.items()
+        }
+        records.update(finished)
+        if on_part is not None and finished:
+            on_part(list(finished.values()))
+
+    finish(wrong)
+    in_parts = [range(len(prompts))] if parts is None else parts
+    valid = [[i for i in part if i not in wrong] for part in in_parts]
+    _measure_or_halve(model, prompts, positions, settings, [p for p in valid if p], finish)
+    return [records[i] for i in range(len(prompts))]
 
 
 def _failed(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[str, MeasureResult]:
@@ -192,44 +229,92 @@ def _failed(settings: Settings, reason: Reason, seconds: float = 0.0) -> dict[st
 
 
 def _measure_or_halve(
-    model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
-) -> list[dict[str, MeasureResult]]:
-    """Return the results of each prompt by measure."""
-    if not prompts:
-        return []
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    settings: Settings,
+    parts: Sequence[Sequence[int]],
+    finish: Callable[[Mapping[int, dict[str, MeasureResult]]], None],
+) -> None:
+    """Trace all parts in one pass, and measure them one by one.
+
+    A part that fails is traced again in halves, without the others. ``finish`` is called with the
+    results of prompts by measure, by index of the prompt.
+    """
     start = time.perf_counter()
+    failed: list[tuple[Sequence[int], Reason]] = []
+    chosen = [i for part in parts for i in part]
+    traces: dict[int, Trace] = {}
     try:
-        return _measure_batch(model, prompts, positions, settings)
+        traces = _traces(model, prompts, positions, settings, chosen)
     except Exception as error:
         reason = reason_of(error)
-    # Outside the handler: its traceback holds the failed batch, and the halves need that memory.
-    if reason.code == "out_of_memory":
+        failed = [(part, reason) for part in parts]
+    for part in parts if traces else ():
+        of_part = [(prompts[i], positions[i], traces[i]) for i in part]
+        try:
+            results = _measure_batch(model, settings, of_part, start)
+        except Exception as error:
+            failed.append((part, reason_of(error)))
+        else:
+            finish(dict(zip(part, results, strict=True)))
+        start = time.perf_counter()
+    # Outside the handlers: their tracebacks hold a failed batch, and the halves need that memory.
+    was_traced, traces, of_part = bool(traces), {}, []
+    if any(reason.code == "out_of_memory" for _, reason in failed):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if len(prompts) == 1:
-        return [_failed(settings, reason, time.perf_counter() - start)]
-    half = len(prompts) // 2
-    return [
-        results
-        for part in (slice(0, half), slice(half, None))
-        for results in _measure_or_halve(model, prompts[part], positions[part], settings)
-    ]
+    for part, reason in failed:
+        # The traces of the other parts may have taken the memory, or one of them the whole pass.
+        if len(parts) > 1 and (reason.code == "out_of_memory" or not was_traced):
+            pieces = [part]
+        elif len(part) == 1:
+            finish({part[0]: _failed(settings, reason, time.perf_counter() - start)})
+            continue
+        else:
+            pieces = [part[: len(part) // 2], part[len(part) // 2 :]]
+        for piece in pieces:
+            _measure_or_halve(model, prompts, positions, settings, [piece], finish)
+
+
+@torch.no_grad()
+def _traces(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    settings: Settings,
+    chosen: Sequence[int],
+) -> dict[int, Trace]:
+    """Trace the chosen prompts with what their Jacobians need; return the traces by index."""
+    if not chosen:
+        return {}
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    tokens = None
+    if any(registered_measures()[name].jacobians for name in settings.measures):
+        tokens = [positions[i] for i in chosen]
+    traced = model.traces([prompts[i] for i in chosen], DTYPES[settings.dtype], tokens, probe)
+    return dict(zip(chosen, traced, strict=True))
 
 
 @torch.no_grad()
 def _measure_batch(
-    model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[int], settings: Settings
+    model: Model,
+    settings: Settings,
+    traced: Sequence[tuple[Sequence[int], int, Trace]],
+    start: float,
 ) -> list[dict[str, MeasureResult]]:
-    start = time.perf_counter()
+    """Return the results of prompts, given with token and trace, by measure.
+
+    The clock of their shared seconds began at ``start``.
+    """
+    prompts, positions, traces = zip(*traced, strict=True)
+    batch = Batch(model, prompts, positions, settings=settings, traces=traces)
     measures = {name: registered_measures()[name] for name in settings.measures}
     # Measures of the Jacobians J_tt go first: their memory is released before the others begin.
     names = sorted(measures, key=lambda name: not measures[name].jacobians)
-    if model.device.type == "cpu":
-        keep_freed_memory()
-    derivative = measures[names[0]].jacobians
-    batch = Batch(model, prompts, positions, settings, derivative=derivative)
-    if derivative:
+    if measures[names[0]].jacobians:
         batch.blocks  # noqa: B018 computed here, because a failure concerns the whole batch
     shared_seconds = (time.perf_counter() - start) / len(batch)
     results: dict[str, list[MeasureResult]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class ScoredModel:
     is_present: bool
 
     def require_agreement(
-        self, prompt: Any, token: int, resid_final: Float[Tensor, "1 seq d_model"]
+        self, prompt: Any, tokens: Sequence[int], resid_final: Float[Tensor, "1 seq d_model"]
     ) -> None:
         """Refuse a prompt whose traced stream is not the one that the scored model computes.
 
@@ -61,18 +62,18 @@ class ScoredModel:
         away than rounding, a second pass decides by the kernels that score.
 
         Raises:
-            Unmeasurable: if the stream after the last block differs at the measured token.
+            Unmeasurable: if the stream after the last block differs at a measured token.
         """
         if self.model.training:  # dropout
             return
         seq = resid_final.shape[1]
-        scored = self._final(self.model, self.last_block, prompt, seq)[0, token]
-        error = off_by(resid_final[0, token], scored)
+        scored = self._final(self.model, self.last_block, prompt, seq)[0]
+        error = _most_off(resid_final[0], scored, tokens)
         tolerance = OTHER_KERNELS if self.is_present else PACKED
         if self.is_present and self.rounds and error > _CLOSE:
             twin = self.twin()
             last = twin.get_submodule(self.last_name)
-            error = off_by(self._final(twin, last, prompt, seq)[0, token], scored)
+            error = _most_off(self._final(twin, last, prompt, seq)[0], scored, tokens)
             tolerance = SAME_KERNELS
         elif self.rounds:
             tolerance = max(tolerance, _CLOSE)
@@ -106,6 +107,16 @@ class ScoredModel:
         finally:
             handle.remove()
         return streams[-1].float()
+
+
+def _most_off(
+    stream: Float[Tensor, "seq d_model"],
+    scored: Float[Tensor, "seq d_model"],
+    tokens: Sequence[int],
+) -> float:
+    """Return the largest relative difference at one of the tokens; NaN if one is NaN."""
+    errors = [off_by(stream[token], scored[token]) for token in tokens]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 @dataclasses.dataclass(frozen=True)

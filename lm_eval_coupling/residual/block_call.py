@@ -248,8 +248,16 @@ def gradient(
     resid_pre: Float[Tensor, "prompt seq d_model"],
     output: Float[Tensor, "prompt seq d_model"],
     tokens: Int[Tensor, " prompt"],
+    keep: bool = False,
 ) -> Float[Tensor, "prompt seq d_model"]:
     """Compute uᵀ ∂F_t / ∂X of every prompt of a batch, along its own direction at its own token.
+
+    Args:
+        directions: u of each prompt.
+        resid_pre: input of the block.
+        output: output of the block.
+        tokens: output token t of each prompt.
+        keep: leave the block's graph for another token.
 
     Returns:
         A tensor of the shape of ``resid_pre``.
@@ -263,7 +271,7 @@ def gradient(
             "take torch.no_grad or torch.inference_mode out of the model's own code"
         )
     chosen = output[torch.arange(len(tokens), device=output.device), tokens]
-    return torch.autograd.grad((chosen * directions).sum(), resid_pre)[0]
+    return torch.autograd.grad((chosen * directions).sum(), resid_pre, retain_graph=keep)[0]
 
 
 def require_stream(layer: int, resid_pre: Tensor, resid_post: Tensor) -> None:

@@ -22,7 +22,7 @@ from lm_eval_coupling.residual.image_inputs import ImageTokens, pixel_digest, pi
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.lens import Lens, require_vectors
 from lm_eval_coupling.residual.trace import Direction, ResidualTrace
-from lm_eval_coupling.residual.tracing import Tracer
+from lm_eval_coupling.residual.tracing import Tracer, equal_prompts
 from lm_eval_coupling.residual.vocabulary import looked_up
 from lm_eval_coupling.residual.weights import state_of
 
@@ -280,7 +280,7 @@ class ResidualModel:
         try:
             self._compare(prompts, traces, output_tokens)
         except Unmeasurable:
-            if len(prompts) == 1 or not self.tracer.pads:
+            if len(equal_prompts(prompts)) == 1 or not self.tracer.pads:
                 raise
             # The prompts' company made the difference: from now on each is traced alone.
             self.tracer.pads, self._compares_all = False, True
@@ -299,18 +299,18 @@ class ResidualModel:
         With functions of the user in the model, every prompt is compared. Else one prompt of every
         padded batch, the shortest, and prompts alone that are longer than those before.
         """
-        chosen = range(len(prompts))
+        equal = equal_prompts(prompts)
         if not self._compares_all:
-            shortest = min(chosen, key=lambda i: traces[i].resid_final.shape[1])
-            seq = traces[shortest].resid_final.shape[1]
-            if len(prompts) == 1 and seq <= self._longest_compared:
+            shortest = min(equal, key=lambda indices: traces[indices[0]].resid_final.shape[1])
+            seq = traces[shortest[0]].resid_final.shape[1]
+            if len(equal) == 1 and seq <= self._longest_compared:
                 return
-            chosen = range(shortest, shortest + 1)
+            equal = [shortest]
             self._longest_compared = max(self._longest_compared, seq)
-        for i in chosen:
-            token = -1 if output_tokens is None else output_tokens[i]
+        for indices in equal:
+            tokens = [-1] if output_tokens is None else [output_tokens[i] for i in indices]
             self._require_scored().passes.require_agreement(
-                prompts[i], token, traces[i].resid_final
+                prompts[indices[0]], tokens, traces[indices[0]].resid_final
             )
 
     @contextlib.contextmanager

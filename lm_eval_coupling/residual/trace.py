@@ -48,7 +48,7 @@ class TracedBlock:
     Args:
         block: the block.
         dtype: arithmetic of the pass.
-        tokens: for each prompt, the token to pull back from.
+        tokens: lists with a token of each prompt to pull back from.
         direction: pull back along it during the pass.
         shared: what the blocks of this pass have in common.
         cache: keeps the block's keys and values.
@@ -56,20 +56,20 @@ class TracedBlock:
 
     call: BlockCall | None = None
     resid_post: Tensor
-    gradient: Tensor | None = None
 
     def __init__(
         self,
         block: Block,
         dtype: torch.dtype,
         *,
-        tokens: Sequence[int] | None,
+        tokens: Sequence[Sequence[int]],
         direction: Direction | None,
         shared: SharedArguments,
         cache: Cache | None,
     ) -> None:
         self.block, self.dtype, self.shared, self.cache = block, dtype, shared, cache
         self.tokens, self.direction = tokens, direction
+        self.gradients: list[Tensor] = []  # one of all prompts for each list of tokens
         self._open = contextlib.ExitStack()
         self.close = self._open.close
 
@@ -92,7 +92,7 @@ class TracedBlock:
         self.call = BlockCall(self.block, stream, self.shared.share(args, kwargs))
         if self.cache is not None:
             kwargs = kwargs | {name: self.cache for name in CACHES if name in kwargs}
-        if self.direction is not None and self.tokens is not None:
+        if self.direction is not None and self.tokens:
             stream = self._leaf = stream.clone().requires_grad_(True)
             self._open.enter_context(torch.enable_grad())
         return (stream, *args), kwargs
@@ -101,10 +101,13 @@ class TracedBlock:
         """Pull back if wanted, and return the output without its history."""
         assert self.call is not None  # it was entered
         require_stream(self.block.layer, self.call.resid_pre, hidden(output))
-        if self.direction is not None and self.tokens is not None:
+        if self.direction is not None and self.tokens:
             u = self.direction(self.block.layer, self._leaf)
-            rows = self.shared.rows(self.tokens, self._leaf.device)
-            self.gradient = gradient(u.expand(len(rows), -1), self._leaf, hidden(output), rows)
+            for number, tokens in enumerate(self.tokens, 1):
+                rows = self.shared.rows(tokens, self._leaf.device)
+                at_each, keep = u.expand(len(rows), -1), number < len(self.tokens)
+                pulled = gradient(at_each, self._leaf, hidden(output), rows, keep)
+                self.gradients.append(pulled)
             del self._leaf
         self._open.close()
         _drop_history(kwargs)
@@ -114,16 +117,19 @@ class TracedBlock:
         parts = (self.resid_post, *detached(tuple(output[1:])))
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
-    def of_prompt(self, prompt: int, seq: int) -> BlockCall:
-        """Return the call of one prompt alone, ``seq`` tokens long."""
+    def of_prompt(self, prompt: int, seq: int, number: int) -> BlockCall:
+        """Return the call of one prompt alone, ``seq`` tokens long.
+
+        Its pullback is that of list ``number`` of the tokens.
+        """
         call, row = self.call, slice(prompt, prompt + 1)
         assert call is not None  # the model has run
         arguments = call.arguments
         if len(call.resid_pre) > 1:
             arguments = arguments.of_prompt(prompt, seq, call.seq)
         pullback = None
-        if self.gradient is not None and self.tokens is not None:
-            pullback = (self.tokens[prompt], self.gradient[prompt, :seq])
+        if self.gradients:
+            pullback = (self.tokens[number][prompt], self.gradients[number][prompt, :seq])
         given = None if self.cache is None else self.cache.given
         return dataclasses.replace(
             call,

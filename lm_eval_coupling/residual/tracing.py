@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -85,14 +86,24 @@ class Tracer:
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
     ) -> list[ResidualTrace]:
-        """Trace prompts in one padded pass if the model allows it, else one by one."""
-        if len(prompts) > 1 and self._pads_on_the_right(dtype):
-            return self.run(prompts, dtype, output_tokens, direction)
-        traces = []
-        for i, prompt in enumerate(prompts):
-            token = None if output_tokens is None else [output_tokens[i]]
-            traces += self.run([prompt], dtype, token, direction)
-        return traces
+        """Trace prompts in one padded pass if the model allows it, else one by one.
+
+        Equal prompts at several output tokens are run once.
+
+        Returns:
+            A trace per prompt.
+        """
+        equal = equal_prompts(prompts)
+        together = len(equal) > 1 and self._pads_on_the_right(dtype)
+        traces: dict[int, ResidualTrace] = {}
+        for group in [equal] if together else [[indices] for indices in equal]:
+            tokens = None
+            if output_tokens is not None:
+                tokens = [[output_tokens[i] for i in indices] for indices in group]
+            of_group = self.run([prompts[i[0]] for i in group], dtype, tokens, direction)
+            for indices, of_prompt in zip(group, of_group, strict=True):
+                traces |= dict(zip(indices, itertools.cycle(of_prompt), strict=False))
+        return [traces[i] for i in range(len(prompts))]
 
     def _pads_on_the_right(self, dtype: torch.dtype) -> bool:
         if self.pads is None:
@@ -119,17 +130,17 @@ class Tracer:
 
     def _padding_agrees(self, dtype: torch.dtype) -> bool:
         prompts = self.inputs.several
-        padded = self.run(prompts, dtype)
+        padded = [trace for (trace,) in self.run(prompts, dtype)]
         if any(set(_tensors_by_name(call)) - _BATCHABLE for call in padded[0].calls):
             return False
-        alone = [self.run([prompt], dtype)[0] for prompt in prompts]
+        alone = [self.run([prompt], dtype)[0][0] for prompt in prompts]
         streams = [(a.trajectory(-1), b.trajectory(-1)) for a, b in zip(padded, alone, strict=True)]
         return all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in streams
         )
 
     def _decoding_agrees(self, dtype: torch.dtype) -> bool:
-        calls = self.run([[*range(1, 8)]], dtype, keep_keys=True)[0].calls
+        calls = self.run([[*range(1, 8)]], dtype, keep_keys=True)[0][0].calls
         return all(map(_decodes_rightly, calls))
 
     @torch.no_grad()
@@ -137,14 +148,14 @@ class Tracer:
         self,
         prompts: Sequence[Any],
         dtype: torch.dtype,
-        output_tokens: Sequence[int] | None = None,
+        output_tokens: Sequence[Sequence[int]] | None = None,
         direction: Direction | None = None,
         keep_keys: bool = False,
-    ) -> list[ResidualTrace]:
+    ) -> list[list[ResidualTrace]]:
         """Run all prompts in one pass, padded on the right.
 
         Returns:
-            A trace per prompt, without the padding.
+            For each prompt a trace per output token, or one trace, without the padding.
 
         Raises:
             CouplingError: if the model leaves out a block, or does not take the prompts.
@@ -155,14 +166,18 @@ class Tracer:
             )
         batch = self.inputs.batch(prompts, self.device, dtype)
         keep_keys = keep_keys or (output_tokens is not None and self._is_decoding(dtype))
-        if keep_keys and max(batch.lengths or [0]) >= LONG:
+        seq, turns = max(batch.lengths or [0]), _by_turns(output_tokens or ())
+        # The pullbacks of several tokens are held together: no more of them than Jacobians.
+        is_much = len(turns) > 1 and len(turns) * seq > self.d_model
+        if is_much or (keep_keys and seq >= LONG):
             direction = None
         shared = SharedArguments()
+        counts = [len(tokens) for tokens in output_tokens or ([0] for _ in prompts)]
         traced = [
             TracedBlock(
                 block,
                 dtype,
-                tokens=output_tokens,
+                tokens=turns,
                 direction=direction,
                 shared=shared,
                 cache=Cache() if keep_keys else None,
@@ -182,11 +197,14 @@ class Tracer:
         self.d_model = final.shape[-1]
         lengths = batch.lengths or [final.shape[1]] * len(final)
         return [
-            ResidualTrace(
-                tuple(block.of_prompt(prompt, length) for block in traced),
-                final[prompt : prompt + 1, :length],
-            )
-            for prompt, length in enumerate(lengths)
+            [
+                ResidualTrace(
+                    tuple(block.of_prompt(prompt, length, number) for block in traced),
+                    final[prompt : prompt + 1, :length],
+                )
+                for number in range(count)
+            ]
+            for prompt, (length, count) in enumerate(zip(lengths, counts, strict=True))
         ]
 
     def _threads(self, direction: Direction | None) -> contextlib.AbstractContextManager[None]:
@@ -246,6 +264,25 @@ class Tracer:
             return (self.first_input(args[0]), *args[1:]), kwargs
         name = self.blocks[0].stream_name
         return args, kwargs | {name: self.first_input(kwargs[name])}
+
+
+def equal_prompts(prompts: Sequence[Any]) -> list[list[int]]:
+    """Group the indices of equal prompts; those given as tensors are equal only to themselves.
+
+    Returns:
+        Groups in the order of the first prompt of each.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        key = tuple(prompt) if isinstance(prompt, list | tuple) else id(prompt)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _by_turns(tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return lists with one token of each prompt: its first, its second; its last where it ends."""
+    most = max(map(len, tokens), default=0)
+    return [[own[min(turn, len(own) - 1)] for own in tokens] for turn in range(most)]
 
 
 def _decodes_rightly(call: BlockCall) -> bool:

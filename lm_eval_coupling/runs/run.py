@@ -138,23 +138,22 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
         if prompt.problem is not None
     ]
     prompts = [prompt for prompt in prompts if prompt.problem is None]
-    interrupted = False
-    for place in places:
-        spots = [
+    spots = {
+        place: [
             (prompt, spot)
             for prompt in prompts
             if prompt.part == place.part and (spot := place.spot(prompt)) is not None
         ]
-        if not spots:
-            continue
-        measured = session.measure([spot for _, spot in spots])
+        for place in places
+    }
+    # All at once: the tokens of one text share its forward pass.
+    measured = session.measure([spot for of_place in spots.values() for _, spot in of_place])
+    for place, of_place in spots.items():
         for subject in session.subjects:
-            rows += _complete_rows(spots, measured, subject.weights, place.number)
-        if interrupted := measured.interrupted:
-            break
+            rows += _complete_rows(of_place, measured, subject.weights, place.number)
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
-    return Run(rows, reused, interrupted)
+    return Run(rows, reused, measured.interrupted)
 
 
 def _without_tokens(prompt: DocumentPrompt) -> DocumentPrompt:

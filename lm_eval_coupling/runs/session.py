@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +19,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.registry import registered_measures
-from lm_eval_coupling.measuring.prompt import groups, measure_prompts, moving_by_blocks
+from lm_eval_coupling.measuring.prompt import (
+    groups_of_texts,
+    measure_prompts,
+    moving_by_blocks,
+)
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.workers import workers
@@ -59,7 +64,7 @@ class Spot(NamedTuple):
 
 
 Recalled = dict[Spot, dict[str, MeasureResult]]  # results by spot and name of the measure
-Batches = list[tuple[Settings, list[Spot]]]  # spots to measure together, with the measures
+Batches = list[tuple[Settings, list[Spot]]]  # spots of one pass, with the measures
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,13 @@ class Session:
         self, subject: Subject, recalled: Recalled, records: dict[Spot, PromptCoupling]
     ) -> None:
         """Fill ``records``: prompts of similar length together, with the missing measures only."""
+
+        def keep(measured: Sequence[PromptCoupling]) -> None:
+            self._keep(subject, measured)
+            for record in measured:
+                spot = spot_of(record)
+                records[spot] = self._record(spot, {**recalled[spot], **record.results})
+
         batches = self._batches(subject, recalled)
         waiting = sum(len(batch) for _, batch in batches)
         if batches and not self.quiet:
@@ -245,11 +257,7 @@ class Session:
             for number, (settings, batch) in enumerate(batches):
                 done += len(batch)
                 with moving_by_blocks(bar, done, subject.model.n_layers):
-                    measured = _measure(subject, batch, settings)
-                self._keep(subject, measured)
-                for record in measured:
-                    spot = spot_of(record)
-                    records[spot] = self._record(spot, {**recalled[spot], **record.results})
+                    measured = _measure(subject, batch, settings, keep)
                 pace.add(len(batch))
                 left -= len(batch)
                 bar.set_postfix_str(f"{duration(left * pace.seconds)} left", refresh=False)
@@ -279,15 +287,14 @@ class Session:
             if not batches:
                 continue
             settings, batch = batches[0]
-            measured = _measure(subject, batch, settings)
-            self._keep(subject, measured)
+            measured = _measure(subject, batch, settings, functools.partial(self._keep, subject))
             left = waiting - len(measured)
             lines.append(seconds_needed(subject.model, measured, left, self.settings))
             lines.append(self._memory_needed(subject, batches))
         return lines
 
     def _memory_needed(self, subject: Subject, batches: Batches) -> str:
-        texts = [[spot.tokens for spot in batch] for _, batch in batches]
+        texts = [list(dict.fromkeys(spot.tokens for spot in batch)) for _, batch in batches]
         return memory_needed(subject.model, texts, self.settings)
 
     def _counted(self, spots: Sequence[Spot], waiting: int) -> str:
@@ -301,20 +308,37 @@ class Session:
         for spot, results in recalled.items():
             if missing := self._missing(results):
                 by_measures.setdefault(missing, []).append(spot)
-        batches = []
+        batches: Batches = []
         for missing, spots in by_measures.items():
             settings = dataclasses.replace(self.settings, measures=missing)
             texts = [spot.tokens for spot in spots]
             batches += [
                 (settings, [spots[i] for i in group])
-                for group in groups(subject.model, texts, settings)
+                for group in groups_of_texts(subject.model, texts, settings)
             ]
         return batches
 
 
-def _measure(subject: Subject, batch: Sequence[Spot], settings: Settings) -> list[PromptCoupling]:
+def _measure(
+    subject: Subject,
+    batch: Sequence[Spot],
+    settings: Settings,
+    keep: Callable[[Sequence[PromptCoupling]], None],
+) -> list[PromptCoupling]:
+    """Measure the spots of a batch, traced in one pass: the first of every text, then the second.
+
+    Returns:
+        A record for each spot. ``keep`` is called with them as they are made.
+    """
+    turns: dict[tuple[int, ...], int] = {}
+    parts: list[list[int]] = []
+    for index, spot in enumerate(batch):
+        turn = turns.get(spot.tokens, 0)
+        turns[spot.tokens] = turn + 1
+        parts += [[]] if turn == len(parts) else []
+        parts[turn].append(index)
     texts, positions = zip(*batch, strict=True)
-    return measure_prompts(subject.model, texts, positions, settings)
+    return measure_prompts(subject.model, texts, positions, settings, parts, keep)
 
 
 def spot_of(record: PromptCoupling) -> Spot:
@@ -332,11 +356,13 @@ def _in_order(batches: Batches, device: torch.device) -> Batches:
 
 
 def _one_first(batches: Batches) -> Batches:
-    """Put a prompt of median length alone before the others."""
+    """Put a text of median length alone before the others."""
     if not batches:
         return []
     middle = len(batches) // 2
     settings, batch = batches[middle]
-    at = len(batch) // 2
-    others = [(settings, rest)] if (rest := [*batch[:at], *batch[at + 1 :]]) else []
-    return [(settings, [batch[at]]), *others, *batches[:middle], *batches[middle + 1 :]]
+    tokens = batch[len(batch) // 2].tokens
+    alone = [spot for spot in batch if spot.tokens == tokens]
+    rest = [spot for spot in batch if spot.tokens != tokens]
+    others = [(settings, rest)] if rest else []
+    return [(settings, alone), *others, *batches[:middle], *batches[middle + 1 :]]

@@ -36,9 +36,9 @@ def asked(monkeypatch):
     """The measures that prompts were really measured for, batch by batch."""
     seen, right = [], session_module.measure_prompts
 
-    def measured(model, prompts, position, settings):
+    def measured(model, prompts, position, settings, *rest):
         seen.append((settings.measures, len(prompts)))
-        return right(model, prompts, position, settings)
+        return right(model, prompts, position, settings, *rest)
 
     monkeypatch.setattr(session_module, "measure_prompts", measured)
     return seen
@@ -228,7 +228,8 @@ def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkey
 def test_a_device_is_not_kept_waiting_for_one_prompt():
     """There one takes as long as many do; on a CPU what one costs is known sooner."""
     batches = [
-        (Settings(ranks=(2,)), [(i,) * n for i in range(m)]) for n, m in ((3, 2), (5, 3), (9, 1))
+        (Settings(ranks=(2,)), [Spot((i,) * n, 0) for i in range(m)])
+        for n, m in ((3, 2), (5, 3), (9, 1))
     ]
     assert session_module._in_order(batches, torch.device("cuda")) == [
         batches[1],
