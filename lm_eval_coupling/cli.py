@@ -207,36 +207,21 @@ def _add_measure(commands: Any) -> None:
         "measure",
         help="measure coupling of prompts in a file, or of an evaluation that is already there",
     )
-    measure.add_argument("model", metavar="MODEL", help="transformers folder or name on the hub")
-    measure.add_argument(
-        "prompts",
-        nargs="?",
-        type=Path,
-        metavar="PROMPTS",
-        help="text file of one prompt a line, or .jsonl file of one JSON value a line",
-    )
-    measure.add_argument(
-        "--samples",
-        type=Path,
-        metavar="RESULTS",
-        help="instead of PROMPTS: results of lm_eval --log_samples, of any backend",
-    )
-    measure.add_argument(
-        "--same-model",
-        action="store_true",
-        help="with --samples: measure even if the results name another model",
-    )
-    measure.add_argument("--out", type=Path, required=True, metavar="OUT", help=_OUT)
-    measure.add_argument(
-        "--model_args",
-        default="",
-        metavar="ARGS",
-        help="further arguments of lm-eval's hf, such as dtype=float32",
-    )
-    measure.add_argument(
-        "--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=all"
-    )
-    measure.add_argument("--device", metavar="D", help=_DEVICE)
+    add = measure.add_argument
+    add("model", nargs="?", metavar="MODEL", help="transformers folder or name on the hub")
+    words = "text file of one prompt a line, or .jsonl file of one JSON value a line"
+    add("prompts", nargs="?", type=Path, metavar="PROMPTS", help=words)
+    words = "instead of PROMPTS: results of lm_eval --log_samples, of any backend"
+    add("--samples", type=Path, metavar="RESULTS", help=words)
+    words = "with --samples: measure even if the results name another model"
+    add("--same-model", action="store_true", help=words)
+    add("--out", type=Path, metavar="OUT", help=_OUT)
+    words = "further arguments of lm-eval's hf, such as dtype=float32"
+    add("--model_args", default="", metavar="ARGS", help=words)
+    add("--coupling", default="", metavar="SETTINGS", help="such as ranks=10+30,limit=all")
+    add("--device", metavar="D", help=_DEVICE)
+    words = "the measure.yaml of a sweep of samples, instead of all other arguments"
+    add("--config", type=Path, metavar="FILE", help=words)
     measure.set_defaults(command=_measure)
 
 
@@ -305,23 +290,28 @@ def _select(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    if (options.prompts is None) == (options.samples is None):
+    if options.config is None and (options.model is None or options.out is None):
+        raise CouplingError("got no MODEL or no --out, expected both; see measure --help")
+    if options.config is None and (options.prompts is None) == (options.samples is None):
         raise CouplingError("expected either PROMPTS or --samples RESULTS, got both or neither")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
     arguments = _select(options, "out", "model_args", "coupling", "device")
-    if options.samples is not None:
-        from lm_eval_coupling.samples.measure import measure_samples
-
-        table, interrupted = measure_samples(
-            options.model, options.samples, same_model=options.same_model, **arguments
-        )
-    else:
+    if options.prompts is not None:
         from lm_eval_coupling.texts import measure_texts
 
-        table, interrupted = measure_texts(options.model, options.prompts, **arguments)
-    print(table)
-    return _INTERRUPTED if interrupted else 0
+        measured = measure_texts(options.model, options.prompts, **arguments)
+    else:
+        from lm_eval_coupling.samples.measure import measure_configured, measure_samples
+
+        if options.config is not None:
+            measured = measure_configured(options.config)
+        else:
+            measured = measure_samples(
+                options.model, options.samples, same_model=options.same_model, **arguments
+            )
+    print(measured.table)
+    return _INTERRUPTED if measured.interrupted else 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.harness.model_request import Measured, ModelRequest
 from lm_eval_coupling.measures.formulas.means import mean_and_error
-from lm_eval_coupling.runs.options import Options, parse_settings
-from lm_eval_coupling.saved.atomic import require_writable
 
 logger = logging.getLogger("lm_eval.coupling")
 FIELDS = ("prompt", "text", "tokens")
@@ -24,13 +23,6 @@ class Line(NamedTuple):
 
     prompt: str | list[int]
     fields: Mapping[str, Any]
-
-
-class Measured(NamedTuple):
-    """The table to print, and whether Ctrl-C ended the measuring early."""
-
-    table: str
-    interrupted: bool
 
 
 def measure_texts(
@@ -55,37 +47,26 @@ def measure_texts(
         device: such as ``cuda``; the best there is by default.
 
     Returns:
-        lm-eval's table with a summary of the measuring below it.
+        lm-eval's table with a summary of the measuring below it, and whether Ctrl-C came first.
 
     Raises:
         CouplingError: for a wrong argument, before anything heavy is loaded, or for a file without
             prompts.
     """
-    settings = {"coupling_limit": "all"} | parse_settings(coupling)
-    options = Options.take_from({"pretrained": model} | settings)
-    if not options.measures_anything:
-        raise CouplingError("got coupling_limit=0, expected a number of prompts to measure, or all")
-    require_writable(out)
-    options.require_positions_in_prompts("the prompts of a file")
+    request = ModelRequest.checked(
+        model, out, model_args=model_args, coupling=coupling, device=device, limit="all"
+    )
+    request.options.require_positions_in_prompts("the prompts of a file")
     lines = read_lines(file)
     fields = further_fields(lines, file)
+    lm = request.load()
+    from lm_eval.utils import make_table
 
-    from lm_eval_coupling.numerics.devices import device_named
-
-    where = str(device_named(device))
-    from lm_eval_coupling.harness import plugin
-
-    plugin.install()
-    from lm_eval.utils import make_table, simple_parse_args_string
-
-    from lm_eval_coupling.harness.lm import CouplingLM
     from lm_eval_coupling.runs.announcement import announce
     from lm_eval_coupling.runs.prompt_results import prompt_results, sample_of
     from lm_eval_coupling.runs.results import save_run
     from lm_eval_coupling.runs.run import dry_run_lines, measure_documents, warn_of_failures
 
-    arguments = simple_parse_args_string(model_args) | {"pretrained": model}
-    lm = CouplingLM(**arguments, **settings, device=where)
     assert lm.session is not None  # it measures
     keys = _keys(file.stem, [line.prompt for line in lines])
     chosen = _document_prompts(lm, keys, lines, fields)
@@ -96,7 +77,7 @@ def measure_texts(
     run = measure_documents(lm.session, chosen)
     info = lm.describe(run, [file.stem], {file.stem: None})
     warn_of_failures(info, len(chosen))
-    given = arguments | settings
+    given = {**request.arguments, **request.settings}
     results = prompt_results(
         file.stem,
         [sample_of(key, number) for number, key in enumerate(keys)],

@@ -14,6 +14,7 @@ from saved_runs import record, save, task_summary
 import lm_eval_coupling.harness
 from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness.model_request import Measured
 from lm_eval_coupling.vision.evaluate import VisionRun
 
 
@@ -166,7 +167,7 @@ def test_demo(monkeypatch, out):
             ["measure", "M", "p.txt", "--out", "o"],
             "lm_eval_coupling.texts",
             "measure_texts",
-            lambda interrupted: ("a table", interrupted),
+            lambda interrupted: Measured("a table", interrupted),
         ),
         (
             ["vision", "--model", "M", "--data", "D", "--out", "o"],

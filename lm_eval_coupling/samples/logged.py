@@ -28,7 +28,7 @@ _RERUN = "run lm_eval again with --log_samples"
 
 
 class LoggedRequest(NamedTuple):
-    """One request as lm-eval sent it.
+    """Request as lm-eval sent it.
 
     ``args`` are the context, and the continuation or the generation arguments. ``resps`` are the
     responses to it.
@@ -41,7 +41,7 @@ class LoggedRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class LoggedEvaluation:
-    """One evaluation by lm-eval: ``results`` as in its JSON, and ``samples`` by task.
+    """Evaluation by lm-eval: ``results`` as in its JSON, and ``samples`` by task.
 
     A task with several filters has one sample per document and filter.
     """
@@ -102,27 +102,62 @@ class LoggedEvaluation:
         return requests
 
 
-def read_evaluations(path: Path, model: str, revision: str = "main") -> list[LoggedEvaluation]:
-    """Read the evaluations of one model with their samples.
+def find_evaluations(
+    path: Path, model: str, revision: str = "main", option: str = "--samples"
+) -> dict[Path, dict[str, Any]]:
+    """Find the evaluations of one model.
 
     Args:
         path: lm-eval's results file, or a folder that holds some, at any depth. In a folder with
             several, as a sweep leaves it, those of other models and revisions are left out.
         model: name or path of the model; its last part decides.
         revision: of the model.
+        option: where ``path`` was given, for the message.
 
     Returns:
-        Evaluations of different tasks: their results, with the whole lines of the samples. A cut
-        line is named in a warning.
+        The results by their file, all of different tasks.
 
     Raises:
-        CouplingError: if there is none, if a task was evaluated twice, or if samples cannot be
-            measured.
+        CouplingError: if there is none, or if a task was evaluated twice.
     """
-    files = _results_files(path)
-    if len(files) == 1:
-        return [_read_evaluation(files[0], _read_results(files[0]))]
-    results = {file: _read_results(file) for file in files}
+    results = read_results(path, option)
+    return dict(results) if len(results) == 1 else of_model(results, path, model, revision, option)
+
+
+def read_results(path: Path, option: str = "--samples") -> dict[Path, dict[str, Any]]:
+    """Read all results of lm-eval in a folder, or one file of them.
+
+    Returns:
+        The results by their file.
+
+    Raises:
+        CouplingError: if there is none, or a file of that name is no such results.
+    """
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(path.rglob("results_*.json"))
+    if not files:
+        raise CouplingError(
+            f"got {option} {path}, expected a results_*.json of lm-eval or a folder with one"
+        )
+    return {file: _read_results(file) for file in files}
+
+
+def of_model(
+    results: Mapping[Path, dict[str, Any]], path: Path, model: str, revision: str, option: str
+) -> dict[Path, dict[str, Any]]:
+    """Return those of several results that are of a model at a revision, as far as they tell.
+
+    Args:
+        results: by file, in the folder ``path``.
+        path: for the message.
+        model: name or path of the model; its last part decides.
+        revision: of the model.
+        option: where ``path`` was given, for the message.
+
+    Raises:
+        CouplingError: if there is none, or if a task was evaluated twice.
+    """
     own = {
         file: content
         for file, content in results.items()
@@ -132,17 +167,30 @@ def read_evaluations(path: Path, model: str, revision: str = "main") -> list[Log
     if not own:
         others = sorted({str(evaluated_model(content)) for content in results.values()})
         raise CouplingError(
-            f"got --samples {path} with evaluations of {', '.join(others[:5])}, "
+            f"got {option} {path} with evaluations of {', '.join(others[:5])}, "
             f"expected one of {model} at revision {revision}"
         )
     counts = Counter(task for content in own.values() for task in content["configs"])
     if twice := [task for task, count in counts.items() if count > 1]:
         named = ", ".join(file.relative_to(path).as_posix() for file in list(own)[:3])
         raise CouplingError(
-            f"got --samples {path} with {len(own)} evaluations ({named}, …) that share the task "
+            f"got {option} {path} with {len(own)} evaluations ({named}, …) that share the task "
             f"{twice[0]}, expected one of each task; give its results file"
         )
-    return [_read_evaluation(file, content) for file, content in own.items()]
+    return own
+
+
+def require_apart(results: Path, out: Path, results_option: str, out_option: str) -> None:
+    """Refuse an output inside the folder of evaluations, whose results it would add to.
+
+    Raises:
+        CouplingError: naming both folders by their options.
+    """
+    if results.is_dir() and out.resolve().is_relative_to(results.resolve()):
+        raise CouplingError(
+            f"got {out_option} {out} inside {results_option} {results}, whose evaluations it would "
+            "be taken for; choose a folder outside of it"
+        )
 
 
 def evaluated_model(results: Mapping[str, Any]) -> Any:
@@ -167,28 +215,41 @@ def _read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def _read_evaluation(file: Path, results: dict[str, Any]) -> LoggedEvaluation:
-    samples = {}
+def read_evaluation(file: Path) -> LoggedEvaluation:
+    """Read one evaluation with the whole lines of its samples.
+
+    A task without samples, and a line that was cut off, are named in a warning and left out.
+
+    Returns:
+        The results with the samples.
+
+    Raises:
+        CouplingError: if it has no samples, or samples that cannot be measured.
+    """
+    results = _read_results(file)
+    files = samples_files(file, results)
     for task in results["configs"]:
-        if (logged := _samples_file(file, task)) is None:
+        if task not in files:
             logger.warning("coupling: %s has no samples beside %s; it is left out", task, file)
-            continue
-        samples[task] = _read_samples(logged, task)
-        _compare_count(results, task, samples[task])
-    if not samples:
-        raise CouplingError(f"got {file} without samples_*.jsonl beside it; {_RERUN}")
+    samples = {task: _read_samples(logged, task) for task, logged in files.items()}
+    for task, of_task in samples.items():
+        _compare_count(results, task, of_task)
     return LoggedEvaluation(file, results, samples)
 
 
-def _results_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(path.rglob("results_*.json")) if path.is_dir() else []
-    if not files:
-        raise CouplingError(
-            f"got --samples {path}, expected a results_*.json of lm-eval or a folder with one"
-        )
-    return files
+def samples_files(file: Path, results: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files of samples beside a file of results, by task.
+
+    Raises:
+        CouplingError: if there is none.
+    """
+    files = {}
+    for task in results["configs"]:
+        if (samples := _samples_file(file, task)) is not None:
+            files[task] = samples
+    if files:
+        return files
+    raise CouplingError(f"got {file} without samples_*.jsonl beside it; {_RERUN}")
 
 
 def _samples_file(results: Path, task: str) -> Path | None:

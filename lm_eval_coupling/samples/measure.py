@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.runs.options import Options, parse_settings
+from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.harness.model_request import Measured, ModelRequest
 from lm_eval_coupling.runs.rows import DocumentPrompt
-from lm_eval_coupling.samples.logged import LoggedEvaluation, LoggedRequest, read_evaluations
-from lm_eval_coupling.saved.atomic import require_writable
+from lm_eval_coupling.samples.logged import (
+    LoggedEvaluation,
+    LoggedRequest,
+    find_evaluations,
+    read_evaluation,
+    require_apart,
+)
 from lm_eval_coupling.saved.prompting import describe_documents, model_arguments
+
+if TYPE_CHECKING:
+    from lm_eval_coupling.runs.results import CouplingInfo
+    from lm_eval_coupling.runs.run import Run
 
 logger = logging.getLogger("lm_eval.coupling")
 
 
 def measure_samples(
     model: str,
-    results: Path,
+    results: Path | Sequence[Path],
     out: Path,
     *,
-    model_args: str = "",
-    coupling: str = "",
+    model_args: str | Mapping[str, Any] = "",
+    coupling: str | Mapping[str, Any] = "",
     device: str | None = None,
     same_model: bool = False,
-) -> tuple[str, bool]:
+    metadata: Mapping[str, Any] | None = None,
+) -> Measured:
     """Measure the prompts that an evaluation logged, and write its results with coupling.
 
     The same documents are chosen, and the same tokens measured, as ``coupling-hf`` would have in
@@ -36,12 +46,14 @@ def measure_samples(
     Args:
         model: a transformers folder or a name on the hub: the model that was evaluated.
         results: lm-eval's results file or a folder, with samples beside it; of several
-            evaluations in a folder, as a sweep leaves it, those of ``model`` are measured.
+            evaluations in a folder, as a sweep leaves it, those of ``model`` are measured. Or
+            results files, all of which are measured.
         out: folder of the new results, samples and tables.
         model_args: further arguments of lm-eval's ``hf``, as ``name=value`` joined by commas.
         coupling: settings in the same form, such as ``ranks=10+30,limit=50``.
         device: such as ``cuda``; the best there is by default.
         same_model: measure even if the results name another model than ``model``.
+        metadata: added to the metadata of every task, as by lm-eval's ``--metadata``.
 
     Returns:
         lm-eval's table of each evaluation with a summary of the measuring below it, and whether
@@ -51,53 +63,75 @@ def measure_samples(
         CouplingError: for a wrong argument or unusable samples, before anything heavy is loaded,
             or if ``model`` is not the evaluated one.
     """
-    settings = parse_settings(coupling)
-    if not Options.take_from({"pretrained": model} | settings).measures_anything:
-        raise CouplingError("got limit=0, expected a number of documents to measure, or all")
-    from lm_eval.utils import simple_parse_args_string
+    if isinstance(results, Path):
+        require_apart(results, out, "--samples", "--out")
+    request = ModelRequest.checked(
+        model, out, model_args=model_args, coupling=coupling, device=device
+    )
+    if isinstance(results, Path):
+        revision = str(request.arguments.get("revision", "main"))
+        results = list(find_evaluations(results, model, revision))
+    evaluations = [read_evaluation(file) for file in results]
 
-    given = simple_parse_args_string(model_args)
-    evaluations = read_evaluations(results, model, given.get("revision", "main"))
-    require_writable(out)
+    from lm_eval.utils import make_table
 
-    from lm_eval_coupling.harness import plugin
-
-    plugin.install()
-    from lm_eval_coupling.harness.lm import CouplingLM
-    from lm_eval_coupling.numerics.devices import device_named
+    from lm_eval_coupling.runs.results import save_run
     from lm_eval_coupling.runs.run import dry_run_lines
     from lm_eval_coupling.samples.same_model import differences
 
     # Where it was given, the logged responses lack the reasoning.
     logged = model_arguments(evaluations[0].results).get("think_end_token")
     thinking = {} if logged is None else {"think_end_token": logged}
-    arguments = thinking | given | {"pretrained": model}
-    lm = CouplingLM(**arguments, **settings, device=str(device_named(device)))
-    assert lm.session is not None  # limit=0 was refused above.
+    lm = request.load(**thinking)
+    assert lm.session is not None  # it measures
     others = [differences(lm, evaluation.results) for evaluation in evaluations]
     for evaluation, other in zip(evaluations, others, strict=True):
         _require_same_model(model, evaluation, other, same_model)
     if lm.coupling_options.dry_run:
         prompts = [p for evaluation in evaluations for p in _chosen_prompts(lm, evaluation)]
         lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, prompts)]
-        return "\n".join(lines), False
+        return Measured("\n".join(lines), interrupted=False)
     tables: list[str] = []
     interrupted = False
     for evaluation, other in zip(evaluations, others, strict=True):
-        table, interrupted = _measure_evaluation(lm, model, evaluation, other, out)
-        tables.append(table)
-        if interrupted:
+        run, info = _measure_evaluation(lm, evaluation, other)
+        merged = _without_coupling(evaluation, model, metadata or {})
+        save_run(merged, info, out, evaluation.members)
+        tables.append(make_table(merged))
+        if interrupted := run.interrupted:
             break
-    return "\n".join(tables), interrupted
+    return Measured("\n".join(tables), interrupted)
+
+
+def measure_configured(file: Path) -> Measured:
+    """Measure what a file asks for, which has the arguments of :func:`measure_samples` by name.
+
+    Args:
+        file: in YAML, as a sweep writes it.
+
+    Returns:
+        The same as :func:`measure_samples`.
+
+    Raises:
+        CouplingError: also if the file cannot be read.
+    """
+    import yaml
+
+    try:
+        arguments = yaml.safe_load(file.read_text(encoding="utf-8"))
+        results = [Path(name) for name in arguments.pop("results")]
+        model, out = arguments.pop("model"), Path(arguments.pop("out"))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise CouplingError(
+            f"got --config {file}, expected the measure.yaml of a sweep ({why(error)})"
+        ) from None
+    return measure_samples(model, results, out, **arguments)
 
 
 def _measure_evaluation(
-    lm: Any, model: str, evaluation: LoggedEvaluation, other: list[str], out: Path
-) -> tuple[str, bool]:
-    """Measure and save one evaluation; return its table and whether Ctrl-C ended it early."""
-    from lm_eval.utils import make_table
-
-    from lm_eval_coupling.runs.results import save_run
+    lm: Any, evaluation: LoggedEvaluation, other: list[str]
+) -> tuple[Run, CouplingInfo]:
+    """Measure one evaluation and describe the run."""
     from lm_eval_coupling.runs.run import measure_documents, warn_of_failures
 
     prompts = _chosen_prompts(lm, evaluation)
@@ -113,9 +147,7 @@ def _measure_evaluation(
         },
     )
     warn_of_failures(info, len({prompt.document for prompt in prompts}))
-    merged = _without_coupling(evaluation, default_name=model)
-    save_run(merged, info, out, evaluation.members)
-    return make_table(merged), run.interrupted
+    return run, info
 
 
 def _require_same_model(
@@ -208,7 +240,9 @@ def _prompt_identity(task: str, evaluation: LoggedEvaluation) -> Mapping[str, An
     return recorded | {"documents": documents}
 
 
-def _without_coupling(evaluation: LoggedEvaluation, default_name: str) -> dict[str, Any]:
+def _without_coupling(
+    evaluation: LoggedEvaluation, default_name: str, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
     """Copy the results, with samples, and leave out the coupling of an earlier measurement."""
     merged = json.loads(json.dumps(evaluation.results))
     for rows in (merged.get("results", {}), merged.get("groups", {})):
@@ -217,6 +251,8 @@ def _without_coupling(evaluation: LoggedEvaluation, default_name: str) -> dict[s
                 del row[name]
     (merged.setdefault("config", {})).pop("coupling", None)
     merged.setdefault("model_name", default_name)
+    for config in merged["configs"].values() if metadata else ():
+        config["metadata"] = {**(config.get("metadata") or {}), **metadata}
     merged["samples"] = {
         task: [{k: v for k, v in sample.items() if k != "coupling"} for sample in samples]
         for task, samples in evaluation.samples.items()

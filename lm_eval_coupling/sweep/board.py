@@ -175,10 +175,13 @@ def _matrix(
         table.add_column(column, overflow="fold")
     for status in statuses:
         missing = {task.name for task in status.results.missing}
+        own = [task.name for task in plan.tasks_of(status.unit)]
         if names is None:
-            cells = [f"{len(plan.tasks) - len(missing)} of {len(plan.tasks)}"]
+            cells = [f"{len(own) - len(missing)} of {len(own)}"]
         else:
-            cells = ["" if task.name in missing else "done" for task in plan.tasks]
+            done = {name: "done" for name in own if name not in missing}
+            none = {task.name: "–" for task in plan.tasks if task.name not in own}
+            cells = [(done | none).get(task.name, "") for task in plan.tasks]
         estimate = estimates.get(status.unit.name, {})
         numbers = [
             f"{estimate[key]:.3g}" if estimate.get(key) is not None else "?"

@@ -16,7 +16,6 @@ from lm_eval_coupling.sweep.forecast import estimates
 from lm_eval_coupling.sweep.lock import Held, lock
 from lm_eval_coupling.sweep.plan import Local, Plan, PlanError, Slurm, read
 from lm_eval_coupling.sweep.status import Status, look
-from lm_eval_coupling.sweep.work import COMMAND
 
 
 def sweep(
@@ -25,7 +24,7 @@ def sweep(
     dry_run: bool = False,
     download: bool = False,
     check: bool = False,
-    command: Sequence[str] = COMMAND,
+    command: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> int:
     """Carry out a plan, or only look at it.
@@ -35,7 +34,7 @@ def sweep(
         dry_run: check it; show units × tasks, what exists, and the memory and time of the rest.
         download: check it and fetch models and data sets into the caches.
         check: only show what is missing or failed, why, and where the log is.
-        command: the command that runs lm-eval; see :class:`~lm_eval_coupling.sweep.work.Worker`.
+        command: the command of a run; see :class:`~lm_eval_coupling.sweep.work.Worker`.
         console: the console to print on; stdout by default.
 
     Returns:

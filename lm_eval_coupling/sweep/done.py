@@ -39,7 +39,7 @@ class Done:
 def done(plan: Plan, unit: Unit) -> Done:
     """Find the tasks with complete results of the plan's settings and of the present weights."""
     expected, present = asked(plan, unit), source(unit, plan.run.environment)
-    missing = {task.name: task for task in plan.tasks}
+    missing = {task.name: task for task in plan.tasks_of(unit)}
     why: str | None = None
     fingerprint: Any = None
     measured = failed = 0
@@ -47,7 +47,7 @@ def done(plan: Plan, unit: Unit) -> Done:
     # The newest results come first: their fingerprint says which weights are meant.
     for file, run, request in reversed(list(results(plan.folder(unit)))):
         coupling = _coupling(run)
-        reason = _reason(plan, file, run, request, expected, present)
+        reason = _reason(plan, unit, file, run, request, expected, present)
         if reason is None and fingerprint not in (None, coupling.get("fingerprint")):
             reason = "they are of other weights"
         if reason is not None:
@@ -56,8 +56,8 @@ def done(plan: Plan, unit: Unit) -> Done:
         fingerprint = fingerprint or coupling.get("fingerprint")
         new = [
             name
-            for name, shots in _mapping(request.get("tasks")).items()
-            if name in missing and missing[name].num_fewshot == shots
+            for name, value in _tasks(plan, run, request).items()
+            if name in missing and missing[name].asked == value
         ]
         for name in new:
             del missing[name]
@@ -94,7 +94,7 @@ def set_aside(plan: Plan, unit: Unit) -> None:
     """
     expected, present = asked(plan, unit), source(unit, plan.run.environment)
     reasons = {
-        file: _reason(plan, file, run, request, expected, present)
+        file: _reason(plan, unit, file, run, request, expected, present)
         for file, run, request in results(plan.folder(unit))
     }
     for file in plan.folder(unit).glob("*/results_*.json"):
@@ -105,6 +105,7 @@ def set_aside(plan: Plan, unit: Unit) -> None:
 
 def _reason(
     plan: Plan,
+    unit: Unit,
     file: Path,
     run: Mapping[str, Any],
     request: Mapping[str, Any],
@@ -118,6 +119,11 @@ def _reason(
         return f"asked for with other {', '.join(differing)}"
     if not same(request.get("source"), present):
         return "the model's files have changed since"
+    evaluated = {task.name: task.evaluation for task in plan.tasks_of(unit)}
+    if plan.samples is not None and any(
+        evaluated.get(name, value) != value for name, value in _tasks(plan, run, request).items()
+    ):
+        return "the samples have changed since"
     if plan.measures:
         coupling = _coupling(run)
         if not coupling:
@@ -143,7 +149,8 @@ def _unfinished(plan: Plan, file: Path, run: Mapping[str, Any]) -> str | None:
             if not _is_table(table):
                 return f"the table {table.name} is empty or damaged"
     if plan.lm_eval.get("log_samples"):
-        for task in _mapping(run.get("configs")):
+        evaluated = run.get("configs") if plan.samples is None else coupling.get("tasks")
+        for task in _mapping(evaluated):
             if not _has_all_samples(plan, file.parent / f"samples_{task}_{date}.jsonl", run, task):
                 return f"the samples of {task} were not written to their end"
     return None
@@ -170,6 +177,8 @@ def _has_all_samples(plan: Plan, file: Path, run: Mapping[str, Any], task: str) 
     """
     counts = _mapping(_mapping(run.get("n-samples")).get(task))
     scored, documents = _count(counts.get("effective")), _documents(plan, counts)
+    if plan.samples is not None:
+        return file.is_file()  # Written whole, of the lines that were there to be measured.
     try:
         lines, end = 0, b"\n"
         with file.open("rb") as samples:
@@ -187,6 +196,17 @@ def _documents(plan: Plan, counts: Mapping[str, Any]) -> int:
     if isinstance(limit, bool) or not isinstance(limit, int | float):
         return original
     return min(original, math.ceil(original * limit) if limit < 1 else int(limit))
+
+
+def _tasks(plan: Plan, run: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tasks that results were asked for, as the note has them.
+
+    Of samples, each evaluation has results of its own, and all have the note of the unit.
+    """
+    tasks = _mapping(request.get("tasks"))
+    if plan.samples is None:
+        return tasks
+    return {name: value for name, value in tasks.items() if name in _mapping(run.get("configs"))}
 
 
 def _coupling(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval_coupling.sweep import cluster, state
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import COMMAND, Worker
+from lm_eval_coupling.sweep.work import Worker
 
 # A file system of many machines releases the lock of a dead node only when its lease is over.
 _PATIENCE_SECONDS = 120.0
@@ -23,7 +23,7 @@ class UnitJob:
     """Function that submitit pickles and calls on the node, and asks for a checkpoint."""
 
     def __init__(
-        self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] = COMMAND
+        self, plan: Plan, unit: Unit, batch_size: Any = None, command: Sequence[str] | None = None
     ) -> None:
         """Take a unit, a batch size instead of the plan's, and the command that runs lm-eval."""
         self.plan, self.unit, self.batch_size, self.command = plan, unit, batch_size, command

@@ -15,13 +15,15 @@ from lm_eval_coupling.sweep.board import Board
 from lm_eval_coupling.sweep.plan import Local, Plan
 from lm_eval_coupling.sweep.status import look
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import COMMAND, Outcome, Worker
+from lm_eval_coupling.sweep.work import Outcome, Worker
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _AGAIN_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 
 
-def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] = COMMAND) -> None:
+def run(
+    plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] | None = None
+) -> None:
     """Work on units until none is left; one that fails does not stop the others.
 
     On Ctrl-C, runs in progress are asked to end and to write their results. A second Ctrl-C ends

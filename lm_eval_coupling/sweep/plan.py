@@ -14,6 +14,7 @@ import yaml
 
 from lm_eval_coupling.errors import CouplingError, path, shown, why
 from lm_eval_coupling.sweep import yaml12
+from lm_eval_coupling.sweep.evaluations import refuse_scoring, with_evaluations
 from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
 from lm_eval_coupling.sweep.plan_secrets import hide, secret_in, secrets_in
 from lm_eval_coupling.sweep.units import Task, Unit, plain, read_units, wrong_value
@@ -84,6 +85,7 @@ class Slurm:
 class Plan:
     """Plan whose text is right.
 
+    ``samples`` are evaluations that the units are measured from; without them ``tasks`` are scored.
     ``secrets`` are the variables of the runs that must not be written to any file. They are no
     part of ``run.environment``.
     """
@@ -91,6 +93,7 @@ class Plan:
     file: Path
     units: tuple[Unit, ...]
     tasks: tuple[Task, ...]
+    samples: Path | None = None
     coupling: Mapping[str, Any]
     lm_eval: Mapping[str, Any]
     output: Path
@@ -100,6 +103,12 @@ class Plan:
     def folder(self, unit: Unit) -> Path:
         """Return the folder of all files of a unit."""
         return self.output / unit.name
+
+    def tasks_of(self, unit: Unit) -> tuple[Task, ...]:
+        """Return the tasks of a unit: those of its evaluations, or all that the plan names."""
+        if self.samples is None:
+            return self.tasks
+        return tuple(task for evaluation in unit.evaluations for task in evaluation.tasks)
 
     @property
     def measures(self) -> bool:
@@ -125,12 +134,16 @@ def read(file: Path | str) -> Plan:
     file = Path(file)
     content = _load(file)
     problems: list[str] = []
-    keys = ["models", "tasks", "coupling", "lm_eval", "output", "run"]
+    keys = ["models", "tasks", "samples", "coupling", "lm_eval", "output", "run"]
     fields = Fields(content, "", keys, problems)
     units, tokens = read_units(fields)
-    tasks = _tasks(fields)
+    samples = _path(fields, "samples") if fields.values.get("samples") is not None else None
+    tasks = _tasks(fields) if fields.values.get("samples") is None else []
     coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
-    output = _output(fields)
+    output = _path(fields, "output")
+    if samples is not None:
+        refuse_scoring(fields)
+        units, tasks = with_evaluations(units, samples, output, problems)
     run, secrets = _run(fields, tokens)
     plan = None
     if output is not None:
@@ -138,6 +151,7 @@ def read(file: Path | str) -> Plan:
             file=file,
             units=tuple(units),
             tasks=tuple(tasks),
+            samples=samples,
             coupling=coupling,
             lm_eval=lm_eval,
             output=output,
@@ -170,10 +184,10 @@ def _load(file: Path) -> Any:
         raise CouplingError(f"got {file}, which is no YAML ({words}); mend it") from None
 
 
-def _output(fields: Fields) -> Path | None:
-    name = fields.need("output", is_name, "a folder")
+def _path(fields: Fields, key: str) -> Path | None:
+    name = fields.need(key, is_name, "a folder")
     try:
-        return None if name is None else path(fields.at("output"), name)
+        return None if name is None else path(fields.at(key), name)
     except CouplingError as error:
         fields.problems.append(str(error))
         return None
@@ -209,7 +223,9 @@ def _too_long(plan: Plan) -> list[str]:
 
 def _tasks(fields: Fields) -> list[Task]:
     value = fields.need(
-        "tasks", lambda v: is_name(v) or (isinstance(v, list) and bool(v)), "a list of tasks"
+        "tasks",
+        lambda v: is_name(v) or (isinstance(v, list) and bool(v)),
+        "a list of tasks, or samples of evaluations",
     )
     tasks: list[Task] = []
     for number, item in enumerate([value] if is_name(value) else value or []):

@@ -40,7 +40,7 @@ def note(plan: Plan, unit: Unit, tasks: Iterable[Task]) -> dict[str, Any]:
     """Return the metadata by which results of a run say themselves what they are results of."""
     return {
         "asked": asked(plan, unit),
-        "tasks": {task.name: task.num_fewshot for task in tasks},
+        "tasks": {task.name: task.asked for task in tasks},
         "source": source(unit, plan.run.environment),
     }
 
@@ -48,18 +48,36 @@ def note(plan: Plan, unit: Unit, tasks: Iterable[Task]) -> dict[str, Any]:
 def configuration(
     plan: Plan, unit: Unit, tasks: Iterable[Task], batch_size: Any = None
 ) -> dict[str, Any]:
-    """Return the content of a file for ``lm_eval run --config FILE``, without any secret.
+    """Return the content of a file for the command of a run, without any secret.
+
+    The command is ``lm_eval run --config FILE``. For samples it is
+    ``lm-eval-coupling measure --config FILE``.
 
     Args:
         plan: the plan.
         unit: the model and revision.
-        tasks: those of the plan that are still to be done.
+        tasks: those of the unit that are still to be done.
         batch_size: a batch size instead of the plan's.
     """
     folder, tasks = plan.folder(unit).absolute(), list(tasks)
     coupling = {f"coupling_{name}": value for name, value in plan.coupling.items()}
     store = {"coupling_store": str(store_file(folder))} if plan.measures else {}
     model = {"pretrained": unit.model, "revision": unit.revision}
+    if plan.samples is not None:
+        store = {"store": str(store_file(folder))}
+        return {
+            "model": unit.model,
+            "results": [
+                str(evaluation.file.absolute())
+                for evaluation in unit.evaluations
+                if set(tasks) & set(evaluation.tasks)
+            ],
+            "out": str(folder),
+            "model_args": {"revision": unit.revision, **unit.arguments},
+            "coupling": store | dict(plan.coupling),
+            "device": plan.lm_eval.get("device"),
+            "metadata": {NOTE: note(plan, unit, tasks)},
+        }
     content = dict(plan.lm_eval) | {
         "model": "coupling-hf",
         "model_args": model | store | coupling | dict(unit.arguments),

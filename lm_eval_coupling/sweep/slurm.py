@@ -26,7 +26,7 @@ from lm_eval_coupling.sweep.plan import Plan, Slurm
 from lm_eval_coupling.sweep.plan_secrets import hide
 from lm_eval_coupling.sweep.status import look
 from lm_eval_coupling.sweep.units import Unit
-from lm_eval_coupling.sweep.work import COMMAND, half
+from lm_eval_coupling.sweep.work import half
 
 _POLL_SECONDS = 2.0
 _SIGNAL_SECONDS = 90
@@ -44,7 +44,9 @@ class _End:
     has_begun: bool
 
 
-def run(plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] = COMMAND) -> None:
+def run(
+    plan: Plan, units: Sequence[Unit], board: Board, command: Sequence[str] | None = None
+) -> None:
     """Submit the units that are not in the queue, and watch until none is left there.
 
     Args:

@@ -48,11 +48,14 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
     last = state.read(folder)
     log = folder / state.LOG
     name, detail = _state(folder, finished, last, queue)
-    if name not in ("done", "running", "waiting") and len(finished.missing) < len(plan.tasks):
+    n_tasks = len(plan.tasks_of(unit))
+    if name not in ("done", "running", "waiting") and len(finished.missing) < n_tasks:
         tasks = ", ".join(task.name for task in finished.missing)
-        remaining = f"{len(finished.missing)} of {len(plan.tasks)} tasks: {tasks}"
+        remaining = f"{len(finished.missing)} of {n_tasks} tasks: {tasks}"
         detail = f"{detail}; {remaining}" if detail else remaining
-    seconds = finished.seconds if finished.complete else number(last.get("seconds"))
+    # Results that were measured from samples have the seconds of the scoring.
+    is_timed = finished.complete and plan.samples is None
+    seconds = finished.seconds if is_timed else number(last.get("seconds"))
     return Status(unit=unit, state=name, detail=detail, results=finished, log=log, seconds=seconds)
 
 

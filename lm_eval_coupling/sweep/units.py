@@ -49,20 +49,41 @@ _MAX_LABEL = 150
 
 @dataclass(frozen=True)
 class Task:
-    """Task or group as lm-eval names it, with a number of examples where the plan gives one."""
+    """Task or group as lm-eval names it.
+
+    Attributes:
+        name: its name.
+        num_fewshot: number of examples where the plan gives one.
+        evaluation: state of the logged evaluation that it is measured from, if it is not scored.
+    """
 
     name: str
     num_fewshot: int | None = None
+    evaluation: str | None = None
+
+    @property
+    def asked(self) -> int | str | None:
+        """Value that results record of the task besides its name."""
+        return self.num_fewshot if self.evaluation is None else self.evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logged evaluation of a model: lm-eval's file of results, and its tasks with samples."""
+
+    file: Path
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Model at one revision, which is one run of lm-eval."""
+    """Model at one revision, which is one run of lm-eval, or one of measuring from samples."""
 
     model: str
     revision: str = "main"
     arguments: Mapping[str, Any]
     facts: Mapping[str, Any]
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ from lm_eval_coupling.sweep.units import Unit
 
 # The command `lm_eval`, also if its start-up hook is missing or forbidden.
 COMMAND = (sys.executable, "-m", "lm_eval_coupling.cli", "run")
+_MEASURE = (*COMMAND[:-1], "measure")
 GRACE_SECONDS = 30
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
@@ -49,7 +50,7 @@ class Worker:
         self,
         plan: Plan,
         variables: Mapping[str, str] | None = None,
-        command: Sequence[str] = COMMAND,
+        command: Sequence[str] | None = None,
         *,
         patience: float = 1.0,
         job: str | None = None,
@@ -59,11 +60,13 @@ class Worker:
         Args:
             plan: the plan.
             variables: further variables of the process, such as the device that it may see.
-            command: the command before ``--config FILE``.
+            command: the command before ``--config FILE``; by default lm-eval's, or the one that
+                measures from samples.
             patience: seconds to wait for a unit that another process holds.
             job: the SLURM job that this worker belongs to.
         """
-        self.plan, self.command, self.patience, self.job = plan, command, patience, job
+        self.plan, self.patience, self.job = plan, patience, job
+        self.command = command or (COMMAND if plan.samples is None else _MEASURE)
         self.environment = environment(plan.environment, variables or {}, {"PYTHONUNBUFFERED": "1"})
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -139,7 +142,7 @@ class Worker:
     def _evaluate(self, folder: Path, content: Mapping[str, Any], descriptor: int) -> int:
         """Run lm-eval to its end and return its exit code."""
         answers.forget_old(folder, content["metadata"][NOTE])
-        file = folder / "lm_eval.yaml"
+        file = folder / ("lm_eval.yaml" if self.plan.samples is None else "measure.yaml")
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         file.write_text(text, encoding="utf-8")
         command = [*self.command, "--config", str(file)]

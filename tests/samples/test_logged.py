@@ -6,7 +6,11 @@ import logging
 import pytest
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.samples.logged import read_evaluations
+from lm_eval_coupling.samples import logged
+
+
+def read_evaluations(path, model, revision="main"):
+    return [logged.read_evaluation(file) for file in logged.find_evaluations(path, model, revision)]
 
 
 def read_evaluation(path):

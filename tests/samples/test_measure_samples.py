@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 import yaml
 from evaluations import evaluate_and_log, written
+from transformers import AutoTokenizer
 
 from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
@@ -53,10 +55,10 @@ def scored(home, tmp_path_factory):
     return out
 
 
-def measure(home, scored, out, coupling=f"{RANKS},limit=5", **further):
+def measure(home, scored, out, coupling=f"{RANKS},limit=5", model="model", **further):
     store = out.parent / f"{out.name}.sqlite"
     return measure_samples(
-        str(home / "model"),
+        str(home / model),
         scored,
         out,
         coupling=f"{coupling},store={store}",
@@ -158,3 +160,61 @@ def test_the_same_model_under_another_name_is_measured_on_request(home, scored, 
     assert "in spite of name" in caplog.text
     recorded = written(tmp_path / "out")["config"]["coupling"]["samples_of"]
     assert recorded["differences"] == ["name (evaluated model, loaded moved)"]
+
+
+def test_an_output_inside_the_evaluations_is_refused(home, scored):
+    with pytest.raises(CouplingError, match="inside --samples .* choose a folder outside of it"):
+        measure(home, scored, scored / "measured")
+    assert not (scored / "measured").exists()
+
+
+def with_template(home, folder, template):
+    """Copy the model under its own name, with another chat template or none."""
+    shutil.copytree(home / "model", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "model")
+    if template is None:
+        (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+def test_a_chat_template_that_differs_is_refused(home, tmp_path):
+    evaluate(home, tmp_path / "scored", "hf", ["tiny_choice"], apply_chat_template=True)
+    other = with_template(home, tmp_path / "other", "{{ messages[0].content }}!")
+    with pytest.raises(CouplingError, match=r"which differ in chat template \(evaluated \w+, lo"):
+        measure(other, tmp_path / "scored", tmp_path / "out")
+    none = with_template(home, tmp_path / "none", None)
+    with pytest.raises(CouplingError, match="which differ in chat template"):
+        measure(none, tmp_path / "scored", tmp_path / "out")
+
+
+def as_messages(folder):
+    """Log the contexts as a chat API is sent them."""
+    (file,) = folder.rglob("samples_*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for sample in lines:
+        for arguments in sample["arguments"].values():
+            messages = [{"role": "user", "content": arguments["arg_0"]}]
+            arguments["arg_0"] = json.dumps(messages)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_messages_need_a_template(home, tmp_path):
+    evaluate(home, tmp_path / "scored", "hf", ["tiny_generate"])
+    as_messages(tmp_path / "scored")
+    none = with_template(home, tmp_path / "none", None)
+    with pytest.raises(CouplingError, match="got messages in the samples, and a tokenizer without"):
+        measure(none, tmp_path / "scored", tmp_path / "out")
+    measure(home, tmp_path / "scored", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    (row, *_) = load_records(tmp_path / "out").itertuples()
+    (sample,) = [s for s in lines_of(tmp_path / "scored") if s["doc_hash"] == row.doc_hash]
+    messages = json.loads(sample["arguments"]["gen_args_0"]["arg_0"])
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert row.text == rendered
+
+
+def lines_of(folder):
+    (file,) = folder.rglob("samples_*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
