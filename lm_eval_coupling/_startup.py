@@ -23,6 +23,8 @@ MODULES = frozenset(
         "lm_eval.config.evaluate_config",
         "lm_eval.evaluator",
         "lm_eval.loggers.evaluation_tracker",
+        "lm_eval.loggers.wandb_logger",
+        "lm_eval.loggers.trackio_logger",
         "lm_eval._cli.harness",
     }
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.harness import sharing
 from lm_eval_coupling.harness.command_line import (
     MODEL,
     Command,
@@ -27,6 +28,7 @@ from lm_eval_coupling.harness.command_line import (
     one_line,
 )
 from lm_eval_coupling.harness.lm_eval_internals import wrap
+from lm_eval_coupling.harness.sharing import carried
 
 TARGET = "lm_eval_coupling.harness.lm:CouplingLM"
 # lm-eval's command passes this where no device is given; HFLM then takes the CPU without a GPU.
@@ -158,7 +160,7 @@ def _record_after_scoring(evaluator: Any) -> None:
                 current_command().problems.append(problem)
             # Into coupling_out. A tracker that saves the results writes them again, with its date.
             _write_tables(results, None, _now())
-            if (info := _carried(results)) is not None:
+            if (info := carried(results)) is not None:
                 command = current_command()
                 command.interrupted |= bool(info.get("interrupted"))
                 command.unprinted = results
@@ -191,9 +193,11 @@ def _write_tables_with_results(tracking: Any) -> None:
             # The tracker has no date if it saves nothing.
             date = getattr(self, "date_id", _now())
             folder = _results_folder(self)
-            self._saves_coupling = _carried(results) is not None
+            info = self.coupling_info = carried(results)
             _write_tables(results, folder, date)
-            if folder is not None and self._saves_coupling:
+            if folder is not None and info is not None:
+                sharing.push_tables(self, info, folder, samples_follow=samples is not None)
+            if folder is not None and info is not None:
                 stem = Path(self.output_path).stem if folder != _model_folder(self) else "results"
                 _require_complete(folder / f"{stem}_{date}.json", json.loads)
 
@@ -203,7 +207,7 @@ def _write_tables_with_results(tracking: Any) -> None:
         def save_results_samples(self: Any, task_name: str, samples: Any) -> None:
             save(self, task_name, samples)
             folder = _results_folder(self)
-            if folder is not None and getattr(self, "_saves_coupling", False):
+            if folder is not None and getattr(self, "coupling_info", None) is not None:
                 file = folder / f"samples_{task_name}_{self.date_id}.jsonl"
                 _require_complete(file, lambda text: _require_lines(text, len(samples)))
 
@@ -211,6 +215,7 @@ def _write_tables_with_results(tracking: Any) -> None:
 
     wrap(tracking, "EvaluationTracker.save_results_aggregated", with_tables)
     wrap(tracking, "EvaluationTracker.save_results_samples", with_check)
+    sharing.name_tables_on_card(tracking)
 
 
 def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
@@ -256,7 +261,7 @@ def _close_under_the_table(utils: Any) -> None:
         ) -> Any:
             table = make_table(result_dict, column, *args, **kwargs)
             last = "groups" if "groups" in result_dict else "results"
-            info = _carried(result_dict)
+            info = carried(result_dict)
             if info is None or column != last:
                 return table
             current_command().unprinted = None
@@ -287,24 +292,15 @@ def serve_running_command() -> None:
 
     def print_summary(command: Command) -> None:
         if (results := command.unprinted) is not None:
-            print(_summary(_carried(results), results), flush=True)
+            print(_summary(carried(results), results), flush=True)
 
     if (command := join_running_command()) is not None:
         atexit.register(print_summary, command)
 
 
-def _carried(results: dict[str, Any] | None) -> Any:
-    """Return the `CouplingInfo` that results of ours carry; None for results of others.
-
-    Its class is not imported: that would load pandas in every evaluation.
-    """
-    info = ((results or {}).get("config") or {}).get("coupling")
-    return info if hasattr(info, "write_tables") else None
-
-
 def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str) -> None:
     """Write the tables of a run whose rows its results carry."""
-    if (info := _carried(results)) is None:
+    if (info := carried(results)) is None:
         return
     try:
         info.write_tables(folder, date)
@@ -332,5 +328,7 @@ STEPS: dict[str, Callable[[Any], None]] = {
     "lm_eval.config.evaluate_config": _refuse_early,
     "lm_eval.evaluator": _record_after_scoring,
     "lm_eval.loggers.evaluation_tracker": _write_tables_with_results,
+    "lm_eval.loggers.wandb_logger": sharing.log_to_wandb,
+    "lm_eval.loggers.trackio_logger": sharing.log_to_trackio,
     "lm_eval._cli.harness": _errors_as_sentences,
 }

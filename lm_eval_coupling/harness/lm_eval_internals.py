@@ -29,6 +29,15 @@ WRAPPED = {
     "lm_eval.loggers.evaluation_tracker": {
         "EvaluationTracker.save_results_aggregated": "tables are written to coupling_out only",
         "EvaluationTracker.save_results_samples": "samples that are cut short go unnoticed",
+        "EvaluationTracker.recreate_metadata_card": "dataset cards do not name coupling tables",
+    },
+    "lm_eval.loggers.wandb_logger": {
+        "WandbLogger.log_eval_result": "W&B gets no curves over layers",
+        "WandbLogger.log_eval_samples": "W&B's table of samples has no coupling",
+    },
+    "lm_eval.loggers.trackio_logger": {
+        "TrackioLogger.log_eval_result": "trackio gets no curves over layers",
+        "TrackioLogger.log_eval_samples": "trackio's samples have no coupling",
     },
     "lm_eval._cli.harness": {
         "HarnessCLI.execute": "a mistake ends in a traceback, an incomplete run with exit code 0",

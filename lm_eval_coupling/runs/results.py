@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -41,6 +42,13 @@ class CouplingInfo(dict):
         self.out = out
         self.tables: list[Path] = []
         self.unwritten = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CouplingInfo:
+        """Copy the facts alone: lm-eval's loggers copy all results, several times."""
+        copied = CouplingInfo({}, self.rows, self.out)
+        copied.update(copy.deepcopy(dict(self), memo))
+        copied.tables, copied.unwritten = list(self.tables), self.unwritten
+        return copied
 
     def write_tables(self, folder: Path | None, date: str) -> list[Path]:
         """Write the tables into ``out``, else into ``folder``; nowhere if both are None.
