@@ -16,6 +16,7 @@ from lm_eval_coupling.measures.registry import (
     Column,
     Measure,
     Reading,
+    SampleReading,
     default_measures,
     measures_argument,
     registered_measures,
@@ -33,6 +34,7 @@ _SIZES = {
     "chosen": "blocks that a measure over tokens compares",
     "window": "windows of blocks, in order of depth",
     "component": "principal components, at most 3",
+    "d_model": "dimensions of the stream",
     "2": "U, then V",
 }
 _INTRO = """\
@@ -137,13 +139,13 @@ def _measure(measure: Measure) -> Iterator[str]:
     arguments = ",".join(filter(None, (measures_argument(others), measure.option)))
     yield f"{measure.doc} Asked for with `{arguments}`.\n"
     yield from _columns(measure.columns)
-    if measure.readings:
+    if rows := [*map(_reading, measure.readings), *map(_of_sample, measure.sample_readings)]:
         yield "Readings, as they are summarized, fitted and drawn:\n"
         head = (
             *("reading", "label", "one for", "expected with the score", "at chance"),
             "what it tells",
         )
-        yield from _table(head, map(_reading, measure.readings))
+        yield from _table(head, rows)
 
 
 def _reading(reading: Reading) -> Sequence[str]:
@@ -153,6 +155,11 @@ def _reading(reading: Reading) -> Sequence[str]:
     chance = "–" if reading.chance is None else f"{reading.chance(10):.4f} at K = 10"
     tells = reading.doc or f"see the column `{reading.column}`"
     return name, reading.label, reading.over, sign, chance, tells
+
+
+def _of_sample(reading: SampleReading) -> Sequence[str]:
+    sign = {1: "up", -1: "down", 0: "–"}[reading.sign]
+    return f"`{reading.name}`", reading.label, "task", sign, "–", reading.doc
 
 
 def _columns(columns: Iterable[Column]) -> Iterator[str]:

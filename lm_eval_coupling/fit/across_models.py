@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.fit.observations import LEAST, Observations
+from lm_eval_coupling.fit.other_tasks import OTHER_TASKS
 from lm_eval_coupling.fit.predictors import Predictor
 from lm_eval_coupling.statistics import (
     Correlation,
@@ -232,7 +233,8 @@ def nested(
     """Measure what the main predictor adds to facts about a model.
 
     Held fixed are the number of parameters, all facts of size, the compute of training, the loss,
-    and compute (or else parameters) with loss: each where it is known of every model and differs.
+    and compute (or else parameters) with loss; and each summary of the other tasks' scores. Each
+    is where it is known of every model and differs.
 
     Returns:
         The nested models by score, predictor and what is held fixed.
@@ -256,7 +258,7 @@ def nested(
 def _held_fixed(observations: Observations, group: pd.DataFrame) -> list[tuple[str, ...]]:
     varying = {
         p.name
-        for p in observations.of_kind("size", "loss")
+        for p in observations.of_kind("size", "loss", "tasks")
         if group[p.name].notna().all() and group[p.name].nunique() > 1
     }
     size = next((name for name in ("log10_compute", "log10_params") if name in varying), None)
@@ -264,6 +266,7 @@ def _held_fixed(observations: Observations, group: pd.DataFrame) -> list[tuple[s
     sets = [tuple(covariates[:1]), tuple(covariates), ("log10_compute",)]
     sets += [(loss,) for loss in ("gold_answer_loss", "bits_per_byte")]
     sets += [(size, loss) for loss in ("gold_answer_loss", "bits_per_byte") if size]
+    sets += [(name,) for name in OTHER_TASKS]
     return [names for names in dict.fromkeys(sets) if names and varying.issuperset(names)]
 
 

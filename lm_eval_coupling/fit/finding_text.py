@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit.observations import Observations
+from lm_eval_coupling.fit.other_tasks import MEAN
 from lm_eval_coupling.statistics import (
     Corrected,
     Correlation,
@@ -297,6 +298,47 @@ def describe_tasks(
             f"{statistics.median(mine):.2f} (median over {len(mine)} tasks), measured on another "
             f"task's by {statistics.median(others):.2f} (over {len(others)} pairs of tasks)."
         )
+
+
+def describe_other_tasks(
+    nested: Mapping[tuple[str, str, str], NestedModels],
+    beyond_chance: Mapping[str, Mapping[str, bool]],
+) -> Iterator[str]:
+    """Describe what the main predictor adds to the scores of the other tasks.
+
+    Args:
+        nested: Nested models by score, predictor and what is held fixed.
+        beyond_chance: Whether each predictor's correlation is, by score and predictor.
+
+    Yields:
+        One paragraph; none where no score has other tasks beside it.
+    """
+    of = {score: r for (score, _, given), r in nested.items() if given == MEAN and not r.reason}
+    if not of:
+        return
+    adjusted = adjust_by_name({score: r.p for score, r in of.items()})
+    clear = [
+        score
+        for score, r in of.items()
+        if beyond_chance[score][r.predictor] and is_beyond_chance(r.partial, adjusted[score])
+    ]
+    main = next(iter(of.values())).predictor
+    alone = statistics.median(r.without.r2 for r in of.values())
+    partial = [r.partial.coefficient for r in of.values()]
+    scores = f"{len(of)} {_plural('score', len(of))}"
+    verdict = f"{main} adds nothing beyond chance to what the other tasks say of any of them"
+    if clear:
+        more = f" and {len(clear) - MANY} more" if len(clear) > MANY else ""
+        verdict = (
+            f"{main} adds something to what the other tasks say of {len(clear)} of them "
+            f"({', '.join(clear[:MANY])}{more})"
+        )
+    yield (
+        f"Scores of the other tasks as a rival: their mean z-score, seen from the other models, "
+        f"explains R² {alone:.2f} of a score (median of {scores}). Given it, {verdict} (partial "
+        f"correlations {min(partial):.2f} to {max(partial):.2f}, p adjusted for their number by "
+        "Holm)."
+    )
 
 
 def describe_training(results: Mapping[tuple[str, str, str, str], Correlation]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.fit import across_models, document_noise, finding_text, within_models
+from lm_eval_coupling.fit.across_models import table
 from lm_eval_coupling.fit.answers_text import describe_documents
 from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.losses import add_losses
@@ -106,7 +107,7 @@ def fit_runs(
     tables = {
         "observations": observations.frame,
         "checkpoints": steps,
-        "training": across_models.table(training, "lineage", "score", "predictor", "of"),
+        "training": table(training, "lineage", "score", "predictor", "of"),
     }
     return Findings(
         dataclasses.replace(observations, notes=tuple(notes)),
@@ -144,7 +145,6 @@ def _across(
     swapped = across_models.swapped_tasks(observations, resamples=resamples)
     families = across_models.families(observations)
     rows = across_models.correlation_table(correlated, observations, resamples=resamples)
-    table = across_models.table
     tables = {
         "correlations": rows,
         "alone": across_models.alone(observations),
@@ -161,7 +161,7 @@ def _across(
     }
     pearson = {score: correlated[score, main, "pearson"] for score, _ in observations.compared()}
     rivals = {other: r for (score, _, other), r in compared.items() if score == last}
-    size = next((name for name in observations.covariates if name in rivals), None)
+    size = next(filter(rivals.__contains__, observations.covariates), None)
     results = finding_text.MainResults(
         pearson=pearson[last],
         fits={form: fits[last, main, form, "none"] for form in ("line", "exponential")},
@@ -170,12 +170,13 @@ def _across(
         nested=[r for (score, *_), r in nested.items() if score == last],
         influence=influences[influences["score"] == last] if len(influences) else influences,
     )
-    own = _beyond_chance(rows, correlated, last)
     key = (last, main)
+    beyond_chance = {score: _beyond_chance(rows, correlated, score) for score in pearson}
     words = [
         *finding_text.describe_models(observations, pearson, results),
         *finding_text.describe_predictors(rows, correlated, last),
-        *finding_text.describe_rivals(rivals, main, last, own, described=size),
+        *finding_text.describe_rivals(rivals, main, last, beyond_chance[last], described=size),
+        *finding_text.describe_other_tasks(nested, beyond_chance),
         *finding_text.describe_noise(reliable.get(key), corrected.get(key), main, last),
         *finding_text.describe_tasks(main, pearson, swapped),
     ]
@@ -212,8 +213,8 @@ def _within(documents: pd.DataFrame, main: str) -> _Part:
     tables = {
         "documents": documents,
         "auroc": within_models.auroc_table(aurocs),
-        "logistic": across_models.table(logistics, "model", "task", "predictor", "given"),
-        "graded": across_models.table(graded, "model", "task", "predictor", "of"),
+        "logistic": table(logistics, "model", "task", "predictor", "given"),
+        "graded": table(graded, "model", "task", "predictor", "of"),
         "calibration": within_models.calibration(documents, predictors[0]),
     }
     words = describe_documents(aurocs, logistics, predictors[0])

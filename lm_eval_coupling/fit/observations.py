@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from lm_eval_coupling.fit.other_tasks import OTHER_TASKS, add_other_tasks
 from lm_eval_coupling.fit.predictors import COVARIATES, Predictor, choose_predictors
 from lm_eval_coupling.fit.scores import some
 from lm_eval_coupling.saved.shared_means import SharedMeans, mean_over_shared_items
@@ -101,12 +102,16 @@ def observe(
         CouplingError: If there is no such predictor.
     """
     rows = _distinct_weights(_last_checkpoints(rows, notes), notes)
-    predictors = choose_predictors(rows, x, notes)
-    rows = _distinct_numbers(rows, predictors, notes)
+    predictors = choose_predictors(add_other_tasks(rows, []), x, notes)
+    # Of the models that remain: a copy among them would be seen in its original.
+    own = [predictor for predictor in predictors if predictor.kind != "tasks"]
+    rows = add_other_tasks(_distinct_numbers(rows, own, notes), notes)
     # A model without a known family resembles no other.
     rows = rows.assign(family=rows["family"].fillna(rows["label"]))
     notes += _unknown(rows, predictors[0].name)
     frame = pd.concat([rows, *_mean_scores(rows, predictors, notes)], ignore_index=True)
+    # A mean of all tasks has no others.
+    frame.loc[frame["task"] == "mean", [*OTHER_TASKS]] = np.nan
     return Observations(frame, tuple(predictors), tuple(notes))
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.losses import LOSSES
+from lm_eval_coupling.fit.other_tasks import OTHER_TASKS
 from lm_eval_coupling.measures.registry import registered_measures
 
 COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
@@ -21,9 +22,9 @@ _COUPLING = {"depth": "coupling"}
 class Predictor:
     """A column that may predict the score.
 
-    ``kind`` is ``coupling``, the name of another measure, ``size``, ``loss`` or ``fact``. ``sign``
-    is the direction in which it is expected to go with the score, or 0. ``rank`` is its number of
-    singular vectors, if it has one.
+    ``kind`` is ``coupling``, the name of another measure, ``size``, ``loss``, ``tasks`` (scores of
+    other tasks) or ``fact``. ``sign`` is the direction in which it is expected to go with the
+    score, or 0. ``rank`` is its number of singular vectors, if it has one.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Predictor:
     @property
     def error(self) -> str | None:
         """The column of its standard error, or None for exact numbers."""
-        if self.kind in ("size", "fact"):
+        if self.kind in ("size", "tasks", "fact"):
             return None
         name, _, rank = self.name.partition("@")
         return f"{name}_stderr@{rank}" if rank else f"{name}_stderr"
@@ -47,8 +48,8 @@ def choose_predictors(
 
     Args:
         rows: Rows of :func:`~lm_eval_coupling.fit.scores.scored_rows`.
-        x: Names; by default coupling at its headline rank, then all others. Size and loss are
-            always added.
+        x: Names; by default coupling at its headline rank, then all others. Size, loss and the
+            scores of other tasks are always added.
         notes: Sentences about what was left out are added.
 
     Returns:
@@ -64,8 +65,8 @@ def choose_predictors(
                 f"got no predictor {unknown[0]!r}, expected one of {', '.join(available)} or a "
                 "number of the facts"
             )
-        # Coupling is compared with size and loss in any case.
-        rivals = [name for name, p in available.items() if p.kind in ("size", "loss")]
+        # Coupling is compared with these in any case.
+        rivals = [name for name, p in available.items() if p.kind in ("size", "loss", "tasks")]
         names = dict.fromkeys([*x, *rivals])
         chosen = [available.get(name, Predictor(name, "fact")) for name in names]
     else:
@@ -99,6 +100,14 @@ def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
                 for rank, name in names.items()
                 if name in rows
             )
+        for sample_reading in measure.sample_readings:
+            if sample_reading.name in rows:
+                yield Predictor(sample_reading.name, kind, sample_reading.sign)
+    yield from (
+        Predictor(name, "tasks")
+        for name in OTHER_TASKS
+        if name in rows and rows[name].notna().any()
+    )
     yield from (
         Predictor(name, "loss", sign)
         for name, sign in LOSSES.items()

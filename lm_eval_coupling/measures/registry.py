@@ -7,7 +7,7 @@ that compute, so that readers of results know the columns without torch.
 
 Shapes are written as in jaxtyping, over these sizes: ``rank`` (numbers K that were asked for),
 ``max_rank``, ``layer``, ``seq`` (tokens of the prompt), ``token`` and ``chosen`` (tokens and blocks
-that a measure over tokens compares), ``window`` and ``component``.
+that a measure over tokens compares), ``window``, ``component`` and ``d_model``.
 """
 
 from __future__ import annotations
@@ -182,6 +182,29 @@ def mean_reading(
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleReading:
+    """Number of a sample of documents as it is fitted, such as how far their vectors spread.
+
+    Attributes:
+        name: name in summaries and as a predictor.
+        label: caption in pictures.
+        column: column with one vector per prompt; a document's is the mean over its prompts.
+        read: function of the vectors [document, dimension] in float64.
+        fewest: documents below which it is undefined.
+        sign: expected direction with the score, 1 or −1; 0 where there is no expectation.
+        doc: what it tells, in plain words.
+    """
+
+    name: str
+    label: str
+    column: str
+    read: Callable[[np.ndarray], float]
+    fewest: int
+    sign: int = 0
+    doc: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Measure:
     """Measure, asked for by name with ``coupling_measures``.
 
@@ -194,6 +217,7 @@ class Measure:
         settings: settings that its values depend on, besides the arithmetic.
         default: whether it is measured unless others are asked for.
         readings: its values as they are drawn and fitted.
+        sample_readings: its values over a sample of documents.
         option: another argument of a run that it reads, as an example.
         jacobians: whether it takes the Jacobians J_tt, which all such measures share.
         extra: function of the number of blocks, a position and the settings. It returns the number
@@ -208,6 +232,7 @@ class Measure:
     settings: tuple[str, ...] = ()
     default: bool = False
     readings: tuple[Reading, ...] = ()
+    sample_readings: tuple[SampleReading, ...] = ()
     option: str = ""
     jacobians: bool = False
     extra: Callable[[int, int, Settings], tuple[int, int]] | None = None
@@ -333,6 +358,16 @@ def prompt_readings(names: Iterable[str] | None = None) -> list[Reading]:
         for reading in measure.readings
         if reading.over == "prompt"
     ]
+
+
+@functools.cache
+def sample_readings() -> dict[str, SampleReading]:
+    """Return all readings of samples of documents by name."""
+    return {
+        reading.name: reading
+        for measure in registered_measures().values()
+        for reading in measure.sample_readings
+    }
 
 
 def measures_argument(names: Iterable[str]) -> str:

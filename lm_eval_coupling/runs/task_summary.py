@@ -7,9 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm_eval_coupling.measures.formulas.means import mean_and_error, mean_of_parts
-from lm_eval_coupling.measures.registry import JACOBIAN, Reading, default_measures, prompt_readings
+from lm_eval_coupling.measures.registry import (
+    JACOBIAN,
+    Reading,
+    SampleReading,
+    default_measures,
+    prompt_readings,
+    registered_measures,
+)
 from lm_eval_coupling.measuring.record import PromptCoupling
+
+_JACKKNIFE = 20  # groups of documents that are left out in turn
 
 
 def document_value(prompts: Sequence[PromptCoupling], rank: int) -> float:
@@ -79,7 +90,30 @@ def _measures(
             for rank in (ranks if reading.of_rank else ranks[:1])
         }
         summaries[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
+    for name, measure in registered_measures().items():
+        for sample_reading in measure.sample_readings if name in requested else ():
+            summaries[sample_reading.name] = _over_sample(documents, sample_reading)
     return summaries
+
+
+def _over_sample(
+    documents: Mapping[Any, Sequence[PromptCoupling]], reading: SampleReading
+) -> dict[str, float | int]:
+    """Read a sample of documents, with the standard error of a grouped jackknife."""
+    vectors = []
+    for prompts in documents.values():
+        columns = [prompt[reading.column] for prompt in prompts]
+        if columns and all(column is not None for column in columns):
+            vectors.append(np.mean(np.asarray(columns, dtype=np.float64), axis=0))
+    n = len(vectors)
+    if n < reading.fewest:
+        return {"mean": math.nan, "stderr": math.nan, "n": n}
+    sample = np.stack(vectors)
+    left_out = [
+        reading.read(sample[np.arange(n) % _JACKKNIFE != group]) for group in range(_JACKKNIFE)
+    ]
+    spread = np.var(left_out) * (_JACKKNIFE - 1)
+    return {"mean": reading.read(sample), "stderr": math.sqrt(spread), "n": n}
 
 
 def _reader(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:

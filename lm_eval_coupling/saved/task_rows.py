@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
+from lm_eval_coupling.measures.formulas.means import mean_of_parts
+from lm_eval_coupling.measures.registry import sample_readings
 from lm_eval_coupling.saved.facts import FACTS, facts_beside
 from lm_eval_coupling.saved.names import facts_from_name
 from lm_eval_coupling.saved.results_file import number
@@ -162,7 +164,8 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
         for rank in [None] if "mean" in first else first:
             of_tasks = [measured.get(name, {}) for measured in measures]
             parts = of_tasks if rank is None else [of_task.get(rank) for of_task in of_tasks]
-            pooled = pool([part for part in parts if part])
+            combine = mean_over_tasks if name in sample_readings() else pool
+            pooled = combine([part for part in parts if part])
             columns |= zip(
                 _columns(name, rank), (pooled["mean"], pooled["stderr"], pooled["n"]), strict=True
             )
@@ -177,6 +180,18 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
 def _columns(name: str, rank: str | None) -> tuple[str, str, str]:
     at = "" if rank is None else f"@{rank}"
     return f"{name}{at}", f"{name}_stderr{at}", f"{name}_n{at}"
+
+
+def mean_over_tasks(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """Average readings of the samples of several tasks, which do not pool.
+
+    Returns:
+        ``mean, stderr`` of the mean over tasks, NaN if one is undefined, and ``n`` of all.
+    """
+    means, errors = ([number(part[name]) for part in parts] for name in ("mean", "stderr"))
+    n = sum(part["n"] or 0 for part in parts)
+    stderr = math.sqrt(sum(error**2 for error in errors)) / len(parts)
+    return {"mean": mean_of_parts(means), "stderr": stderr, "n": n}
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
