@@ -12,6 +12,7 @@ import pandas as pd
 from coupling_analysis.study_tables import RUN
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.registry import readings
+from lm_eval_coupling.report.response_curves import ANSWERS
 from lm_eval_coupling.saved.names import label_weights
 from lm_eval_coupling.saved.records import read_table
 from lm_eval_coupling.saved.samples import answers_of_run
@@ -19,7 +20,6 @@ from lm_eval_coupling.saved.saved_run import SavedRun, find_runs
 from lm_eval_coupling.saved.task_rows import is_score
 from lm_eval_coupling.statistics import Estimate
 
-ANSWERS = {True: "right", False: "wrong", None: "not scored"}
 _GROUP = [*RUN, "task", "kind", "answer", "measure"]
 
 

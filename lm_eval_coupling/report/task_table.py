@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import LayerMeans, pack
+from lm_eval_coupling.report.response_curves import response_curves
 from lm_eval_coupling.report.table_numbers import TableNumbers
 from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.saved.values import PROMPT
@@ -46,8 +47,9 @@ def describe_table(
     Returns:
         ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean``,
         ``profile`` and ``norms`` (see :class:`LayerMeans`), ``worst_certificate``, ``total``
-        (prompts), ``documents``, and ``untrained``: ``seed, coupling, profile, norms`` of the twin
-        with the paired ``difference`` at every rank, or None.
+        (prompts), ``documents``, ``responses`` (see :func:`response_curves`), and ``untrained``:
+        ``seed, coupling, profile, norms`` of the twin with the paired ``difference`` at every rank,
+        or None.
     """
     headline = headline_rank(numbers.ranks) if numbers.ranks else None
     means = LayerMeans(numbers.ranks, numbers.prompts)
@@ -69,6 +71,7 @@ def describe_table(
         "worst_certificate": numbers.worst_certificate,
         "total": sum(numbers.prompts.values()),
         "documents": documents,
+        "responses": response_curves(table, answers, numbers.ranks),
         "untrained": _describe_twin(table, numbers) if numbers.twin_prompts else None,
     }
 

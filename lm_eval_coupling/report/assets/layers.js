@@ -13,6 +13,7 @@ function renderLayers() {
   else clear(at("heat"), "No layer-by-layer matrix was measured.");
   renderProfile(row, rivals);
   renderNorms(row, rivals, joined);
+  renderResponses(row);
   const [difference, error, n] = differenceOf(row, state.rank);
   at("untrained").textContent = known(difference)
     ? `Coupling of trained less untrained weights, over the ${n} documents of both: ${signed(difference)} ± ${fixed(error)}.`
@@ -110,6 +111,36 @@ function renderNorms(row, rivals, joined) {
       yaxis: { title: { text: "norm" }, type: "log", ...logTicks(traces.flatMap((trace) => trace.y)) },
     },
     `Norm of the residual stream over depth, ${row.label} on ${row.task}.`,
+  );
+}
+
+/** Draw coupling along what the model wrote, if tokens of responses were measured. */
+function renderResponses(row) {
+  const of = row.tables.length === 1 ? DATA.tables[row.tables[0]].responses : [];
+  const curves = of.filter((curve) => curve.rank === state.rank);
+  at("responses").closest("figure").hidden = !curves.length;
+  if (!curves.length) return;
+  const shown = (values) => values.map((value) => (known(value) ? asShown(1 - value) : null));
+  const traces = curves.flatMap((curve, i) => {
+    const values = shown(curve.mean);
+    const part = new Set(curves.map(({ kind }) => kind)).size > 1 ? `${curve.kind}, ` : "";
+    const name = `${part}${curve.answer} (${Math.max(...curve.n)} documents)`;
+    return [...band(values, curve.stderr, i, curve.share), line(values, name, i, { x: curve.share })];
+  });
+  const chance = chanceShown(state.rank);
+  traces.push(levelLine(`chance ${chance.toFixed(3)}`, [0, 1], [chance, chance]));
+  at("responses-caption").textContent =
+    `Mean ${quantity()} along the response, by whether the answer was right (bands: one standard error over documents)`;
+  draw(
+    at("responses"),
+    traces,
+    {
+      height: 440,
+      showlegend: true,
+      xaxis: { title: { text: "position in the response, 0 first token, 1 last" } },
+      yaxis: { title: { text: `mean ${quantity()}, K = ${state.rank}` } },
+    },
+    `Mean ${quantity()} along the response, ${row.label} on ${row.task}; bands are one standard error.`,
   );
 }
 
