@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from lm_eval_coupling.errors import CouplingError, path, whole
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
+from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measuring.settings import chosen_measures, chosen_ranks
 from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.residual.scored import looked_through
@@ -38,6 +37,9 @@ from lm_eval_coupling.runs.session import Session
 from lm_eval_coupling.runs.store import MeasurementStore
 from lm_eval_coupling.training.token_jacobians import evaluation_mode
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 logger = logging.getLogger("lm_eval.coupling")
 
 TASK = "training"
@@ -51,10 +53,11 @@ class CouplingCallback(TrainerCallback):
     the next exchange of gradients and wait there. An error while measuring is logged, and the
     training goes on.
 
-    The trainer's log gets ``coupling@K``, ``coupling@K_chance`` and ``coupling@K_excess`` for every
-    rank K, ``line_shape_score`` and ``coupling_seconds``, as means over the prompts. The folder
-    ``out`` gets a run for every measured step, which ``show``, ``fit``, ``report`` and the studies
-    read as checkpoints of one training.
+    The trainer's log history gets ``coupling@K``, ``coupling@K_chance`` and ``coupling@K_excess``
+    for every rank K, ``line_shape_score`` and ``coupling_seconds``, as means over the prompts. So
+    does what the trainer reports to, such as W&B or TensorBoard, after :meth:`set_trainer`. The
+    folder ``out`` gets a run for every measured step, which ``show``, ``fit``, ``report`` and the
+    studies read as checkpoints of one training.
     """
 
     def __init__(
@@ -94,8 +97,19 @@ class CouplingCallback(TrainerCallback):
             limit="all",
         )
         self.options.require_positions_in_prompts("the prompts of a training")
+        self._trainer: Trainer | None = None
         self._documents: list[DocumentPrompt] = []
         self._unsaved: tuple[int, CouplingInfo] | None = None
+
+    def set_trainer(self, trainer: Trainer) -> None:
+        """Report values to what ``trainer`` reports to.
+
+        A Trainer hands its callbacks no way to its reporters, so it has to be named here.
+
+        Args:
+            trainer: the Trainer that this callback was given to.
+        """
+        self._trainer = trainer
 
     def on_train_begin(
         self,
@@ -112,6 +126,12 @@ class CouplingCallback(TrainerCallback):
             CouplingError: if they cannot, in every process and before the first step.
         """
         self._encode_prompts(model, processing_class)
+        if self._trainer is None and args.report_to and state.is_world_process_zero:
+            logger.warning(
+                "coupling: %s gets no coupling, because set_trainer was not called; the log "
+                "history of the trainer and %s have it",
+                *(", ".join(args.report_to), self.out),
+            )
         if state.global_step == 0:
             self._measure(args, state, control, model)
 
@@ -193,7 +213,6 @@ class CouplingCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._save()
-        handler = _calling_handler()
         start = time.perf_counter()
         try:
             # Gradients, random state and modes stay as they are.
@@ -211,20 +230,40 @@ class CouplingCallback(TrainerCallback):
             raise KeyboardInterrupt
         self._unsaved = (state.global_step, info)
         logs = self._logged(run) | {"coupling_seconds": time.perf_counter() - start}
-        _log(handler, args, state, control, logs)
+        self._log(args, state, control, logs)
+
+    def _log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+    ) -> None:
+        """Log as `Trainer.log` does, and leave the trainer's own next log as it would have been.
+
+        Not by `Trainer.log` itself: subclasses empty their own metrics there.
+        """
+        if state.epoch is not None:
+            logs = logs | {"epoch": state.epoch}
+        state.log_history.append(logs | {"step": state.global_step})
+        if self._trainer is not None:
+            should_log = control.should_log  # the handler clears it
+            self._trainer.callback_handler.on_log(args, state, control, logs)
+            control.should_log = should_log
 
     def _logged(self, run: Run) -> dict[str, float]:
         """Return the means over the prompts that the trainer's log gets."""
         records = [row.measured for row in run.rows if row.place == 0]
         logs: dict[str, float] = {}
         for rank in self.options.settings.ranks:
-            mean = _mean([record.coupling(rank) for record in records])
+            mean = mean_and_error(record.coupling(rank) for record in records)["mean"]
             chance = chance_coupling(rank)
             logs[f"coupling@{rank}"] = mean
             logs[f"coupling@{rank}_chance"] = chance
             logs[f"coupling@{rank}_excess"] = mean - chance
         if "regularity" in self.options.settings.measures:
-            logs["line_shape_score"] = _mean([record.line_shape_score for record in records])
+            scores = (record.line_shape_score for record in records)
+            logs["line_shape_score"] = mean_and_error(scores)["mean"]
         return logs
 
     def _describe(
@@ -277,41 +316,5 @@ def _has_texts(prompts: Any) -> bool:
     return isinstance(prompts, list | tuple) and any(isinstance(part, str) for part in prompts)
 
 
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(finite) if finite else math.nan
-
-
 def _digest(tokens: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """Return the handler that is calling a callback.
-
-    A Trainer hands its callbacks no way to its log. The handler has it: it reports to W&B,
-    TensorBoard and whatever else was asked for.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
-            return handler
-        frame = frame.f_back
-    return None
-
-
-def _log(
-    handler: CallbackHandler | None,
-    args: TrainingArguments,
-    state: TrainerState,
-    control: TrainerControl,
-    logs: dict[str, float],
-) -> None:
-    """Log as `Trainer.log` does, and leave the trainer's own next log as it would have been."""
-    if state.epoch is not None:
-        logs = logs | {"epoch": state.epoch}
-    state.log_history.append(logs | {"step": state.global_step})
-    if handler is not None:
-        should_log = control.should_log  # the handler clears it
-        handler.on_log(args, state, control, logs)
-        control.should_log = should_log

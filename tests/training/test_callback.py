@@ -32,7 +32,7 @@ def coupled(out, **options):
     return CouplingCallback(PROMPTS, **{"every": 2, "ranks": (2, 3), "out": out} | options)
 
 
-def train(folder, *callbacks, model=None, steps=4, **arguments):
+def train(folder, *callbacks, model=None, steps=4, reports=True, **arguments):
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -51,6 +51,9 @@ def train(folder, *callbacks, model=None, steps=4, **arguments):
         train_dataset=DATA,
         callbacks=list(callbacks),
     )
+    for callback in callbacks if reports else ():
+        if isinstance(callback, CouplingCallback):
+            callback.set_trainer(trainer)
     trainer.train()
     return trainer
 
@@ -164,6 +167,19 @@ def test_reporters_get_the_values_and_the_trainers_own_log_is_as_before(tmp_path
     assert kept[0] == kept[1]
     assert [row["step"] for row in trainer.state.log_history if "coupling@2" in row] == [0, 2, 4]
     assert json.loads(Path(tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+
+
+def test_without_set_trainer_the_log_history_alone_has_the_values(tmp_path, caplog):
+    recorder = Recorder()
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        trainer = train(tmp_path / "run", recorder, coupled(tmp_path / "out"), reports=False)
+    assert list(logged(trainer)) == [0, 2, 4] and len(losses(trainer)) == 4
+    assert not any("coupling@2" in logs for _, logs in recorder.logs)
+    assert "set_trainer" not in caplog.text  # nothing is reported to
+    pytest.importorskip("tensorboard")
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        train(tmp_path / "t", coupled(tmp_path / "o"), reports=False, report_to=["tensorboard"])
+    assert "tensorboard gets no coupling, because set_trainer was not called" in caplog.text
 
 
 def test_texts_are_encoded_by_the_trainers_tokenizer(tmp_path):
