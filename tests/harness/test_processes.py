@@ -9,7 +9,7 @@ from pathlib import Path
 import kills
 import numpy as np
 import pytest
-from evaluations import EVALUATE, environment, numbers, run, stored, written
+from evaluations import EVALUATE, command, environment, numbers, run, stored, written
 
 from lm_eval_coupling import load_records
 
@@ -93,6 +93,34 @@ def test_what_the_other_processes_measured_is_kept(two):
     )
     info = written(folder / "measure")["config"]["coupling"]
     assert len(load_records(folder / "measure")) == info["measured"] == 4
+
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--num_processes", "2", "--cpu"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_both_launchers_run_the_command_as_documented(home, tmp_path, name):
+    """One set of results and tables, of the documents and values of one process."""
+    python, *single = command(home, tmp_path / "one", tmp_path / "one.sqlite")
+    run([python, *single])
+    launcher = [python, "-m", *LAUNCHERS[name]]
+    port = {"accelerate": ["--main_process_port", 29592], "torchrun": ["--master_port", 29593]}
+    _, *double = command(home, tmp_path / "two", tmp_path / "two.sqlite")
+    said = run([*launcher, *port[name], *double])
+    assert said.count("Coupling at K = 2") == 1 and "on this process 4 prompts" in said
+    one, two = (written(tmp_path / out) for out in ("one", "two"))
+    assert len(list((tmp_path / "two").rglob("coupling_*.parquet"))) == 1
+    assert one["results"]["tiny_choice"]["acc,none"] == two["results"]["tiny_choice"]["acc,none"]
+    records = [
+        load_records(tmp_path / out).set_index("doc_hash").sort_index() for out in ("one", "two")
+    ]
+    assert list(records[0].index) == list(records[1].index) and len(records[1]) == 8
+    for a, b in zip(*(frame.normalized_miscoupling for frame in records), strict=True):
+        assert np.allclose(numbers(a), numbers(b), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
