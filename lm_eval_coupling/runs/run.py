@@ -15,6 +15,7 @@ from torch import nn
 
 from lm_eval_coupling.errors import CouplingError, Reason
 from lm_eval_coupling.measures.contract import MeasureResult
+from lm_eval_coupling.measures.formulas.choices import PROMPT_PART
 from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.measuring.settings import Settings
 from lm_eval_coupling.numerics.device_eigh import choices
@@ -138,22 +139,29 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
         if prompt.problem is not None
     ]
     prompts = [prompt for prompt in prompts if prompt.problem is None]
-    spots = {
-        place: [
-            (prompt, spot)
-            for prompt in prompts
-            if prompt.part == place.part and (spot := place.spot(prompt)) is not None
-        ]
-        for place in places
-    }
-    # All at once: the tokens of one text share its forward pass.
-    measured = session.measure([spot for of_place in spots.values() for _, spot in of_place])
-    for place, of_place in spots.items():
-        for subject in session.subjects:
-            rows += _complete_rows(of_place, measured, subject.weights, place.number)
+    interrupted = False
+    # Tokens of one text share its forward pass. Prompts go apart from texts that go on after them,
+    # so that their records are the same with and without those.
+    for of_prompts in (True, False):
+        spots = {
+            place: [
+                (prompt, spot)
+                for prompt in prompts
+                if prompt.part == place.part and (spot := place.spot(prompt)) is not None
+            ]
+            for place in places
+            if (place.part == PROMPT_PART) == of_prompts
+        }
+        if interrupted or not any(spots.values()):
+            continue
+        measured = session.measure([spot for of_place in spots.values() for _, spot in of_place])
+        for place, of_place in spots.items():
+            for subject in session.subjects:
+                rows += _complete_rows(of_place, measured, subject.weights, place.number)
+        interrupted = measured.interrupted
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
-    return Run(rows, reused, measured.interrupted)
+    return Run(rows, reused, interrupted)
 
 
 def _without_tokens(prompt: DocumentPrompt) -> DocumentPrompt:

@@ -117,3 +117,19 @@ def test_trajectories_are_straighter():
         index="model", columns="weights", values="median"
     )
     assert (scores.trained < scores.untrained).all() and len(scores) == 4
+
+
+def test_right_and_wrong_responses():
+    tokens = pd.read_csv(RESULTS / "along_responses_gsm8k_cot_zeroshot_tokens.csv")
+    tokens = tokens[(tokens.model == "qwen2.5-coder-0.5b") & (tokens.measure == "coupling")]
+    documents = tokens.groupby(["answer", "doc_hash"]).value.mean()
+    right, wrong = documents["right"], documents["wrong"]
+    interval = stats.ttest_ind(right, wrong, equal_var=False).confidence_interval()
+    difference = plain(right.mean() - wrong.mean(), 3)
+    assert f"{difference} ({plain(interval.low, 3)} to {plain(interval.high, 3)})" in PAGE
+    assert f"{len(right)} right and {len(wrong)} wrong responses" in PAGE
+    slopes = {
+        answer: np.mean([np.polyfit(of.share, of.value, 1)[0] for _, of in by.groupby("doc_hash")])
+        for answer, by in tokens.groupby("answer")
+    }
+    assert f"slopes {plain(slopes['right'], 3)} and {plain(slopes['wrong'], 3)}" in PAGE

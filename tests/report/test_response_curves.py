@@ -1,11 +1,9 @@
 """The curve along responses in the report: numbers by hand, and the picture in a browser."""
 
-import json
-
 import browser
 import pytest
 import saved_runs
-from studied import record, save
+from studied import record
 
 from lm_eval_coupling.report.page import gather, write_report
 
@@ -21,31 +19,12 @@ def token(doc_id, index, value):
 
 
 def saved(folder, rows, n_documents):
-    folder = save(folder, rows)
-    inside = next(folder.rglob("*.parquet")).parent
-    results = {
-        "results": {"arc": {"alias": "arc", "exact_match,none": 0.5}},
-        "configs": {"arc": {"task": "arc"}},
-        "n-samples": {"arc": {"effective": n_documents}},
-        "model_name": "org/tiny",
-        "config": {},
-    }
-    (inside / f"results_{saved_runs.DATE}.json").write_text(json.dumps(results))
-    hashes = {row["doc_id"]: row["doc_hash"] for row in rows}
-    samples = [
-        {
-            "doc_id": doc,
-            "doc_hash": hashes[doc],
-            "metrics": ["exact_match"],
-            "exact_match": float(doc < 2),
-            "filter": "none",
-            "resps": [["text"]],
-            "filtered_resps": ["text"],
-        }
-        for doc in range(n_documents)
+    """Save a run whose documents 0 and 1 are right."""
+    where = saved_runs.save(folder, {"arc": saved_runs.task_summary()}, rows=rows)
+    lines = [
+        saved_runs.sample(f"d{doc}", doc_id=doc, acc=float(doc < 2)) for doc in range(n_documents)
     ]
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    (inside / f"samples_arc_{saved_runs.DATE}.jsonl").write_text(lines)
+    saved_runs.write_samples(where, "arc", lines)
     return folder
 
 
