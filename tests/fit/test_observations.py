@@ -43,6 +43,8 @@ class TestObservations:
         assert [p.name for p in found.predictors] == [
             "line_shape_score",
             "coupling@30",
+            "other_tasks_mean",
+            "other_tasks_component",
             "log10_params",
         ]
         assert (

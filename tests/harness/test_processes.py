@@ -96,7 +96,7 @@ def test_what_the_other_processes_measured_is_kept(two):
 
 
 LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--num_processes", "2", "--cpu"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
     "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
 }
 
