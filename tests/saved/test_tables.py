@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,7 +131,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(CouplingError, match="cannot be written .no space left"):
         write_tables([record(doc_id=9)], tmp_path, DATE, {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
