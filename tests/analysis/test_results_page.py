@@ -69,6 +69,26 @@ def test_coupling_along_a_training():
     assert f"{text}, {coupling.iloc[-1]:.3f} at step {coupling.index[-1]:.0f}" in PAGE
 
 
+def test_parts_of_coupling_along_trainings():
+    parts = pd.read_csv(RESULTS / "training_parts" / "parts.csv")
+    means = parts.pivot_table(index=["seed", "step"], columns="reading", values="mean")
+    share = means["one_pair"].unstack("seed")
+    peak, last = (
+        f"{share.loc[step].min():.2f} to {share.loc[step].max():.2f}" for step in (40, 1280)
+    )
+    assert (means["coupling"].unstack("seed").idxmax() == 40).all()
+    assert f"at step 40 a first pair with {peak} of ‖A‖², at step 1280 {last}" in PAGE
+    trained = means.query("step > 0")
+    less = {
+        name: [
+            stats.spearmanr(of[name], -of["loss"]).statistic for _, of in trained.groupby("seed")
+        ]
+        for name in ("coupling", "rotated")
+    }
+    coupling, rotated = (f"{min(r):.2f} to {max(r):.2f}" for r in less.values())
+    assert f"{coupling} for coupling, {rotated} with both bases rotated alike" in PAGE
+
+
 @pytest.fixture(scope="module")
 def zoo() -> pd.DataFrame:
     members = pd.read_csv(RESULTS / "zoo" / "members.csv")
