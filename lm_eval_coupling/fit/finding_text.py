@@ -173,7 +173,10 @@ def _count_scores(
 
 
 def describe_predictors(
-    rows: pd.DataFrame, correlated: Mapping[tuple[str, str, str], Correlation], score: str
+    rows: pd.DataFrame,
+    correlated: Mapping[tuple[str, str, str], Correlation],
+    score: str,
+    own: Mapping[str, bool],
 ) -> Iterator[str]:
     """Count the distinct predictors that go with the score, adjusted for all of them at once.
 
@@ -181,6 +184,8 @@ def describe_predictors(
         rows: Table of :func:`~lm_eval_coupling.fit.across_models.correlation_table`.
         correlated: The correlations, by score, predictor and method.
         score: The score.
+        own: Whether each predictor's correlation with the score, one of several scores, is beyond
+            chance, by name.
 
     Yields:
         One sentence; none for fewer than two predictors.
@@ -192,7 +197,8 @@ def describe_predictors(
     clear = [
         row["predictor"]
         for row in distinct.sort_values("p_simultaneous").to_dict("records")
-        if is_beyond_chance(correlated[score, row["predictor"], "pearson"], row["p_simultaneous"])
+        if own[row["predictor"]]
+        and is_beyond_chance(correlated[score, row["predictor"], "pearson"], row["p_simultaneous"])
     ]
     more = f" and {len(clear) - MANY} more" if len(clear) > MANY else ""
     verdict = f"none goes with {score} beyond chance"

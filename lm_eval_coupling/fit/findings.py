@@ -174,7 +174,7 @@ def _across(
     beyond_chance = {score: _beyond_chance(rows, correlated, score) for score in pearson}
     words = [
         *finding_text.describe_models(observations, pearson, results),
-        *finding_text.describe_predictors(rows, correlated, last),
+        *finding_text.describe_predictors(rows, correlated, last, beyond_chance[last]),
         *finding_text.describe_rivals(rivals, main, last, beyond_chance[last], described=size),
         *finding_text.describe_other_tasks(nested, beyond_chance),
         *finding_text.describe_noise(reliable.get(key), corrected.get(key), main, last),

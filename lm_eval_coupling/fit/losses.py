@@ -23,8 +23,8 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -
     ``gold_answer_loss`` is −log p of the right answer in nats per byte, the mean over documents.
     ``gold_answer_margin`` is its log-likelihood less that of the best wrong answer. Both need a
     task of choices whose samples were kept, and are over the same ``gold_answer_n`` documents for
-    all rows of a task. ``bits_per_byte`` is the mean over the rolling tasks of the same run, given
-    to every other task of it.
+    all rows of a task. ``bits_per_byte`` is the mean over the rolling tasks that all runs with
+    such tasks have, given to every other task of the run.
 
     Args:
         rows: of the compared runs.
@@ -47,9 +47,23 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -
                 parts = [mean_and_error(numbers[column])[:2] for column in numbers]
                 losses.loc[index] = [*parts[0], *parts[1], len(shared)]
     if "bits_per_byte,none" in rows:
-        rolling = rows.groupby("file")["bits_per_byte,none"].transform("mean")
-        losses["bits_per_byte"] = rolling.where(rows["bits_per_byte,none"].isna())
+        losses["bits_per_byte"] = _bits_per_byte(rows, notes)
     return pd.concat([rows, losses.dropna(axis=1, how="all")], axis=1)
+
+
+def _bits_per_byte(rows: pd.DataFrame, notes: list[str]) -> pd.Series:
+    """Return the mean bits per byte of each row's run, over the rolling tasks that all runs have.
+
+    A rolling task itself has none: its own loss would predict it.
+    """
+    rolling = rows[rows["bits_per_byte,none"].notna()]
+    tasks = rolling.groupby("file")["task"].agg(set)
+    shared = set.intersection(*tasks) if len(tasks) else set()
+    if lacking := sorted(set(rolling["task"]) - shared):
+        notes.append(f"bits_per_byte is without {', '.join(lacking)}, which some runs lack")
+    rolling = rolling[rolling["task"].isin(shared)]
+    means = rolling.groupby("file")["bits_per_byte,none"].mean()
+    return rows["file"].map(means).where(rows["bits_per_byte,none"].isna())
 
 
 def _answers(run: SavedRun, row: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:

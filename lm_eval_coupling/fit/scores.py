@@ -5,13 +5,16 @@ A larger score is better, and no error is zero.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.measures.registry import prompt_readings
 from lm_eval_coupling.saved.names import label_rows
 from lm_eval_coupling.saved.prompting import differing, find_disagreements
 from lm_eval_coupling.saved.task_rows import is_score
@@ -52,6 +55,7 @@ def scored_rows(
             compare.
     """
     rows = _with_coupling(_labelled(_chosen_tasks(runs, tasks)), notes)
+    rows = _of_equal_parts(rows, notes)
     _require_comparable(rows, mixed)
     notes += _differences(rows)
     rows = _with_scores(rows, score, notes)
@@ -119,6 +123,31 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     if interrupted := sorted(set(rows["label"][rows["interrupted"] & measured])):
         notes.append(f"measured in part only, as their runs were interrupted: {some(interrupted)}")
     return rows[measured]
+
+
+def _of_equal_parts(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Remove the coupling of groups of which a model has other tasks measured than most models.
+
+    The mean over other tasks is another number: of two tasks, that of the easy one alone.
+
+    Returns:
+        The rows, with NaN for the numbers of these groups.
+    """
+    readings = {reading.name for reading in prompt_readings()} | {"coupling_excess"}
+    columns = [name for name in rows if name.partition("@")[0].removesuffix("_stderr") in readings]
+    rows = rows.copy()
+    for task, group in rows.groupby("task", sort=False):
+        parts = group["measured_tasks"].map(frozenset)
+        counts = Counter(parts)
+        most = max(counts, key=lambda tasks: (counts[tasks], len(tasks)))
+        other = group[parts != most]
+        for label, own in zip(other["label"], other["measured_tasks"], strict=True):
+            notes.append(
+                f"no coupling of {label} for {task}: it is over {some(own)}, that of other models "
+                f"over {some(sorted(most))}"
+            )
+        rows.loc[other.index, columns] = math.nan
+    return rows
 
 
 def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:

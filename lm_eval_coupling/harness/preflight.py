@@ -9,7 +9,6 @@ examples is set. With ``download``, models and data sets are fetched into the ca
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import sys
@@ -21,9 +20,8 @@ from typing import Any
 
 import yaml
 
-from lm_eval_coupling.errors import CouplingError, nearest
+from lm_eval_coupling.errors import nearest
 from lm_eval_coupling.harness import plugin
-from lm_eval_coupling.runs.options import Options
 
 
 def main(question: Path, answer: Path) -> None:
@@ -45,7 +43,7 @@ def main(question: Path, answer: Path) -> None:
     ]
     manager = TaskManager(include_path=[*include])
     problems += _tasks(manager, [name for name, _ in request["tasks"]])
-    problems += [*_lm_eval(request["lm_eval"]), *_coupling(request["coupling"])]
+    problems += _lm_eval(request["lm_eval"])
     if request["lm_eval"].get("trust_remote_code"):  # which lm-eval hands on to the model
         request["models"] = [
             {**m, "arguments": {"trust_remote_code": True, **m["arguments"]}}
@@ -123,22 +121,6 @@ def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
             f"got lm_eval.{name}, which lm-eval does not know; "
             f"did you mean {nearest(name, options)}?"
         )
-    for name, expected in (
-        ("limit", "a number"),
-        ("num_fewshot", "a whole number"),
-        ("max_batch_size", "a whole number"),
-    ):
-        value = given.get(name)
-        if value is not None and (
-            isinstance(value, bool)
-            or not isinstance(value, int | float if name == "limit" else int)
-        ):
-            yield f"got lm_eval.{name}: {value!r}, expected {expected}"
-    size = given.get("batch_size", 1)
-    if not (isinstance(size, int) and size > 0) and not (
-        isinstance(size, str) and size.removeprefix("auto") != size
-    ):
-        yield f"got lm_eval.batch_size: {size!r}, expected a whole number of 1 or more, or auto"
     if not unknown:
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -148,27 +130,6 @@ def _lm_eval(given: Mapping[str, Any]) -> Iterator[str]:
                 EvaluatorConfig.from_config(file)
         except (ValueError, TypeError) as error:
             yield f"got lm_eval as lm-eval refuses it: {' '.join(str(error).split())}"
-
-
-def _coupling(given: Mapping[str, Any]) -> Iterator[str]:
-    """Check each argument alone, to report all that are wrong, then all of them together."""
-    options = [*inspect.signature(Options.parse).parameters]
-    unknown = [name for name in given if name not in options]
-    for name in unknown:
-        yield (
-            f"got coupling.{name}, did you mean {nearest(name, options)}? "
-            f"There are {', '.join(options)}"
-        )
-    arguments = {name: value for name, value in given.items() if name not in unknown}
-    alone = [problem for name, value in arguments.items() for problem in _refused({name: value})]
-    yield from alone or _refused(arguments)
-
-
-def _refused(arguments: Mapping[str, Any]) -> Iterator[str]:
-    try:
-        Options.parse(**arguments)
-    except (CouplingError, TypeError) as error:
-        yield str(error)
 
 
 def _override(manager: Any, shots: Mapping[str, int], folder: Path) -> None:

@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, nearest
+from lm_eval_coupling.errors import CouplingError, nearest, shown
 from lm_eval_coupling.runs.model_arguments import has_revisions, names_a_folder
 from lm_eval_coupling.runs.options import PREFIX, Options
 
@@ -108,8 +108,12 @@ def _arguments(
     """Check the arguments of a model; one that does not exist is reported elsewhere."""
     from lm_eval.models.huggingface import HFLM
 
-    accepted = [*list(inspect.signature(HFLM.__init__).parameters)[1:], *_FROM_PRETRAINED]
+    parameters = inspect.signature(HFLM.__init__).parameters
+    accepted = [*list(parameters)[1:], *_FROM_PRETRAINED]
     accepted = [name for name in accepted if name != "kwargs"]
+    for name in [name for name in arguments if name in parameters]:
+        if expected := _wrong_type(str(parameters[name].annotation), arguments[name]):
+            yield f"got {name}={shown(arguments[name])} of {model}, expected {expected}"
     for name in arguments:
         if (
             name not in accepted
@@ -126,6 +130,19 @@ def _arguments(
         Options.take_from({"pretrained": model if exists else "-", **given, **arguments})
     except CouplingError as error:
         yield f"{model}: {error}"
+
+
+def _wrong_type(annotation: str, value: Any) -> str | None:
+    """Return what is expected of a switch or a number of lm-eval's ``hf``, None if it is right.
+
+    Python takes any text for true, also the `no` of YAML 1.2.
+    """
+    if value is None or "str" in annotation:
+        return None
+    if "bool" in annotation:
+        return None if isinstance(value, bool) else "true or false"
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return "a whole number of 1 or more" if "int" in annotation and not is_count else None
 
 
 def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,8 @@ from lm_eval_coupling.jacobians.methods import BYTES, METHODS
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens, written
 from lm_eval_coupling.measures.registry import default_measures, registered_measures
 
-LONG_PROMPT = 10**6  # Tokens; longer than any prompt, so that a choice can be checked without one.
+# More tokens than any prompt and more blocks than any model, to check a choice without one.
+LONG_PROMPT, DEEP_MODEL = 10**6, 10**4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Settings:
             assign(name, written(f"coupling_{name}", getattr(self, name)))
         if self.tokens != "all":
             chosen_tokens(self.tokens, LONG_PROMPT)
+        if self.layers != "all":
+            chosen_layers(self.layers, DEEP_MODEL)
 
     def check_shape(self, d_model: int, n_layers: int | None = None) -> None:
         """Check ranks, blocks and window against the shape of a model.

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+# Columns of a table that means over documents are of.
+LAYERS = ("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms")
 _SCALE, _UNDEFINED = 10_000, 0xFFFF
 _AXES = {"jacobian": 1, "basis": 0}  # the axis of a matrix that a layer's profile averages over
 
@@ -34,7 +36,7 @@ class LayerMeans:
         self._matrices_of_documents = {rank: _DocumentMeans(prompts) for rank in ranks}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row with ``doc_hash, prompt_hash, ranks, normalized_miscoupling, norms``."""
+        """Add a row with the columns ``LAYERS``."""
         document = row["doc_hash"], row["prompt_hash"]
         norms = self._norms_of_documents.add(document, row["norms"])
         if norms is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
-from lm_eval_coupling.report.layer_means import LayerMeans, pack
+from lm_eval_coupling.report.layer_means import LAYERS, LayerMeans, pack
 from lm_eval_coupling.report.response_curves import response_curves
 from lm_eval_coupling.report.table_numbers import TableNumbers
 from lm_eval_coupling.saved.saved_table import SavedTable
@@ -16,7 +16,6 @@ from lm_eval_coupling.saved.words import SavedWords
 
 _TEXT = 4000  # characters of a prompt that are kept: its end, as few-shot examples come first
 _DIRECTIONS = 3  # directions of each layer whose words are kept
-_LAYERS = ("doc_hash", "prompt_hash", "ranks", "normalized_miscoupling", "norms")
 _DOCUMENT = (
     *PROMPT,
     "text",
@@ -79,7 +78,7 @@ def describe_table(
 def _describe_twin(table: SavedTable, numbers: TableNumbers) -> dict[str, Any]:
     """Return what the page shows of the untrained twin."""
     means = LayerMeans(numbers.ranks, numbers.twin_prompts)
-    for row in table.records(_LAYERS, weights="untrained"):
+    for row in table.records(LAYERS, weights="untrained"):
         means.add(row)
     return {
         "seed": (table.about.get("untrained") or {}).get("seed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lm_eval_coupling.figures.palette import scale_color
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, coupling_of, headline_rank
+from lm_eval_coupling.report.layer_means import LAYERS, LayerMeans
 from lm_eval_coupling.safe_text import for_terminal, one_line
 from lm_eval_coupling.saved.saved_table import SavedTable
 
@@ -35,7 +36,7 @@ _DOCUMENT = (
 def print_profile(
     console: Console, table: SavedTable, name: str, *, miscoupling: bool = False
 ) -> None:
-    """Print the mean coupling of every layer with the others, over all measured prompts."""
+    """Print the mean coupling of every layer with the others, over all measured documents."""
     rank, own, others = _mean_profile(table, miscoupling)
     chance = "" if rank is None else f" (chance {_chance(rank, miscoupling):.4f})"
     title = f"{name}: mean {_quantity(miscoupling)} per layer, K = {rank}{chance}"
@@ -62,24 +63,19 @@ def _mean_profile(
     table: SavedTable, miscoupling: bool
 ) -> tuple[int | None, Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Return K and each layer's mean as Jacobian and as basis; empty if nothing was measured."""
-    rank: int | None = None
-    total: Any = 0.0
-    count: Any = 0
-    for rows in table.batches(["ranks", "normalized_miscoupling"]):
-        for ranks, matrices in zip(rows["ranks"], rows["normalized_miscoupling"], strict=True):
-            rank = rank or headline_rank(ranks)
-            if matrices is not None and rank in ranks:
-                matrix = matrices[list(ranks).index(rank)].astype(np.float64)
-                pairs = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-                total, count = total + np.nan_to_num(pairs), count + np.isfinite(pairs)
-    if not np.any(count):
+    names = table.read(["doc_hash", "prompt_hash", "ranks"])
+    every = {int(rank) for ranks in names["ranks"] for rank in ranks}
+    if not every:
+        return None, np.empty(0), np.empty(0)
+    rank = headline_rank(sorted(every))
+    means = LayerMeans([rank], Counter(zip(names["doc_hash"], names["prompt_hash"], strict=True)))
+    for row in table.records(LAYERS):
+        means.add(row)
+    profile = means.summary(matrices=False)["profile"].get(rank)
+    if profile is None:
         return rank, np.empty(0), np.empty(0)
-    own, others = (_ratio(np.sum(total, axis), np.sum(count, axis)) for axis in (1, 0))
+    own, others = (np.asarray(profile[side]) for side in ("jacobian", "basis"))
     return (rank, own, others) if miscoupling else (rank, 1 - own, 1 - others)
-
-
-def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _quantity(miscoupling: bool) -> str:

@@ -39,6 +39,15 @@ _LIBRARIES = tuple(
     str(Path(module.__file__ or "/nowhere").resolve().parent.parent) for module in (torch, np)
 ) + (str(Path(dis.__file__).resolve().parent),)
 _DEPTH = 12  # of values within values
+# Names by which a function reads what no digest of it holds: files, the environment, chance.
+_OUTSIDE = frozenset(
+    (
+        *("open", "environ", "getenv", "load", "loadtxt", "fromfile", "memmap"),
+        *("read_text", "read_bytes", "urlopen", "rand", "randn", "rand_like", "randn_like"),
+        *("randint", "randperm", "bernoulli", "bernoulli_", "multinomial", "normal_"),
+        "uniform_",
+    )
+)
 
 
 class Digester:
@@ -67,10 +76,15 @@ class Digester:
             yield from self.parts(function.func)
             yield "arguments", self.digest((function.args, function.keywords))
         elif isinstance(function, types.FunctionType) and not is_of_library(function):
-            yield "code", self.digest(function.__code__)
+            code = function.__code__
+            self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
+            yield "code", self.digest(code)
             for name, value in variables(function).items():
                 yield from self._expand(name, value)
         else:
+            if is_of_user(function) and isinstance(type(function).__call__, types.FunctionType):
+                code = type(function).__call__.__code__
+                self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
             yield from self._expand("self", function)
 
     def _expand(self, name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -127,6 +141,12 @@ def global_names(code: types.CodeType) -> list[str]:
         if isinstance(constant, types.CodeType):
             names.update(global_names(constant))
     return sorted(names)
+
+
+def _outside_names(code: types.CodeType) -> set[str]:
+    """Return the names in code, and in the functions inside it, of what no digest holds."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return _OUTSIDE.intersection(code.co_names).union(*map(_outside_names, inner))
 
 
 def checksum(tensor: Tensor) -> list[int]:

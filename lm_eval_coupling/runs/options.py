@@ -220,9 +220,12 @@ def _parts(value: Any) -> list[Any]:
 def _integer(name: str, value: Any, expected: str = "a whole number") -> int:
     """Parse a whole number; lm-eval's command line hands over -2 as -2.0."""
     try:
-        number = float(value) if isinstance(value, str) else value
+        # Not by way of a float where a text has digits alone: it would lose the last of 17.
+        is_written_whole = isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+\s*", value)
+        number = int(value) if is_written_whole else value
+        number = float(number) if isinstance(number, str) else number
         if not isinstance(value, bool) and int(number) == number:
-            return int(value) if isinstance(value, int) else int(number)
+            return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
     raise CouplingError(f"got {PREFIX}{name}={value!r}, expected {expected}")

@@ -29,7 +29,7 @@ BUSY_SECONDS = 60
 _SECONDS_AFTER_FAILURE = 1
 _SQLITE_SECONDS = 0.5  # SQLite's own waiting, within ours
 T = TypeVar("T")
-_PLAIN, _REASONS, _SECONDS = "_plain", "_reasons", "_seconds"
+_PLAIN, _REASONS, _SECONDS, _KEY = "_plain", "_reasons", "_seconds", "_key"
 
 
 def default_store_path() -> Path:
@@ -99,7 +99,7 @@ class MeasurementStore:
                     "SELECT columns FROM measurements WHERE key = ?", (key,)
                 ).fetchone()
             )
-            return None if row is None else _decode(row[0])
+            return None if row is None else _decode(row[0], key)
         except Exception as error:  # damage takes any form; measuring again is always right
             logger.warning(
                 "coupling: entry %s of %s is unreadable (%s) and is measured again",
@@ -120,7 +120,7 @@ class MeasurementStore:
                 next call writes these entries as well.
         """
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._unwritten |= {key: (key, _encode(entries[key]), created) for key in entries}
+        self._unwritten |= {key: (key, _encode(entries[key], key), created) for key in entries}
         self.flush()
 
     def flush(self) -> None:
@@ -204,12 +204,13 @@ class MeasurementStore:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            is_folder = self.path.is_dir()  # raises for a name that is too long
         except OSError as error:
             raise CouplingError(
-                f"got {self.path} as the store, whose folder cannot be made ({why(error)}); "
-                f"{_ANOTHER}"
+                f"got {self.path} as the store, whose folder cannot be made, or which cannot be "
+                f"looked at ({why(error)}); {_ANOTHER}"
             ) from None
-        if self.path.is_dir():
+        if is_folder:
             raise CouplingError(
                 f"got the folder {self.path} as the store, expected a file; {_ANOTHER}"
             )
@@ -302,8 +303,9 @@ def _is_busy(error: Exception) -> bool:
 _ANOTHER = "choose another file with coupling_store=PATH"
 
 
-def _encode(result: MeasureResult) -> bytes:
+def _encode(result: MeasureResult, key: str) -> bytes:
     columns = dict(result.columns) | {
+        _KEY: key,
         _REASONS: [[reason.code, reason.words] for reason in result.reasons],
         _SECONDS: result.seconds,
     }
@@ -315,9 +317,12 @@ def _encode(result: MeasureResult) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(blob: bytes) -> MeasureResult:
+def _decode(blob: bytes, key: str) -> MeasureResult:
     with np.load(io.BytesIO(blob), allow_pickle=False) as saved:
         order, others = json.loads(saved[_PLAIN].tobytes())
         columns = {name: others[name] if name in others else saved[name] for name in order}
+    # SQLite's index has no checksum: a damaged one leads from a key to the entry of another.
+    if columns.pop(_KEY, key) != key:
+        raise ValueError("it is the entry of another key")
     reasons = tuple(Reason(*reason) for reason in columns.pop(_REASONS))
     return MeasureResult(columns, reasons, columns.pop(_SECONDS))

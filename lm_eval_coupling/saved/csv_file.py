@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lm_eval_coupling.errors import CouplingError, shown, why
+from lm_eval_coupling.saved.bounded import read_text
+from lm_eval_coupling.saved.fact_types import NUMBERS, to_date, typed_fact
 
 _MISSING = ("", "na", "n/a", "nan", "none", "null")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -18,10 +21,6 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _NEARLY_A_NUMBER = re.compile(
     r"[$€£~≈<>]?\s*[+-]?(\d[\d.,'_\s]*(e[+-]?\d+)?|inf(inity)?)\s*%?", re.IGNORECASE
 )
-_TRUTHS = {
-    **dict.fromkeys(("true", "t", "yes", "y", "on", "1", "1.0"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "off", "0", "0.0"), False),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,47 +57,42 @@ class CsvFile:
             values.append(value)
         return values
 
-    def sizes(self, column: str, *, allow_zero: bool = False, whole: bool = False) -> list[float]:
-        """Return the numbers of a column, which are positive, NaN where none is given.
+    def facts(self, column: str, name: str) -> list[Any]:
+        """Return the typed facts of a column, NaN or None where none is given.
 
         Args:
             column: name of the column.
-            allow_zero: accept 0 as well.
-            whole: accept whole numbers only.
+            name: name of the fact, as :func:`~.fact_types.typed_fact` takes it.
 
         Raises:
-            CouplingError: for any other cell.
+            CouplingError: for a cell of another type.
         """
-        kind = "a positive whole number" if whole else "a positive number"
-        values = self.numbers(column)
-        for position, value in enumerate(values):
-            is_whole = math.isnan(value) or value.is_integer()
-            if value < 0 or (value == 0 and not allow_zero) or (whole and not is_whole):
-                self.refuse(position, column, kind + " or 0" * allow_zero)
-        return values
-
-    def truths(self, column: str) -> list[bool | None]:
-        """Return the truth values of a column, None where none is given.
-
-        Raises:
-            CouplingError: for a cell that is neither yes nor no in any common form.
-        """
-        values: list[bool | None] = []
+        is_of_numbers = name in NUMBERS
+        values: list[Any] = []
         for position, row in enumerate(self.rows):
-            is_missing = row[column].lower() in _MISSING
-            value = None if is_missing else to_truth(row[column])
-            if value is None and not is_missing:
-                self.refuse(position, column, "yes or no")
-            values.append(value)
+            cell = row[column]
+            if cell.lower() in _MISSING:
+                values.append(math.nan if is_of_numbers else None)
+                continue
+            number = to_number(cell) if is_of_numbers else None
+            try:
+                values.append(typed_fact(name, cell if number is None else number))
+            except ValueError as error:
+                self.refuse(position, column, str(error))
         return values
 
     def values(self, column: str) -> list[float] | list[str | None]:
         """Return a column's numbers if it has only such, else its texts.
 
+        A column of dates has numbers of years.
+
         Raises:
             CouplingError: if some cells are numbers and others only look like numbers.
         """
-        cells = [row[column] for row in self.rows if row[column].lower() not in _MISSING]
+        every_cell = [row[column] for row in self.rows]
+        cells = [cell for cell in every_cell if cell.lower() not in _MISSING]
+        if cells and all(map(to_date, cells)):
+            return [typed_fact(column, cell) if to_date(cell) else math.nan for cell in every_cell]
         are_numbers = [to_number(cell) is not None for cell in cells]
         look_like_numbers = [_NEARLY_A_NUMBER.fullmatch(cell) is not None for cell in cells]
         if cells and all(are_numbers):
@@ -132,9 +126,8 @@ def read_csv(file: Path | str, needed: Sequence[str], of_what: str) -> CsvFile:
     """
     file = Path(file)
     try:
-        with file.open(encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)
-            table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        reader = csv.reader(io.StringIO(read_text(file, "utf-8-sig"), newline=""), strict=True)
+        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise CouplingError(
             f"got {file}, which is no readable CSV file of {of_what} ({why(error)})"
@@ -179,8 +172,3 @@ def to_number(text: str) -> float | None:
     if text.lower() in _MISSING:
         return math.nan
     return float(text) if _NUMBER.fullmatch(text) else None
-
-
-def to_truth(text: str) -> bool | None:
-    """Return the truth value that a text such as "yes", "n" or "TRUE" is, else None."""
-    return _TRUTHS.get(text.strip().lower())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,24 +12,13 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, shown, why
-from lm_eval_coupling.saved.csv_file import CsvFile, plain_name, read_csv, to_truth
+from lm_eval_coupling.saved.bounded import read_text
+from lm_eval_coupling.saved.csv_file import CsvFile, plain_name, read_csv
+from lm_eval_coupling.saved.fact_types import FACTS, typed_fact
 from lm_eval_coupling.saved.names import short_name
-from lm_eval_coupling.saved.results_file import number
 
 logger = logging.getLogger("lm_eval.coupling")
 
-FACTS = (
-    "family",
-    "tuned",
-    "training_tokens",
-    "n_params",
-    "n_layers",
-    "d_model",
-    "n_heads",
-    "vocab_size",
-)
-_NUMBERS = (*FACTS[2:], "step")
-_COUNTS = ("n_layers", "d_model", "n_heads", "vocab_size")
 # Columns of runs that facts may correct; `step` and `lineage` order checkpoints.
 _CORRECTABLE = ("model", "revision", "step", "lineage", *FACTS)
 # Columns that `fit` makes of a run's, and others that no fact may stand for.
@@ -53,7 +41,7 @@ def facts_beside(results: Path) -> dict[str, Any]:
         if not file.is_file():
             continue
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts = json.loads(read_text(file))
         except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s cannot be read (%s) and was left out", file, why(error))
             continue
@@ -68,18 +56,11 @@ def facts_beside(results: Path) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """Return a fact of the type that its name asks for, None where it has another."""
-    if name in _NUMBERS:
-        size = number(value)
-        return size if math.isfinite(size) and (size > 0 or name == "step") else None
-    if name == "tuned":
-        return value if isinstance(value, bool) else to_truth(str(value))
-    if name in ("family", "lineage"):
-        return str(value) if isinstance(value, str | int | float) else None
-    if _RESERVED.fullmatch(name):
+    """Return a fact in the type that its name asks for, None where it has another."""
+    try:
+        return None if value is None or _RESERVED.fullmatch(name) else typed_fact(name, value)
+    except ValueError:
         return None
-    is_infinite = isinstance(value, float) and not math.isfinite(value)
-    return value if isinstance(value, str | int | float) and not is_infinite else None
 
 
 def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
@@ -136,17 +117,8 @@ def _columns(table: CsvFile, of_runs: set[str]) -> tuple[dict[str, list[Any]], d
                 f"got {table.file} with a column {name!r}, which the runs have themselves, or the "
                 "tables made of them; rename it"
             )
-        if name == "tuned":
-            facts[name] = table.truths(column)
-        elif name in FACTS[2:]:
-            # A checkpoint of step 0 has read no tokens.
-            facts[name] = table.sizes(
-                column, allow_zero=name == "training_tokens", whole=name in _COUNTS
-            )
-        elif name == "step":
-            facts[name] = table.sizes(column, allow_zero=True)
-        elif name in ("family", "lineage"):
-            facts[name] = table.texts(column)
+        if name in _CORRECTABLE:
+            facts[name] = table.facts(column, name)
         else:
             facts[name] = list(table.values(column))
     return facts, names

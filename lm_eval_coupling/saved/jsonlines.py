@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 1 << 27  # characters of a line; a longer one ends the reading
+
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Read the objects of a file one at a time.
@@ -23,7 +25,10 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     if not is_file:
         return
     with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+        # Not `for line in lines`: a file of zeros has one line, which may not fit into memory.
+        while line := lines.readline(_LONGEST):
+            if len(line) == _LONGEST:
+                return
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):

@@ -22,9 +22,10 @@ _TUNED = re.compile(
 _LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 # A number with its unit, which no further digit, letter or separator of digits follows.
 _STEP = re.compile(
-    r"(?<![a-z])(?:global_?step|step|iter|checkpoint|ckpt)[-_]?"
+    r"(?<![a-z])(?:global_?step|step|iter|epoch|checkpoint|ckpt)[-_]?"
     r"(\d+(?:\.\d+)?)([kmb]?)(?![a-z0-9]|[.,_']\d)"
 )
+_ENDS_WITH_STEP = re.compile(rf"(?P<training>.+?)[-_.](?P<step>{_STEP.pattern})", re.IGNORECASE)
 _TOKENS = re.compile(r"(?<![a-z])tokens[-_]?(\d+(?:\.\d+)?)([kmbt])(?![a-z0-9])")
 _LATER_STAGE = re.compile(r"(?<![a-z])(?:stage[-_]?(?:[2-9]|[1-9]\d)|ingredient[-_]?\d*)(?![0-9])")
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -161,7 +162,8 @@ def facts_from_name(model: str, revision: str) -> dict[str, Any]:
     """Read what the names of a model and its revision say.
 
     ``EleutherAI/pythia-410m`` at ``step1000`` is step 1000 of the lineage of that name. So is a
-    local folder ``pythia/checkpoint-1000``, of the lineage ``pythia``. Steps and tokens of a
+    local folder ``pythia/checkpoint-1000``, of the lineage ``pythia``, and ``me/run-epoch3`` is of
+    ``me/run``. Steps and tokens of a
     later stage of training start anew from an unknown number, and are unknown. Other names are
     for a file of facts.
 
@@ -173,6 +175,9 @@ def facts_from_name(model: str, revision: str) -> dict[str, Any]:
     folder, _, name = model.rstrip("\\/").replace("\\", "/").rpartition("/")
     if folder and (inside := _STEP.fullmatch(name.lower())):
         lineage, checkpoint = folder, inside
+    elif checkpoint is None and (ending := _ENDS_WITH_STEP.fullmatch(name)):
+        lineage = "/".join(filter(None, [folder, ending["training"]]))
+        checkpoint = _STEP.fullmatch(ending["step"].lower())
     name = short_name(lineage).lower()
     size = _SIZE.search(name)
     before_size = name[: size.start()] if size and size.start() else name

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, shown, why
+from lm_eval_coupling.saved.bounded import read_text
 from lm_eval_coupling.saved.tables import require_schema
 
 _DEEPEST = (
@@ -83,7 +84,7 @@ def read_results(file: Path) -> dict[str, Any]:
             another schema version.
     """
     try:
-        run = _plain_json(file.read_bytes().decode("utf-8"))
+        run = _plain_json(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CouplingError(
             f"got {file}, which is no readable results file ({why(error)}); remove it or run the "

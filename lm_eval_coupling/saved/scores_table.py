@@ -51,7 +51,8 @@ def load_runs(
       or ``facts``: ``family, tuned, training_tokens, lineage`` and ``step`` (of a checkpoint), and
       further columns of these;
     * ``run_id, interrupted, coupling_rank`` (of lm-eval's metric ``coupling,none``),
-      ``worst_certificate``, ``measured`` and ``failed`` (documents of the task);
+      ``worst_certificate``, ``measured`` and ``failed`` (documents of the task), and
+      ``measured_tasks`` (the task, or those of a group, of which documents were measured);
     * for every measure m of ``config.coupling`` and every rank K: ``m@K``, ``m_stderr@K`` and
       ``m_n@K``, for instance ``coupling@10``; ``chance@K`` (the expected coupling of unrelated
       layers) and ``coupling_excess@K`` = ``coupling@K`` − ``chance@K``; without a rank:

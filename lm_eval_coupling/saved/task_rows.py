@@ -10,7 +10,9 @@ from typing import Any
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.formulas.means import mean_of_parts
 from lm_eval_coupling.measures.registry import sample_readings
-from lm_eval_coupling.saved.facts import FACTS, facts_beside
+from lm_eval_coupling.saved.answer_settings import mapping
+from lm_eval_coupling.saved.fact_types import FACTS
+from lm_eval_coupling.saved.facts import facts_beside
 from lm_eval_coupling.saved.names import facts_from_name
 from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.saved_run import SavedRun
@@ -133,14 +135,13 @@ def _samples(run: SavedRun, task: str, values: Mapping[str, Any]) -> dict[str, f
     counts = run.results.get("n-samples") or {}
     leaves = run.leaves.get(task)
     if task not in counts and values.get("sample_len") is None and leaves:
-        members = [counts[leaf] for leaf in leaves if isinstance(counts.get(leaf), Mapping)]
+        members = [mapping(counts.get(leaf)) for leaf in leaves]
+        # NaN if the count of one task is unknown: the others' sum is another number.
         effective, original = (
-            sum(number(count.get(name)) for count in members) or math.nan
-            for name in ("effective", "original")
+            sum(number(count.get(name)) for count in members) for name in ("effective", "original")
         )
         return {"n_samples": effective, "n_total": original}
-    count = counts.get(task)
-    count = count if isinstance(count, Mapping) else {"effective": values.get("sample_len")}
+    count = mapping(counts.get(task)) or {"effective": values.get("sample_len")}
     return {"n_samples": number(count.get("effective")), "n_total": number(count.get("original"))}
 
 
@@ -150,12 +151,15 @@ def _coupling_columns(coupling: Mapping[str, Any], tasks: Sequence[str]) -> dict
     members = [summaries[task] for task in tasks if task in summaries]
     if not members:
         unknown = dict.fromkeys(("coupling_rank", "worst_certificate"), math.nan)
-        return unknown | {"measured": 0, "failed": 0}
+        return unknown | {"measured": 0, "failed": 0, "measured_tasks": ()}
     columns: dict[str, Any] = {
         "coupling_rank": number(coupling.get("headline_rank")),
         "worst_certificate": number(coupling.get("worst_certificate")),
         "measured": sum(member.get("measured") or 0 for member in members),
         "failed": sum(member.get("failed") or 0 for member in members),
+        "measured_tasks": tuple(
+            task for task in tasks if task in summaries and summaries[task].get("measured")
+        ),
     }
     measures = [member.get("measures") or {} for member in members]
     names = dict.fromkeys(name for measured in measures for name in measured)

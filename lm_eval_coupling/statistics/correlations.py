@@ -24,6 +24,7 @@ from lm_eval_coupling.statistics.estimates import (
 from lm_eval_coupling.statistics.resampling import (
     FEW,
     Families,
+    Orders,
     Units,
     correlation_interval,
     orders_within,
@@ -108,7 +109,8 @@ def correlation(
         p = float(_LARGE_SAMPLE_TESTS[method](x, y).pvalue)
     else:
         orders = units.permutations(resamples, np.random.default_rng(seed))
-        p = permutation_p_value(coefficient, _permuted(x, y, method, orders), n)
+        permuted = _permuted(x, y, method, orders.places)
+        p = permutation_p_value(coefficient, permuted, orders.are_all)
     result = dataclasses.replace(result, coefficient=coefficient, p=p)
     if reason := _no_interval(coefficient, units, n, method):
         return dataclasses.replace(result, reason=reason)
@@ -345,7 +347,7 @@ def _correlate_residuals(
     y: np.ndarray,
     fixed: np.ndarray,
     units: Units,
-    orders: np.ndarray | None,
+    orders: Orders | None,
     result: Correlation,
 ) -> Correlation:
     """Correlate what ``fixed``, whose columns span the constant, leaves of x and y.
@@ -372,9 +374,9 @@ def _correlate_residuals(
             t = r * np.sqrt(df / np.maximum(1 - r**2, 0.0))
         p = float(2 * stats.t.sf(abs(t), df))
     else:
-        permuted = ry[orders]
+        permuted = ry[orders.places]
         permuted -= (permuted @ basis) @ basis.T
-        p = permutation_p_value(r, _cosine(permuted, rx), len(x))
+        p = permutation_p_value(r, _cosine(permuted, rx), orders.are_all)
     result = dataclasses.replace(result, coefficient=r, p=p)
     if 0 < units.families < 3:
         return dataclasses.replace(result, reason=f"no interval from {units.families} families")

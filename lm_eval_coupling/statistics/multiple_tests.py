@@ -89,6 +89,6 @@ def simultaneous_p_values(
     units = Units.of(None if family is None else np.asarray(family)[rows], len(y))
     Z, z = stats.zscore(X[:, varying]), stats.zscore(y) / len(y)
     orders = units.permutations(resamples, np.random.default_rng(seed))
-    strongest = np.abs(z[orders] @ Z).max(axis=1)
-    result.iloc[varying] = [permutation_p_value(r, strongest, len(y)) for r in z @ Z]
+    strongest = np.abs(z[orders.places] @ Z).max(axis=1)
+    result.iloc[varying] = [permutation_p_value(r, strongest, orders.are_all) for r in z @ Z]
     return result

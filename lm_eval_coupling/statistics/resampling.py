@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,13 @@ Families: TypeAlias = Sequence[object] | pd.Series | np.ndarray
 FEW = 8  # models; from fewer no conclusion is drawn
 FEW_FAMILIES = 5  # families, where models come in families
 _EQUAL = 1e-9  # statistics that differ by less are tied
+
+
+class Orders(NamedTuple):
+    """Orders of the observations, one a row; ``are_all`` tells whether these are all there are."""
+
+    places: Int[np.ndarray, "resample observation"]
+    are_all: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +66,7 @@ class Units:
         """Return one mask per unit, of the observations that remain without it."""
         return np.arange(self.number)[:, None] != self.codes
 
-    def permutations(
-        self, resamples: int, rng: np.random.Generator
-    ) -> Int[np.ndarray, "resample observation"]:
+    def permutations(self, resamples: int, rng: np.random.Generator) -> Orders:
         """Draw orders of the observations that keep families together.
 
         Families of one size exchange their places, and members exchange theirs within a family.
@@ -72,7 +77,7 @@ class Units:
         """
         n = len(self.codes)
         if not self.families and math.factorial(min(n, 20)) <= resamples:
-            return np.array(list(itertools.permutations(range(n))))
+            return Orders(np.array(list(itertools.permutations(range(n)))), are_all=True)
         orders = np.empty((resamples, n), dtype=np.intp)
         sizes = np.bincount(self.codes)
         for size in np.unique(sizes):
@@ -83,40 +88,35 @@ class Units:
             drawn = members[places]
             within = rng.random(drawn.shape).argsort(axis=-1)
             orders[:, members] = np.take_along_axis(drawn, within, axis=-1)
-        return orders
+        return Orders(orders)
 
 
-def orders_within(groups: pd.Series, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw orders of the observations that move each only within its group.
-
-    Returns:
-        An order a row.
-    """
+def orders_within(groups: pd.Series, resamples: int, rng: np.random.Generator) -> Orders:
+    """Draw orders of the observations that move each only within its group."""
     codes = pd.factorize(groups)[0]
     places = np.argsort(codes, kind="stable")
     orders = np.empty((resamples, len(codes)), dtype=np.intp)
     # Sorting random numbers by group shuffles all groups at once.
     orders[:, places] = np.lexsort((rng.random(orders.shape), np.broadcast_to(codes, orders.shape)))
-    return orders
+    return Orders(orders)
 
 
 def permutation_p_value(
-    observed: float, resampled: Float[np.ndarray, " resample"], observations: int
+    observed: float, resampled: Float[np.ndarray, " resample"], are_all: bool = False
 ) -> float:
     """Return the share of permutations whose statistic is at least as large in absolute value.
 
     Args:
         observed: Statistic of the data.
-        resampled: The statistic of each permutation from :meth:`Units.permutations`.
-        observations: Number of permuted observations; tells whether all orders are there.
+        resampled: The statistic of each permutation.
+        are_all: Whether these are all permutations, the observed one among them.
 
     Returns:
         The two-sided p-value; 1 for a statistic of 0.
     """
     larger = int(np.sum(np.abs(resampled) >= abs(observed) - _EQUAL))
-    if len(resampled) == math.factorial(min(observations, 20)):  # the given order is among them
-        return larger / len(resampled)
-    return (1 + larger) / (1 + len(resampled))
+    added = 0 if are_all else 1  # the observed order is one more
+    return (added + larger) / (added + len(resampled))
 
 
 def jackknife_error(without: Float[np.ndarray, " unit"], value: float) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_eval_coupling.errors import nearest, shown
+from lm_eval_coupling.saved.fact_types import is_name, is_number
 
 Check = Callable[[Any], bool]
 _MAX_UNKNOWN = 10  # unknown keys named one by one; each is compared with all known keys
@@ -98,19 +97,9 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def is_name(value: Any) -> bool:
-    """Return whether a value is a text of one line, without control characters."""
-    return is_text(value) and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value)
-
-
 def is_whole(value: Any) -> bool:
     """Return whether a value is a whole number, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number, which true and false are not."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_mapping(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 
 from lm_eval_coupling.errors import CouplingError, path, shown, why
+from lm_eval_coupling.saved.fact_types import is_name, is_number
 from lm_eval_coupling.sweep import yaml12
 from lm_eval_coupling.sweep.evaluations import refuse_scoring, with_evaluations
-from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
+from lm_eval_coupling.sweep.fields import Fields, is_whole
+from lm_eval_coupling.sweep.plan_options import check_coupling, check_lm_eval
 from lm_eval_coupling.sweep.plan_secrets import hide, secret_in, secrets_in
 from lm_eval_coupling.sweep.units import Task, Unit, plain, read_units, wrong_value
 
@@ -139,7 +141,7 @@ def read(file: Path | str) -> Plan:
     units, tokens = read_units(fields)
     samples = _path(fields, "samples") if fields.values.get("samples") is not None else None
     tasks = _tasks(fields) if fields.values.get("samples") is None else []
-    coupling, lm_eval = _coupling(fields), _lm_eval(fields, tasks)
+    coupling, lm_eval = _coupling(fields, units), _lm_eval(fields, tasks)
     output = _path(fields, "output")
     if samples is not None:
         refuse_scoring(fields)
@@ -245,7 +247,7 @@ def _tasks(fields: Fields) -> list[Task]:
     return tasks
 
 
-def _coupling(fields: Fields) -> dict[str, Any]:
+def _coupling(fields: Fields, units: Sequence[Unit]) -> dict[str, Any]:
     coupling = fields.mapping("coupling")
     for name in coupling:
         if name.startswith("coupling_"):
@@ -261,9 +263,13 @@ def _coupling(fields: Fields) -> dict[str, Any]:
         fields.problems.append("got coupling.dry_run, which leaves no results; leave it out")
     for name, value in coupling.items():
         fields.problems += wrong_value(f"coupling.{name}", name, value)
-    return {
+    coupling = {
         name: plain(value) for name, value in coupling.items() if not name.startswith("coupling_")
     }
+    if coupling or any(name.startswith("coupling_") for unit in units for name in unit.arguments):
+        own = {name: value for name, value in coupling.items() if name not in ("out", "dry_run")}
+        check_coupling(own, units, fields.problems)
+    return coupling
 
 
 def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
@@ -281,6 +287,7 @@ def _lm_eval(fields: Fields, tasks: list[Task]) -> dict[str, Any]:
         )
     for name, value in options.items():
         fields.problems += wrong_value(f"lm_eval.{name}", name, value)
+    check_lm_eval(options, fields.problems)
     return {"log_samples": True} | {
         name: plain(value) for name, value in options.items() if name not in _NOT_FOR_LM_EVAL
     }

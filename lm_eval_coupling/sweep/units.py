@@ -15,22 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest, path, shown
+from lm_eval_coupling.saved.fact_types import FACTS, is_name, typed_fact
 from lm_eval_coupling.sweep import yaml12
-from lm_eval_coupling.sweep.fields import Fields, is_name, is_number, is_whole
+from lm_eval_coupling.sweep.fields import Fields, is_whole
 from lm_eval_coupling.sweep.plan_secrets import secret_in, secrets_in
 
-# The facts that `fit` knows; any other name becomes a column of its own.
-FACTS = (
-    "family",
-    "tuned",
-    "training_tokens",
-    "released",
-    "n_params",
-    "n_layers",
-    "d_model",
-    "n_heads",
-    "vocab_size",
-)
 _OTHER_NAMES = {
     "tokens": "training_tokens",
     "release": "released",
@@ -41,8 +30,6 @@ _COLUMNS = (
     *("model", "revision", "task", "alias", "group", "metric", "date", "file", "dtype"),
     *("fingerprint", "step", "lineage"),
 )
-_TRUE, _FALSE = ("true", "yes", "y", "on", "t"), ("false", "no", "n", "off", "f")
-_SEPARATED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,_'][0-9]{3})+(?:\.[0-9]+)?")  # such as 300,000
 _TOKEN_ARGUMENTS = ("token", "use_auth_token", "hf_token")
 _MAX_LABEL = 150
 
@@ -284,51 +271,10 @@ def _facts(fields: Fields, key: str) -> dict[str, Any]:
             fields.problems.append(f"got {place}, did you mean {meant}?")
         else:
             try:
-                facts[name] = _fact(name, value)
+                facts[name] = None if value is None else typed_fact(name, value)
             except ValueError as error:
                 fields.problems.append(f"got {place}: {shown(value)}, expected {error}")
     return facts
-
-
-def _fact(name: str, value: Any) -> Any:
-    """Return a fact in its type.
-
-    Raises:
-        ValueError: naming what is expected.
-    """
-    if value is None:
-        return None
-    if name == "tuned":
-        word = str(value).lower()
-        if word in (*_TRUE, *_FALSE) or (is_whole(value) and value in (0, 1)):
-            return word in (*_TRUE, "1")
-        raise ValueError("true or false")
-    if name == "family":
-        if is_name(value):
-            return value.strip()
-        raise ValueError("a text of one line; put numbers in quotes")
-    if name == "released":
-        year = _year(value) if isinstance(value, datetime.date) else value
-        if is_number(year) and 1950 <= year <= 2200:
-            return year
-        raise ValueError("a date such as 2023-07-01, or a number of years such as 2023.5")
-    if name in FACTS:
-        is_right = is_number(value) if name == "training_tokens" else _is_count(value)
-        if is_right and value >= 0:
-            return value
-        kind = "a number" if name == "training_tokens" else "a whole number"
-        raise ValueError(f"{kind} such as 300e9, without a unit or separators")
-    if isinstance(value, datetime.date):
-        return _year(value)
-    if isinstance(value, str) and _SEPARATED.fullmatch(value.strip()):
-        raise ValueError("a number without separators")
-    if isinstance(value, bool) or is_number(value) or is_name(value):
-        return value
-    raise ValueError("a number, a date, true or false, or a text of one line")
-
-
-def _is_count(value: Any) -> bool:
-    return is_number(value) and value == int(value)
 
 
 def _meant_fact(name: str) -> str | None:
@@ -337,9 +283,3 @@ def _meant_fact(name: str) -> str | None:
     meant = _OTHER_NAMES.get(name) or nearest(name, [*FACTS])
     is_close = difflib.SequenceMatcher(None, name, meant).ratio() > 0.8
     return meant if is_close or name in _OTHER_NAMES else None
-
-
-def _year(day: datetime.date) -> float:
-    """Return a date as a number that regressions can use: 2023-07-01 is 2023.496."""
-    first, next_first = datetime.date(day.year, 1, 1), datetime.date(day.year + 1, 1, 1)
-    return round(day.year + (day - first).days / (next_first - first).days, 3)

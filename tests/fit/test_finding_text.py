@@ -1,10 +1,15 @@
 """The finding speaks with one voice: what the robust test does not carry is not said."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from fitted_runs import QUICK, save_model
 
-from lm_eval_coupling.fit.finding_text import describe_noise, describe_training
+from lm_eval_coupling.fit.finding_text import (
+    describe_noise,
+    describe_predictors,
+    describe_training,
+)
 from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.statistics import Corrected, Correlation, Reliability
 
@@ -67,6 +72,20 @@ def test_two_families_are_no_sample_of_families(tmp_path):
 def test_reliability_that_is_not_known_is_not_printed(reliable, corrected, words):
     (sentence,) = describe_noise(reliable, corrected, "coupling@10", "acc")
     assert words in sentence and "predicts nothing" not in sentence
+
+
+def test_predictors_that_one_of_many_scores_does_not_carry_are_not_counted():
+    """Of 21 scores of noise the mean was "not beyond chance", and coupling "beyond chance"."""
+    result = Correlation("pearson", 0.65, 0.08, 0.90, 0.03, n=12)
+    correlated = {("mean", name, "pearson"): result for name in ("coupling@10", "log10_params")}
+    rows = pd.DataFrame(
+        {"score": "mean", "predictor": ["coupling@10", "log10_params"], "same_as": ""}
+    )
+    rows = rows.assign(p_simultaneous=0.03)
+    for is_carried, verdict in ((False, "none goes with mean"), (True, "2 go with mean")):
+        own = dict.fromkeys(rows["predictor"], is_carried)
+        (words,) = describe_predictors(rows, correlated, "mean", own)
+        assert verdict in words
 
 
 def test_a_training_is_described_and_not_tested():

@@ -111,6 +111,16 @@ def test_layer_profile(run):
     assert f"{own:.4f}" in text and f"{others:.4f}" in text
 
 
+def test_the_profile_is_over_the_documents_that_the_mean_is_over(tmp_path):
+    """A document of which one of two prompts failed counted in the profile, and not in the mean."""
+    prompts = [(document, prompt) for document in range(3) for prompt in range(2)]
+    rows = [record(doc_id=i, prompt_index=p) for i, p in prompts]
+    rows[1] = record(doc_id=0, prompt_index=1, reason="out of memory")
+    save(tmp_path, {"arc": task_summary(n=2, failed=1)}, rows=rows)
+    matrices = np.stack([row["normalized_miscoupling"][0] for row in rows[2:]])
+    assert f"{1 - matrices[:, 1, [0, 2, 3]].mean():.4f}" in printed(tmp_path, "arc")
+
+
 @pytest.mark.parametrize("miscoupling", [False, True])
 def test_matrix_of_a_document(run, miscoupling):
     """Regression: the overview counted coupling, where up is good, and documents miscoupling."""

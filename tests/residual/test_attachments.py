@@ -248,6 +248,30 @@ def test_what_cannot_be_read_makes_a_model_of_its_own(model, caplog):
     assert "for this run alone" in caplog.text
 
 
+def of_a_file(module, args, output):
+    return output + float(Path(os.environ["STRENGTH_FILE"]).read_text()) * VECTOR
+
+
+def of_chance(module, args, output):
+    return output + torch.randn_like(output)
+
+
+class OfTheEnvironment:
+    def __call__(self, module, args, output):
+        return output + float(os.environ["STRENGTH"]) * VECTOR
+
+
+@pytest.mark.parametrize(
+    ("hook", "name"),
+    [(of_a_file, "read_text"), (of_chance, "randn_like"), (OfTheEnvironment(), "environ")],
+)
+def test_a_hook_that_reads_from_outside_makes_a_model_of_its_own(model, hook, name):
+    """The store gave the numbers of the strength that the file had before."""
+    model.model.layers[0].register_forward_hook(hook)
+    assert any(f"call of {name}" in words for words in attachments_of(model).unreadable)
+    assert fingerprint(model) != fingerprint(model)
+
+
 def test_locks_files_and_random_states_can_be_read(model):
     lock, source = threading.Lock(), random.Random(3)
 

@@ -211,10 +211,10 @@ def test_a_batch_is_one_transaction(model, store, monkeypatch):
 def test_what_cannot_be_stored_of_one_prompt_costs_no_other(model, store, monkeypatch, caplog):
     right, (first, _) = store_module._encode, PROMPTS
 
-    def encode(found):
+    def encode(found, key):
         if len(found.columns.get("line_shape_scores", ())) == len(first):
             raise TypeError("no such thing")
-        return right(found)
+        return right(found, key)
 
     monkeypatch.setattr(store_module, "_encode", encode)
     found = records(model, store, "regularity")

@@ -28,7 +28,9 @@ def added(folder, text):
         ("Model , Training Tokens\n tiny , 3e11 \n", "training_tokens", 3e11),
         ("model,family\r\ntiny,x\r\n\r\n,\r\n", "family", "x"),
         ("model,family,,\ntiny,x,,\n", "family", "x"),
-        ("model,released\ntiny,2024-05-01\n", "released", "2024-05-01"),
+        ("model,released\ntiny,2024-05-01\n", "released", 2024.331),
+        ("model,begun\ntiny,2024-07-01\nother,NA\n", "begun", 2024.497),
+        ("model,released\ntiny,2024.5\nother,2023-01-01\n", "released", 2024.5),
         ("model,step\ntiny,5\n", "step", 5),
         *((f"model,tuned\ntiny,{word}\n", "tuned", True) for word in ("y", "T", "Yes", "on", "1")),
         *((f"model,tuned\ntiny-it,{word}\n", "tuned", False) for word in ("n", "F", "no", "0")),
@@ -50,12 +52,15 @@ def test_what_people_write_is_understood(tmp_path, text, name, value):
         ('model,loss\ntiny,"1,5"\n', "expected a number"),
         ("model,share\ntiny,50%\n", "expected a number"),
         ("model,loss\ntiny,inf\n", "expected a number"),
-        ("model,n_params\ntiny,-5\n", "expected a positive number"),
-        ("model,n_params\ntiny,0\n", "expected a positive number"),
-        ("model,training_tokens\ntiny,-1\n", "expected a positive number or 0"),
-        ("model,step\ntiny,-3\n", "expected a positive number or 0"),
+        ("model,n_params\ntiny,-5\n", "expected a positive whole number"),
+        ("model,n_params\ntiny,0\n", "expected a positive whole number"),
+        ("model,released\ntiny,20240501\n", "expected a date such as"),
+        ("model,released\ntiny,2024-02-30\n", "expected a date such as"),
+        ("model,released\ntiny,May 2024\n", "expected a date such as"),
+        ("model,training_tokens\ntiny,-1\n", "expected a number of 0 or more"),
+        ("model,step\ntiny,-3\n", "expected a number of 0 or more"),
         ("model,n_layers\ntiny,12.5\n", "expected a positive whole number"),
-        ("model,tuned\ntiny,maybe\n", "'maybe' in the column tuned .line 2., expected yes or no"),
+        ("model,tuned\ntiny,maybe\n", "'maybe' in the column tuned .*expected true or false"),
         ("model,a,a\ntiny,1,2\n", "two columns 'a'"),
         ("model,a,b\ntiny,1\n", "2 cells in line 2, expected 3"),
         ("model,a\n,1\n", "without a model in the row of line 2"),
@@ -77,6 +82,11 @@ def test_what_has_no_one_meaning_is_refused_by_name_and_place(tmp_path, text, me
         ({"tuned": "yes"}, False),
         ({"tuned": "maybe"}, True),
         ({"n_params": "7b"}, True),
+        ({"n_params": 0}, True),
+        ({"n_layers": -3}, True),
+        ({"training_tokens": 0}, False),
+        ({"training_tokens": True}, True),
+        ({"released": 20240501}, True),
         ({"family": [1]}, True),
         ({"log10_params": 3}, True),
         ({"loss": math.inf}, True),
@@ -110,6 +120,23 @@ def test_steps_of_revisions(revision, step, tokens):
     facts = facts_from_name("org/x", revision)
     actual = [None if facts[n] != facts[n] else facts[n] for n in ("step", "training_tokens")]
     assert actual == [step, tokens]
+
+
+@pytest.mark.parametrize(
+    ("model", "lineage", "step", "family"),
+    [
+        ("me/run-epoch3", "me/run", 3, "run"),
+        ("me/pythia-410m-step1000", "me/pythia-410m", 1000, "pythia"),
+        ("run_checkpoint-2k", "run", 2000, "run"),
+        ("me/epoch3/model", "me/epoch3/model", None, "model"),
+        ("me/onestep2", "me/onestep2", None, "onestep2"),
+    ],
+)
+def test_checkpoints_whose_step_ends_the_name(model, lineage, step, family):
+    """Ten epochs of one training were ten models, and their scores rose beyond chance."""
+    facts = facts_from_name(model, "main")
+    actual = (facts["lineage"], None if facts["step"] != facts["step"] else facts["step"])
+    assert (*actual, facts["family"]) == (lineage, step, family)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,10 @@ def test_a_revision_in_the_file_is_of_that_revision_only(tmp_path):
         ("name\nx\n", "columns name, expected one named model"),
         ("model\na\na\n", "a more than once"),
         ('model,"acc,none"\na,1\n', "column 'acc,none', which the runs have"),
-        ("model,n_params\na,7b\n", "'7b' in the column n_params .line 2., expected a number"),
+        (
+            "model,n_params\na,7b\n",
+            "'7b' in the column n_params .line 2., expected a positive whole",
+        ),
         ("model\nsame\n", "same in .*, which may be one/same or two/same"),
         ('model\n"', "no readable CSV"),
     ],

@@ -14,7 +14,7 @@ ROWS = MEASURED["rates_in_percent"]
 
 
 def name(row):
-    rates = ("size", "claims", "coverage", "repetitions")
+    rates = ("size", "claims", "coverage", "repetitions", "reason")
     return ", ".join(str(row[key]) for key in row if key not in rates)
 
 

@@ -114,6 +114,73 @@ def test_run_is_checked(tmp_path, run, part):
     assert part in "\n".join(problems(tmp_path, f"models: a\ntasks: b\noutput: c\nrun: {run}"))
 
 
+@pytest.mark.parametrize(
+    ("where", "part"),
+    [
+        ("coupling: {limit: -5}", "coupling_limit=-5, expected a number of documents"),
+        ("coupling: {limit: 1.5}", "coupling_limit=1.5"),
+        ("coupling: {limit: yes}", "coupling_limit='yes'"),
+        ("coupling: {ranks: [0]}", "expected positive whole numbers"),
+        ("coupling: {ranks: 10+-3}", "expected positive whole numbers"),
+        ("coupling: {ranks: [2.5]}", "coupling_ranks=2.5"),
+        ("coupling: {ranks: [true]}", "coupling_ranks=True"),
+        ("coupling: {seed: 1e-3}", "coupling_seed=0.001"),
+        ("coupling: {window: 0}", "coupling_window=0"),
+        ("coupling: {trajectories: no}", "coupling_trajectories='no', expected 1 or 0"),
+        ("coupling: {untrained: 0}", "write coupling_untrained_seed=0"),
+        ("coupling: {position: 1.5}", "coupling_position=1.5"),
+        ("coupling: {layers: middle}", "coupling_layers=middle"),
+        ("coupling: {layers: [0, true]}", "coupling_layers=0+True"),
+        ("coupling: {tokens: [last0]}", "coupling_tokens=last0"),
+        ("coupling: {measures: [deepth]}", "unknown measure 'deepth'"),
+        ("coupling: {limt: 3}", "unknown key coupling.limt, did you mean limit?"),
+        ("lm_eval: {limit: -5}", "lm_eval.limit: -5, expected a number above 0"),
+        ("lm_eval: {limit: '3'}", "lm_eval.limit: '3'"),
+        ("lm_eval: {limit: true}", "lm_eval.limit: True"),
+        ("lm_eval: {num_fewshot: -1}", "expected a whole number of 0 or more"),
+        ("lm_eval: {num_fewshot: 2.5}", "expected a whole number of 0 or more"),
+        ("lm_eval: {batch_size: 0}", "expected a whole number of 1 or more, or auto"),
+        ("lm_eval: {batch_size: many}", "expected a whole number of 1 or more, or auto"),
+        ("lm_eval: {batch_size: auto:0}", "expected a whole number of 1 or more, or auto"),
+        ("lm_eval: {max_batch_size: -1}", "expected a whole number of 1 or more"),
+        ("lm_eval: {seed: -1}", "expected a whole number of 0 or more, or 4 of them"),
+        ("lm_eval: {seed: [1, 2]}", "expected a whole number of 0 or more, or 4 of them"),
+        ("lm_eval: {trust_remote_code: no}", "trust_remote_code: 'no', expected true or false"),
+        ("lm_eval: {log_samples: 0}", "log_samples: 0, expected true or false"),
+        ("lm_eval: {apply_chat_template: off}", "expected true, false or the name"),
+    ],
+)
+def test_numbers_and_switches_are_checked_when_a_plan_is_read(tmp_path, where, part):
+    """They were accepted by `sweep --check`, and refused by every unit, or taken for true."""
+    (problem,) = problems(tmp_path, f"models: a\ntasks: b\noutput: c\n{where}")
+    assert part in problem
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "coupling: {limit: 0}",
+        "coupling: {limit: all, ranks: 10+30, seed: -3, layers: [0, -1], tokens: [0, -1]}",
+        "coupling: {untrained_seed: 0, trajectories: false, position: [-1, last4], window: 3}",
+        "lm_eval: {limit: 0.5, num_fewshot: 0, batch_size: auto:4, seed: [0, 1, 2, 3]}",
+        "lm_eval: {apply_chat_template: true, fewshot_as_multiturn: false, seed: 0}",
+    ],
+)
+def test_numbers_and_switches_that_are_right(tmp_path, where):
+    read(tmp_path, f"models: a\ntasks: b\noutput: c\n{where}")
+
+
+def test_settings_of_a_model_are_checked_when_a_plan_is_read(tmp_path):
+    """Those of the plan count for every model: each may be right and both together not."""
+    model = "{model: m, args: {coupling_limit: -5, coupling_rnks: 3, dtype: float32}}"
+    told = problems(tmp_path, f"models: [{model}, b]\ntasks: b\noutput: c")
+    assert len(told) == 2 and "did you mean coupling_ranks?" in told[0]
+    assert "args of m: got coupling_limit=-5" in told[1]
+    text = "models: [{model: m, args: 'coupling_untrained_seed=1'}]\ntasks: b\noutput: c\n"
+    (together,) = problems(tmp_path, text + "coupling: {untrained: seed0}")
+    assert "args of m: got coupling_untrained=seed0" in together
+
+
 def test_yaml_means_what_people_mean(tmp_path):
     """In PyYAML's YAML 1.1 `on` is true, 300e9 a text, 0001 the number one, and keys may repeat."""
     assert yaml12.load(
