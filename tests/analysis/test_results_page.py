@@ -131,6 +131,27 @@ def test_right_and_wrong_answers():
     assert f"p = {row['p_holm']:.2f} adjusted" in PAGE
 
 
+def test_effects_of_penalties():
+    members = pd.read_json(RESULTS / "intervention" / "members.jsonl", lines=True)
+    table = members.set_index(["form", "strength", "seed"]).sort_index()
+
+    def of(form: str, strength: float, outcome: str) -> pd.Series:
+        return table.loc[(form, strength), outcome]
+
+    def effect(strength: float) -> str:
+        change = of("raw", strength, "loss_kept_out") - of("none", 0, "loss_kept_out")
+        half = stats.t.ppf(0.975, len(change) - 1) * change.sem()
+        mean = change.mean()
+        return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f}) worse"
+
+    assert len(members) == 25
+    assert f"{effect(1)} without coupling, {effect(-1)} with" in PAGE
+    raised, control = (of(*m, "coupling").mean() for m in (("raw", -1), ("none", 0)))
+    assert f"{raised:.2f} in place of {control:.2f}" in PAGE
+    assert f"loss {of('none', 0, 'loss_kept_out').mean():.2f}" in PAGE
+    assert of("raw", 1, "coupling").mean() < control / 10 and raised > 5 * control
+
+
 def test_trajectories_are_straighter():
     table = pd.read_csv(RESULTS / "regularity.csv")
     scores = table[table.measure == "line_shape_score"].pivot_table(
