@@ -60,6 +60,22 @@ def test_untrained_twins_are_at_chance(pretrained):
     assert distances.abs().max() < 2
 
 
+def test_parts_of_coupling_in_two_models():
+    rows = pd.read_csv(RESULTS / "controls" / "coupling_parts.csv")
+    above = rows.assign(above=rows["mean"] - rows["chance"])
+    table = above.pivot_table(index=["model", "weights"], columns="measure", values="above")
+    shares = 100 * table.div(table["coupling"], axis=0).xs("trained", level="weights")
+    smollm2, gemma = (shares.loc[model].round() for model in ("smollm2-135m", "gemma3-270m"))
+    assert (
+        f"{smollm2.rotated:.0f} % stays with both bases turned alike and "
+        f"{smollm2.without_identity:.0f} % without the multiple of the identity in SmolLM2; "
+        f"{gemma.rotated:.0f} % and {gemma.without_identity:.0f} % in Gemma, where "
+        f"{gemma.deflated:.0f} % stays without the first pair"
+    ) in PAGE
+    untrained = above[(above.weights == "untrained") & above.chance.between(0.05, 0.06)]
+    assert (untrained.above.abs() < 3 * untrained.stderr).all() and len(untrained) == 8
+
+
 def test_coupling_along_a_training():
     rows = pd.read_csv(RESULTS / "training" / "checkpoints.csv")
     rows = rows[(rows.measure == "coupling") & (rows.weights == "trained")].set_index("step")
