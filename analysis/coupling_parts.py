@@ -23,7 +23,7 @@ def main(argv=None):
     options = command.build_parser(__doc__).parse_args(argv)
     records = study_tables.read(options.runs, options.tasks, measures=PARTS)
     rank = study_tables.choose_rank(records, options.rank)
-    measures = study_tables.recorded_measures(records, PARTS, required=2)
+    measures = study_tables.recorded_measures(records, PARTS, required=3)
     rows = study_tables.quartile_rows(records, measures, rank)
     title = f"Parts of coupling, K = {rank}: median and quartiles over documents"
     figure = quartile_bars(rows, columns=3, title=title)

@@ -146,7 +146,7 @@ def global_names(code: types.CodeType) -> list[str]:
 def _outside_names(code: types.CodeType) -> set[str]:
     """Return the names in code, and in the functions inside it, of what no digest holds."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return _OUTSIDE.intersection(code.co_names).union(*map(_outside_names, inner))
+    return set(_OUTSIDE.intersection(code.co_names)).union(*map(_outside_names, inner))
 
 
 def checksum(tensor: Tensor) -> list[int]:

@@ -169,6 +169,25 @@ def test_regularity(run, tmp_path):
     assert rows.loc[("equidistance", "trained"), "median"] == pytest.approx(0.265)
 
 
+def test_coupling_parts(run, tmp_path):
+    parts = [
+        {
+            "rotated_coupling": [0.1, 0.05],
+            "deflated_coupling": [0.1 + i / 100, 0.2],
+            "mean_erasing": [-0.2, -0.1],
+        }
+        for i in range(3)
+    ]
+    runs = save(tmp_path / "run", [record(i, **columns) for i, columns in enumerate(parts)])
+    script("coupling_parts")([str(runs), "--rank", "10", "--out", str(tmp_path)])
+    rows = table(tmp_path, "coupling_parts").set_index("measure")
+    assert rows.loc["deflated", ["median", "n"]].tolist() == pytest.approx([0.11, 3])
+    assert rows.loc["erasing", "mean"] == pytest.approx(-0.2)
+    assert "coupling" in rows.index and "without_identity" not in rows.index
+    with pytest.raises(CouplingError, match="measure again with coupling_measures=depth"):
+        script("coupling_parts")([str(run), "--out", str(tmp_path)])
+
+
 def test_depth_profiles(run, tmp_path):
     script("depth_profiles")([str(run), "--out", str(tmp_path)])
     rows = table(tmp_path, "depth_profiles").query("weights == 'trained'")
