@@ -267,14 +267,16 @@ class Tracer:
 
 
 def equal_prompts(prompts: Sequence[Any]) -> list[list[int]]:
-    """Group the indices of equal prompts; those given as tensors are equal only to themselves.
+    """Group the indices of equal lists of token ids; any other prompt is equal only to itself.
 
     Returns:
         Groups in the order of the first prompt of each.
     """
     groups: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = tuple(prompt) if isinstance(prompt, list | tuple) else id(prompt)
+        # Not `isinstance(…, int)`: True equals 1, and is refused as a token id.
+        plain = isinstance(prompt, list | tuple) and all(type(token) is int for token in prompt)
+        key = tuple(prompt) if plain else id(prompt)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 

@@ -113,53 +113,46 @@ def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(
 
 
 LEAVE = {
-    # Some time before the end, or at a preemption for which the plan's options say so.
-    "out-of-time": ["scancel", "--signal=USR2"],
-    # SLURM ends the job.
-    "preempted": ["scontrol", "requeue"],
-    # SLURM asks first, and the job runs on for a time.
-    "preempted-with-grace": ["scancel", "--signal=TERM"],
+    "out-of-time": [
+        "scancel",
+        "--signal=USR2",
+    ],  # some time before the end, or a preemption for whom the plan's options say so
+    "preempted": ["scontrol", "requeue"],  # SLURM ends the job
+    "preempted-with-grace": [
+        "scancel",
+        "--signal=TERM",
+    ],  # SLURM asks first, and the job runs on for a time
 }
 
 
-def test_jobs_that_have_to_leave_are_queued_again_and_go_on(controller, home, locally):
-    """Jobs keep their numbers, nothing is measured twice, and a new sweep takes over."""
-    for way in LEAVE:
-        (home / way).symlink_to(home / "tiny-long")
-    plan = real.write_plan(home, home / "leave", LEAVE, ON_SLURM)
-    head, kept = real.start(plan), {}
-    _at_work(plan, plan.units[0])
+@pytest.mark.parametrize("way", LEAVE)
+def test_a_job_that_has_to_leave_is_queued_again_and_goes_on(controller, home, locally, way):
+    """The job keeps its number, nothing is measured twice, and a new sweep takes over."""
+    plan = real.write_plan(home, home / way, ["tiny-long"], ON_SLURM)
+    (unit,) = plan.units
+    head = real.start(plan)
+    job = _at_work(plan, unit)
     head.kill()
     head.wait()
-    for unit, command in zip(plan.units, LEAVE.values(), strict=True):
-        job = _at_work(plan, unit)
-        subprocess.run([*command, job], check=True)
-        wait_for(lambda job=job: _state(job) == "PENDING", seconds=60)
-        kept[job] = real.measured(plan, unit)
-        # SLURM waits for two minutes, because a node refuses a job in the second in which it was
-        # ended there, and the job fails. Three seconds are enough for that.
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
+    # SLURM refuses for a moment while it changes the job itself.
+    wait_for(lambda: subprocess.run([*LEAVE[way], job], check=False).returncode == 0, seconds=60)
+    wait_for(lambda: (cluster.jobs() or {}).get(job, Job("")).state == "PENDING", seconds=60)
+    kept = real.measured(plan, unit)
+    # SLURM waits for two minutes, because a node refuses a job in the second in which it was ended
+    # there, and the job fails. Three seconds are enough for that.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], check=True)
     assert real.finish(real.start(plan)) == 0
+    assert state.read(plan.folder(unit))["job"] == job
+    assert (
+        _reused(plan, unit) == kept > 0
+    )  # all that the first life had stored, and so nothing was measured twice
+    log = (plan.folder(unit) / "log.txt").read_text()
+    assert log.count("quick_lm_eval.py --config") == 2
     expected = real.table(locally)
     expected = expected[expected["model"].str.endswith("tiny-long")].reset_index(drop=True)
-    found = real.table(plan.output)
-    for unit, (job, before) in zip(plan.units, kept.items(), strict=True):
-        assert state.read(plan.folder(unit))["job"] == job
-        # All that the first life had stored was found again.
-        assert _reused(plan, unit) == before > 0
-        assert (plan.folder(unit) / "log.txt").read_text().count("quick_lm_eval.py --config") == 2
-        rows = found[found["model"] == unit.model].reset_index(drop=True)
-        pd.testing.assert_frame_equal(
-            rows.replace(unit.model, str(home / "tiny-long")),
-            expected,
-            rtol=1e-4,
-            atol=1e-6,
-            check_dtype=False,
-        )
-
-
-def _state(job):
-    return (cluster.jobs() or {}).get(job, Job("")).state
+    pd.testing.assert_frame_equal(
+        real.table(home / way), expected, rtol=1e-4, atol=1e-6, check_dtype=False
+    )
 
 
 def _reused(plan, unit):
