@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import command
@@ -23,7 +22,13 @@ import pandas as pd
 import torch
 from kept_rows import KeptRows
 from scipy import stats
-from small_training import cut, documents, fresh_model, learn_tokenizer
+from small_training import (
+    fresh_model,
+    fresh_optimizer,
+    read_windows,
+    training_arguments,
+    update,
+)
 from tqdm import tqdm
 
 from lm_eval_coupling.figures.scatter import intervals
@@ -46,6 +51,7 @@ SIZES = {
     "seeds": 5,
 }
 RECIPE = ("column", *SIZES, "rate")
+KEPT_OUT = 64  # windows
 CONTROL = "none"
 FORMS = ("rotated", "raw")
 MEASURES = ("depth", "controls", "without_identity")
@@ -69,9 +75,7 @@ def train(member: dict[str, Any], windows, tokenizer, options) -> tuple[Any, flo
     model = fresh_model(tokenizer, options).train()
     draws = torch.Generator().manual_seed(member["seed"])
     batches = torch.randint(len(windows), (options.steps, options.windows), generator=draws)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = fresh_optimizer(model, options.rate)
     losses = []
     for step, batch in enumerate(tqdm(batches, desc=name_of(member), unit="step", leave=False)):
         loss = model(windows[batch], labels=windows[batch]).loss
@@ -80,13 +84,7 @@ def train(member: dict[str, Any], windows, tokenizer, options) -> tuple[Any, flo
             loss = loss + member["strength"] * coupling_penalty(
                 model, windows[batch], rank=options.rank, form=member["form"], seed=step
             )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        warm_up = min(1.0, 20 * (step + 1) / options.steps)
-        cosine = (1 + math.cos(math.pi * step / options.steps)) / 2
-        optimizer.param_groups[0]["lr"] = options.rate * warm_up * cosine
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, loss, rate=options.rate, step=step, last=options.steps)
     return model.eval(), float(np.mean(losses[-max(1, options.steps // 10) :]))
 
 
@@ -152,11 +150,7 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     }
     kept = KeptRows(options.out, "members.jsonl", recipe)
     rows = {(row["form"], row["strength"], row["seed"]): row for row in kept.rows}
-    texts = [text for source in options.texts for text in documents(source, options.column)]
-    tokenizer = learn_tokenizer(texts, options.vocabulary)
-    windows = cut(texts, tokenizer, options.context)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    kept_out, windows = windows.tensor_split([min(64, len(windows) // 2)])
+    tokenizer, kept_out, windows = read_windows(options, KEPT_OUT)
     for member in members(options):
         if tuple(member.values()) in rows:
             continue
@@ -176,15 +170,11 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
-    add("--column", nargs="+", default=["text"], metavar="NAME", help="columns of text")
-    add("--out", type=Path, required=True, metavar="INTERVENTION", help="folder of the results")
+    training_arguments(parser, SIZES, metavar="INTERVENTION", out="folder of the results")
     help_strengths = "factors of the penalty; a positive one lowers coupling (%(default)s)"
-    add("--strengths", type=float, nargs="+", default=[-1.0, 1.0], metavar="S", help=help_strengths)
-    for name, default in SIZES.items():
-        add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
-    add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=[-1.0, 1.0], metavar="S", help=help_strengths
+    )
     options = parser.parse_args(argv)
     if 0 in options.strengths:
         parser.error("got a strength of 0, which is the control; expected others")

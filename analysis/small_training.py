@@ -97,6 +97,22 @@ def cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, size: int) -> torc
     return torch.tensor(ids[: count * size]).view(count, size)
 
 
+def read_windows(
+    options: argparse.Namespace, kept_out: int
+) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torch.Tensor]:
+    """Learn a tokenizer from the texts, and cut them into windows in one order for all seeds.
+
+    Returns:
+        The tokenizer, at most ``kept_out`` windows that are not trained on, and the others.
+    """
+    texts = [text for source in options.texts for text in documents(source, options.column)]
+    tokenizer = learn_tokenizer(texts, options.vocabulary)
+    windows = cut(texts, tokenizer, options.context)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    first, others = windows.tensor_split([min(kept_out, len(windows) // 2)])
+    return tokenizer, first, others
+
+
 def fresh_model(
     tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace
 ) -> LlamaForCausalLM:
@@ -110,6 +126,29 @@ def fresh_model(
     config = LlamaConfig(vocab_size=len(tokenizer), **shape, **special)
     with seeded(options.seed):
         return LlamaForCausalLM(config)
+
+
+def fresh_optimizer(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def update(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    loss: torch.Tensor,
+    *,
+    rate: float,
+    step: int,
+    last: int,
+) -> None:
+    """Make one step; the rate goes up over a twentieth of the steps, then down along a cosine."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    warm_up = min(1.0, 20 * (step + 1) / last)
+    cosine = (1 + math.cos(math.pi * step / last)) / 2
+    optimizer.param_groups[0]["lr"] = rate * warm_up * cosine
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def save(folder: Path, model, tokenizer, optimizer) -> None:
@@ -152,9 +191,7 @@ def train(options: argparse.Namespace) -> None:
         if done
         else fresh_model(tokenizer, options)
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = fresh_optimizer(model, options.rate)
     if done:
         optimizer.load_state_dict(torch.load(folders[start] / "optimizer.pt"))
         rows = pd.read_csv(options.out / "training.csv").query("step < @start").to_dict("records")
@@ -179,35 +216,42 @@ def train(options: argparse.Namespace) -> None:
             )
             if not folders[step].exists():
                 save(folders[step], model, tokenizer, optimizer)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        warm_up = min(1.0, 20 * (step + 1) / last)
-        cosine = (1 + math.cos(math.pi * step / last)) / 2
-        optimizer.param_groups[0]["lr"] = options.rate * warm_up * cosine
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, loss, rate=options.rate, step=step, last=last)
+
+
+def training_arguments(
+    parser: argparse.ArgumentParser, sizes: dict[str, int], *, metavar: str, out: str
+) -> None:
+    """Add texts, ``--out``, sizes and learning rate to a parser."""
+    add = parser.add_argument
+    add("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
+    help_column = "columns of text; a table without some of them gives the others"
+    add("--column", nargs="+", default=["text"], metavar="NAME", help=help_column)
+    add("--out", type=Path, required=True, metavar=metavar, help=out)
+    for name, default in sizes.items():
+        add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
+    add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+
+
+def check_steps(parser: argparse.ArgumentParser, steps: list[int]) -> None:
+    """End the command if no training can be saved or measured at these steps."""
+    if min(steps) < 0 or max(steps) < 1:
+        given = " ".join(map(str, steps))
+        parser.error(f"got --steps {given}, expected none below 0 and a last one of 1 or more")
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    training_arguments(parser, SIZES, metavar="TRAINING", out="folder of the checkpoints")
     add = parser.add_argument
-    add("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
-    help_column = "columns of text; a table without some of them gives the others"
-    add("--column", nargs="+", default=["text"], metavar="NAME", help=help_column)
-    add("--out", type=Path, required=True, metavar="TRAINING", help="folder of the checkpoints")
     steps = [0, 10, 30, 100, 300, 1000]
     add("--steps", type=int, nargs="+", default=steps, metavar="N", help="steps to save")
-    for name, default in SIZES.items():
-        add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
-    add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the weights and of the order of the text")
     evaluation_arguments(parser)
     options = parser.parse_args(argv)
-    if min(options.steps) < 0 or max(options.steps) < 1:
-        given = " ".join(map(str, options.steps))
-        parser.error(f"got --steps {given}, expected none below 0 and a last one of 1 or more")
+    check_steps(parser, options.steps)
     train(options)
     evaluate_all([f"checkpoint-{step}" for step in sorted(set(options.steps))], options)
 

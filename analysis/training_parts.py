@@ -13,36 +13,31 @@ spearman.csv has, for every seed and reading, Spearman's correlation with less l
 from __future__ import annotations
 
 import argparse
-import math
-from pathlib import Path
 from typing import Any
 
 import command
 import pandas as pd
+import small_training
 import torch
 from coupling_analysis.line_figures import curves
 from coupling_analysis.study_tables import summarize
 from kept_rows import KeptRows
 from scipy import stats
-from small_training import cut, documents, fresh_model, learn_tokenizer
+from small_training import (
+    check_steps,
+    fresh_model,
+    fresh_optimizer,
+    read_windows,
+    training_arguments,
+    update,
+)
 from tqdm import tqdm
 
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 
-SIZES = {
-    "layers": 8,
-    "width": 128,
-    "heads": 4,
-    "mlp": 384,
-    "context": 128,
-    "vocabulary": 1024,
-    "windows": 8,
-    "rank": 10,
-    "prompts": 20,
-    "seeds": 3,
-}
+SIZES = small_training.SIZES | {"rank": 10, "prompts": 20, "seeds": 3}
 STEPS = [0, 10, 20, 40, 80, 160, 320, 640, 1280]
 RECIPE = ("column", "steps", *(name for name in SIZES if name != "seeds"), "rate")
 KEPT_OUT = 64  # windows
@@ -66,9 +61,7 @@ def train(seed: int, windows, kept_out, tokenizer, options) -> list[dict[str, An
     model, last = fresh_model(tokenizer, options).train(), max(options.steps)
     draws = torch.Generator().manual_seed(seed)
     batches = torch.randint(len(windows), (last, options.windows), generator=draws)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = fresh_optimizer(model, options.rate)
     rows = []
     for step in tqdm(range(last + 1), desc=f"seed {seed}", unit="step"):
         if step in options.steps:
@@ -79,13 +72,8 @@ def train(seed: int, windows, kept_out, tokenizer, options) -> list[dict[str, An
         if step == last:
             break
         batch = windows[batches[step]]
-        model(batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        warm_up = min(1.0, 20 * (step + 1) / last)
-        cosine = (1 + math.cos(math.pi * step / last)) / 2
-        optimizer.param_groups[0]["lr"] = options.rate * warm_up * cosine
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = model(batch, labels=batch).loss
+        update(model, optimizer, loss, rate=options.rate, step=step, last=last)
     return rows
 
 
@@ -146,11 +134,7 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
         name: getattr(options, name) for name in RECIPE
     }
     kept = KeptRows(options.out, "prompts.jsonl", recipe)
-    texts = [text for source in options.texts for text in documents(source, options.column)]
-    tokenizer = learn_tokenizer(texts, options.vocabulary)
-    windows = cut(texts, tokenizer, options.context)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    kept_out, windows = windows.tensor_split([min(KEPT_OUT, len(windows) // 2)])
+    tokenizer, kept_out, windows = read_windows(options, KEPT_OUT)
     needed = len(set(options.steps)) * min(options.prompts, len(kept_out))
     rows = pd.DataFrame(kept.rows, columns=["seed", "step", "tokens", "prompt", "loss", *READ])
     # A stop in the middle of writing leaves some rows of a seed, which is trained again.
@@ -166,18 +150,11 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("texts", type=Path, nargs="+", metavar="TEXT", help="files: plain text, .jsonl, .parquet")
-    add("--column", nargs="+", default=["text"], metavar="NAME", help="columns of text")
-    add("--out", type=Path, required=True, metavar="TRAINING", help="folder of the results")
-    add("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="steps to measure at")
-    for name, default in SIZES.items():
-        add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
-    add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    training_arguments(parser, SIZES, metavar="TRAINING", out="folder of the results")
+    help_steps = "steps to measure at"
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help=help_steps)
     options = parser.parse_args(argv)
-    if min(options.steps) < 0 or max(options.steps) < 1:
-        given = " ".join(map(str, options.steps))
-        parser.error(f"got --steps {given}, expected none below 0 and a last one of 1 or more")
+    check_steps(parser, options.steps)
     rows = run(options)
     spearman = correlate_with_loss(rows)
     command.save_table(options.out, "spearman", spearman.round(6))

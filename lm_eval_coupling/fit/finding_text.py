@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -155,6 +155,12 @@ def _describe_observations(observations: Observations) -> str:
     return " ".join(words)
 
 
+def _first_of(names: Sequence[str]) -> str:
+    """List the first names, and count those beyond ``MANY``."""
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    return f"{', '.join(names[:MANY])}{more}"
+
+
 def _plural(word: str, number: int) -> str:
     if number == 1:
         return word
@@ -200,10 +206,9 @@ def describe_predictors(
         if own[row["predictor"]]
         and is_beyond_chance(correlated[score, row["predictor"], "pearson"], row["p_simultaneous"])
     ]
-    more = f" and {len(clear) - MANY} more" if len(clear) > MANY else ""
     verdict = f"none goes with {score} beyond chance"
     if clear:
-        verdict = f"{len(clear)} go with {score} beyond chance: {', '.join(clear[:MANY])}{more}"
+        verdict = f"{len(clear)} go with {score} beyond chance: {_first_of(clear)}"
     yield (
         f"Of {len(distinct)} distinct predictors and ranks together (permutations that adjust for "
         f"all at once) {verdict}."
@@ -334,10 +339,9 @@ def describe_other_tasks(
     scores = f"{len(of)} {_plural('score', len(of))}"
     verdict = f"{main} adds nothing beyond chance to what the other tasks say of any of them"
     if clear:
-        more = f" and {len(clear) - MANY} more" if len(clear) > MANY else ""
         verdict = (
             f"{main} adds something to what the other tasks say of {len(clear)} of them "
-            f"({', '.join(clear[:MANY])}{more})"
+            f"({_first_of(clear)})"
         )
     yield (
         f"Scores of the other tasks as a rival: their mean z-score, seen from the other models, "

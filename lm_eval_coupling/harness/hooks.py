@@ -197,7 +197,6 @@ def _write_tables_with_results(tracking: Any) -> None:
             _write_tables(results, folder, date)
             if folder is not None and info is not None:
                 sharing.push_tables(self, info, folder, samples_follow=samples is not None)
-            if folder is not None and info is not None:
                 stem = Path(self.output_path).stem if folder != _model_folder(self) else "results"
                 _require_complete(folder / f"{stem}_{date}.json", json.loads)
 

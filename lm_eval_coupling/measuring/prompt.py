@@ -31,6 +31,7 @@ from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.workers import usable_threads
+from lm_eval_coupling.residual.tracing import equal_prompts
 
 # Layout of a tqdm bar of prompts, which may stand between two of them.
 BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -154,10 +155,7 @@ def groups_of_texts(
     Returns:
         Indices of the prompts, those of one text together and in their order.
     """
-    places: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        places.setdefault(tuple(prompt), []).append(index)
-    of_text = list(places.values())
+    of_text = equal_prompts(prompts)
     texts = [prompts[indices[0]] for indices in of_text]
     return [
         [index for text in group for index in of_text[text]]

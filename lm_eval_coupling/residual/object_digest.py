@@ -76,16 +76,18 @@ class Digester:
             yield from self.parts(function.func)
             yield "arguments", self.digest((function.args, function.keywords))
         elif isinstance(function, types.FunctionType) and not is_of_library(function):
-            code = function.__code__
-            self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
-            yield "code", self.digest(code)
+            self._note_outside(function.__code__)
+            yield "code", self.digest(function.__code__)
             for name, value in variables(function).items():
                 yield from self._expand(name, value)
         else:
             if is_of_user(function) and isinstance(type(function).__call__, types.FunctionType):
-                code = type(function).__call__.__code__
-                self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
+                self._note_outside(type(function).__call__.__code__)
             yield from self._expand("self", function)
+
+    def _note_outside(self, code: types.CodeType) -> None:
+        """Note as unreadable what a function reads that no digest of it holds."""
+        self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
 
     def _expand(self, name: str, value: Any) -> Iterator[tuple[str, str]]:
         """Yield the digests of a value's items: passes may change some, such as counters."""

@@ -34,8 +34,8 @@ def check_coupling(coupling: Mapping[str, Any], units: Sequence[Unit], problems:
     accepted = _accepted()
     Fields(coupling, "coupling", accepted, problems)
     shared = {name: value for name, value in coupling.items() if name in accepted}
-    problems += _refused(shared)
-    is_refused = any(True for _ in _refused(shared))
+    shared_refused = [*_refused(shared)]
+    problems += shared_refused
     checked: set[str] = set()
     for unit in units:
         own = {n: value for n, value in unit.arguments.items() if n.startswith(_PREFIX)}
@@ -47,7 +47,7 @@ def check_coupling(coupling: Mapping[str, Any], units: Sequence[Unit], problems:
         own = {name.removeprefix(_PREFIX): value for name, value in own.items()}
         own = {name: value for name, value in own.items() if name in accepted}
         # Settings of the plan that are wrong by themselves have been noted.
-        refused = [*_refused(own)] or [*_refused(own if is_refused else shared | own)]
+        refused = [*_refused(own)] or [*_refused(own if shared_refused else shared | own)]
         problems += [f"{place}: {problem}" for problem in refused]
 
 

@@ -60,30 +60,18 @@ def configuration(
         batch_size: a batch size instead of the plan's.
     """
     folder, tasks = plan.folder(unit).absolute(), list(tasks)
+    metadata = {NOTE: note(plan, unit, tasks)}
+    if plan.samples is not None:
+        return _measuring(plan, unit, tasks, folder) | {"metadata": metadata}
     coupling = {f"coupling_{name}": value for name, value in plan.coupling.items()}
     store = {"coupling_store": str(store_file(folder))} if plan.measures else {}
     model = {"pretrained": unit.model, "revision": unit.revision}
-    if plan.samples is not None:
-        store = {"store": str(store_file(folder))}
-        return {
-            "model": unit.model,
-            "results": [
-                str(evaluation.file.absolute())
-                for evaluation in unit.evaluations
-                if set(tasks) & set(evaluation.tasks)
-            ],
-            "out": str(folder),
-            "model_args": {"revision": unit.revision, **unit.arguments},
-            "coupling": store | dict(plan.coupling),
-            "device": plan.lm_eval.get("device"),
-            "metadata": {NOTE: note(plan, unit, tasks)},
-        }
     content = dict(plan.lm_eval) | {
         "model": "coupling-hf",
         "model_args": model | store | coupling | dict(unit.arguments),
         "tasks": [task.name for task in tasks],
         "output_path": str(folder),
-        "metadata": {NOTE: note(plan, unit, tasks)},
+        "metadata": metadata,
     }
     if any(task.num_fewshot is not None for task in tasks):
         content["include_path"] = [*include_paths(plan), str(overrides_folder(plan))]
@@ -92,6 +80,20 @@ def configuration(
     if batch_size is not None:
         content["batch_size"] = batch_size
     return content
+
+
+def _measuring(plan: Plan, unit: Unit, tasks: Iterable[Task], folder: Path) -> dict[str, Any]:
+    """Return the arguments of ``measure_samples`` for the evaluations that have these tasks."""
+    wanted = set(tasks)
+    evaluations = [each for each in unit.evaluations if not wanted.isdisjoint(each.tasks)]
+    return {
+        "model": unit.model,
+        "results": [str(evaluation.file.absolute()) for evaluation in evaluations],
+        "out": str(folder),
+        "model_args": {"revision": unit.revision, **unit.arguments},
+        "coupling": {"store": str(store_file(folder))} | dict(plan.coupling),
+        "device": plan.lm_eval.get("device"),
+    }
 
 
 def store_file(folder: Path) -> Path:

@@ -5,6 +5,7 @@ import time
 import cases
 import pytest
 import torch
+from torch_threads import torch_threads
 
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.numerics.pass_threads import PassThreads
@@ -14,10 +15,8 @@ from lm_eval_coupling.residual.tracing import LONG
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def test_threads_follow_the_share_of_the_last_pass(two_threads):

@@ -8,6 +8,7 @@ import time
 import cases
 import pytest
 import torch
+from torch_threads import torch_threads
 
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.numerics import limits
@@ -20,10 +21,8 @@ from lm_eval_coupling.residual import ResidualModel
 @pytest.fixture
 def threads():
     """Four threads for torch in this test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(4):
+        yield
 
 
 def test_results_come_in_order_from_threads_of_one_thread_each(threads):
