@@ -26,6 +26,7 @@ from small_training import (
     fresh_model,
     fresh_optimizer,
     read_windows,
+    recipe_of,
     training_arguments,
     update,
 )
@@ -145,9 +146,7 @@ def effects(rows: pd.DataFrame) -> pd.DataFrame:
 
 def run(options: argparse.Namespace) -> pd.DataFrame:
     """Train and measure the missing members; return one row for each member."""
-    recipe = {"texts": [str(file) for file in options.texts]} | {
-        name: getattr(options, name) for name in RECIPE if name != "seeds"
-    }
+    recipe = recipe_of(options, [name for name in RECIPE if name != "seeds"])
     kept = KeptRows(options.out, "members.jsonl", recipe)
     rows = {(row["form"], row["strength"], row["seed"]): row for row in kept.rows}
     tokenizer, kept_out, windows = read_windows(options, KEPT_OUT)

@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import command
 import pandas as pd
@@ -123,7 +125,8 @@ def fresh_model(
     }
     shape |= {"num_attention_heads": options.heads, "max_position_embeddings": options.context}
     special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
-    config = LlamaConfig(vocab_size=len(tokenizer), **shape, **special)
+    tied = {"tie_word_embeddings": options.tied}
+    config = LlamaConfig(vocab_size=len(tokenizer), **shape, **special, **tied)
     with seeded(options.seed):
         return LlamaForCausalLM(config)
 
@@ -162,9 +165,7 @@ def save(folder: Path, model, tokenizer, optimizer) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train and write the missing checkpoints."""
-    recipe = {"texts": [str(file) for file in options.texts]} | {
-        name: getattr(options, name) for name in RECIPE
-    }
+    recipe = recipe_of(options, RECIPE)
     recipe_file = options.out / "training.json"
     if recipe_file.exists() and json.loads(recipe_file.read_text()) != recipe:
         raise CouplingError(
@@ -231,6 +232,14 @@ def training_arguments(
     for name, default in sizes.items():
         add(f"--{name}", type=int, default=default, metavar="N", help="(%(default)s)")
     add("--rate", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--tied", action="store_true", help="tie the output embeddings to those of the input")
+
+
+def recipe_of(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that change what a training gives, to be compared with earlier ones."""
+    recipe = {"texts": [str(file) for file in options.texts]}
+    recipe |= {name: getattr(options, name) for name in names}
+    return recipe | ({"tied": True} if options.tied else {})
 
 
 def check_steps(parser: argparse.ArgumentParser, steps: list[int]) -> None:

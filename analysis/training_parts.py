@@ -28,6 +28,7 @@ from small_training import (
     fresh_model,
     fresh_optimizer,
     read_windows,
+    recipe_of,
     training_arguments,
     update,
 )
@@ -130,9 +131,7 @@ def quartiles(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
 
 def run(options: argparse.Namespace) -> pd.DataFrame:
     """Train and measure the missing seeds; return the rows of all of them."""
-    recipe = {"texts": [str(file) for file in options.texts]} | {
-        name: getattr(options, name) for name in RECIPE
-    }
+    recipe = recipe_of(options, RECIPE)
     kept = KeptRows(options.out, "prompts.jsonl", recipe)
     tokenizer, kept_out, windows = read_windows(options, KEPT_OUT)
     needed = len(set(options.steps)) * min(options.prompts, len(kept_out))

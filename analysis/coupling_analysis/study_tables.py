@@ -36,6 +36,7 @@ def read(
     weights: str | None = None,
     measures: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
+    places: str = "first",
 ) -> pd.DataFrame:
     """Read the newest record of every prompt, trained and untrained weights alike.
 
@@ -48,6 +49,7 @@ def read(
         weights: ``trained`` or ``untrained`` only.
         measures: readings to load; with ``columns``, nothing else is loaded.
         columns: further columns to load.
+        places: ``first``, the token that the run's values are of, or ``all`` measured tokens.
 
     Returns:
         One row per run, prompt and token, in the order of the files.
@@ -75,7 +77,8 @@ def read(
     for name, (run, table) in zip(names, tables, strict=True):
         if not tasks or table.task in tasks:
             with passing_over(problems):
-                frames.append(read_table(run, table, selected, "all").assign(model=name))
+                rows = read_table(run, table, selected, "all", places)
+                frames.append(rows.assign(model=name))
     require_tables(frames, problems, ", ".join(map(str, paths)))
     records = pd.concat(frames, ignore_index=True)
     _require_one_model_per_name(records)

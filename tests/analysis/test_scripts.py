@@ -188,6 +188,22 @@ def test_coupling_parts(run, tmp_path):
         script("coupling_parts")([str(run), "--out", str(tmp_path)])
 
 
+def test_token_positions(tmp_path):
+    """The last token is no other token as well, also of a prompt of one token."""
+    places = [(0, 0, 6), (1, 5, 6), (0, 0, 1)]  # place, position, tokens
+    rows = [
+        record(0 if n > 1 else 1, place=place, position=position, n_tokens=n, tokens=range(n))
+        | {"rotated_coupling": [0.1 + position / 100, 0.05]}
+        for place, position, n in places
+    ]
+    runs = save(tmp_path / "run", rows)
+    script("token_positions")([str(runs), "--rank", "10", "--out", str(tmp_path)])
+    rows = table(tmp_path, "token_positions").query("measure == 'rotated'").set_index("token")
+    assert rows["n"].to_dict() == {"1": 1, "last": 2}
+    assert rows["mean"].to_dict() == pytest.approx({"1": 0.1, "last": (0.15 + 0.1) / 2})
+    assert rows["x"].to_dict() == {"1": 1, "last": 3.5}
+
+
 def test_depth_profiles(run, tmp_path):
     script("depth_profiles")([str(run), "--out", str(tmp_path)])
     rows = table(tmp_path, "depth_profiles").query("weights == 'trained'")
