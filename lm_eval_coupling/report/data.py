@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lm_eval_coupling.saved.words import SavedWords, read_words
 DOCUMENTS = 200  # prompts of each table
 _DOCUMENTS_IN_ALL = 4000
 _DIGITS = 6
+_COUPLING = "coupling@"
 _FACTS = (
     "model",
     "revision",
@@ -253,8 +253,8 @@ def _read(
 
 
 def _ranks(row: Mapping[str, Any]) -> list[int]:
-    matches = [re.fullmatch(r"coupling@(\d+)", str(name)) for name in row]
-    return sorted(int(m[1]) for m in matches if m and math.isfinite(row[m[0]]))
+    names = [name for name in row if str(name).startswith(_COUPLING)]
+    return sorted(int(name.removeprefix(_COUPLING)) for name in names if math.isfinite(row[name]))
 
 
 def _round(number: float) -> float | int:

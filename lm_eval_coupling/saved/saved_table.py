@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lm_eval_coupling.saved.arrow_columns import frame_of_columns, to_columns
 from lm_eval_coupling.saved.precedence import Standing
@@ -19,6 +20,7 @@ from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.tables import UnreadableTable, open_table
 
 _ROWS_AT_ONCE = 64  # whose matrices are held together
+_FEW_ROWS = 50  # read by one thread, because passing them to others takes longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class SavedTable:
         parts = []
         for file in self._files(weights):
             with open_table(file, self._present(columns)) as table:
-                rows = _checked_columns(file, table.read(self._present(columns)))
+                rows = _checked_columns(file, _read(table, self._present(columns)))
             parts.append(_select(frame_of_columns(rows), columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
@@ -80,7 +82,7 @@ class SavedTable:
         parts: list[dict[str, np.ndarray]] = []
         for file in self._files(weights):
             with open_table(file, self._present(columns)) as table:
-                part = _checked_columns(file, table.read(self._present(columns)))
+                part = _checked_columns(file, _read(table, self._present(columns)))
             kept = _is_first(part.pop("place"))
             if weights != "all":
                 kept &= part["weights"] == weights
@@ -113,7 +115,7 @@ class SavedTable:
         present, is_empty = self._present(columns), True
         for file in self._files(weights):
             with open_table(file, present) as table:
-                for batch in table.iter_batches(batch_size=rows, columns=present):
+                for batch in _batches(table, present, rows):
                     rows_read = frame_of_columns(_checked_columns(file, batch))
                     part = _select(rows_read, columns, weights, places)
                     if len(part):
@@ -140,7 +142,7 @@ class SavedTable:
         present = self._present(columns)
         for file in self._files(weights):
             with open_table(file, present) as table:
-                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=present):
+                for batch in _batches(table, present):
                     read = _checked_columns(file, batch)
                     values = {name: column.tolist() for name, column in read.items()}
                     for row in zip(*values.values(), strict=True):
@@ -156,6 +158,17 @@ class SavedTable:
         if columns is None:
             return None
         return [name for name in self.columns if name in (*columns, "weights", "place")]
+
+
+def _read(table: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    return table.read(columns, use_threads=table.metadata.num_rows > _FEW_ROWS)
+
+
+def _batches(
+    table: pq.ParquetFile, columns: list[str] | None, rows: int = _ROWS_AT_ONCE
+) -> Iterator[pa.RecordBatch]:
+    use_threads = table.metadata.num_rows > _FEW_ROWS
+    return table.iter_batches(rows, columns=columns, use_threads=use_threads)
 
 
 def _checked_columns(file: Path, rows: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_AS_IT_IS = frozenset((str, int, bool, type(None)))
+
 
 def strict(
     value: Any, number: Callable[[float], float | int] = float, name: Callable[[Any], Any] = str
@@ -22,6 +24,11 @@ def strict(
     Returns:
         A copy in which a number that is not finite is None.
     """
+    kind = type(value)
+    if kind in _AS_IT_IS:  # first, because nearly all values of a large page are such or numbers
+        return value
+    if kind is float:
+        return number(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {name(key): strict(member, number, name) for key, member in value.items()}
     if isinstance(value, list | tuple):

@@ -237,7 +237,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     intact, schema, about = False, None, None
     with contextlib.suppress(pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
         intact = has_intact_footer(file)
-        schema = pq.read_schema(file)
+        with pq.ParquetFile(file) as table:  # in a third of the time of pq.read_schema
+            schema = table.schema_arrow
         about = json.loads((schema.metadata or {})[METADATA_KEY])
     if schema is None or about is None:
         raise UnreadableTable(
