@@ -19,10 +19,11 @@ $(BIN)/.ready: pyproject.toml
 setup: $(BIN)/.ready  ## a virtual environment with everything installed
 
 # Without the start-up hook, so that the tests import the package first, with checks of shapes on it.
-# Tests run side by side: the threads of their child processes would wait for each other.
+# Tests run side by side: the threads of their child processes would wait for each other. Three
+# workers keep two cores busy: one of them waits for SLURM for minutes.
 TEST = LM_EVAL_COUPLING_NO_HOOK=1 OMP_NUM_THREADS=1 $(BIN)/python
 test: setup  ## run all tests
-	$(TEST) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 QUICK_TESTS = $(addprefix tests/,jacobians measures measuring numerics saved statistics fit sweep \
 	test_language.py test_structure.py)

@@ -16,20 +16,24 @@ collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_inf
 
 # Files that take longest, the longest first, so that no worker is left alone with one at the end.
 LONG = [
-    "sweep_real",
+    "sweep_real",  # which waits for SLURM most of the time, while two other workers work
     "real_model",
+    "jacobians",
     "benchmarks",
     "processes",
     "results",
+    "sweep_of_samples",
+    "scored",
+    "more_families",
     "versions",
     "fuzz",
+    "decoding",
     "demo",
-    "more_families",
     "packaging",
-    "scored",
     "failures",
-    "jacobians",
     "scores",
+    "paper",
+    "weights",
 ]
 ORDER = {f"test_{name}.py": place for place, name in enumerate(LONG)}
 # Not in `make quick`: whole evaluations and sweeps, all model families, damaged files.

@@ -2,8 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from forked import forked_python
 
 import lm_eval_coupling
 
@@ -17,7 +18,7 @@ def test_a_wrong_argument_is_named_in_one_sentence():
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
     }
-    words = [sys.executable, str(tests / "wrong_arguments.py")]
+    words = [forked_python(), str(tests / "wrong_arguments.py")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling import ResidualModel, measure_coupling
@@ -43,7 +44,13 @@ def results(script, out, *arguments):
 
 
 @pytest.fixture
-def one_process(benchmark, monkeypatch):
+def forked(monkeypatch):
+    """Let benchmarks start processes by an interpreter that is ready at once."""
+    monkeypatch.setattr(sys, "executable", forked_python())
+
+
+@pytest.fixture
+def one_process(benchmark, forked, monkeypatch):
     """Start a process for the first measurement alone; the others repeat what it found."""
     machine, found = benchmark("machine"), []
     measure = machine.found_by

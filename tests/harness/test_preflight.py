@@ -3,11 +3,13 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -267,6 +269,7 @@ def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeyp
         "run": {"environment": {"HF_HUB_OFFLINE": "1"}},
     }
     monkeypatch.setenv("PYTHONPATH", lean_lm_eval(), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", forked_python())
     file = tmp_path / "plan.yaml"
     file.write_text(json.dumps(plan))
     assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4

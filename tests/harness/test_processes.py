@@ -2,14 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import kills
 import numpy as np
 import pytest
-from evaluations import EVALUATE, command, environment, numbers, run, stored, written
+from evaluations import (
+    EVALUATE,
+    command,
+    environment,
+    numbers,
+    run,
+    run_python,
+    stored,
+    written,
+)
 
 from lm_eval_coupling import load_records
 
@@ -48,7 +55,7 @@ def two(home, tmp_path_factory):
     folder, script = tmp_path_factory.mktemp("two"), home / "evaluations.py"
     script.write_text(EVALUATIONS)
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    words = run([sys.executable, *launch, script, home, "choice", "float32", folder])
+    words = run([*launch, script, home, "choice", "float32", folder])
     return folder, " ".join(words.split())
 
 
@@ -101,22 +108,28 @@ LAUNCHERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def alone(home, tmp_path_factory):
+    """The output of the command in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(command(home, folder / "out", folder / "store.sqlite"))
+    return folder / "out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_both_launchers_run_the_command_as_documented(home, tmp_path, name):
+def test_both_launchers_run_the_command_as_documented(home, alone, tmp_path, name):
     """One set of results and tables, of the documents and values of one process."""
-    python, *single = command(home, tmp_path / "one", tmp_path / "one.sqlite")
-    run([python, *single])
-    launcher = [python, "-m", *LAUNCHERS[name]]
+    launcher = ["-m", *LAUNCHERS[name]]
     port = {"accelerate": ["--main_process_port", 29592], "torchrun": ["--master_port", 29593]}
-    _, *double = command(home, tmp_path / "two", tmp_path / "two.sqlite")
+    double = command(home, tmp_path / "two", tmp_path / "two.sqlite")
     said = run([*launcher, *port[name], *double])
     assert said.count("Coupling at K = 2") == 1 and "on this process 4 prompts" in said
-    one, two = (written(tmp_path / out) for out in ("one", "two"))
+    one, two = written(alone), written(tmp_path / "two")
     assert len(list((tmp_path / "two").rglob("coupling_*.parquet"))) == 1
     assert one["results"]["tiny_choice"]["acc,none"] == two["results"]["tiny_choice"]["acc,none"]
     records = [
-        load_records(tmp_path / out).set_index("doc_hash").sort_index() for out in ("one", "two")
+        load_records(out).set_index("doc_hash").sort_index() for out in (alone, tmp_path / "two")
     ]
     assert list(records[0].index) == list(records[1].index) and len(records[1]) == 8
     for a, b in zip(*(frame.normalized_miscoupling for frame in records), strict=True):
@@ -128,11 +141,9 @@ def test_killed_runs_lose_nothing_and_measure_nothing_twice(tmp_path):
     """Killed at random moments while they measure; the last one's tables are those of a run left
     alone.
     """
-    words = [sys.executable, kills.__file__, "--kills", "3", "--documents", "60"]
+    words = [kills.__file__, "--kills", "3", "--documents", "60"]
     path = os.pathsep.join([environment()["PYTHONPATH"], str(Path(kills.__file__).parent)])
-    done = subprocess.run(
-        words, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    done = run_python(words, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (

@@ -16,7 +16,7 @@ from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling.harness import plugin
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.config.task import TaskConfig  # noqa: E402
@@ -81,10 +81,11 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """What a fresh interpreter with the hook loads beside all of lm-eval's tasks, off line."""
+    """What a fresh interpreter with the hook loads beside lm-eval's tasks, off line."""
     folder = tmp_path_factory.mktemp("anywhere")
     inherited = {k: v for k, v in os.environ.items() if k != "LM_EVAL_COUPLING_NO_HOOK"}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([lean_lm_eval(), str(ROOT)])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": path}
     found = subprocess.run(
         [sys.executable, "-c", LOAD, str(BENCHMARKS) if BENCHMARKS.is_dir() else ""],
         env=inherited | offline | {"HF_HOME": str(folder / "cache")},
@@ -105,6 +106,16 @@ def test_found_without_include_path_and_loaded_from_any_folder(loaded, demo):
     } == NAMES
     assert loaded["documents"] == {name: list(task.eval_docs) for name, task in demo.items()}
     assert set(demo) == LEAVES
+
+
+def test_no_task_of_lm_eval_has_a_name_of_ours():
+    """Of two entries of one name lm-eval keeps one; its index of all takes ten seconds."""
+    names = "|".join(NAMES)
+    defined = re.compile(rf"^(- *)?((task|group|tag): *)?['\"]?({names})['\"]?$", re.MULTILINE)
+    upstream = Path(lm_eval.tasks.__file__).parent
+    files = [*upstream.rglob("*.yaml")]
+    assert len(files) > 1000
+    assert not [file for file in files if defined.search(file.read_text("utf-8"))]
 
 
 def test_documents_are_read_beside_the_task_files(tmp_path, monkeypatch, demo):

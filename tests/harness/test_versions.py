@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from evaluations import HOOK, command, environment, evaluation, run, written
-from forked import run_forked
+from evaluations import HOOK, command, evaluation, run, run_python, written
 from lean_lm_eval import lean_lm_eval, save_lean_lm_eval
 
 from lm_eval_coupling import load_records
@@ -89,7 +88,7 @@ def without_hook(code, folder, *words):
     """Run a program in an interpreter in which no hook is installed."""
     script = folder / "run.py"
     script.write_text(code)
-    return run_forked([script, *words], environment() | {"LM_EVAL_COUPLING_NO_HOOK": "1"})
+    return run_python([script, *words], LM_EVAL_COUPLING_NO_HOOK="1")
 
 
 def test_the_class_needs_no_hook(release, home, tmp_path):

@@ -7,12 +7,12 @@ nothing.
 import copy
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import cases
 import pytest
 import torch
+from forked import forked_python
 from oracles import oracle
 from random_weights import with_lora
 from torch import nn
@@ -449,7 +449,7 @@ def test_blocks_on_several_devices_are_measured_where_they_lie():
     tests = Path(__file__).parents[1] / "support"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parents[1])))}
     done = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES],
+        [forked_python(), "-c", TWO_DEVICES],
         env=environment,
         capture_output=True,
         text=True,

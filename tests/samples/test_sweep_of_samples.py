@@ -7,11 +7,12 @@ import pytest
 import tiny
 import yaml
 from evaluations import written
+from forked import forked_python
 from test_measure_samples import equal_records, evaluate, measure
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.harness import plugin
-from lm_eval_coupling.sweep import checks, command
+from lm_eval_coupling.sweep import checks, command, work
 from lm_eval_coupling.sweep.command import survey
 from lm_eval_coupling.sweep.plan import PlanError, read
 
@@ -50,8 +51,12 @@ def plan_of(home, tmp_path, models=("model", "other"), **changes):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Leave out the check, which loads lm-eval's index of tasks and has tests of its own."""
+    """Leave out the check, which loads lm-eval's index of tasks and has tests of its own.
+
+    Units are measured by an interpreter that starts at once.
+    """
     monkeypatch.setattr(checks, "check", lambda plan, **options: {})
+    monkeypatch.setattr(work, "_MEASURE", (forked_python(), *work._MEASURE[1:]))
 
 
 def test_values_are_those_of_measuring_by_hand(home, tmp_path, unchecked, capsys):

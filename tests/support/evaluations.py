@@ -4,12 +4,11 @@ import json
 import os
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval
 import numpy as np
-from forked import run_forked
+from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -43,13 +42,21 @@ def environment():
     }  # without it accelerate takes several processes without GPUs for single ones
 
 
+def run_python(words, **variables):
+    """Run a Python script or module in a process of its own, with further variables."""
+    python = forked_python()  # in torch's launchers as well
+    return subprocess.run(
+        [python, *map(str, words)],
+        env=environment() | {"PYTHON_EXEC": python} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def run(words):
-    """Run a Python script or module in a process of its own; return all that it prints."""
-    words = list(map(str, words))
-    if words[1].endswith(".py"):
-        done = run_forked(words[1:], environment())
-    else:
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    """Run a Python script or module, which must succeed; return all that it prints."""
+    done = run_python(words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -87,12 +94,10 @@ if found:
 
 
 def evaluation(home, kind, out, store, dtype="float32", launcher=(), before=""):
-    """A fresh process, or several; each runs ``before`` first."""
+    """Return words for Python: an evaluation, before which each process runs ``before``."""
     script = home / f"evaluate_{hash(before)}.py"
     script.write_text(before + EVALUATE)
-    return [
-        str(word) for word in (sys.executable, *launcher, script, home, kind, dtype, out, store)
-    ]
+    return [*launcher, script, home, kind, dtype, out, store]
 
 
 def evaluate_and_log(home, out, *, tasks, **arguments):
@@ -138,7 +143,7 @@ def stored(store):
 
 
 def command(home, out, store, *words, limit="all"):
-    """Return lm-eval's own command with the start-up hook, for a tiny task."""
+    """Return words for Python: lm-eval's own command with the start-up hook, for a tiny task."""
     script = home / "command.py"
     script.write_text(
         f"import site\nsite.addsitedir({str(HOOK)!r})\n"
@@ -153,4 +158,4 @@ def command(home, out, store, *words, limit="all"):
         "--output_path": out,
     }
     given = [word for option in options.items() for word in option]
-    return [sys.executable, script, *given, "--log_samples", *words]
+    return [script, *given, "--log_samples", *words]

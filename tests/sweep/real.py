@@ -1,4 +1,4 @@
-"""Sweeps of real tiny models by lm-eval itself, in processes as a user's are."""
+"""Sweeps of real tiny models by lm-eval itself, in processes of their own."""
 
 import os
 import sqlite3
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import tiny
 import yaml
+from forked import forked_python
 
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.sweep import plan as plans
 from lm_eval_coupling.sweep.request import store_file
 
-QUICK = (sys.executable, str(Path(__file__).with_name("quick_lm_eval.py")))
+QUICK = str(Path(__file__).with_name("quick_lm_eval.py"))
 # Without the check, which loads lm-eval and its index of tasks: it has tests of its own.
 SWEEP = """
 import sys
@@ -58,7 +59,7 @@ def start(plan):
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(plan.file), *QUICK],
+        [sys.executable, "-c", SWEEP, str(plan.file), forked_python(), QUICK],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 
 import cases
@@ -288,7 +287,7 @@ def test_two_processes_train_as_without_it(tmp_path):
     here = Path(__file__).parent
     script.write_text(TWO.format(paths=[str(here), str(here.parent / "support")]))
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    said = run([sys.executable, *launcher, script, tmp_path])
+    said = run([*launcher, script, tmp_path])
     assert said.count("world 2") == 2
     plain, watched = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "watched")
