@@ -5,6 +5,7 @@ model, for every family.
 from __future__ import annotations
 
 import copy
+import functools
 
 import cases
 import pytest
@@ -30,12 +31,18 @@ SHARED_CASTS = 1e-6
 LINEAR_ATTENTION_CASTS = 1e-4
 
 
+@functools.lru_cache(maxsize=1)
+def model_and_wrapped(case, device):
+    """Wrap a family once for prompts of all lengths, which come one after the other."""
+    model = cases.tiny_model(case)
+    return model, wrapped_on(device, model)
+
+
 @pytest.mark.parametrize("seq", PAIRS)
 @pytest.mark.parametrize("case", cases.CASES)
 def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq, float64_device):
-    model = cases.tiny_model(case)
     tokens = cases.tiny_tokens(seq)
-    wrapped = wrapped_on(float64_device, model)
+    model, wrapped = model_and_wrapped(case, float64_device)
     for t_out, inputs in PAIRS[seq].items():
         with TrueDtype(torch.float64):
             expected = [
