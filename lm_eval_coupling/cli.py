@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -10,9 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.console import forget_backend_of_a_notebook, replace_unprintable_characters
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.console import (
+    forget_backend_of_a_notebook,
+    log_safely,
+    open_closed_streams,
+    replace_unprintable_characters,
+)
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.numerics.cores import limit_spinning
+from lm_eval_coupling.safe_text import for_terminal
 from lm_eval_coupling.saved.run_files import require_roots
 
 _DEVICE = "such as cuda or cpu (default: the best available)"
@@ -23,6 +30,7 @@ _FACTS = (
     "`revision`, and any of family, tuned (true/false), training_tokens, released (year or date), "
     "n_params, n_layers, d_model; further columns become predictors or groups"
 )
+_UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)  # of writing, without a name
 _INTERRUPTED = 130  # Exit code after Ctrl-C, also if everything measured was saved.
 
 
@@ -34,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 1 if a sweep or check found something missing. After a mistake of the
-        user, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
+        user or of a file, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
     """
+    open_closed_streams()
+    log_safely()
     replace_unprintable_characters()
     forget_backend_of_a_notebook()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -48,16 +58,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = command_parser().parse_args(words)
         if "folders" in options:
             require_roots(options.folders)  # before pandas is loaded
-        return options.command(options) or 0
+        code = options.command(options) or 0
+        sys.stdout.flush()  # here a full disk is an error of ours
+        return code
     except CouplingError as error:
-        print(f"lm-eval-coupling: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error), 2)
     except KeyboardInterrupt:
-        print("lm-eval-coupling: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:  # The reader, such as `head`, has ended.
+        return _say("interrupted", _INTERRUPTED)
+    except OSError as error:
+        return _end_after(error)
+
+
+def _end_after(error: OSError) -> int:
+    """Return the exit code after an error of writing or of a named file, told in a sentence.
+
+    Raises:
+        OSError: if it is another one, such as an error of the network.
+    """
+    if isinstance(error, BrokenPipeError) or error.errno in _UNWRITABLE:
+        # What stdout still holds back would fail once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    elif error.filename is None:
+        raise error
+    if isinstance(error, BrokenPipeError):  # The reader, such as `head`, has ended.
+        return 0
+    place = error.filename or "an output"
+    return _say(f"got {place}, which cannot be used ({why(error)}); choose another place", 2)
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"lm-eval-coupling: {for_terminal(sentence)}", file=sys.stderr)
+    return code
 
 
 class _Version(argparse.Action):
@@ -294,8 +325,7 @@ def _measure(options: argparse.Namespace) -> int:
         raise CouplingError("got no MODEL or no --out, expected both; see measure --help")
     if options.config is None and (options.prompts is None) == (options.samples is None):
         raise CouplingError("expected either PROMPTS or --samples RESULTS, got both or neither")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
+    log_safely(logging.INFO)
     arguments = _select(options, "out", "model_args", "coupling", "device")
     if options.prompts is not None:
         from lm_eval_coupling.texts import measure_texts
@@ -378,8 +408,7 @@ def _vision(options: argparse.Namespace) -> int:
     check_arguments(options.model, **_select(options, "out", "limit", "batch_size", "coupling"))
     from lm_eval_coupling.vision.evaluate import run_vision
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lm_eval.coupling").setLevel(logging.INFO)
+    log_safely(logging.INFO)
     arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
     run = run_vision(options.model, options.data, options.out, **arguments)
     print(run.summary, *([run.file] if run.file else []), sep="\n")

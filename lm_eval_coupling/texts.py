@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.harness.model_request import Measured, ModelRequest
 from lm_eval_coupling.measures.formulas.means import mean_and_error
+from lm_eval_coupling.saved.bounded import parse_json
 
 logger = logging.getLogger("lm_eval.coupling")
 FIELDS = ("prompt", "text", "tokens")
@@ -122,7 +123,7 @@ def read_lines(file: Path) -> list[Line]:
 
 def _line(line: str, where: str) -> Line:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise CouplingError(f"got {where}, which is no JSON ({error})") from None
     fields: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from saved_runs import record, save, task_summary
 
 import lm_eval_coupling.harness
 from lm_eval_coupling import cli
+from lm_eval_coupling.console import log_safely
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.model_request import Measured
 from lm_eval_coupling.vision.evaluate import VisionRun
@@ -120,6 +121,72 @@ def test_a_path_that_is_something_else_is_one_sentence(
     assert told.count("\n") == 1 or words.startswith(
         "sweep"
     )  # which tells everything that is wrong
+
+
+SIGNS = "\x1b]0;title\x07\x9b2J"
+
+
+def test_names_in_messages_cannot_command_the_terminal(tmp_path, capsys, monkeypatch):
+    """They were escaped in tables, but not in errors and warnings."""
+    assert cli.main(["show", str(tmp_path / SIGNS)]) == 2
+    told = capsys.readouterr().err
+    assert r"\x1b]0;title\x07\x9b2J" in told and SIGNS not in told
+    record = logging.LogRecord("x", logging.WARNING, "x", 1, "passed over: %s", (SIGNS,), None)
+    assert logging.lastResort.format(record) == r"passed over: \x1b]0;title\x07\x9b2J"
+    monkeypatch.setattr(logging, "lastResort", None)
+    log_safely()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        (None, 2, "got an output, which cannot be used (No space left on device)"),
+        ("/x/\x1b", 2, r"got /x/\x1b, which cannot be used (No space left on device)"),
+    ],
+)
+def test_an_error_of_the_file_system_is_a_sentence(monkeypatch, capfd, name, code, message):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device", name)
+
+    monkeypatch.setattr("lm_eval_coupling.report.terminal.show", fail)
+    monkeypatch.setattr("lm_eval_coupling.cli.os.dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    assert cli.main(["show", "/"]) == code
+    assert message in capfd.readouterr().err
+
+
+CLOSED = """
+import os, sys
+os.close(1)
+sys.stdout = None
+from lm_eval_coupling import cli
+assert cli.main(["show", sys.argv[1]]) == 0
+assert os.readlink("/proc/self/fd/1") == os.devnull
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
+def test_a_closed_output_is_no_place_for_files(saved):
+    """The next file that was opened had its number, and what libraries print went into it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED, saved], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_full_disk_behind_the_output_is_told(saved):
+    """The exit code was 120, with an exception that was ignored."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lm_eval_coupling", "show", saved],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "got an output, which cannot be used (No space left" in done.stderr
 
 
 def test_run_hands_everything_to_lm_eval(monkeypatch):

@@ -11,10 +11,15 @@ from lm_eval_coupling.saved.names import label_trainings
 from lm_eval_coupling.statistics import Correlation, correlation
 
 
-def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
+def checkpoints(rows: pd.DataFrame, predictor: str, notes: list[str]) -> pd.DataFrame:
     """Select the rows of trainings that were saved at two steps or more, in order.
 
     Checkpoints that were run in another way, such as in another dtype, are of another curve.
+
+    Args:
+        rows: of :func:`~.scores.scored_rows`.
+        predictor: a column that is known of every checkpoint that counts.
+        notes: a sentence is added for each step that has several weights.
 
     Returns:
         ``lineage, score_of, step, score, …``, each step once; ``lineage`` is the label of the
@@ -23,6 +28,15 @@ def checkpoints(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
     steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
     steps = steps.assign(lineage=label_trainings(steps))
     curve = ["lineage", "score_of"]
+    of_step, of_weights = (steps.groupby([*curve, name]) for name in ("step", "fingerprint"))
+    is_doubtful = {
+        "several weights at step {:g}, of which the newest count": of_step["fingerprint"],
+        "the weights of step {:g} at another step as well": of_weights["step"],
+    }
+    for words, values in is_doubtful.items():
+        doubtful = steps.loc[values.transform("nunique") > 1, ["lineage", "step"]]
+        for lineage, step in doubtful.drop_duplicates().to_numpy():
+            notes.append(f"{lineage} has {words.format(step)}")
     steps = steps.sort_values("time").drop_duplicates([*curve, "step"], keep="last")
     several = steps.groupby(curve)["step"].transform("nunique") > 1
     return steps[several].sort_values([*curve, "step"], ignore_index=True)

@@ -97,7 +97,7 @@ def fit_runs(
     rows = add_losses(rows, saved.runs, notes)
     observations = observe(rows, notes, x=x)
     main = observations.main.name
-    steps = checkpoints(rows, main)
+    steps = checkpoints(rows, main, notes)
     training = along_training(steps, main, resamples=resamples)
     rows_of_leaves = _leaves(runs, observations, tasks, score)
     documents = within_models.load_documents(saved.runs, rows_of_leaves, notes)

@@ -11,6 +11,7 @@ import pandas as pd
 from lm_eval_coupling.fit.other_tasks import OTHER_TASKS, add_other_tasks
 from lm_eval_coupling.fit.predictors import COVARIATES, Predictor, choose_predictors
 from lm_eval_coupling.fit.scores import some
+from lm_eval_coupling.saved.names import is_checkpoint
 from lm_eval_coupling.saved.shared_means import SharedMeans, mean_over_shared_items
 
 LEAST = 3  # models; with fewer there is nothing to compare
@@ -102,6 +103,9 @@ def observe(
         CouplingError: If there is no such predictor.
     """
     rows = _distinct_weights(_last_checkpoints(rows, notes), notes)
+    for lineage, own in rows.groupby("lineage", sort=False)["label"].unique().items():
+        if len(own) > 1:
+            notes.append(f"of {lineage} each counts as a model: {some(own)}")
     predictors = choose_predictors(add_other_tasks(rows, []), x, notes)
     # Of the models that remain: a copy among them would be seen in its original.
     own = [predictor for predictor in predictors if predictor.kind != "tasks"]
@@ -116,9 +120,17 @@ def observe(
 
 
 def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Keep the last checkpoint of each training, or the finished model, in all of its tasks."""
-    order = rows["step"].fillna(np.inf)
+    """Keep the last checkpoint of each training, or the finished model, in all of its tasks.
+
+    A checkpoint of an unknown step is of a later stage of the training.
+
+    Returns:
+        The rows of the last of each training; of several where none is known to be later.
+    """
+    beyond = rows["revision"].map(is_checkpoint).map({True: 1e300, False: np.inf})
+    order = rows["step"].fillna(beyond)
     is_last = order == order.groupby(rows["lineage"]).transform("max")
+    last = rows[is_last]
     if is_last.all():
         return rows
     earlier = rows[~is_last]
@@ -126,7 +138,6 @@ def _last_checkpoints(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         f"of {earlier['lineage'].nunique()} models the last checkpoint counts, "
         f"{len(earlier)} rows do not"
     )
-    last = rows[is_last]
     have = set(zip(last["lineage"], last["task"], strict=True))
     pairs = dict.fromkeys(zip(earlier["lineage"], earlier["task"], strict=True))
     labels = dict(zip(last["lineage"], last["label"], strict=True))

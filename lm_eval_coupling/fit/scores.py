@@ -208,7 +208,8 @@ def _differences(rows: pd.DataFrame) -> list[str]:
             notes.append(f"models differ in the {what} of {some(differ.index[differ])}")
     kinds: dict[str, list[str]] = {}
     for task, descriptions in rows.groupby("task", sort=False)["prompting"].unique().items():
-        for difference in find_disagreements(list(descriptions)):
+        ways = list(descriptions)
+        for difference in [*find_disagreements(ways), *find_disagreements(ways, of_the_model=True)]:
             kinds.setdefault(difference.kind, []).append(str(task))
     notes += [f"models differ in the {kind} of {some(tasks)}" for kind, tasks in kinds.items()]
     versions = sorted(set(rows["lm_eval_version"].dropna()))

@@ -12,6 +12,7 @@ from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness.lm_eval_internals import is_command_running
+from lm_eval_coupling.safe_text import for_terminal
 
 MODEL = "coupling-hf"
 _INTERRUPTED = "interrupted; prompts measured before are kept in the store"
@@ -137,4 +138,4 @@ def _exit(code: int, sentence: str) -> SystemExit:
 def _say(sentence: str) -> None:
     """Print one sentence; of several processes the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"lm-eval-coupling: {sentence}", file=sys.stderr)
+        print(f"lm-eval-coupling: {for_terminal(sentence)}", file=sys.stderr)

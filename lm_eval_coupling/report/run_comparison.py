@@ -14,6 +14,9 @@ from lm_eval_coupling.saved.saved_table import SavedTable
 from lm_eval_coupling.saved.values import means_of_parts, prompt_values, ranks_of
 from lm_eval_coupling.saved.what_was_run import WhatWasRun
 
+# Settings of measuring that no label has: ranks have rows of their own, and prompting the token.
+_SETTINGS = ("dtype", "method", "depth_version")
+
 
 def compare_runs(
     tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]
@@ -50,8 +53,9 @@ def compare_runs(
         base = bases.get(task, number)
         if base == number:
             continue
-        label, base_label = _with_differences(label, labels[base], what[number], what[base])
-        scores = score_difference(tables[number][0], tables[base][0], task)
+        runs = tables[number][0], tables[base][0]
+        label, base_label = _with_differences(label, labels[base], what[number], what[base], runs)
+        scores = score_difference(*runs, task, problems)
         for name in [name for name in own if name in couplings[base]]:
             both = pd.concat([own[name], couplings[base][name]], axis=1, join="inner").dropna()
             of_label, of_base = both.iloc[:, 0], both.iloc[:, 1]
@@ -65,13 +69,23 @@ def compare_runs(
     return pd.DataFrame(rows)
 
 
-def _with_differences(label: str, base: str, own: WhatWasRun, other: WhatWasRun) -> tuple[str, str]:
-    """Name in both labels everything in which the runs differ: dtype, prompts and answers."""
+def _with_differences(
+    label: str, base: str, own: WhatWasRun, other: WhatWasRun, runs: tuple[SavedRun, SavedRun]
+) -> tuple[str, str]:
+    """Name in both labels everything in which the runs differ: dtype, prompts, answers, settings.
+
+    Returns:
+        The label of the run and that of the base.
+    """
     texts = differing([own.prompting, other.prompting]) if own.prompting != other.prompting else {}
     dtypes = (own.dtype, other.dtype) if own.dtype != other.dtype else ("", "")
+    settings = [run.settings for run in runs]
+    differing_settings = [n for n in _SETTINGS if settings[0].get(n) != settings[1].get(n)]
     labels = []
-    for text, what, dtype in zip((label, base), (own, other), dtypes, strict=True):
-        parts = [part for part in (dtype, texts.get(what.prompting, "")) if part not in text]
+    for text, what, dtype, of in zip((label, base), (own, other), dtypes, settings, strict=True):
+        measured = [f"measured with {name}={of.get(name)}" for name in differing_settings]
+        parts = [dtype, *measured, texts.get(what.prompting, "")]
+        parts = [part for part in parts if part not in text]
         labels.append(f"{text} ({', '.join(parts)})" if parts else text)
     return labels[0], labels[1]
 

@@ -8,12 +8,14 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.report.overview_rows import paired_difference
-from lm_eval_coupling.saved.samples import read_answers
+from lm_eval_coupling.saved.samples import answers_of_run
 from lm_eval_coupling.saved.saved_run import SavedRun
 from lm_eval_coupling.saved.task_rows import is_score
 
 
-def score_difference(run: SavedRun, base: SavedRun, task: str) -> dict[str, Any]:
+def score_difference(
+    run: SavedRun, base: SavedRun, task: str, problems: list[str]
+) -> dict[str, Any]:
     """Compare the scores of two runs over the documents that both logged (``--log_samples``).
 
     The metric is the first that lm-eval lists for both.
@@ -22,6 +24,7 @@ def score_difference(run: SavedRun, base: SavedRun, task: str) -> dict[str, Any]
         run: the run in question.
         base: the run that it is compared with.
         task: a task of both.
+        problems: sentences on samples that are not whole are added.
 
     Returns:
         ``metric, score`` and ``base_score`` (means over the paired documents), the columns of
@@ -35,7 +38,7 @@ def score_difference(run: SavedRun, base: SavedRun, task: str) -> dict[str, Any]
     metric = next((name for name in metrics if name in base_metrics), None)
     if metric is None:
         return {}
-    own, other = _document_scores(run, task, metric), _document_scores(base, task, metric)
+    own, other = (_document_scores(of, task, metric, problems) for of in (run, base))
     both = pd.concat([own, other], axis=1, join="inner").dropna()
     if both.empty:
         return {}
@@ -48,8 +51,8 @@ def score_difference(run: SavedRun, base: SavedRun, task: str) -> dict[str, Any]
     )
 
 
-def _document_scores(run: SavedRun, task: str, metric: str) -> pd.Series:
-    answers = read_answers(run.samples(task), metric)
+def _document_scores(run: SavedRun, task: str, metric: str, problems: list[str]) -> pd.Series:
+    answers = answers_of_run(run, task, metric, problems)
     scores = {key: answer["scores"].get(metric) for key, answer in answers.items()}
     return pd.Series(scores, dtype=float)
 

@@ -204,15 +204,16 @@ class MeasurementStore:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            is_folder = self.path.is_dir()  # raises for a name that is too long
+            exists = self.path.exists()  # raises for a name that is too long
         except OSError as error:
             raise CouplingError(
                 f"got {self.path} as the store, whose folder cannot be made, or which cannot be "
                 f"looked at ({why(error)}); {_ANOTHER}"
             ) from None
-        if is_folder:
+        if exists and not self.path.is_file():  # SQLite would wait for a pipe, or fill a device
+            kind = "folder" if self.path.is_dir() else "device or pipe"
             raise CouplingError(
-                f"got the folder {self.path} as the store, expected a file; {_ANOTHER}"
+                f"got the {kind} {self.path} as the store, expected a file; {_ANOTHER}"
             )
         for place in (folder, self.path):  # SQLite writes its journal beside the file
             if place.exists() and not os.access(place, os.W_OK):

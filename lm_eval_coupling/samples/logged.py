@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,11 @@ from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.runs.rows import DocumentKey
+from lm_eval_coupling.saved.answer_settings import mapping
+from lm_eval_coupling.saved.bounded import parse_json, read_json
+from lm_eval_coupling.saved.jsonlines import read_lines
 from lm_eval_coupling.saved.prompting import model_arguments
+from lm_eval_coupling.saved.results_file import RESULTS, require_shape
 from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -24,6 +27,7 @@ _REQUEST_TYPES = {
     "loglikelihood_rolling": "loglikelihood_rolling",
     "generate_until": "generate_until",
 }
+_HASHES = ("doc_hash", "prompt_hash")
 _RERUN = "run lm_eval again with --log_samples"
 
 
@@ -88,7 +92,8 @@ class LoggedEvaluation:
                 f"got output_type={output_type!r} for task {task} in {self.file}, "
                 f"expected one of {', '.join(_REQUEST_TYPES)}"
             )
-        arguments, logged = sample["arguments"], sample.get("resps") or ()
+        arguments, resps = sample["arguments"], sample.get("resps")
+        logged = resps if isinstance(resps, list) else ()
         requests = []
         for number in range(len(arguments)):
             given = arguments[f"gen_args_{number}"]
@@ -97,8 +102,8 @@ class LoggedEvaluation:
                 raise CouplingError(
                     f"got images or audio in the samples of task {task}, expected text alone"
                 )
-            resps = logged[number] if number < len(logged) else ()
-            requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args, resps))
+            own = logged[number] if number < len(logged) else ()
+            requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args, own))
         return requests
 
 
@@ -206,12 +211,13 @@ def last_part(name: Any) -> str | None:
 
 def _read_results(file: Path) -> dict[str, Any]:
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        list(results["configs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CouplingError(
-            f"got {file}, expected the results of lm-eval, with `configs` ({why(error)})"
-        ) from None
+        results = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CouplingError(f"got {file}, expected the results of lm-eval ({why(error)})") from None
+    configs = results.get("configs") if isinstance(results, dict) else None
+    if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
+        raise CouplingError(f"got {file}, expected the results of lm-eval, with `configs`")
+    require_shape(file, results, RESULTS)
     return results
 
 
@@ -266,36 +272,49 @@ def _samples_file(results: Path, task: str) -> Path | None:
 def _read_samples(file: Path, task: str) -> list[dict[str, Any]]:
     """Read the whole lines; a line that was cut off is named and left out."""
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            logger.warning("coupling: line %d of %s is cut off and is left out", number, file)
-            continue
-        samples.append(_checked(sample, f"line {number} of {file}"))
+    try:
+        for number, line in enumerate(read_lines(file), 1):
+            if not line.strip():
+                continue
+            try:
+                sample = parse_json(line.decode("utf-8"))
+            except ValueError as error:
+                logger.warning(
+                    "coupling: line %d of %s is left out, for instance because it is cut off (%s)",
+                    *(number, file, why(error)),
+                )
+                continue
+            samples.append(_checked(sample, f"line {number} of {file}"))
+    except OSError as error:
+        raise CouplingError(f"got {file}, which cannot be read ({why(error)})") from None
     if not samples:
         raise CouplingError(f"got {file} without a whole line, expected the samples of {task}")
     return samples
 
 
 def _checked(sample: Any, where: str) -> dict[str, Any]:
-    if not isinstance(sample, dict) or not {"doc_id", "doc_hash", "prompt_hash"} <= sample.keys():
+    has_names = isinstance(sample, dict) and isinstance(sample.get("doc_id"), int)
+    if not has_names or not all(isinstance(sample.get(name), str) for name in _HASHES):
         raise CouplingError(f"got {where} without doc_hash and prompt_hash; {_RERUN}")
     arguments = sample.get("arguments")
-    numbered = isinstance(arguments, dict) and all(
-        isinstance(arguments.get(f"gen_args_{number}"), dict) for number in range(len(arguments))
-    )
-    if not arguments or not numbered:
+    if not _is_numbered(arguments, "gen_args") or not all(
+        _is_numbered(request, "arg") for request in arguments.values()
+    ):
         raise CouplingError(f"got {where} without the requests of lm-eval (`arguments`); {_RERUN}")
     return sample
+
+
+def _is_numbered(values: Any, name: str) -> bool:
+    """Return whether a mapping has the names ``name_0, name_1, …``, at least one."""
+    if not isinstance(values, dict) or not values:
+        return False
+    return values.keys() == {f"{name}_{number}" for number in range(len(values))}
 
 
 def _compare_count(
     results: Mapping[str, Any], task: str, samples: Sequence[Mapping[str, Any]]
 ) -> None:
-    evaluated = ((results.get("n-samples") or {}).get(task) or {}).get("effective")
+    evaluated = mapping((results.get("n-samples") or {}).get(task)).get("effective")
     logged = len({sample["doc_id"] for sample in samples})
     if evaluated is not None and logged != evaluated:
         logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SEED = 1234  # lm-eval's default for the choice of few-shot examples and for sampling
+_SEEDS = {"torch_seed": SEED, "random_seed": 0}  # lm-eval's defaults of those that answers have
 # Names of lm-eval's longest answer in tokens, the one that goes first at the front.
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -26,8 +28,9 @@ def describe_generation(
     if (most := arguments.get("max_gen_toks")) and settings:
         settings.setdefault("max_gen_toks", _plain_value(most))
     if settings.get("do_sample"):
-        seeds = {name: run.get(name) for name in ("torch_seed", "random_seed")}
-        settings |= {name: seed for name, seed in seeds.items() if seed not in (None, SEED, 0)}
+        settings |= {
+            name: run[name] for name, usual in _SEEDS.items() if run.get(name) not in (None, usual)
+        }
     words = [f"{name}={_setting(value)}" for name, value in sorted(settings.items())]
     return one_word(" ".join(words)) or None
 
@@ -72,9 +75,20 @@ def _setting(value: Any) -> str:
     return short_digest(value) or "none"
 
 
-def from_text(arguments: str) -> dict[str, str]:
-    """Return the arguments of a text such as ``a=1,b=2``."""
-    return dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+def from_text(arguments: str) -> Mapping[str, Any]:
+    """Return the arguments of a text such as ``a=1,b={"c": 2}``, or of a JSON object."""
+    if isinstance(given := _structure(arguments.strip()), dict):
+        return given
+    parts = re.split(r",(?![^][{}]*[]}])", arguments)  # at commas that stand in no bracket
+    pairs = [part.split("=", 1) for part in parts if "=" in part]
+    return {name: _structure(value) for name, value in pairs}
+
+
+def _structure(text: str) -> Any:
+    """Return the list or mapping that a text is in JSON, or else the text."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text) if text[:1] in ("[", "{") else text
+    return text
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError, shown, why
-from lm_eval_coupling.saved.bounded import read_text
+from lm_eval_coupling.saved.bounded import read_json
 from lm_eval_coupling.saved.csv_file import CsvFile, plain_name, read_csv
 from lm_eval_coupling.saved.fact_types import FACTS, typed_fact
 from lm_eval_coupling.saved.names import short_name
@@ -24,7 +23,7 @@ _CORRECTABLE = ("model", "revision", "step", "lineage", *FACTS)
 # Columns that `fit` makes of a run's, and others that no fact may stand for.
 _RESERVED = re.compile(
     r"log10_\w+|label|score|score_of|score_error|turned|metric|gold_answer_\w+|bits_per_byte"
-    r"|\w+@\d+"
+    r"|.*[,@].*"  # a metric of lm-eval, or a measure at a rank
 )
 
 
@@ -41,8 +40,8 @@ def facts_beside(results: Path) -> dict[str, Any]:
         if not file.is_file():
             continue
         try:
-            facts = json.loads(read_text(file))
-        except (OSError, ValueError, RecursionError) as error:
+            facts = read_json(file)
+        except (OSError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and was left out", file, why(error))
             continue
         if not isinstance(facts, dict):
@@ -107,7 +106,15 @@ def add_facts(runs: pd.DataFrame, file: Path | str) -> pd.DataFrame:
 def _columns(table: CsvFile, of_runs: set[str]) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Return the typed columns of facts by name, and the file's name of ``model, revision``."""
     correctable = {plain_name(name): name for name in _CORRECTABLE}
-    names = {correctable.get(plain_name(column), column): column for column in table.columns}
+    names: dict[str, str] = {}
+    for column in table.columns:
+        name = correctable.get(plain_name(column), column)
+        if name in names:
+            raise CouplingError(
+                f"got {table.file} with two columns {name}, {names[name]!r} and {column!r}, "
+                "expected one"
+            )
+        names[name] = column
     facts: dict[str, list[Any]] = {}
     for name, column in names.items():
         if name in ("model", "revision"):
@@ -148,6 +155,10 @@ def _require_unambiguous(named: set[str], models: set[str], file: Path | str) ->
         if len(meant := sorted(model for model in models if short_name(model) == short)) > 1:
             raise CouplingError(
                 f"got {short} in {file}, which may be {' or '.join(meant)}; give the full name"
+            )
+        if named.intersection(meant):
+            raise CouplingError(
+                f"got {short} and {meant[0]} in {file}, which name one model; give one of both"
             )
 
 

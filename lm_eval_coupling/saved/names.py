@@ -27,7 +27,9 @@ _STEP = re.compile(
 )
 _ENDS_WITH_STEP = re.compile(rf"(?P<training>.+?)[-_.](?P<step>{_STEP.pattern})", re.IGNORECASE)
 _TOKENS = re.compile(r"(?<![a-z])tokens[-_]?(\d+(?:\.\d+)?)([kmbt])(?![a-z0-9])")
-_LATER_STAGE = re.compile(r"(?<![a-z])(?:stage[-_]?(?:[2-9]|[1-9]\d)|ingredient[-_]?\d*)(?![0-9])")
+_LATER_STAGE = re.compile(
+    r"(?<![a-z])(?:(?:stage|phase)[-_]?0*(?:[2-9]|[1-9]\d)|ingredient[-_]?\d*|anneal|cooldown|decay)(?![0-9])"
+)
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -102,16 +104,30 @@ def label_trainings(rows: pd.DataFrame) -> pd.Series:
     """Label the training that each checkpoint belongs to.
 
     Checkpoints that were run with other arguments (``variant``), in another ``dtype`` or with other
-    prompts are of another curve.
+    prompts are of another curve. So are those whose revisions differ in more than step and tokens,
+    such as ``seed1-step1000`` and ``seed2-step1000``.
 
     Args:
-        rows: ``lineage, variant, dtype, prompting, task`` of checkpoints.
+        rows: ``lineage, revision, variant, dtype, prompting, task`` of checkpoints.
 
     Returns:
         Labels such as ``pythia-410m``, ``pythia-410m [dtype=float16]``, ``pythia-410m (5-shot)``.
     """
     lineages = rows.assign(model=rows["lineage"])
-    return _with_prompting(label_weights(lineages, labels(rows["lineage"].unique())), rows)
+    names = label_weights(lineages, labels(rows["lineage"].unique()))
+    names = _told_apart(names, rows["revision"].map(_beside_step), [rows["lineage"]], " [{}]")
+    return _with_prompting(names, rows)
+
+
+def is_checkpoint(revision: str) -> bool:
+    """Return whether a revision is named by a step, which may be of a later stage of training."""
+    return _STEP.search(revision.lower()) is not None
+
+
+def _beside_step(revision: str) -> str:
+    """Return what the revision of a checkpoint says besides step and tokens, such as ``seed2``."""
+    rest = _TOKENS.sub("", _STEP.sub("", revision.lower()))
+    return "-".join(re.findall(r"[^-_./\s]+", rest)) if is_checkpoint(revision) else ""
 
 
 def label_weights(rows: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.Series:

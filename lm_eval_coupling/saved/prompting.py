@@ -24,7 +24,8 @@ from lm_eval_coupling.saved.answer_settings import (
 UNKNOWN = "unknown prompts"  # of a table without results that says nothing of them
 _OF_THE_TASK = ("task text", "task version", "dataset", "documents")
 # Every task has these, so that they tell a reader something only where they differ.
-_HIDDEN_UNLESS_DIFFERENT = (*_OF_THE_TASK, "generation", "scoring")
+_OF_A_GROUP = ("shots by task", "group tasks", "group version")
+_HIDDEN_UNLESS_DIFFERENT = (*_OF_THE_TASK, *_OF_A_GROUP, "generation", "scoring")
 _DIGESTED = (
     "chosen samples",
     "chat template",
@@ -33,6 +34,8 @@ _DIGESTED = (
     "dataset",
     "documents",
     "scoring",
+    "shots by task",
+    "group tasks",
 )
 _ORDER = (  # of the parts; the arguments of the model that change tokens have no prefix
     "chat template",
@@ -43,11 +46,9 @@ _ORDER = (  # of the parts; the arguments of the model that change tokens have n
     *_HIDDEN_UNLESS_DIFFERENT,
     "chosen samples",
 )
-_PREFIXES = (*_DIGESTED, "task version", "generation", "few-shot seed", "token")
+_PREFIXES = (*_DIGESTED, "task version", "group version", "generation", "few-shot seed", "token")
 # Kinds that a run without configs says nothing of; another run's value is then no difference.
-_UNKNOWN_IF_ABSENT = (*_OF_THE_TASK, "scoring")
-# Kinds that follow from the model; scores of models that differ in them are still compared.
-_OF_THE_MODEL = ("chat template", "turns")
+_UNKNOWN_IF_ABSENT = (*_OF_THE_TASK, "group version", "scoring")
 # The fields of a task's configuration that its prompts and few-shot examples are rendered from.
 TEXTS: tuple[str, ...] = (
     "doc_to_text",
@@ -65,7 +66,7 @@ TEXTS: tuple[str, ...] = (
     "use_prompt",
 )
 # The fields of a task's configuration that make scores of answers.
-_SCORING = ("metric_list", "filter_list", "repeats", "process_results")
+_SCORING = ("output_type", "metric_list", "filter_list", "repeats", "process_results")
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
@@ -111,6 +112,7 @@ def describe_prompting(
     tasks: Sequence[str],
     coupling: Mapping[str, Any],
     documents: Mapping[str, str] = MappingProxyType({}),
+    group: str = "",
 ) -> str:
     """Describe how prompts and answers of tasks were made, and at which token they were measured.
 
@@ -121,6 +123,7 @@ def describe_prompting(
         tasks: one single task, or those of a group.
         coupling: what the run or the table says of its coupling; may be empty.
         documents: digests of the documents of tasks of which other runs have others.
+        group: name of the group whose tasks they are; "" for a single task.
 
     Returns:
         Parts such as ``5-shot, chat template 1f0c22ab, one turn, task text 9b3d8c11, token 0``.
@@ -134,8 +137,14 @@ def describe_prompting(
     }
     if not of_tasks:
         return ", ".join([UNKNOWN, *_token(coupling)])
-    shots = sorted({parts["shots"] for parts in of_tasks.values()})
-    described = ["/".join(shots) + "-shot"]
+    shots = {task: parts["shots"] for task, parts in of_tasks.items()}
+    described = ["/".join(sorted({*shots.values()})) + "-shot"]
+    if len({*shots.values()}) > 1:
+        described.append(f"shots by task {short_digest(shots)}")
+    if group:
+        described.append(f"group tasks {short_digest(sorted(tasks))}")
+        if version := _version((results.get("versions") or {}).get(group)):
+            described.append(f"group version {version}")
     kinds = dict.fromkeys(kind for parts in of_tasks.values() for kind in parts if kind != "shots")
     for kind in sorted(kinds, key=_order):
         values = {task: parts[kind] for task, parts in of_tasks.items() if parts.get(kind)}
@@ -333,11 +342,17 @@ class Disagreement:
     parts: tuple[str, str]
 
 
-def find_disagreements(descriptions: Sequence[str]) -> list[Disagreement]:
+def find_disagreements(
+    descriptions: Sequence[str], of_the_model: bool = False
+) -> list[Disagreement]:
     """Find what makes the scores of several models on one task differ, besides the models.
 
-    Chat templates and model arguments that belong to the model are left out, and what a run says
-    nothing of.
+    Chat templates are left out, and what a run says nothing of.
+
+    Args:
+        descriptions: of :func:`describe_prompting`.
+        of_the_model: find differences of model arguments that change tokens, which may belong to
+            the models, instead of all others.
 
     Returns:
         The first disagreement of each kind, in the order of the first description's parts.
@@ -346,7 +361,7 @@ def find_disagreements(descriptions: Sequence[str]) -> list[Disagreement]:
     kinds = dict.fromkeys(kind for parts in every for kind in parts)
     disagreements = []
     for kind in kinds:
-        if kind in _OF_THE_MODEL or kind in _ENCODING or kind == UNKNOWN:
+        if kind in ("chat template", UNKNOWN) or (kind in _ENCODING) != of_the_model:
             continue
         stated = [
             (number, parts.get(kind, ""))
@@ -354,6 +369,7 @@ def find_disagreements(descriptions: Sequence[str]) -> list[Disagreement]:
             if UNKNOWN not in parts
             and parts.get(kind) != "?-shot"
             and (kind in parts or kind not in _UNKNOWN_IF_ABSENT)
+            and (kind != "turns" or "chat template" in parts)
         ]
         other = next(((n, part) for n, part in stated if part != stated[0][1]), None)
         if other is not None:
@@ -371,9 +387,9 @@ def _kind(part: str) -> str:
     for prefix in _PREFIXES:
         if part.startswith(f"{prefix} "):
             return prefix
-    if part.endswith("-shot"):
+    if part.endswith("-shot") and "=" not in part:  # not the name of a tokenizer
         return "shots"
-    if part == "one turn":
+    if part.startswith("one turn"):
         return "turns"
     return part.split("=", 1)[0]
 

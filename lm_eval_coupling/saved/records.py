@@ -109,7 +109,7 @@ def require_tables(tables: Sequence[Any], problems: Sequence[str], path: Path | 
             else f"got {path}, which has no coupling_*.parquet; give the output folder of a run "
             "with --model coupling-hf"
         )
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         logger.warning("passed over: %s", problem)
 
 

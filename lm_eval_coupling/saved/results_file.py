@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError, shown, why
-from lm_eval_coupling.saved.bounded import read_text
+from lm_eval_coupling.saved.bounded import read_json
 from lm_eval_coupling.saved.tables import require_schema
 
-_DEEPEST = (
-    100  # levels of nesting; lm-eval writes about ten, and Python's parsers end at a thousand
-)
 _NUMBER = "a number"
 _TEXT = "a text"
 _ANYTHING = "anything"
@@ -60,10 +56,10 @@ COUPLING = {
     "untrained": {"seed": _NUMBER, "tasks": _Each(_SUMMARY, nullable=False)},
     "prompts": _Each(_ANYTHING),
 } | dict.fromkeys(("n_params", "n_layers", "d_model", "n_heads", "vocab_size"), _NUMBER)
-_RESULTS = {
+RESULTS = {
     "results": _Each(_Each(_ANYTHING), nullable=False),
     "group_subtasks": _Each(_ListOf(_TEXT)),
-    "configs": _Each(_Each(_ANYTHING)),
+    "configs": _Each({"output_type": _TEXT}),
     "higher_is_better": _Each(_Each(_ANYTHING)),
     "config": {"coupling": COUPLING},
     "model_name": _TEXT,
@@ -83,8 +79,8 @@ def read_results(file: Path) -> dict[str, Any]:
             another schema version.
     """
     try:
-        run = _plain_json(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
+        run = read_json(file)
+    except (OSError, ValueError) as error:
         raise CouplingError(
             f"got {file}, which is no readable results file ({why(error)}); remove it or run the "
             "evaluation again"
@@ -93,7 +89,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise CouplingError(
             f"got {file}, which has no results; expected a results_*.json that lm-eval wrote"
         )
-    require_shape(file, run, _RESULTS)
+    require_shape(file, run, RESULTS)
     if coupling := (run.get("config") or {}).get("coupling"):
         require_schema(file, coupling)
     return run
@@ -150,21 +146,6 @@ def _check_measure(measure: Any, place: str) -> None:
         if not (isinstance(values, dict) and value.keys() <= values.keys()):
             raise _Misshapen(f"{place}.{rank}", values, "mean, stderr and n")
         _check(values, value, f"{place}.{rank}")
-
-
-def _plain_json(text: str) -> Any:
-    """Parse JSON of bounded depth; halves of surrogate pairs, which have no UTF-8, become "?"."""
-    value = json.loads(text)
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_DEEPEST):
-        members = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [v for some in members for v in some if isinstance(v, dict | list)]
-    if level:
-        raise ValueError(f"its parts are nested more than {_DEEPEST} deep")
-    if re.search(r"\\u[dD][89a-fA-F]", text):
-        written = json.dumps(value, ensure_ascii=False)
-        value = json.loads(written.encode("utf-8", "replace").decode("utf-8"))
-    return value
 
 
 def number(value: Any) -> float:

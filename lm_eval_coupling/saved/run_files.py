@@ -182,7 +182,7 @@ def _without_copies(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the files without copies, and a sentence for each folder that holds copies."""
     same: dict[tuple[int, str], list[Path]] = {}
     for file in _of_equal_size(files):
-        same.setdefault((file.stat().st_size, _digest(file, _TAIL)), []).append(file)
+        same.setdefault((_size(file), _digest(file, _TAIL)), []).append(file)
     original: dict[Path, Path] = {}
     companions = functools.cache(_count_companions)
     for group in [group for group in same.values() if len(group) > 1]:
@@ -214,8 +214,16 @@ def _without_copies(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def _of_equal_size(files: Iterable[Path]) -> list[Path]:
     by_size: dict[int, list[Path]] = {}
     for file in files:
-        by_size.setdefault(file.stat().st_size, []).append(file)
+        by_size.setdefault(_size(file), []).append(file)
     return [file for group in by_size.values() if len(group) > 1 for file in group]
+
+
+def _size(file: Path) -> int:
+    """Return a file's size in bytes, -1 if it is gone since it was listed."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
 
 
 def _digest(file: Path, last: int | None = None) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.errors import why
 from lm_eval_coupling.saved.jsonlines import read_json_lines
 from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.saved_run import SavedRun
@@ -49,7 +50,8 @@ def read_answers(
         main_score: lm-eval's key, such as ``exact_match,strict-match``, of the metric that tells
             right from wrong.
         evaluated: how many documents lm-eval evaluated; NaN if unknown.
-        problems: sentences are added to it where lines are misshapen, missing or too many.
+        problems: sentences are added to it where the file cannot be read, or lines are misshapen,
+            missing or too many.
 
     Returns:
         For each document ``given`` (what the model answered), ``expected``, ``options`` (text and
@@ -59,29 +61,40 @@ def read_answers(
     answers: dict[str, dict[str, Any]] = {}
     main_filter = (main_score or ",").split(",", 1)[1]
     lines: Counter[str] = Counter()  # a document has a line per filter of the task
-    misshapen = 0
-    for sample in read_json_lines(file) if file else ():
-        try:
-            scores, response = _scores(sample), _response(sample)
-        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
-            misshapen += 1
-            continue
-        lines[str(sample.get("filter"))] += 1
-        answer = answers.setdefault(str(sample.get("doc_hash")), {"scores": {}})
-        answer["scores"] |= scores
-        if "given" not in answer or sample.get("filter") == main_filter:
-            answer |= response
+    problems, misshapen = [] if problems is None else problems, 0
+    try:
+        for sample in read_json_lines(file) if file else ():
+            try:
+                document = _document(sample)
+                scores, response = _scores(sample), _response(sample)
+            except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
+                misshapen += 1
+                continue
+            lines[str(sample.get("filter"))] += 1
+            answer = answers.setdefault(document, {"scores": {}})
+            answer["scores"] |= scores
+            if "given" not in answer or sample.get("filter") == main_filter:
+                answer |= response
+    except OSError as error:
+        problems.append(f"got {file}, which cannot be read ({why(error)})")
+        return {}
     for answer in answers.values():
         answer["right"] = {0: False, 1: True}.get(answer["scores"].get(main_score))
-    if problems is not None and misshapen:
+    if misshapen:
         problems.append(f"got {file} with {misshapen} lines that are not as lm-eval writes them")
     documents = max(lines.values(), default=0)
-    if problems is not None and documents and documents != evaluated and evaluated == evaluated:
+    if documents and documents != evaluated and not math.isnan(evaluated):
         problems.append(
             f"got {file} with the answers to {documents} documents, expected those to the "
             f"{evaluated:g} that were evaluated; copy it again"
         )
     return answers
+
+
+def _document(sample: Mapping[str, Any]) -> str:
+    if not isinstance(document := sample["doc_hash"], str):  # such documents would be one
+        raise TypeError
+    return document
 
 
 def _scores(sample: Mapping[str, Any]) -> dict[str, float]:
@@ -156,9 +169,10 @@ def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:
 
 def _likelihood(response: Any) -> float:
     try:
-        return float(response[0])
+        likelihood = float(response[0])
     except (TypeError, ValueError, LookupError):
         return math.nan
+    return likelihood if likelihood < 1e-3 else math.nan  # of a probability of at most 1
 
 
 def _expected(sample: Mapping[str, Any], options: Sequence[tuple[str, float]]) -> str | None:

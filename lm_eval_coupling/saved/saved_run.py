@@ -89,10 +89,13 @@ class SavedRun:
 
     @property
     def variant(self) -> str:
-        """Further arguments that make other weights of the model, such as ``peft=…``."""
+        """Further arguments that make other weights of the model, such as ``peft=…``.
+
+        ``dtype=…`` is one only where no type is known that the model ran in.
+        """
         plain = (None, "", False, "False")
         given = {key: self.arguments.get(key) for key in _VARIANTS}
-        if given["dtype"] == "auto":
+        if self.dtype or given["dtype"] == "auto":
             given["dtype"] = None
         return ", ".join(f"{key}={value}" for key, value in given.items() if value not in plain)
 
@@ -153,7 +156,7 @@ class SavedRun:
     def what_was_run(self, task: str) -> WhatWasRun:
         """Return what decides the numbers of a task or group; derived once."""
         if task not in self._what_was_run:
-            tasks = self.leaves.get(task) or [task]
+            members = self.leaves.get(task)
             self._what_was_run[task] = WhatWasRun(
                 model=self.model,
                 revision=self.revision,
@@ -162,7 +165,11 @@ class SavedRun:
                 fingerprint=self.fingerprint,
                 task=task,
                 prompting=describe_prompting(
-                    self.results, tasks, self._about(task), self.documents
+                    self.results,
+                    members or [task],
+                    self._about(task),
+                    self.documents,
+                    group=task if members else "",
                 ),
             )
         return self._what_was_run[task]

@@ -128,7 +128,7 @@ def _newest(
     """Return of the same weights, task and prompts the row that counts (:mod:`.precedence`).
 
     Weights that only scores were taken of have no fingerprint: they are those of their name, if
-    these were measured.
+    these were measured in the same dtype.
 
     Args:
         rows: in the order of their times.
@@ -142,8 +142,10 @@ def _newest(
             _standing(row, settings), _standing(latest[key], settings)
         ):
             latest[key] = row
-    measured = {key[:-2] for key in latest if key[-1]}
-    return [row for key, row in latest.items() if key[-1] or key[:-2] not in measured]
+    unknown = (None, None)  # dtype and fingerprint
+    measured = {(*key[:-1], None) for key in latest if key[-1]}
+    measured |= {(*key[:-2], *unknown) for key in measured}
+    return [row for key, row in latest.items() if key not in measured]
 
 
 def _standing(row: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> Standing:

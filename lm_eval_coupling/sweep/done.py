@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.sweep import state
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.request import NOTE, asked
 from lm_eval_coupling.sweep.source import same, source
@@ -80,9 +80,8 @@ def results(folder: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]
     Broken files, and results of other evaluations, are left out.
     """
     for file in sorted(folder.glob("*/results_*.json"), key=lambda file: file.name):
-        run = _read(file)
-        request = _note(run) if run is not None else None
-        if run is not None and request is not None:
+        run = state.read_json(file)
+        if (request := _note(run)) is not None:
             yield file, run, request
 
 
@@ -98,7 +97,7 @@ def set_aside(plan: Plan, unit: Unit) -> None:
         for file, run, request in results(plan.folder(unit))
     }
     for file in plan.folder(unit).glob("*/results_*.json"):
-        if file.is_file() and (reasons.get(file) is not None or _read(file) is None):
+        if file.is_file() and (reasons.get(file) is not None or not state.read_json(file)):
             for belonging in file.parent.glob(f"*_{file.stem.removeprefix('results_')}.*"):
                 belonging.rename(belonging.with_name(f"{belonging.name}.superseded"))
 
@@ -220,14 +219,6 @@ def _note(run: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(note, dict):
             return note
     return None
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return run if isinstance(run, dict) else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.saved.bounded import read_json as read_any_json
+
 LOG, RECORD, LOCK, FACTS = "log.txt", "state.json", "lock", "facts.json"
 
 
@@ -27,8 +29,8 @@ def read(folder: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object, empty if there is no regular file that holds one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        content = read_any_json(file) if file.is_file() else None
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

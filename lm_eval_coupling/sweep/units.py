@@ -183,6 +183,11 @@ def _arguments(fields: Fields, tokens: set[str]) -> dict[str, Any]:
         return {}
     if isinstance(value, str) and all("=" in part for part in _split(value)):
         pairs = [part.partition("=") for part in _split(value)]
+        names = [name.strip() for name, _, _ in pairs]
+        fields.problems += [
+            f"got {name} twice in {fields.at('args')}, expected it once"
+            for name in sorted({name for name in names if names.count(name) > 1})
+        ]
         value = {name.strip(): _value(text) for name, _, text in pairs}
     if not isinstance(value, Mapping) or not all(map(is_name, value)):
         fields.refuse("args", "name=value,name=value or a mapping")

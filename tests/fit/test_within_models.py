@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fitted_runs import QUICK, save_documents, save_model
+from fitted_runs import QUICK, observations, save_documents, save_model
 from saved_runs import record, sample, write_samples
 from scipy import stats
 
@@ -196,7 +196,7 @@ class TestTraining:
         couplings, scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.5, 0.4, 0.7, 0.6, 0.9]
         for i, (coupling, score) in enumerate(zip(couplings, scores, strict=True)):
             save_model(tmp_path / str(i), f"out/a/checkpoint-{10**i}", coupling, {"arc": score})
-        rows = checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10")
+        rows = checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10", [])
         assert rows["step"].tolist() == [1, 10, 100, 1000, 10_000, 100_000]
         found = along_training(rows, "coupling@10", resamples=QUICK)
         levels = found["a", "arc acc", "coupling@10", "levels"]
@@ -206,6 +206,46 @@ class TestTraining:
         )
         assert found["a", "arc acc", "coupling@10", "changes"].n == 5
 
+    def save_revisions(self, folder, *revisions):
+        for number, revision in enumerate(revisions):
+            more = {"revision": revision, "fingerprint": f"{folder.name} {revision}"}
+            date = f"2025-06-0{number + 1}T00-00-00"
+            save_model(folder, "org/a", number / 9, {"arc": number / 9}, date=date, **more)
+
+    def test_two_trainings_with_the_same_steps(self, tmp_path):
+        """Of two seeds in one repository every step was of the seed that was run last."""
+        names = [f"seed{seed}-step{step}" for seed in "12" for step in (10, 20, 30)]
+        self.save_revisions(tmp_path, *names)
+        rows = checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10", [])
+        assert rows.groupby("lineage")["step"].apply(list).to_dict() == {
+            f"a [seed{seed}]": [10, 20, 30] for seed in "12"
+        }
+
+    def test_a_step_of_several_weights_is_told(self, tmp_path):
+        self.save_revisions(tmp_path / "first", "step10", "step20")
+        self.save_revisions(tmp_path / "again", "step10")
+        notes = []
+        checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10", notes)
+        assert notes == ["a has several weights at step 10, of which the newest count"]
+
+    def test_weights_at_two_steps_are_told(self, tmp_path):
+        for step in (10, 20, 30):
+            name = f"out/a/checkpoint-{step}"
+            save_model(tmp_path, name, step / 90, {"arc": 0.3}, fingerprint=str(min(step, 20)))
+        notes = []
+        checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10", notes)
+        words = "has the weights of step {} at another step as well"
+        assert notes == [f"a {words.format(step)}" for step in (20, 30)]
+
+    def test_a_later_stage_comes_before_the_finished_model(self, tmp_path):
+        """Checkpoints of unknown steps counted as models beside it."""
+        names = ["stage1-step10", "stage2-ingredient1-step5", "stage2-ingredient2-step5"]
+        self.save_revisions(tmp_path, *names)
+        told = observations(tmp_path)
+        assert told.models == 2 and any("each counts as a model" in note for note in told.notes)
+        self.save_revisions(tmp_path, *names, "main")
+        assert set(observations(tmp_path).frame["label"]) == {"a"}
+
     def test_a_single_checkpoint_is_no_curve(self, tmp_path):
         save_model(tmp_path, "out/a/checkpoint-5", 0.1, {"arc": 0.3})
-        assert checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10").empty
+        assert checkpoints(scored_rows(load_runs(tmp_path), []), "coupling@10", []).empty

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from saved_runs import DATE, record, sample, save, task_summary, write_samples
+from saved_runs import DATE, SETTINGS, record, sample, save, task_summary, write_samples
 from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
@@ -466,3 +466,21 @@ def test_runs_without_samples_have_no_score_difference(tmp_path):
     out = io.StringIO()
     show(tmp_path, console=Console(file=out, width=100), compare=True)
     assert "tuned less base" in out.getvalue() and " acc " not in out.getvalue()
+
+
+def test_what_two_runs_were_measured_with_and_lack_is_told(tmp_path, caplog):
+    """A float64 run of another version of depth was compared with a float32 one without a word."""
+    for number, version in enumerate((1, 2)):
+        settings = SETTINGS | {"depth_version": version, "dtype": f"float{32 * version}"}
+        about = {"settings": settings, "run_id": str(number)}
+        rows = [record(doc_id=i, seed=number) for i in range(3)]
+        where = save(tmp_path, {"arc": task_summary()}, model=f"org/m{number}", rows=rows, **about)
+        write_samples(where, "arc", [sample(f"d{i}", acc=1.0) for i in range(2)])
+    out = io.StringIO()
+    show(tmp_path, console=Console(file=out, width=100), compare=True)
+    first, other = (
+        f"org/m{n} (measured with dtype=float{32 * (n + 1)}, measured with depth_version={n + 1})"
+        for n in (0, 1)
+    )
+    assert f"{other} less {first}" in " ".join(out.getvalue().split())
+    assert caplog.text.count("the answers to 2 documents, expected those to the 50") == 2

@@ -184,6 +184,10 @@ def test_unusable_places_are_refused(tmp_path, monkeypatch):
         MeasurementStore(tmp_path / "file" / "s.sqlite")
     with pytest.raises(CouplingError, match="expected a file"):
         MeasurementStore(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", os.devnull):  # one was waited for, the other kept nothing
+        with pytest.raises(CouplingError, match="got the device or pipe .* expected a file"):
+            MeasurementStore(place)
     monkeypatch.setattr(os, "access", lambda place, mode: False)  # permissions do not bind root
     with pytest.raises(CouplingError, match="not writable"):
         MeasurementStore(tmp_path / "s.sqlite")

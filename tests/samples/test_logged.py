@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -143,3 +144,62 @@ def test_groups_are_nested_as_they_were_requested(tmp_path):
     evaluation = read_evaluation(save(tmp_path, SAMPLE, results=about))
     assert evaluation.roots == [[["t"], "t"]]
     assert evaluation.members == {"outer": ["t"], "inner": ["t"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_hash": ["a"]}, "without doc_hash and prompt_hash"),
+        ({"doc_id": None}, "without doc_hash and prompt_hash"),
+        ({"arguments": {"gen_args_0": {}}}, "without the requests"),
+        ({"arguments": {"gen_args_0": {"context": "Q"}}}, "without the requests"),
+        ({"arguments": {"gen_args_1": {"arg_0": "Q"}}}, "without the requests"),
+    ],
+)
+def test_misshapen_samples_are_refused(tmp_path, change, message):
+    """Each ended in a traceback while the model was measured."""
+    with pytest.raises(CouplingError, match=message):
+        read_evaluation(save(tmp_path, SAMPLE | change))
+
+
+def test_responses_of_another_type_are_none(tmp_path):
+    evaluation = read_evaluation(save(tmp_path, SAMPLE | {"resps": {"a": 1}}))
+    (request,) = evaluation.requests("t", evaluation.samples["t"][0])
+    assert request.resps == ()
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"configs": {"t": None}},
+        {"configs": {"t": {}}, "group_subtasks": {"g": "t"}},
+        {"configs": {"t": {}}, "n-samples": 3},
+    ],
+)
+def test_misshapen_results_are_refused(tmp_path, results):
+    with pytest.raises(CouplingError, match="got .*results_.*json"):
+        read_evaluation(save(tmp_path, SAMPLE, results=results))
+
+
+def test_lines_that_are_no_json_in_utf_8_are_named_and_left_out(tmp_path, caplog):
+    """A file of another encoding was a traceback; a name that stands twice had its last value."""
+    folder = save(tmp_path, SAMPLE)
+    (file,) = folder.glob("samples_*")
+    line = json.dumps(SAMPLE | {"doc_id": 1, "target": "é"}, ensure_ascii=False)
+    twice = json.dumps(SAMPLE)[:-1] + ', "doc_id": 2}'
+    with file.open("ab") as lines:
+        lines.write(line.encode("latin-1") + b"\n" + twice.encode() + b"\n" + b"[" * 10**5)
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        (sample,) = read_evaluation(folder).samples["t"]
+    assert sample["doc_id"] == 0
+    reasons = ("line 2 of", "no UTF-8", "line 3 of", "'doc_id' twice", "line 4 of", "nested more")
+    assert all(reason in caplog.text for reason in reasons)
+
+
+def test_pipes_among_evaluations_are_not_opened(tmp_path):
+    folder = save(tmp_path, SAMPLE)
+    os.mkfifo(folder / "samples_u_2026-01-01T00-00-00.0.jsonl")
+    assert list(read_evaluation(folder).samples) == ["t"]
+    os.mkfifo(folder / "results_pipe.json")
+    with pytest.raises(CouplingError, match="results_pipe.json, .* no regular file"):
+        read_evaluation(folder)

@@ -62,6 +62,9 @@ def test_what_people_write_is_understood(tmp_path, text, name, value):
         ("model,n_layers\ntiny,12.5\n", "expected a positive whole number"),
         ("model,tuned\ntiny,maybe\n", "'maybe' in the column tuned .*expected true or false"),
         ("model,a,a\ntiny,1,2\n", "two columns 'a'"),
+        ("model,family,Family\ntiny,a,b\n", "two columns family, 'family' and 'Family'"),
+        ("model,n_params,N Params\ntiny,5,6\n", "two columns n_params, 'n_params' and 'N Params'"),
+        ("model,a\norg/tiny,1\ntiny,2\n", "got tiny and org/tiny in .* name one model"),
         ("model,a,b\ntiny,1\n", "2 cells in line 2, expected 3"),
         ("model,a\n,1\n", "without a model in the row of line 2"),
         ("model,a\ntiny,1\ntiny,2\n", "tiny more than once .lines 2 and 3"),
@@ -90,6 +93,7 @@ def test_what_has_no_one_meaning_is_refused_by_name_and_place(tmp_path, text, me
         ({"family": [1]}, True),
         ({"log10_params": 3}, True),
         ({"loss": math.inf}, True),
+        ({"gsm,none": 0.5}, True),
         ([], True),
     ],
 )
@@ -112,6 +116,9 @@ def test_facts_of_a_sweep_are_typed_as_well(tmp_path, caplog, facts, warned):
         ("stage2-ingredient1-step11931-tokens50B", None, None),
         ("checkpoint-1_000", None, None),
         ("step1,000", None, None),
+        ("stage02-step10-tokens5B", None, None),
+        ("phase2-step10", None, None),
+        ("anneal-step10-tokens5B", None, None),
         ("footstep12", None, None),
     ],
 )

@@ -45,6 +45,27 @@ DIFFERENCES = {
         for b in (False, True)
     ),
     "shots": ({"n-shot": {"arc": 0}}, {"n-shot": {"arc": 5}}),
+    "shots, of a tokenizer that is named like a number of them": tuple(
+        {
+            "n-shot": {"arc": n},
+            "config": {"model_args": {"pretrained": "org/x", "tokenizer": "me/few-shot"}},
+        }
+        for n in (0, 5)
+    ),
+    "turns": tuple(
+        {"chat_template": "x", "chat_template_sha": "1" * 8, "fewshot_as_multiturn": b}
+        for b in (True, False)
+    ),
+    "output type": tuple(
+        {"configs": {"arc": ARC | {"output_type": t}}} for t in ("multiple_choice", "loglikelihood")
+    ),
+    "seed of sampling": tuple(
+        {
+            "configs": {"arc": GENERATED},
+            "config": {"gen_kwargs": {"do_sample": True}, "torch_seed": seed},
+        }
+        for seed in (1234, 0)
+    ),
     "logged documents": tuple({"task_hashes": {"arc": digit * 64}} for digit in "ab"),
     "documents": tuple(
         {"prompts": {"arc": {"num_fewshot": 5, "documents": {"number": 50, "digest": digit * 64}}}}
@@ -60,6 +81,29 @@ def edit(where, date, changes):
     run["config"]["coupling"] |= {k: changes[k] for k in ("prompts",) if k in changes}
     others = {k: v for k, v in changes.items() if k not in ("config", "prompts")}
     file.write_text(json.dumps(run | others))
+
+
+# What two runs of the group `all` of arc and gsm differ in, with every task's own part the same.
+OF_GROUPS = {
+    "shots by task": tuple({"n-shot": {"arc": n, "gsm": 5 - n}} for n in (0, 5)),
+    "group version": tuple({"versions": {"arc": 1, "gsm": 1, "all": n}} for n in (1, 2)),
+    "group tasks": tuple({"group_subtasks": {"all": names}} for names in (["arc", "gsm"], ["arc"])),
+}
+
+
+@pytest.mark.parametrize("what", OF_GROUPS)
+def test_differences_of_a_group(tmp_path, what):
+    """0 and 5 examples for its two tasks, and 5 and 0, were one "0/5-shot" for the group."""
+    tasks = {"arc": task_summary(), "gsm": task_summary()}
+    for model, changes in zip(("org/a-1b", "org/b-2b"), OF_GROUPS[what], strict=True):
+        where = save(
+            tmp_path, tasks, model=model, fingerprint=model, groups={"all": ["arc", "gsm"]}
+        )
+        edit(where, DATE, changes)
+    rows = load_runs(tmp_path)
+    assert rows.loc[rows["task"] == "all", "prompting"].nunique() == 2
+    with pytest.raises(CouplingError, match=f"got all with different {what}"):
+        scored_rows(rows[rows["task"] == "all"], [])
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
@@ -140,6 +184,40 @@ def test_what_belongs_to_a_model_does_not_keep_models_apart(tmp_path):
     assert any("use of a chat template" in note for note in notes)
 
 
+@pytest.mark.parametrize("second", ["bfloat16", "torch.bfloat16", "auto", None])
+def test_a_dtype_given_in_two_ways_is_one_run(tmp_path, second):
+    """`dtype=auto`, which resolved to bfloat16, and `dtype=bfloat16` were two models."""
+    for number, dtype in enumerate(("auto", second)):
+        date = f"2025-06-0{number + 1}T00-00-00"
+        where = save(tmp_path, {"arc": task_summary()}, date=date, run_id=str(number))
+        given = {"pretrained": "org/tiny"} | ({"dtype": dtype} if dtype else {})
+        edit(where, date, {"config": {"model_args": given}})
+    (row,) = load_runs(tmp_path).to_dict("records")
+    assert (row["variant"], row["dtype"]) == ("", "bfloat16")
+
+
+def test_scores_in_another_dtype_are_not_those_of_the_measured_run(tmp_path):
+    """They vanished behind it."""
+    save(tmp_path, {"arc": task_summary()})
+    date = "2025-07-01T00-00-00"
+    where = save(tmp_path, {"arc": task_summary()}, date=date, coupling=False)
+    for dtype, rows in (("torch.float32", 2), ("torch.bfloat16", 1), (None, 1)):
+        run = json.loads((where / f"results_{date}.json").read_text())
+        run["config"] |= {"model_dtype": dtype, "model_args": "pretrained=org/tiny"}
+        (where / f"results_{date}.json").write_text(json.dumps(run))
+        assert len(load_runs(tmp_path)) == rows
+
+
+def test_arguments_of_models_that_change_tokens_are_told(tmp_path):
+    for number, model in enumerate(("org/a-1b", "org/b-2b")):
+        where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
+        arguments = {"pretrained": model, "enable_thinking": bool(number)}
+        edit(where, DATE, {"config": {"model_args": arguments}})
+    notes = []
+    scored_rows(load_runs(tmp_path), notes)
+    assert "models differ in the enable_thinking of arc" in notes
+
+
 def test_a_generation_setting_of_no_generated_answer_is_no_difference(tmp_path):
     for number, model in enumerate(("org/a-1b", "org/b-2b")):
         where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
@@ -156,13 +234,15 @@ def test_a_generation_setting_of_no_generated_answer_is_no_difference(tmp_path):
         ({"do_sample": True, "temperature": 1}, {"do_sample": "true", "temperature": "1.0"}),
         ({"max_gen_toks": 64}, {"max_new_tokens": 64.0}),
         ({"until": ["x"]}, {"until": "x"}),
+        ('{"do_sample": true, "temperature": 0.7}', "do_sample=True,temperature=0.7"),
+        ('until=["a", "b"],max_gen_toks=64', {"until": ["a", "b"], "max_gen_toks": 64}),
     ],
 )
 def test_one_setting_of_generation_given_in_two_ways(tmp_path, first, second):
     """A text of the command line and a number of Python made two ways of prompting."""
     for model, settings in (("org/a-1b", first), ("org/b-2b", second)):
         where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)
-        edit(where, DATE, {"configs": {"arc": GENERATED | {"generation_kwargs": settings}}})
+        edit(where, DATE, {"configs": {"arc": GENERATED}, "config": {"gen_kwargs": settings}})
     assert len(scored_rows(load_runs(tmp_path), [])) == 2
 
 
@@ -182,12 +262,19 @@ def test_versions_and_generation_are_told_only_where_they_differ():
 
 
 @pytest.mark.parametrize(
-    "second", [{"dtype": "float16"}, {"variant": "dtype=float16"}, {"prompting": "5-shot"}]
+    "second",
+    [
+        {"dtype": "float16"},
+        {"variant": "peft=a"},
+        {"prompting": "5-shot"},
+        {"revision": "seed2-step1000"},
+    ],
 )
 def test_checkpoints_that_were_run_in_two_ways_are_two_trainings(second):
     import pandas as pd
 
     first = {"lineage": "org/p", "variant": "", "dtype": "float32", "prompting": "0-shot"}
+    first |= {"revision": "step1000"}
     rows = [item | {"task": "t"} for item in (first, first | second, first, first | second)]
     labels = label_trainings(pd.DataFrame(rows))
     assert labels.nunique() == 2 and labels[0] == labels[2] != labels[1]

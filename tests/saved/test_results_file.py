@@ -40,6 +40,7 @@ MISSHAPEN = [
     (["group_subtasks"], {"g": [3]}, "group_subtasks.g.0. = 3, expected a text"),
     (["versions"], 1, "versions = 1, expected a mapping"),
     (["configs"], {"arc": "x"}, "configs.arc = 'x', expected a mapping"),
+    (["configs"], {"arc": {"output_type": ["x"]}}, "output_type = .'x'., expected a text"),
     (["higher_is_better"], {"arc": True}, "higher_is_better.arc = True, expected a mapping"),
     (["model_name"], {}, "model_name = {}, expected a text"),
 ]
@@ -101,6 +102,7 @@ def test_names_without_utf_8(tmp_path):
 def test_undefined_is_nan_at_any_rank(tmp_path):
     """A task of a model of one block, or of a rank that no Jacobian has, was a TypeError."""
     run = results({"arc": task_summary(), "gsm": task_summary()}, groups={"all": ["arc", "gsm"]})
+    run = json.loads(json.dumps(run))  # with ranks as texts
     summaries = run["config"]["coupling"]["tasks"]
     for name, values in summaries["arc"]["measures"].items():
         undefined = {"mean": None, "stderr": None, "n": 0}

@@ -1,5 +1,8 @@
 """What a model answered, as lm-eval's samples tell it."""
 
+import json
+from pathlib import Path
+
 from saved_runs import sample, write_samples
 
 from lm_eval_coupling.saved.samples import read_answers
@@ -105,4 +108,35 @@ class TestAnswers:
         assert read_answers(tmp_path / "none.jsonl", "acc,none") == {}
         file = write_samples(tmp_path, "t", [sample("a"), [], {}])
         file.write_text(file.read_text() + '{"doc_hash": "b", "tar')
-        assert set(read_answers(file, None)) == {"a", "None"}
+        assert set(read_answers(file, None)) == {"a"}
+
+    def test_lines_without_a_hash_are_no_one_document(self, tmp_path):
+        """All documents of an old lm-eval were one, whose loss was that of the last line."""
+        lines = [sample(None) for _ in range(3)]
+        del lines[0]["doc_hash"]
+        problems = []
+        file = write_samples(tmp_path, "t", lines)
+        assert read_answers(file, "acc,none", evaluated=3, problems=problems) == {}
+        assert "with 3 lines that are not as lm-eval writes them" in problems[0]
+
+    def test_lines_of_another_encoding_are_left_out_and_counted(self, tmp_path):
+        """An é of one byte was replaced by a character of three, by which the loss was divided."""
+        file, problems = tmp_path / "samples_t_x.jsonl", []
+        lines = [json.dumps(sample(name, target="é"), ensure_ascii=False) for name in "ab"]
+        file.write_bytes(lines[0].encode("latin-1") + b"\n" + lines[1].encode() + b"\n")
+        assert set(read_answers(file, "acc,none", evaluated=2, problems=problems)) == {"b"}
+        assert "the answers to 1 documents, expected those to the 2" in problems[0]
+
+    def test_a_probability_above_one_is_none(self, tmp_path):
+        given = [["1.5", "False"], ["-2.5", "False"]]
+        assert self.read(tmp_path, sample("a", filtered_resps=given))["a"]["options"] == []
+
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path, monkeypatch):
+        file, problems = write_samples(tmp_path, "t", [sample("a")]), []
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+        assert read_answers(file, "acc,none", problems=problems) == {}
+        assert problems == [f"got {file}, which cannot be read (it is not permitted)"]
