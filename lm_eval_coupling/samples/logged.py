@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from lm_eval_coupling.saved.answer_settings import mapping
 from lm_eval_coupling.saved.bounded import parse_json, read_json
 from lm_eval_coupling.saved.jsonlines import read_lines
 from lm_eval_coupling.saved.prompting import model_arguments
-from lm_eval_coupling.saved.results_file import RESULTS, require_shape
+from lm_eval_coupling.saved.results_file import RESULTS, number, require_shape
 from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -95,14 +97,14 @@ class LoggedEvaluation:
         arguments, resps = sample["arguments"], sample.get("resps")
         logged = resps if isinstance(resps, list) else ()
         requests = []
-        for number in range(len(arguments)):
-            given = arguments[f"gen_args_{number}"]
-            args = tuple(given[f"arg_{place}"] for place in range(len(given)))
+        for place in range(len(arguments)):
+            given = arguments[f"gen_args_{place}"]
+            args = tuple(given[f"arg_{n}"] for n in range(len(given)))
             if len(args) > 2:
                 raise CouplingError(
                     f"got images or audio in the samples of task {task}, expected text alone"
                 )
-            own = logged[number] if number < len(logged) else ()
+            own = logged[place] if place < len(logged) else ()
             requests.append(LoggedRequest(_REQUEST_TYPES[output_type], args, own))
         return requests
 
@@ -260,12 +262,15 @@ def samples_files(file: Path, results: Mapping[str, Any]) -> dict[str, Path]:
 
 def _samples_file(results: Path, task: str) -> Path | None:
     date = results.stem.removeprefix("results_")
-    exact = results.with_name(f"samples_{task}_{date}.jsonl")
-    if exact.is_file():
-        return exact
-    # Files that were renamed: take the samples if there is no doubt which they are.
-    others = list(results.parent.glob("results_*.json"))
-    dated = list(results.parent.glob(f"samples_{task}_20*.jsonl"))
+    try:
+        exact = results.with_name(f"samples_{task}_{date}.jsonl")
+        if exact.is_file():
+            return exact
+        # Files that were renamed: take the samples if there is no doubt which they are.
+        others = list(results.parent.glob("results_*.json"))
+        dated = list(results.parent.glob(f"samples_{glob.escape(task)}_20*.jsonl"))
+    except (OSError, ValueError):  # a task's name that no file can have
+        return None
     return dated[0] if len(dated) == 1 and len(others) <= 1 else None
 
 
@@ -273,7 +278,7 @@ def _read_samples(file: Path, task: str) -> list[dict[str, Any]]:
     """Read the whole lines; a line that was cut off is named and left out."""
     samples = []
     try:
-        for number, line in enumerate(read_lines(file), 1):
+        for n, line in enumerate(read_lines(file), 1):
             if not line.strip():
                 continue
             try:
@@ -281,10 +286,10 @@ def _read_samples(file: Path, task: str) -> list[dict[str, Any]]:
             except ValueError as error:
                 logger.warning(
                     "coupling: line %d of %s is left out, for instance because it is cut off (%s)",
-                    *(number, file, why(error)),
+                    *(n, file, why(error)),
                 )
                 continue
-            samples.append(_checked(sample, f"line {number} of {file}"))
+            samples.append(_checked(sample, f"line {n} of {file}"))
     except OSError as error:
         raise CouplingError(f"got {file}, which cannot be read ({why(error)})") from None
     if not samples:
@@ -308,19 +313,23 @@ def _is_numbered(values: Any, name: str) -> bool:
     """Return whether a mapping has the names ``name_0, name_1, …``, at least one."""
     if not isinstance(values, dict) or not values:
         return False
-    return values.keys() == {f"{name}_{number}" for number in range(len(values))}
+    return values.keys() == {f"{name}_{n}" for n in range(len(values))}
 
 
 def _compare_count(
     results: Mapping[str, Any], task: str, samples: Sequence[Mapping[str, Any]]
 ) -> None:
-    evaluated = mapping((results.get("n-samples") or {}).get(task)).get("effective")
+    evaluated = number(mapping((results.get("n-samples") or {}).get(task)).get("effective"))
     logged = len({sample["doc_id"] for sample in samples})
-    if evaluated is not None and logged != evaluated:
+    if not math.isnan(evaluated) and logged != evaluated:
         logger.warning(
-            "coupling: %d of %d documents of %s are among the samples", logged, evaluated, task
+            "coupling: %d of %g documents of %s are among the samples", logged, evaluated, task
         )
 
 
-def _nested(name: str, groups: Mapping[str, Sequence[str]]) -> Any:
-    return [_nested(member, groups) for member in groups[name]] if name in groups else name
+def _nested(name: str, groups: Mapping[str, Sequence[str]], above: tuple[str, ...] = ()) -> Any:
+    """Return a group as nested lists of names; a group within itself is left out."""
+    if name not in groups:
+        return name
+    inside = (*above, name)
+    return [_nested(member, groups, inside) for member in groups[name] if member not in inside]

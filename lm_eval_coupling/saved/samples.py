@@ -169,10 +169,9 @@ def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:
 
 def _likelihood(response: Any) -> float:
     try:
-        likelihood = float(response[0])
+        return float(response[0])
     except (TypeError, ValueError, LookupError):
         return math.nan
-    return likelihood if likelihood < 1e-3 else math.nan  # of a probability of at most 1
 
 
 def _expected(sample: Mapping[str, Any], options: Sequence[tuple[str, float]]) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_coupling.safe_text import one_line
 from lm_eval_coupling.sweep import state
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import Done, done, number
@@ -56,6 +57,7 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
     # Results that were measured from samples have the seconds of the scoring.
     is_timed = finished.complete and plan.samples is None
     seconds = finished.seconds if is_timed else number(last.get("seconds"))
+    detail = one_line(detail)  # the state in a folder may be of anybody
     return Status(unit=unit, state=name, detail=detail, results=finished, log=log, seconds=seconds)
 
 

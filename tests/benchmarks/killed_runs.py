@@ -50,7 +50,9 @@ def compare(killed: Path, alone: Path) -> float:
     assert scores[0].to_numpy().tolist() == scores[1].to_numpy().tolist(), "other scores"
     return max(
         float(np.abs(a - b).max())
-        for name in kills.ARRAYS
+        for name in [
+            name for name in kills.ARRAYS if name in tables[1]
+        ]  # sweeps measure depth alone
         for a, b in zip(tables[0][name], tables[1][name], strict=True)
         if a is not None
     )

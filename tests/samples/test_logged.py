@@ -162,6 +162,15 @@ def test_misshapen_samples_are_refused(tmp_path, change, message):
         read_evaluation(save(tmp_path, SAMPLE | change))
 
 
+def test_counts_and_groups_of_another_shape(tmp_path):
+    about = {
+        "configs": {"t": {"output_type": "multiple_choice"}},
+        "n-samples": {"t": {"effective": "1"}},
+        "group_subtasks": {"top": ["a"], "a": ["b"], "b": ["a", "t"]},
+    }
+    assert read_evaluation(save(tmp_path, SAMPLE, results=about)).roots == [[["t"]]]
+
+
 def test_responses_of_another_type_are_none(tmp_path):
     evaluation = read_evaluation(save(tmp_path, SAMPLE | {"resps": {"a": 1}}))
     (request,) = evaluation.requests("t", evaluation.samples["t"][0])
@@ -174,6 +183,7 @@ def test_responses_of_another_type_are_none(tmp_path):
         {"configs": {"t": None}},
         {"configs": {"t": {}}, "group_subtasks": {"g": "t"}},
         {"configs": {"t": {}}, "n-samples": 3},
+        {"configs": {"x" * 300: {}, "../t": {}, "a\0": {}, "[t]": {}}},
     ],
 )
 def test_misshapen_results_are_refused(tmp_path, results):

@@ -127,10 +127,6 @@ class TestAnswers:
         assert set(read_answers(file, "acc,none", evaluated=2, problems=problems)) == {"b"}
         assert "the answers to 1 documents, expected those to the 2" in problems[0]
 
-    def test_a_probability_above_one_is_none(self, tmp_path):
-        given = [["1.5", "False"], ["-2.5", "False"]]
-        assert self.read(tmp_path, sample("a", filtered_resps=given))["a"]["options"] == []
-
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path, monkeypatch):
         file, problems = write_samples(tmp_path, "t", [sample("a")]), []
 

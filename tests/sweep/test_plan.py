@@ -69,6 +69,7 @@ models:
   - {model: a, revision: x, facts: {tokens: 1, famly: b, model: c}}
   - {model: b, args: foo}
   - {model: c, args: {pretrained: d}}
+  - {model: e, args: "dtype=float32,dtype=float16"}
   - c/d
   - c/d
 taks: [arc_easy]
@@ -84,6 +85,7 @@ run: {on: slurm, parttition: x}
         "models[0].facts.model, which results have themselves",
         "models[1].args: 'foo'",
         "pretrained among models[2].args; use model",
+        "got dtype twice in models[3].args",
         "c/d at revision main twice",
         "unknown key taks, did you mean tasks?",
         "got no tasks",
@@ -95,7 +97,7 @@ run: {on: slurm, parttition: x}
         "got no run.hours",
     ):
         assert part in found, part
-    assert found.count("\n") == 14
+    assert found.count("\n") == 15
 
 
 @pytest.mark.parametrize(
