@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -77,7 +78,8 @@ def _end_after(error: OSError) -> int:
     """
     if isinstance(error, BrokenPipeError) or error.errno in _UNWRITABLE:
         # What stdout still holds back would fail once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):  # it may be an object of a caller
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif error.filename is None:
         raise error
     if isinstance(error, BrokenPipeError):  # The reader, such as `head`, has ended.
@@ -340,7 +342,7 @@ def _measure(options: argparse.Namespace) -> int:
             measured = measure_samples(
                 options.model, options.samples, same_model=options.same_model, **arguments
             )
-    print(measured.table)
+    print(for_terminal(measured.table))
     return _INTERRUPTED if measured.interrupted else 0
 
 
@@ -371,7 +373,8 @@ def _fit(options: argparse.Namespace) -> None:
     findings = fit_runs(options.folders, **arguments)
     files = output.save(findings, options.out)
     output.show(findings)
-    print(f"{len(files)} files in {options.out}: tables, fit.json, pictures, finding.txt")
+    out = for_terminal(options.out)
+    print(f"{len(files)} files in {out}: tables, fit.json, pictures, finding.txt")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -381,7 +384,8 @@ def _report(options: argparse.Namespace) -> None:
     page = write_report(
         options.folders, options.out, documents=documents, mixed=options.mixed, words=options.words
     )
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, it needs no network")
+    size = f"{page.stat().st_size / 1e6:.1f} MB"
+    print(f"{for_terminal(page)} ({size}): open it in a browser, it needs no network")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -411,7 +415,7 @@ def _vision(options: argparse.Namespace) -> int:
     log_safely(logging.INFO)
     arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
     run = run_vision(options.model, options.data, options.out, **arguments)
-    print(run.summary, *([run.file] if run.file else []), sep="\n")
+    print(*(for_terminal(line) for line in (run.summary, run.file) if line), sep="\n")
     return _INTERRUPTED if run.interrupted else 0
 
 

@@ -40,14 +40,14 @@ def writing(path: Path) -> Iterator[Path]:
         CouplingError: if the file cannot be written completely, for example on a full disk.
     """
     target = path.resolve() if path.is_symlink() else path
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        yield target
-        return
+    is_device = target.exists() and not (target.is_file() or target.is_dir())
     # The suffix stays: pandas and matplotlib take the format from it. The leading dot keeps the
     # file out of patterns such as `results_*.json`.
     temporary = target.with_name(f".writing-{secrets.token_hex(6)}{target.suffix}")
     try:
-        yield temporary
+        yield target if is_device else temporary
+        if is_device:
+            return
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

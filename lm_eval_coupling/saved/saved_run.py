@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.saved.checksums import is_verified
 from lm_eval_coupling.saved.precedence import takes_place
 from lm_eval_coupling.saved.prompting import (
     describe_prompting,
@@ -274,6 +275,11 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
                 about, columns = read_header(file)
                 require_shape(file, about, COUPLING | {"task": "a text"})
                 tables.append(SavedTable(file, about, columns))
+                if not is_verified(file):
+                    passed_over.append(
+                        f"got {file}, which other software wrote again: no checksum says whether "
+                        "its rows are those of the run"
+                    )
             else:
                 results.append((file, read_results(file)))
         except CouplingError as error:

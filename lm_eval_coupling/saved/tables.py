@@ -100,6 +100,14 @@ IMAGE = (
 )
 
 
+# Columns that readers take for granted; those of other measures may be missing.
+_NEEDED = (
+    *(column.name for column in DOCUMENT),
+    *("ranks", "measures", "tokens", "position", "reason", "certificate"),
+    *("normalized_miscoupling", "norms"),
+)
+
+
 class UnreadableTable(CouplingError):
     """Raised for a table that is damaged or not one of ours; other tables can still be read."""
 
@@ -251,8 +259,10 @@ def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(about, dict):
         raise UnreadableTable(_damaged(file, "its metadata is no mapping"))
     require_schema(file, about)
-    if lacking := [column.name for column in DOCUMENT if column.name not in types]:
+    if lacking := [name for name in _NEEDED if name not in types]:
         raise UnreadableTable(f"got {file} without the column {lacking[0]}; measure again")
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise UnreadableTable(f"got {file} with two columns {twice[0]}; measure again")
     for name, kind in _arrow_types(tuple(table_columns().values())).items():
         if types.get(name, kind) != kind:
             raise UnreadableTable(

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,9 @@ def test_links_stay_and_pipes_are_written_to(tmp_path):
     write_text(tmp_path / "pipe", "through")
     reader.join(10)
     assert read == ["through"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_device_that_takes_nothing_is_a_sentence():
+    with pytest.raises(CouplingError, match="got /dev/full, which cannot be written .No space"):
+        write_text(Path("/dev/full"), "x" * 10**6)

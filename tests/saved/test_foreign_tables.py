@@ -10,6 +10,7 @@ from saved_runs import record, save, task_summary
 
 from lm_eval_coupling import cli, load_records
 from lm_eval_coupling.report.page import gather
+from lm_eval_coupling.saved.saved_run import find_runs
 
 ROWS = 3
 # Columns and their values in every row.
@@ -66,3 +67,45 @@ def test_rows_that_do_not_fit_together(runs, case, capsys):
     pytest.importorskip("plotly")
     page = gather(root)
     assert len(page["tables"]) == 1 and "do not fit together" in " ".join(page["passed_over"])
+
+
+def write_again(folder, change):
+    (file,) = folder.glob("coupling_*.parquet")
+    table = pq.read_table(file)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), file)
+
+
+@pytest.mark.parametrize("column", ["ranks", "normalized_miscoupling", "norms", "certificate"])
+def test_a_column_that_is_missing_or_there_twice(runs, column):
+    """It ended every command in a KeyError."""
+    root, changed = runs
+    write_again(changed, lambda table: table.append_column(column, table[column]))
+    problems = find_runs(root).passed_over
+    assert any(f"with two columns {column}" in problem for problem in problems)
+    assert set(load_records(root)["model"]) == {"org/intact"}
+    (file,) = changed.glob("coupling_*.parquet")
+    file.unlink()
+    where = save(root, {"arc": task_summary()}, model="org/changed", rows=[record()])
+    write_again(where, lambda table: table.drop_columns([column]))
+    assert any(f"without the column {column}" in text for text in find_runs(root).passed_over)
+    assert cli.main(["show", str(root), "--csv"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.slice(0, 1),
+        lambda table: pa.concat_tables([table, table]),
+        lambda table: table.set_column(
+            table.schema.get_field_index("coupling"), "coupling", pa.array([[7.0, 7.0]] * ROWS)
+        ),
+    ],
+    ids=["fewer rows", "rows twice", "other numbers"],
+)
+def test_a_table_that_was_written_again_is_named(runs, change):
+    """Fewer rows, or each twice, were other numbers of show than of load_runs without a word."""
+    root, changed = runs
+    assert not find_runs(root).passed_over
+    write_again(changed, change)
+    (problem,) = find_runs(root).passed_over
+    assert "which other software wrote again" in problem and str(changed) in problem
