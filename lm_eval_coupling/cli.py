@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import logging
 import os
 import sys
@@ -12,13 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.console import (
-    forget_backend_of_a_notebook,
-    log_safely,
-    open_closed_streams,
-    replace_unprintable_characters,
-)
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.console import end_after, log_safely, prepare_surroundings, say
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.cores import limit_spinning
 from lm_eval_coupling.safe_text import for_terminal
 from lm_eval_coupling.saved.run_files import require_roots
@@ -31,7 +24,6 @@ _FACTS = (
     "`revision`, and any of family, tuned (true/false), training_tokens, released (year or date), "
     "n_params, n_layers, d_model; further columns become predictors or groups"
 )
-_UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)  # of writing, without a name
 _INTERRUPTED = 130  # Exit code after Ctrl-C, also if everything measured was saved.
 
 
@@ -45,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 if a sweep or check found something missing. After a mistake of the
         user or of a file, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
     """
-    open_closed_streams()
-    log_safely()
-    replace_unprintable_characters()
-    forget_backend_of_a_notebook()
+    prepare_surroundings()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] != ["sweep"]:  # its runs are commands themselves, after the plan's own variables
         limit_spinning(os.environ)
@@ -63,34 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here a full disk is an error of ours
         return code
     except CouplingError as error:
-        return _say(str(error), 2)
+        return say(str(error), 2)
     except KeyboardInterrupt:
-        return _say("interrupted", _INTERRUPTED)
+        return say("interrupted", _INTERRUPTED)
     except OSError as error:
-        return _end_after(error)
-
-
-def _end_after(error: OSError) -> int:
-    """Return the exit code after an error of writing or of a named file, told in a sentence.
-
-    Raises:
-        OSError: if it is another one, such as an error of the network.
-    """
-    if isinstance(error, BrokenPipeError) or error.errno in _UNWRITABLE:
-        # What stdout still holds back would fail once more at the end.
-        with contextlib.suppress(OSError, ValueError):  # it may be an object of a caller
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif error.filename is None:
-        raise error
-    if isinstance(error, BrokenPipeError):  # The reader, such as `head`, has ended.
-        return 0
-    place = error.filename or "an output"
-    return _say(f"got {place}, which cannot be used ({why(error)}); choose another place", 2)
-
-
-def _say(sentence: str, code: int) -> int:
-    print(f"lm-eval-coupling: {for_terminal(sentence)}", file=sys.stderr)
-    return code
+        return end_after(error)
 
 
 class _Version(argparse.Action):

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import io
 import logging
 import os
 import sys
 
+from lm_eval_coupling.errors import why
 from lm_eval_coupling.safe_text import for_terminal
+
+# Errors of writing that come without the name of a file.
+_UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)
+
+
+def prepare_surroundings() -> None:
+    """Mend what would keep a command from printing or drawing."""
+    open_closed_streams()
+    log_safely()
+    replace_unprintable_characters()
+    forget_backend_of_a_notebook()
+    if os.environ.get("COLUMNS", "1").strip("0") == "":  # rich would print nothing
+        del os.environ["COLUMNS"]
 
 
 def replace_unprintable_characters() -> None:
@@ -63,3 +79,27 @@ def log_safely(level: int | None = None) -> None:
     handler.setFormatter(_SafeFormatter())
     logging.basicConfig(handlers=[handler])
     logging.getLogger("lm_eval.coupling").setLevel(level)
+
+
+def say(sentence: str, code: int) -> int:
+    """Print why a command ends on stderr, and return its exit code."""
+    print(f"lm-eval-coupling: {for_terminal(sentence)}", file=sys.stderr)
+    return code
+
+
+def end_after(error: OSError) -> int:
+    """Return the exit code after an error of writing or of a named file, told in a sentence.
+
+    Raises:
+        OSError: if it is another one, such as an error of the network.
+    """
+    if isinstance(error, BrokenPipeError) or error.errno in _UNWRITABLE:
+        # What stdout still holds back would fail once more at the end.
+        with contextlib.suppress(OSError, ValueError):  # it may be an object of a caller
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif error.filename is None:
+        raise error
+    if isinstance(error, BrokenPipeError):  # The reader, such as `head`, has ended.
+        return 0
+    place = error.filename or "an output"
+    return say(f"got {place}, which cannot be used ({why(error)}); choose another place", 2)

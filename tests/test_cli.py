@@ -149,10 +149,18 @@ def test_an_error_of_the_file_system_is_a_sentence(monkeypatch, capfd, name, cod
         raise OSError(28, "No space left on device", name)
 
     monkeypatch.setattr("lm_eval_coupling.report.terminal.show", fail)
-    monkeypatch.setattr("lm_eval_coupling.cli.os.dup2", lambda *_: None)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert cli.main(["show", "/"]) == code
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["0", "", "00", "abc"])
+def test_a_width_of_nothing_is_none(monkeypatch, capsys, saved, columns):
+    """With COLUMNS=0, as some launchers set it, `show` printed nothing and ended with 0."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["show", str(saved)]) == 0
+    assert "arc" in capsys.readouterr().out
 
 
 CLOSED = """

@@ -26,14 +26,17 @@ _FOOTER_CHECKSUM = re.compile(rb"length=(\d{10}),crc32=[0-9a-f]{8}")
 def write_with_checksums(table: pa.Table, path: Path) -> None:
     """Write a table as Parquet, and put the checksums into the place that was kept for them."""
     no_chunks = "chunks=" + "0" * (8 * len(table.schema) * -(-len(table) // ROW_GROUP))
-    with pq.ParquetWriter(
-        path, table.schema, compression="zstd", write_page_checksum=True
-    ) as writer:
+    with (
+        path.open("wb") as file,  # pyarrow opens no path that is no text in UTF-8
+        pq.ParquetWriter(
+            file, table.schema, compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
         writer.write_table(table, row_group_size=ROW_GROUP)
         writer.add_key_value_metadata({_FOOTER_KEY: _UNSUMMED.decode(), _CHUNKS_KEY: no_chunks})
     with path.open("rb+") as file:
         start, footer = _read_footer(file)
-        sums = _chunk_checksums(file, pq.read_metadata(path))
+        sums = _chunk_checksums(file, pq.read_metadata(file))
         chunks = b"chunks=" + b"".join(b"%08x" % sums[key] for key in sorted(sums))
         if len(chunks) == len(no_chunks):  # not of a further column that holds several
             footer = footer.replace(no_chunks.encode(), chunks)

@@ -28,7 +28,8 @@ _STEP = re.compile(
 _ENDS_WITH_STEP = re.compile(rf"(?P<training>.+?)[-_.](?P<step>{_STEP.pattern})", re.IGNORECASE)
 _TOKENS = re.compile(r"(?<![a-z])tokens[-_]?(\d+(?:\.\d+)?)([kmbt])(?![a-z0-9])")
 _LATER_STAGE = re.compile(
-    r"(?<![a-z])(?:(?:stage|phase)[-_]?0*(?:[2-9]|[1-9]\d)|ingredient[-_]?\d*|anneal|cooldown|decay)(?![0-9])"
+    r"(?<![a-z])(?:(?:stage|phase)[-_]?0*(?:[2-9]|[1-9]\d)|ingredient[-_]?\d*"
+    r"|anneal|cooldown|decay)(?![0-9])"
 )
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 

@@ -168,7 +168,7 @@ def test_counts_and_groups_of_another_shape(tmp_path):
         "n-samples": {"t": {"effective": "1"}},
         "group_subtasks": {"top": ["a"], "a": ["b"], "b": ["a", "t"]},
     }
-    assert read_evaluation(save(tmp_path, SAMPLE, results=about)).roots == [[["t"]]]
+    assert read_evaluation(save(tmp_path, SAMPLE, results=about)).roots == [[[["t"]]]]
 
 
 def test_responses_of_another_type_are_none(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -190,3 +191,13 @@ def test_a_run_that_was_written_again_counts_once(tmp_path, caplog):
     assert len(load_records(tmp_path)) == 3
     run(tmp_path / "b", seed=1)
     assert len(load_records(tmp_path)) == 6
+
+
+def test_a_folder_whose_name_is_no_text_is_read(tmp_path):
+    """Tables in it, or in any folder with an umlaut under LANG=C, were said to be none."""
+    folder = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.mkdir(folder)
+    run(Path(os.fsdecode(folder)))
+    runs = find_runs(tmp_path)
+    assert len(runs.runs) == 1 and not runs.passed_over
+    assert len(load_records(tmp_path)) == 3
