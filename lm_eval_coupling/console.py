@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import io
 import logging
 import os
@@ -35,12 +34,11 @@ def replace_unprintable_characters() -> None:
 
 
 def forget_backend_of_a_notebook() -> None:
-    """Unset a backend of matplotlib that is not installed here; importing matplotlib would fail.
+    """Unset matplotlib's backend: commands draw files, and importing one that is missing fails.
 
     A notebook's kernel sets it for its own environment, and for the commands that a cell calls.
     """
-    scheme, _, module = os.environ.get("MPLBACKEND", "").partition("://")
-    if scheme == "module" and importlib.util.find_spec(module.partition(".")[0] or "-") is None:
+    if os.environ.get("MPLBACKEND", "agg").lower() != "agg":
         del os.environ["MPLBACKEND"]
 
 

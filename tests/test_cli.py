@@ -273,7 +273,9 @@ def test_the_version_is_printed(capsys):
     assert end.value.code == 0 and capsys.readouterr().out.startswith("lm-eval-coupling ")
 
 
-@pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", "module://", "agg"])
+@pytest.mark.parametrize(
+    "backend", ["module://nowhere.backend_inline", "module://", "foo", "", "agg"]
+)
 def test_a_notebooks_backend_that_is_not_installed_is_forgotten(monkeypatch, backend):
     """A cell's `!lm-eval-coupling fit` in another environment ended in matplotlib's ValueError."""
     monkeypatch.setenv("MPLBACKEND", backend)

@@ -75,11 +75,16 @@ def _note_lines(findings: Findings) -> list[str]:
 
 def _save_figures(findings: Findings, out: Path) -> Iterator[Path]:
     for name, draw in _figures(findings):
-        figure = draw()
-        for suffix in ("png", "svg"):
-            with writing(out / f"{name}.{suffix}") as file:
-                figure.savefig(file)
-            yield out / f"{name}.{suffix}"
+        import matplotlib
+
+        files = [out / f"{name}.{suffix}" for suffix in ("png", "svg")]
+        # LaTeX may be missing, and names of models are no LaTeX.
+        with matplotlib.rc_context({"text.usetex": False}):
+            figure = draw()
+            for file in files:
+                with writing(file) as temporary:
+                    figure.savefig(temporary)
+        yield from files
 
 
 def _figures(findings: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:

@@ -90,10 +90,12 @@ def evaluations(folder: Path, number: int, chance: random.Random) -> list[dict[s
                 "kept": len(kept),
                 "of": len(last),
                 "results_written": results,
-                "worst_difference": compare(out, folder / "alone"),
             }
         )
-        print(rows[-1], flush=True)
+    # Not before: reading starts threads, whose locks a process that is forked later may wait for.
+    for kill, row in enumerate(rows):
+        row["worst_difference"] = compare(folder / f"killed-{kill}", folder / "alone")
+        print(row, flush=True)
     return rows
 
 
