@@ -2,10 +2,12 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from fitted_runs import QUICK, save_documents, save_model
+from matplotlib.figure import Figure
 
 from lm_eval_coupling import cli
 from lm_eval_coupling.errors import CouplingError
@@ -99,3 +101,17 @@ class TestOutput:
         found = fit_runs(tmp_path, resamples=QUICK)
         assert "training.png" in {file.name for file in output.save(found, tmp_path / "out")}
         assert any(words.startswith("Along the training of a: ") for words in found.words)
+
+
+def test_pictures_need_no_latex(monkeypatch, tmp_path):
+    """A `text.usetex: True` in the user's matplotlibrc ended `fit` where LaTeX is missing."""
+    drawn = []
+
+    def draw():
+        drawn.append(matplotlib.rcParams["text.usetex"])
+        return Figure()
+
+    monkeypatch.setattr(output, "_figures", lambda _: [("picture", draw)])
+    with matplotlib.rc_context({"text.usetex": True}):
+        files = list(output._save_figures(None, tmp_path))
+    assert drawn == [False] and all(file.exists() for file in files) and len(files) == 2
