@@ -37,7 +37,10 @@ NAMES = ("tiny-2", "tiny-long")
 
 
 def compare(killed: Path, alone: Path) -> float:
-    """Return the largest difference of two folders' records, whose scores must be equal."""
+    """Return the largest difference of two folders' records, whose scores must be equal.
+
+    It is relative to the largest number of an array, if that is above 1.
+    """
     tables = [
         load_records(folder).set_index(["model", "task", "doc_hash", "prompt_hash"]).sort_index()
         for folder in (killed, alone)
@@ -48,14 +51,14 @@ def compare(killed: Path, alone: Path) -> float:
         for folder in (killed, alone)
     ]
     assert scores[0].to_numpy().tolist() == scores[1].to_numpy().tolist(), "other scores"
-    return max(
-        float(np.abs(a - b).max())
-        for name in [
-            name for name in kills.ARRAYS if name in tables[1]
-        ]  # sweeps measure depth alone
+    worst = max(
+        float(np.abs(a - b).max() / max(1, np.abs(b).max()))
+        for name in tables[1].columns.intersection(kills.ARRAYS)  # sweeps measure depth alone
         for a, b in zip(tables[0][name], tables[1][name], strict=True)
         if a is not None
     )
+    assert worst < 1e-5, f"numbers differ by {worst}"
+    return worst
 
 
 def evaluations(folder: Path, number: int, chance: random.Random) -> list[dict[str, Any]]:
