@@ -27,9 +27,9 @@ def write_with_checksums(table: pa.Table, path: Path) -> None:
     """Write a table as Parquet, and put the checksums into the place that was kept for them."""
     no_chunks = "chunks=" + "0" * (8 * len(table.schema) * -(-len(table) // ROW_GROUP))
     with (
-        path.open("wb") as file,  # pyarrow opens no path that is no text in UTF-8
+        path.open("wb") as sink,  # pyarrow opens no path that is no text in UTF-8
         pq.ParquetWriter(
-            file, table.schema, compression="zstd", write_page_checksum=True
+            sink, table.schema, compression="zstd", write_page_checksum=True
         ) as writer,
     ):
         writer.write_table(table, row_group_size=ROW_GROUP)

@@ -107,14 +107,15 @@ def sweeps(folder: Path, number: int, chance: random.Random) -> list[dict[str, A
     folder.mkdir()
     real.models_and_tasks(folder)
     for name in ("warm", "alone"):
-        alone = real.write_plan(folder, folder / name, NAMES, {"on": "local", "workers": 1})
+        run = {"on": "local", "workers": 1}
+        alone = real.write_plan(folder, folder / name, NAMES, run, {"dtype": "float64"})
         started = time.perf_counter()
         assert real.finish(real.start(alone)) == 0
         seconds = time.perf_counter() - started
     rows = []
     for kill in range(number):
         run = {"on": "local", "workers": 1 + kill % 2}
-        plan = real.write_plan(folder, folder / f"killed-{kill}", NAMES, run)
+        plan = real.write_plan(folder, folder / f"killed-{kill}", NAMES, run, {"dtype": "float64"})
         moment = chance.uniform(0, seconds)
         head = real.start(plan)
         time.sleep(moment)
