@@ -13,7 +13,8 @@ import pytest
 from evaluations import written
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
-from lm_eval.loggers import EvaluationTracker, TrackioLogger
+from lm_eval import loggers
+from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_coupling.harness import sharing
 from lm_eval_coupling.harness.command_line import Command
@@ -67,6 +68,8 @@ def test_wandb_gets_a_column_of_the_samples_and_curves_over_layers(evaluate, tmp
 @pytest.fixture
 def trackio(monkeypatch):
     """Stand-in of trackio, with what lm-eval's logger calls."""
+    if not hasattr(loggers, "TrackioLogger"):
+        pytest.skip("this lm-eval has no logger for trackio")
     module = types.ModuleType("trackio")
     module.logged = []
     module.config = {}
@@ -83,7 +86,7 @@ def test_trackio_gets_coupling_in_every_trace_and_curves_over_layers(evaluate, t
     results = evaluate(kinds=("choice", "generate"))
     samples = results.pop("samples")
     before = copy.deepcopy(samples)
-    logger = TrackioLogger({"project": "tiny"})
+    logger = loggers.TrackioLogger({"project": "tiny"})
     logger.post_init(results)
     logger.log_eval_result()
     logger.log_eval_samples(samples)
@@ -100,7 +103,7 @@ def test_trackio_gets_coupling_in_every_trace_and_curves_over_layers(evaluate, t
 def test_results_of_hf_are_shared_as_they_were(evaluate, trackio):
     results = evaluate("hf", kinds=("choice",))
     samples = results.pop("samples")
-    logger = TrackioLogger({"project": "tiny"})
+    logger = loggers.TrackioLogger({"project": "tiny"})
     logger.post_init(results)
     logger.log_eval_result()
     logger.log_eval_samples(samples)
@@ -109,7 +112,7 @@ def test_results_of_hf_are_shared_as_they_were(evaluate, trackio):
 
 def test_a_tracker_that_takes_no_tables_costs_nothing(evaluate, trackio, caplog):
     del trackio.Table
-    logger = TrackioLogger({"project": "tiny"})
+    logger = loggers.TrackioLogger({"project": "tiny"})
     logger.post_init(evaluate(kinds=("choice",)))
     logger.log_eval_result()
     assert "the tracker has no table of means per layer" in caplog.text
