@@ -21,7 +21,7 @@ import sys
 from lm_eval_coupling.sweep import command
 from lm_eval_coupling.sweep import checks
 checks.check = lambda plan, **options: {}
-sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:]))
+sys.exit(command.sweep(sys.argv[1], command=sys.argv[2:] or None))
 """
 LONG = {
     "hidden_size": 128,
@@ -54,12 +54,13 @@ def write_plan(folder, out, names, run, coupling=None):
     return plans.read(file)
 
 
-def start(plan):
-    """The command, in a process of its own."""
+def start(plan, command=None):
+    """The command, in a process of its own; ``command`` evaluates a unit, () the default one."""
+    command = [forked_python(), QUICK] if command is None else command
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(plan.file), forked_python(), QUICK],
+        [sys.executable, "-c", SWEEP, str(plan.file), *command],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

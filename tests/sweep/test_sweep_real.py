@@ -9,10 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import real
+import yaml
 from stand_in import wait_for
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.sweep import cluster, state
+from lm_eval_coupling.sweep import plan as plans
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.command import survey
 
@@ -110,6 +112,31 @@ def test_an_array_of_which_one_is_cancelled_started_again_equals_a_local_sweep(
     pd.testing.assert_frame_equal(
         real.table(plan.output), real.table(locally), rtol=1e-4, atol=1e-6
     )
+
+
+def test_a_job_measures_what_was_scored_elsewhere(controller, home, locally):
+    """`samples:` instead of `tasks:`; values are those of the sweep that scored and measured."""
+    content = {
+        "models": [str(home / "tiny-2")],
+        "samples": str(locally),
+        "coupling": {"ranks": "2+4", "limit": "all", "measures": "depth"},
+        "lm_eval": {"device": "cpu"},
+        "output": str(home / "from-samples"),
+        "run": ON_SLURM | {"environment": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}},
+    }
+    file = home / "from-samples.yaml"
+    file.write_text(yaml.safe_dump(content))
+    plan = plans.read(file)
+    assert real.finish(real.start(plan, command=())) == 0
+    swept, expected = load_records(plan.output), load_records(locally)
+    expected = expected[expected["model"].str.endswith("tiny-2")].reset_index(drop=True)
+    prompt = ["task", "doc_hash", "prompt_index"]
+    swept, expected = (
+        rows.sort_values(prompt, ignore_index=True)[[*prompt, "coupling", "normalized_miscoupling"]]
+        for rows in (swept, expected)
+    )
+    pd.testing.assert_frame_equal(swept, expected, rtol=1e-5, atol=1e-7)
+    assert len(swept) == 24
 
 
 LEAVE = {
