@@ -291,8 +291,12 @@ def _select(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _measure(options: argparse.Namespace) -> int:
     if options.config is None and (options.model is None or options.out is None):
         raise CouplingError("got no MODEL or no --out, expected both; see measure --help")
+    if options.config is not None and (options.model is not None or options.samples is not None):
+        raise CouplingError("got --config beside MODEL or --samples, expected it alone")
     if options.config is None and (options.prompts is None) == (options.samples is None):
         raise CouplingError("expected either PROMPTS or --samples RESULTS, got both or neither")
+    if options.same_model and options.prompts is not None:
+        raise CouplingError("got --same-model with PROMPTS, expected it with --samples alone")
     log_safely(logging.INFO)
     arguments = _select(options, "out", "model_args", "coupling", "device")
     if options.prompts is not None:

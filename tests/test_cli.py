@@ -360,3 +360,15 @@ def test_shtab_completes_every_command():
     completions = shtab.complete(cli.command_parser(), "bash")
     (commands,) = re.findall(r"pos_0_choices=\((.*)\)", completions)
     assert {"run", "demo", "show", "fit", "sweep", "measure", "check"} <= {*commands.split()}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config", "x.yaml", "model", "prompts.txt"], "got --config beside MODEL"),
+        (["model", "prompts.txt", "--out", "o", "--same-model"], "got --same-model with PROMPTS"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(words, expected, capsys):
+    assert cli.main(["measure", *words]) == 2
+    assert expected in capsys.readouterr().err

@@ -116,7 +116,8 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     measured = rows["measured"] > 0
     if not measured.any():
         raise CouplingError(
-            "got runs without coupling only; evaluate the models with --model coupling-hf"
+            "got runs without coupling only; evaluate the models with --model coupling-hf, or see "
+            "by `lm-eval-coupling show` why none of their documents could be measured"
         )
     if without := sorted(set(rows["label"]) - set(rows["label"][measured])):
         notes.append(f"without coupling and left out: {some(without)}")

@@ -13,7 +13,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, Reason, reason_of
+from lm_eval_coupling.errors import CouplingError, Reason, Unmeasurable, reason_of
 from lm_eval_coupling.harness.lm_eval_internals import encode_pair
 from lm_eval_coupling.harness.prompts import Prompt, generation_context, gold_request
 
@@ -42,7 +42,8 @@ def continued_prompts(
                 yield from _with_responses(lm, requests, part)
         except Exception as error:  # tokenizers raise anything
             reason = reason_of(error)
-            code = "no_such_token" if reason.code == "refused" else reason.code
+            is_of_prompt = reason.code == "refused" and not isinstance(error, Unmeasurable)
+            code = "no_such_token" if is_of_prompt else reason.code
             yield Prompt((), part, problem=Reason(code, reason.words))
 
 
@@ -81,7 +82,9 @@ def _with_responses(lm: Any, requests: Sequence[Any], part: str) -> Iterator[Pro
         span = range(len(context), len(tokens))
         if part != "generated":
             span = _around_end_of_thinking(lm, ids, response, part, len(context))
-        yield _spanning(tokens, part, span)
+        prompt = _spanning(tokens, part, span)
+        lm.session.trained.model.require_same_when_generated(tokens, len(context))
+        yield prompt
 
 
 def _spanning(tokens: tuple[int, ...], part: str, span: range) -> Prompt:

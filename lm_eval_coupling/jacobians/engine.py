@@ -18,7 +18,7 @@ from lm_eval_coupling.jacobians.levels import (
     certified_jacobian,
     closed_together,
     passes,
-    verify_first,
+    verify_each,
 )
 from lm_eval_coupling.jacobians.methods import METHODS
 from lm_eval_coupling.jacobians.protocol import Call, Model, Trace
@@ -183,7 +183,7 @@ def _compute(
     for i, prompts in enumerate(calls):
         good = passes(certificates[:, i], stream.dtype).tolist()
         is_together = [is_good and (prompt, i) not in alone for prompt, is_good in enumerate(good)]
-        verify_first(prompts, stack.jacobians[:, i], is_together, pairs)
+        verify_each(prompts, stack.jacobians[:, i], is_together, pairs)
     triplets = stack.finish()
 
     results = []

@@ -116,7 +116,7 @@ def certified_jacobians(
             why = failure.why
         else:
             good, values = passes(errors, calls[0].dtype).tolist(), errors.tolist()
-            verify_first(calls, jacobians, good, [(token, token) for token in tokens])
+            verify_each(calls, jacobians, good, [(token, token) for token in tokens])
             return [
                 Certified(jacobians[i], values[i], "closed")
                 if good[i]
@@ -127,22 +127,21 @@ def certified_jacobians(
     return [certified_jacobian(call, token, token, method, why) for call, token in at]
 
 
-def verify_first(
+def verify_each(
     calls: Sequence[Call],
     jacobians: Float[Tensor, "prompt d_model d_model"],
     good: Sequence[bool],
     pairs: Sequence[tuple[int, int]],
 ) -> None:
-    """Compare the first of the ``good`` Jacobians with differences of outputs, once per block.
+    """Compare ``good`` Jacobians with differences of outputs, until their block is verified.
 
     Raises:
         CouplingError: if the block does not move as its gradients say.
     """
-    first = next((i for i, is_good in enumerate(good) if is_good), None)
-    if first is None or calls[first].is_verified:
-        return
-    with calls[first].ready():
-        require_true_gradients(calls[first], jacobians[first], *pairs[first])
+    for i, call in enumerate(calls):
+        if good[i] and not call.is_verified:
+            with call.ready():
+                require_true_gradients(call, jacobians[i], *pairs[i])
 
 
 def certified_jacobian(

@@ -13,7 +13,7 @@ from lm_eval_coupling.measures.formulas.headline import coupling_of
 from lm_eval_coupling.measures.registry import measured_columns, record_columns
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PromptCoupling:
     """Record of one prompt at one token.
 
@@ -58,6 +58,13 @@ class PromptCoupling:
     def reason_codes(self) -> tuple[str, ...]:
         """:attr:`reasons` as codes to count by, see :data:`~lm_eval_coupling.errors.CODES`."""
         return tuple(dict.fromkeys(reason.code for reason in self.reasons))
+
+    def __repr__(self) -> str:
+        """Return one line: the arrays would fill a screen."""
+        values = "".join(f", coupling@{rank} {self.coupling(rank):.4f}" for rank in self.ranks)
+        missing = "" if self.reason is None else f", {self.reason}"
+        place = f"token {self.position} of {len(self.tokens)}"
+        return f"<PromptCoupling at {place}{values}{missing}>"
 
     def __getattr__(self, name: str) -> Any:
         """Return the measured column ``name``."""

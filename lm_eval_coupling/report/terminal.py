@@ -65,6 +65,10 @@ def show(
     where = ", ".join(map(str, roots))
     if doc is not None and task is None:
         raise CouplingError(f"got document {doc} without a task; add the task's name (--task)")
+    if doc is not None and form != "table":
+        raise CouplingError(
+            f"got a document with {form}, whose rows are tasks; leave out --doc or --{form}"
+        )
     runs = find_runs(roots)
     # The tables of the first folder come first: `compare` takes the first run as the base.
     tables = _by_root(runs.newest_tables(), roots)
@@ -168,7 +172,8 @@ def _title(rows: pd.DataFrame, about: Mapping[str, Any]) -> str:
     prompts = f" ({'; '.join(dict.fromkeys(rows['prompts']))})"
     size = ""
     if "n_layers" in about:
-        size = f", {about['n_layers']} layers of width {about['d_model']}"
+        plural = "" if about["n_layers"] == 1 else "s"
+        size = f", {about['n_layers']} layer{plural} of width {about['d_model']}"
     return f"{label}{size}{'' if label.endswith(prompts) else prompts}"
 
 
@@ -194,6 +199,8 @@ def _print_overview(console: Console, rows: pd.DataFrame) -> None:
         ranks = rows.drop_duplicates("rank")[["rank", "chance"]].itertuples(index=False)
         levels = ", ".join(f"{chance:.4f} at K = {rank}" for rank, chance in ranks)
         console.print(f"Chance: {levels}.")
+    if hidden := [name for name in fitted.left_out if name != "chance"]:
+        console.print(f"Not shown at this width: {', '.join(hidden)}.")
     for task, missing in rows.loc[is_first, ["task", "missing"]].itertuples(index=False):
         if missing:
             console.print(Text(one_line(f"Missing of {task}: {missing}")))

@@ -55,7 +55,8 @@ def print_profile(
         share = 0.0 if math.isnan(a) else (a - low) / max(high - low, 1e-6)
         bar = "" if math.isnan(a) else "█" * max(1, round(longest * share))
         colored = Text(bar, style=_color(share), no_wrap=True)
-        shown.add_row(str(layer), f"{a:.4f}", f"{b:.4f}", colored)
+        values = ("–" if math.isnan(value) else f"{value:.4f}" for value in (a, b))
+        shown.add_row(str(layer), *values, colored)
     console.print(shown)
 
 

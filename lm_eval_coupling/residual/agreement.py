@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,22 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import Unmeasurable
 from lm_eval_coupling.residual import rotary
-from lm_eval_coupling.residual.attachments import has_own_functions, uncompiled
+from lm_eval_coupling.residual.arguments import CACHES
+from lm_eval_coupling.residual.attachments import (
+    has_own_classes,
+    has_own_functions,
+    uncompiled,
+)
 from lm_eval_coupling.residual.block_call import hidden
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.load_checks import (
     OTHER_KERNELS,
     PACKED,
+    ROUNDED,
     SAME_KERNELS,
     off_by,
 )
+from lm_eval_coupling.residual.scored import evaluation_mode
 from lm_eval_coupling.residual.stamp import Stamp
 
 _CLOSE = 2e-2  # in half precision: nearer than this, two arithmetics need no second opinion
@@ -38,7 +45,7 @@ class ScoredModel:
         last_block: its last block, by the block's name in the model inside the wrappers.
         inputs: what the model is run on.
         device: where the stream begins.
-        twin: makes a module tree that runs by the kernels that score.
+        retraced: makes a model that runs, and traces, by the kernels that score.
         rounds: whether its weights are in half precision.
         is_present: whether its weights are numbers on one device.
     """
@@ -49,7 +56,7 @@ class ScoredModel:
     last_name: str
     inputs: Inputs
     device: torch.device
-    twin: Callable[[], nn.Module]
+    retraced: Callable[[], Any]
     rounds: bool
     is_present: bool
 
@@ -58,23 +65,26 @@ class ScoredModel:
     ) -> None:
         """Refuse a prompt whose traced stream is not the one that the scored model computes.
 
-        Costs one pass without derivatives. In half precision, where float32 arithmetic is further
-        away than rounding, a second pass decides by the kernels that score.
+        Costs one pass without derivatives, in evaluation mode. In half precision, where float32
+        arithmetic is further away than rounding, two more decide: by the kernels that score, in
+        half precision against the scored model and in float32 against the trace.
 
         Raises:
             Unmeasurable: if the stream after the last block differs at a measured token.
         """
-        if self.model.training:  # dropout
-            return
         seq = resid_final.shape[1]
         scored = self._final(self.model, self.last_block, prompt, seq)[0]
         error = _most_off(resid_final[0], scored, tokens)
         tolerance = OTHER_KERNELS if self.is_present else PACKED
         if self.is_present and self.rounds and error > _CLOSE:
-            twin = self.twin()
-            last = twin.get_submodule(self.last_name)
-            error = _most_off(self._final(twin, last, prompt, seq)[0], scored, tokens)
+            again = self.retraced()
+            last = again.model.get_submodule(self.last_name)
+            error = _most_off(self._final(again.model, last, prompt, seq)[0], scored, tokens)
             tolerance = SAME_KERNELS
+            with contextlib.suppress(RuntimeError):  # kernels for bf16 and fp16 only
+                exact = again.trace(prompt, resid_final.dtype).resid_final[0]
+                other = _most_off(resid_final[0], exact, tokens)
+                error = error if other <= OTHER_KERNELS else other
         elif self.rounds:
             tolerance = max(tolerance, _CLOSE)
         if not error <= tolerance:
@@ -83,6 +93,41 @@ class ScoredModel:
                 f"the stream after the last block is off by {error:.1e} from what {self.name} "
                 "computes when it scores this prompt, expected the same: a part of the model acts "
                 "on this prompt in a way that its blocks alone do not",
+            )
+
+    @torch.no_grad()
+    def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
+        """Refuse a response that was generated otherwise than one pass over the text computes.
+
+        Hooks may act on steps of decoding alone. Costs a step for each token from ``start`` on.
+
+        Raises:
+            Unmeasurable: if the stream after the last block differs at a token of the response.
+        """
+        if not (name := next((name for name in CACHES if name in _parameters(self.model)), "")):
+            return  # such a model generates by passes over the text
+        at_once = self._final(self.model, self.last_block, tokens, len(tokens))[0]
+        streams: list[Tensor] = []
+        handle = self.last_block.register_forward_hook(
+            lambda module, args, output: streams.append(hidden(output).float().clone())
+        )
+        cache: Any = None
+        try:
+            with uncompiled_forwards(self.model), rotary.unused_tables(self.model):
+                for part in (tokens[:start], *([token] for token in tokens[start:])):
+                    ids = torch.tensor([part], device=self.device)
+                    output = self.model(input_ids=ids, use_cache=True, **{name: cache})
+                    if (cache := getattr(output, name, None)) is None:
+                        return
+        finally:
+            handle.remove()
+        error = _most_off(torch.cat(streams, dim=1)[0], at_once, range(start, len(tokens)))
+        if not error <= (ROUNDED if self.rounds else OTHER_KERNELS):
+            raise Unmeasurable(
+                "refused",
+                f"the stream of a generated token is off by {error:.1e} from what one pass over "
+                "prompt and response computes, expected the same: a hook acts otherwise on steps "
+                "of decoding",
             )
 
     @torch.no_grad()
@@ -98,8 +143,12 @@ class ScoredModel:
         )
         arguments = self.inputs.batch([prompt], self.device, dtype).arguments
         try:
-            with uncompiled_forwards(model), rotary.unused_tables(model):
-                if _takes_logits_to_keep(model):
+            with (
+                uncompiled_forwards(model),
+                rotary.unused_tables(model),
+                evaluation_mode(model),
+            ):
+                if "logits_to_keep" in _parameters(model):
                     model(**arguments, logits_to_keep=1)
                 if not streams or streams[-1].shape[1] != seq:
                     # Gemma 4's last blocks run the tokens alone whose logits are kept.
@@ -112,7 +161,7 @@ class ScoredModel:
 def _most_off(
     stream: Float[Tensor, "seq d_model"],
     scored: Float[Tensor, "seq d_model"],
-    tokens: Sequence[int],
+    tokens: Iterable[int],
 ) -> float:
     """Return the largest relative difference at one of the tokens; NaN if one is NaN."""
     errors = [off_by(stream[token], scored[token]) for token in tokens]
@@ -140,10 +189,16 @@ class Scored:
         """True if hooks or other functions of the user take part in a pass."""
         return has_own_functions(self.stamp.attached)
 
+    @property
+    def has_own_code(self) -> bool:
+        """True if functions of the user, or classes such as remote code, take part in a pass."""
+        return self.has_own_functions or has_own_classes(self.stamp.attached)
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
+
+def _parameters(model: nn.Module) -> Collection[str]:
+    """Return the names of the arguments of the model inside PEFT's."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    return inspect.signature(type(inner).forward).parameters.keys()
 
 
 @contextlib.contextmanager

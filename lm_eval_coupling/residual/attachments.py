@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual.object_digest import (
+    FRAMEWORKS,
     MODULE_ATTRIBUTES,
     Digester,
+    is_among,
     is_library_module,
+    is_of_framework,
     is_of_library,
     is_of_user,
 )
-from lm_eval_coupling.residual.rotary import recomputed_names
+from lm_eval_coupling.residual.rotary import edited_tables, recomputed_names
 from lm_eval_coupling.residual.scored import looked_through
 from lm_eval_coupling.residual.weights import is_packed
 
@@ -32,7 +35,11 @@ from lm_eval_coupling.residual.weights import is_packed
 _OF_RUNS = {"training", "_is_hf_initialized", "gradient_checkpointing"}
 # What accelerate and torch.compile put around a forward method; the function is the same.
 _AROUND_FORWARD = {"_hf_hook", "_old_forward", "_original_forward", "forward"}
-_OURS_AND_THEIRS = ("transformers.", "accelerate.", "peft.", "torch.", "lm_eval_coupling.")
+_OWN = "forward class"  # of a module that the model's own class does not make
+_OWN_CLASS = "class "
+# Where functions are looked up whose replacement acts on the models of a process.
+_NAMESPACES = ("torch.nn.functional", "torch")
+_OF_TORCH = ("torch", "typing_extensions")  # whose functions torch itself puts there
 
 
 class Attachments(dict[str, str]):
@@ -67,48 +74,59 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
     attachments = Attachments()
 
     def add(place: str, value: Any) -> None:
-        if place not in ignored:
+        if not is_among(place, ignored):
             attachments[place] = digester.digest(value)
             _tell(place)
 
     def add_callable(place: str, function: Any) -> None:
-        if place not in ignored:
-            for name, digits in digester.parts(function):
-                if (part := f"{place}, {name}") not in ignored:
-                    attachments[part] = digits
-                    _tell(place)
+        for name, digits in digester.parts(function):
+            if not is_among(part := f"{place}, {name}", ignored):
+                attachments[part] = digits
+                _tell(place)
 
     def _tell(place: str) -> None:
         attachments.unreadable += [f"{place} holds a {kind}" for kind in digester.unreadable]
         digester.unreadable.clear()
 
+    # Functions first: their code names the notes on the model that they read.
     for place, hook in _hooks(named):
         add_callable(place, hook)
     for name, module in named:
+        if not is_packed(module) and (forward := replaced_forward(module)) is not None:
+            add_callable(f"module {name or 'itself'}, forward method", forward)
+    for place, function in (*registered_functions(base), *_patched_functions(named)):
+        add_callable(place, function)
+    for name, module in named:
         place, reference = f"module {name or 'itself'}", fresh.get(name)
-        if reference is not None and type(reference) is not type(module):
+        kind = type(module)
+        if reference is not None and type(reference) is not kind:
             reference = None
         if is_packed(module):  # counts as the weight that it stands for
             continue
         if reference is None:
-            kind = "class" if is_library_module(type(module).__module__) else "forward class"
-            add(f"{place}, {kind}", type(module))
-        if (forward := replaced_forward(module)) is not None:
-            add_callable(f"{place}, forward method", forward)
-        if name.startswith("around ") and is_library_module(type(module).__module__):
+            add(f"{place}, {'class' if is_library_module(kind.__module__) else _OWN}", kind)
+        elif not is_library_module(kind.__module__):
+            # Not by `add`: what branches for training read, such as random numbers, is no matter.
+            own = f"{_OWN_CLASS}{kind.__module__}.{kind.__qualname__}"
+            if own not in attachments:
+                attachments[own] = Digester(digester.names).digest(kind)
+        if name.startswith("around ") and is_library_module(kind.__module__):
             continue  # its choices, such as the active adapter, are in the layers as well
-        for attribute, value in _attributes(module, reference):
+        for attribute, value in _attributes(module, reference, digester.names_read):
             add(f"{place}, {attribute}", value)
-        for buffer, tensor in _computed_buffers(module, base):
+        for buffer, tensor in (*_computed_buffers(module, base), *edited_tables(module)):
             add(f"{place}, buffer {buffer}", tensor)
-    for place, function in (*registered_functions(base), *_patched_functions(named)):
-        add_callable(place, function)
     return attachments
 
 
 def has_own_functions(places: Iterable[str]) -> bool:
     """Return whether hooks or other functions of the user are among the places of attachments."""
     return any("forward" in place or "registered" in place for place in places)
+
+
+def has_own_classes(places: Iterable[str]) -> bool:
+    """Return whether modules are of a class that no library defines, such as remote code."""
+    return any(place.startswith(_OWN_CLASS) for place in places)
 
 
 def own_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -118,8 +136,7 @@ def own_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
         ("forward pre-hook", module._forward_pre_hooks),
     ):
         for hook in hooks.values():
-            function = getattr(hook, "func", hook)
-            if not str(getattr(function, "__module__", "")).startswith(_OURS_AND_THEIRS):
+            if not is_of_framework(hook):
                 yield kind, hook
 
 
@@ -173,25 +190,37 @@ def registered_functions(base: nn.Module) -> Iterator[tuple[str, Any]]:
         ("attention mask", ALL_MASK_ATTENTION_FUNCTIONS),
     ):
         function = table[name] if isinstance(name, str) and name in table else None
-        origin = getattr(getattr(function, "func", function), "__module__", "")
-        if function is not None and not str(origin).startswith("transformers."):
+        if function is not None and not is_of_framework(function):
             yield f"registered {kind} function {name}", function
 
 
 def _patched_functions(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     """Yield the functions that the user put into classes and modules of libraries."""
     kinds = {kind for _, module in named for kind in type(module).__mro__}
-    kinds = {kind for kind in kinds if kind.__module__.startswith(_OURS_AND_THEIRS)}
+    kinds = {kind for kind in kinds if f"{kind.__module__}.".startswith(FRAMEWORKS)}
     owners: dict[str, dict[str, Any]] = {
-        name: vars(sys.modules[name])
-        for name in {kind.__module__ for kind in kinds}
-        if name.startswith("transformers.")
+        name: dict(vars(module))
+        for name, module in list(sys.modules.items())
+        if name in _NAMESPACES
+        or (name.startswith("transformers.") and type(module) is types.ModuleType)
     }
     owners |= {f"{kind.__module__}.{kind.__qualname__}": dict(vars(kind)) for kind in kinds}
     for owner, members in sorted(owners.items()):
-        for name, function in members.items():
-            if isinstance(function, types.FunctionType) and not is_of_library(function):
+        for name, function in list(members.items()):
+            if _is_of_user(function, owner):
                 yield f"forward pass's function {owner}.{name}", function
+
+
+def _is_of_user(value: Any, owner: str) -> bool:
+    """Return whether a user put a function there, or another library into torch."""
+    if isinstance(value, functools.partial):
+        value = value.func
+    if not isinstance(value, types.FunctionType):
+        is_own = not is_library_module(type(value).__module__)
+        return is_own and callable(value) and is_of_user(value)
+    root = str(value.__globals__.get("__name__")).partition(".")[0]
+    is_foreign = root not in sys.stdlib_module_names and root not in _OF_TORCH
+    return not is_of_library(value) or (owner in _NAMESPACES and is_foreign)
 
 
 def _fresh(base: nn.Module) -> dict[str, nn.Module]:
@@ -204,22 +233,24 @@ def _fresh(base: nn.Module) -> dict[str, nn.Module]:
         return {}
 
 
-def _attributes(module: nn.Module, reference: nn.Module | None) -> Iterator[tuple[str, Any]]:
+def _attributes(
+    module: nn.Module, reference: nn.Module | None, names_read: Collection[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield the attributes that may change a pass and differ from the fresh module's."""
     skipped = MODULE_ATTRIBUTES | _OF_RUNS | _AROUND_FORWARD | recomputed_names(module)
     library = type(module).__module__.startswith("peft.")
     # Loading writes notes to a model: its class would define in __init__ what its passes use.
     is_noted = reference is not None and hasattr(module, "from_pretrained")
     for name, value in vars(module).items():
-        if name in skipped or not _counts(value):
+        is_new = reference is None or name not in vars(reference)
+        if name in skipped or not (_counts(value) or (not is_new and _is_function(value))):
             continue
-        if is_noted and _is_plain(value) and name not in vars(reference):
-            continue
-        if is_noted and name.startswith("_"):
-            continue
+        if is_noted and name not in names_read:
+            if name.startswith("_") or (is_new and _is_plain(value)):
+                continue
         if library and not _is_plain(value):
             continue
-        if reference is not None and name in vars(reference):
+        if not is_new:
             other = vars(reference)[name]
             if value is other or (_is_plain(value) and _is_plain(other) and value == other):
                 continue
@@ -233,13 +264,18 @@ def _counts(value: Any) -> bool:
     if _is_plain(value) or isinstance(value, Tensor):
         return True
     if isinstance(value, list | tuple | set):
-        return all(map(_counts, value))
+        return any(map(_counts, value))
     if isinstance(value, dict):
-        return all(map(_counts, value.values()))
-    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-        origin = str(getattr(getattr(value, "func", value), "__module__", ""))
-        return not origin.startswith(_OURS_AND_THEIRS)
+        return any(map(_counts, value.values()))
+    if _is_function(value):
+        return not is_of_framework(value)
     return hasattr(value, "__array__") or (is_of_user(value) and not hasattr(value, "to_dict"))
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(
+        value, types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial
+    )
 
 
 def _is_plain(value: Any) -> bool:

@@ -26,6 +26,7 @@ class Block:
         self.names = _positional_names(module)
         self.before = PassState(module.modules())
         self.is_verified = False  # set once outputs have been compared with derivatives
+        self.verifies_each = False  # True if functions of the user may act on some prompts alone
 
     @property
     def device(self) -> torch.device:

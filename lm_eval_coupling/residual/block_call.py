@@ -72,7 +72,8 @@ class BlockCall:
     def is_verified(self) -> bool:
         """True once the block's outputs have been seen to move as its derivatives say."""
         # Half of a block is called without a trace: what is known of the whole says nothing of it.
-        return self.block.is_verified and self.resid_post is not None
+        is_known = self.block.is_verified and not self.block.verifies_each
+        return is_known and self.resid_post is not None
 
     def mark_verified(self) -> None:
         """Record that the block's outputs move as its derivatives say."""

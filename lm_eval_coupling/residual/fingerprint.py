@@ -57,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def read_fingerprint(model: nn.Module, attachments: Attachments) -> Fingerprint:
     """Compute the fingerprint of a model with attachments that were read before."""
-    digest = hashlib.sha256(_configuration(model).encode())
+    digest = hashlib.sha256(configuration(model).encode())
     for name, weight in named_weights(model):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {checksum(weight)}".encode())
     for name, buffer in persistent_buffers(model):
@@ -88,7 +88,8 @@ def digest(output: Float[Tensor, "1 seq d_model"]) -> str:
     return hashlib.sha256(repr(rounded.tolist()).encode()).hexdigest()[:12]
 
 
-def _configuration(model: nn.Module) -> str:
+def configuration(model: nn.Module) -> str:
+    """Return what the configurations of a model and its adapters say of its function, as JSON."""
     config = _relevant(model.config.to_dict())
     adapters = {
         name: _relevant(c.to_dict()) for name, c in getattr(model, "peft_config", {}).items()

@@ -70,6 +70,8 @@ class TokenIds:
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+        if "output_router_logits" in parameters:  # its loss asks for the logits of every block
+            self.options["output_router_logits"] = False
         table = model.get_input_embeddings()
         words = getattr(table, "num_embeddings", None) or model.config.get_text_config().vocab_size
         self.words = words

@@ -75,6 +75,11 @@ class ResidualModel:
         self._compares_all, self._longest_compared = False, 0
         self._seq_of: dict[torch.Size, int] = {}  # tokens of an image by its shape
 
+    def __repr__(self) -> str:
+        """Return one line, in which the wrapped model's class and size stand."""
+        kind = type(self.model).__name__
+        return f"<ResidualModel of a {kind}, {self.n_layers} blocks, by {self.wrapping}>"
+
     @classmethod
     @exact_arithmetic()
     def wrap(cls, hf_model: nn.Module, tokenizer: Any = None) -> ResidualModel:
@@ -108,10 +113,12 @@ class ResidualModel:
     def remember_scored(self, scored: Scored) -> None:
         """Remember the model that this one was made of, to follow it from now on."""
         self._scored = scored
-        self._compares_all = scored.has_own_functions
-        if self._compares_all:
+        self._compares_all = scored.has_own_code
+        if scored.has_own_functions:
             # Hooks may go by places in the batch, such as the last one or those from the tenth on.
             self.tracer.pads = self.tracer.decodes = False
+            for block in self.block_list:
+                block.verifies_each = True
 
     @made_on_host()
     def describe_change(self) -> str | None:
@@ -296,7 +303,7 @@ class ResidualModel:
     ) -> None:
         """Hold traces to the scored model's own passes.
 
-        With functions of the user in the model, every prompt is compared. Else one prompt of every
+        With code of the user in the model, every prompt is compared. Else one prompt of every
         padded batch, the shortest, and prompts alone that are longer than those before.
         """
         equal = equal_prompts(prompts)
@@ -312,6 +319,21 @@ class ResidualModel:
             self._require_scored().passes.require_agreement(
                 prompts[indices[0]], tokens, traces[indices[0]].resid_final
             )
+
+    @exact_arithmetic()
+    def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
+        """Refuse a response that functions of the user changed while it was generated.
+
+        Args:
+            tokens: of prompt and response.
+            start: index of the response's first token.
+
+        Raises:
+            Unmeasurable: if one pass over the text computes another stream for the response.
+        """
+        scored = self._require_scored()
+        if scored.has_own_functions:
+            scored.passes.require_same_when_generated(tokens, start)
 
     @contextlib.contextmanager
     def first_block_given(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

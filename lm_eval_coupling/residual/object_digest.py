@@ -6,6 +6,7 @@ whose state cannot be read, such as a session of another runtime, is named as un
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dis
 import enum
@@ -30,6 +31,7 @@ _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, range, slice),
     *(type(...), Path, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+_FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
 # Objects that a forward pass may use, and that do not change its result.
 _WITHOUT_EFFECT = (
     *(type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Thread),
@@ -38,13 +40,17 @@ _WITHOUT_EFFECT = (
 _LIBRARIES = tuple(
     str(Path(module.__file__ or "/nowhere").resolve().parent.parent) for module in (torch, np)
 ) + (str(Path(dis.__file__).resolve().parent),)
+FRAMEWORKS = ("torch.", "transformers.", "accelerate.", "peft.", "lm_eval_coupling.")
 _DEPTH = 12  # of values within values
+_PLACES = 3  # levels of values that get places of their own, and the most items of such a value
+_ITEMS = 64
 # Names by which a function reads what no digest of it holds: files, the environment, chance.
 _OUTSIDE = frozenset(
     (
-        *("open", "environ", "getenv", "load", "loadtxt", "fromfile", "memmap"),
-        *("read_text", "read_bytes", "urlopen", "rand", "randn", "rand_like", "randn_like"),
-        *("randint", "randperm", "bernoulli", "bernoulli_", "multinomial", "normal_"),
+        *("open", "safe_open", "environ", "getenv", "load", "load_file", "loadtxt", "fromfile"),
+        *("memmap", "read_text", "read_bytes", "read_csv", "read_parquet", "urlopen", "connect"),
+        *("globals", "eval", "exec", "import_module", "rand", "randn", "rand_like", "randn_like"),
+        *("randint", "randperm", "bernoulli", "bernoulli_", "multinomial", "normal", "normal_"),
         "uniform_",
     )
 )
@@ -55,80 +61,130 @@ class Digester:
 
     Attributes:
         unreadable: descriptions of the values whose state cannot be read.
+        names_read: names that the user's code mentions, such as those of attributes.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         """Take the names of the model's own modules by their ids: their state is digested apart."""
         self.names = names
         self.unreadable: list[str] = []
+        self.names_read: set[str] = set()
 
     def digest(self, value: Any) -> str:
         """Return 16 hex digits of a value."""
         text = _Writer(self).write(value, 0)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def parts(self, function: Any) -> Iterator[tuple[str, str]]:
+    def parts(self, function: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
         """Yield the name and the digest of a callable's code and of every variable that it uses."""
         if isinstance(function, types.MethodType):
-            yield from self.parts(function.__func__)
-            yield from self._expand("self", function.__self__)
+            yield from self.parts(function.__func__, depth)
+            yield from self._expand("self", function.__self__, depth)
         elif isinstance(function, functools.partial):
-            yield from self.parts(function.func)
-            yield "arguments", self.digest((function.args, function.keywords))
-        elif isinstance(function, types.FunctionType) and not is_of_library(function):
-            self._note_outside(function.__code__)
-            yield "code", self.digest(function.__code__)
+            yield from self.parts(function.func, depth)
+            given = {f"argument {n}": value for n, value in enumerate(function.args)}
+            for name, value in (given | function.keywords).items():
+                yield from self._expand(name, value, depth)
+        elif isinstance(function, types.FunctionType):
+            yield "code", self.digest(_code_of(function))
             for name, value in variables(function).items():
-                yield from self._expand(name, value)
+                yield from self._expand(name, value, depth)
         else:
-            if is_of_user(function) and isinstance(type(function).__call__, types.FunctionType):
-                self._note_outside(type(function).__call__.__code__)
-            yield from self._expand("self", function)
+            yield from self._expand("self", function, depth)
 
-    def _note_outside(self, code: types.CodeType) -> None:
-        """Note as unreadable what a function reads that no digest of it holds."""
-        self.unreadable += [f"call of {name}" for name in sorted(_outside_names(code))]
-
-    def _expand(self, name: str, value: Any) -> Iterator[tuple[str, str]]:
+    def _expand(self, name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
         """Yield the digests of a value's items: passes may change some, such as counters."""
-        if type(value) is dict and all(isinstance(key, str) for key in value):
-            for key, item in value.items():
-                yield f"{name}[{key!r}]", self.digest(item)
-        elif is_of_user(value) and id(value) not in self.names:
-            yield f"class of {name}", self.digest(type(value))
-            for key, item in _attributes(value).items():
-                yield f"{name}.{key}", self.digest(item)
-        else:
+        is_whole = depth >= _PLACES or id(value) in self.names
+        if isinstance(value, _FUNCTIONS) and not is_whole:
+            yield from (
+                (f"{name}, {part}", digits) for part, digits in self.parts(value, depth + 1)
+            )
+            return
+        items = {} if is_whole else _items(name, value)
+        if not items:
             yield name, self.digest(value)
+        elif is_of_user(value):
+            yield f"class of {name}", self.digest(type(value))
+        for place, item in items.items():
+            yield from self._expand(place, item, depth + 1)
+
+
+def _items(name: str, value: Any) -> dict[str, Any]:
+    """Return a value's items by their places; none for a value that is digested in one."""
+    items: dict[str, Any] = {}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        items = {f"{name}[{key!r}]": item for key, item in value.items()}
+    elif type(value) in (list, tuple):
+        items = {f"{name}[{number}]": item for number, item in enumerate(value)}
+        items[f"{name}{LENGTH}"] = len(value)
+    elif is_of_user(value):
+        items = {f"{name}.{key}": item for key, item in _attributes(value).items()}
+    return items if len(items) <= _ITEMS else {}
+
+
+LENGTH = ", length"
+
+
+def is_among(place: str, changing: Iterable[str]) -> bool:
+    """Return whether a place, or a value that it lies in, is among the changing ones.
+
+    A list whose length changes is a collector: all of its items are.
+    """
+    return any(
+        place == other or place.startswith((f"{other}[", f"{other}.", f"{other}, "))
+        for other in map(lambda name: name.removesuffix(LENGTH), changing)
+    )
 
 
 def is_of_user(value: Any) -> bool:
-    """Return whether a value is an object with attributes whose class is in no library."""
-    kind = type(value)
-    if isinstance(value, nn.Module | type) or not hasattr(value, "__dict__"):
+    """Return whether a value is an object with attributes, neither Python's nor a framework's.
+
+    Other libraries bring hooks as the user does.
+    """
+    if isinstance(value, types.SimpleNamespace | argparse.Namespace):
+        return True
+    if isinstance(value, nn.Module | type | np.ndarray | _FUNCTIONS):
         return False
-    return not is_library_module(kind.__module__) and kind is not types.FunctionType
+    is_of_python = type(value).__module__.partition(".")[0] in sys.stdlib_module_names
+    return hasattr(value, "__dict__") and not is_of_python and not is_of_framework(value)
 
 
 def variables(function: types.FunctionType) -> dict[str, Any]:
-    """Return the defaults, the closure and the used globals of a function by their names."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    """Return the variables of a function by name: defaults, closure, attributes, used globals.
+
+    Of a library's function, the closure alone: the rest is the release's.
+    """
+    code = function.__code__
     values: dict[str, Any] = {}
-    for number, default in enumerate(function.__defaults__ or ()):
-        values[f"default {number}"] = default
-    values |= function.__kwdefaults__ or {}
-    for name, cell in cells.items():
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             values[name] = cell.cell_contents
         except ValueError:  # not filled yet
             values[name] = None
-    for name in global_names(function.__code__):
+    if is_of_library(function):
+        return values
+    for number, default in enumerate(function.__defaults__ or ()):
+        values[f"default {number}"] = default
+    values |= function.__kwdefaults__ or {}
+    values |= {f"{function.__name__}.{name}": value for name, value in vars(function).items()}
+    for name in global_names(code):
         if name in function.__globals__:
-            values[name] = value = function.__globals__[name]
-            if isinstance(value, types.ModuleType) and not is_library_module(value.__name__):
-                for attribute in function.__code__.co_names:
-                    if attribute in vars(value):
-                        values[f"{name}.{attribute}"] = vars(value)[attribute]
+            values[name] = function.__globals__[name]
+    read = names_in(code)
+    for name, value in list(values.items()):
+        values |= _of_python_module(name, value, read)
+    return values
+
+
+def _of_python_module(name: str, value: Any, read: set[str], depth: int = 0) -> dict[str, Any]:
+    """Return the variables of the user's own Python modules that code reads."""
+    values: dict[str, Any] = {}
+    if not isinstance(value, types.ModuleType) or is_library_module(value.__name__):
+        return values
+    for attribute in sorted(read & vars(value).keys()) if depth < _PLACES else ():
+        place = f"{name}.{attribute}"
+        values[place] = item = vars(value)[attribute]
+        values |= _of_python_module(place, item, read, depth + 1)
     return values
 
 
@@ -136,19 +192,31 @@ def global_names(code: types.CodeType) -> list[str]:
     """Return the names of the globals that code and the functions inside it load."""
     names = {
         str(instruction.argval)
-        for instruction in dis.get_instructions(code)
+        for part in _with_inner(code)
+        for instruction in dis.get_instructions(part)
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(global_names(constant))
     return sorted(names)
 
 
-def _outside_names(code: types.CodeType) -> set[str]:
-    """Return the names in code, and in the functions inside it, of what no digest holds."""
+def names_in(code: types.CodeType) -> set[str]:
+    """Return the names of globals and attributes that code mentions, also in a text alone."""
+    parts = _with_inner(code)
+    texts = {c for part in parts for c in part.co_consts if isinstance(c, str) and c.isidentifier()}
+    return texts.union(*(part.co_names for part in parts))
+
+
+def _with_inner(code: types.CodeType) -> list[types.CodeType]:
+    """Return code and that of the functions inside it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(_OUTSIDE.intersection(code.co_names)).union(*map(_outside_names, inner))
+    return [code, *(part for constant in inner for part in _with_inner(constant))]
+
+
+def _code_of(function: types.FunctionType) -> types.CodeType | str:
+    """Return a function's code, or the name of a library's function: releases differ in code."""
+    if is_of_library(function):
+        return f"{function.__module__}.{function.__qualname__}"
+    return function.__code__
 
 
 def checksum(tensor: Tensor) -> list[int]:
@@ -177,6 +245,7 @@ class _Writer:
         self.digester = digester
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # an id is given again once its object is gone
+        self.is_called = True  # False within methods that no code read so far calls
 
     def write(self, value: Any, depth: int) -> str:
         if isinstance(value, _PLAIN):
@@ -194,8 +263,11 @@ class _Writer:
     def _write_object(self, value: Any, depth: int) -> str:
         if isinstance(value, Tensor):
             return _tensor(value) or self._unreadable(value)
-        if isinstance(value, np.ndarray | np.generic):
-            return self._array(np.asarray(value), depth)
+        if hasattr(type(value), "__array__"):  # of NumPy, pandas or JAX
+            try:
+                return self._array(np.asarray(value), depth)
+            except Exception:  # on a device, as of CuPy
+                return self._unreadable(value)
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__} {value.name}"
         if isinstance(value, collections.UserDict):
@@ -209,11 +281,11 @@ class _Writer:
             return f"{type(value).__qualname__} {_hash(self.write(v, depth) for v in value)}"
         if isinstance(value, types.CodeType):
             return self._code(value, depth)
-        if isinstance(value, types.ModuleType | types.BuiltinFunctionType | np.ufunc):
+        if isinstance(value, types.ModuleType | np.ufunc):
             return f"{type(value).__qualname__} {getattr(value, '__name__', '')}"
         if isinstance(value, type):
             return self._class(value, depth)
-        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        if isinstance(value, _FUNCTIONS):
             return self._callable(value, depth)
         if isinstance(value, nn.Module):
             return self._module(value, depth)
@@ -226,6 +298,10 @@ class _Writer:
         return f"array {value.dtype} {value.shape} {digest}"
 
     def _code(self, code: types.CodeType, depth: int) -> str:
+        if self.is_called:
+            self.digester.names_read |= names_in(code)
+            outside = sorted(_OUTSIDE.intersection((*code.co_names, *code.co_freevars)))
+            self.digester.unreadable += [f"call of {name}" for name in outside]
         constants = [self.write(constant, depth) for constant in code.co_consts]
         parts = [code.co_code.hex(), repr(code.co_names), repr(code.co_freevars), *constants]
         return f"code {_hash(parts)}"
@@ -237,26 +313,24 @@ class _Writer:
         if isinstance(value, types.MethodType):
             parts = (value.__func__, value.__self__)
             return "method " + " ".join(self.write(part, depth) for part in parts)
-        if is_of_library(value):
-            return f"function {value.__module__}.{value.__qualname__}"
         used = [f"{k}: {self.write(v, depth)}" for k, v in variables(value).items()]
-        return f"function {self.write(value.__code__, depth)} {_hash(used)}"
+        return f"function {self.write(_code_of(value), depth)} {_hash(used)}"
 
     def _class(self, kind: type, depth: int) -> str:
         name = f"class {kind.__module__}.{kind.__qualname__}"
         if kind.__module__ == "builtins" or is_library_module(kind.__module__):
             return name
-        methods = [
-            f"{key}: {self.write(value, depth)}"
-            for key, value in sorted(vars(kind).items())
-            if isinstance(value, types.FunctionType | staticmethod | classmethod | property)
-            or isinstance(
-                value, int | float | str | list | tuple | dict | set | Tensor | np.ndarray
-            )
-            and not key.startswith("__")
-        ]
+        members = {key: value for key, value in vars(kind).items() if _is_member(key, value)}
+        texts: dict[str, str] = {}
+        was_called = self.is_called
+        while left := members.keys() - texts.keys():
+            called = left & (self.digester.names_read | {"__call__", "forward"})
+            self.is_called = was_called and bool(called)
+            key = min(called or left)
+            texts[key] = f"{key}: {self.write(members[key], depth)}"
+        self.is_called = was_called
         bases = [self.write(base, depth) for base in kind.__bases__]
-        return f"{name} {_hash([*methods, *bases])}"
+        return f"{name} {_hash([*(texts[key] for key in sorted(texts)), *bases])}"
 
     def _module(self, module: nn.Module, depth: int) -> str:
         state = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -291,11 +365,22 @@ class _Writer:
             if isinstance(name, str) and hasattr(value, name) and not name.startswith("__")
         }
         attributes = slots | _attributes(value)
-        if not attributes and type(value).__reduce__ is object.__reduce__:
-            if is_library_module(type(value).__module__) or not _is_python_class(type(value)):
-                return self._unreadable(value)
+        kind = type(value)
+        if not attributes and (is_library_module(kind.__module__) or not _is_python_class(kind)):
+            return self._reduced(value, depth)
         parts = [f"{name}: {self.write(item, depth)}" for name, item in sorted(attributes.items())]
-        return f"object {self.write(type(value), depth)} {_hash(parts)}"
+        return f"object {self.write(kind, depth)} {_hash(parts)}"
+
+    def _reduced(self, value: Any, depth: int) -> str:
+        """Write an object that shows no attributes by what pickle would keep of it."""
+        try:
+            reduced = value.__reduce_ex__(2)
+            # Items, which come last, are given as iterators.
+            items = [] if isinstance(reduced, str) else [list(part or ()) for part in reduced[3:]]
+            state = [reduced] if isinstance(reduced, str) else [*reduced[1:3], *items]
+        except Exception:
+            return self._unreadable(value)
+        return f"object {self.write(type(value), depth)} {self.write(state, depth)}"
 
     def _unreadable(self, value: Any) -> str:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -331,18 +416,53 @@ def _attributes(value: Any) -> dict[str, Any]:
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
+def _is_member(key: str, value: Any) -> bool:
+    """Return whether a class attribute is a method, or a value that methods may read."""
+    if isinstance(value, types.FunctionType | staticmethod | classmethod | property):
+        return True
+    hidden = type | types.MemberDescriptorType | types.GetSetDescriptorType
+    return not key.startswith(("__", "_abc_")) and not isinstance(value, hidden)
+
+
 def _is_python_class(kind: type) -> bool:
     return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
-def is_of_library(function: Any) -> bool:
-    """Return whether a function lies in an installed package or in Python's own library."""
+def is_of_library(function: types.FunctionType) -> bool:
+    """Return whether a function lies in an installed package or in Python's own library.
+
+    A library's decorator around a user's function is the user's.
+    """
+    wrapped = getattr(function, "__wrapped__", None)
+    if isinstance(wrapped, types.FunctionType) and not is_of_library(wrapped):
+        return False
     file = function.__code__.co_filename
     if file.startswith("<"):  # frozen modules, and methods that dataclasses make
         return file.startswith("<frozen") or (
             file == "<string>" and is_library_module(function.__module__ or "")
         )
     return file.startswith(_LIBRARIES)
+
+
+def is_of_framework(value: Any) -> bool:
+    """Return whether a function, or an object's class, is of torch, transformers, PEFT or ours.
+
+    The module in which its code was written decides, and that of every function that it wraps:
+    `functools.wraps` gives a user's function the name of another module.
+    """
+    while value is not None:
+        inner = value.func if isinstance(value, functools.partial) else value
+        inner = inner.__func__ if isinstance(inner, types.MethodType) else inner
+        if isinstance(inner, types.FunctionType):
+            module = inner.__globals__.get("__name__")
+        else:
+            is_builtin = isinstance(inner, types.BuiltinFunctionType)
+            module = inner.__module__ if is_builtin else type(inner).__module__
+        if not f"{module}.".startswith(FRAMEWORKS):
+            return False
+        # Not by `getattr`: some of torch's own objects have any attribute.
+        value = getattr(inner, "__dict__", {}).get("__wrapped__")
+    return True
 
 
 def is_library_module(name: str) -> bool:

@@ -43,6 +43,17 @@ def _prefixes(module: nn.Module) -> list[str]:
     ]
 
 
+def edited_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tables that no pass has written yet, and that are not the original ones."""
+    for prefix in _prefixes(module):
+        table: Any = getattr(module, f"{prefix}inv_freq")
+        original = getattr(module, f"{prefix}original_inv_freq")
+        longest = getattr(module, f"{prefix}max_seq_len_cached", module.max_seq_len_cached)
+        was_run = f"{prefix}long_inv_freq" in vars(module) or longest != module.original_max_seq_len
+        if not was_run and not torch.allclose(table.to(original), original):
+            yield f"{prefix}inv_freq", table
+
+
 def reset(model: nn.Module) -> None:
     """Give every recomputed table the state that it has before any pass."""
     module: Any

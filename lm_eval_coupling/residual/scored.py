@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.image_inputs import takes_images
+from lm_eval_coupling.residual.rotary import edited_tables
 from lm_eval_coupling.residual.weights import unreadable
 
 _ONLY_SCORE = "use --model hf, or coupling_limit=0, to only score"
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DTensor")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradient checkpointing off, and restore every module's mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def without_compilation(model: nn.Module) -> nn.Module:
@@ -97,6 +113,11 @@ def refuse_unsupported(model: nn.Module) -> None:
     name = type(model).__name__
     if not takes_images(model):
         _refuse_other_text_models(model, config, name)
+    if any(True for module in model.modules() for _ in edited_tables(module)):
+        raise CouplingError(
+            f"got a {name} whose dynamic rotary table was edited, expected the one that passes "
+            "make; edit original_inv_freq as well"
+        )
     if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise CouplingError(
             f"got a {name} whose weights are spread over processes, expected unsharded ones; "

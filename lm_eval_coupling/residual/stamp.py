@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.residual.attachments import Attachments, attachments_of
+from lm_eval_coupling.residual.fingerprint import configuration
 from lm_eval_coupling.residual.rotary import recomputed_names
 from lm_eval_coupling.residual.weights import named_tensors
 
@@ -18,7 +19,7 @@ SAMPLE = 64  # entries of each weight that are looked at
 
 @dataclasses.dataclass(frozen=True)
 class Stamp:
-    """Places, write counts and some entries of a model's weights, and its attachments.
+    """Places, write counts and some entries of a model's weights, its settings and attachments.
 
     Writing through ``p.data`` counts no write. It is seen where it changes a sampled entry, as an
     optimizer's step or another checkpoint does. The fingerprint sees the rest, by reading it all.
@@ -27,7 +28,8 @@ class Stamp:
     places: dict[str, tuple[Any, ...]]
     entries: dict[str, tuple[float, ...]]
     attached: Attachments
-    classes: dict[str, tuple[type, bool]]
+    classes: dict[str, tuple[type, bool, bool]]
+    configuration: tuple[str, Any]
     ignored: frozenset[str]
 
     @classmethod
@@ -44,9 +46,10 @@ class Stamp:
             entries=dict(_entries(tensors)),
             attached=attachments_of(model, ignored),
             classes={
-                name: (type(module), "forward" in vars(module))
+                name: (type(module), "forward" in vars(module), module.training)
                 for name, module in model.named_modules()
             },
+            configuration=_settings(model),
             ignored=frozenset(ignored),
         )
 
@@ -59,9 +62,16 @@ class Stamp:
             return f"the weight {name}"
         if (name := _difference(self.classes, current.classes)) is not None:
             return f"the module {name or 'itself'}"
+        if self.configuration != current.configuration:
+            return "the configuration"
         if (name := _difference(self.attached, current.attached)) is not None:
             return f"the {name}"
         return None
+
+
+def _settings(model: nn.Module) -> tuple[str, Any]:
+    """Return the configuration, and the implementation of attention, which is no part of it."""
+    return configuration(model), getattr(model.config, "_attn_implementation", None)
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:

@@ -121,8 +121,7 @@ class _Tolerant:
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook = hook
-        self.__module__ = str(getattr(hook, "__module__", ""))  # by which users' hooks are known
+        self.hook = self.__wrapped__ = hook  # by which users' hooks are known
 
     def __call__(self, module: nn.Module, *call: Any) -> Any:
         try:

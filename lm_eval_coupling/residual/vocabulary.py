@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm_eval_coupling.residual.bridge import innermost
-from lm_eval_coupling.residual.weights import fetched, is_absent
+from lm_eval_coupling.residual.weights import fetched, is_absent, upcast
 
 AT_ONCE = 1 << 24  # entries of a head that are cast at a time
 
@@ -21,9 +21,12 @@ AT_ONCE = 1 << 24  # entries of a head that are cast at a time
 def looked_up(model: nn.Module) -> dict[nn.Module, nn.Embedding]:
     """Return the embeddings that look token ids up, by the module that is called for them."""
     tables: dict[nn.Module, nn.Embedding] = {}
-    for module in model.modules():  # the outer ones come first
+    modules = list(model.modules())  # the outer ones come first
+    # PEFT's trainable tokens look up a merged weight of their own.
+    merged = {id(part.base_layer) for part in modules if hasattr(part, "trainable_tokens_delta")}
+    for module in modules:
         table = innermost(module)
-        if not isinstance(table, nn.Embedding) or table in tables.values():
+        if not isinstance(table, nn.Embedding) or table in tables.values() or id(table) in merged:
             continue
         first = next(iter(inspect.signature(table.forward).parameters), "")
         if [*table.parameters()] == [table.weight] and first in ("input", "input_ids"):
@@ -36,35 +39,49 @@ def rows_only(tables: dict[nn.Module, nn.Embedding], dtype: torch.dtype) -> Iter
     """While active, each embedding holds only the rows being looked up, in ``dtype``.
 
     The rows stay until the end: TransformerLens asks the weight for its dtype after the call too.
+    A table with a forward method of the user's is held whole: that method may go by token ids.
     """
     with contextlib.ExitStack() as stack:
         for module, table in tables.items():
-            if table.weight.dtype != dtype or is_absent(table.weight):
-                rows = _Rows(table, dtype)
-                stack.callback(rows.put_back)
-                stack.callback(module.register_forward_pre_hook(rows.take).remove)
+            if table.weight.dtype == dtype and not is_absent(table.weight):
+                continue
+            if "forward" in vars(table):
+                stack.enter_context(upcast([table.weight], dtype))
+                continue
+            rows = _Rows(table, dtype)
+            vars(table)["forward"] = rows.look_up
+            stack.callback(delattr, table, "forward")
+            stack.callback(rows.put_back)
+            stack.callback(module.register_forward_pre_hook(rows.take).remove)
         yield
 
 
 class _Rows:
+    """The rows of one table that a pass looks up; hooks on the table still see the token ids."""
+
     def __init__(self, table: nn.Embedding, dtype: torch.dtype) -> None:
         self.table, self.dtype = table, dtype
         self.kept: tuple[Tensor, int | None] | None = None
+        self.ids, self.forward = torch.empty(0), table.forward
 
-    def take(self, module: nn.Module, args: tuple) -> tuple:
+    def take(self, module: nn.Module, args: tuple) -> None:
+        """Put the rows of these ids into the table (pre-hook)."""
         self.put_back()
         weight: Any = self.table.weight
-        ids, places = torch.unique(args[0], return_inverse=True)
+        ids = self.ids = torch.unique(args[0])
         source = weight.fetch() if is_absent(weight) else weight.data
         self.kept = (weight.data, self.table.padding_idx)
         weight.data = source[ids.to(source.device)].to(weight.device, self.dtype)
         self.table.padding_idx = None  # it affects gradients only, and may be beyond these rows
-        return (places, *args[1:])
 
     def put_back(self) -> None:
         if self.kept is not None:
             self.table.weight.data, self.table.padding_idx = self.kept
             self.kept = None
+
+    def look_up(self, ids: Tensor, *args: Any) -> Tensor:
+        """Run the table on places among its rows; the module's hooks have seen the ids."""
+        return self.forward(torch.searchsorted(self.ids, ids), *args)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from lm_eval_coupling.residual.bridge import bridged_blocks, put_bridge_into
 from lm_eval_coupling.residual.image_inputs import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
 from lm_eval_coupling.residual.scored import (
+    evaluation_mode,
     looked_through,
     mixed_dtypes,
     refuse_unsupported,
@@ -103,12 +104,20 @@ class _Wrapping:
             last_name=last_name,
             inputs=self.inputs,
             device=self.plain.device,
-            twin=lambda: twin_of(self.base),
+            retraced=self._by_scoring_kernels,
             rounds=self.rounds,
             is_present=self.runs,
         )
+        if changed_by_passes and self.runs:
+            what, again = "logits after other passes", self._scored_logits()
+            checks.require_close(what, self.name, again, self.expected, self.tolerance)
         stamp = Stamp.of(self.scored, changed_by_passes)
         model.remember_scored(Scored(self.scored, stamp, trace.resid_final, passes))
+        if self.base.training or any(map(_drops, self.base.modules())):
+            logger.warning(
+                "coupling: the model is in training mode, so that dropout acts on what it is "
+                "scored by; coupling is measured without dropout: call model.eval()"
+            )
         if before.unreadable:
             logger.warning(
                 "coupling: %s, whose state cannot be read: what is measured is kept for this run "
@@ -130,15 +139,19 @@ class _Wrapping:
 
     def _hold_twin_to_scored(self) -> None:
         """Compare logits by the same kernels in the same dtype: next to nothing may differ."""
-        if not self.runs or self.base.training:  # dropout
+        if not self.runs:
             return
-        device = next(self.twin.parameters()).device
-        expected = checks.answer_of(self.scored, self.inputs, device)
-        logits = checks.answer_of(self.twin, self.inputs, device)
-        tolerance = checks.SAME
+        self.expected = self._scored_logits()
+        logits = checks.answer_of(self.twin, self.inputs, next(self.twin.parameters()).device)
+        self.tolerance = checks.SAME
         if self.rounds:
-            tolerance = checks.ROUNDED if self.has_autocast else checks.SAME_KERNELS
-        checks.require_close("logits", self.name, logits, expected, tolerance)
+            self.tolerance = checks.ROUNDED if self.has_autocast else checks.SAME_KERNELS
+        checks.require_close("logits", self.name, logits, self.expected, self.tolerance)
+
+    def _scored_logits(self) -> Tensor:
+        device = next(self.twin.parameters()).device
+        with evaluation_mode(self.scored):  # dropout
+            return checks.answer_of(self.scored, self.inputs, device)
 
     def _own_blocks(self) -> Any:
         """Find the list of modules that hands a stream on, by running through it."""
@@ -180,21 +193,24 @@ class _Wrapping:
         checks.require_residual_stream(self.name, trace.calls, trace.resid_final)
         return trace
 
-    def _ends(self, last_name: str) -> tuple[Tensor, ...]:
-        """Return the stream after the last block and the logits, of one pass; none in training."""
-        if self.base.training:
-            return ()
+    def _ends(self, last_name: str) -> tuple[Tensor, Tensor]:
+        """Return the stream after the last block and the logits, of one pass."""
         last, model = self.plain.blocks[-1], self.twin
         if not self.runs:
             # Weights lie elsewhere: only traces run the twin, and the scored model runs itself.
             last, model = self.base.get_submodule(last_name), self.base
-        return checks.end_of(model, last, self.inputs, self.plain.device)
+        with evaluation_mode(model):
+            return checks.end_of(model, last, self.inputs, self.plain.device)
 
-    def _hold_to_scored(self, stream: Tensor, *ends: Tensor) -> None:
+    def _by_scoring_kernels(self) -> Any:
+        """Make another model of the blocks, in which attention is as in the scored one."""
+        twin = twin_of(self.base)
+        names = {id(module): name for name, module in self.twin.named_modules()}
+        blocks = [twin.get_submodule(names[id(block)]) for block in self.plain.blocks]
+        return self._model(twin, blocks, BLOCKS)
+
+    def _hold_to_scored(self, stream: Tensor, scored: Tensor, logits: Tensor) -> None:
         """Hold the float32 stream to the scored one, and refuse anything added after it."""
-        if not ends:
-            return
-        scored, logits = ends
         if not self.runs:
             checks.require_close("a residual stream", self.name, stream, scored, checks.PACKED)
             return
@@ -238,6 +254,11 @@ class _Wrapping:
             reason = f"TransformerLens' bridge of {self.name} is off by {error:.1e} from the model"
             return None, reason
         return model, "TransformerLens' bridge computes what the model does"
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module is a dropout in training mode, as some estimates of doubt set it."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def _differences(before: dict[str, str], after: dict[str, str]) -> set[str]:

@@ -88,10 +88,12 @@ def _verdict(info: CouplingInfo) -> list[str]:
 
 def _against_chance(summary: Mapping[str, float], chance: float) -> str:
     """Compare the mean coupling of documents with that of random matrices."""
-    # Two standard errors make about a 95 % interval.
+    from scipy.special import stdtrit
+
     value = f"{summary['mean']:.4f} ± {summary['stderr']:.4f} over {summary['n']} documents"
     excess = summary["mean"] - chance
-    if abs(excess) <= 2 * summary["stderr"]:
+    # Of two documents, an interval of 95 % reaches 13 standard errors far.
+    if abs(excess) <= stdtrit(summary["n"] - 1, 0.975) * summary["stderr"]:
         return f"{value}, not distinguishable from chance"
     if excess < 0:
         return f"{value}, {-excess:.4f} below chance"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from lm_eval_coupling.runs.run import Run
 
 logger = logging.getLogger("lm_eval.coupling")
+
+_NOW = re.compile(r"""strftime_now\((['"])(.*?)\1\)""")  # in chat templates
 
 
 def measure_samples(
@@ -178,10 +182,14 @@ def _chosen_prompts(lm: Any, evaluation: LoggedEvaluation) -> list[DocumentPromp
     chosen = choose(documents, evaluation.roots, options.limit, options.seed)
     prompts: list[DocumentPrompt] = []
     n_changed = 0
+    date = evaluation.results.get("date")
+    moment = datetime.fromtimestamp(date) if isinstance(date, int | float) else datetime.now()
     for key, sample in documents.items():
         if key not in chosen:
             continue
-        requests = [_as_text(lm, request) for request in evaluation.requests(key.task, sample)]
+        requests = [
+            _as_text(lm, request, moment) for request in evaluation.requests(key.task, sample)
+        ]
         contexts = {request.args[0].strip() for request in requests}
         made = lm.prompts_of(Document(key, sample["doc_id"], requests, sample.get("target")))
         n_changed += sum(
@@ -203,8 +211,8 @@ def _is_of(decoded: str, contexts: set[str]) -> bool:
     return any(decoded.endswith(context) or context.endswith(decoded) for context in contexts)
 
 
-def _as_text(lm: Any, request: LoggedRequest) -> LoggedRequest:
-    """Render the messages that were sent to a chat API with the tokenizer's own template."""
+def _as_text(lm: Any, request: LoggedRequest, moment: datetime) -> LoggedRequest:
+    """Render the messages that were sent to a chat API at a time with the tokenizer's template."""
     context = request.args[0]
     if isinstance(context, list) and len(context) == 1:
         context = context[0]  # lm-eval logs the messages as one JSON text.
@@ -218,7 +226,13 @@ def _as_text(lm: Any, request: LoggedRequest) -> LoggedRequest:
             "got messages in the samples, and a tokenizer without chat template; "
             "evaluate without --apply_chat_template, or give a tokenizer that has one"
         )
-    return request._replace(args=(lm.apply_chat_template(messages), *request.args[1:]))
+    template = lm.tokenizer.chat_template
+    try:
+        if isinstance(template, str):  # such as Llama's, which writes the date of the day
+            lm.tokenizer.chat_template = _NOW.sub(lambda m: repr(moment.strftime(m[2])), template)
+        return request._replace(args=(lm.apply_chat_template(messages), *request.args[1:]))
+    finally:
+        lm.tokenizer.chat_template = template
 
 
 def _messages(context: Any) -> list[dict[str, str]] | None:

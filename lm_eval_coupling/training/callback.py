@@ -21,7 +21,7 @@ from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measuring.settings import chosen_measures, chosen_ranks
 from lm_eval_coupling.measuring.token_ids import token_ids
-from lm_eval_coupling.residual.scored import looked_through
+from lm_eval_coupling.residual.scored import evaluation_mode, looked_through
 from lm_eval_coupling.runs.options import Options
 from lm_eval_coupling.runs.prompt_results import prompt_results, sample_of
 from lm_eval_coupling.runs.results import CouplingInfo, save_run
@@ -35,7 +35,6 @@ from lm_eval_coupling.runs.run import (
 )
 from lm_eval_coupling.runs.session import Session
 from lm_eval_coupling.runs.store import MeasurementStore
-from lm_eval_coupling.training.token_jacobians import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import Trainer

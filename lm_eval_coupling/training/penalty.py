@@ -13,7 +13,8 @@ from lm_eval_coupling.errors import CouplingError, one_of, whole
 from lm_eval_coupling.measures.formulas.ablations import rotated_miscoupling
 from lm_eval_coupling.measures.formulas.miscoupling import miscoupling
 from lm_eval_coupling.numerics.spectra import SingularTriplets, numerical_rank, top_singular
-from lm_eval_coupling.training.token_jacobians import evaluation_mode, token_jacobians
+from lm_eval_coupling.residual.scored import evaluation_mode
+from lm_eval_coupling.training.token_jacobians import token_jacobians
 
 Form = Literal["rotated", "raw"]
 

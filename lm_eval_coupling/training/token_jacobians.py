@@ -7,9 +7,8 @@ times, and output i of copy i is differentiated. The graph is kept for a second 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,19 +133,6 @@ def _at_last(name: str, value: Any) -> Any:
     if name == "position_embeddings" or (name == "attention_mask" and value.ndim == 4):
         return value[..., -1:, :]
     return value[..., -1:] if name in ("position_ids", "cache_position") else value
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradient checkpointing off, and restore every module's mode."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def token_jacobians(

@@ -101,6 +101,24 @@ def test_values_are_those_of_the_text_put_together_by_hand(home, tmp_path, seed)
     assert sample["coupling"] == records[records.place == 0].iloc[0].coupling[0]
 
 
+def test_responses_that_a_hook_changed_while_they_were_written_are_refused(home, tmp_path):
+    """One pass over prompt and response, as it is measured, does not run such a hook."""
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output + (output.shape[1] == 1)
+    )
+    lm = CouplingLM(
+        pretrained=model,
+        tokenizer=str(home / "model"),
+        device="cpu",
+        coupling_ranks="2",
+        coupling_store=str(tmp_path / "store.sqlite"),
+    )
+    request = LoggedRequest("generate_until", ("Hi there", {"max_gen_toks": 8}), ["what is this?"])
+    (prompt,) = continued_prompts(lm, [request], None, ["generated"])
+    assert prompt.problem.code == "refused" and "steps of decoding" in prompt.problem.words
+
+
 def test_samples_give_what_the_run_gives(home, tmp_path):
     position = f"-1+{GENERATED}"
     run, _ = evaluate(home, tmp_path / "run", coupling_position=position, coupling_limit=5)

@@ -446,3 +446,13 @@ def test_a_head_that_fails_costs_the_entropy_only(model, monkeypatch):
     found = measured(model)
     assert found.entropy is None and found.reason == "no entropy: RuntimeError: no head"
     assert found.normalized_miscoupling is not None and found.line_shape_score > 1
+
+
+def test_records_and_models_are_shown_in_a_line():
+    """Their arrays filled a screen."""
+    model = ResidualModel.wrap(cases.tiny_model("llama", torch.float32))
+    (record,) = measure_coupling(model, [[5, 3, 7]], ranks=(2, 4), progress=False)
+    assert repr(record).startswith(
+        f"<PromptCoupling at token 2 of 3, coupling@2 {record.coupling(2):.4f}"
+    )
+    assert "LlamaForCausalLM, 2 blocks" in repr(model) and "\n" not in repr(record) + repr(model)

@@ -265,7 +265,7 @@ def test_no_word_and_no_number_is_broken(tmp_path, width):
     lines = [
         line
         for line in printed(tmp_path, width=width).splitlines()
-        if not line.startswith("Chance:")
+        if not line.startswith(("Chance:", "Not shown"))
     ]
     words = set(re.findall(r"\S+", printed(tmp_path, width=200)))
     assert set(" ".join(lines).split()) <= words | pieces
@@ -484,3 +484,22 @@ def test_what_two_runs_were_measured_with_and_lack_is_told(tmp_path, caplog):
     )
     assert f"{other} less {first}" in " ".join(out.getvalue().split())
     assert caplog.text.count("the answers to 2 documents, expected those to the 50") == 2
+
+
+def test_what_a_narrow_terminal_does_not_show_is_named(run):
+    """The score was left out without a word."""
+    text = printed(run, width=60)
+    assert "Not shown at this width: " in text and "score" in text.split("this width: ")[1]
+    assert "Not shown" not in printed(run, width=150)
+
+
+def test_layers_without_a_value(tmp_path):
+    save(tmp_path, {"arc": task_summary()}, rows=[record(layers=1)], n_layers=1)
+    text = printed(tmp_path, "arc")
+    assert "1 layer of width" in text and "nan" not in text
+    assert text.split("its basis")[-1].count("–") == 2
+
+
+def test_a_document_is_no_row_of_a_table_for_programs(run):
+    with pytest.raises(CouplingError, match="leave out --doc or --csv"):
+        show(run, "arc", 0, form="csv")

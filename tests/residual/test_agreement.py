@@ -1,5 +1,6 @@
 """Measured prompts are what the scored model computes for them, alone, whatever it holds."""
 
+import copy
 import inspect
 import threading
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 from oracles import oracle, worst
 from torch import nn
+from transformers import LlamaModel
 
 from lm_eval_coupling import block_jacobians, measure_coupling
 from lm_eval_coupling.errors import CouplingError, Unmeasurable
@@ -320,3 +322,146 @@ def test_a_method_replaced_on_a_packed_layer_is_refused(model):
     layer.forward = lambda x: PackedLinear.forward(layer, x) * 1.2
     with pytest.raises(CouplingError, match="forward method replaced on model.layers.1.mlp"):
         ResidualModel.wrap(model)
+
+
+def with_same_weights(dtype):
+    """A model, and one in float32 with its weights."""
+    model, exact = cases.tiny_model("llama", dtype), cases.tiny_model("llama", torch.float32)
+    exact.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
+    return model, exact
+
+
+def hooked_by_ids(model):
+    def add(module, args, output):
+        return output + 3.0 * (args[0] == 7)[..., None].to(output)
+
+    model.model.embed_tokens.register_forward_hook(add)
+
+
+def patched_by_ids(model):
+    table = model.model.embed_tokens
+    look_up = table.forward
+    table.forward = lambda ids: look_up(ids) + 3.0 * (ids == 7)[..., None].to(table.weight)
+
+
+@pytest.mark.parametrize("change", [hooked_by_ids, patched_by_ids])
+def test_functions_on_embeddings_are_given_token_ids(change):
+    """In another dtype than the weights' they were given places among the rows looked up."""
+    models = with_same_weights(torch.bfloat16)
+    for model in models:
+        change(model)
+    prompts = [[5, 7, 9, 7], [5, 3, 9, 11]]
+    for a, b in zip(*(measured(model, prompts) for model in models), strict=True):
+        assert a.reason is b.reason is None
+        # The table of rotary frequencies is in bf16 as well.
+        assert a.coupling(2) == pytest.approx(b.coupling(2), abs=1e-3)
+
+
+def test_an_adapter_of_single_tokens_is_measured_in_half_precision():
+    """Its merged table stayed in bf16, and the model was refused."""
+    peft = pytest.importorskip("peft")
+    config = peft.TrainableTokensConfig(token_indices=[5, 7], init_weights=False)
+    torch.manual_seed(0)
+    half = peft.get_peft_model(cases.tiny_model("llama", torch.bfloat16), config).eval()
+    exact = copy.deepcopy(half).float()
+    for a, b in zip(*(measured(model, [[5, 3, 7]]) for model in (half, exact)), strict=True):
+        assert a.reason is None and a.coupling(2) == pytest.approx(b.coupling(2), abs=1e-3)
+
+
+def test_a_dynamic_rotary_table_that_was_edited_is_refused():
+    """Every pass of ours began with the original table, so that the edit was never seen."""
+    model = cases.tiny_model(
+        "llama", torch.float32, rope_parameters=dict(ROPES["dynamic"]), max_position_embeddings=32
+    )
+    model.model.rotary_emb.inv_freq.mul_(0.3)
+    with pytest.raises(CouplingError, match="dynamic rotary table was edited"):
+        ResidualModel.wrap(model)
+
+
+def test_routers_whose_logits_are_configured():
+    """The loss of the router asked for the logits of blocks that a lens leaves out."""
+    model = cases.tiny_model("mixtral", torch.float32)
+    model.config.output_router_logits = True
+    as_oracle(model)
+
+
+def test_in_half_precision_the_trace_itself_is_compared():
+    """Only a twin by the kernels that score was: it agreed, whatever had been traced."""
+    wrapped = ResidualModel.wrap(cases.tiny_model("llama", torch.bfloat16))
+    wrapped.blocks[1].register_forward_hook(lambda module, args, output: output * 1.3)
+    with pytest.raises(Unmeasurable, match="when it scores this prompt"):
+        wrapped.trace(LONG)
+
+
+def test_a_branch_that_some_prompts_take_is_compared_on_each():
+    """A block was compared with differences of its outputs at its first prompt alone."""
+    matrix = torch.randn(24, 24, generator=torch.Generator().manual_seed(0)).numpy()
+
+    def branch(module, args, output):
+        if output.shape[1] <= 8:
+            return output
+        return output + torch.from_numpy(output.detach().numpy() @ matrix).to(output)
+
+    for prompts in ([SHORT, LONG], [LONG, SHORT]):
+        model = cases.tiny_model("llama", torch.float32)
+        model.model.layers[0].mlp.register_forward_hook(branch)
+        for prompt, record in zip(prompts, measured(model, prompts), strict=True):
+            assert (record.reason is None) == (prompt is SHORT)
+
+
+class Switching(LlamaModel):
+    """Adds a vector to prompts that hold a certain token, as remote code may."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **options):
+        if inputs_embeds is not None:
+            return super().forward(inputs_embeds=inputs_embeds, **options)
+        vectors = self.embed_tokens(input_ids)
+        vectors = vectors + 2.0 * (input_ids == 59).any(1)[:, None, None]
+        return super().forward(inputs_embeds=vectors, **options)
+
+
+def test_classes_of_the_user_are_compared_on_every_prompt(model):
+    model.model.__class__ = Switching
+    prompts = [[5, 3, 7], [5, 59, 7, 4, 3], [5, 3, 7, 1, 2, 3]]
+    alone = [measured(model, [prompt])[0].coupling(2) for prompt in prompts]
+    together = [record.coupling(2) for record in measured(model, prompts)]
+    assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_a_hook_that_goes_by_the_passes_before_is_refused(model):
+    class Average:
+        mean = torch.zeros(24)
+
+        def __call__(self, module, args, output):
+            self.mean = 0.9 * self.mean + 0.1 * output.mean((0, 1)).detach()
+            return output - self.mean
+
+    model.model.layers[0].register_forward_hook(Average())
+    with pytest.raises(CouplingError, match="expected the same"):
+        ResidualModel.wrap(model)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_dropout_is_off_while_a_model_in_training_mode_is_measured(whole, caplog):
+    expected = measured(cases.tiny_model("gpt2", torch.float32), [SHORT])[0].coupling(2)
+    model = cases.tiny_model("gpt2", torch.float32)
+    chosen = [m for m in model.modules() if whole or isinstance(m, nn.Dropout)]
+    for module in chosen:
+        module.training = True
+    with caplog.at_level("WARNING", "lm_eval.coupling"):
+        (record,) = measured(model, [SHORT])
+    assert record.coupling(2) == pytest.approx(expected, abs=1e-6)
+    assert "call model.eval()" in caplog.text and all(m.training for m in chosen)
+
+
+def test_a_hook_on_steps_of_decoding_is_seen_in_responses(model):
+    """One pass over prompt and response does not run it, while the response was written with it."""
+    wrapped = ResidualModel.wrap(model)
+    wrapped.require_same_when_generated(LONG, 6)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.0)
+    ResidualModel.wrap(model).require_same_when_generated(LONG, 6)
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output + (output.shape[1] == 1)
+    )
+    with pytest.raises(Unmeasurable, match="otherwise on steps of decoding"):
+        ResidualModel.wrap(model).require_same_when_generated(LONG, 6)

@@ -1,5 +1,6 @@
 """Hooks, replaced methods, buffers and attributes are part of a model's identity."""
 
+import decimal
 import functools
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.attachments import attachments_of
@@ -30,6 +32,23 @@ def model():
 
 def add(scale, module, args, output):
     return output + scale * VECTOR
+
+
+LIBRARY = """
+def make(vector):
+    def hook(module, args, output):
+        return output + vector
+    return hook
+"""
+
+
+@functools.cache
+def library():
+    """Return a module whose code lies beside torch, as that of an installed package."""
+    file = Path(torch.__file__).parents[1] / "steering_library.py"
+    module = types.ModuleType("steering_library")
+    exec(compile(LIBRARY, str(file), "exec"), vars(module))
+    return module
 
 
 class Steering:
@@ -111,6 +130,54 @@ def by_computed_buffer(block, value):
     block.register_buffer("mask", torch.full((24,), value), persistent=False)
 
 
+def by_decorated_function(block, value):
+    vector = value * torch.ones(24)
+
+    @torch.no_grad()
+    def hook(module, args, output):
+        output += vector
+
+    block.register_forward_hook(hook)
+
+
+def by_closure_of_a_library(block, value):
+    block.register_forward_hook(library().make(value * torch.ones(24)))
+
+
+def by_attribute_of_the_function(block, value):
+    def hook(module, args, output):
+        return output + hook.strength
+
+    hook.strength = value
+    block.register_forward_hook(hook)
+
+
+def by_object_of_c(block, value):
+    strength = decimal.Decimal(value)
+    block.register_forward_hook(lambda module, args, output: output + float(strength))
+
+
+class Holder(dict):
+    """A container with an attribute, and an array of another library's."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.full(24, self.strength, np.float32)
+
+
+def by_attribute_of_a_container(block, value):
+    holder = Holder()
+    holder.strength = value
+    block.register_forward_hook(lambda module, args, output: output + holder.strength)
+
+
+def by_dictionary_with_a_dtype(block, value):
+    block.steering = {"strength": value, "dtype": torch.float32}
+
+
+def by_namespace(block, value):
+    block.steering = types.SimpleNamespace(strength=value)
+
+
 @pytest.mark.parametrize(
     "attach", [f for name, f in list(globals().items()) if name.startswith("by_")]
 )
@@ -163,6 +230,131 @@ def test_counters_do_not_hide_what_stands_beside_them(model):
     assert wrapped.describe_change() is None
     state["vector"][0] = 2
     assert "vector" in wrapped.describe_change()
+
+
+class Counting:
+    def __init__(self):
+        self.state = {"passes": 0, "strength": 0.5}
+
+    def __call__(self, module, args, output):
+        self.state["passes"] += 1
+        return output + self.state["strength"] * VECTOR
+
+
+def counting_in_a_list(state):
+    def hook(module, args, output):
+        state[0] += 1
+        return output + state[1] * VECTOR
+
+    return hook
+
+
+@pytest.mark.parametrize("kind", ["nested", "list", "partial"])
+def test_counters_hide_nothing_at_any_depth(model, kind):
+    """The whole container counted as one that passes change, and was not looked at again."""
+    hook = Counting()
+    state, place = hook.state, "strength"
+    if kind != "nested":
+        state, place = [0, 0.5], 1
+        hook = counting_in_a_list(state)
+    if kind == "partial":
+        hook = functools.partial(lambda inner, *call: inner(*call), hook)
+    model.model.layers[0].register_forward_hook(hook)
+    wrapped = ResidualModel.wrap(model)
+    assert wrapped.describe_change() is None
+    state[place] = 2.0
+    assert wrapped.describe_change() is not None
+
+
+def by_variable(model):
+    return lambda module, args, output: output + model.strength * VECTOR
+
+
+def by_getattr(model):
+    return lambda module, args, output: output + getattr(model, "strength") * VECTOR  # noqa: B009
+
+
+class ByMember:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, module, args, output):
+        return output + self.model.strength * VECTOR
+
+
+@pytest.mark.parametrize("make", [by_variable, by_getattr, ByMember])
+def test_notes_on_the_model_count_where_functions_read_them(model, make):
+    """Loading writes such notes as well, which change nothing."""
+    model.strength = model.note = 0.5
+    model.model.layers[0].register_forward_hook(make(model))
+    wrapped = ResidualModel.wrap(model)
+    model.note = 2.0
+    assert wrapped.describe_change() is None
+    model.strength = 2.0
+    assert wrapped.describe_change().endswith("strength")
+    assert ResidualModel.wrap(model).fingerprint != wrapped.fingerprint
+
+
+class Doubled(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_class_of_the_user_counts(model):
+    """A fresh model of the class is made as well: nothing differed from it."""
+    plain = fingerprint(model)
+    model.__class__ = Doubled
+    doubled = fingerprint(model)
+    right = Doubled.forward
+    try:
+        Doubled.forward = lambda self, *args, **kwargs: right(self, *args, **kwargs)
+        assert len({plain, doubled, fingerprint(model)}) == 3
+    finally:
+        Doubled.forward = right
+    assert fingerprint(model) == doubled
+
+
+@pytest.mark.parametrize("name", ["silu", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("by", ["user", "library", "partial"])
+def test_functions_put_into_torch_count(model, monkeypatch, name, by):
+    before = fingerprint(model)
+    right = getattr(nn.functional, name)
+
+    def other(*args, **kwargs):
+        return right(*args, **kwargs)
+
+    made = {"user": other, "library": library().make(0.5), "partial": functools.partial(other)}
+    monkeypatch.setattr(nn.functional, name, made[by])
+    assert fingerprint(model) != before
+
+
+def test_what_wraps_a_function_of_a_library_is_the_users(model):
+    """`functools.wraps` gives it the other's name and module."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model.set_attn_implementation("sdpa")
+    before = fingerprint(model)
+
+    @functools.wraps(sdpa_attention_forward)
+    def gated(*args, **kwargs):
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return 0.5 * output, weights
+
+    right = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", gated)
+        registered = fingerprint(model)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", right)
+    model.model.layers[0].register_forward_hook(functools.wraps(nn.Module.forward)(steer))
+    assert len({before, registered, fingerprint(model)}) == 3
+
+
+def steer(module, args, output):
+    return output + VECTOR
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -262,15 +454,45 @@ class OfTheEnvironment:
         return output + float(os.environ["STRENGTH"]) * VECTOR
 
 
+def of_a_helper(module, args, output):
+    return of_a_file(module, args, output)
+
+
+class OfAMethod:
+    def vector(self):
+        return torch.load("vector.pt")
+
+    def __call__(self, module, args, output):
+        return output + self.vector()
+
+
 @pytest.mark.parametrize(
     ("hook", "name"),
-    [(of_a_file, "read_text"), (of_chance, "randn_like"), (OfTheEnvironment(), "environ")],
+    [
+        (of_a_file, "read_text"),
+        (of_a_helper, "read_text"),
+        (of_chance, "randn_like"),
+        (OfTheEnvironment(), "environ"),
+        (OfAMethod(), "load"),
+    ],
 )
 def test_a_hook_that_reads_from_outside_makes_a_model_of_its_own(model, hook, name):
     """The store gave the numbers of the strength that the file had before."""
     model.model.layers[0].register_forward_hook(hook)
     assert any(f"call of {name}" in words for words in attachments_of(model).unreadable)
     assert fingerprint(model) != fingerprint(model)
+
+
+class Loaded(Steering):
+    @classmethod
+    def of_file(cls, path):
+        return cls(torch.load(path))
+
+
+def test_a_class_may_have_a_method_that_reads(model):
+    """Hooks do not call it."""
+    model.model.layers[0].register_forward_hook(Loaded(torch.ones(24)).hook)
+    assert not attachments_of(model).unreadable
 
 
 def test_locks_files_and_random_states_can_be_read(model):
@@ -313,6 +535,7 @@ def test_a_hook_on_every_module_counts(model):
 class Settings:
     strength = 0.5
     places = (1, 2)
+    inner = types.SimpleNamespace(strength=0.5)
 
 
 def test_settings_that_a_hook_reads_are_followed(model, monkeypatch):
@@ -330,6 +553,10 @@ def test_settings_that_a_hook_reads_are_followed(model, monkeypatch):
     wrapped = ResidualModel.wrap(model)
     assert wrapped.describe_change() is None
     monkeypatch.setattr(Settings, "places", (1, 2, 3))
+    assert wrapped.describe_change() is not None
+    monkeypatch.setattr(Settings, "places", (1, 2))
+    assert wrapped.describe_change() is None
+    Settings.inner.strength = 2.0
     assert wrapped.describe_change() is not None
 
 

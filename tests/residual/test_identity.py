@@ -146,3 +146,18 @@ def test_rounding_keeps_the_identity():
     x = torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert len({digest(x * (1 + 1e-6 * torch.randn_like(x))) for _ in range(20)}) == 1
     assert digest(x) != digest(x * (1 + 2e-2 * torch.randn_like(x)))
+
+
+def test_settings_changed_before_the_first_evaluation_are_seen():
+    """The weights had not been read by then, and nothing else held the configuration."""
+    model = cases.tiny_model("mistral", torch.float32)
+    wrapped = ResidualModel.wrap(model)
+    model.config.sliding_window = 3
+    assert wrapped.describe_change() == "the configuration"
+
+
+def test_another_implementation_of_attention_is_looked_at_anew(model):
+    wrapped = ResidualModel.wrap(model)
+    model.set_attn_implementation("sdpa")
+    assert wrapped.describe_change() == "the configuration"
+    assert ResidualModel.wrap(model).fingerprint == wrapped.fingerprint

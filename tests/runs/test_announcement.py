@@ -101,6 +101,7 @@ def info(excess, untrained=()):
     ("excess", "verdict"),
     [
         ([0.01, -0.01, 0.02, -0.01], "not distinguishable from chance"),
+        ([0.05, 0.10], "not distinguishable from chance"),
         ([0.007, 0.008, 0.009, 0.008], "0.0080 above chance: barely above chance"),
         ([0.05, 0.06, 0.05, 0.06], "0.0550 above chance: weakly coupled"),
         ([0.2, 0.3, 0.2, 0.3], "0.2500 above chance: clearly coupled"),
@@ -111,7 +112,7 @@ def test_a_run_ends_with_a_verdict(excess, verdict):
     lines = closing_lines(info(excess), {}).splitlines()
     (line,) = [line for line in lines if line.startswith("In all: ")]
     mean = CHANCE + np.mean(excess)
-    assert line.startswith(f"In all: {mean:.4f} ± ") and " over 4 documents, " in line
+    assert line.startswith(f"In all: {mean:.4f} ± ") and f" over {len(excess)} documents, " in line
     assert line.endswith(verdict) and len(line) <= 100
 
 

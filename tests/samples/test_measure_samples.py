@@ -9,7 +9,7 @@ import pytest
 import tiny
 import yaml
 from evaluations import evaluate_and_log, written
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_coupling import load_records, load_runs
 from lm_eval_coupling.errors import CouplingError
@@ -187,6 +187,47 @@ def test_a_chat_template_that_differs_is_refused(home, tmp_path):
     none = with_template(home, tmp_path / "none", None)
     with pytest.raises(CouplingError, match="which differ in chat template"):
         measure(none, tmp_path / "scored", tmp_path / "out")
+
+
+def copied(home, folder, name):
+    """Copy the model under a name."""
+    shutil.copytree(home / "model", folder / name)
+    return folder / name
+
+
+def test_other_weights_under_the_same_name_are_refused(home, tmp_path):
+    """Where the evaluation was one of `coupling-hf`, whose results hold a fingerprint."""
+    evaluate(home, tmp_path / "run", "coupling-hf", ["tiny_choice"], coupling_arguments(tmp_path))
+    changed = copied(home, tmp_path / "other", "model")
+    model = AutoModelForCausalLM.from_pretrained(changed)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    model.save_pretrained(changed)
+    with pytest.raises(CouplingError, match=r"which differ in weights \(evaluated \w+, loaded \w"):
+        measure(tmp_path / "other", tmp_path / "run", tmp_path / "out")
+
+
+def test_another_tokenizer_is_refused(home, tmp_path):
+    """Texts decode back with any tokenizer: the tokens differed without a word."""
+    other = copied(home, tmp_path, "another")
+    evaluate(home, tmp_path / "scored", "hf", ["tiny_choice"], {"tokenizer": str(other)})
+    with pytest.raises(CouplingError, match=r"tokenizer \(evaluated another, loaded model\)"):
+        measure(home, tmp_path / "scored", tmp_path / "out", coupling=f"{RANKS},limit=1")
+    arguments = {"model_args": f"tokenizer={other}", "coupling": f"{RANKS},limit=1"}
+    measure(home, tmp_path / "scored", tmp_path / "out", **arguments)
+
+
+def test_templates_write_the_date_of_the_evaluation(home, tmp_path):
+    """They wrote the day on which the samples were measured."""
+    evaluate(home, tmp_path / "scored", "hf", ["tiny_choice"])
+    as_messages(tmp_path / "scored")
+    (file,) = (tmp_path / "scored").rglob("results_*.json")
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps(results | {"date": 1_000_000_000.0}))
+    dated = with_template(
+        home, tmp_path / "dated", "{{ strftime_now('%Y') }} {{ messages[0].content }}"
+    )
+    measure(dated, tmp_path / "scored", tmp_path / "out", coupling=f"{RANKS},limit=2")
+    assert load_records(tmp_path / "out").text.str.contains("2001").all()
 
 
 def as_messages(folder):

@@ -9,9 +9,10 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
+from lm_eval_coupling.residual.scored import evaluation_mode
 from lm_eval_coupling.training import coupling_penalty
 from lm_eval_coupling.training.penalty import coupling_in_bases, fixed_bases
-from lm_eval_coupling.training.token_jacobians import evaluation_mode, token_jacobians
+from lm_eval_coupling.training.token_jacobians import token_jacobians
 
 SEQ, RANK = 7, 3
 FAMILIES = ["llama", "gpt2", "qwen3", "gpt-neox", "mistral", "gemma2", "phi3"]
