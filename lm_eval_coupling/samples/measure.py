@@ -183,12 +183,12 @@ def _chosen_prompts(lm: Any, evaluation: LoggedEvaluation) -> list[DocumentPromp
     prompts: list[DocumentPrompt] = []
     n_changed = 0
     date = evaluation.results.get("date")
-    moment = datetime.fromtimestamp(date) if isinstance(date, int | float) else datetime.now()
+    time = datetime.fromtimestamp(date) if isinstance(date, int | float) else datetime.now()
     for key, sample in documents.items():
         if key not in chosen:
             continue
         requests = [
-            _as_text(lm, request, moment) for request in evaluation.requests(key.task, sample)
+            _as_text(lm, request, time) for request in evaluation.requests(key.task, sample)
         ]
         contexts = {request.args[0].strip() for request in requests}
         made = lm.prompts_of(Document(key, sample["doc_id"], requests, sample.get("target")))
@@ -211,7 +211,7 @@ def _is_of(decoded: str, contexts: set[str]) -> bool:
     return any(decoded.endswith(context) or context.endswith(decoded) for context in contexts)
 
 
-def _as_text(lm: Any, request: LoggedRequest, moment: datetime) -> LoggedRequest:
+def _as_text(lm: Any, request: LoggedRequest, time: datetime) -> LoggedRequest:
     """Render the messages that were sent to a chat API at a time with the tokenizer's template."""
     context = request.args[0]
     if isinstance(context, list) and len(context) == 1:
@@ -229,7 +229,7 @@ def _as_text(lm: Any, request: LoggedRequest, moment: datetime) -> LoggedRequest
     template = lm.tokenizer.chat_template
     try:
         if isinstance(template, str):  # such as Llama's, which writes the date of the day
-            lm.tokenizer.chat_template = _NOW.sub(lambda m: repr(moment.strftime(m[2])), template)
+            lm.tokenizer.chat_template = _NOW.sub(lambda m: repr(time.strftime(m[2])), template)
         return request._replace(args=(lm.apply_chat_template(messages), *request.args[1:]))
     finally:
         lm.tokenizer.chat_template = template
