@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.numerics.randomness import seeded
-from lm_eval_coupling.residual.object_digest import (
+from lm_eval_coupling.residual.function_variables import (
     FRAMEWORKS,
-    MODULE_ATTRIBUTES,
-    Digester,
-    is_among,
     is_library_module,
     is_of_framework,
     is_of_library,
+)
+from lm_eval_coupling.residual.object_digest import (
+    MODULE_ATTRIBUTES,
+    Digester,
+    is_among,
     is_of_user,
 )
 from lm_eval_coupling.residual.rotary import edited_tables, recomputed_names
@@ -66,10 +68,7 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
         The digests; none for a model that is as its class and configuration make it.
     """
     base = looked_through(model)
-    inside = {id(module) for module in base.modules()}
-    named = [(name, module) for name, module in base.named_modules()]
-    named += [(f"around {n}", m) for n, m in model.named_modules() if id(m) not in inside]
-    fresh = _fresh(base)
+    named, fresh = _named_modules(model, base), _fresh(base)
     digester = Digester({id(module): name for name, module in named})
     attachments = Attachments()
 
@@ -97,8 +96,7 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
     for place, function in (*registered_functions(base), *_patched_functions(named)):
         add_callable(place, function)
     for name, module in named:
-        place, reference = f"module {name or 'itself'}", fresh.get(name)
-        kind = type(module)
+        place, reference, kind = f"module {name or 'itself'}", fresh.get(name), type(module)
         if reference is not None and type(reference) is not kind:
             reference = None
         if is_packed(module):  # counts as the weight that it stands for
@@ -117,6 +115,13 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
         for buffer, tensor in (*_computed_buffers(module, base), *edited_tables(module)):
             add(f"{place}, buffer {buffer}", tensor)
     return attachments
+
+
+def _named_modules(model: nn.Module, base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of the inner model by name, then those of wrappers around it."""
+    inside = {id(module) for module in base.modules()}
+    around = [(f"around {n}", m) for n, m in model.named_modules() if id(m) not in inside]
+    return [*base.named_modules(), *around]
 
 
 def has_own_functions(places: Iterable[str]) -> bool:

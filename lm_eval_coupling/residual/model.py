@@ -62,9 +62,7 @@ class ResidualModel:
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.vocabulary = _sizes_in(model.config, inputs.causal)
         self.block_sizes = _block_sizes(self.blocks)
-        self.block_list = [
-            Block(layer, module, inputs.causal) for layer, module in enumerate(self.blocks)
-        ]
+        self.block_list = [Block(n, block, inputs.causal) for n, block in enumerate(self.blocks)]
         tables = looked_up(model)
         outside = self._weights_outside_blocks(tables)
         self.tracer = Tracer(model, self.block_list, inputs=inputs, tables=tables, outside=outside)
@@ -77,8 +75,8 @@ class ResidualModel:
 
     def __repr__(self) -> str:
         """Return one line, in which the wrapped model's class and size stand."""
-        kind = type(self.model).__name__
-        return f"<ResidualModel of a {kind}, {self.n_layers} blocks, by {self.wrapping}>"
+        name = type(self.model).__name__
+        return f"<ResidualModel of a {name}, {self.n_layers} blocks, by {self.wrapping}>"
 
     @classmethod
     @exact_arithmetic()
@@ -378,9 +376,8 @@ class ResidualModel:
         """Return what is used whole before the first block: neither word tables nor the head."""
         inside = {id(t) for block in self.block_list for t in block.weights}
         rows = {id(table.weight) for table in tables.values()}
-        words: set[int] = set()
-        if self.inputs.causal:
-            words = {id(t) for t in state_of(self.model.get_input_embeddings())} - rows
+        of_words = state_of(self.model.get_input_embeddings()) if self.inputs.causal else ()
+        words = {id(t) for t in of_words} - rows
         head = self.model.get_output_embeddings() if self.inputs.causal else None
         inside |= rows | ({id(t) for t in state_of(head)} - words if head is not None else set())
         return [t for t in state_of(self.model) if id(t) not in inside]

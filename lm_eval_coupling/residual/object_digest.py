@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dis
 import enum
 import functools
 import hashlib
@@ -27,6 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_eval_coupling.residual.function_variables import (
+    is_library_module,
+    is_of_framework,
+    is_of_library,
+    names_in,
+    variables,
+)
+
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, range, slice),
     *(type(...), Path, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
@@ -37,10 +44,6 @@ _WITHOUT_EFFECT = (
     *(type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Thread),
     *(io.IOBase, logging.Logger, logging.Handler),
 )
-_LIBRARIES = tuple(
-    str(Path(module.__file__ or "/nowhere").resolve().parent.parent) for module in (torch, np)
-) + (str(Path(dis.__file__).resolve().parent),)
-FRAMEWORKS = ("torch.", "transformers.", "accelerate.", "peft.", "lm_eval_coupling.")
 _DEPTH = 12  # of values within values
 _PLACES = 3  # levels of values that get places of their own, and the most items of such a value
 _ITEMS = 64
@@ -147,69 +150,6 @@ def is_of_user(value: Any) -> bool:
         return False
     is_of_python = type(value).__module__.partition(".")[0] in sys.stdlib_module_names
     return hasattr(value, "__dict__") and not is_of_python and not is_of_framework(value)
-
-
-def variables(function: types.FunctionType) -> dict[str, Any]:
-    """Return the variables of a function by name: defaults, closure, attributes, used globals.
-
-    Of a library's function, the closure alone: the rest is the release's.
-    """
-    code = function.__code__
-    values: dict[str, Any] = {}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            values[name] = cell.cell_contents
-        except ValueError:  # not filled yet
-            values[name] = None
-    if is_of_library(function):
-        return values
-    for number, default in enumerate(function.__defaults__ or ()):
-        values[f"default {number}"] = default
-    values |= function.__kwdefaults__ or {}
-    values |= {f"{function.__name__}.{name}": value for name, value in vars(function).items()}
-    for name in global_names(code):
-        if name in function.__globals__:
-            values[name] = function.__globals__[name]
-    read = names_in(code)
-    for name, value in list(values.items()):
-        values |= _of_python_module(name, value, read)
-    return values
-
-
-def _of_python_module(name: str, value: Any, read: set[str], depth: int = 0) -> dict[str, Any]:
-    """Return the variables of the user's own Python modules that code reads."""
-    values: dict[str, Any] = {}
-    if not isinstance(value, types.ModuleType) or is_library_module(value.__name__):
-        return values
-    for attribute in sorted(read & vars(value).keys()) if depth < _PLACES else ():
-        place = f"{name}.{attribute}"
-        values[place] = item = vars(value)[attribute]
-        values |= _of_python_module(place, item, read, depth + 1)
-    return values
-
-
-def global_names(code: types.CodeType) -> list[str]:
-    """Return the names of the globals that code and the functions inside it load."""
-    names = {
-        str(instruction.argval)
-        for part in _with_inner(code)
-        for instruction in dis.get_instructions(part)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
-    return sorted(names)
-
-
-def names_in(code: types.CodeType) -> set[str]:
-    """Return the names of globals and attributes that code mentions, also in a text alone."""
-    parts = _with_inner(code)
-    texts = {c for part in parts for c in part.co_consts if isinstance(c, str) and c.isidentifier()}
-    return texts.union(*(part.co_names for part in parts))
-
-
-def _with_inner(code: types.CodeType) -> list[types.CodeType]:
-    """Return code and that of the functions inside it."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return [code, *(part for constant in inner for part in _with_inner(constant))]
 
 
 def _code_of(function: types.FunctionType) -> types.CodeType | str:
@@ -426,49 +366,3 @@ def _is_member(key: str, value: Any) -> bool:
 
 def _is_python_class(kind: type) -> bool:
     return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE: made by a class statement
-
-
-def is_of_library(function: types.FunctionType) -> bool:
-    """Return whether a function lies in an installed package or in Python's own library.
-
-    A library's decorator around a user's function is the user's.
-    """
-    wrapped = getattr(function, "__wrapped__", None)
-    if isinstance(wrapped, types.FunctionType) and not is_of_library(wrapped):
-        return False
-    file = function.__code__.co_filename
-    if file.startswith("<"):  # frozen modules, and methods that dataclasses make
-        return file.startswith("<frozen") or (
-            file == "<string>" and is_library_module(function.__module__ or "")
-        )
-    return file.startswith(_LIBRARIES)
-
-
-def is_of_framework(value: Any) -> bool:
-    """Return whether a function, or an object's class, is of torch, transformers, PEFT or ours.
-
-    The module in which its code was written decides, and that of every function that it wraps:
-    `functools.wraps` gives a user's function the name of another module.
-    """
-    while value is not None:
-        inner = value.func if isinstance(value, functools.partial) else value
-        inner = inner.__func__ if isinstance(inner, types.MethodType) else inner
-        if isinstance(inner, types.FunctionType):
-            module = inner.__globals__.get("__name__")
-        else:
-            is_builtin = isinstance(inner, types.BuiltinFunctionType)
-            module = inner.__module__ if is_builtin else type(inner).__module__
-        if not f"{module}.".startswith(FRAMEWORKS):
-            return False
-        # Not by `getattr`: some of torch's own objects have any attribute.
-        value = getattr(inner, "__dict__", {}).get("__wrapped__")
-    return True
-
-
-def is_library_module(name: str) -> bool:
-    """Return whether a module is of an installed package or of Python's own library."""
-    root = name.partition(".")[0]
-    if root in sys.stdlib_module_names and root != "__main__":
-        return True
-    file = getattr(sys.modules.get(root), "__file__", None)
-    return file is not None and str(Path(file)).startswith(_LIBRARIES)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lm_eval_coupling.residual.object_digest import global_names, is_of_user
+from lm_eval_coupling.residual.function_variables import global_names
+from lm_eval_coupling.residual.object_digest import is_of_user
 
 _DEPTH = 6
 
