@@ -21,12 +21,12 @@ from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.task_rows import is_score
+from lm_eval_coupling.saved.values import ranks_of
 from lm_eval_coupling.saved.words import SavedWords, read_words
 
 DOCUMENTS = 200  # prompts of each table
 _DOCUMENTS_IN_ALL = 4000
 _DIGITS = 6
-_COUPLING = "coupling@"
 _FACTS = (
     "model",
     "revision",
@@ -253,8 +253,7 @@ def _read(
 
 
 def _ranks(row: Mapping[str, Any]) -> list[int]:
-    names = [name for name in row if str(name).startswith(_COUPLING)]
-    return sorted(int(name.removeprefix(_COUPLING)) for name in names if math.isfinite(row[name]))
+    return sorted(rank for rank in ranks_of(row) if math.isfinite(row[f"coupling@{rank}"]))
 
 
 def _round(number: float) -> float | int:

@@ -107,21 +107,15 @@ class ScoredModel:
         if not (name := next((name for name in CACHES if name in _parameters(self.model)), "")):
             return  # such a model generates by passes over the text
         at_once = self._final(self.model, self.last_block, tokens, len(tokens))[0]
-        streams: list[Tensor] = []
-        handle = self.last_block.register_forward_hook(
-            lambda module, args, output: streams.append(hidden(output).float().clone())
-        )
         cache: Any = None
-        try:
-            with uncompiled_forwards(self.model), rotary.unused_tables(self.model):
-                for part in (tokens[:start], *([token] for token in tokens[start:])):
-                    ids = torch.tensor([part], device=self.device)
-                    output = self.model(input_ids=ids, use_cache=True, **{name: cache})
-                    if (cache := getattr(output, name, None)) is None:
-                        return
-        finally:
-            handle.remove()
-        error = _most_off(torch.cat(streams, dim=1)[0], at_once, range(start, len(tokens)))
+        with _streams_after(self.last_block, self.model) as streams:
+            for part in (tokens[:start], *([token] for token in tokens[start:])):
+                ids = torch.tensor([part], device=self.device)
+                output = self.model(input_ids=ids, use_cache=True, **{name: cache})
+                if (cache := getattr(output, name, None)) is None:
+                    return
+        stepwise = torch.cat(streams, dim=1)[0].float()
+        error = _most_off(stepwise, at_once, range(start, len(tokens)))
         if not error <= (ROUNDED if self.rounds else OTHER_KERNELS):
             raise Unmeasurable(
                 "refused",
@@ -137,25 +131,28 @@ class ScoredModel:
             (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
             torch.float32,
         )
-        streams: list[Tensor] = []
-        handle = last.register_forward_hook(
-            lambda module, args, output: streams.append(hidden(output).detach().clone())
-        )
         arguments = self.inputs.batch([prompt], self.device, dtype).arguments
-        try:
-            with (
-                uncompiled_forwards(model),
-                rotary.unused_tables(model),
-                evaluation_mode(model),
-            ):
-                if "logits_to_keep" in _parameters(model):
-                    model(**arguments, logits_to_keep=1)
-                if not streams or streams[-1].shape[1] != seq:
-                    # Gemma 4's last blocks run the tokens alone whose logits are kept.
-                    model(**arguments)
-        finally:
-            handle.remove()
+        with _streams_after(last, model) as streams:
+            if "logits_to_keep" in _parameters(model):
+                model(**arguments, logits_to_keep=1)
+            if not streams or streams[-1].shape[1] != seq:
+                # Gemma 4's last blocks run the tokens alone whose logits are kept.
+                model(**arguments)
         return streams[-1].float()
+
+
+@contextlib.contextmanager
+def _streams_after(block: nn.Module, model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the streams after a block, while the model runs plainly and without dropout."""
+    streams: list[Tensor] = []
+    handle = block.register_forward_hook(
+        lambda module, args, output: streams.append(hidden(output).detach().clone())
+    )
+    try:
+        with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
+            yield streams
+    finally:
+        handle.remove()
 
 
 def _most_off(

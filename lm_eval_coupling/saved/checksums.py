@@ -101,17 +101,9 @@ def _checked_footer(path: Path) -> tuple[bytes, bytes] | None:
     return (footer, match[0]) if match and int(match[1]) == len(footer) else None
 
 
-def is_verified(path: Path) -> bool:
-    """Return whether a table has our checksums; other software that wrote it again has none."""
-    try:
-        return _checked_footer(path) is not None
-    except OSError:
-        return False
-
-
-def has_intact_footer(path: Path) -> bool:
-    """Return whether the footer is as it was written, or was written by other software."""
+def has_intact_footer(path: Path) -> bool | None:
+    """Return whether the footer is as it was written; None if other software wrote it."""
     if (checked := _checked_footer(path)) is None:
-        return True
+        return None
     footer, checksum = checked
     return _checksum(footer.replace(checksum, _UNSUMMED)) == checksum

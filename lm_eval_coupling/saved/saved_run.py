@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.saved.checksums import is_verified
 from lm_eval_coupling.saved.precedence import takes_place
 from lm_eval_coupling.saved.prompting import (
     describe_prompting,
@@ -272,10 +271,10 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> SavedRuns:
     for file in listed.files:
         try:
             if file.suffix == ".parquet":
-                about, columns = read_header(file)
+                about, columns, is_verified = read_header(file)
                 require_shape(file, about, COUPLING | {"task": "a text"})
                 tables.append(SavedTable(file, about, columns))
-                if not is_verified(file):
+                if not is_verified:
                     passed_over.append(
                         f"got {file}, which other software wrote again: no checksum says whether "
                         "its rows are those of the run"

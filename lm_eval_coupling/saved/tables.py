@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -225,40 +225,55 @@ def open_table(file: Path, columns: Sequence[str] | None = None) -> Iterator[pq.
         UnreadableTable: if it is damaged.
     """
     try:
-        with (
-            file.open("rb") as source,
-            pq.ParquetFile(_place(file, source), page_checksum_verification=True) as table,
-        ):
+        with _parquet(file, page_checksum_verification=True) as table:
             require_intact_chunks(file, table, columns)
             yield table
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         raise UnreadableTable(_damaged(file, why(error))) from None
 
 
-def _place(file: Path, source: BinaryIO) -> Any:
-    """Return what pyarrow opens: the path, or the open file if the path is no text for it."""
+@contextlib.contextmanager
+def _parquet(file: Path, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file, also one whose path is no text that pyarrow can open."""
     try:
         str(file).encode("utf-8")
     except UnicodeEncodeError:  # of undecodable bytes, or under a locale that is not UTF-8
-        return source
-    return file
+        with file.open("rb") as source, pq.ParquetFile(source, **options) as table:
+            yield table
+    else:
+        with pq.ParquetFile(file, **options) as table:
+            yield table
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+class Header(NamedTuple):
+    """What a table says of itself.
+
+    Attributes:
+        about: the metadata, as the run that made the table wrote it.
+        columns: their names, in the order of the table.
+        is_verified: whether it has our checksums; other software that wrote it again has none.
+    """
+
+    about: dict[str, Any]
+    columns: tuple[str, ...]
+    is_verified: bool
+
+
+def read_header(file: Path) -> Header:
     """Read what a table says about the run that made it, and the names of its columns.
 
     Returns:
-        The metadata as it was written, and the names in the order of the table.
+        The header; no row has been read.
 
     Raises:
         UnreadableTable: if it is damaged, or no table of ours.
         CouplingError: if it is of another schema version.
     """
-    intact, schema, about = False, None, None
+    intact, schema, about = None, None, None
     with contextlib.suppress(pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
         intact = has_intact_footer(file)
         # Not `pq.read_schema`, which takes three times as long.
-        with file.open("rb") as source, pq.ParquetFile(_place(file, source)) as table:
+        with _parquet(file) as table:
             schema = table.schema_arrow
         about = json.loads((schema.metadata or {})[METADATA_KEY])
     if schema is None or about is None:
@@ -266,7 +281,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             f"got {file}, which is not a coupling table; expected a file that a coupling-hf run "
             "wrote"
         )
-    if not intact:
+    if intact is False:
         raise UnreadableTable(_damaged(file, "its checksum differs"))
     types = dict(zip(schema.names, schema.types, strict=True))
     if not isinstance(about, dict):
@@ -282,7 +297,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
                 f"got {file} with {types[name]} in the column {name}, expected {kind}; measure "
                 "again"
             )
-    return about, tuple(schema.names)
+    return Header(about, tuple(schema.names), is_verified=bool(intact))
 
 
 @functools.cache
