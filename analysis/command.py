@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.canvas import add_caption
+from lm_eval_coupling.figures.saving import save_figure
 from lm_eval_coupling.safe_text import for_terminal, frame_for_csv, one_line
 from lm_eval_coupling.saved.atomic import writing
 from lm_eval_coupling.saved.tables import safe_name
@@ -64,11 +65,7 @@ def save(
     for sentence in notes:
         say(f"{name}: {sentence}")
     save_table(folder, name, rows)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not again for every format
-    for suffix in ("png", "svg"):
-        with writing(folder / f"{name}.{suffix}") as temporary:
-            figure.savefig(temporary)
+    save_figure(figure, folder, name)
     print(f"{folder / name}.png and .svg")
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import command
 import pandas as pd
-import small_training
 import torch
 from coupling_analysis.line_figures import curves
 from coupling_analysis.study_tables import summarize
 from kept_rows import KeptRows
 from scipy import stats
 from small_training import (
+    SIZES,
     check_steps,
     fresh_model,
     fresh_optimizer,
@@ -38,9 +38,9 @@ from lm_eval_coupling.measures.registry import readings
 from lm_eval_coupling.measuring.prompt import measure_coupling
 from lm_eval_coupling.residual import ResidualModel
 
-SIZES = small_training.SIZES | {"rank": 10, "prompts": 20, "seeds": 3}
+MEASURED = SIZES | {"rank": 10, "prompts": 20, "seeds": 3}
 STEPS = [0, 10, 20, 40, 80, 160, 320, 640, 1280]
-RECIPE = ("column", "steps", *(name for name in SIZES if name != "seeds"), "rate")
+RECIPE = ("column", "steps", *(name for name in MEASURED if name != "seeds"), "rate")
 KEPT_OUT = 64  # windows
 MEASURES = ("depth", "controls", "without_identity", "regularity", "geometry")
 READ = (
@@ -149,7 +149,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    training_arguments(parser, SIZES, metavar="TRAINING", out="folder of the results")
+    training_arguments(parser, MEASURED, metavar="TRAINING", out="folder of the results")
     help_steps = "steps to measure at"
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help=help_steps)
     options = parser.parse_args(argv)

@@ -293,13 +293,13 @@ def _measured(prompts: Iterable[Record]) -> list[Record]:
 def draw(trained: Sequence[Record], untrained: Sequence[Record], out: Path) -> None:
     """Draw both models layer by layer, mean over the prompts, as PNG and SVG."""
     from lm_eval_coupling.figures.heatmaps import layer_heatmaps
+    from lm_eval_coupling.figures.saving import save_figure
 
     panels = {MODEL.name: _mean_matrix(trained), "the same, untrained": _mean_matrix(untrained)}
     figure = layer_heatmaps(
         panels, rank=RANK, title=f"Block coupling, mean over {len(trained)} prompts"
     )
-    for suffix in ("png", "svg"):
-        figure.savefig(out / f"{FIGURE}.{suffix}")
+    save_figure(figure, out, FIGURE)
 
 
 def _mean_matrix(prompts: Sequence[Record]) -> np.ndarray:

@@ -75,16 +75,9 @@ def _note_lines(findings: Findings) -> list[str]:
 
 def _save_figures(findings: Findings, out: Path) -> Iterator[Path]:
     for name, draw in _figures(findings):
-        import matplotlib
+        from lm_eval_coupling.figures.saving import save_figure
 
-        files = [out / f"{name}.{suffix}" for suffix in ("png", "svg")]
-        # LaTeX may be missing, and names of models are no LaTeX.
-        with matplotlib.rc_context({"text.usetex": False}):
-            figure = draw()
-            for file in files:
-                with writing(file) as temporary:
-                    figure.savefig(temporary)
-        yield from files
+        yield from save_figure(draw(), out, name)
 
 
 def _figures(findings: Findings) -> Iterator[tuple[str, Callable[[], Figure]]]:

@@ -20,6 +20,7 @@ from lm_eval_coupling.saved.arrow_columns import ROW_GROUP
 # Metadata of checksums: of the footer its length and CRC-32, and the CRC-32 of every column chunk.
 _FOOTER_KEY, _CHUNKS_KEY = "lm_eval_coupling_footer", "lm_eval_coupling_chunks"
 _UNSUMMED = b"length=0000000000,crc32=00000000"  # while the checksum is computed
+_BUFFER = 2**16  # bytes: chunks of short tables are small and lie side by side
 _FOOTER_CHECKSUM = re.compile(rb"length=(\d{10}),crc32=[0-9a-f]{8}")
 
 
@@ -68,7 +69,7 @@ def require_intact_chunks(path: Path, table: pq.ParquetFile, columns: Sequence[s
     is_complete = len(written) == 8 * metadata.num_row_groups * metadata.num_columns
     if not is_complete or not written.strip(b"0") or _checked_footer(path) is None:
         return
-    with path.open("rb") as file:
+    with path.open("rb", buffering=_BUFFER) as file:
         for (group, column), checksum in _chunk_checksums(file, metadata, columns).items():
             place = 8 * (group * metadata.num_columns + column)
             if b"%08x" % checksum != written[place : place + 8]:

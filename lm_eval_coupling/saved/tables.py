@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -289,8 +290,9 @@ def read_header(file: Path) -> Header:
     require_schema(file, about)
     if lacking := [name for name in _NEEDED if name not in types]:
         raise UnreadableTable(f"got {file} without the column {lacking[0]}; measure again")
-    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
-        raise UnreadableTable(f"got {file} with two columns {twice[0]}; measure again")
+    if len(types) < len(schema.names):
+        twice = Counter(schema.names).most_common(1)[0][0]
+        raise UnreadableTable(f"got {file} with two columns {twice}; measure again")
     for name, kind in _arrow_types(tuple(table_columns().values())).items():
         if types.get(name, kind) != kind:
             raise UnreadableTable(
