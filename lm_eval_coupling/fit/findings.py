@@ -110,7 +110,7 @@ def fit_runs(
         "training": table(training, "lineage", "score", "predictor", "of"),
     }
     return Findings(
-        dataclasses.replace(observations, notes=tuple(notes)),
+        dataclasses.replace(observations, notes=tuple(dict.fromkeys(notes))),
         {**tables, **across.tables, **within.tables},
         across.fits,
         (*across.words, *within.words, *finding_text.describe_training(training)),

@@ -29,7 +29,8 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -
     Args:
         rows: of the compared runs.
         runs: the runs with their samples.
-        notes: a sentence is added for each task of which a run lacks answers that others have.
+        notes: sentences are added on tasks of which a run lacks answers that others have, and on
+            samples and losses that are not as lm-eval writes them.
 
     Returns:
         As many rows, in their order, with these columns added.
@@ -39,7 +40,7 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -
     columns = [column for name in names for column in (name, f"{name}_stderr")]
     losses = pd.DataFrame(math.nan, rows.index, [*columns, "gold_answer_n"])
     for task, of_task in rows.groupby("task", sort=False):
-        answers = [_answers(by_file[row["file"]], row) for row in of_task.to_dict("records")]
+        answers = [_answers(by_file[row["file"]], row, notes) for row in of_task.to_dict("records")]
         shared = _shared_documents(answers, str(task), notes)
         for index, own in zip(of_task.index, answers, strict=True):
             if shared and own.keys() >= shared:
@@ -57,6 +58,13 @@ def _bits_per_byte(rows: pd.DataFrame, notes: list[str]) -> pd.Series:
     A rolling task itself has none: its own loss would predict it.
     """
     rolling = rows[rows["bits_per_byte,none"].notna()]
+    is_possible = (rolling["bits_per_byte,none"] >= 0) & (rolling["bits_per_byte,none"] < math.inf)
+    for row in rolling[~is_possible].to_dict("records"):
+        notes.append(
+            f"got {row['file']} with {row['bits_per_byte,none']:g} bits per byte of {row['task']}, "
+            "expected a finite number from 0 on; it is left out"
+        )
+    rolling = rolling[is_possible]
     tasks = rolling.groupby("file")["task"].agg(set)
     shared = set.intersection(*tasks) if len(tasks) else set()
     if lacking := sorted(set(rolling["task"]) - shared):
@@ -66,12 +74,14 @@ def _bits_per_byte(rows: pd.DataFrame, notes: list[str]) -> pd.Series:
     return rows["file"].map(means).where(rows["bits_per_byte,none"].isna())
 
 
-def _answers(run: SavedRun, row: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+def _answers(
+    run: SavedRun, row: Mapping[str, Any], notes: list[str]
+) -> dict[tuple[str, str], tuple[float, float]]:
     """Return loss and margin of the right answers of a run, by single task and document."""
     return {
         (leaf, sys.intern(document)): numbers
         for leaf in run.leaves.get(row["task"]) or [row["task"]]
-        for document, answer in answers_of_run(run, leaf, row["metric"], []).items()
+        for document, answer in answers_of_run(run, leaf, row["metric"], notes).items()
         for numbers in gold_answers({document: answer})
     }
 

@@ -160,6 +160,8 @@ def require_chain(trace: ResidualTrace) -> None:
 def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor) -> None:
     """Require that blocks, replayed alone, hand their outputs on and add to their inputs.
 
+    They are replayed with and without gradients.
+
     Raises:
         CouplingError: if not.
     """
@@ -174,6 +176,8 @@ def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor
             )
         with call.ready():
             output = call(call.resid_pre)
+            with torch.enable_grad():
+                recorded = call(call.resid_pre.detach().requires_grad_(True)).detach()
         if not torch.isfinite(output).all():
             return  # reported prompt by prompt, so that the score is kept
         scale = output.abs().max().item()
@@ -181,6 +185,12 @@ def require_residual_stream(name: str, calls: Sequence[BlockCall], final: Tensor
             raise CouplingError(
                 f"got a {name} whose block {call.layer} does not hand its output on as the next "
                 "block's input, expected a residual stream; score it with --model hf"
+            )
+        if not torch.allclose(recorded, output, rtol=1e-3, atol=1e-4 * scale):
+            raise CouplingError(
+                f"got a {name} whose block {call.layer} gives another output while gradients are "
+                "recorded, expected the one that is scored; take torch.is_grad_enabled and "
+                "requires_grad out of the conditions of hooks and functions"
             )
         if kinds[type(call.module)] == call.layer or any(own_hooks(call.module)):
             _require_skip(name, call)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.residual.image_inputs import takes_images
@@ -14,6 +15,7 @@ from lm_eval_coupling.residual.rotary import edited_tables
 from lm_eval_coupling.residual.weights import unreadable
 
 _ONLY_SCORE = "use --model hf, or coupling_limit=0, to only score"
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DTensor")
 
 
@@ -28,6 +30,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+class without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
+    """Call dropout as in evaluation mode, whatever mode its module is in."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the input of a dropout, and the result of anything else without its dropout."""
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if "dropout_p" in kwargs:  # attention
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
 
 
 def without_compilation(model: nn.Module) -> nn.Module:

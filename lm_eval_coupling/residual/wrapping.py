@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
+from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual import load_checks as checks
 from lm_eval_coupling.residual.agreement import Scored, ScoredModel, uncompiled_forwards
 from lm_eval_coupling.residual.attachments import attachments_of, has_own_functions
 from lm_eval_coupling.residual.bridge import bridged_blocks, put_bridge_into
+from lm_eval_coupling.residual.edited_arguments import edited_argument
 from lm_eval_coupling.residual.image_inputs import PixelValues, takes_images
 from lm_eval_coupling.residual.inputs import Inputs, TokenIds
 from lm_eval_coupling.residual.scored import (
@@ -26,6 +28,7 @@ from lm_eval_coupling.residual.scored import (
     mixed_dtypes,
     refuse_unsupported,
     without_compilation,
+    without_dropout,
 )
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
@@ -43,10 +46,14 @@ def wrap(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
     refuse_unsupported(base)
     name = type(base).__name__
     scored = without_compilation(hf_model)
+    wrapping: _Wrapping | None = None
     try:
         with uncompiled_forwards(scored):
-            return _Wrapping(kind, scored, base, tokenizer).wrap()
+            wrapping = _Wrapping(kind, scored, base, tokenizer)
+            return wrapping.wrap()
     except CouplingError:
+        if wrapping is not None:
+            wrapping.refuse_edited_arguments()
         raise
     except Exception as error:
         pass_on_lack_of_memory(error)
@@ -126,6 +133,22 @@ class _Wrapping:
             )
         return model
 
+    def refuse_edited_arguments(self) -> None:
+        """Explain a refused model by an argument that a hook changes in place.
+
+        Raises:
+            CouplingError: if there is one; blocks share it, and are run one by one.
+        """
+        if self.plain is None or not self.runs or not has_own_functions(self.attached):
+            return
+        blocks, device = self.plain.block_list, self.plain.device
+        if edited := edited_argument(self.twin, blocks, self.inputs, device):
+            layer, argument = edited
+            raise CouplingError(
+                f"got a {self.name} with a hook at block {layer} that changes {argument} in place, "
+                "which other blocks are given as well; expected a hook that returns a changed copy"
+            )
+
     def _model(self, twin: nn.Module, blocks: list[nn.Module], wrapping: str) -> Any:
         return self.kind(
             twin,
@@ -147,6 +170,20 @@ class _Wrapping:
         if self.rounds:
             self.tolerance = checks.ROUNDED if self.has_autocast else checks.SAME_KERNELS
         checks.require_close("logits", self.name, logits, self.expected, self.tolerance)
+        if has_own_functions(self.attached) and any(m.training for m in self.scored.modules()):
+            self._require_no_other_training_mode()
+
+    def _require_no_other_training_mode(self) -> None:
+        """Refuse hooks and functions that act otherwise in training mode, in which is scored."""
+        device = next(self.twin.parameters()).device
+        with without_dropout(), seeded(0):
+            logits = checks.answer_of(self.scored, self.inputs, device)
+        if not (error := checks.off_by(self.expected, logits)) <= self.tolerance:
+            raise CouplingError(
+                f"got a {self.name} in training mode, in which hooks or functions give other "
+                f"logits (off by {error:.1e}), expected those of evaluation mode, which is "
+                "measured; call model.eval()"
+            )
 
     def _scored_logits(self) -> Tensor:
         device = next(self.twin.parameters()).device

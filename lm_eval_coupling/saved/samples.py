@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import why
+from lm_eval_coupling.errors import shown, why
 from lm_eval_coupling.saved.jsonlines import read_json_lines
 from lm_eval_coupling.saved.results_file import number
 from lm_eval_coupling.saved.saved_run import SavedRun
 
 _TEXT = 1000  # characters of an answer
+_ROUNDING = 1e-3  # by which a backend's log-likelihood of a certain answer may be above 0
+
+
+class _Impossible(ValueError):
+    """Log-likelihood of an answer that no probability has."""
 
 
 def answers_of_run(
@@ -51,7 +56,7 @@ def read_answers(
             right from wrong.
         evaluated: how many documents lm-eval evaluated; NaN if unknown.
         problems: sentences are added to it where the file cannot be read, or lines are misshapen,
-            missing or too many.
+            missing or too many, or hold a log-likelihood that is NaN or above 0.
 
     Returns:
         For each document ``given`` (what the model answered), ``expected``, ``options`` (text and
@@ -62,11 +67,16 @@ def read_answers(
     main_filter = (main_score or ",").split(",", 1)[1]
     lines: Counter[str] = Counter()  # a document has a line per filter of the task
     problems, misshapen = [] if problems is None else problems, 0
+    impossible: list[str] = []
     try:
         for sample in read_json_lines(file) if file else ():
             try:
                 document = _document(sample)
                 scores, response = _scores(sample), _response(sample)
+            except _Impossible as error:
+                impossible.append(f"a log-likelihood of {error} of document {shown(document)}")
+                lines[str(sample.get("filter"))] += 1
+                continue
             except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
                 misshapen += 1
                 continue
@@ -82,6 +92,11 @@ def read_answers(
         answer["right"] = {0: False, 1: True}.get(answer["scores"].get(main_score))
     if misshapen:
         problems.append(f"got {file} with {misshapen} lines that are not as lm-eval writes them")
+    if impossible:
+        problems.append(
+            f"got {file} with {impossible[0]}, expected at most 0; {len(impossible)} such lines "
+            "are left out: run the evaluation again"
+        )
     documents = max(lines.values(), default=0)
     if documents and documents != evaluated and not math.isnan(evaluated):
         problems.append(
@@ -137,7 +152,11 @@ def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
 def _options(
     requests: Sequence[tuple[str, str]], responses: Sequence[Any]
 ) -> list[tuple[str, float]]:
-    """Return each choice with its log-likelihood; none where one is not finite."""
+    """Return each choice with its log-likelihood; none where one is unknown or −∞.
+
+    Raises:
+        _Impossible: if one is NaN or above 0.
+    """
     choices = _conditional(requests, requests, responses)
     likelihoods = [_likelihood(r) for r in _conditional(responses, requests, responses)]
     if not all(map(math.isfinite, likelihoods)):
@@ -168,10 +187,17 @@ def _distinct(requests: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _likelihood(response: Any) -> float:
+    """Return the log-likelihood that a response begins with; −∞ for a response of another kind."""
+    given = response[0] if isinstance(response, list) and response else None
+    if not isinstance(given, str | float | int) or isinstance(given, bool):
+        return -math.inf
     try:
-        return float(response[0])
-    except (TypeError, ValueError, LookupError):
-        return math.nan
+        likelihood = float(given)
+    except ValueError:
+        return -math.inf
+    if not likelihood <= _ROUNDING:
+        raise _Impossible(likelihood)
+    return likelihood
 
 
 def _expected(sample: Mapping[str, Any], options: Sequence[tuple[str, float]]) -> str | None:

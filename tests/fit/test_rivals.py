@@ -219,3 +219,23 @@ def test_a_rival_that_some_runs_lack_is_left_to_those_that_have_it(tmp_path):
     rival = found.tables["comparisons"].set_index("other").loc["gold_answer_loss"]
     assert rival["n"] == 9 and rival["dropped"] == 1
     assert "gold_answer_loss" not in set(found.tables["nested"].get("given", pd.Series(dtype=str)))
+
+
+def test_losses_that_no_probability_has_are_named_and_left_out(tmp_path):
+    rng = np.random.default_rng(6)
+    for i in range(4):
+
+        def change(run, value=1.0 if i else -0.5):
+            run["results"]["wiki"] |= {"bits_per_byte,none": value}
+
+        losses = rng.uniform(0.2, 1, 20)
+        losses[3] *= 1 if i else -1
+        tasks = ("arc", "wiki")
+        save_model(tmp_path, f"m{i}", 0.2, 0.3, tasks=tasks, losses=losses, change=change)
+    found = fit_runs(tmp_path, x=["coupling@10"], resamples=QUICK)
+    notes = "\n".join(found.notes)
+    assert notes.count("of document 'd3', expected at most 0; 1 such lines are left out") == 2
+    assert "with -0.5 bits per byte of wiki, expected a finite number from 0 on" in notes
+    frame = found.observations.frame.query("task == 'arc'").set_index("model")
+    assert frame["gold_answer_n"].tolist() == [19] * 4
+    assert frame["bits_per_byte"].isna().tolist() == [True, False, False, False]

@@ -465,3 +465,68 @@ def test_a_hook_on_steps_of_decoding_is_seen_in_responses(model):
     )
     with pytest.raises(Unmeasurable, match="otherwise on steps of decoding"):
         ResidualModel.wrap(model).require_same_when_generated(LONG, 6)
+
+
+def test_a_hook_in_training_mode_alone_is_refused(model):
+    """The model was scored with the hook, and measured without it."""
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output * 2 if module.training else None
+    )
+    ResidualModel.wrap(model)
+    with pytest.raises(CouplingError, match=r"in training mode, .* call model.eval\(\)"):
+        ResidualModel.wrap(model.train())
+
+
+def test_dropout_of_a_hook_is_dropout(model, caplog):
+    expected = measured(cases.tiny_model("llama", torch.float32), [SHORT])[0].coupling(2)
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: nn.functional.dropout(output, 0.5, module.training)
+    )
+    with caplog.at_level("WARNING", "lm_eval.coupling"):
+        (record,) = measured(model.train(), [SHORT])
+    assert record.coupling(2) == pytest.approx(expected, abs=1e-6)
+    assert "coupling is measured without dropout" in caplog.text
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("where", ["", "mlp"])
+def test_a_hook_that_goes_by_recorded_gradients_is_refused(model, recorded, where):
+    """Scores are taken without gradients, Jacobians with them."""
+    model.model.layers[1].get_submodule(where).register_forward_hook(
+        lambda module, args, output: output + 1 if torch.is_grad_enabled() == recorded else None
+    )
+    with pytest.raises(CouplingError, match="block 1 gives another output while gradients are"):
+        ResidualModel.wrap(model)
+
+
+def hide_first_key(module, args, kwargs):
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"][..., 1:, 0] = torch.finfo(torch.float32).min
+
+
+def halve_cosines(module, args, kwargs):
+    kwargs["position_embeddings"][0].mul_(0.5)
+
+
+def scale_stream(module, args, kwargs):
+    (args[0] if args else kwargs["hidden_states"]).mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "argument"),
+    [
+        (hide_first_key, "attention_mask"),
+        (halve_cosines, "position_embeddings"),
+        (scale_stream, "hidden_states"),
+    ],
+)
+def test_arguments_that_a_hook_changes_in_place_are_named(model, edit, argument):
+    """The refusal said that a block does not hand its output on."""
+    model.model.layers[1].register_forward_pre_hook(edit, with_kwargs=True)
+    with pytest.raises(CouplingError, match=f"a hook at block 1 that changes {argument} in place"):
+        ResidualModel.wrap(model)
+
+
+def test_a_mask_that_is_changed_before_all_blocks_is_measured(model):
+    model.model.layers[0].register_forward_pre_hook(hide_first_key, with_kwargs=True)
+    as_oracle(model)

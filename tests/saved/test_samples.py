@@ -1,8 +1,10 @@
 """What a model answered, as lm-eval's samples tell it."""
 
 import json
+import math
 from pathlib import Path
 
+import pytest
 from saved_runs import sample, write_samples
 
 from lm_eval_coupling.saved.samples import read_answers
@@ -126,6 +128,26 @@ class TestAnswers:
         file.write_bytes(lines[0].encode("latin-1") + b"\n" + lines[1].encode() + b"\n")
         assert set(read_answers(file, "acc,none", evaluated=2, problems=problems)) == {"b"}
         assert "the answers to 1 documents, expected those to the 2" in problems[0]
+
+    @pytest.mark.parametrize("impossible", ["0.41", 0.41, "nan", math.nan, "inf", 1e300])
+    def test_likelihoods_that_no_probability_has_are_left_out_and_named(self, tmp_path, impossible):
+        """A loss of -0.08 nats per byte went into the mean."""
+        wrong = sample("b", filtered_resps=[["-1.5", "False"], [impossible, "False"]], acc=1.0)
+        file, problems = write_samples(tmp_path, "t", [sample("a"), wrong, wrong]), []
+        answers = read_answers(file, "acc,none", evaluated=3, problems=problems)
+        assert set(answers) == {"a"}
+        words = f"got {file} with a log-likelihood of {float(impossible)} of document 'b'"
+        assert problems == [
+            f"{words}, expected at most 0; 2 such lines are left out: run the evaluation again"
+        ]
+
+    @pytest.mark.parametrize("given", ["0.0", 1e-6, "-inf", None, "A", [], True])
+    def test_rounding_certainty_and_other_responses_are_no_error(self, tmp_path, given):
+        line = sample("a", filtered_resps=[[given, "False"], ["-2.0", "False"]])
+        problems = []
+        answers = read_answers(write_samples(tmp_path, "t", [line]), "acc,none", problems=problems)
+        assert not problems and answers["a"]["right"] is False
+        assert len(answers["a"]["options"]) == (2 if given in ("0.0", 1e-6) else 0)
 
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path, monkeypatch):
         file, problems = write_samples(tmp_path, "t", [sample("a")]), []
