@@ -12,7 +12,6 @@ effects.png show differences from the control of the same seed, with 95 % t-inte
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from kept_rows import KeptRows
-from scipy import stats
+from paired_seeds import paired_differences
 from small_training import (
     fresh_model,
     fresh_optimizer,
@@ -129,19 +128,8 @@ def name_of(member: dict[str, Any]) -> str:
 
 def effects(rows: pd.DataFrame) -> pd.DataFrame:
     """Return differences from the control of the same seed, with 95 % t-intervals over seeds."""
-    rows = rows.assign(member=[name_of(row) for row in rows.to_dict("records")])
-    found = []
-    for outcome in OUTCOMES:
-        table = rows.pivot(index="seed", columns="member", values=outcome)
-        for member in table.columns.drop(CONTROL):
-            differences = (table[member] - table[CONTROL]).dropna()
-            n, mean = len(differences), differences.mean()
-            half = stats.t.ppf(0.975, n - 1) * differences.std() / math.sqrt(n) if n > 1 else np.nan
-            found.append(
-                {"outcome": outcome, "member": member, "control": table[CONTROL].mean()}
-                | {"difference": mean, "low": mean - half, "high": mean + half, "seeds": n}
-            )
-    return pd.DataFrame(found)
+    members = [name_of(row) for row in rows.to_dict("records")]
+    return paired_differences(rows.assign(member=members), CONTROL, OUTCOMES)
 
 
 def run(options: argparse.Namespace) -> pd.DataFrame:
