@@ -18,7 +18,8 @@ from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
 from lm_eval_coupling.safe_text import for_terminal, frame_for_csv
-from lm_eval_coupling.saved.atomic import write_text, writing
+from lm_eval_coupling.saved.atomic import write_text, writing, writing_together
+from lm_eval_coupling.saved.bounded import read_json
 from lm_eval_coupling.saved.strict_json import strict
 from lm_eval_coupling.saved.tables import safe_name
 
@@ -33,6 +34,8 @@ _INPUTS = ("observations", "documents", "checkpoints")
 def save(findings: Findings, out: Path | str) -> list[Path]:
     """Write ``<table>.csv``, ``fit.json``, ``finding.txt`` and the pictures as PNG and SVG.
 
+    All of them or none. Files of an earlier fit in the same folder are replaced or removed.
+
     Returns:
         The files that were written.
 
@@ -42,31 +45,61 @@ def save(findings: Findings, out: Path | str) -> list[Path]:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return [*_save_tables(findings, out), *_save_figures(findings, out)]
+        with writing_together(out, former=_files_of_an_earlier_fit(out)) as folder:
+            files = [*_save_tables(findings, folder), *_save_figures(findings, folder)]
+            files += _save_finding(findings, folder, files)
     except OSError as error:
-        raise CouplingError(
-            f"got {out} for the results, which cannot be written ({why(error)}); "
-            "choose another folder"
-        ) from None
+        raise CouplingError(_unwritable(out, error)) from None
+    except CouplingError as error:  # it names a file of the temporary folder
+        if isinstance(error.__cause__, OSError):
+            raise CouplingError(_unwritable(out, error.__cause__)) from None
+        raise
+    return [out / file.name for file in files]
 
 
-def _save_tables(findings: Findings, out: Path) -> Iterator[Path]:
-    tables = {name: rows for name, rows in findings.tables.items() if len(rows)}
-    for name, rows in tables.items():
-        with writing(out / f"{name}.csv") as file:
+def _unwritable(out: Path, error: OSError) -> str:
+    return (
+        f"got {out} for the results, which cannot be written ({why(error)}); choose another folder"
+    )
+
+
+def _files_of_an_earlier_fit(out: Path) -> list[str]:
+    """Return the names that ``fit.json`` lists: what they show would be taken for this fit's."""
+    try:
+        earlier = read_json(out / "fit.json")
+    except (OSError, ValueError):
+        return []
+    names = earlier.get("files") if isinstance(earlier, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _save_tables(findings: Findings, folder: Path) -> Iterator[Path]:
+    for name, rows in _tables(findings).items():
+        with writing(folder / f"{name}.csv") as file:
             frame_for_csv(rows).to_csv(file, index=False)
-        yield out / f"{name}.csv"
+        yield folder / f"{name}.csv"
+
+
+def _tables(findings: Findings) -> dict[str, pd.DataFrame]:
+    return {name: rows for name, rows in findings.tables.items() if len(rows)}
+
+
+def _save_finding(findings: Findings, folder: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """Write the finding as JSON, with the names of all files, and as text."""
     about = {
         "predictor": findings.observations.main.name,
         "finding": findings.words,
         "notes": findings.notes,
+        "files": [*(file.name for file in files), "fit.json", "finding.txt"],
+        "tables": {
+            name: rows.to_dict("records")
+            for name, rows in _tables(findings).items()
+            if name not in _INPUTS
+        },
     }
-    results = {
-        name: rows.to_dict("records") for name, rows in tables.items() if name not in _INPUTS
-    }
-    yield write_text(out / "fit.json", json.dumps(strict(about | {"tables": results}), indent=1))
+    yield write_text(folder / "fit.json", json.dumps(strict(about), indent=1))
     paragraphs = [*findings.words, *_note_lines(findings)]
-    yield write_text(out / "finding.txt", for_terminal("\n\n".join(paragraphs)) + "\n")
+    yield write_text(folder / "finding.txt", for_terminal("\n\n".join(paragraphs)) + "\n")
 
 
 def _note_lines(findings: Findings) -> list[str]:

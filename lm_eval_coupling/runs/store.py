@@ -12,7 +12,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,11 +129,50 @@ class MeasurementStore:
         Raises:
             sqlite3.Error: if the file still cannot be written.
         """
-        if rows := list(self._unwritten.values()):
-            self._patiently(lambda: self._write(rows))
-            self._unwritten.clear()
+        if not (rows := dict(self._unwritten)):
+            return
+        try:
+            self._patiently(lambda: self._write(rows.values()))
+        except sqlite3.Error as error:
+            if _is_busy(error) or not self._open_anew():
+                raise
+            self._patiently(lambda: self._write(rows.values()))
+        for key, row in rows.items():  # not those that another thread has put meanwhile
+            if self._unwritten.get(key) is row:
+                self._unwritten.pop(key, None)
 
-    def _write(self, rows: Sequence[tuple[str, bytes, str]]) -> None:
+    def _open_anew(self) -> bool:
+        """Open the file at the path if it is another one than before, such as after a removal.
+
+        Returns:
+            True if that file is, or becomes, a store.
+        """
+        if self._file_at_path() == self._file_opened:
+            return False
+        connections, self._opened = self._opened, {}  # other threads may be using theirs
+        if (connection := connections.get((os.getpid(), threading.get_ident()))) is not None:
+            connection.close()
+        try:
+            self._require_writable()
+            self._patiently(self._prepare)
+        except (sqlite3.Error, UnicodeDecodeError, CouplingError):
+            return False
+        logger.warning(
+            "coupling: the store %s was removed, emptied or replaced while in use; what is "
+            "measured from now on is kept in the file that is there",
+            self.path,
+        )
+        return True
+
+    def _file_at_path(self) -> tuple[int, int] | None:
+        """Return what tells the file from others; None if it is missing or empty."""
+        try:
+            about = self.path.stat()
+        except OSError:
+            return None
+        return (about.st_dev, about.st_ino) if about.st_size else None
+
+    def _write(self, rows: Iterable[tuple[str, bytes, str]]) -> None:
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
@@ -263,6 +302,7 @@ class MeasurementStore:
         )
 
     def _prepare(self) -> None:
+        """Make the tables unless they are there, and require them to be this version's."""
         if not self._tables():
             self._create()
         if not {"measurements", "meta"} <= self._tables():
@@ -275,6 +315,7 @@ class MeasurementStore:
                 f"got the store {self.path} of schema version {row and row[0]}, "
                 f"expected version {SCHEMA_VERSION}; move it away or {_ANOTHER}"
             )
+        self._file_opened = self._file_at_path()
 
     def _tables(self) -> set[str]:
         return {

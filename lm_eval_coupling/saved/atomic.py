@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lm_eval_coupling.errors import CouplingError, why
@@ -72,3 +74,45 @@ def write_text(path: Path, text: str) -> Path:
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def writing_together(folder: Path, former: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a temporary folder in ``folder``, and move its files into ``folder`` at the end.
+
+    An error or Ctrl-C in the block leaves ``folder`` as it was. Of two processes that write at the
+    same time, the files of the later one remain.
+
+    Args:
+        folder: must exist.
+        former: names of files that an earlier call wrote; those not written again are removed.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield temporary
+        with _alone_in(folder):
+            written = {file.name for file in temporary.iterdir()}
+            for name in written:
+                target = folder / name
+                (temporary / name).replace(target.resolve() if target.is_symlink() else target)
+            for name in set(former) - written:
+                if Path(name).name == name:  # never a file of another folder
+                    (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder; without locks nobody is kept out."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # Windows has none
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield

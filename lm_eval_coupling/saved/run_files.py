@@ -241,5 +241,8 @@ def _digest(file: Path, last: int | None = None) -> str:
 
 
 def _count_companions(folder: Path, date: str) -> int:
-    """Count a folder's files of a date, samples included."""
-    return sum(date in name for name in os.listdir(folder)) if date else 0
+    """Count a folder's files of a date, samples included; 0 if it is gone since it was listed."""
+    try:
+        return sum(date in name for name in os.listdir(folder)) if date else 0
+    except OSError:
+        return 0

@@ -1,5 +1,6 @@
 """What `fit` finds is saved, drawn and said."""
 
+import errno
 import json
 
 import matplotlib
@@ -69,6 +70,44 @@ class TestOutput:
                 fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK),
                 tmp_path / "file",
             )
+
+    def test_an_earlier_fit_in_the_folder_is_replaced_as_a_whole(self, series, tmp_path):
+        """Its pictures and tables stayed beside a finding that had none."""
+        out = tmp_path / "out"
+        alone = fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK)
+        two = fit_runs(series[0], x=["coupling@10"], resamples=QUICK)
+        before = {file.name for file in output.save(two, out)}
+        (out / "notes.txt").write_text("mine")
+        link = out / "finding.txt"
+        link.rename(tmp_path / "elsewhere.txt")
+        link.symlink_to(tmp_path / "elsewhere.txt")
+        after = {file.name for file in output.save(alone, out)}
+        assert "scatter_gsm_acc.png" in before - after
+        assert {file.name for file in out.iterdir()} == after | {"notes.txt"}
+        assert link.is_symlink() and alone.words[0] in (tmp_path / "elsewhere.txt").read_text()
+
+    def test_a_fit_that_cannot_be_written_leaves_the_earlier_one(
+        self, series, tmp_path, monkeypatch
+    ):
+        found = fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK)
+        output.save(found, tmp_path)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(output, "write_text", full)
+        with pytest.raises(CouplingError, match=f"got {tmp_path} for the results, which cannot be"):
+            output.save(found, tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("content", ["[]", '{"files": "a"}', '{"files": ["../a", 3]}', "{", ""])
+    def test_files_that_an_earlier_fit_does_not_list_are_kept(self, found, tmp_path, content):
+        (tmp_path / "a").write_text("")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "fit.json").write_text(content)
+        output.save(found, tmp_path / "out")
+        assert (tmp_path / "a").exists()
 
     def test_documents_are_drawn_and_shown(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "140")

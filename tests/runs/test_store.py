@@ -5,6 +5,7 @@ entries.
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -287,3 +288,74 @@ def test_a_store_without_its_rows_is_refused_in_a_sentence(tmp_path, table):
         connection.commit()
     with pytest.raises(CouplingError, match="schema version None|something else"):
         MeasurementStore(path)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def renamed(path):
+    path.rename(path.with_name("elsewhere"))
+
+
+def replaced(path):
+    other = path.with_name("other")
+    with MeasurementStore(other) as store:
+        store.put({"theirs": MeasureResult({"x": 9})})
+    other.replace(path)
+
+
+def without_folder(path):
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("change", [os.unlink, emptied, renamed, replaced, without_folder])
+def test_a_store_that_is_removed_or_replaced_is_opened_anew(tmp_path, change, caplog):
+    """Every later put failed with "attempt to write a readonly database"."""
+    path = tmp_path / "folder" / "s.sqlite"
+    with MeasurementStore(path) as store:
+        store.put({"before": MeasureResult({"x": 1})})
+        change(path)
+        store.put({"a": MeasureResult({"x": 2})})
+        store.put({"b": MeasureResult({"x": 3})})
+    with MeasurementStore(path) as store:
+        assert store.get("a").columns["x"] == 2 and store.get("b").columns["x"] == 3
+        assert store.get("before") is None
+        assert (store.get("theirs") is not None) == (change is replaced)
+    assert caplog.text.count("was removed, emptied or replaced while in use") == 1
+
+
+def test_a_store_whose_place_is_taken_by_another_file_is_left_alone(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with MeasurementStore(path) as store:
+        store.put({"before": MeasureResult({"x": 1})})
+        path.unlink()
+        path.write_text("notes of somebody")
+        with pytest.raises(sqlite3.Error):
+            store.put({"a": MeasureResult({"x": 2})})
+    assert path.read_text() == "notes of somebody"
+
+
+def test_threads_that_put_at_once_lose_nothing(tmp_path, monkeypatch):
+    """What one thread put while another was writing was forgotten with that one's entries."""
+    write, started, may_end = MeasurementStore._write, threading.Event(), threading.Event()
+
+    def slowly(self, rows):
+        rows = list(rows)
+        if rows[0][0] == "first":
+            started.set()
+            assert may_end.wait(30)
+        write(self, rows)
+
+    monkeypatch.setattr(MeasurementStore, "_write", slowly)
+    with MeasurementStore(tmp_path / "s.sqlite") as store:
+        thread = threading.Thread(target=store.put, args=({"first": MeasureResult({"x": 1})},))
+        thread.start()
+        assert started.wait(30)
+        store._unwritten |= {
+            "second": ("second", store_module._encode(MeasureResult({}), "second"), "")
+        }
+        may_end.set()
+        thread.join()
+        store.flush()
+        assert store.get("first") is not None and store.get("second") is not None
