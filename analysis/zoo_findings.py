@@ -9,8 +9,8 @@ members.csv         one row per member at its last checkpoint
 predictors.csv      for every score, predictor and set of covariates: the partial correlation, and
                     how well families of recipes are predicted that were left out
 seeds.csv           how much of a number's spread is due to seeds alone
-influence.csv       the partial correlations of coupling and its controls, and their range when any
-                    one member is left out
+influence.csv       the partial correlations of coupling and its controls, and their extremes when
+                    any one member, or any one family, is left out
 along.csv           every checkpoint
 along_training.csv  Spearman's correlation over the steps of one member
 
@@ -139,29 +139,32 @@ def relate_predictor(rows: pd.DataFrame, name: str, fixed: list[str]) -> dict:
     return outcome
 
 
-def leave_members_out(last: pd.DataFrame) -> pd.DataFrame:
-    """Relate coupling and its controls to less loss, with every member and without each."""
-    rows = last[last["task"] == "kept_out"].set_index("member")
+def measure_influence(last: pd.DataFrame) -> pd.DataFrame:
+    """Relate coupling and its controls to less loss, without each member and each family."""
+    rows = last[last["task"] == "kept_out"]
     sets = {"nothing": [], "size": SIZE, "size and tokens": [*SIZE, "log10_tokens"]}
     table = []
     for (given, fixed), name in itertools.product(sets.items(), PARTS):
         if name not in rows:
             continue
         whole = partial_correlation(rows, name, "score", fixed)
-        without = pd.Series(
-            {
-                member: partial_correlation(
-                    rows.drop(member), name, "score", fixed, resamples=0
-                ).coefficient
-                for member in rows.index
-            }
-        )
         about = {"given": given, "predictor": name, "n": whole.n, "r": whole.coefficient}
-        interval = {"low": whole.low, "high": whole.high, "p": whole.p}
-        lowest = {"lowest": without.min(), "lowest_without": without.idxmin()}
-        highest = {"highest": without.max(), "highest_without": without.idxmax()}
-        table.append(about | interval | lowest | highest)
+        about |= {"low": whole.low, "high": whole.high, "p": whole.p}
+        for unit in ("member", "family"):
+            without = _leave_out(rows, unit, name, fixed)
+            about |= {f"lowest_{unit}": without.idxmin(), f"lowest_without_{unit}": without.min()}
+            about |= {f"highest_{unit}": without.idxmax(), f"highest_without_{unit}": without.max()}
+        table.append(about)
     return pd.DataFrame(table)
+
+
+def _leave_out(rows: pd.DataFrame, unit: str, name: str, fixed: list[str]) -> pd.Series:
+    """Return the partial correlation with less loss without each member, or without each family."""
+    values = {
+        key: partial_correlation(rows[rows[unit] != key], name, "score", fixed, resamples=0)
+        for key in rows[unit].unique()
+    }
+    return pd.Series({key: value.coefficient for key, value in values.items()})
 
 
 def compare_seeds(last: pd.DataFrame) -> pd.DataFrame:
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = {
         "members": last[columns].sort_values(["task", "member"]),
         "predictors": relations.round(6),
-        "influence": leave_members_out(last).round(6),
+        "influence": measure_influence(last).round(6),
         "seeds": compare_seeds(last).round(6),
         "along_training": correlate_along_training(rows).round(6),
     }

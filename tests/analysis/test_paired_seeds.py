@@ -48,7 +48,9 @@ def test_tied_and_untied_trainings_are_compared_step_by_step(tmp_path):
     tied_embeddings.main([*folders, "--out", str(tmp_path)])
     rows = pd.read_csv(tmp_path / "tied.csv").set_index(["reading", "step"])
     for reading, step in rows.index:
-        untied, tied = (means[name].xs((reading, step), level=("reading", "step")) for name in means)
+        untied, tied = (
+            means[name].xs((reading, step), level=("reading", "step")) for name in means
+        )
         interval = stats.ttest_rel(tied, untied).confidence_interval()
         bounds = rows.loc[(reading, step), ["low", "high"]]
         assert bounds.tolist() == pytest.approx([interval.low, interval.high])
