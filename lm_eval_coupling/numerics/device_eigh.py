@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lm_eval_coupling.numerics.devices import wait_for
 from lm_eval_coupling.numerics.rotations import eigh_by_rotations
 
 _FAST = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # NVIDIA P100, V100, A100, H100 and H200, B200
 
 
-class _Solver(Protocol):
-    """Function with the arguments and results of :func:`device_eigh`."""
-
-    def __call__(self, H: Tensor, settled_at: float) -> tuple[Tensor, Tensor]: ...
+# A function with the arguments and results of `device_eigh`.
+_Solver: TypeAlias = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 class _Shape(NamedTuple):
@@ -89,18 +89,13 @@ def _seconds(solver: _Solver, H: Tensor, settled_at: float) -> float:
     """Return the time of a second call; infinite if the solver fails."""
     try:
         solver(H, settled_at)  # loads the library
-        _wait(H.device)
+        wait_for(H.device)
         start = time.perf_counter()
         solver(H, settled_at)
-        _wait(H.device)
+        wait_for(H.device)
     except torch.linalg.LinAlgError:
         return math.inf
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 SOLVERS: dict[str, _Solver] = {"rotations": eigh_by_rotations, "library": _eigh_by_library}

@@ -21,11 +21,20 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def device_named(name: str | None) -> torch.device:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_named(name: str | None, is_here: bool = True) -> torch.device:
     """Return the device of this name; by default the first GPU, else Apple's, else the CPU.
 
     Raises:
-        CouplingError: if there is no such device.
+        CouplingError: for a name that torch does not know, and with ``is_here`` for a device that
+            this machine does not have.
     """
     if name is None:
         has_mps = torch.backends.mps.is_available()
@@ -37,7 +46,7 @@ def device_named(name: str | None) -> torch.device:
         raise CouplingError(
             f"got device={name!r}, which torch does not know, expected one of: {names}"
         ) from None
-    if device.type != "cpu" and str(device) not in devices():
+    if is_here and device.type != "cpu" and str(device) not in devices():
         raise CouplingError(
             f"got device={name!r}, which this machine does not have, expected one of: {names}"
         )
@@ -70,17 +79,8 @@ def known_device(device: Any, is_here: bool = True) -> torch.device:
     """Return a device that is given as one or by its name.
 
     Raises:
-        CouplingError: for a name that torch does not know, and with ``is_here`` for a device that
-        this
-            machine does not have.
+        CouplingError: for anything else, and as :func:`device_named` does.
     """
     if not isinstance(device, str | torch.device):
         raise CouplingError(f"got device={shown(device)}, expected one of: {', '.join(devices())}")
-    if is_here:
-        return device_named(str(device))
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise CouplingError(
-            f"got device={shown(device)}, which torch does not know, expected one such as cpu"
-        ) from None
+    return device_named(str(device), is_here)

@@ -104,15 +104,20 @@ def relative_gap(S: Float[Tensor, "*batch values"], k: int) -> Float[Tensor, "*b
     Raises:
         CouplingError: if k is outside 1 … number of values.
     """
+    if k == _number_of_values(S, k):
+        return torch.full_like(S[..., 0], torch.nan)
+    return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
+
+
+def _number_of_values(S: Float[Tensor, "*batch values"], k: int) -> int:
+    """Return the number of singular values, of which the k-th must be one."""
     values = S.shape[-1]
     if not 1 <= k <= values:
         raise CouplingError(
             f"got k = {k} with {values} singular values, expected 1 to {values}, "
             "ask top_singular for more"
         )
-    if k == values:
-        return torch.full_like(S[..., 0], torch.nan)
-    return (S[..., k - 1] - S[..., k]) / S[..., k - 1]
+    return values
 
 
 def numerical_rank(S: Float[Tensor, "*batch values"]) -> Int[Tensor, "*batch"]:
@@ -142,12 +147,7 @@ def angle_bound(
     Raises:
         CouplingError: if k is outside 1 … number of values.
     """
-    values = S.shape[-1]
-    if not 1 <= k <= values:
-        raise CouplingError(
-            f"got k = {k} with {values} singular values, expected 1 to {values}, "
-            "ask top_singular for more"
-        )
+    values = _number_of_values(S, k)
     S, error = S.double(), residual.double() * S[..., 0].double()
     away = [S[..., k - 2] - S[..., k - 1]] if k > 1 else []
     away.append(S[..., k - 1] - S[..., k] if k < values else 2 * S[..., k - 1])
@@ -199,8 +199,9 @@ def _decompose(
         )
     if scaled:
         J = torch.ldexp(J, -exponent[:, None, None])
-    U, S, V = _zeros(J, k)
-    residual = J.new_zeros(len(J))
+    # Of a zero matrix any vectors are right.
+    U = torch.eye(J.shape[-1], k, dtype=J.dtype, device=J.device).repeat(len(J), 1, 1)
+    S, V, residual = J.new_zeros(len(J), k), U.clone(), J.new_zeros(len(J))
     left, at_once = peak.nonzero().flatten(), len(J)
     for method in _methods(J, k):
         failed = []
@@ -216,12 +217,6 @@ def _decompose(
         left = torch.cat(failed) if failed else left
         at_once = max(1, len(J) // 4)  # the other methods take copies of twice the size
     return U, torch.ldexp(S, exponent[:, None]), V, residual
-
-
-def _zeros(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return triplets of zero matrices, for which any vectors are right."""
-    vectors = torch.eye(J.shape[-1], k, dtype=J.dtype, device=J.device).repeat(len(J), 1, 1)
-    return vectors, J.new_zeros(len(J), k), vectors.clone()
 
 
 def _methods(J: Tensor, k: int) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:

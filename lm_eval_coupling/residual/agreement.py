@@ -32,16 +32,20 @@ from lm_eval_coupling.residual.load_checks import (
 )
 from lm_eval_coupling.residual.scored import evaluation_mode
 from lm_eval_coupling.residual.stamp import Stamp
+from lm_eval_coupling.residual.weights import float_dtype
 
 _CLOSE = 2e-2  # in half precision: nearer than this, two arithmetics need no second opinion
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class ScoredModel:
-    """The model that is scored, run on measured prompts up to its last block.
+    """The model that a :class:`.model.ResidualModel` was made of, run up to its last block.
 
     Attributes:
+        name: its class.
         model: as it is scored, wrappers included.
+        stamp: its state when it was wrapped.
+        probed: the stream after the last block for the probe.
         last_block: its last block, by the block's name in the model inside the wrappers.
         inputs: what the model is run on.
         device: where the stream begins.
@@ -52,6 +56,8 @@ class ScoredModel:
 
     name: str
     model: nn.Module
+    stamp: Stamp
+    probed: Float[Tensor, "1 seq d_model"]
     last_block: nn.Module
     last_name: str
     inputs: Inputs
@@ -59,6 +65,16 @@ class ScoredModel:
     retraced: Callable[[], Any]
     rounds: bool
     is_present: bool
+
+    @property
+    def has_own_functions(self) -> bool:
+        """True if hooks or other functions of the user take part in a pass."""
+        return has_own_functions(self.stamp.attached)
+
+    @property
+    def has_own_code(self) -> bool:
+        """True if functions of the user, or classes such as remote code, take part in a pass."""
+        return self.has_own_functions or has_own_classes(self.stamp.attached)
 
     def require_agreement(
         self, prompt: Any, tokens: Sequence[int], resid_final: Float[Tensor, "1 seq d_model"]
@@ -127,11 +143,7 @@ class ScoredModel:
     @torch.no_grad()
     def _final(self, model: nn.Module, last: nn.Module, prompt: Any, seq: int) -> Tensor:
         """Return the stream [1, seq, d_model] after a model's last block, in float32."""
-        dtype = next(
-            (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
-            torch.float32,
-        )
-        arguments = self.inputs.batch([prompt], self.device, dtype).arguments
+        arguments = self.inputs.batch([prompt], self.device, float_dtype(model)).arguments
         with _streams_after(last, model) as streams:
             if "logits_to_keep" in _parameters(model):
                 model(**arguments, logits_to_keep=1)
@@ -145,14 +157,13 @@ class ScoredModel:
 def _streams_after(block: nn.Module, model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the streams after a block, while the model runs plainly and without dropout."""
     streams: list[Tensor] = []
-    handle = block.register_forward_hook(
-        lambda module, args, output: streams.append(hidden(output).detach().clone())
-    )
-    try:
-        with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        streams.append(hidden(output).detach().clone())
+
+    with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
+        with block.register_forward_hook(keep):
             yield streams
-    finally:
-        handle.remove()
 
 
 def _most_off(
@@ -163,33 +174,6 @@ def _most_off(
     """Return the largest relative difference at one of the tokens; NaN if one is NaN."""
     errors = [off_by(stream[token], scored[token]) for token in tokens]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """The model that a :class:`.model.ResidualModel` was made of, as it was then.
-
-    Attributes:
-        model: the model, wrappers included.
-        stamp: its state when it was wrapped.
-        probed: the stream after the last block for the probe.
-        passes: runs it on measured prompts.
-    """
-
-    model: nn.Module
-    stamp: Stamp
-    probed: Float[Tensor, "1 seq d_model"]
-    passes: ScoredModel
-
-    @property
-    def has_own_functions(self) -> bool:
-        """True if hooks or other functions of the user take part in a pass."""
-        return has_own_functions(self.stamp.attached)
-
-    @property
-    def has_own_code(self) -> bool:
-        """True if functions of the user, or classes such as remote code, take part in a pass."""
-        return self.has_own_functions or has_own_classes(self.stamp.attached)
 
 
 def _parameters(model: nn.Module) -> Collection[str]:

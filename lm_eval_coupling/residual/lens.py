@@ -78,17 +78,13 @@ class Lens:
             raise CouplingError(
                 f"got a {type(self.model).__name__}, expected a language model's head"
             )
-        handle = self.head.register_forward_pre_hook(stop)
         leaf = stream.detach().requires_grad_(True)
-        try:
-            with torch.enable_grad(), self._without_blocks(leaf, outputs) as start:
-                with contextlib.suppress(_HeadReached):
-                    self.model(**arguments)
-                output = head_inputs[0].reshape(-1)
-                eye = torch.eye(resid.numel(), dtype=resid.dtype, device=output.device)
-                (rows,) = torch.autograd.grad(output, start, eye, is_grads_batched=True)
-        finally:
-            handle.remove()
+        with torch.enable_grad(), self._without_blocks(leaf, outputs) as start:
+            with self.head.register_forward_pre_hook(stop), contextlib.suppress(_HeadReached):
+                self.model(**arguments)
+            output = head_inputs[0].reshape(-1)
+            eye = torch.eye(resid.numel(), dtype=resid.dtype, device=output.device)
+            (rows,) = torch.autograd.grad(output, start, eye, is_grads_batched=True)
         return rows.reshape(len(eye), len(eye)).to(resid.device)
 
     @property

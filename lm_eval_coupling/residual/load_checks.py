@@ -21,7 +21,7 @@ from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, hidden
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.trace import ResidualTrace
-from lm_eval_coupling.residual.weights import present
+from lm_eval_coupling.residual.weights import float_dtype, present
 
 SAME = 1e-4  # the same function in float32, step by step
 SAME_KERNELS = 1e-2  # the same function in the model's own dtype, by the same kernels
@@ -48,16 +48,17 @@ def require_close(what: str, name: str, tensor: Tensor, expected: Tensor, tolera
         CouplingError: if ``tensor`` is not ``expected``.
     """
     error = off_by(tensor, expected)
-    if not error <= tolerance and (not expected.isfinite().all() or not expected.any()):
+    if error <= tolerance:
+        return
+    if not expected.isfinite().all() or not expected.any():
         raise CouplingError(
             f"got a {name} that gives {what} that are not finite or nothing but zeros when it is "
             "scored, expected weights and activations within the range of their dtype"
         )
-    if not error <= tolerance:
-        raise CouplingError(
-            f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected "
-            "the same; score it with --model hf, or with coupling_limit=0"
-        )
+    raise CouplingError(
+        f"got {what} off by {error:.1e} from what {name} gives when it is scored, expected "
+        "the same; score it with --model hf, or with coupling_limit=0"
+    )
 
 
 def require_close_somewhere(
@@ -81,12 +82,9 @@ def require_close_somewhere(
 @torch.no_grad()
 def answer_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
     """Return a model's logits for the probe, in float32, as if no pass had gone before."""
-    dtype = next(
-        (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
-        torch.float32,
-    )
+    arguments = inputs.batch([inputs.probe], device, float_dtype(model)).arguments
     with rotary.unused_tables(model):
-        return inputs.read(model(**inputs.batch([inputs.probe], device, dtype).arguments)).float()
+        return inputs.read(model(**arguments)).float()
 
 
 def end_of(
@@ -98,11 +96,8 @@ def end_of(
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         streams.append(hidden(output))
 
-    handle = module.register_forward_hook(keep)
-    try:
+    with module.register_forward_hook(keep):
         logits = answer_of(model, inputs, device)
-    finally:
-        handle.remove()
     return streams[0].float(), logits
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lm_eval_coupling.errors import CouplingError, Unmeasurable, shown
 from lm_eval_coupling.numerics.precision import exact_arithmetic, made_on_host
-from lm_eval_coupling.residual.agreement import Scored
+from lm_eval_coupling.residual.agreement import ScoredModel
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_independence import are_independent
 from lm_eval_coupling.residual.fingerprint import Fingerprint, digest, read_fingerprint
@@ -69,7 +68,7 @@ class ResidualModel:
         self._lens = Lens(
             model, self.blocks, inputs=inputs, tables=tables, outside=outside, device=self.device
         )
-        self._scored: Scored | None = None
+        self._scored: ScoredModel | None = None
         self._compares_all, self._longest_compared = False, 0
         self._seq_of: dict[torch.Size, int] = {}  # tokens of an image by its shape
 
@@ -108,7 +107,7 @@ class ResidualModel:
             )
         return wrap(cls, hf_model, tokenizer)
 
-    def remember_scored(self, scored: Scored) -> None:
+    def remember_scored(self, scored: ScoredModel) -> None:
         """Remember the model that this one was made of, to follow it from now on."""
         self._scored = scored
         self._compares_all = scored.has_own_code
@@ -129,22 +128,18 @@ class ResidualModel:
         Returns:
             Such as ``the weight model.norm.weight`` or ``a part of a weight``.
         """
-        if self._scored is None:
+        if (scored := self._scored) is None:
             return None
-        scored = self._scored
         if (change := scored.stamp.change_in(scored.model)) is not None:
             return change
-        if self._fingerprint_taken is None:
+        taken: Fingerprint | None = vars(self).get("_fingerprint")
+        if taken is None:
             return None
-        if self._fingerprint_taken.unreadable:
+        if taken.unreadable:
             return "something that cannot be read"
         # A few entries written through ``p.data`` leave no trace in the stamp.
         current = read_fingerprint(scored.model, scored.stamp.attached)
-        return None if current == self._fingerprint_taken else "a part of a weight"
-
-    @property
-    def _fingerprint_taken(self) -> Fingerprint | None:
-        return vars(self).get("_fingerprint")
+        return None if current == taken else "a part of a weight"
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
@@ -168,7 +163,7 @@ class ResidualModel:
         """The model's key in the store: :attr:`fingerprint` and a digest of the probe's stream."""
         return f"{self.fingerprint}-{digest(self._require_scored().probed)}"
 
-    def _require_scored(self) -> Scored:
+    def _require_scored(self) -> ScoredModel:
         if self._scored is None:
             raise CouplingError(
                 "got a model that was not made by ResidualModel.wrap, expected one with known "
@@ -184,8 +179,7 @@ class ResidualModel:
     @property
     def device(self) -> torch.device:
         """Device of the first weight, that of the embeddings: the stream begins there."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        return next(tensors).device
+        return self.tracer.device
 
     @property
     def devices(self) -> list[torch.device]:
@@ -314,7 +308,7 @@ class ResidualModel:
             self._longest_compared = max(self._longest_compared, seq)
         for indices in equal:
             tokens = [-1] if output_tokens is None else [output_tokens[i] for i in indices]
-            self._require_scored().passes.require_agreement(
+            self._require_scored().require_agreement(
                 prompts[indices[0]], tokens, traces[indices[0]].resid_final
             )
 
@@ -331,7 +325,7 @@ class ResidualModel:
         """
         scored = self._require_scored()
         if scored.has_own_functions:
-            scored.passes.require_same_when_generated(tokens, start)
+            scored.require_same_when_generated(tokens, start)
 
     @contextlib.contextmanager
     def first_block_given(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 
 
-def is_dynamic(module: nn.Module) -> bool:
-    """Return whether a module recomputes its frequencies in the forward pass."""
-    return bool(_prefixes(module))
-
-
 def recomputed_names(module: nn.Module) -> set[str]:
-    """Return the names of the attributes and buffers that such a module's passes write."""
+    """Return the names of the attributes and buffers that a module's passes recompute."""
+    prefixes = _prefixes(module)
     # transformers 5.9 writes the second name where it means the unprefixed one.
-    names = {"attention_scaling", "None_max_seq_len_cached"} if is_dynamic(module) else set()
-    for prefix in _prefixes(module):
+    names = {"attention_scaling", "None_max_seq_len_cached"} if prefixes else set()
+    for prefix in prefixes:
         names |= {f"{prefix}{name}" for name in ("inv_freq", "long_inv_freq", "max_seq_len_cached")}
     return names
 
@@ -73,7 +69,7 @@ def unused_tables(model: nn.Module) -> Iterator[None]:
     kept = [
         (module, dict(vars(module)), dict(module._buffers))
         for module in model.modules()
-        if is_dynamic(module)
+        if _prefixes(module)
     ]
     try:
         with torch.inference_mode(False):

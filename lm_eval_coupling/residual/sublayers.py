@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.errors import Unmeasurable
-from lm_eval_coupling.residual.block_call import BlockCall
+from lm_eval_coupling.residual.block_call import BlockCall, hidden
 
 # Names in transformers, in the order of preference; ``fc2`` ends an MLP without its own module.
 _ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
@@ -34,18 +34,17 @@ def attention_alone(call: BlockCall) -> Iterator[BlockCall]:
         Unmeasurable: if no module is the MLP by its name, or the block is more than two such parts.
     """
     _require_parts(call)
-    with _hooked(_child(call.module, _MLPS, "MLP"), _silent):
+    with _child(call.module, _MLPS, "MLP").register_forward_hook(_silent):
         yield _bare(call)
 
 
 def _require_parts(call: BlockCall) -> None:
     """Require that a block without both parts hands on its stream, plus a norm's constant."""
-    attention, mlp = (
-        _child(call.module, _ATTENTIONS, "attention"),
-        _child(call.module, _MLPS, "MLP"),
-    )
-    with _hooked(attention, _silent), _hooked(mlp, _silent), call.ready(), torch.no_grad():
-        left = call(call.resid_pre) - call.resid_pre
+    attention = _child(call.module, _ATTENTIONS, "attention")
+    mlp = _child(call.module, _MLPS, "MLP")
+    with attention.register_forward_hook(_silent), mlp.register_forward_hook(_silent):
+        with call.ready(), torch.no_grad():
+            left = call(call.resid_pre) - call.resid_pre
     spread = (left - left.mean(dim=1, keepdim=True)).abs().amax()
     if not spread <= 1e-5 * call.resid_pre.abs().amax():
         raise Unmeasurable(
@@ -68,9 +67,9 @@ def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(_hidden(output).detach())
+        outputs.append(hidden(output).detach())
 
-    with _hooked(attention, keep), call.ready(), torch.no_grad():
+    with attention.register_forward_hook(keep), call.ready(), torch.no_grad():
         call(call.resid_pre)
     sequence, row = outputs[0], outputs[0][:, token : token + 1].clone()
 
@@ -80,7 +79,7 @@ def mlp_alone(call: BlockCall, token: int) -> Iterator[BlockCall]:
             lambda y: (sequence if y.shape == sequence.shape else row.expand(y.shape)).to(y.dtype),
         )
 
-    with _hooked(attention, hold):
+    with attention.register_forward_hook(hold):
         yield _bare(call)
 
 
@@ -103,19 +102,6 @@ def _child(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
 def _silent(module: nn.Module, inputs: Any, output: Any) -> Any:
     # A new tensor, not 0 * y: the tape must not see it depend on anything.
     return _with_hidden(output, lambda y: torch.zeros(y.shape, dtype=y.dtype, device=y.device))
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _with_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

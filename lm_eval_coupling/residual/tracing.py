@@ -76,8 +76,7 @@ class Tracer:
     @property
     def device(self) -> torch.device:
         """Device of the first weight: the stream begins there."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tensors[0].device
+        return next(itertools.chain(self.model.parameters(), self.model.buffers())).device
 
     def trace(
         self,

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lm_eval_coupling.residual import rotary
+from lm_eval_coupling.residual.arguments import tensors_in
 from lm_eval_coupling.residual.attachments import own_hooks, registered_functions, uncompiled
 from lm_eval_coupling.residual.object_digest import MODULE_ATTRIBUTES
 from lm_eval_coupling.residual.rebinding import Rebinding
@@ -132,14 +134,12 @@ class _Tolerant:
             return None
 
     def _only_looks(self, module: nn.Module, call: tuple[Any, ...]) -> bool:
-        from torch.utils._pytree import tree_leaves, tree_map_only
-
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 plain = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
-                versions = [t._version for t in tree_leaves(plain) if isinstance(t, Tensor)]
+                versions = [tensor._version for tensor in tensors_in(plain)]
                 result = self.hook(module, *plain)
-                after = [t._version for t in tree_leaves(plain) if isinstance(t, Tensor)]
+                after = [tensor._version for tensor in tensors_in(plain)]
         except Exception:
             return False
         return result is None and versions == after

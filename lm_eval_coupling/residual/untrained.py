@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual.scored import looked_through
+from lm_eval_coupling.residual.weights import float_dtype
 
 
 def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
@@ -25,12 +25,8 @@ def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = next(
-        (p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1),
-        torch.float32,
-    )
     with seeded(seed):
-        twin = cast(Any, type(base))._from_config(config, dtype=dtype)
+        twin = cast(Any, type(base))._from_config(config, dtype=float_dtype(base))
     takes_tokens = "input_ids" in getattr(base, "main_input_name", "input_ids")
     first = base.get_input_embeddings() if takes_tokens else base
     return twin.to(next(first.parameters()).device).eval()

@@ -78,7 +78,7 @@ def sharing(model: nn.Module) -> dict[int, Any]:
         if (hook := getattr(module, "_hf_hook", None)) is not None:
             memo[id(hook)] = _without_effect()
         if (fetch := _unpacking(module)) is not None:
-            memo[id(module)] = _plain_linear(module, fetch, _float_dtype(model))
+            memo[id(module)] = _plain_linear(module, fetch, float_dtype(model))
             continue
         for name, tensor in _own(module):
             if id(tensor) not in memo:
@@ -248,7 +248,8 @@ def _without_inference(tensor: Tensor) -> Tensor:
         )
 
 
-def _float_dtype(model: nn.Module) -> torch.dtype:
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first weight in floating point, 8-bit floats left out."""
     return next(
         (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1),
         torch.float32,

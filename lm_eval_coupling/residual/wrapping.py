@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual import load_checks as checks
-from lm_eval_coupling.residual.agreement import Scored, ScoredModel, uncompiled_forwards
+from lm_eval_coupling.residual.agreement import ScoredModel, uncompiled_forwards
 from lm_eval_coupling.residual.attachments import attachments_of, has_own_functions
 from lm_eval_coupling.residual.bridge import bridged_blocks, put_bridge_into
 from lm_eval_coupling.residual.edited_arguments import edited_argument
@@ -104,9 +104,14 @@ class _Wrapping:
         if fixed := checks.held_fixed(trace):
             reason = f"{reason}; {', '.join(fixed)} of earlier blocks are held fixed"
         model.wrapping_reason = reason
-        passes = ScoredModel(
+        if changed_by_passes and self.runs:
+            what, again = "logits after other passes", self._scored_logits()
+            checks.require_close(what, self.name, again, self.expected, self.tolerance)
+        scored = ScoredModel(
             name=self.name,
             model=self.scored,
+            stamp=Stamp.of(self.scored, changed_by_passes),
+            probed=trace.resid_final,
             last_block=self.base.get_submodule(last_name),
             last_name=last_name,
             inputs=self.inputs,
@@ -115,11 +120,7 @@ class _Wrapping:
             rounds=self.rounds,
             is_present=self.runs,
         )
-        if changed_by_passes and self.runs:
-            what, again = "logits after other passes", self._scored_logits()
-            checks.require_close(what, self.name, again, self.expected, self.tolerance)
-        stamp = Stamp.of(self.scored, changed_by_passes)
-        model.remember_scored(Scored(self.scored, stamp, trace.resid_final, passes))
+        model.remember_scored(scored)
         if self.base.training or any(map(_drops, self.base.modules())):
             logger.warning(
                 "coupling: the model is in training mode, so that dropout acts on what it is "

@@ -15,6 +15,7 @@ from lm_eval_coupling.measures.formulas.choices import (
     positions_at_most,
 )
 from lm_eval_coupling.measuring.settings import Settings
+from lm_eval_coupling.numerics.devices import wait_for
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.runs.cost import duration
 from lm_eval_coupling.runs.options import Options
@@ -96,17 +97,10 @@ def _operations_per_second(model: ResidualModel, settings: Settings) -> float:
     dtype = DTYPES[settings.dtype]
     matrix = torch.full((size, size), 0.5, dtype=dtype, device=model.device)
     matrix @ matrix  # the first product loads libraries
-    _wait(model.device)
+    wait_for(model.device)
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < _SECONDS:
         matrix @ matrix
-        _wait(model.device)
+        wait_for(model.device)
         count += 1
     return count * 2 * size**3 / elapsed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
