@@ -270,6 +270,8 @@ def read_header(file: Path) -> Header:
         UnreadableTable: if it is damaged, or no table of ours.
         CouplingError: if it is of another schema version.
     """
+    if not file.exists():  # it was removed since it was listed
+        raise UnreadableTable(f"got {file}, which cannot be read (there is no such file)")
     intact, schema, about = None, None, None
     with contextlib.suppress(pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
         intact = has_intact_footer(file)

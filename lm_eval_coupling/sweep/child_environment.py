@@ -9,9 +9,20 @@ from contextlib import contextmanager
 # Variables of the job, allocation or launcher that the sweep was called in. A child that inherits
 # them takes itself for a part of that job, or waits for the other processes of that launch.
 _OF_A_JOB = (
-    *("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SCONTROL_", "SCANCEL_"),
+    *(
+        "_SLURM_",
+        "SPANK_",
+        "SLURM_",
+        "SLURMD_",
+        "SRUN_",
+        "SALLOC_",
+        "SBATCH_",
+        "SQUEUE_",
+        "SCONTROL_",
+        "SCANCEL_",
+    ),
     *("SINFO_", "SACCT_", "SPRIO_", "SUBMITIT_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_"),
-    *("MV2_", "MPI_", "HYDRA_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("MV2_", "MPI_", "HYDRA_", "PALS_", "JSM_", "FLUX_", "TORCHELASTIC_", "ACCELERATE_"),
 )
 _OF_A_LAUNCH = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
@@ -36,6 +47,9 @@ _DEFAULTS = {
 def environment(*further: Mapping[str, str]) -> dict[str, str]:
     """Return this process's environment without its job's variables, updated by ``further``."""
     kept = {name: value for name, value in os.environ.items() if not _is_of_a_job(name)}
+    if clusters := os.environ.get("SBATCH_CLUSTERS"):
+        # `squeue` does not read it: jobs of another cluster would be missing in its list.
+        kept["SLURM_CLUSTERS"] = clusters
     for variables in further:
         kept |= variables
     return kept
@@ -53,19 +67,23 @@ def environment_of_jobs(
         further: variables of the jobs.
     """
     before = dict(os.environ)
-    defaults = {
-        name: before[name]
-        for name, option in _DEFAULTS.items()
-        if name in before and chosen.get(option) is None
-    }
     # A site's SBATCH_EXPORT=NONE would start jobs, and `srun` in them, without any environment.
     export = {} if chosen.get("export") is not None else {"SBATCH_EXPORT": "ALL"}
-    built = environment(*further, defaults, export)
+    built = environment(*further, defaults_of_user(chosen), export)
     try:
         _replace(built)
         yield
     finally:
         _replace(before)
+
+
+def defaults_of_user(chosen: Mapping[str, object]) -> dict[str, str]:
+    """Return the variables that give ``sbatch`` the options that a plan does not choose."""
+    return {
+        name: os.environ[name]
+        for name, option in _DEFAULTS.items()
+        if name in os.environ and chosen.get(option) is None
+    }
 
 
 def _is_of_a_job(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -69,6 +70,20 @@ def largest_array() -> int:
     return max(1, min(int(match[1]), _DEFAULT_ARRAY)) if match else _DEFAULT_ARRAY
 
 
+def require_configuration() -> None:
+    """Check that SLURM's configuration is there: its commands look for a missing one for a minute.
+
+    Raises:
+        CouplingError: if SLURM_CONF names no file.
+    """
+    file = os.environ.get("SLURM_CONF")
+    if file and not os.path.isfile(file):
+        raise CouplingError(
+            f"got SLURM_CONF={file}, which is no file; name SLURM's configuration, or unset the "
+            "variable"
+        )
+
+
 def require() -> None:
     """Check that jobs can be submitted from this machine.
 
@@ -88,9 +103,21 @@ def require() -> None:
         ) from None
 
 
+def why_silent() -> str:
+    """Return the last line that ``squeue`` has to say when it lists nothing."""
+    answer = _run("squeue", "--noheader", "--me")
+    lines = "no answer within a minute" if answer is None else answer.stderr
+    return (lines.strip().splitlines() or ["no reason given"])[-1]
+
+
 def _ask(*command: str) -> str | None:
+    answer = _run(*command)
+    return None if answer is None or answer.returncode else answer.stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
     try:
-        answer = subprocess.run(
+        return subprocess.run(
             command,
             capture_output=True,
             encoding="utf-8",
@@ -101,4 +128,3 @@ def _ask(*command: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout if answer.returncode == 0 else None

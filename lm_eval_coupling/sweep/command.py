@@ -48,6 +48,8 @@ def sweep(
         plan = read(file)
     except PlanError as error:
         raise (error if check else checks.add_checks(error)) from None
+    if isinstance(plan.run, Slurm):
+        cluster.require_configuration()
     statuses = survey(plan)
     if check:
         return _report(console, plan, statuses)

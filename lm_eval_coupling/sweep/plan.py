@@ -367,6 +367,8 @@ def _options(run: Fields) -> dict[str, Any]:
             run.problems.append(f"got {place}, expected the long name of an option of sbatch")
         elif name.replace("_", "-") in _NOT_FOR_SBATCH:
             run.problems.append(f"got {place}, which the sweep sets itself; leave it out")
+        elif name == "clusters":  # squeue would list the jobs of another cluster
+            run.problems.append(f"got {place}, expected SLURM_CLUSTERS in the environment instead")
         elif value is not True and not is_number(value) and not is_name(value):
             expected = "true, a number or a text of one line"
             run.problems.append(f"got {place}: {shown(value)}, expected {expected}")

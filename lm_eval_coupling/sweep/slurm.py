@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.sweep import cluster, state
 from lm_eval_coupling.sweep.board import Board
-from lm_eval_coupling.sweep.child_environment import environment_of_jobs
+from lm_eval_coupling.sweep.child_environment import defaults_of_user, environment_of_jobs
 from lm_eval_coupling.sweep.cluster import Job
 from lm_eval_coupling.sweep.done import done
 from lm_eval_coupling.sweep.job import UnitJob
@@ -112,7 +112,8 @@ def _queue(board: Board) -> Mapping[str, Job]:
     while (queue := cluster.jobs()) is None:
         if not is_announced:
             board.say(
-                "the cluster does not answer (squeue): waiting for it; jobs in its queue go on"
+                f"the cluster does not answer ({cluster.why_silent()}): waiting for it; jobs in "
+                "its queue go on"
             )
             is_announced = True
         time.sleep(_POLL_SECONDS)
@@ -137,6 +138,10 @@ def _submit(plan: Plan, jobs: Sequence[UnitJob], board: Board) -> None:
                 submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        defaults = defaults_of_user(chosen)
+        if defaults:
+            given = ", ".join(f"{name}={value}" for name, value in defaults.items())
+            words = f"{words} (with {given} of the environment)"
         words = hide(words, plan.secrets.values())
         raise CouplingError(f"the cluster did not take the jobs: {words}") from None
     for job, ticket in zip(jobs, submitted, strict=True):

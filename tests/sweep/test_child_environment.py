@@ -6,8 +6,10 @@ import sys
 import pytest
 from stand_in import STAND_IN
 
-from lm_eval_coupling.sweep import cluster
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.sweep import cluster, slurm
 from lm_eval_coupling.sweep.child_environment import environment, environment_of_jobs
+from lm_eval_coupling.sweep.command import sweep
 from lm_eval_coupling.sweep.work import Worker
 
 JOB = {
@@ -22,6 +24,9 @@ JOB = {
     "SQUEUE_FORMAT": "%u",
     "SRUN_CPUS_PER_TASK": "2",
     "SUBMITIT_EXECUTOR": "slurm",
+    "_SLURM_SPANK_OPTION_pyxis_container": "of the job",
+    "FLUX_TASK_RANK": "2",
+    "PALS_RANKID": "2",
     "PMI_SIZE": "4",
     "OMPI_COMM_WORLD_SIZE": "4",
     "RANK": "1",
@@ -104,3 +109,54 @@ def test_a_run_on_this_machine_is_no_part_of_an_allocation(inside_a_job, folder_
 def test_the_size_of_an_array_is_the_clusters(monkeypatch, answer, size):
     monkeypatch.setattr(cluster, "_ask", lambda *command: answer)
     assert cluster.largest_array() == size
+
+
+def test_the_queue_of_the_cluster_that_gets_the_jobs_is_asked(monkeypatch):
+    """The jobs of another cluster than the default one were taken for ended."""
+    monkeypatch.setenv("SBATCH_CLUSTERS", "other")
+    assert environment()["SLURM_CLUSTERS"] == "other"
+    with environment_of_jobs({}):
+        assert os.environ["SBATCH_CLUSTERS"] == os.environ["SLURM_CLUSTERS"] == "other"
+
+
+def test_a_missing_configuration_of_slurm_is_told_at_once(
+    monkeypatch, tmp_path, folder_of, make_plan
+):
+    """SLURM's commands look for it for a minute each, and the sweep said nothing."""
+    make_plan([folder_of("a")], run={"on": "slurm", "hours": 1})
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    monkeypatch.setattr(cluster, "_run", pytest.fail)
+    with pytest.raises(CouplingError, match="got SLURM_CONF=.*slurm.conf, which is no file"):
+        sweep(tmp_path / "plan.yaml", check=True)
+
+
+def test_the_reason_for_silence_is_squeues(monkeypatch, tmp_path):
+    program = tmp_path / "squeue"
+    program.write_text("#!/bin/sh\necho 'squeue: error: no such controller' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert cluster.jobs() is None
+    assert cluster.why_silent() == "squeue: error: no such controller"
+
+
+def test_a_cluster_in_the_plan_is_refused(make_plan, folder_of):
+    run = {"on": "slurm", "hours": 1, "options": {"clusters": "other"}}
+    with pytest.raises(CouplingError, match=r"options\.clusters, expected SLURM_CLUSTERS in the"):
+        make_plan([folder_of("a")], run=run)
+
+
+def test_a_refusal_names_the_users_defaults(make_plan, folder_of, monkeypatch):
+    """A partition that no plan named was said to be invalid."""
+    submitit = pytest.importorskip("submitit")
+    from submitit.core.utils import FailedJobError
+
+    class Refusing(submitit.SlurmExecutor):
+        def __init__(self, *_, **__):
+            raise FailedJobError("sbatch: error: Invalid partition name specified")
+
+    monkeypatch.setattr(submitit, "SlurmExecutor", Refusing)
+    monkeypatch.setenv("SBATCH_PARTITION", "nope")
+    with pytest.raises(CouplingError, match=r"specified \(with SBATCH_PARTITION=nope of the env"):
+        plan = make_plan([folder_of("a")], run={"on": "slurm", "hours": 1})
+        plan.output.mkdir()
+        slurm._submit(plan, [], None)
