@@ -86,7 +86,7 @@ def _are_same(x: pd.Series, y: pd.Series) -> bool:
 
 def correlation_table(
     results: Mapping[tuple[str, str, str], Correlation],
-    observations: Observations | None = None,
+    observations: Observations,
     *,
     resamples: int = 1999,
 ) -> pd.DataFrame:
@@ -99,28 +99,25 @@ def correlation_table(
 
     Returns:
         ``p_holm`` is adjusted for the many scores, and ``p_bh`` for all predictors and scores,
-        each within a method. With the observations also ``same_as``, the first predictor that is
-        the same up to a scale, and ``p_simultaneous`` of Pearson's: adjusted for all predictors
-        and ranks of a score by permutations that keep their correlations. Predictors that are not
-        known of every model have none.
+        each within a method. ``p_simultaneous`` of Pearson's is adjusted for all predictors and
+        ranks of a score by permutations that keep their correlations; predictors that are not
+        known of every model have none. ``same_as`` is the first predictor that is the same up to a
+        scale.
     """
     rows = table(results, "score", "predictor", "method")
-    rows["same_as"] = ""
-    if observations is not None:
-        adjusted: dict[tuple[str, str, str], float] = {}
-        same_as: dict[tuple[str, str], str] = {}
-        for score, group in observations.compared():
-            distinct = distinct_predictors(observations, group)
-            same_as |= {(score, name): other for name, other in distinct.items() if other != name}
-            scored = group[group["score"].notna()].reset_index(drop=True)
-            complete = [name for name in distinct if scored[name].notna().all()]
-            p = simultaneous_p_values(
-                scored[complete], scored["score"], family=scored["family"], resamples=resamples
-            )
-            adjusted |= {(score, name, "pearson"): value for name, value in p.items()}
-        keys = list(zip(rows["score"], rows["predictor"], rows["method"], strict=True))
-        rows["p_simultaneous"] = [adjusted.get(key, math.nan) for key in keys]
-        rows["same_as"] = [same_as.get(key[:2], "") for key in keys]
+    adjusted: dict[tuple[str, str, str], float] = {}
+    same_as: dict[tuple[str, str], str] = {}
+    for score, group in observations.compared():
+        distinct = distinct_predictors(observations, group)
+        same_as |= {(score, name): other for name, other in distinct.items() if other != name}
+        scored = group[group["score"].notna()].reset_index(drop=True)
+        complete = [name for name in distinct if scored[name].notna().all()]
+        p = simultaneous_p_values(
+            scored[complete], scored["score"], family=scored["family"], resamples=resamples
+        )
+        adjusted |= {(score, name, "pearson"): value for name, value in p.items()}
+    rows["same_as"] = [same_as.get((score, name), "") for score, name, _ in results]
+    rows["p_simultaneous"] = [adjusted.get(key, math.nan) for key in results]
     rows["p_holm"] = rows.groupby(["predictor", "method"])["p"].transform(adjust_p_values)
     distinct_p = rows["p"].where(rows["same_as"] == "")
     rows["p_bh"] = distinct_p.groupby(rows["method"]).transform(

@@ -22,6 +22,7 @@ from lm_eval_coupling.statistics import (
     adjust_p_values,
     in_words,
 )
+from lm_eval_coupling.statistics.estimates import CONFIDENCE
 from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
 from lm_eval_coupling.statistics.sentences import is_beyond_chance
 
@@ -275,7 +276,7 @@ def describe_noise(
         needed = ""
         if not math.isnan(reliable.enough):
             needed = f"; {reliable.enough:.0f} documents would give 0.9"
-        interval = f"{reliable.confidence:.0%} interval {reliable.low:.2f} to {reliable.high:.2f}"
+        interval = f"{CONFIDENCE:.0%} interval {reliable.low:.2f} to {reliable.high:.2f}"
         yield (
             f"Reliability of {main} over documents: {reliable.alpha:.2f} ({interval}, "
             f"{reliable.models} models, {reliable.documents} documents that all have{needed}).{few}"

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.fit.across_models import METHODS
 from lm_eval_coupling.fit.findings import Findings
 from lm_eval_coupling.report.terminal_columns import TextColumn, fit_columns
 from lm_eval_coupling.safe_text import for_terminal, frame_for_csv
@@ -107,9 +108,9 @@ def _note_lines(findings: Findings) -> list[str]:
 
 
 def _save_figures(findings: Findings, out: Path) -> Iterator[Path]:
-    for name, draw in _figures(findings):
-        from lm_eval_coupling.figures.saving import save_figure
+    from lm_eval_coupling.figures.saving import save_figure
 
+    for name, draw in _figures(findings):
         yield from save_figure(draw(), out, name)
 
 
@@ -252,10 +253,7 @@ def _score_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
     main = findings.observations.main.name
     cells = []
     for score in [s for s, _ in findings.observations.compared()] if findings.fits else ():
-        pearson, *ranks = (
-            _correlation(findings, score, main, method)
-            for method in ("pearson", "spearman", "kendall")
-        )
+        pearson, *ranks = (_correlation(findings, score, main, method) for method in METHODS)
         r2 = [findings.fits[score, main, form, "none"].r2 for form in ("line", "exponential")]
         numbers = map(_number, [*(rank["coefficient"] for rank in ranks), *r2])
         cells.append(
@@ -411,15 +409,15 @@ def _table(
     ]
 
 
-def _estimate(row: Mapping[str, Any], name: str, spec: str = ".2f") -> str:
+def _estimate(row: Mapping[str, Any], name: str) -> str:
     """Return the number with its interval, whose bounds are ``<name>_low`` or ``low``."""
     low, high = (row.get(f"{name}_{side}", row.get(side, math.nan)) for side in ("low", "high"))
-    interval = "" if math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
-    return _number(row.get(name, math.nan), spec) + interval
+    interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return _number(row.get(name, math.nan)) + interval
 
 
-def _number(value: float, spec: str = ".2f") -> str:
-    return "–" if math.isnan(value) else f"{value:{spec}}"
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def _p(value: float) -> str:

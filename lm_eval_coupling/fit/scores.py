@@ -54,7 +54,8 @@ def scored_rows(
         CouplingError: If nothing is left, a name is unknown, or the scores of a task do not
             compare.
     """
-    rows = _with_coupling(_labelled(_chosen_tasks(runs, tasks)), notes)
+    rows = _chosen_tasks(runs, tasks)
+    rows = _with_coupling(rows.assign(label=label_rows(rows)), notes)
     rows = _of_equal_parts(rows, notes)
     _require_comparable(rows, mixed)
     notes += _differences(rows)
@@ -107,10 +108,6 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
     ]
 
 
-def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(label=label_rows(rows))
-
-
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Leave out models without coupling, so that predictors are compared over the same models."""
     measured = rows["measured"] > 0
@@ -159,7 +156,7 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
     """
     if mixed != "refuse":
         return
-    _require_one_way_of_prompting(rows, mixed)
+    _require_one_way_of_prompting(rows)
     for task, group in rows.groupby("task", sort=False):
         ways = group.drop_duplicates("prompting")
         for difference in find_disagreements(ways["prompting"].tolist()):
@@ -173,20 +170,18 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
             )
 
 
-def _require_one_way_of_prompting(rows: pd.DataFrame, mixed: str) -> None:
+def _require_one_way_of_prompting(rows: pd.DataFrame) -> None:
     """Refuse a model whose prompts of one task were made in several ways.
 
-    With ``keep`` each way counts under a label of its own.
-
     Raises:
-        CouplingError: If there are several ways and ``mixed`` is ``refuse``.
+        CouplingError: If there are several ways.
     """
     weights = [
         rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")
     ]
     for (model, *_, task), group in rows.groupby(weights, sort=False):
         descriptions = differing(group["prompting"].unique())
-        if len(descriptions) > 1 and mixed == "refuse":
+        if len(descriptions) > 1:
             ways = " and ".join(words or "without" for words in descriptions.values())
             raise CouplingError(
                 f"got {task} of {model} with different prompts ({ways}); give runs made alike, or "

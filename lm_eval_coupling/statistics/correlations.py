@@ -14,9 +14,9 @@ from scipy import stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Result,
     Values,
-    check_confidence,
     complete,
     complete_rows,
     is_constant,
@@ -53,7 +53,7 @@ class Correlation(Result):
     n: int = 0
     dropped: int = 0
     given: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     families: int = 0
 
@@ -64,7 +64,6 @@ def correlation(
     *,
     method: Method = "pearson",
     family: Families | None = None,
-    confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
 ) -> Correlation:
@@ -81,7 +80,6 @@ def correlation(
         y: As many numbers.
         method: ``pearson``, ``spearman`` or ``kendall``.
         family: Family of each observation, if models come in families.
-        confidence: Level of the interval.
         resamples: Number of permutations.
         seed: Seed of the permutations.
 
@@ -93,14 +91,11 @@ def correlation(
     """
     if method not in _COEFFICIENTS:
         raise CouplingError(f"got method={method!r}, expected one of {', '.join(_COEFFICIENTS)}")
-    check_confidence(confidence)
     codes = None if family is None else pd.factorize(pd.Series(list(family)).astype(str))[0]
     columns, dropped = complete(x=x, y=y, family=codes)
     x, y = columns["x"], columns["y"]
     n, units = len(x), Units.of(columns.get("family"), len(x))
-    result = Correlation(
-        method, n=n, dropped=dropped, confidence=confidence, families=units.families
-    )
+    result = Correlation(method, n=n, dropped=dropped, families=units.families)
     if reason := undefined({"x": x, "y": y}):
         return dataclasses.replace(result, reason=reason)
     coefficient_of = _COEFFICIENTS[method]
@@ -118,7 +113,7 @@ def correlation(
     plain = not units.families and n > MANY and method != "pearson"
     without = np.array([]) if plain else _without_each_unit(x, y, method, units)
     variance = 0.0 if units.families else _fisher_variance(method, coefficient, n)
-    low, high = correlation_interval(coefficient, without, variance, confidence)
+    low, high = correlation_interval(coefficient, without, variance)
     return dataclasses.replace(result, low=low, high=high)
 
 
@@ -129,7 +124,6 @@ def partial_correlation(
     given: Sequence[str],
     *,
     family: str | None = None,
-    confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
 ) -> Correlation:
@@ -144,7 +138,6 @@ def partial_correlation(
     Raises:
         CouplingError: If a column is missing or not numeric.
     """
-    check_confidence(confidence)
     rows, dropped = complete_rows(frame, [x, y, *given], [family] if family else [])
     fixed = np.column_stack([np.ones(len(rows)), *(rows[name] for name in given)])
     units = Units.of(rows[family] if family else None, len(rows))
@@ -153,7 +146,6 @@ def partial_correlation(
         n=len(rows),
         dropped=dropped,
         given=_rank(fixed) - 1,
-        confidence=confidence,
         families=units.families,
     )
     orders = units.permutations(resamples, np.random.default_rng(seed))
@@ -169,7 +161,6 @@ def correlation_within(
     group: str,
     *,
     method: Literal["pearson", "spearman"] = "pearson",
-    confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
 ) -> Correlation:
@@ -188,7 +179,6 @@ def correlation_within(
     """
     if method not in ("pearson", "spearman"):
         raise CouplingError(f"got method={method!r}, expected 'pearson' or 'spearman'")
-    check_confidence(confidence)
     rows, dropped = complete_rows(frame, [x, y], [group])
     alone = ~rows[group].duplicated(keep=False)
     rows, dropped = rows[~alone].reset_index(drop=True), dropped + int(alone.sum())
@@ -202,7 +192,6 @@ def correlation_within(
         n=len(rows),
         dropped=dropped,
         given=_rank(levels) - 1,
-        confidence=confidence,
     )
     orders = None
     if len(rows) <= MANY:
@@ -384,7 +373,7 @@ def _correlate_residuals(
     if orders is not None:
         without = without_each(_partial, (x, y, fixed), units)
     variance = 0.0 if units.families else _fisher_variance(result.method.split()[0], r, df + 2)
-    low, high = correlation_interval(r, without[np.isfinite(without)], variance, result.confidence)
+    low, high = correlation_interval(r, without[np.isfinite(without)], variance)
     return dataclasses.replace(result, low=low, high=high)
 
 

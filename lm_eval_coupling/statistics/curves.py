@@ -12,10 +12,10 @@ from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Estimate,
     Result,
     Values,
-    check_confidence,
     complete,
     is_constant,
     load_statsmodels,
@@ -43,7 +43,7 @@ class Fit(Result):
     dispersion: float = math.nan
     n: int = 0
     dropped: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     notes: tuple[str, ...] = ()
     parameters: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
@@ -63,7 +63,7 @@ class Fit(Result):
         if self.covariance is None:
             return value, value
         df = self.n - len(gradient)
-        half = stats.t.ppf((1 + self.confidence) / 2, df) * np.sqrt(
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * np.sqrt(
             np.einsum("ix,ij,jx->x", gradient, self.covariance, gradient)
         )
         return value - half, value + half
@@ -85,7 +85,6 @@ def line_fit(
     *,
     y_error: Values | None = None,
     x_error: Values | None = None,
-    confidence: float = 0.95,
 ) -> Fit:
     """Fit a straight line by least squares, or with errors in both (York et al. 2004).
 
@@ -100,7 +99,7 @@ def line_fit(
         CouplingError: If columns differ in length, an error is not positive, or x_error comes
             without y_error.
     """
-    points, result = _points("line", x, y, x_error, y_error, confidence)
+    points, result = _points("line", x, y, x_error, y_error)
     if result.reason:
         return result
     fit = _least_squares if x_error is None else _york
@@ -112,7 +111,6 @@ def exponential_fit(
     y: Values,
     *,
     y_error: Values | None = None,
-    confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
 ) -> Fit:
@@ -128,7 +126,7 @@ def exponential_fit(
     Raises:
         CouplingError: If columns differ in length or an error is not positive.
     """
-    points, result = _points("exponential", x, y, None, y_error, confidence)
+    points, result = _points("exponential", x, y, None, y_error)
     if result.reason:
         return result
     x, y, n = points["x"], points["y"], result.n
@@ -148,7 +146,7 @@ def exponential_fit(
     total = weights @ (y - np.average(y, weights=weights)) ** 2
     straight = (1 - _explained(z[None], y[None], weights[None])[0, 0]) * total
     curvature = max(0.0, straight - residual) / (residual / (n - 3)) if residual > 0 else math.inf
-    coefficients = _natural(parameters, covariance, center, half_range, n - 3, confidence)
+    coefficients = _natural(parameters, covariance, center, half_range, n - 3)
     notes: tuple[str, ...] = ()
     if np.isnan(covariance).any():
         notes = ("the rate is not determined, as the curve rests on its outermost points",)
@@ -179,14 +177,8 @@ def proportion_error(score: Values | float, n: Values | int) -> np.ndarray | flo
 
 
 def _points(
-    form: str,
-    x: Values,
-    y: Values,
-    x_error: Values | None,
-    y_error: Values | None,
-    confidence: float,
+    form: str, x: Values, y: Values, x_error: Values | None, y_error: Values | None
 ) -> tuple[dict[str, np.ndarray], Fit]:
-    check_confidence(confidence)
     if x_error is not None and y_error is None:
         raise CouplingError(
             "got x_error without y_error; give the standard errors of both, or of y"
@@ -211,9 +203,7 @@ def _points(
     elif (distinct := len(np.unique(points["x"]))) < len(names):
         reason = f"x has {distinct} different values, at least {len(names)} are needed"
     empty = {name: Estimate() for name in names}
-    return points, Fit(
-        form, errors, empty, n=n, dropped=dropped, confidence=confidence, reason=reason
-    )
+    return points, Fit(form, errors, empty, n=n, dropped=dropped, reason=reason)
 
 
 def _least_squares(points: dict[str, np.ndarray], result: Fit) -> Fit:
@@ -222,9 +212,7 @@ def _least_squares(points: dict[str, np.ndarray], result: Fit) -> Fit:
     fit = sm.WLS(points["y"], sm.add_constant(points["x"]), weights=weights).fit()
     return dataclasses.replace(
         result,
-        coefficients=_estimates(
-            ("intercept", "slope"), fit.params, fit.bse, fit.df_resid, result.confidence
-        ),
+        coefficients=_estimates(("intercept", "slope"), fit.params, fit.bse, fit.df_resid),
         r2=float(fit.rsquared),
         p=float(fit.pvalues[1]),
         dispersion=math.sqrt(fit.scale) if "y_error" in points else math.nan,
@@ -251,9 +239,7 @@ def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
         if not abs(slope - previous) > 1e-13 * abs(slope):
             break
     else:
-        return dataclasses.replace(
-            result, reason="the fit did not settle: x is not known well enough to fit a line"
-        )
+        slope = math.nan
     if not math.isfinite(slope):
         return dataclasses.replace(
             result, reason="the fit did not settle: x is not known well enough to fit a line"
@@ -275,7 +261,7 @@ def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
     parameters, stderrs = np.array([intercept, slope]), np.sqrt(np.diag(covariance))
     return dataclasses.replace(
         result,
-        coefficients=_estimates(("intercept", "slope"), parameters, stderrs, df, result.confidence),
+        coefficients=_estimates(("intercept", "slope"), parameters, stderrs, df),
         p=float(2 * stats.t.sf(abs(slope / stderrs[1]), df)),
         dispersion=dispersion,
         parameters=parameters,
@@ -284,14 +270,10 @@ def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
 
 
 def _estimates(
-    names: tuple[str, ...],
-    values: np.ndarray,
-    stderrs: np.ndarray,
-    df: float | int,
-    confidence: float,
+    names: tuple[str, ...], values: np.ndarray, stderrs: np.ndarray, df: float | int
 ) -> dict[str, Estimate]:
     return {
-        name: Estimate.from_t(value, stderr, df, confidence)
+        name: Estimate.from_t(value, stderr, df)
         for name, value, stderr in zip(names, values, stderrs, strict=True)
     }
 
@@ -356,7 +338,6 @@ def _natural(
     center: float,
     half_range: float,
     df: int,
-    confidence: float,
 ) -> dict[str, Estimate]:
     """Return a, b and c from m, s and k, with errors by the delta method."""
     _, s, k = parameters
@@ -371,4 +352,4 @@ def _natural(
             ]
         )
         stderrs = np.sqrt(np.diag(gradient @ covariance @ gradient.T))
-    return _estimates(("a", "b", "c"), values, stderrs, df, confidence)
+    return _estimates(("a", "b", "c"), values, stderrs, df)

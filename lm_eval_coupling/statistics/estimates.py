@@ -13,6 +13,7 @@ import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
 
+CONFIDENCE = 0.95  # level of the intervals, and of what counts as beyond chance
 Values: TypeAlias = np.ndarray | pd.Series | Sequence[float | int | bool]
 
 
@@ -42,7 +43,9 @@ class Estimate(Result):
     high: float = math.nan
 
     @classmethod
-    def from_t(cls, value: float, stderr: float, df: float | int, confidence: float) -> Estimate:
+    def from_t(
+        cls, value: float, stderr: float, df: float | int, confidence: float = CONFIDENCE
+    ) -> Estimate:
         """Return the estimate with Student's interval; ``df=math.inf`` is the normal one."""
         if math.isnan(stderr):
             return cls(float(value))
@@ -138,14 +141,6 @@ def _numbers(name: str, values: Values) -> np.ndarray:
 def is_constant(values: np.ndarray) -> bool:
     """Return whether the values differ by no more than their rounding."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
-
-
-def check_confidence(confidence: float) -> None:
-    """Raise CouplingError unless ``0 < confidence < 1``."""
-    if not 0 < confidence < 1:
-        raise CouplingError(
-            f"got confidence={confidence}, expected a number between 0 and 1 such as 0.95"
-        )
 
 
 def load_statsmodels(module: str) -> Any:

@@ -13,9 +13,9 @@ from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Estimate,
     Result,
-    check_confidence,
     complete_rows,
     load_statsmodels,
 )
@@ -42,7 +42,7 @@ class FamilyEffect(Result):
     families: int = 0
     n: int = 0
     dropped: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     notes: tuple[str, ...] = ()
     df: float = math.nan
@@ -63,7 +63,6 @@ def family_effect(
     family: str,
     covariates: Sequence[str] = (),
     method: Literal["mixed", "cluster"] = "mixed",
-    confidence: float = 0.95,
 ) -> FamilyEffect:
     """Estimate the coefficient of ``predictor`` when models of a family resemble each other.
 
@@ -79,7 +78,6 @@ def family_effect(
         family: Column of families.
         covariates: Columns that are held fixed.
         method: ``mixed`` or ``cluster``.
-        confidence: Level of the interval.
 
     Returns:
         The coefficient with its interval and p, or the ``reason`` why there is none.
@@ -90,13 +88,10 @@ def family_effect(
     """
     if method not in ("mixed", "cluster"):
         raise CouplingError(f"got method={method!r}, expected 'mixed' or 'cluster'")
-    check_confidence(confidence)
     load_statsmodels("api")  # the extra is asked for before the data, so that the error is stable
     rows, dropped = complete_rows(frame, [score, predictor, *covariates], [family])
     groups, labels = pd.factorize(rows[family])
-    result = FamilyEffect(
-        method, predictor, families=len(labels), n=len(rows), dropped=dropped, confidence=confidence
-    )
+    result = FamilyEffect(method, predictor, families=len(labels), n=len(rows), dropped=dropped)
     reason = undetermined(rows, score, [*covariates, predictor])
     if reason is None and len(labels) < 3:
         reason = f"{len(labels)} families, at least 3 are needed"
@@ -126,7 +121,7 @@ def family_effect(
         )
     return dataclasses.replace(
         result,
-        effect=Estimate.from_t(value, stderr, df, confidence),
+        effect=Estimate.from_t(value, stderr, df),
         p=float(2 * stats.t.sf(abs(value / stderr), df)),
         family_share=share,
         notes=tuple(notes),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.statistics.correlations import MANY, Correlation, correlation
-from lm_eval_coupling.statistics.estimates import Result, Values
+from lm_eval_coupling.statistics.estimates import CONFIDENCE, Result, Values
 from lm_eval_coupling.statistics.resampling import Families
 
 _DROP = 0.5  # of the strength; more than that, and one member decides
@@ -40,7 +40,6 @@ def influence(
     *,
     family: Families | None = None,
     all_models: Correlation | None = None,
-    confidence: float = 0.95,
     resamples: int = 999,
 ) -> list[Influence]:
     """Correlate (Pearson) without each model, and without each family of several models.
@@ -51,7 +50,6 @@ def influence(
         labels: Names of the models.
         family: Their families, if they come in families.
         all_models: The correlation of all models, if it is there already.
-        confidence: Level at which a correlation counts as beyond chance.
         resamples: Permutations of each test.
 
     Returns:
@@ -70,9 +68,7 @@ def influence(
     results = []
     for kind, name, kept in _left_out(frame):
         rest = frame[kept]
-        without = correlation(
-            rest["x"], rest["y"], family=rest["family"], confidence=confidence, resamples=resamples
-        )
+        without = correlation(rest["x"], rest["y"], family=rest["family"], resamples=resamples)
         results.append(
             Influence(
                 without=name,
@@ -100,8 +96,8 @@ def _decides(every: Correlation, without: Correlation) -> bool:
     r, rest = every.coefficient, without.coefficient
     if np.isnan(rest) or np.isnan(r):
         return False
-    beyond_chance = 1 - every.confidence
+    level = 1 - CONFIDENCE
     drop = abs(r) - rest * np.sign(r)
     # A p that crosses the level while r hardly changes is no matter of one member.
-    is_lost = every.p < beyond_chance <= without.p or drop > _DROP * abs(r)
+    is_lost = every.p < level <= without.p or drop > _DROP * abs(r)
     return bool(is_lost and drop > _LEAST_DROP)

@@ -12,10 +12,10 @@ import pandas as pd
 
 from lm_eval_coupling.statistics.correlations import Correlation, partial_correlation
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Estimate,
     Result,
     Values,
-    check_confidence,
     complete_rows,
     is_constant,
     load_statsmodels,
@@ -66,7 +66,7 @@ class NestedModels(Result):
     families: int = 0
     n: int = 0
     dropped: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     notes: tuple[str, ...] = ()
     p_f: float = math.nan
@@ -79,7 +79,6 @@ def nested_models(
     predictor: str,
     covariates: Sequence[str] = (),
     family: str | None = None,
-    confidence: float = 0.95,
     resamples: int = 1999,
 ) -> NestedModels:
     """Measure what ``predictor`` adds to ``covariates`` in least squares over the rows.
@@ -90,7 +89,6 @@ def nested_models(
         predictor: Column in question.
         covariates: Columns that are held fixed.
         family: Column of families, which are permuted and left out as wholes.
-        confidence: Level of the intervals.
         resamples: Number of permutations.
 
     Returns:
@@ -101,14 +99,11 @@ def nested_models(
         CouplingError: If a column is missing, named twice or not numeric, or statsmodels is not
             installed.
     """
-    check_confidence(confidence)
     sm = load_statsmodels("api")
     predictors = [*covariates, predictor]
     rows, dropped = complete_rows(frame, [score, *predictors], [family] if family else [])
     n, df = len(rows), len(rows) - 1 - len(predictors)
-    result = NestedModels(
-        score, predictor, tuple(covariates), n=n, df=df, dropped=dropped, confidence=confidence
-    )
+    result = NestedModels(score, predictor, tuple(covariates), n=n, df=df, dropped=dropped)
     if reason := undetermined(rows, score, predictors):
         return dataclasses.replace(result, reason=reason)
     y = rows[score].to_numpy()
@@ -118,14 +113,13 @@ def nested_models(
     test = with_.compare_f_test(without)
     spread = collinearity(rows, predictors)
     partial = partial_correlation(
-        rows, predictor, score, covariates, family=family, confidence=confidence,
-        resamples=resamples,
-    )  # fmt: skip
+        rows, predictor, score, covariates, family=family, resamples=resamples
+    )
     return dataclasses.replace(
         result,
         without=_describe(without, y, designs[0], families),
         with_predictor=_describe(with_, y, designs[1], families),
-        effect=Estimate.from_t(with_.params[-1], with_.bse[-1], with_.df_resid, confidence),
+        effect=Estimate.from_t(with_.params[-1], with_.bse[-1], with_.df_resid),
         partial=partial,
         f=float(test[0]),
         p=partial.p,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.statistics.estimates import check_confidence, complete_rows
+from lm_eval_coupling.statistics.estimates import complete_rows
 from lm_eval_coupling.statistics.right_answers import (
     Auroc,
     LogisticEffect,
@@ -36,7 +36,6 @@ def auroc_together(
     model: str,
     task: str,
     document: str,
-    confidence: float = 0.95,
 ) -> Auroc:
     """Average the AUROC of each model, over all pairs within a task.
 
@@ -51,7 +50,6 @@ def auroc_together(
         model: Column of model names.
         task: Column of task names; documents are compared within a task.
         document: Column of documents; rows of one document form a cluster.
-        confidence: Level of the interval.
 
     Returns:
         The area, or the ``reason`` why there is none. ``right`` and ``wrong`` count the documents
@@ -62,7 +60,6 @@ def auroc_together(
         CouplingError: As of :func:`~.right_answers.auroc_within`, or if a model has a document of
             a task twice.
     """
-    check_confidence(confidence)
     rows, dropped = complete_rows(frame, [value, correct], [model, task, document])
     _require_unique(rows, [model, task, document])
     # Numbers in place of names, because lookups by name take most of the time.
@@ -80,7 +77,6 @@ def auroc_together(
         dropped=dropped + sum(area.dropped for area in areas),
         tasks=rows[task].nunique(),
         models=len(used),
-        confidence=confidence,
     )
     if not used:
         return dataclasses.replace(
@@ -104,7 +100,6 @@ def logistic_together(
     model: str,
     task: str,
     document: str,
-    confidence: float = 0.95,
 ) -> LogisticEffect:
     """Regress the right answers of all models, each task of each model with its own level.
 
@@ -135,7 +130,6 @@ def logistic_together(
             tuple(controls),
             n=len(rows),
             dropped=dropped,
-            confidence=confidence,
             reason=f"{levels} tasks of models have a level each, which is more than {LEVELS}"
             if levels > LEVELS
             else f"{len(rows)} answers in {levels} tasks of models are too many for memory",
@@ -147,7 +141,6 @@ def logistic_together(
         controls=controls,
         task="level",
         cluster="cluster",
-        confidence=confidence,
     )
     # Tasks that a model answered all right or all wrong were dropped there.
     used = rows[rows.groupby("level")[correct].transform("nunique") > 1]

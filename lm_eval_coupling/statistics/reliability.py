@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_coupling.statistics.correlations import Correlation
-from lm_eval_coupling.statistics.estimates import Result, check_confidence
+from lm_eval_coupling.statistics.estimates import CONFIDENCE, Result
 
 _LEAST = 0.3  # below this reliability a correlation is not corrected: the quotient would be noise
 _TARGET = 0.9
@@ -33,7 +33,7 @@ class Reliability(Result):
     models: int = 0
     documents: int = 0
     enough: float = math.nan
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
 
 
@@ -50,25 +50,20 @@ class Corrected(Result):
     reason: str | None = None
 
 
-def document_reliability(
-    values: pd.DataFrame, *, splits: int = 200, confidence: float = 0.95, seed: int = 0
-) -> Reliability:
+def document_reliability(values: pd.DataFrame, *, splits: int = 200) -> Reliability:
     """Estimate the reliability of the models' means over the documents that all of them have.
 
     Args:
         values: One model a row, one document a column; documents that a model lacks are left out.
         splits: Number of random halvings.
-        confidence: Level of the interval.
-        seed: Seed of the halvings.
 
     Returns:
         Its estimates with an interval, or the ``reason`` why there are none. Noise larger than
         the differences between models leaves nothing to estimate.
     """
-    check_confidence(confidence)
     X = values.dropna(axis=1).to_numpy(np.float64)
     models, documents = X.shape
-    result = Reliability(models=models, documents=documents, confidence=confidence)
+    result = Reliability(models=models, documents=documents)
     if models < 3 or documents < 2:
         return dataclasses.replace(
             result,
@@ -86,14 +81,14 @@ def document_reliability(
         return dataclasses.replace(
             result, reason="the documents' noise is larger than the differences between models"
         )
-    bounds = stats.f.ppf([(1 + confidence) / 2, (1 - confidence) / 2], models - 1, df)
+    bounds = stats.f.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], models - 1, df)
     low, high = (1 - (1 - alpha) * bound for bound in bounds)
     # Of one document (Spearman–Brown backwards).
     single = alpha / (documents - (documents - 1) * alpha)
     enough = math.nan
     if 0 < single < 1:
         enough = float(math.ceil(_TARGET * (1 - single) / (single * (1 - _TARGET))))
-    halves = _split_half(X, splits, np.random.default_rng(seed))
+    halves = _split_half(X, splits, np.random.default_rng(0))
     return dataclasses.replace(
         result, split_half=halves, alpha=alpha, low=max(0.0, low), high=high, enough=enough
     )

@@ -19,6 +19,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
+from lm_eval_coupling.statistics.estimates import CONFIDENCE
+
 Families: TypeAlias = Sequence[object] | pd.Series | np.ndarray
 
 FEW = 8  # models; from fewer no conclusion is drawn
@@ -129,7 +131,6 @@ def correlation_interval(
     coefficient: float,
     without: Float[np.ndarray, " unit"],
     variance: float,
-    confidence: float,
 ) -> tuple[float, float]:
     """Return an interval of a correlation that holds for skewed data and within families.
 
@@ -141,7 +142,6 @@ def correlation_interval(
         without: The correlation without each unit; empty to have Fisher's interval alone.
         variance: Large-sample variance of artanh of the coefficient; 0 to have the jackknife's
             alone, as for families.
-        confidence: Level of the interval.
 
     Returns:
         Its two bounds; NaN where there are fewer than 3 families.
@@ -149,20 +149,20 @@ def correlation_interval(
     few = len(without) < 3
     if few and not variance:
         return math.nan, math.nan
-    low, high = fisher_interval(coefficient, variance, confidence)
+    low, high = fisher_interval(coefficient, variance)
     if not few:
         z = fisher_z(coefficient)
-        half = stats.t.ppf((1 + confidence) / 2, len(without) - 1)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(without) - 1)
         half *= jackknife_error(fisher_z(without), float(z))
         low, high = min(low, float(np.tanh(z - half))), max(high, float(np.tanh(z + half)))
     return low, high
 
 
-def fisher_interval(r: float, variance: float, confidence: float) -> tuple[float, float]:
+def fisher_interval(r: float, variance: float) -> tuple[float, float]:
     """Return Fisher's interval of a correlation, given the variance of artanh r."""
     if abs(r) >= 1 and math.isinf(variance):
         return -1.0, 1.0
-    half = stats.norm.ppf((1 + confidence) / 2) * math.sqrt(variance)
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt(variance)
     with np.errstate(divide="ignore"):
         center = np.arctanh(np.clip(r, -1, 1))
     return float(np.tanh(center - half)), float(np.tanh(center + half))

@@ -13,10 +13,10 @@ from scipy import optimize, stats
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Estimate,
     Result,
     Values,
-    check_confidence,
     complete,
     complete_rows,
     is_constant,
@@ -42,7 +42,7 @@ class Auroc(Result):
     wrong: int = 0
     dropped: int = 0
     tasks: int = 1
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     models: int = 1
 
@@ -67,14 +67,14 @@ class LogisticEffect(Result):
     tasks: int = 1
     n: int = 0
     dropped: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     notes: tuple[str, ...] = ()
     models: int = 1
     rarer: int = 0
 
 
-def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
+def auroc(value: Values, correct: Values) -> Auroc:
     """Estimate the area under the ROC curve with DeLong's variance.
 
     The interval and p are the normal ones on the scale of log odds.
@@ -86,10 +86,9 @@ def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
         CouplingError: If the columns differ in length, or ``correct`` holds other numbers than 0
             and 1.
     """
-    check_confidence(confidence)
     columns, dropped = complete(value=value, correct=correct)
     right, wrong = _right_and_wrong(columns["value"], columns["correct"])
-    result = Auroc(right=len(right), wrong=len(wrong), dropped=dropped, confidence=confidence)
+    result = Auroc(right=len(right), wrong=len(wrong), dropped=dropped)
     if min(len(right), len(wrong)) < 2:
         return dataclasses.replace(
             result,
@@ -101,7 +100,7 @@ def auroc(value: Values, correct: Values, *, confidence: float = 0.95) -> Auroc:
 
 
 def auroc_within(
-    frame: pd.DataFrame, value: str, correct: str, task: str, *, confidence: float = 0.95
+    frame: pd.DataFrame, value: str, correct: str, task: str
 ) -> tuple[dict[str, Auroc], Auroc]:
     """Estimate the AUROC of every task, and that of all pairs within a task.
 
@@ -117,7 +116,7 @@ def auroc_within(
     """
     rows, dropped = complete_rows(frame, [value, correct], [task])
     by_task = {
-        str(name): auroc(group[value], group[correct], confidence=confidence)
+        str(name): auroc(group[value], group[correct])
         for name, group in rows.groupby(task, sort=True)
     }
     used = [area for area in by_task.values() if not math.isnan(area.auroc)]
@@ -127,7 +126,6 @@ def auroc_within(
         wrong=sum(area.wrong for area in used),
         dropped=dropped + sum(area.right + area.wrong for area in unused),
         tasks=len(used),
-        confidence=confidence,
     )
     if not used:
         reason = "no task has 2 right and 2 wrong answers"
@@ -147,7 +145,6 @@ def logistic_effect(
     controls: Sequence[str] = (),
     task: str | None = None,
     cluster: str | None = None,
-    confidence: float = 0.95,
 ) -> LogisticEffect:
     """Regress right answers on ``predictor``, with controls such as prompt length.
 
@@ -159,7 +156,6 @@ def logistic_effect(
         task: Column of tasks, each of which has its own level of difficulty. Tasks answered all
             right or all wrong are dropped and counted.
         cluster: Column whose equal rows need not be independent; the error is robust then.
-        confidence: Level of the interval, which is Wald's.
 
     Returns:
         The odds ratio with its interval and p, or the ``reason`` why there is none.
@@ -168,7 +164,6 @@ def logistic_effect(
         CouplingError: If a column is missing or not numeric, ``correct`` holds other numbers than
             0 and 1, or there is no statsmodels.
     """
-    check_confidence(confidence)
     load_statsmodels("api")
     labels = [name for name in (task, cluster) if name]
     rows, dropped = complete_rows(frame, [correct, predictor, *controls], labels)
@@ -180,9 +175,8 @@ def logistic_effect(
     y, columns = rows[correct].to_numpy(), rows[[*controls, predictor]]
     rarer = int(min(y.sum(), n - y.sum()))
     result = LogisticEffect(
-        predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, confidence=confidence,
-        rarer=rarer,
-    )  # fmt: skip
+        predictor, tuple(controls), tasks=tasks, n=n, dropped=dropped, rarer=rarer
+    )
     levels = pd.get_dummies(rows[task], dtype=float).to_numpy() if task else np.ones((n, 1))
     if reason := _undetermined(y, columns, levels.shape[1]):
         return dataclasses.replace(result, reason=reason)
@@ -214,7 +208,7 @@ def _fit_odds(
         )
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
         return dataclasses.replace(result, reason="the fit did not settle")
-    effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf, result.confidence)
+    effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf)
     ratio = max(0.0, 2 * (with_.llf - without.llf))
     notes: tuple[str, ...] = ()
     if result.rarer < 10 * X.shape[1]:
@@ -234,9 +228,7 @@ def _fit_odds(
     )
 
 
-def accuracy_by_bin(
-    value: Values, correct: Values, *, bins: int = 10, confidence: float = 0.95
-) -> pd.DataFrame:
+def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10) -> pd.DataFrame:
     """Return the share of right answers in bins of equal numbers of documents.
 
     Returns:
@@ -247,7 +239,6 @@ def accuracy_by_bin(
         CouplingError: If the columns differ in length, ``correct`` holds other numbers than 0 and
             1, or bins < 1.
     """
-    check_confidence(confidence)
     if bins < 1:
         raise CouplingError(f"got bins={bins}, expected at least 1")
     columns, _ = complete(value=value, correct=correct)
@@ -261,7 +252,7 @@ def accuracy_by_bin(
     rows = []
     for index, group in frame.groupby(np.clip(bin_of, 0, max(0, len(edges) - 2))):
         right, n = int(group["correct"].sum()), len(group)
-        interval = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
+        interval = stats.binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
         low, high = edges[index], edges[min(index + 1, len(edges) - 1)]
         rows.append((low, high, n, group["value"].mean(), right / n, interval.low, interval.high))
     return pd.DataFrame(rows, columns=names)
@@ -288,7 +279,7 @@ def with_interval(result: Auroc, variance: float) -> Auroc:
             reason = "right and wrong answers are separated perfectly"
         return dataclasses.replace(result, stderr=0.0, reason=f"no interval, as {reason}")
     stderr = math.sqrt(variance) / (area * (1 - area))
-    half = stats.norm.ppf((1 + result.confidence) / 2) * stderr
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * stderr
     center = math.log(area / (1 - area))
     low, high = (1 / (1 + math.exp(-(center + sign * half))) for sign in (-1, 1))
     p = float(2 * stats.norm.sf(abs(center) / stderr))

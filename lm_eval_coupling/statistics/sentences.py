@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_coupling.statistics.correlations import Correlation
 from lm_eval_coupling.statistics.curves import Fit
-from lm_eval_coupling.statistics.estimates import Result
+from lm_eval_coupling.statistics.estimates import CONFIDENCE, Result
 from lm_eval_coupling.statistics.family_effects import FamilyEffect
 from lm_eval_coupling.statistics.nested_regression import NestedModels
 from lm_eval_coupling.statistics.resampling import FEW, FEW_FAMILIES
@@ -135,12 +135,12 @@ def _(result: Fit, names: _Names) -> str:
     if steepness is None:
         # The interval of a rate does not tell whether y depends on x: a rate of 0 is a line.
         parameter, steepness = "rate", result.coefficients["c"]
-        is_curved = result.p_curvature < 1 - result.confidence
+        is_curved = result.p_curvature < 1 - CONFIDENCE
         is_curved &= not steepness.low <= 0 <= steepness.high
         worse = ", and a straight line fits worse"
         claim += worse if is_curved else ", but a straight line describes that as well"
     share = "" if math.isnan(result.r2) else f"R² {result.r2:.2f}, "
-    interval = _interval(steepness, ".3g", result.confidence)
+    interval = _interval(steepness, ".3g")
     verdict = _verdict(
         _evidence(result, names.p_adjusted, *bounds),
         claim,
@@ -170,10 +170,8 @@ def _(result: NestedModels, names: _Names) -> str:
         gains.append(_gain("family", before.r2_left_out_family, after.r2_left_out_family))
     evidence = _evidence(result, names.p_adjusted, result.partial.low, result.partial.high)
     question = f"{result.predictor} says anything of {result.score}{beyond}"
-    verdict = _verdict(
-        evidence, f"{result.predictor} says something of {result.score}{beyond}", question,
-        names.carried,
-    )  # fmt: skip
+    claim = f"{result.predictor} says something of {result.score}{beyond}"
+    verdict = _verdict(evidence, claim, question, names.carried)
     if evidence.is_clear and names.carried and any(gain.is_worse for gain in gains):
         verdict = (
             f"No clear evidence that {question}: it does not help to predict what was left out."
@@ -198,7 +196,7 @@ def _(result: FamilyEffect, names: _Names) -> str:
         f"{result.predictor} and {names.y} go together",
         names.carried,
     )
-    interval = _interval(result.effect, ".3g", result.confidence)
+    interval = _interval(result.effect, ".3g")
     numbers = f"{interval}, {_p(result, names)}, {_count(result, names)}"
     return (
         f"{subject}: coefficient {result.effect.value:.3g} ({numbers}). "
@@ -270,7 +268,7 @@ def _evidence(
     p = result.p if p_adjusted is None else p_adjusted
     is_bounded = not (math.isnan(low) or math.isnan(high))
     excludes = not is_bounded or low > null or high < null
-    return _Evidence(_few(result), p < 1 - result.confidence, excludes, null)
+    return _Evidence(_few(result), p < 1 - CONFIDENCE, excludes, null)
 
 
 def _few(result: Any) -> str:
@@ -315,11 +313,10 @@ def _direction(value: float) -> str:
     return "higher" if value > 0 else "lower"
 
 
-def _interval(result: Any, spec: str = ".2f", confidence: float | None = None) -> str:
+def _interval(result: Any, spec: str = ".2f") -> str:
     if math.isnan(result.low) or math.isnan(result.high):
         return "no interval"
-    level = f"{confidence or result.confidence:.0%}"
-    return f"{level} interval {result.low:{spec}} to {result.high:{spec}}"
+    return f"{CONFIDENCE:.0%} interval {result.low:{spec}} to {result.high:{spec}}"
 
 
 def _p(result: Any, names: _Names) -> str:

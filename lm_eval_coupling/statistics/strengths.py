@@ -11,9 +11,9 @@ from scipy import stats
 
 from lm_eval_coupling.statistics.correlations import pearson, pearson_without_each, undefined
 from lm_eval_coupling.statistics.estimates import (
+    CONFIDENCE,
     Result,
     Values,
-    check_confidence,
     complete,
     is_constant,
 )
@@ -45,7 +45,7 @@ class CorrelationDifference(Result):
     p: float = math.nan
     n: int = 0
     dropped: int = 0
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     reason: str | None = None
     families: int = 0
 
@@ -56,7 +56,6 @@ def compare_correlations(
     second: Values,
     *,
     family: Families | None = None,
-    confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
 ) -> CorrelationDifference:
@@ -73,7 +72,6 @@ def compare_correlations(
         first: As many numbers, of the first predictor.
         second: As many numbers, of the second one.
         family: Family of each observation, if models come in families.
-        confidence: Level of the interval.
         resamples: Number of random exchanges.
         seed: Seed of the exchanges.
 
@@ -84,22 +82,17 @@ def compare_correlations(
     Raises:
         CouplingError: If the columns differ in length or are not numeric.
     """
-    check_confidence(confidence)
     codes = None if family is None else pd.factorize(pd.Series(list(family)).astype(str))[0]
     columns, dropped = complete(score=score, first=first, second=second, family=codes)
     units = Units.of(columns.pop("family", None), len(columns["score"]))
     n = len(columns["score"])
-    result = CorrelationDifference(
-        n=n, dropped=dropped, confidence=confidence, families=units.families
-    )
+    result = CorrelationDifference(n=n, dropped=dropped, families=units.families)
     if reason := undefined(columns, least=4):
         return dataclasses.replace(result, reason=reason)
     y, a, b = (stats.zscore(values) for values in columns.values())
     r = np.corrcoef([y, a, b])
     signs = np.where(r[0, 1:] < 0, -1.0, 1.0)
-    aligned = difference_of_correlations(
-        abs(r[0, 1]), abs(r[0, 2]), r[1, 2] * signs.prod(), n, confidence=confidence
-    )
+    aligned = difference_of_correlations(abs(r[0, 1]), abs(r[0, 2]), r[1, 2] * signs.prod(), n)
     result = dataclasses.replace(
         aligned,
         first=float(r[0, 1]),
@@ -118,7 +111,7 @@ def compare_correlations(
     p = permutation_p_value(result.difference, differences)
     without = [np.abs(pearson_without_each(v, y, units)) for v in (a, b)]
     error = jackknife_error(without[0] - without[1], result.difference)
-    half = float(stats.t.ppf((1 + confidence) / 2, units.number - 1)) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, units.number - 1)) * error
     low, high = result.difference - half, result.difference + half
     if not units.families:
         low, high = min(low, result.low), max(high, result.high)
@@ -126,7 +119,7 @@ def compare_correlations(
 
 
 def difference_of_correlations(
-    first: float, second: float, between: float, n: int, *, confidence: float = 0.95
+    first: float, second: float, between: float, n: int
 ) -> CorrelationDifference:
     """Compare two signed correlations with one score, given three coefficients.
 
@@ -135,13 +128,13 @@ def difference_of_correlations(
         both for independent observations of a normal distribution.
     """
     a, b, c = float(first), float(second), float(between)
-    result = CorrelationDifference(a, b, c, a - b, n=n, confidence=confidence)
+    result = CorrelationDifference(a, b, c, a - b, n=n)
     determinant = 1 - a**2 - b**2 - c**2 + 2 * a * b * c
     spread = 2 * (n - 1) / (n - 3) * determinant + ((a + b) / 2) ** 2 * (1 - c) ** 3
     if spread < 1e-12 or max(abs(a), abs(b)) > 1 - 1e-12:
         return dataclasses.replace(result, reason="the columns determine each other exactly")
     t = (a - b) * math.sqrt((n - 1) * (1 + c) / spread)
-    (low_a, high_a), (low_b, high_b) = (fisher_interval(r, 1 / (n - 3), confidence) for r in (a, b))
+    (low_a, high_a), (low_b, high_b) = (fisher_interval(r, 1 / (n - 3)) for r in (a, b))
     shared = ((c - a * b / 2) * (1 - a**2 - b**2 - c**2) + c**3) / ((1 - a**2) * (1 - b**2))
     down, up = (a - low_a, high_b - b), (high_a - a, b - low_b)
     low, high = (

@@ -39,14 +39,14 @@ def test_coefficients_with_ties_against_scipy(method, oracle):
 
 def test_the_interval_is_the_jackknifes_or_fishers_where_that_is_wider():
     x, y = normal_pair(np.random.default_rng(1), 17, 0.5)
-    found = correlation(x, y, confidence=0.9, resamples=99)
-    fisher = stats.pearsonr(x, y).confidence_interval(0.9)
+    found = correlation(x, y, resamples=99)
+    fisher = stats.pearsonr(x, y).confidence_interval(0.95)
     z = np.arctanh(found.coefficient)
     without = [
         np.arctanh(np.corrcoef(np.delete(x, i), np.delete(y, i))[0, 1]) for i in range(len(x))
     ]
     error = math.sqrt(16 / 17 * np.sum((without - z) ** 2))
-    half = stats.t.ppf(0.95, 16) * error
+    half = stats.t.ppf(0.975, 16) * error
     expected = min(fisher.low, np.tanh(z - half)), max(fisher.high, np.tanh(z + half))
     assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
 

@@ -50,7 +50,6 @@ def test_results_are_rows_of_a_table():
         (lambda: correlation([1, 2, 3], [1, 2]), "lengths"),
         (lambda: correlation(["a", "b", "c"], [1, 2, 3]), "x that is not numeric"),
         (lambda: correlation([1, 2, 3], [1, 2, 3], method="cosine"), "pearson, spearman, kendall"),
-        (lambda: correlation([1, 2, 3], [1, 2, 3], confidence=95), "confidence=95"),
         (lambda: partial_correlation(LONGLEY, "GNP", "speed", []), "no column 'speed'"),
         (
             lambda: nested_models(LONGLEY, score="GNP", predictor="POP", covariates=["POP"]),
