@@ -150,7 +150,12 @@ def why(error: Exception) -> str:
     if type(error).__name__ == "EmptyDataError":  # pandas raises it and need not be imported here.
         return "it is empty"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return " ".join((text or type(error).__name__).split())[:300]
+    return message_of(text or type(error).__name__)
+
+
+def message_of(error: object, most: int = 300) -> str:
+    """Return an error's message, or else the name of its class, on one line of bounded length."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 # Codes of reasons: what each means, and whether measuring the same prompt again would end alike.

@@ -47,11 +47,7 @@ def table(results: Mapping[Any, Result], *keys: str) -> pd.DataFrame:
 def correlations(
     observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str], Correlation]:
-    """Correlate every predictor with every score, by Pearson, Spearman and Kendall.
-
-    Returns:
-        The correlations by score, predictor and method; families are permuted as wholes.
-    """
+    """Return the correlation of each predictor with each score, by score, predictor and method."""
     return {
         (score, predictor.name, method): correlation(
             group[predictor.name],
@@ -127,12 +123,9 @@ def correlation_table(
 
 
 def fits(observations: Observations) -> dict[tuple[str, str, str, str], Fit]:
-    """Fit lines and exponentials (paper, figure 7).
+    """Return lines and exponentials (paper, figure 7) by score, predictor, form and used errors.
 
     They are unweighted, weighted by the errors of the score, and with the errors of both.
-
-    Returns:
-        The fits by score, predictor, form and used errors.
     """
     return {
         (score, predictor.name, fit.form, fit.errors): fit
@@ -192,12 +185,10 @@ def _subsets(group: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def comparisons(
     observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str], CorrelationDifference]:
-    """Compare the strength of the main predictor's correlation with that of each rival.
+    """Return comparisons of the main predictor with each rival, by score, predictor and rival.
 
-    Rivals are all distinct predictors of another kind, except other definitions of coupling.
-
-    Returns:
-        The comparisons by score, main predictor and rival.
+    Compared is how strongly both correlate with the score. Rivals are all distinct predictors of
+    another kind, except other definitions of coupling.
     """
     main = observations.main
     results = {}
@@ -227,14 +218,11 @@ def comparison_table(results: Mapping[tuple[str, str, str], CorrelationDifferenc
 def nested(
     observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str], NestedModels]:
-    """Measure what the main predictor adds to facts about a model.
+    """Return what the main predictor adds to facts, by score, predictor and what is held fixed.
 
     Held fixed are the number of parameters, all facts of size, the compute of training, the loss,
     and compute (or else parameters) with loss; and each summary of the other tasks' scores. Each
     is where it is known of every model and differs.
-
-    Returns:
-        The nested models by score, predictor and what is held fixed.
     """
     results = {}
     main = observations.main.name
@@ -268,11 +256,7 @@ def _held_fixed(observations: Observations, group: pd.DataFrame) -> list[tuple[s
 
 
 def alone(observations: Observations) -> pd.DataFrame:
-    """Measure how well a straight line over each predictor fits and predicts.
-
-    Returns:
-        R² in the data, and of models and of families that it was not fitted to.
-    """
+    """Return R² of a line over each predictor, in the data and of models and families left out."""
     rows = []
     for score, group in observations.compared():
         for predictor in observations.predictors:
@@ -308,11 +292,7 @@ def swapped_tasks(
 
 
 def families(observations: Observations) -> dict[tuple[str, str, str, str], FamilyEffect]:
-    """Estimate the main predictor's coefficient where models come in families.
-
-    Returns:
-        The effects by score, predictor, what is held fixed and method.
-    """
+    """Return the main predictor's effects by score, predictor, what is held fixed and method."""
     results = {}
     main = observations.main.name
     for score, group in observations.compared():
@@ -335,11 +315,7 @@ def families(observations: Observations) -> dict[tuple[str, str, str, str], Fami
 def within_families(
     observations: Observations, *, resamples: int = 1999
 ) -> dict[tuple[str, str], Correlation]:
-    """Correlate the main predictor with each score within families, each at its own level.
-
-    Returns:
-        The correlations by score and predictor.
-    """
+    """Return the main predictor's correlations within families, by score and predictor."""
     main = observations.main.name
     return {
         (score, main): correlation_within(group, main, "score", "family", resamples=resamples)

@@ -130,10 +130,6 @@ def right_choice(
 
 
 def margin_of(options: Sequence[tuple[str, float]], right: int) -> float:
-    """Return the log-likelihood of the right choice less that of the best wrong one.
-
-    Returns:
-        NaN where there is no wrong one.
-    """
+    """Return the log-likelihood of the right choice less that of the best wrong one, or NaN."""
     wrong = [likelihood for i, (_, likelihood) in enumerate(options) if i != right]
     return options[right][1] - max(wrong) if wrong else math.nan

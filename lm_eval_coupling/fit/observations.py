@@ -167,12 +167,9 @@ def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _distinct_numbers(
     rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]
 ) -> pd.DataFrame:
-    """Drop models that agree with another in every score and predictor to the last digit.
+    """Return the rows without models whose numbers are another's to the last digit.
 
     Weights saved again, in another file format for example, have another fingerprint.
-
-    Returns:
-        The rows without these copies.
     """
     columns = ["score", *(p.name for p in predictors)]
     profiles: dict[tuple, list[str]] = {}

@@ -84,13 +84,10 @@ def _chosen_tasks(runs: pd.DataFrame, tasks: Sequence[str] | None) -> pd.DataFra
 
 
 def _on_top(runs: pd.DataFrame) -> list[bool]:
-    """Mark groups that have a score of their own, and tasks that are in none of these.
+    """Return whether each row is a group that has a score, or a task that is in none of these.
 
     A task counts with a group of the same weights in whichever run that was evaluated: a subject
     that was run again alone is still a part of it.
-
-    Returns:
-        One mark per row.
     """
     names = ("model", "revision", "variant", "dtype", "fingerprint")
     weights = list(zip(*(runs[name].fillna("") for name in names), strict=True))
@@ -124,12 +121,9 @@ def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def _of_equal_parts(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Remove the coupling of groups of which a model has other tasks measured than most models.
+    """Return the rows, without coupling where a model has other tasks of a group than most models.
 
     The mean over other tasks is another number: of two tasks, that of the easy one alone.
-
-    Returns:
-        The rows, with NaN for the numbers of these groups.
     """
     readings = {reading.name for reading in prompt_readings()} | {"coupling_excess"}
     columns = [name for name in rows if name.partition("@")[0].removesuffix("_stderr") in readings]
@@ -215,12 +209,9 @@ def _differences(rows: pd.DataFrame) -> list[str]:
 
 
 def _with_scores(rows: pd.DataFrame, score: str | None, notes: list[str]) -> pd.DataFrame:
-    """Add ``score``, ``score_error``, ``score_of`` and ``turned``.
+    """Return the rows of tasks that have the score, with ``score, score_error, score_of, turned``.
 
     A score of which lower is better, such as a perplexity, changes its sign and is ``turned``.
-
-    Returns:
-        The rows of tasks that have the score.
 
     Raises:
         CouplingError: If no task has it.

@@ -108,11 +108,9 @@ def yardsticks(documents: pd.DataFrame) -> list[str]:
 
 
 def aurocs(documents: pd.DataFrame, predictors: Sequence[str]) -> dict[tuple[str, str, str], Auroc]:
-    """Estimate the AUROC of every predictor for right answers.
+    """Return the AUROC of every predictor for right answers, by model, task and predictor.
 
-    Returns:
-        The areas by model, task and predictor. :data:`POOLED` are the pairs within each task, and
-        :data:`TOGETHER` is the mean over models.
+    :data:`POOLED` are the pairs within each task, and :data:`TOGETHER` is the mean over models.
     """
     results: dict[tuple[str, str, str], Auroc] = {}
     for model, group in documents.groupby("model", sort=False):
@@ -146,11 +144,7 @@ def auroc_table(results: Mapping[tuple[str, str, str], Auroc]) -> pd.DataFrame:
 def logistics(
     documents: pd.DataFrame, predictors: Sequence[str]
 ) -> dict[tuple[str, str, str, str], LogisticEffect]:
-    """Estimate the odds of a right answer, with nothing and with the yardsticks held fixed.
-
-    Returns:
-        The effects by model, task, predictor and what is held fixed.
-    """
+    """Return effects on the odds of a right answer by model, task, predictor and controls."""
     results = {}
     for (model, task), group in _by_task_and_pooled(documents):
         group = group.dropna(subset="right")
@@ -170,12 +164,9 @@ def logistics(
 def _odds_together(
     documents: pd.DataFrame, predictor: str
 ) -> dict[tuple[str, str, str, str], LogisticEffect]:
-    """Estimate the odds of all models together, for the main predictor alone.
+    """Return the odds of all models together, for the main predictor alone.
 
     With a level for every task of every model these regressions are large.
-
-    Returns:
-        The effects, keyed like those of single models.
     """
     if documents["model"].nunique() < 2:
         return {}
@@ -191,11 +182,7 @@ def _odds_together(
 def graded(
     documents: pd.DataFrame, predictors: Sequence[str]
 ) -> dict[tuple[str, str, str, str], Correlation]:
-    """Correlate (Spearman) predictors with the margin and with the score, within tasks.
-
-    Returns:
-        The correlations by model, task, predictor and ``margin`` or ``score``.
-    """
+    """Return rank correlations within tasks by model, task, predictor and what is predicted."""
     return {
         (model, task, predictor, of): correlation_within(
             group, predictor, of, "task", method="spearman"

@@ -116,11 +116,6 @@ def hint_at_plus_signs(parse_args: Callable) -> Callable:
     return parse_args_with_hint
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error, or the name of its class, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _about_tasks(error: ValueError, manager: Any) -> str:
     """Turn lm-eval's error about unknown tasks into a sentence; "" for any other error."""
     _, mark, names = str(error).partition("Tasks not found: ")

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, message_of
 from lm_eval_coupling.harness import sharing
 from lm_eval_coupling.harness.command_line import (
     MODEL,
@@ -25,7 +25,6 @@ from lm_eval_coupling.harness.command_line import (
     errors_as_sentences,
     hint_at_plus_signs,
     join_running_command,
-    one_line,
 )
 from lm_eval_coupling.harness.lm_eval_internals import wrap
 from lm_eval_coupling.harness.sharing import carried
@@ -156,7 +155,7 @@ def _record_after_scoring(evaluator: Any) -> None:
                 record(task_dict, results, call.arguments)
             except Exception as error:
                 logger.exception("coupling was not recorded; the scores are complete")
-                problem = f"coupling was not recorded ({one_line(error)})"
+                problem = f"coupling was not recorded ({message_of(error)})"
                 current_command().problems.append(problem)
             # Into coupling_out. A tracker that saves the results writes them again, with its date.
             _write_tables(results, None, _now())
@@ -221,7 +220,7 @@ def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
     try:
         parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        problem = f"got {file}, which lm-eval could not write completely ({one_line(error)})"
+        problem = f"got {file}, which lm-eval could not write completely ({message_of(error)})"
         logger.error("coupling: %s", problem)
         current_command().problems.append(problem)
 
@@ -305,7 +304,7 @@ def _write_tables(results: dict[str, Any] | None, folder: Path | None, date: str
         info.write_tables(folder, date)
     except Exception as error:
         info.unwritten = str(error)
-        problem = f"coupling tables were not written ({one_line(error)})"
+        problem = f"coupling tables were not written ({message_of(error)})"
         logger.error("%s; measurements are kept in the store", problem)
         logger.debug("coupling: the error was", exc_info=True)
         current_command().problems.append(problem)

@@ -125,9 +125,8 @@ def wrap_reading_of_config(
 ) -> None:
     """Replace the step of an `HFLM` that reads the configuration, before the weights are loaded.
 
-    Args:
-        lm: one whose ``__init__`` has not yet run.
-        around: makes the new step from the old one; not called if there is no such step.
+    ``around`` makes the new step from the old one, and is not called if there is no such step. The
+    ``__init__`` of ``lm`` has not yet run.
     """
     if (read := getattr(lm, "_get_config", None)) is not None:
         lm._get_config = around(read)
@@ -136,9 +135,7 @@ def wrap_reading_of_config(
 def wrap_generation(lm: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace the step of an `HFLM` that generates token ids for a batch of contexts.
 
-    Args:
-        lm: a loaded model.
-        around: makes the new step from the old one; not called if there is no such step.
+    ``around`` makes the new step from the old one, and is not called if there is no such step.
     """
     if (generate := getattr(lm, "_model_generate", None)) is not None:
         lm._model_generate = around(generate)

@@ -24,17 +24,11 @@ def digest(value: Any) -> str:
 
 
 def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """Convert any value to plain data.
+    """Return any value as texts, numbers, None, and lists and dictionaries of them.
 
     Functions become their name and source, other objects their class and attributes. Addresses,
     folders of files and the order of sets are left out: they differ among processes and machines.
-
-    Args:
-        value: anything.
-        inside: ids of the objects that contain it.
-
-    Returns:
-        Texts, numbers, None, and lists and dictionaries of them.
+    ``inside`` are the ids of the objects that contain the value.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

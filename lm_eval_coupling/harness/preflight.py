@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from lm_eval_coupling.errors import nearest
+from lm_eval_coupling.errors import message_of, nearest
 from lm_eval_coupling.harness import plugin
 
 
@@ -174,8 +174,7 @@ def _download(manager: Any, request: Mapping[str, Any]) -> Iterator[str]:
         try:
             manager.load([name])
         except Exception as error:  # each data set fails in its own way; the others are fetched
-            reason = " ".join(str(error).split())[:300]
-            yield f"got the task {name}, whose data cannot be fetched: {reason}"
+            yield f"got the task {name}, whose data cannot be fetched: {message_of(error)}"
     yield from preflight_models.download(request["models"])
 
 

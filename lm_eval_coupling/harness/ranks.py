@@ -53,10 +53,7 @@ class Ranks:
             self._exchanged.clear()
 
     def everywhere(self, step: Callable[[], Any]) -> list[Any]:
-        """Return the result of ``step`` in every process, in all of them.
-
-        Returns:
-            One result per process, in their order.
+        """Return in every process the results of ``step`` in all of them, in their order.
 
         Raises:
             CouplingError: in every process, if it failed in one.

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.harness.command_line import current_command, one_line
+from lm_eval_coupling.errors import message_of
+from lm_eval_coupling.harness.command_line import current_command
 from lm_eval_coupling.harness.lm_eval_internals import wrap
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -36,7 +37,7 @@ def _warning(consequence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("coupling: %s (%s)", consequence, one_line(error))
+        logger.warning("coupling: %s (%s)", consequence, message_of(error))
 
 
 def log_to_wandb(module: Any) -> None:
@@ -150,7 +151,7 @@ def push_tables(tracker: Any, info: Any, folder: Path, *, samples_follow: bool) 
             commit_message=f"Adding coupling of {name}",
         )
     except Exception as error:
-        problem = f"coupling tables were not pushed to the hub ({one_line(error)})"
+        problem = f"coupling tables were not pushed to the hub ({message_of(error)})"
         logger.error("%s; they lie in %s", problem, where)
         current_command().problems.append(problem)
 

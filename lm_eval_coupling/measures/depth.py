@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 PAIRS = "rank layer layer"
-AT_ONCE = (
-    1 << 24
-)  # Entries of Jacobians on a device at a time; temporaries take four times as many.
+# Entries of Jacobians on a device at a time; temporaries take four times as many.
+AT_ONCE = 1 << 24
 
 
 def run(batch: Batch) -> list[MeasureResult]:

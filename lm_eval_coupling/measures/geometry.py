@@ -9,7 +9,6 @@ from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.registry import (
     Column,
     Measure,
-    Reading,
     column_reading,
     mean_reading,
 )
@@ -102,37 +101,36 @@ _POINT_LABELS = {
 }
 
 
-def _readings() -> tuple[Reading, ...]:
-    return (
-        *(column_reading(name, label, over="block") for name, label in _BLOCK_LABELS.items()),
-        *(
-            column_reading(name, label, over="point", log=name == "massive_activation")
-            for name, label in _POINT_LABELS.items()
-        ),
-        *(
-            mean_reading(f"mean_{name}", f"{label}, mean", name)
-            for name, label in (_BLOCK_LABELS | _POINT_LABELS).items()
-        ),
-        mean_reading(
-            "last_state_effective_rank",
-            "effective rank of the last states",
-            "state_effective_rank",
-            lambda values: values[-1],
-        ),
-        mean_reading(
-            "last_state_effective_rank_centred",
-            "effective rank of the last states, centered and normalized",
-            "state_effective_rank_centred",
-            lambda values: values[-1],
-        ),
-        mean_reading(
-            "curvature_drop",
-            "drop of the curvature to the middle",
-            "token_curvature",
-            lambda values: values[0] - values[len(values) // 2],
-        ),
-        column_reading("matrix_nuclear_norm", "matrix nuclear norm of the last states"),
-    )
+_READINGS = (
+    *(column_reading(name, label, over="block") for name, label in _BLOCK_LABELS.items()),
+    *(
+        column_reading(name, label, over="point", log=name == "massive_activation")
+        for name, label in _POINT_LABELS.items()
+    ),
+    *(
+        mean_reading(f"mean_{name}", f"{label}, mean", name)
+        for name, label in (_BLOCK_LABELS | _POINT_LABELS).items()
+    ),
+    mean_reading(
+        "last_state_effective_rank",
+        "effective rank of the last states",
+        "state_effective_rank",
+        lambda values: values[-1],
+    ),
+    mean_reading(
+        "last_state_effective_rank_centred",
+        "effective rank of the last states, centered and normalized",
+        "state_effective_rank_centred",
+        lambda values: values[-1],
+    ),
+    mean_reading(
+        "curvature_drop",
+        "drop of the curvature to the middle",
+        "token_curvature",
+        lambda values: values[0] - values[len(values) // 2],
+    ),
+    column_reading("matrix_nuclear_norm", "matrix nuclear norm of the last states"),
+)
 
 
 MEASURES = (
@@ -197,6 +195,6 @@ MEASURES = (
             ),
         ),
         run=run,
-        readings=_readings(),
+        readings=_READINGS,
     ),
 )

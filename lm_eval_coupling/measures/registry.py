@@ -65,10 +65,7 @@ class Column:
         return math.nan if self.kind == "number" and not self.shape else None
 
     def cast(self, value: Any) -> Any:
-        """Convert ``value`` to the form of records: a float32 array, a tuple or one Python value.
-
-        Returns:
-            The converted value; None stays None.
+        """Return ``value`` as records hold it: a float32 array, a tuple, one Python value, or None.
 
         Raises:
             CouplingError: if the number of dimensions differs from the column's.
@@ -123,10 +120,8 @@ class Reading:
     def in_depth(self, record: Record, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Return depths and the values at these depths, in float64.
 
-        Depth 0 is the input of the first block. Depth l is block l or its output.
-
-        Returns:
-            Depths and values. A window has the depth of its center, a whole prompt the depth NaN.
+        Depth 0 is the input of the first block. Depth l is block l or its output. A window has the
+        depth of its center, a whole prompt the depth NaN.
         """
         values = np.atleast_1d(np.asarray(self.read(record, rank), dtype=np.float64))
         if self.over == "prompt":
@@ -135,10 +130,9 @@ class Reading:
         return np.arange(float(len(values))) + first, values
 
 
-def column_reading(name: str, label: str, column: str | None = None, **options: Any) -> Reading:
-    """Return a reading that is a column unchanged, by default the column of its own name."""
-    column = column or name
-    return Reading(name, label, column, lambda record, rank: record[column], **options)
+def column_reading(name: str, label: str, **options: Any) -> Reading:
+    """Return a reading that is the column of its name unchanged."""
+    return Reading(name, label, name, lambda record, rank: record[name], **options)
 
 
 def ranked_reading(name: str, label: str, column: str, **options: Any) -> Reading:
@@ -238,10 +232,7 @@ class Measure:
     extra: Callable[[int, int, Settings], tuple[int, int]] | None = None
 
     def cast(self, result: MeasureResult) -> MeasureResult:
-        """Convert the columns of ``result`` to the form of records.
-
-        Returns:
-            A new result with the same reasons and seconds.
+        """Return ``result`` with its columns in the form of records.
 
         Raises:
             CouplingError: for a column that this measure lacks, or of another number of dimensions.

@@ -113,19 +113,11 @@ class TracedPrompt:
         return self._batch.triplets(self.index)
 
     def attention_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """Cut a block's call to its attention.
-
-        Returns:
-            A context as :func:`~lm_eval_coupling.residual.sublayers.attention_alone`.
-        """
+        """Return a context in which a block's call is cut to its attention."""
         return sublayers.attention_alone(call)
 
     def mlp_alone(self, call: Any) -> contextlib.AbstractContextManager[Any]:
-        """Cut a block's call to its MLP at the measured token.
-
-        Returns:
-            A context as :func:`~lm_eval_coupling.residual.sublayers.mlp_alone`.
-        """
+        """Return a context in which a block's call is cut to its MLP at the measured token."""
         return sublayers.mlp_alone(call, self.position)
 
 
@@ -149,14 +141,7 @@ class Batch:
         settings: Settings,
         traces: Sequence[Any],
     ) -> None:
-        """Take traced prompts.
-
-        Args:
-            model: model that was traced.
-            tokens: token ids of every prompt.
-            positions: measured token of each prompt, from 0.
-            settings: settings of all prompts.
-            traces: trace of each prompt, with the pullback that certifies the Jacobians J_tt.
+        """Take traced prompts; each trace has the pullback that certifies the Jacobians J_tt.
 
         Raises:
             Unmeasurable: if the stream of a prompt is not finite.

@@ -161,10 +161,7 @@ def angle_bound(
 def largest_singular_values(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """Return σ_1 of every matrix, to 1e-6 relative, by products alone.
 
-    The error of σ_1 is the square of the residual.
-
-    Returns:
-        In the dtype and on the device of J.
+    The error of σ_1 is the square of the residual. Dtype and device are those of J.
 
     Raises:
         CouplingError: as `top_singular` does.
@@ -251,13 +248,10 @@ def _right_vectors_on_device(
 
 
 def _triplets(J: Tensor, V: Float[Tensor, "batch d_model rank"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Complete right singular vectors V to triplets, in the order of S.
+    """Return U, S and V, in the order of S, for right singular vectors V.
 
     The Cholesky factor R of JV = U R has the singular values on its diagonal, and the error of V
     beside it. Where σ is rounding, u completes the basis.
-
-    Returns:
-        U, S and V.
     """
     JV = J @ V
     S = torch.linalg.vector_norm(JV, dim=-2)
@@ -280,10 +274,8 @@ def _by_svd(J: Float[Tensor, "batch d_model d_model"], k: int) -> tuple[Tensor, 
 def _exponents(peak: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Return exponents e of factors 2⁻ᵉ that keep the Gram matrix from overflow and underflow.
 
-    A power of two scales exactly. ``peak`` is the largest entry of each matrix.
-
-    Returns:
-        0 where no scaling is needed.
+    A power of two scales exactly; e is 0 where no scaling is needed. ``peak`` is the largest entry
+    of each matrix.
     """
     exponent = torch.frexp(peak).exponent
     # The limit keeps the power itself from overflow.

@@ -51,10 +51,9 @@ class Keys:
 
 
 def cache_before(keys: Sequence[Keys], tokens: Sequence[int]) -> Cache:
-    """Make a cache of the tokens before the given one of every prompt.
+    """Return a cache of the tokens before the given one of every prompt.
 
-    Returns:
-        A cache in which shorter prompts have others' keys in front of their own: masks hide them.
+    Shorter prompts have others' keys in front of their own, which masks hide.
     """
     if all(k.batch is keys[0].batch for k in keys):
         rows = tuple(k.prompt for k in keys)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
+from lm_eval_coupling.errors import CouplingError, message_of, pass_on_lack_of_memory
 from lm_eval_coupling.residual.arguments import CACHES, SharedArguments, detached, tensors_in
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import BlockCall, gradient, hidden, require_stream
@@ -185,7 +185,7 @@ def explain_refused_inputs(arguments: dict[str, Any], first: TracedBlock) -> Ite
             for name, value in arguments.items()
             if isinstance(value, Tensor)
         )
-        words = " ".join(str(error).split())[:200]
         raise CouplingError(
-            f"got {given}, which the model does not take ({words}); expected what it is made for"
+            f"got {given}, which the model does not take ({message_of(error, 200)}); expected what "
+            "it is made for"
         ) from error

@@ -85,12 +85,9 @@ class Tracer:
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
     ) -> list[ResidualTrace]:
-        """Trace prompts in one padded pass if the model allows it, else one by one.
+        """Return a trace per prompt: of one padded pass if the model allows it, else one by one.
 
         Equal prompts at several output tokens are run once.
-
-        Returns:
-            A trace per prompt.
         """
         equal = equal_prompts(prompts)
         together = len(equal) > 1 and self._pads_on_the_right(dtype)
@@ -266,10 +263,9 @@ class Tracer:
 
 
 def equal_prompts(prompts: Sequence[Any]) -> list[list[int]]:
-    """Group the indices of equal lists of token ids; any other prompt is equal only to itself.
+    """Return groups of indices of equal lists of token ids, in the order of their first prompts.
 
-    Returns:
-        Groups in the order of the first prompt of each.
+    Any other prompt is equal only to itself.
     """
     groups: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):

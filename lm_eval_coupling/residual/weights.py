@@ -68,10 +68,9 @@ def absent(
 
 
 def sharing(model: nn.Module) -> dict[int, Any]:
-    """Make the memo with which ``copy.deepcopy`` shares the weights of ``model``.
+    """Return the memo with which ``copy.deepcopy`` shares the weights of ``model``.
 
-    Returns:
-        The memo, in which packed layers are plain ones, and accelerate's hooks have no effect.
+    In it packed layers are plain ones, and accelerate's hooks have no effect.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError, pass_on_lack_of_memory
+from lm_eval_coupling.errors import CouplingError, message_of, pass_on_lack_of_memory
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual import load_checks as checks
 from lm_eval_coupling.residual.agreement import ScoredModel, uncompiled_forwards
@@ -57,7 +57,7 @@ def wrap(kind: type, hf_model: nn.Module, tokenizer: Any) -> Any:
         raise
     except Exception as error:
         pass_on_lack_of_memory(error)
-        words = " ".join(str(error).split())[:200]
+        words = message_of(error, 200)
         if mixed := mixed_dtypes(base):
             raise CouplingError(
                 f"got a {name} with {mixed}, which do not run together ({words}), expected one "
@@ -285,9 +285,8 @@ class _Wrapping:
             error = max(error, checks.off_by(model.logits(points), self.plain.logits(points)))
         except Exception as problem:
             pass_on_lack_of_memory(problem)
-            words = " ".join(str(problem).split())[:200]
-            kind = type(problem).__name__
-            return None, f"TransformerLens does not bridge {self.name} ({kind}: {words})"
+            words = f"{type(problem).__name__}: {message_of(problem, 200)}"
+            return None, f"TransformerLens does not bridge {self.name} ({words})"
         if not error <= checks.SAME:
             reason = f"TransformerLens' bridge of {self.name} is off by {error:.1e} from the model"
             return None, reason

@@ -30,11 +30,8 @@ _SECONDS = 0.05  # spent on timing matrix products
 def announce(session: Session, options: Options, name: str, documents: Mapping[str, int]) -> None:
     """Log what will be measured, unless another process of the run speaks.
 
-    Args:
-        session: what measures.
-        options: the settings of the run.
-        name: the model's.
-        documents: number of evaluated documents of every requested task or group.
+    ``name`` is the model's, and ``documents`` has the number of evaluated documents of every
+    requested task or group.
     """
     if session.quiet:
         return
@@ -75,14 +72,11 @@ def _where(position: int | str) -> str:
 
 
 def estimated_seconds(model: ResidualModel, settings: Settings) -> float:
-    """Estimate the seconds of one prompt from the model's size and a timed matrix product.
+    """Return the estimated seconds of a prompt, from the model's size and a timed matrix product.
 
     Counted are the products of the Jacobians (d_model columns through every block), of the
     decompositions and of the pairs of layers. The weights of the three terms fit a model of 135M
     parameters on two CPU cores within a quarter; measures over several tokens come on top.
-
-    Returns:
-        Seconds on the model's device.
     """
     d_model, n_layers = model.d_model, model.n_layers
     block_params, _ = model.block_sizes

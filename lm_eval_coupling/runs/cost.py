@@ -109,12 +109,9 @@ def memory_needed(
 def seconds_needed(
     model: ResidualModel, measured: Sequence[PromptCoupling], left: int, settings: Settings
 ) -> str:
-    """Describe the seconds of the first prompts by measure, and of ``left`` more.
+    """Return in words the seconds of the first prompts by measure, and those of ``left`` more.
 
     A batch takes less time than its prompts one by one, so the estimate is an upper bound.
-
-    Returns:
-        A text for the log.
     """
     first = max(measured, key=lambda record: record.seconds)
     measures = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError, nearest
+from lm_eval_coupling.errors import CouplingError, nearest, one_of, path
 from lm_eval_coupling.measures.formulas.choices import (
     PROMPT_PART,
     choices_by_part,
@@ -94,7 +94,7 @@ class Options:
             limit=None if limit == "all" else _integer("limit", limit, _DOCUMENTS),
             seed=_integer("seed", seed),
             position=_positions(position),
-            prompt=_choice("prompt", prompt, READINGS),
+            prompt=one_of(f"{PREFIX}prompt", prompt, READINGS),
             untrained=_untrained_seed(untrained, untrained_seed),
             store=_path("store", store),
             out=_path("out", out),
@@ -176,12 +176,11 @@ class Options:
         return settings | ({"positions": self.position} if several else {})
 
 
-def parse_settings(text: str, option: str = "--coupling") -> dict[str, str]:
+def parse_settings(text: str) -> dict[str, str]:
     """Split ``name=value,name=value`` into arguments with the prefix ``coupling_``.
 
     Args:
-        text: as given on the command line; the prefix may be left out.
-        option: the option's name, for the message.
+        text: of the option ``--coupling``; the prefix may be left out.
 
     Returns:
         Unchecked values by name.
@@ -192,7 +191,7 @@ def parse_settings(text: str, option: str = "--coupling") -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if wrong := [name for name, equals, value in pairs if not equals or not value]:
         raise CouplingError(
-            f"got {option} with {wrong[0]!r}, "
+            f"got --coupling with {wrong[0]!r}, "
             "expected name=value,name=value such as ranks=10+30,limit=50"
         )
     return {
@@ -278,12 +277,6 @@ def _boolean(name: str, value: Any) -> bool:
     raise CouplingError(f"got {PREFIX}{name}={value!r}, expected 1 or 0")
 
 
-def _choice(name: str, value: Any, accepted: Sequence[str]) -> str:
-    if value not in accepted:
-        raise CouplingError(f"got {PREFIX}{name}={value!r}, expected one of {', '.join(accepted)}")
-    return value
-
-
 def _path(name: str, value: Any) -> Path | None:
     if value is None or value == "":
         return None
@@ -292,9 +285,4 @@ def _path(name: str, value: Any) -> Path | None:
             f"got {PREFIX}{name}={value!r}, expected a path; "
             "write one that looks like a number as ./PATH"
         )
-    try:
-        return Path(str(value)).expanduser()
-    except RuntimeError:
-        raise CouplingError(
-            f"got {PREFIX}{name}={value}, but there is no home folder; write the whole path"
-        ) from None
+    return path(f"{PREFIX}{name}", str(value))

@@ -135,12 +135,9 @@ def task_summaries(
 
 
 def worst_certificate(rows: Iterable[Row]) -> float:
-    """Return the largest relative error of a Jacobian that a number rests on.
+    """Return the largest relative error of a Jacobian of the trained weights that gave a number.
 
-    Refused Jacobians give no number. An untrained twin's Jacobians are not the model's.
-
-    Returns:
-        A relative error; NaN if no number of the trained weights rests on a Jacobian.
+    Refused Jacobians give no number. NaN if no number rests on a Jacobian.
     """
     certificates = [
         row.measured.certificate

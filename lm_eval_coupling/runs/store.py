@@ -57,10 +57,7 @@ class MeasurementStore:
         self._patience: float = BUSY_SECONDS
         try:
             self._patiently(self._prepare)
-        except sqlite3.Error as error:
-            self.close()
-            raise self._refusal(error) from None
-        except UnicodeDecodeError as error:  # the text of the schema is damaged
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: a damaged schema
             self.close()
             raise self._refusal(error) from None
         except CouplingError:

@@ -73,10 +73,6 @@ def rests_on_jacobians(prompt: PromptCoupling) -> bool:
     )
 
 
-def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
-
-
 def _measures(
     documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
 ) -> dict[str, Any]:
@@ -118,7 +114,9 @@ def _over_sample(
 
 def _reader(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
     def value(prompt: PromptCoupling) -> float:
-        return float(reading.read(prompt, rank)) if _is_known(prompt[reading.column]) else math.nan
+        known = prompt[reading.column]
+        is_missing = known is None or (isinstance(known, float) and math.isnan(known))
+        return math.nan if is_missing else float(reading.read(prompt, rank))
 
     return value
 

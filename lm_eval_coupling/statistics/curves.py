@@ -222,11 +222,9 @@ def _least_squares(points: dict[str, np.ndarray], result: Fit) -> Fit:
 
 
 def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
-    """Fit a line with independent errors in x and y.
+    """Return the fit of a line with independent errors in x and y.
 
-    Returns:
-        The fit of York, Evensen, López Martínez and De Basabe Delgado, Am. J. Phys. 72 (2004)
-        367, eqs. 13.
+    York, Evensen, López Martínez and De Basabe Delgado, Am. J. Phys. 72 (2004) 367, eqs. 13.
     """
     x, y, var_x, var_y = points["x"], points["y"], points["x_error"] ** 2, points["y_error"] ** 2
     slope = np.polyfit(x, y, 1)[0]
@@ -281,11 +279,7 @@ def _estimates(
 def _settle(
     z: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least-squares m, s, k and their covariance.
-
-    Returns:
-        ``start`` and NaN where the search leaves the range of rates.
-    """
+    """Return m, s, k and their covariance; ``start`` and NaN where the rate leaves its range."""
     try:
         with (
             warnings.catch_warnings(),

@@ -144,10 +144,7 @@ def is_constant(values: np.ndarray) -> bool:
 
 
 def load_statsmodels(module: str) -> Any:
-    """Import ``statsmodels.<module>``.
-
-    Returns:
-        The module.
+    """Return the module ``statsmodels.<module>``.
 
     Raises:
         CouplingError: If statsmodels is not installed.

@@ -15,10 +15,7 @@ from lm_eval_coupling.statistics.resampling import Families, Units, permutation_
 
 
 def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np.ndarray:
-    """Adjust p-values by Holm or by Benjamini and Hochberg; NaN (no test) stays uncounted.
-
-    Returns:
-        As many values, in their order.
+    """Return p-values adjusted by Holm or by Benjamini and Hochberg; NaN (no test) is not counted.
 
     Raises:
         CouplingError: If a value lies outside [0, 1] or the method is unknown.
@@ -43,11 +40,7 @@ def adjust_p_values(p: Values, method: Literal["holm", "fdr_bh"] = "holm") -> np
 
 
 def _holm(p: np.ndarray) -> np.ndarray:
-    """Adjust by Holm (1979).
-
-    Returns:
-        The adjusted values, in their order.
-    """
+    """Return p-values adjusted by Holm (1979), in their order."""
     # statsmodels' function collects garbage at every call, which takes 0.25 s each.
     order = np.argsort(p)
     adjusted = np.empty_like(p)

@@ -241,8 +241,7 @@ def _describe(fit: Any, y: np.ndarray, X: np.ndarray, families: np.ndarray | Non
 def _r2_left_out(y: np.ndarray, X: np.ndarray, groups: np.ndarray) -> float:
     """Return 1 − (squared errors of predicting each group from the others) / (those of their mean).
 
-    Returns:
-        NaN where the others do not determine the regression.
+    NaN where the others do not determine the regression.
     """
     of_mean = _squared_errors_left_out(y, np.ones((len(y), 1)), groups)
     return 1 - _squared_errors_left_out(y, X, groups) / of_mean

@@ -70,11 +70,11 @@ class Board:
             self._lines[unit.name] = _Line(state, detail or "", present, seconds)
         if self._live is None and old.state != state:
             words = f"{state} ({detail})" if detail else state
-            self._print(f"{time.strftime('%H:%M:%S')} {unit.label}: {words}")
+            self.say(f"{time.strftime('%H:%M:%S')} {unit.label}: {words}")
 
     def say(self, text: str) -> None:
         """Print a remark."""
-        self._print(text)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def report(self) -> None:
         """Print the progress of running units every half minute, unless a live table shows it."""
@@ -88,10 +88,7 @@ class Board:
             detail = self._current(name, self._lines[name]).detail
             if self._reported.get(name) != detail:
                 self._reported[name] = detail
-                self._print(f"{time.strftime('%H:%M:%S')} {self._units[name].label}: {detail}")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self.say(f"{time.strftime('%H:%M:%S')} {self._units[name].label}: {detail}")
 
     def __enter__(self) -> Board:
         """Show the table if the console is a terminal."""
@@ -140,13 +137,10 @@ def matrix(
     estimates: dict[str, dict[str, Any]],
     console: Console,
 ) -> Table:
-    """Make a table of units × tasks: what is done, and what the rest may take.
+    """Return a table of units × tasks, to print on ``console``: what is done, what the rest takes.
 
     On a terminal too narrow for a column a task, tasks are counted. Elsewhere ``console`` is made
     wide enough, so that no name is cut.
-
-    Returns:
-        The table to print on ``console``.
     """
     names = [
         task.name if task.num_fewshot is None else f"{task.name} ({task.num_fewshot}-shot)"

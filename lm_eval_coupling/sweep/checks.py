@@ -29,9 +29,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
     """Check a plan against the models, tasks and options that exist.
 
-    Args:
-        plan: the plan.
-        download: fetch models and data sets as well.
+    With ``download``, models and data sets are fetched as well.
 
     Returns:
         Mappings with ``d_model, n_layers, n_params, vocab_size, dtype``, by model.

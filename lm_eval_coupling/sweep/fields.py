@@ -82,6 +82,15 @@ class Fields:
         )
         return None if value is None else float(value)
 
+    def flag(self, key: str, default: bool | None = None) -> Any:
+        """Return True or False."""
+        return self.take(key, lambda v: isinstance(v, bool), "true or false", default)
+
+    def items(self, key: str, expected: str) -> list[Any]:
+        """Return a list that must be there and hold something; one name may stand for itself."""
+        value = self.need(key, lambda v: is_name(v) or (isinstance(v, list) and bool(v)), expected)
+        return [value] if is_name(value) else value or []
+
     def mapping(self, key: str) -> dict[str, Any]:
         """Return a mapping whose keys are texts of one line; empty if it is missing."""
         return dict(self.take(key, is_mapping, "a mapping of names to values", {}))

@@ -20,18 +20,11 @@ _TOKENS = 128  # of a typical context, whose logits are formed in float32 and on
 def estimates(
     plan: Plan, statuses: Sequence[Status], models: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Estimate ``gigabytes`` and ``seconds`` of every unit; None if nothing is known.
+    """Return the estimated ``gigabytes`` and ``seconds`` of every unit by name, None if not known.
 
     Seconds are those of done units of this plan in proportion to the number of parameters, because
-    all units have the same documents.
-
-    Args:
-        plan: the plan.
-        statuses: the state of each unit.
-        models: ``d_model, n_layers, n_params, dtype`` by model.
-
-    Returns:
-        Both by the name of the unit.
+    all units have the same documents. ``models`` has ``d_model, n_layers, n_params, dtype`` by
+    model.
     """
     timed = [
         (status.seconds, models[status.unit.model].get("n_params"))

@@ -27,13 +27,7 @@ def run(
     """Work on units until none is left; one that fails does not stop the others.
 
     On Ctrl-C, runs in progress are asked to end and to write their results. A second Ctrl-C ends
-    them at once.
-
-    Args:
-        plan: the plan.
-        units: the units to do.
-        board: the display of their states.
-        command: see :class:`~lm_eval_coupling.sweep.work.Worker`.
+    them at once. ``command`` is that of :class:`~lm_eval_coupling.sweep.work.Worker`.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when all runs have ended.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lm_eval_coupling.errors import CouplingError, path, shown, why
+from lm_eval_coupling.errors import CouplingError, message_of, path, shown, why
 from lm_eval_coupling.saved.fact_types import is_name, is_number
 from lm_eval_coupling.sweep import yaml12
 from lm_eval_coupling.sweep.evaluations import refuse_scoring, with_evaluations
@@ -179,10 +179,10 @@ def _load(file: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        words = " ".join(str(error.problem or error.context).split())[:200]
+        words = message_of(error.problem or error.context, 200)
         raise CouplingError(f"got {file}, which is no YAML ({words}{place}); mend it") from None
     except yaml.YAMLError as error:
-        words = " ".join(str(error).split())[:200]
+        words = message_of(error, 200)
         raise CouplingError(f"got {file}, which is no YAML ({words}); mend it") from None
 
 
@@ -224,13 +224,9 @@ def _too_long(plan: Plan) -> list[str]:
 
 
 def _tasks(fields: Fields) -> list[Task]:
-    value = fields.need(
-        "tasks",
-        lambda v: is_name(v) or (isinstance(v, list) and bool(v)),
-        "a list of tasks, or samples of evaluations",
-    )
     tasks: list[Task] = []
-    for number, item in enumerate([value] if is_name(value) else value or []):
+    items = fields.items("tasks", "a list of tasks, or samples of evaluations")
+    for number, item in enumerate(items):
         if is_name(item):
             tasks += [Task(name.strip()) for name in item.split(",") if name.strip()]
             continue
@@ -336,7 +332,7 @@ def _local(run: Fields, environment: Mapping[str, str]) -> Local:
         workers=run.whole("workers"),
         devices=tuple(map(str, devices)) or None,
         threads=run.whole("threads"),
-        keep_scores=_keep_scores(run, False),
+        keep_scores=run.flag("keep_scores", False),
         environment=environment,
     )
 
@@ -353,7 +349,8 @@ def _slurm(run: Fields, environment: Mapping[str, str]) -> Slurm:
         requeues=run.whole("requeues", 3, low=0),
         setup=tuple(run.texts("setup")),
         options=_options(run),
-        keep_scores=_keep_scores(run, True),
+        # Without kept answers, a job that leaves before its end would never end.
+        keep_scores=run.flag("keep_scores", True),
         environment=environment,
     )
 
@@ -373,11 +370,6 @@ def _options(run: Fields) -> dict[str, Any]:
             expected = "true, a number or a text of one line"
             run.problems.append(f"got {place}: {shown(value)}, expected {expected}")
     return options
-
-
-def _keep_scores(run: Fields, default: bool) -> bool:
-    """Return whether to keep answers: a job that leaves before its end would never end without."""
-    return run.take("keep_scores", lambda v: isinstance(v, bool), "true or false", default)
 
 
 def _environment(run: Fields) -> tuple[dict[str, str], dict[str, str]]:

@@ -65,7 +65,7 @@ def check_lm_eval(options: Mapping[str, Any], problems: list[str]) -> None:
     fields.take("batch_size", _is_batch_size, "a whole number of 1 or more, or auto")
     fields.take("seed", _are_seeds, f"a whole number of 0 or more, or {_SEEDS} of them")
     for name in _SWITCHES:
-        fields.take(name, lambda value: isinstance(value, bool), "true or false")
+        fields.flag(name)
     fields.take(
         "apply_chat_template",
         lambda value: isinstance(value, bool) or (is_name(value) and not _is_word(value)),

@@ -6,6 +6,8 @@ import re
 import signal
 from pathlib import Path
 
+from lm_eval_coupling.safe_text import one_line
+
 _OURS = re.compile(r"^lm-eval-coupling: (.+)$")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*$")
 _MEMORY = re.compile(
@@ -29,17 +31,12 @@ def tail(log: Path, size: int = 20_000) -> str:
 
 def reason(text: str, code: int | None) -> str:
     """Return our last sentence in a log, else its last error, else how the process ended."""
-    lines = [_printable(line).strip() for line in text.splitlines() if line.strip()]
+    lines = [one_line(line) for line in text.splitlines() if line.strip()]
     for pattern in (_OURS, _ERROR):
         for line in reversed(lines):
             if match := pattern.match(line):
                 return match[match.lastindex or 0][:_LENGTH]
     return f"ended with {ending(code)}" + (f": {lines[-1][:_LENGTH]}" if lines else "")
-
-
-def _printable(line: str) -> str:
-    """Replace control characters, which a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 def ending(code: int | None) -> str:

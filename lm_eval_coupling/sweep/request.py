@@ -51,13 +51,8 @@ def configuration(
     """Return the content of a file for the command of a run, without any secret.
 
     The command is ``lm_eval run --config FILE``. For samples it is
-    ``lm-eval-coupling measure --config FILE``.
-
-    Args:
-        plan: the plan.
-        unit: the model and revision.
-        tasks: those of the unit that are still to be done.
-        batch_size: a batch size instead of the plan's.
+    ``lm-eval-coupling measure --config FILE``. ``tasks`` are those still to be done, and
+    ``batch_size`` replaces the plan's.
     """
     folder, tasks = plan.folder(unit).absolute(), list(tasks)
     metadata = {NOTE: note(plan, unit, tasks)}

@@ -49,11 +49,7 @@ def run(
 ) -> None:
     """Submit the units that are not in the queue, and watch until none is left there.
 
-    Args:
-        plan: the plan.
-        units: the units to do.
-        board: the display of their states.
-        command: see :class:`~lm_eval_coupling.sweep.work.Worker`.
+    ``command`` is that of :class:`~lm_eval_coupling.sweep.work.Worker`.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; the jobs go on.

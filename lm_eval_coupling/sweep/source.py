@@ -25,7 +25,8 @@ def source(unit: Unit, environment: Mapping[str, str]) -> str | None:
         *(Path(str(unit.arguments[key])) for key in ("peft", "delta") if key in unit.arguments),
     ]
     if folders[0].is_dir():
-        return "files " + _digest([folder for folder in folders if folder.is_dir()])
+        files = sorted(about for folder in folders if folder.is_dir() for about in _files(folder))
+        return "files " + hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     commit = _commit(unit.model, unit.revision, environment)
     return None if commit is None else f"commit {commit}"
 
@@ -40,11 +41,6 @@ def snapshot(model: str, revision: str, environment: Mapping[str, str]) -> Path 
     commit = _commit(model, revision, environment)
     folder = _cached(model, environment) / "snapshots" / commit if commit else None
     return folder if folder is not None and folder.is_dir() else None
-
-
-def _digest(folders: list[Path]) -> str:
-    files = [about for folder in folders for about in _files(folder)]
-    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int, int]]:

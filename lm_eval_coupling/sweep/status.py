@@ -34,16 +34,10 @@ class Status:
 
 
 def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
-    """Find the state of a unit and the reason for it.
+    """Return the state of a unit, the reason for it, what exists of the unit and where its log is.
 
-    Args:
-        plan: the plan.
-        unit: the model and revision.
-        queue: the jobs that are not over, by name; empty without a cluster, and None if the
-            cluster does not answer.
-
-    Returns:
-        The state, with what exists of the unit and where its log is.
+    ``queue`` are the jobs that are not over, by name: empty without a cluster, and None if the
+    cluster does not answer.
     """
     folder, finished = plan.folder(unit), done(plan, unit)
     last = state.read(folder)

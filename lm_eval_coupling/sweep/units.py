@@ -94,12 +94,9 @@ def read_units(fields: Fields) -> tuple[list[Unit], set[str]]:
     Returns:
         The units, and the access tokens among their arguments, which are left out of these.
     """
-    value = fields.need(
-        "models", lambda v: is_name(v) or (isinstance(v, list) and bool(v)), "a list of models"
-    )
     units: list[Unit] = []
     tokens: set[str] = set()
-    for number, item in enumerate([value] if is_name(value) else value or []):
+    for number, item in enumerate(fields.items("models", "a list of models")):
         entry = {"model": item} if isinstance(item, str) else item
         units += _units_of(entry, f"models[{number}]", fields.problems, tokens)
     names: set[str] = set()

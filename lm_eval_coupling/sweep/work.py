@@ -74,9 +74,7 @@ class Worker:
     def run(self, unit: Unit, batch_size: Any = None) -> Outcome:
         """Do what is missing of a unit; a failure is returned and never raised.
 
-        Args:
-            unit: the model and revision.
-            batch_size: a batch size instead of the plan's.
+        ``batch_size`` replaces the plan's.
 
         Returns:
             The state that the unit is left in, with the reason.

@@ -102,10 +102,7 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def load(text: str) -> Any:
-    """Read a YAML document in bounded time, by the rules of YAML 1.2.
-
-    Returns:
-        Mappings, lists and plain values.
+    """Return the content of a YAML document, read in bounded time by the rules of YAML 1.2.
 
     Raises:
         yaml.YAMLError: if it is no YAML, has a key twice, holds itself, or is too large or deep.

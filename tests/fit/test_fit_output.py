@@ -151,7 +151,7 @@ def test_pictures_need_no_latex(monkeypatch, tmp_path):
         return figure
 
     monkeypatch.setenv("PATH", str(tmp_path))  # so that there is no LaTeX
-    monkeypatch.setattr(output, "_figures", lambda _: [("picture", draw)])
+    monkeypatch.setattr(output, "figures", lambda _: [("picture", draw)])
     with matplotlib.rc_context({"text.usetex": True}):
         files = list(output._save_figures(None, tmp_path))
     assert all(file.stat().st_size for file in files) and len(files) == 2

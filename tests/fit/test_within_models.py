@@ -133,7 +133,7 @@ class TestDocuments:
         rng = np.random.default_rng(0)
         values = rng.uniform(0.1, 0.5, 200)
         right = (rng.uniform(size=200) < 1 / (1 + np.exp(-12 * (values - 0.3)))).astype(int)
-        likelihoods = {i: tuple(rng.normal(size=2)) for i in range(200)}
+        likelihoods = {i: tuple(rng.normal(size=2) - 9) for i in range(200)}
         save_documents(tmp_path, "a", values, right, likelihoods=likelihoods)
         found = fit_runs(tmp_path, resamples=QUICK)
         logistic = found.tables["logistic"].set_index(["predictor", "given"])

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_eval_coupling.measures.formulas.miscoupling import at_ranks, miscoupling, off_diagonal_norm
+from lm_eval_coupling.measures.formulas.normality import frobenius
 from lm_eval_coupling.numerics.precision import true_float32
 from lm_eval_coupling.numerics.spectra import TOLERANCE, SingularTriplets, numerical_rank
 
@@ -23,11 +24,8 @@ def rotated_miscoupling(
 
     With E(qᵀAq)² = (2‖sym A‖_F² + (tr A)²) / (K(K + 2)) it is
     √(1 − (2‖sym A‖_F² + (tr A)²) / ((K + 2)‖A‖_F²)). Here it is written as a sum of squares, so
-    that nothing cancels where A is nearly a multiple of I. Costs one norm of A − Aᵀ.
-
-    Args:
-        A: coupling matrices.
-        off: `off_diagonal_norm(A)` where that is known.
+    that nothing cancels where A is nearly a multiple of I. Costs one norm of A − Aᵀ. ``off`` is
+    `off_diagonal_norm(A)` where that is known.
     """
     K = A.shape[-1]
     if K == 1:
@@ -46,9 +44,7 @@ def one_pair(
 ) -> Float[Tensor, "*batch"]:
     """Return A₁₁² / ‖A‖_F², the share of the first pair of singular vectors.
 
-    Args:
-        A: coupling matrices.
-        off: `off_diagonal_norm(A)` where that is known.
+    ``off`` is `off_diagonal_norm(A)` where that is known.
     """
     if A.shape[-1] == 1:
         return torch.full_like(A[..., 0, 0], torch.nan)
@@ -123,8 +119,7 @@ def without_identity(
 def trace_share(J: Float[Tensor, "*batch d_model d_model"]) -> Float[Tensor, "*batch"]:
     """Return tr J / (√d_model ‖J‖_F): ±1 for a multiple of the identity, near 0 for a random J."""
     trace = J.diagonal(dim1=-2, dim2=-1).double().sum(dim=-1)
-    size = torch.linalg.vector_norm(J, dim=(-2, -1), dtype=torch.float64)
-    return trace / math.sqrt(J.shape[-1]) / size
+    return trace / math.sqrt(J.shape[-1]) / frobenius(J)
 
 
 def singular_cosines(triplets: SingularTriplets) -> Float[Tensor, "*batch rank"]:

@@ -34,10 +34,7 @@ def written(name: str, choice: Any) -> str:
 
 
 def chosen_tokens(choice: str, position: int) -> list[int]:
-    """Return the tokens up to ``position`` that ``choice`` names.
-
-    Returns:
-        Indices from 0, each once, ascending.
+    """Return the tokens up to ``position`` that ``choice`` names, from 0, each once, ascending.
 
     Raises:
         CouplingError: if the choice cannot be read, or names a token that the prompt lacks.
@@ -142,10 +139,7 @@ def positions_at_most(choice: str | int) -> int:
 
 
 def chosen_layers(choice: str, n_layers: int) -> list[int]:
-    """Return the blocks that ``choice`` names.
-
-    Returns:
-        Indices from 0, each once, ascending.
+    """Return the blocks that ``choice`` names, from 0, each once, ascending.
 
     Raises:
         CouplingError: if the choice cannot be read, or names a block that the model lacks.

@@ -38,10 +38,7 @@ class PairJacobians:
 def jacobians_over(
     trace: Trace, layers: Sequence[int], pairs: Sequence[tuple[int, int]], method: str
 ) -> PairJacobians:
-    """Compute the Jacobians of several layers for pairs (output token, input token).
-
-    Returns:
-        The Jacobians on the host, with the device that they were computed on.
+    """Return the Jacobians of several layers for pairs (output token, input token), on the host.
 
     Raises:
         Unmeasurable: if one of them fails its certificate at every level.

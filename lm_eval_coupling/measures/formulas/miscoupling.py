@@ -6,7 +6,7 @@ rank are cut from the largest: A[..., :K, :K]. The swapped variant ("vju") takes
 with U and V exchanged. Undefined values are NaN.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,17 +34,17 @@ def coupling_matrix(
         CouplingError: if an argument is not a tensor, or shapes, dtypes or devices do not match.
     """
     J1, U2, V2 = as_tensor("J1", J1), as_tensor("U2", U2), as_tensor("V2", V2)
+    parts = {"J1": J1, "U2": U2, "V2": V2}
     shapes = ", ".join(
-        f"{name} {[*part.shape]} {part.dtype} on {part.device}" for name, part in _named(J1, U2, V2)
+        f"{name} {[*part.shape]} {part.dtype} on {part.device}" for name, part in parts.items()
     )
     wide = (
         min(J1.ndim, U2.ndim, V2.ndim) > 1
         and {*J1.shape[-2:], U2.shape[-2]} == {V2.shape[-2]}
         and U2.shape == V2.shape
     )
-    alike = (
-        len({(part.dtype, part.device) for part in (J1, U2, V2)}) == 1 and J1.is_floating_point()
-    )
+    kinds = {(part.dtype, part.device) for part in parts.values()}
+    alike = len(kinds) == 1 and J1.is_floating_point()
     if not wide or not alike or not _broadcast(J1.shape[:-2], U2.shape[:-2]):
         raise CouplingError(
             f"got {shapes}, expected J1 [*batch, d_model, d_model] and U2, V2 "
@@ -245,10 +245,6 @@ def _matrices(A: Any) -> Tensor:
             "expected square matrices [*batch, rank, rank]"
         )
     return A
-
-
-def _named(J1: Tensor, U2: Tensor, V2: Tensor) -> Iterable[tuple[str, Tensor]]:
-    return zip(("J1", "U2", "V2"), (J1, U2, V2), strict=True)
 
 
 def _broadcast(first: torch.Size, second: torch.Size) -> bool:

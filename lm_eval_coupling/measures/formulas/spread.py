@@ -27,10 +27,8 @@ def alpha_req(X: Float[np.ndarray, "document dimension"]) -> float:
     """Return α of λ_i ∝ i^−α, the decay of the variances (α-ReQ, Agrawal et al., 2022).
 
     The slope is that of least squares in log λ over log i, for i from 4 to half of their number:
-    the first are often outliers, and the last are too small in a sample.
-
-    Returns:
-        NaN where one of these variances is zero or not finite.
+    the first are often outliers, and the last are too small in a sample. It is NaN where one of
+    these variances is zero or not finite.
     """
     if not np.isfinite(X).all():
         return math.nan
@@ -46,10 +44,8 @@ def alpha_req(X: Float[np.ndarray, "document dimension"]) -> float:
 def rank_me(X: Float[np.ndarray, "document dimension"]) -> float:
     """Return exp of the entropy of σ / Σσ, the singular values of X unchanged (RankMe).
 
-    It is n for n equal singular values (Garrido et al., arXiv 2210.02885).
-
-    Returns:
-        NaN where X is zero or not finite.
+    It is n for n equal singular values (Garrido et al., arXiv 2210.02885), and NaN where X is zero
+    or not finite.
     """
     if not np.isfinite(X).all():
         return math.nan
