@@ -60,11 +60,7 @@ def resolve_token(token: int, seq: int, name: str = "position") -> int:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return a text that is one of ``choices``.
-
-    Raises:
-        CouplingError: if it is anything else.
-    """
+    """Return a text that is one of ``choices``, or raise CouplingError for anything else."""
     if isinstance(value, str) and value in choices:
         return value
     if len(choices) < 20:
@@ -107,11 +103,7 @@ def path(name: str, value: Any) -> Path:
 
 
 def paths(name: str, value: Any) -> list[Path]:
-    """Return one path or several as a list.
-
-    Raises:
-        CouplingError: if it is anything else.
-    """
+    """Return one path or several as a list, or raise CouplingError for anything else."""
     if isinstance(value, str | Path) or hasattr(value, "__fspath__") or not is_several(value):
         return [path(name, value)]
     return [path(name, item) for item in value]

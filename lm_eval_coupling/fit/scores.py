@@ -143,11 +143,7 @@ def _of_equal_parts(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
-    """Refuse models whose prompts or answers of one task were not made alike.
-
-    Raises:
-        CouplingError: if they differ, and ``mixed`` is ``refuse``.
-    """
+    """Raise CouplingError if prompts or answers differ in kind, unless ``mixed`` keeps them."""
     if mixed != "refuse":
         return
     _require_one_way_of_prompting(rows)
@@ -165,11 +161,7 @@ def _require_comparable(rows: pd.DataFrame, mixed: str) -> None:
 
 
 def _require_one_way_of_prompting(rows: pd.DataFrame) -> None:
-    """Refuse a model whose prompts of one task were made in several ways.
-
-    Raises:
-        CouplingError: If there are several ways.
-    """
+    """Raise CouplingError for a model whose prompts of one task were made in several ways."""
     weights = [
         rows[name].fillna("") for name in ("model", "revision", "variant", "fingerprint", "task")
     ]

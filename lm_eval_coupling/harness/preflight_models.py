@@ -17,35 +17,14 @@ from lm_eval_coupling.runs.options import PREFIX, Options
 
 # Arguments of `from_pretrained` besides those that the model class of lm-eval names itself.
 _FROM_PRETRAINED = [
-    *(
-        "attn_implementation",
-        "torch_dtype",
-        "quantization_config",
-        "load_in_4bit",
-        "load_in_8bit",
-        "low_cpu_mem_usage",
-    ),
-    *(
-        "device_map",
-        "max_memory",
-        "offload_folder",
-        "variant",
-        "use_safetensors",
-        "token",
-        "experts_implementation",
-    ),
+    *("attn_implementation", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit"),
+    *("low_cpu_mem_usage", "device_map", "max_memory", "offload_folder", "variant"),
+    *("use_safetensors", "token", "experts_implementation"),
 ]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _LEFT_OUT = (
-    "original/*",
-    "onnx/*",
-    "consolidated*",
-    "*.msgpack",
-    "*.h5",
-    "*.ot",
-    "*.onnx",
-    "*.tflite",
-    "training_args.bin",
+    *("original/*", "onnx/*", "consolidated*", "training_args.bin"),
+    *("*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite"),
 )
 
 

@@ -99,11 +99,7 @@ def _spanning(tokens: tuple[int, ...], part: str, span: range) -> Prompt:
 
 
 def _response(lm: Any, request: Any, context: tuple[int, ...]) -> str:
-    """Return the text that the model wrote, with its reasoning.
-
-    Raises:
-        CouplingError: if it is not known.
-    """
+    """Return the text that the model wrote, with its reasoning, or raise CouplingError."""
     response = request.resps[0] if request.resps else None
     while isinstance(response, list | tuple) and response:
         response = response[0]

@@ -27,7 +27,7 @@ from lm_eval_coupling.measures.registry import (
 )
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, Settings, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
 
 
 def run(batch: Batch) -> list[MeasureResult]:
@@ -116,11 +116,6 @@ def _measure_without_identity(prompt: TracedPrompt) -> MeasureResult:
         "without_identity_singular_values": triplets.S,
     }
     return MeasureResult(columns | prompt.proof, _reasons(pairs, ranks))
-
-
-def _extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
-    """Count one changed copy of each Jacobian."""
-    return n_layers, n_layers
 
 
 MEASURES = (
@@ -259,6 +254,7 @@ MEASURES = (
                 "`coupling` is due to blocks that all shrink, or all grow, the stream evenly.",
             ),
         ),
-        extra=_extra,
+        # A changed copy of each Jacobian.
+        extra=lambda n_layers, position, settings: (n_layers, n_layers),
     ),
 )

@@ -8,7 +8,7 @@ from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.registry import Column, Measure, column_reading
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, Settings, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
 
 
 def run(batch: Batch) -> list[MeasureResult]:
@@ -58,10 +58,6 @@ def _measure(prompt: TracedPrompt) -> MeasureResult:
     )
 
 
-def _extra(n_layers: int, position: int, settings: Settings) -> tuple[int, int]:
-    return n_layers * (position + 1), position + 1
-
-
 MEASURES = (
     Measure(
         name="spectra",
@@ -93,6 +89,6 @@ MEASURES = (
             column_reading("effective_rank", "effective rank of the Jacobian", over="block"),
             column_reading("participation_ratio", "participation ratio", over="block"),
         ),
-        extra=_extra,
+        extra=lambda n_layers, position, settings: (n_layers * (position + 1), position + 1),
     ),
 )

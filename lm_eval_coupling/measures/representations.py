@@ -9,16 +9,14 @@ from lm_eval_coupling.measures.formulas import spread
 from lm_eval_coupling.measures.registry import Column, Measure, SampleReading
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import Batch
 
 
 def run(batch: Batch) -> list[MeasureResult]:
     """Record the state of the measured token after the last block."""
-    return batch.measure_each(_measure, "representations")
-
-
-def _measure(prompt: TracedPrompt) -> MeasureResult:
-    return MeasureResult({"representation": prompt.trajectory[-1]})
+    return batch.measure_each(
+        lambda prompt: MeasureResult({"representation": prompt.trajectory[-1]}), "representations"
+    )
 
 
 MEASURES = (

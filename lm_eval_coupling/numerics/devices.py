@@ -62,11 +62,7 @@ def devices() -> list[str]:
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """Return a tensor or a NumPy array as a tensor.
-
-    Raises:
-        CouplingError: for any other value.
-    """
+    """Return a tensor or a NumPy array as a tensor, or raise CouplingError for anything else."""
     try:
         if isinstance(value, Tensor | np.ndarray):
             return torch.as_tensor(value)

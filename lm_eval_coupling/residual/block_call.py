@@ -276,11 +276,7 @@ def gradient(
 
 
 def require_stream(layer: int, resid_pre: Tensor, resid_post: Tensor) -> None:
-    """Refuse feature maps, and blocks that change the number of tokens or their width.
-
-    Raises:
-        CouplingError: for both.
-    """
+    """Raise CouplingError for feature maps, and if the number of tokens or their width changes."""
     if resid_pre.dim() != 3 or resid_post.shape != resid_pre.shape:
         raise CouplingError(
             f"got block {layer} that hands on a tensor of shape {[*resid_post.shape]} for one of "

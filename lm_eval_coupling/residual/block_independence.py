@@ -22,7 +22,8 @@ def are_independent(blocks: Sequence[Block]) -> bool:
     for block in blocks:
         modules = list(block.module.modules())
         own = {id(part) for part in (*modules, *block.weights)}
-        if own & seen or not all(map(_is_known, _functions(modules))):
+        origins = (str(getattr(f, "__module__", "")) for f in _functions(modules))
+        if own & seen or not all(origin.startswith(_KNOWN) for origin in origins):
             return False
         seen |= own
     return True
@@ -35,7 +36,3 @@ def _functions(modules: Sequence[nn.Module]) -> Iterator[Callable[..., Any]]:
             yield from getattr(module, kind).values()
         if "forward" in vars(module):
             yield vars(module)["forward"]
-
-
-def _is_known(function: Callable[..., Any]) -> bool:
-    return str(getattr(function, "__module__", "")).startswith(_KNOWN)

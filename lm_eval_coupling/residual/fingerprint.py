@@ -19,13 +19,8 @@ from lm_eval_coupling.residual.weights import named_weights, persistent_buffers
 _PROJECTIONS = 8
 # Facts about where a model came from or how it is run, not about the function that it computes.
 _IRRELEVANT = {
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "use_cache",
-    "_attn_implementation",
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"),
+    *("use_cache", "_attn_implementation"),
 }
 
 

@@ -159,11 +159,7 @@ def _move_inputs(
 
 
 def require_vectors(resid: Any, d_model: int, alone: bool = False) -> Tensor:
-    """Return vectors of the stream as a tensor; only one if ``alone``.
-
-    Raises:
-        CouplingError: for anything else.
-    """
+    """Return vectors of the stream (one if ``alone``), or raise CouplingError for anything else."""
     tensor = as_tensor("resid", resid)
     is_wide = tensor.ndim > 0 and tensor.shape[-1] == d_model and tensor.is_floating_point()
     if not is_wide or (alone and tensor.ndim > 1):

@@ -42,11 +42,7 @@ def off_by(tensor: Tensor, expected: Tensor) -> float:
 
 
 def require_close(what: str, name: str, tensor: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Refuse to measure another function than the model's.
-
-    Raises:
-        CouplingError: if ``tensor`` is not ``expected``.
-    """
+    """Raise CouplingError unless ``tensor`` is ``expected``: another function would be measured."""
     error = off_by(tensor, expected)
     if error <= tolerance:
         return
@@ -102,11 +98,7 @@ def end_of(
 
 
 def require_shared_weights(twin: nn.Module, original: nn.Module) -> None:
-    """Require that the twin uses every weight where it lies.
-
-    Raises:
-        CouplingError: if one was replaced.
-    """
+    """Raise CouplingError unless the twin uses every weight where it lies."""
     shared = {p.data_ptr() for p in twin.parameters()}
     processed = [name for name, p in present(original) if p.data_ptr() not in shared]
     if processed:
@@ -117,11 +109,7 @@ def require_shared_weights(twin: nn.Module, original: nn.Module) -> None:
 
 
 def require_whole_blocks(blocks: Sequence[Block]) -> None:
-    """Require that every block lies on one device.
-
-    Raises:
-        CouplingError: if one does not.
-    """
+    """Raise CouplingError unless every block lies on one device."""
     for block in blocks:
         if len(devices := {t.device for t in block.module.parameters()}) > 1:
             raise CouplingError(
@@ -137,11 +125,7 @@ def held_fixed(trace: ResidualTrace) -> list[str]:
 
 
 def require_chain(trace: ResidualTrace) -> None:
-    """Require that every block is given what the one before it hands on.
-
-    Raises:
-        CouplingError: if it is not.
-    """
+    """Raise CouplingError unless every block is given what the one before it hands on."""
     for call, following in zip(trace.calls, trace.calls[1:], strict=False):
         assert call.resid_post is not None  # a trace keeps it
         if not off_by(following.resid_pre, call.resid_post) <= ROUNDED:

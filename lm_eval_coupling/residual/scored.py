@@ -121,11 +121,7 @@ def mixed_dtypes(model: nn.Module) -> str | None:
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Refuse models of other kinds, and weights that cannot be read.
-
-    Raises:
-        CouplingError: for both.
-    """
+    """Raise CouplingError for models of other kinds, and for weights that cannot be read."""
     config = getattr(model, "config", None)
     name = type(model).__name__
     if not takes_images(model):

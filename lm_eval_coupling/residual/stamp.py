@@ -49,7 +49,11 @@ class Stamp:
                 name: (type(module), "forward" in vars(module), module.training)
                 for name, module in model.named_modules()
             },
-            configuration=_settings(model),
+            # The implementation of attention is no part of the configuration.
+            configuration=(
+                configuration(model),
+                getattr(model.config, "_attn_implementation", None),
+            ),
             ignored=frozenset(ignored),
         )
 
@@ -67,11 +71,6 @@ class Stamp:
         if (name := _difference(self.attached, current.attached)) is not None:
             return f"the {name}"
         return None
-
-
-def _settings(model: nn.Module) -> tuple[str, Any]:
-    """Return the configuration, and the implementation of attention, which is no part of it."""
-    return configuration(model), getattr(model.config, "_attn_implementation", None)
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:

@@ -75,7 +75,9 @@ def sharing(model: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := getattr(module, "_hf_hook", None)) is not None:
-            memo[id(hook)] = _without_effect()
+            from accelerate.hooks import ModelHook
+
+            memo[id(hook)] = ModelHook()  # without effect
         if (fetch := _unpacking(module)) is not None:
             memo[id(module)] = _plain_linear(module, fetch, float_dtype(model))
             continue
@@ -265,12 +267,6 @@ def _offload_hook(module: nn.Module) -> Any:
         if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
             return part
     return None
-
-
-def _without_effect() -> Any:
-    from accelerate.hooks import ModelHook
-
-    return ModelHook()
 
 
 # Packed in 4 or 8 bits

@@ -126,7 +126,8 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     """
     places = all_places(session.position)
     first_of = {place.part: place.number for place in reversed(places)}
-    prompts = [prompt if prompt.tokens else _without_tokens(prompt) for prompt in prompts]
+    empty = Reason("too_short", "an empty prompt has no token to measure")
+    prompts = [p if p.tokens else replace(p, problem=p.problem or empty) for p in prompts]
     rows = [
         Row(
             replace(prompt, span=None),
@@ -162,11 +163,6 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
     return Run(rows, reused, interrupted)
-
-
-def _without_tokens(prompt: DocumentPrompt) -> DocumentPrompt:
-    empty = Reason("too_short", "an empty prompt has no token to measure")
-    return replace(prompt, problem=prompt.problem or empty)
 
 
 def _unmeasured(prompt: DocumentPrompt, settings: Settings) -> PromptCoupling:

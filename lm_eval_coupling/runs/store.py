@@ -121,11 +121,7 @@ class MeasurementStore:
         self.flush()
 
     def flush(self) -> None:
-        """Write what :meth:`put` could not write before.
-
-        Raises:
-            sqlite3.Error: if the file still cannot be written.
-        """
+        """Write what :meth:`put` could not write before, or raise sqlite3.Error once more."""
         if not (rows := dict(self._unwritten)):
             return
         try:

@@ -81,10 +81,12 @@ def _measures(
     }
     summaries: dict[str, Any] = {}
     for reading in prompt_readings(requested or default_measures()):
-        by_rank = {
-            rank: _over_documents(documents, _reader(reading, rank))
-            for rank in (ranks if reading.of_rank else ranks[:1])
-        }
+        by_rank = {}
+        for rank in ranks if reading.of_rank else ranks[:1]:
+            value = _reader(reading, rank)
+            by_rank[rank] = mean_and_error(
+                mean_of_parts(map(value, group)) for group in documents.values()
+            )
         summaries[reading.name] = by_rank if reading.of_rank else by_rank[ranks[0]]
     for name, measure in registered_measures().items():
         for sample_reading in measure.sample_readings if name in requested else ():
@@ -119,9 +121,3 @@ def _reader(reading: Reading, rank: int) -> Callable[[PromptCoupling], float]:
         return math.nan if is_missing else float(reading.read(prompt, rank))
 
     return value
-
-
-def _over_documents(
-    documents: Mapping[Any, Sequence[PromptCoupling]], value: Callable[[PromptCoupling], float]
-) -> dict[str, float | int]:
-    return mean_and_error(mean_of_parts(map(value, group)) for group in documents.values())

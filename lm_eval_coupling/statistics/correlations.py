@@ -97,7 +97,7 @@ def correlation(
     n, units = len(x), Units.of(columns.get("family"), len(x))
     result = Correlation(method, n=n, dropped=dropped, families=units.families)
     if reason := undefined({"x": x, "y": y}):
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     coefficient_of = _COEFFICIENTS[method]
     coefficient = float(coefficient_of(x, y))
     if n > MANY and not units.families:
@@ -108,7 +108,7 @@ def correlation(
         p = permutation_p_value(coefficient, permuted, orders.are_all)
     result = dataclasses.replace(result, coefficient=coefficient, p=p)
     if reason := _no_interval(coefficient, units, n, method):
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     # Leaving out each of many ranked pairs costs a sort each, and changes little.
     plain = not units.families and n > MANY and method != "pearson"
     without = np.array([]) if plain else _without_each_unit(x, y, method, units)
@@ -346,17 +346,14 @@ def _correlate_residuals(
     """
     df = len(x) - 2 - result.given
     if df < 1:
-        return dataclasses.replace(
-            result,
-            reason=f"{len(x)} observations with {result.given} numbers held fixed are too few",
+        return result.with_reason(
+            f"{len(x)} observations with {result.given} numbers held fixed are too few"
         )
     basis = np.linalg.svd(fixed, full_matrices=False)[0][:, : result.given + 1]
     rx, ry = (v - basis @ (basis.T @ v) for v in (x, y))
     for name, v, residual in (("x", x, rx), ("y", y, ry)):
         if np.linalg.norm(residual) <= 1e-10 * np.linalg.norm(v):
-            return dataclasses.replace(
-                result, reason=f"{name} is constant once the others are held fixed"
-            )
+            return result.with_reason(f"{name} is constant once the others are held fixed")
     r = float(_cosine(rx, ry))
     if orders is None:
         with np.errstate(divide="ignore"):
@@ -368,7 +365,7 @@ def _correlate_residuals(
         p = permutation_p_value(r, _cosine(permuted, rx), orders.are_all)
     result = dataclasses.replace(result, coefficient=r, p=p)
     if 0 < units.families < 3:
-        return dataclasses.replace(result, reason=f"no interval from {units.families} families")
+        return result.with_reason(f"no interval from {units.families} families")
     without = np.array([])
     if orders is not None:
         without = without_each(_partial, (x, y, fixed), units)

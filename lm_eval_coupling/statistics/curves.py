@@ -239,8 +239,8 @@ def _york(points: dict[str, np.ndarray], result: Fit) -> Fit:
     else:
         slope = math.nan
     if not math.isfinite(slope):
-        return dataclasses.replace(
-            result, reason="the fit did not settle: x is not known well enough to fit a line"
+        return result.with_reason(
+            "the fit did not settle: x is not known well enough to fit a line"
         )
     adjusted = mean_x + step
     mean_adjusted = np.average(adjusted, weights=weights)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from lm_eval_coupling.errors import CouplingError
 
 CONFIDENCE = 0.95  # level of the intervals, and of what counts as beyond chance
 Values: TypeAlias = np.ndarray | pd.Series | Sequence[float | int | bool]
+
+
+_R = TypeVar("_R", bound="Result")
 
 
 class Result:
@@ -31,6 +34,10 @@ class Result:
             if field.repr:
                 row |= _cells(field.name, getattr(self, field.name))
         return row
+
+    def with_reason(self: _R, reason: str | None) -> _R:
+        """Return a copy with the reason why it has no further numbers."""
+        return dataclasses.replace(cast(Any, self), reason=reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +151,7 @@ def is_constant(values: np.ndarray) -> bool:
 
 
 def load_statsmodels(module: str) -> Any:
-    """Return the module ``statsmodels.<module>``.
-
-    Raises:
-        CouplingError: If statsmodels is not installed.
-    """
+    """Return ``statsmodels.<module>``, or raise CouplingError if it is not installed."""
     try:
         return importlib.import_module(f"statsmodels.{module}")
     except ImportError:

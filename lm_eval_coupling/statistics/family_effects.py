@@ -98,7 +98,7 @@ def family_effect(
     if reason is None and len(labels) == len(rows):
         reason = "every family has one model only: use nested_models"
     if reason:
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     X = design(rows, [*covariates, predictor])
     y = rows[score].to_numpy()
     # Standardized, because columns of very different size lose digits; scaled back below.
@@ -109,7 +109,7 @@ def family_effect(
     coefficient = estimate(y, X, groups)
     value, stderr = (v * unit / scale[-1] for v in (coefficient.value, coefficient.stderr))
     if not 0 < stderr < math.inf:
-        return dataclasses.replace(result, reason="the residuals leave no variance")
+        return result.with_reason("the residuals leave no variance")
     df, share = coefficient.df, coefficient.family_share
     notes = []
     if len(labels) < FEW_FAMILIES:

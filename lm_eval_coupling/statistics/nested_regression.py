@@ -105,7 +105,7 @@ def nested_models(
     n, df = len(rows), len(rows) - 1 - len(predictors)
     result = NestedModels(score, predictor, tuple(covariates), n=n, df=df, dropped=dropped)
     if reason := undetermined(rows, score, predictors):
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     y = rows[score].to_numpy()
     designs = [design(rows, names) for names in (covariates, predictors)]
     without, with_ = (sm.OLS(y, X).fit() for X in designs)

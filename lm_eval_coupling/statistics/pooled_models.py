@@ -79,9 +79,7 @@ def auroc_together(
         models=len(used),
     )
     if not used:
-        return dataclasses.replace(
-            result, reason="no model has 2 right and 2 wrong answers in one task"
-        )
+        return result.with_reason("no model has 2 right and 2 wrong answers in one task")
     mean = float(np.mean([area.area for area in used]))
     errors = np.bincount(
         np.concatenate([area.documents for area in used]),

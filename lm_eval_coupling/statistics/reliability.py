@@ -65,21 +65,19 @@ def document_reliability(values: pd.DataFrame, *, splits: int = 200) -> Reliabil
     models, documents = X.shape
     result = Reliability(models=models, documents=documents)
     if models < 3 or documents < 2:
-        return dataclasses.replace(
-            result,
-            reason=f"{models} models have {documents} documents in common, "
-            "at least 3 and 2 are needed",
+        return result.with_reason(
+            f"{models} models have {documents} documents in common, at least 3 and 2 are needed"
         )
     between = documents * X.mean(axis=1).var(ddof=1)
     residual = X - X.mean(axis=1, keepdims=True) - X.mean(axis=0, keepdims=True) + X.mean()
     df = (models - 1) * (documents - 1)
     within = (residual**2).sum() / df
     if between <= 1e-24 * np.abs(X).max() ** 2:
-        return dataclasses.replace(result, reason="the models do not differ")
+        return result.with_reason("the models do not differ")
     alpha = 1 - within / between
     if alpha <= 0:
-        return dataclasses.replace(
-            result, reason="the documents' noise is larger than the differences between models"
+        return result.with_reason(
+            "the documents' noise is larger than the differences between models"
         )
     bounds = stats.f.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], models - 1, df)
     low, high = (1 - (1 - alpha) * bound for bound in bounds)
@@ -140,20 +138,19 @@ def corrected_for_attenuation(
         observed=observed.coefficient, reliability_x=reliability_x, reliability_y=reliability_y
     )
     if math.isnan(observed.coefficient):
-        return dataclasses.replace(result, reason=observed.reason)
+        return result.with_reason(observed.reason)
     for name, value in (("x", reliability_x), ("y", reliability_y)):
         if not value >= _LEAST:
             problem = f"is {value:.2f}, less than {_LEAST}"
             if math.isnan(value) or value <= 0:
                 problem = "is not estimable"
-            return dataclasses.replace(result, reason=f"the reliability of {name} {problem}")
+            return result.with_reason(f"the reliability of {name} {problem}")
     factor = 1 / math.sqrt(min(reliability_x, 1.0) * min(reliability_y, 1.0))
     coefficient = factor * observed.coefficient
     if abs(coefficient) > 1:
-        return dataclasses.replace(
-            result,
-            reason=f"the correlation is larger than its reliabilities of {reliability_x:.2f} and "
-            f"{reliability_y:.2f} allow",
+        return result.with_reason(
+            f"the correlation is larger than its reliabilities of {reliability_x:.2f} and "
+            f"{reliability_y:.2f} allow"
         )
     low, high = (max(-1.0, min(1.0, factor * v)) for v in (observed.low, observed.high))
     return dataclasses.replace(result, coefficient=coefficient, low=low, high=high)

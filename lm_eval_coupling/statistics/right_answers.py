@@ -90,9 +90,8 @@ def auroc(value: Values, correct: Values) -> Auroc:
     right, wrong = _right_and_wrong(columns["value"], columns["correct"])
     result = Auroc(right=len(right), wrong=len(wrong), dropped=dropped)
     if min(len(right), len(wrong)) < 2:
-        return dataclasses.replace(
-            result,
-            reason=f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed",
+        return result.with_reason(
+            f"{len(right)} right and {len(wrong)} wrong answers, 2 of each are needed"
         )
     above, below = placements(right, wrong)
     variance = above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong)
@@ -128,8 +127,7 @@ def auroc_within(
         tasks=len(used),
     )
     if not used:
-        reason = "no task has 2 right and 2 wrong answers"
-        return by_task, dataclasses.replace(pooled, reason=reason)
+        return by_task, pooled.with_reason("no task has 2 right and 2 wrong answers")
     pairs = np.array([area.right * area.wrong for area in used], dtype=np.float64)
     weights = pairs / pairs.sum()
     area = float(weights @ [area.auroc for area in used])
@@ -179,16 +177,15 @@ def logistic_effect(
     )
     levels = pd.get_dummies(rows[task], dtype=float).to_numpy() if task else np.ones((n, 1))
     if reason := _undetermined(y, columns, levels.shape[1]):
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     X = np.column_stack([levels, (columns - columns.mean()) / columns.std()])
     if np.linalg.matrix_rank(X) < X.shape[1]:
-        return dataclasses.replace(result, reason="the predictors determine each other exactly")
+        return result.with_reason("the predictors determine each other exactly")
     if _are_separated(X, y):
-        reason = (
+        return result.with_reason(
             "the predictors separate right from wrong answers perfectly, so that no odds ratio is "
             "finite"
         )
-        return dataclasses.replace(result, reason=reason)
     groups = pd.factorize(rows[cluster])[0] if cluster else None
     return _fit_odds(y, X, groups, result)
 
@@ -207,7 +204,7 @@ def _fit_odds(
             logit(y, design).fit(disp=False, maxiter=200, **robust) for design in (X, X[:, :-1])
         )
     if not (with_.mle_retvals["converged"] and without.mle_retvals["converged"]):
-        return dataclasses.replace(result, reason="the fit did not settle")
+        return result.with_reason("the fit did not settle")
     effect = Estimate.from_t(with_.params[-1], with_.bse[-1], math.inf)
     ratio = max(0.0, 2 * (with_.llf - without.llf))
     notes: tuple[str, ...] = ()

@@ -88,7 +88,7 @@ def compare_correlations(
     n = len(columns["score"])
     result = CorrelationDifference(n=n, dropped=dropped, families=units.families)
     if reason := undefined(columns, least=4):
-        return dataclasses.replace(result, reason=reason)
+        return result.with_reason(reason)
     y, a, b = (stats.zscore(values) for values in columns.values())
     r = np.corrcoef([y, a, b])
     signs = np.where(r[0, 1:] < 0, -1.0, 1.0)
@@ -132,7 +132,7 @@ def difference_of_correlations(
     determinant = 1 - a**2 - b**2 - c**2 + 2 * a * b * c
     spread = 2 * (n - 1) / (n - 3) * determinant + ((a + b) / 2) ** 2 * (1 - c) ** 3
     if spread < 1e-12 or max(abs(a), abs(b)) > 1 - 1e-12:
-        return dataclasses.replace(result, reason="the columns determine each other exactly")
+        return result.with_reason("the columns determine each other exactly")
     t = (a - b) * math.sqrt((n - 1) * (1 + c) / spread)
     (low_a, high_a), (low_b, high_b) = (fisher_interval(r, 1 / (n - 3)) for r in (a, b))
     shared = ((c - a * b / 2) * (1 - a**2 - b**2 - c**2) + c**3) / ((1 - a**2) * (1 - b**2))

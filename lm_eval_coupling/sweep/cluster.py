@@ -85,11 +85,7 @@ def require_configuration() -> None:
 
 
 def require() -> None:
-    """Check that jobs can be submitted from this machine.
-
-    Raises:
-        CouplingError: if sbatch or submitit is missing.
-    """
+    """Raise CouplingError unless jobs can be submitted from here, by sbatch and submitit."""
     if shutil.which("sbatch") is None:
         raise CouplingError(
             "got run.on: slurm, but this machine has no sbatch; call the sweep on a login node"

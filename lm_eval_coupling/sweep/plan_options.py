@@ -31,7 +31,9 @@ def check_coupling(coupling: Mapping[str, Any], units: Sequence[Unit], problems:
         units: the units, whose arguments may have settings of their own.
         problems: the list that sentences are added to.
     """
-    accepted = _accepted()
+    from lm_eval_coupling.runs.options import Options  # here, because it loads NumPy
+
+    accepted = [*inspect.signature(Options.parse).parameters]
     Fields(coupling, "coupling", accepted, problems)
     shared = {name: value for name, value in coupling.items() if name in accepted}
     shared_refused = [*_refused(shared)]
@@ -71,12 +73,6 @@ def check_lm_eval(options: Mapping[str, Any], problems: list[str]) -> None:
         lambda value: isinstance(value, bool) or (is_name(value) and not _is_word(value)),
         "true, false or the name of a template",
     )
-
-
-def _accepted() -> list[str]:
-    from lm_eval_coupling.runs.options import Options  # here, because it loads NumPy
-
-    return [*inspect.signature(Options.parse).parameters]
 
 
 def _refused(arguments: Mapping[str, Any]) -> Iterator[str]:
