@@ -45,13 +45,11 @@ def checkpoints(rows: pd.DataFrame, predictor: str, notes: list[str]) -> pd.Data
 def along_training(
     steps: pd.DataFrame, predictor: str, *, resamples: int = 1999
 ) -> dict[tuple[str, str, str, str], Correlation]:
-    """Correlate (Spearman) predictor and score over the checkpoints of each training.
+    """Return rank correlations of predictor and score over the checkpoints of each training.
 
-    Numbers that grow with training go together in levels, whatever the reason. Their changes from
-    one checkpoint to the next say more.
-
-    Returns:
-        The correlations by lineage, score, predictor and ``levels`` or ``changes``.
+    They are by lineage, score, predictor and ``levels`` or ``changes``. Numbers that grow with
+    training go together in levels, whatever the reason. Their changes from one checkpoint to the
+    next say more.
     """
     return {
         (lineage, score, predictor, of): correlation(x, y, method="spearman", resamples=resamples)

@@ -48,15 +48,12 @@ def describe_models(
     pearson: Mapping[str, Correlation],
     results: MainResults,
 ) -> list[str]:
-    """Describe how the main predictor goes with the scores across models.
+    """Return paragraphs on how the main predictor goes with the scores across models.
 
     Args:
         observations: The observations.
         pearson: Pearson's correlation with the main predictor, by score.
         results: Further results of the main score.
-
-    Returns:
-        Paragraphs, in the order of reading.
     """
     words, main_score = [_describe_observations(observations)], observations.main_score
     adjusted = adjust_by_name({score: r.p for score, r in pearson.items()})

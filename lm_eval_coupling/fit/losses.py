@@ -18,7 +18,7 @@ LOSSES = {"gold_answer_loss": -1, "gold_answer_margin": 1, "bits_per_byte": -1}
 
 
 def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -> pd.DataFrame:
-    """Add the model's losses and their standard errors to the rows of ``load_runs``.
+    """Return ``rows`` with the model's losses and their standard errors added.
 
     ``gold_answer_loss`` is −log p of the right answer in nats per byte, the mean over documents.
     ``gold_answer_margin`` is its log-likelihood less that of the best wrong answer. Both need a
@@ -31,9 +31,6 @@ def add_losses(rows: pd.DataFrame, runs: Iterable[SavedRun], notes: list[str]) -
         runs: the runs with their samples.
         notes: sentences are added on tasks of which a run lacks answers that others have, and on
             samples and losses that are not as lm-eval writes them.
-
-    Returns:
-        As many rows, in their order, with these columns added.
     """
     by_file = {str(run.file): run for run in runs}
     names = ("gold_answer_loss", "gold_answer_margin")

@@ -86,7 +86,7 @@ class Observations:
 def observe(
     rows: pd.DataFrame, notes: list[str], *, x: Sequence[str] | None = None
 ) -> Observations:
-    """Make observations of :func:`~.scores.scored_rows`: one per model and score.
+    """Return observations of :func:`~.scores.scored_rows`: one per model and score that compares.
 
     The mean over the tasks that all models share is one more score.
 
@@ -95,9 +95,6 @@ def observe(
         notes: Sentences about what was left out are added.
         x: Names of the predictors, the one in question first; by default coupling at its headline
             rank, then all others.
-
-    Returns:
-        The rows that compare, with their predictors and notes.
 
     Raises:
         CouplingError: If there is no such predictor.

@@ -36,7 +36,9 @@ def scored_rows(
     tasks: Sequence[str] | None = None,
     mixed: str = "refuse",
 ) -> pd.DataFrame:
-    """Select the rows of ``load_runs`` that have coupling and a score.
+    """Return the rows of ``load_runs`` that have coupling and a score, one per model and task.
+
+    They have ``score, score_error, score_of, label`` and the sizes of the models.
 
     Args:
         runs: The run that counts of every model and task.
@@ -46,9 +48,6 @@ def scored_rows(
         tasks: The tasks or groups to use; by default groups that have a score, and tasks in none
             of these.
         mixed: ``refuse`` or ``keep`` scores of different few-shot counts or task versions.
-
-    Returns:
-        One row per model and task, with ``score, score_error, score_of, label`` and its sizes.
 
     Raises:
         CouplingError: If nothing is left, a name is unknown, or the scores of a task do not

@@ -71,49 +71,41 @@ def join_running_command() -> Command | None:
     return command
 
 
-def errors_as_sentences(execute: Callable) -> Callable:
-    """Wrap ``HarnessCLI.execute``: a mistake or Ctrl-C becomes one sentence and an exit code."""
-
-    def execute_plainly(self: Any, args: Any) -> Any:
-        command = Command(is_ours=getattr(args, "model", None) == MODEL)
-        token = _running.set(command)
-        try:
-            returned = execute(self, args)
-        except CouplingError as error:
-            raise _exit(2, str(error)) from None
-        except KeyboardInterrupt:
-            if not command.is_ours:
-                raise
-            raise _exit(130, _INTERRUPTED) from None
-        except ValueError as error:
-            sentence = _about_tasks(error, command.tasks)
-            if not (command.is_ours and sentence):
-                raise
-            raise _exit(2, sentence) from None
-        finally:
-            _running.reset(token)
-        if command.interrupted:
-            # The results are written, but nobody is to take them for complete.
-            raise SystemExit(130)
-        if command.problems:
-            raise _exit(1, "; ".join(command.problems))
-        return returned
-
-    return execute_plainly
-
-
-def hint_at_plus_signs(parse_args: Callable) -> Callable:
-    """Wrap ``HarnessCLI.parse_args``: after ``coupling_ranks=10,30``, name the plus sign."""
-
-    def parse_args_with_hint(self: Any) -> Any:
-        try:
-            return parse_args(self)
-        except SystemExit:
-            if any(re.search(r"coupling_\w+=\d+,\d", word) for word in sys.argv):
-                _say("join several numbers by a plus sign, as in coupling_ranks=10+30")
+def execute_plainly(execute: Callable, harness: Any, args: Any) -> Any:
+    """Execute a command; a mistake or Ctrl-C becomes one sentence and an exit code."""
+    command = Command(is_ours=getattr(args, "model", None) == MODEL)
+    token = _running.set(command)
+    try:
+        returned = execute(harness, args)
+    except CouplingError as error:
+        raise _exit(2, str(error)) from None
+    except KeyboardInterrupt:
+        if not command.is_ours:
             raise
+        raise _exit(130, _INTERRUPTED) from None
+    except ValueError as error:
+        sentence = _about_tasks(error, command.tasks)
+        if not (command.is_ours and sentence):
+            raise
+        raise _exit(2, sentence) from None
+    finally:
+        _running.reset(token)
+    if command.interrupted:
+        # The results are written, but nobody is to take them for complete.
+        raise SystemExit(130)
+    if command.problems:
+        raise _exit(1, "; ".join(command.problems))
+    return returned
 
-    return parse_args_with_hint
+
+def parse_args_with_hint(parse_args: Callable, harness: Any) -> Any:
+    """Parse a command line; after ``coupling_ranks=10,30``, name the plus sign."""
+    try:
+        return parse_args(harness)
+    except SystemExit:
+        if any(re.search(r"coupling_\w+=\d+,\d", word) for word in sys.argv):
+            _say("join several numbers by a plus sign, as in coupling_ranks=10+30")
+        raise
 
 
 def _about_tasks(error: ValueError, manager: Any) -> str:

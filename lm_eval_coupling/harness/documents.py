@@ -65,14 +65,11 @@ class Requested:
         return cls(dict(tasks), roots, [*outer, *alone], members)
 
     def count(self, limit: float | None, samples: Mapping[str, Any]) -> dict[str, int]:
-        """Count the documents that lm-eval will evaluate, of every requested task or group.
+        """Return how many documents lm-eval will evaluate of every task or group in ``names``.
 
         Args:
             limit: lm-eval's ``--limit``, a number or a share of each task.
             samples: lm-eval's ``--samples``, numbers of documents by task.
-
-        Returns:
-            Documents by name, in the order of ``names``.
         """
         from lm_eval.evaluator_utils import get_sample_size
 

@@ -1,7 +1,6 @@
-"""Changes to modules of lm-eval, one small step per module.
+"""Functions in place of lm-eval's own, which they call; they act only for ``coupling-hf``.
 
-Each step wraps one public function so that it acts only for ``coupling-hf``. Scoring is never
-touched.
+Scoring is never touched.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from lm_eval_coupling.harness.command_line import (
     MODEL,
     Command,
     current_command,
-    errors_as_sentences,
-    hint_at_plus_signs,
+    execute_plainly,
     join_running_command,
+    parse_args_with_hint,
 )
 from lm_eval_coupling.harness.lm_eval_internals import wrap
 from lm_eval_coupling.harness.sharing import carried
@@ -42,12 +41,15 @@ class DryRun(Exception):
 
 
 def after_import(module: Any) -> None:
-    """Apply the step for one module of lm-eval, again after a reload.
+    """Replace functions of one module of lm-eval, again after a reload.
 
     A module that has changed upstream gives a warning, never an error.
     """
     try:
-        STEPS[module.__name__](module)
+        if module.__name__ == "lm_eval.models":
+            _register_model()
+        for path, instead in STEPS[module.__name__].items():
+            wrap(module, path, instead)
     except Exception as error:
         logger.warning(
             "lm-eval-coupling does not fit this lm-eval (%s: %s)", module.__name__, error
@@ -60,68 +62,49 @@ def tasks_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "tasks"
 
 
-def _register_model(models: Any) -> None:
+def _register_model() -> None:
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target=TARGET)
 
 
-def _add_tasks(manager: Any) -> None:
+def _make_task_manager(
+    init: Callable,
+    manager: Any,
+    verbosity: Any = None,
+    include_path: Any = None,
+    include_defaults: Any = True,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """Put our tasks right after the defaults.
 
     Later folders override earlier ones, so a user's own tasks win.
     """
-
-    def with_ours(original: Callable) -> Callable:
-        def init(
-            self: Any,
-            verbosity: Any = None,
-            include_path: Any = None,
-            include_defaults: Any = True,
-            *args: Any,
-            **kwargs: Any,
-        ) -> None:
-            ours = [tasks_folder()] if include_defaults else []
-            theirs = (
-                include_path
-                if isinstance(include_path, (list, tuple))
-                else [include_path]
-                if include_path
-                else []
-            )
-            original(self, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
-            self.include_path = include_path
-            current_command().tasks = self
-
-        return init
-
-    wrap(manager, "TaskManager.__init__", with_ours)
+    ours = [tasks_folder()] if include_defaults else []
+    theirs = include_path or []
+    theirs = theirs if isinstance(theirs, list | tuple) else [theirs]
+    init(manager, verbosity, [*ours, *theirs], include_defaults, *args, **kwargs)
+    manager.include_path = include_path
+    current_command().tasks = manager
 
 
-def _refuse_early(config: Any) -> None:
+def _read_command_line(from_cli: Callable, *args: Any, **kwargs: Any) -> Any:
     """Refuse a wrong argument on the command line before anything heavy is loaded."""
+    settings = from_cli(*args, **kwargs)
+    if settings.model == MODEL:
+        from lm_eval_coupling.runs.options import Options
 
-    def checked(from_cli: Callable) -> Callable:
-        def from_cli_checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            settings = from_cli(cls, *args, **kwargs)
-            if settings.model == MODEL:
-                from lm_eval_coupling.runs.options import Options
-
-                current_command().is_ours = True
-                Options.take_from(dict(settings.model_args or {}))
-                _require_output(settings.output_path)
-                require_device(settings.device)
-            elif str(settings.model).startswith("coupling"):
-                raise CouplingError(
-                    f"got --model {settings.model}, which lm-eval does not know; "
-                    f"did you mean {MODEL}?"
-                )
-            return settings
-
-        return from_cli_checked
-
-    wrap(config, "EvaluatorConfig.from_cli", checked)
+        current_command().is_ours = True
+        Options.take_from(dict(settings.model_args or {}))
+        _require_output(settings.output_path)
+        require_device(settings.device)
+    elif str(settings.model).startswith("coupling"):
+        raise CouplingError(
+            f"got --model {settings.model}, which lm-eval does not know; did you mean {MODEL}?"
+        )
+    return settings
 
 
 def require_device(device: Any) -> None:
@@ -134,89 +117,67 @@ def require_device(device: Any) -> None:
     device_named(name)
 
 
-def _record_after_scoring(evaluator: Any) -> None:
-    def recording(evaluate: Callable) -> Callable:
-        signature = inspect.signature(evaluate)
-
-        def evaluate_and_record(lm: Any, task_dict: Any, *args: Any, **kwargs: Any) -> Any:
-            model = getattr(lm, "lm", lm)  # a CachingLM holds the model in `.lm`
-            record = getattr(model, "record_coupling", None)
-            if record is None:
-                return evaluate(lm, task_dict, *args, **kwargs)
-            call = signature.bind(lm, task_dict, *args, **kwargs)
-            call.apply_defaults()
-            if (announce := getattr(model, "announce_coupling", None)) is not None:
-                announce(task_dict, call.arguments)
-            try:
-                results = evaluate(lm, task_dict, *args, **kwargs)
-            except DryRun:
-                results = None
-            try:
-                record(task_dict, results, call.arguments)
-            except Exception as error:
-                logger.exception("coupling was not recorded; the scores are complete")
-                problem = f"coupling was not recorded ({message_of(error)})"
-                current_command().problems.append(problem)
-            # Into coupling_out. A tracker that saves the results writes them again, with its date.
-            _write_tables(results, None, _now())
-            if (info := carried(results)) is not None:
-                command = current_command()
-                command.interrupted |= bool(info.get("interrupted"))
-                command.unprinted = results
-            return results
-
-        return evaluate_and_record
-
-    def checking(simple_evaluate: Callable) -> Callable:
-        def simple_evaluate_checked(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if model == MODEL:
-                _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
-                require_device(kwargs.get("device"))
-            return simple_evaluate(model, *args, **kwargs)
-
-        return simple_evaluate_checked
-
-    wrap(evaluator, "evaluate", recording)
-    wrap(evaluator, "simple_evaluate", checking)
+def _evaluate(
+    evaluate: Callable, /, lm: Any, task_dict: Any, *args: Any, **kwargs: Any
+) -> dict[str, Any] | None:
+    """Record coupling after the scoring, if the model is ours."""
+    model = getattr(lm, "lm", lm)  # a CachingLM holds the model in `.lm`
+    record = getattr(model, "record_coupling", None)
+    if record is None:
+        return evaluate(lm, task_dict, *args, **kwargs)
+    call = inspect.signature(evaluate).bind(lm, task_dict, *args, **kwargs)
+    call.apply_defaults()
+    if (announce := getattr(model, "announce_coupling", None)) is not None:
+        announce(task_dict, call.arguments)
+    try:
+        results = evaluate(lm, task_dict, *args, **kwargs)
+    except DryRun:
+        results = None
+    try:
+        record(task_dict, results, call.arguments)
+    except Exception as error:
+        logger.exception("coupling was not recorded; the scores are complete")
+        current_command().problems.append(f"coupling was not recorded ({message_of(error)})")
+    # Into coupling_out. A tracker that saves the results writes them again, with its date.
+    _write_tables(results, None, _now())
+    if (info := carried(results)) is not None:
+        command = current_command()
+        command.interrupted |= bool(info.get("interrupted"))
+        command.unprinted = results
+    return results
 
 
-def _write_tables_with_results(tracking: Any) -> None:
-    """Write our tables beside lm-eval's results, and check that its own files are complete.
+def _simple_evaluate(simple_evaluate: Callable, /, model: Any, *args: Any, **kwargs: Any) -> Any:
+    if model == MODEL:
+        _require_output(getattr(kwargs.get("evaluation_tracker"), "output_path", None))
+        require_device(kwargs.get("device"))
+    return simple_evaluate(model, *args, **kwargs)
 
-    lm-eval logs a warning if it cannot write a file, on a full disk for example, and goes on.
-    """
 
-    def with_tables(save: Callable) -> Callable:
-        def save_results_aggregated(self: Any, results: Any, samples: Any = None) -> None:
-            save(self, results, samples)
-            # The tracker has no date if it saves nothing.
-            date = getattr(self, "date_id", _now())
-            folder = _results_folder(self)
-            info = self.coupling_info = carried(results)
-            _write_tables(results, folder, date)
-            if folder is not None and info is not None:
-                sharing.push_tables(self, info, folder, samples_follow=samples is not None)
-                stem = Path(self.output_path).stem if folder != _model_folder(self) else "results"
-                _require_complete(folder / f"{stem}_{date}.json", json.loads)
+def _save_results(save: Callable, tracker: Any, results: Any, samples: Any = None) -> None:
+    """Write our tables beside lm-eval's results."""
+    save(tracker, results, samples)
+    # The tracker has no date if it saves nothing.
+    date = getattr(tracker, "date_id", _now())
+    folder = _results_folder(tracker)
+    info = tracker.coupling_info = carried(results)
+    _write_tables(results, folder, date)
+    if folder is not None and info is not None:
+        sharing.push_tables(tracker, info, folder, samples_follow=samples is not None)
+        stem = Path(tracker.output_path).stem if folder != _model_folder(tracker) else "results"
+        _require_complete(folder / f"{stem}_{date}.json", json.loads)
 
-        return save_results_aggregated
 
-    def with_check(save: Callable) -> Callable:
-        def save_results_samples(self: Any, task_name: str, samples: Any) -> None:
-            save(self, task_name, samples)
-            folder = _results_folder(self)
-            if folder is not None and getattr(self, "coupling_info", None) is not None:
-                file = folder / f"samples_{task_name}_{self.date_id}.jsonl"
-                _require_complete(file, lambda text: _require_lines(text, len(samples)))
-
-        return save_results_samples
-
-    wrap(tracking, "EvaluationTracker.save_results_aggregated", with_tables)
-    wrap(tracking, "EvaluationTracker.save_results_samples", with_check)
-    sharing.name_tables_on_card(tracking)
+def _save_samples(save: Callable, tracker: Any, task_name: str, samples: Any) -> None:
+    save(tracker, task_name, samples)
+    folder = _results_folder(tracker)
+    if folder is not None and getattr(tracker, "coupling_info", None) is not None:
+        file = folder / f"samples_{task_name}_{tracker.date_id}.jsonl"
+        _require_complete(file, lambda text: _require_lines(text, len(samples)))
 
 
 def _require_complete(file: Path, parse: Callable[[str], Any]) -> None:
+    """Note an incomplete file of lm-eval, which on a full disk logs a warning and goes on."""
     try:
         parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -250,25 +211,18 @@ def _require_output(output_path: Any) -> None:
         require_writable(path.parent if path.suffix == ".json" else path)
 
 
-def _close_under_the_table(utils: Any) -> None:
+def _make_table(
+    make_table: Callable, /, result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any
+) -> Any:
     """Put our lines under the last of lm-eval's tables: that of groups, if there are any."""
-
-    def with_closing(make_table: Callable) -> Callable:
-        def make_table_and_close(
-            result_dict: Any, column: Any = "results", *args: Any, **kwargs: Any
-        ) -> Any:
-            table = make_table(result_dict, column, *args, **kwargs)
-            last = "groups" if "groups" in result_dict else "results"
-            info = carried(result_dict)
-            if info is None or column != last:
-                return table
-            current_command().unprinted = None
-            summary = _summary(info, result_dict)
-            return f"{table}\n{summary}" if summary else table
-
-        return make_table_and_close
-
-    wrap(utils, "make_table", with_closing)
+    table = make_table(result_dict, column, *args, **kwargs)
+    last = "groups" if "groups" in result_dict else "results"
+    info = carried(result_dict)
+    if info is None or column != last:
+        return table
+    current_command().unprinted = None
+    summary = _summary(info, result_dict)
+    return f"{table}\n{summary}" if summary else table
 
 
 def _summary(info: Any, results: dict[str, Any]) -> str:
@@ -314,19 +268,28 @@ def _now() -> str:
     return datetime.now().isoformat().replace(":", "-")  # the form of lm-eval's own dates
 
 
-def _errors_as_sentences(harness: Any) -> None:
-    wrap(harness, "HarnessCLI.execute", errors_as_sentences)
-    wrap(harness, "HarnessCLI.parse_args", hint_at_plus_signs)
-
-
-STEPS: dict[str, Callable[[Any], None]] = {
-    "lm_eval.utils": _close_under_the_table,
-    "lm_eval.models": _register_model,
-    "lm_eval.tasks.manager": _add_tasks,
-    "lm_eval.config.evaluate_config": _refuse_early,
-    "lm_eval.evaluator": _record_after_scoring,
-    "lm_eval.loggers.evaluation_tracker": _write_tables_with_results,
-    "lm_eval.loggers.wandb_logger": sharing.log_to_wandb,
-    "lm_eval.loggers.trackio_logger": sharing.log_to_trackio,
-    "lm_eval._cli.harness": _errors_as_sentences,
+# By module, the functions that take the place of its own; `lm_eval.models` gets our model class.
+STEPS: dict[str, dict[str, Callable]] = {
+    "lm_eval.utils": {"make_table": _make_table},
+    "lm_eval.models": {},
+    "lm_eval.tasks.manager": {"TaskManager.__init__": _make_task_manager},
+    "lm_eval.config.evaluate_config": {"EvaluatorConfig.from_cli": _read_command_line},
+    "lm_eval.evaluator": {"evaluate": _evaluate, "simple_evaluate": _simple_evaluate},
+    "lm_eval.loggers.evaluation_tracker": {
+        "EvaluationTracker.save_results_aggregated": _save_results,
+        "EvaluationTracker.save_results_samples": _save_samples,
+        "EvaluationTracker.recreate_metadata_card": sharing.make_card_with_tables,
+    },
+    "lm_eval.loggers.wandb_logger": {
+        "WandbLogger.log_eval_result": sharing.log_result_to_wandb,
+        "WandbLogger.log_eval_samples": sharing.log_samples_to_wandb,
+    },
+    "lm_eval.loggers.trackio_logger": {
+        "TrackioLogger.log_eval_result": sharing.log_result_to_trackio,
+        "TrackioLogger.log_eval_samples": sharing.log_samples_to_trackio,
+    },
+    "lm_eval._cli.harness": {
+        "HarnessCLI.execute": execute_plainly,
+        "HarnessCLI.parse_args": parse_args_with_hint,
+    },
 }

@@ -20,7 +20,7 @@ _PROBE = (
 
 
 def prompt_identity(lm: Any, task: Any, samples: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON-able facts about what makes a task's prompts.
+    """Return JSON-able facts about what makes a task's prompts, with a ``digest`` of them.
 
     The number of documents that are evaluated or measured changes no prompt and is left out.
 
@@ -29,9 +29,6 @@ def prompt_identity(lm: Any, task: Any, samples: Any, call: Mapping[str, Any]) -
         task: as lm-eval loaded it.
         samples: numbers of the documents that ``--samples`` chose of this task, or nothing.
         call: arguments that `lm_eval.evaluate` was called with.
-
-    Returns:
-        The facts by name, with a ``digest`` of them.
     """
     config = task.config
     shots = config.num_fewshot or 0

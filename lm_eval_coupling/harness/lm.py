@@ -87,7 +87,7 @@ class CouplingLM(HFLM):
         options = self.coupling_options = Options.take_from(arguments)
         self.argument_names = set(arguments)
         store = open_store(options) if options.measures_anything else None
-        wrap_reading_of_config(self, self._with_check_of_config)
+        wrap_reading_of_config(self, self._read_and_check_config)
         super().__init__(**arguments | _device_argument(arguments))
         tokenizer = named_tokenizer(arguments, self.model)
         self.encoding = encoding(arguments | {"tokenizer": tokenizer})
@@ -95,30 +95,26 @@ class CouplingLM(HFLM):
         self.responses_with_reasoning: dict[tuple[int, ...], str] = {}
         self.session = self._open_session(store) if store is not None else None
         if self.session is not None and isinstance(self.think_end_token, str):
-            wrap_generation(self, self._keeping_reasoning)
+            wrap_generation(self, self._generate_and_keep_reasoning)
         if options.dry_run:
             for scoring in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(self, scoring, self._stop_before_scoring)
 
-    def _with_check_of_config(self, read: Callable[..., None]) -> Callable[..., None]:
+    def _read_and_check_config(self, read: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Refuse what the configuration already rules out, before the weights are loaded."""
-
-        def read_and_check(*args: Any, **kwargs: Any) -> None:
-            try:
-                read(*args, **kwargs)
-            except (OSError, ValueError) as error:
-                name = args[0] if args else kwargs.get("pretrained")
-                raise CouplingError(
-                    f"got model {name!r}, revision {kwargs.get('revision', 'main')!r}, "
-                    f"which transformers cannot load: {' '.join(str(error).split())}"
-                ) from error
-            config = self.config.get_text_config()
-            d_model = getattr(config, "hidden_size", None)
-            n_layers = getattr(config, "num_hidden_layers", None)
-            if self.coupling_options.measures_anything and d_model and n_layers:
-                self.coupling_options.settings.check_shape(d_model, n_layers)
-
-        return read_and_check
+        try:
+            read(*args, **kwargs)
+        except (OSError, ValueError) as error:
+            name = args[0] if args else kwargs.get("pretrained")
+            raise CouplingError(
+                f"got model {name!r}, revision {kwargs.get('revision', 'main')!r}, "
+                f"which transformers cannot load: {' '.join(str(error).split())}"
+            ) from error
+        config = self.config.get_text_config()
+        d_model = getattr(config, "hidden_size", None)
+        n_layers = getattr(config, "num_hidden_layers", None)
+        if self.coupling_options.measures_anything and d_model and n_layers:
+            self.coupling_options.settings.check_shape(d_model, n_layers)
 
     @property
     def _shares_on_cpus(self) -> bool:
@@ -236,18 +232,16 @@ class CouplingLM(HFLM):
         own = [d for d in documents if d.key in chosen and d.key not in elsewhere]
         return chosen, own, set(chain(*by_rank))
 
-    def _keeping_reasoning(self, generate: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-        """Return ``generate`` that also keeps the reasoning that HFLM removes from responses."""
-
-        def generate_and_keep(context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            generated = generate(context, *args, **kwargs)
-            mask = kwargs["attention_mask"].bool()
-            for prompt, kept, tokens in zip(context, mask, generated, strict=True):
-                response = self.tok_decode(tokens[len(prompt) :].tolist())
-                self.responses_with_reasoning[tuple(prompt[kept].tolist())] = response
-            return generated
-
-        return generate_and_keep
+    def _generate_and_keep_reasoning(
+        self, generate: Callable[..., Any], context: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Keep the reasoning that HFLM removes from responses."""
+        generated = generate(context, *args, **kwargs)
+        mask = kwargs["attention_mask"].bool()
+        for prompt, kept, tokens in zip(context, mask, generated, strict=True):
+            response = self.tok_decode(tokens[len(prompt) :].tolist())
+            self.responses_with_reasoning[tuple(prompt[kept].tolist())] = response
+        return generated
 
     def _stop_before_scoring(self, requests: Any, **_: Any) -> Any:
         """Replace every way to score in a dry run; by then lm-eval has built all requests."""

@@ -60,10 +60,8 @@ USED = {
 }
 
 
-def wrap(
-    module: Any, path: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Replace a function of a module by ``around(function)``, once per import.
+def wrap(module: Any, path: str, instead: Callable[..., Any]) -> None:
+    """Replace a function of a module, once per import.
 
     Inside a decorator, the decorated function is replaced: names bound earlier, as by
     ``from lm_eval import evaluate``, then lead to ours too.
@@ -71,7 +69,7 @@ def wrap(
     Args:
         module: a module of ``WRAPPED``.
         path: one of its functions, such as ``HarnessCLI.execute``; a warning says if it is gone.
-        around: makes the new function from the old one.
+        instead: called with the function and the arguments of every call of it.
     """
     *classes, name = path.split(".")
     try:
@@ -85,12 +83,20 @@ def wrap(
     if getattr(plain, "_of_coupling", False):
         return
     if (inside := _decorated_by(plain)) is not None:
-        inside.cell_contents = functools.wraps(inside.cell_contents)(around(inside.cell_contents))
+        inside.cell_contents = _calling(instead, inside.cell_contents)
         plain._of_coupling = True
         return
-    wrapped: Any = functools.wraps(plain)(around(plain))
+    wrapped = _calling(instead, plain)
     wrapped._of_coupling = True
     setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
+
+
+def _calling(instead: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return instead(function, *args, **kwargs)
+
+    return wrapped
 
 
 def _decorated_by(function: Any) -> Any:
@@ -120,22 +126,20 @@ def encode_pair(lm: Any, context: str, continuation: str) -> tuple[list[int], li
     return lm._encode_pair(context, continuation)
 
 
-def wrap_reading_of_config(
-    lm: Any, around: Callable[[Callable[..., None]], Callable[..., None]]
-) -> None:
-    """Replace the step of an `HFLM` that reads the configuration, before the weights are loaded.
+def wrap_reading_of_config(lm: Any, instead: Callable[..., None]) -> None:
+    """Replace the step, if any, by which an `HFLM` reads its configuration before the weights.
 
-    ``around`` makes the new step from the old one, and is not called if there is no such step. The
-    ``__init__`` of ``lm`` has not yet run.
+    ``instead`` is called with the old step and its arguments. The ``__init__`` of ``lm`` has not
+    yet run.
     """
     if (read := getattr(lm, "_get_config", None)) is not None:
-        lm._get_config = around(read)
+        lm._get_config = functools.partial(instead, read)
 
 
-def wrap_generation(lm: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the step of an `HFLM` that generates token ids for a batch of contexts.
+def wrap_generation(lm: Any, instead: Callable[..., Any]) -> None:
+    """Replace the step, if any, by which an `HFLM` generates token ids for a batch of contexts.
 
-    ``around`` makes the new step from the old one, and is not called if there is no such step.
+    ``instead`` is called with the old step and its arguments.
     """
     if (generate := getattr(lm, "_model_generate", None)) is not None:
-        lm._model_generate = around(generate)
+        lm._model_generate = functools.partial(instead, generate)

@@ -51,7 +51,7 @@ class ModelRequest:
         device: str | None = None,
         limit: int | str = 100,
     ) -> ModelRequest:
-        """Check settings and output without loading torch.
+        """Return a request whose settings and output are checked, without loading torch.
 
         Args:
             name: transformers folder or name on the hub.
@@ -60,9 +60,6 @@ class ModelRequest:
             coupling: settings in either form, with or without the prefix ``coupling_``.
             device: such as ``cuda``.
             limit: documents to measure where ``coupling`` does not say.
-
-        Returns:
-            What can be loaded.
 
         Raises:
             CouplingError: for a wrong argument, or an output that cannot be written.
@@ -86,13 +83,10 @@ class ModelRequest:
         )
 
     def load(self, **defaults: Any) -> CouplingLM:
-        """Load the weights and open a session.
+        """Return the model with its weights, and with a ``session`` that is not None.
 
         Args:
             **defaults: arguments of ``hf`` where the model's own do not say.
-
-        Returns:
-            A model whose ``session`` is not None.
 
         Raises:
             CouplingError: if there is no such device, or the model cannot be measured.

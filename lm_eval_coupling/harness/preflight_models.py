@@ -31,15 +31,12 @@ _LEFT_OUT = (
 def check(
     models: Sequence[Mapping[str, Any]], coupling: Mapping[str, Any], *, offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Check every model of a plan.
+    """Return facts by model, and sentences on what is wrong with any.
 
     Args:
         models: each with ``model``, ``revisions`` and ``arguments``.
         coupling: the plan's coupling settings.
         offline: True if the hub is switched off.
-
-    Returns:
-        Facts by model, and sentences on what is wrong.
     """
     problems: list[str] = []
     facts: dict[str, Any] = {}

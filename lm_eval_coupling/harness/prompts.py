@@ -46,7 +46,7 @@ class Prompt:
 def document_prompts(
     lm: Any, requests: Sequence[Any], target: Any, reading: str = "scored"
 ) -> list[Prompt]:
-    """Return the distinct prompts of one document, in the order of its requests.
+    """Return the distinct prompts of one document, in the order of its requests, cut to the window.
 
     Args:
         lm: an `HFLM`, for its tokenizer, window and encoding rules.
@@ -54,9 +54,6 @@ def document_prompts(
         target: what the task's ``doc_to_target`` returns; names the continuation to measure if
             there is no context.
         reading: one of :data:`~lm_eval_coupling.runs.options.READINGS`.
-
-    Returns:
-        Token ids within the model's window, each prompt once.
     """
     return list(dict.fromkeys(_prompts(lm, requests, target, reading)))
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from lm_eval_coupling.errors import message_of
 from lm_eval_coupling.harness.command_line import current_command
-from lm_eval_coupling.harness.lm_eval_internals import wrap
 
 logger = logging.getLogger("lm_eval.coupling")
 
 _METRIC = "coupling"
 _CURVES = "coupling/layers"  # name of the table of means per layer
+_NO_CURVES = "the tracker has no table of means per layer"
 _TABLE = re.compile(r"(?:untrained_)?coupling_.+_(\d{4}-\d\d-\d\dT[\d.-]+)\.parquet")
 _HEADING = "## Coupling"
 
@@ -40,70 +40,51 @@ def _warning(consequence: str) -> Iterator[None]:
         logger.warning("coupling: %s (%s)", consequence, message_of(error))
 
 
-def log_to_wandb(module: Any) -> None:
-    """Add a column to W&B's table of samples, and a table of means per layer."""
+def log_result_to_wandb(log: Callable, tracker: Any) -> None:
+    """Log results to W&B, with a table of means per layer."""
+    log(tracker)
+    with _warning(_NO_CURVES):
+        if curves := _layer_curves(tracker):
+            import wandb
 
-    def log_curves(wandb_logger: Any, curves: Sequence[Mapping[str, Any]]) -> None:
-        import wandb
-
-        rows = [list(row.values()) for row in curves]
-        table = wandb.Table(columns=[*curves[0]], data=rows)
-        wandb_logger.run.log({_CURVES: table}, step=wandb_logger.step)
-
-    def with_column(log: Callable) -> Callable:
-        def log_eval_samples(self: Any, samples: Any) -> None:
-            if carried(self.results) is not None:
-                self.task_configs = _with_metric_in_configs(self.task_configs, samples)
-            log(self, samples)
-
-        return log_eval_samples
-
-    wrap(module, "WandbLogger.log_eval_result", _followed_by(log_curves))
-    wrap(module, "WandbLogger.log_eval_samples", with_column)
+            rows = [list(row.values()) for row in curves]
+            table = wandb.Table(columns=[*curves[0]], data=rows)
+            tracker.run.log({_CURVES: table}, step=tracker.step)
 
 
-def log_to_trackio(module: Any) -> None:
-    """Add coupling to trackio's traces of samples, and a table of means per layer."""
+def log_result_to_trackio(log: Callable, tracker: Any) -> None:
+    """Log results to trackio, with a table of means per layer."""
+    log(tracker)
+    with _warning(_NO_CURVES):
+        if curves := _layer_curves(tracker):
+            import pandas as pd
+            import trackio
 
-    def log_curves(trackio_logger: Any, curves: Sequence[Mapping[str, Any]]) -> None:
-        import pandas as pd
-        import trackio
-
-        table = trackio.Table(dataframe=pd.DataFrame(curves))
-        trackio.log({_CURVES: table}, step=trackio_logger.step)
-
-    def with_metric(log: Callable) -> Callable:
-        def log_eval_samples(self: Any, samples: Any) -> None:
-            if carried(self.results) is not None:
-                samples = {
-                    task: [_with_metric(sample) for sample in of_task]
-                    for task, of_task in samples.items()
-                }
-            log(self, samples)
-
-        return log_eval_samples
-
-    wrap(module, "TrackioLogger.log_eval_result", _followed_by(log_curves))
-    wrap(module, "TrackioLogger.log_eval_samples", with_metric)
+            table = trackio.Table(dataframe=pd.DataFrame(curves))
+            trackio.log({_CURVES: table}, step=tracker.step)
 
 
-def _followed_by(log_curves: Callable[[Any, Sequence[Mapping[str, Any]]], None]) -> Callable:
-    """Return what makes a logger of results log the means per layer as well."""
+def _layer_curves(tracker: Any) -> list[dict[str, Any]]:
+    """Return the means per layer of results of ours, none for results of others."""
+    if (info := carried(tracker.results)) is None:
+        return []
+    from lm_eval_coupling.runs.layer_curves import layer_curves
 
-    def with_curves(log: Callable) -> Callable:
-        def log_eval_result(self: Any) -> None:
-            log(self)
-            if (info := carried(self.results)) is None:
-                return
-            with _warning("the tracker has no table of means per layer"):
-                from lm_eval_coupling.runs.layer_curves import layer_curves
+    return layer_curves(info.rows, info["headline_rank"])
 
-                if curves := layer_curves(info.rows, info["headline_rank"]):
-                    log_curves(self, curves)
 
-        return log_eval_result
+def log_samples_to_wandb(log: Callable, tracker: Any, samples: Any) -> None:
+    """Log samples to W&B, with a column of coupling."""
+    if carried(tracker.results) is not None:
+        tracker.task_configs = _with_metric_in_configs(tracker.task_configs, samples)
+    log(tracker, samples)
 
-    return with_curves
+
+def log_samples_to_trackio(log: Callable, tracker: Any, samples: Any) -> None:
+    """Log samples to trackio, with coupling in the trace of each."""
+    if carried(tracker.results) is not None:
+        samples = {task: list(map(_with_metric, of_task)) for task, of_task in samples.items()}
+    log(tracker, samples)
 
 
 def _with_metric_in_configs(configs: Mapping[str, Any], samples: Mapping[str, Any]) -> Any:
@@ -156,23 +137,16 @@ def push_tables(tracker: Any, info: Any, folder: Path, *, samples_follow: bool) 
         current_command().problems.append(problem)
 
 
-def name_tables_on_card(module: Any) -> None:
+def make_card_with_tables(make_card: Callable, tracker: Any) -> None:
     """Name the tables in the dataset card that lm-eval makes of what it has pushed."""
-
-    def with_tables(recreate: Callable) -> Callable:
-        def recreate_metadata_card(self: Any) -> None:
-            if getattr(self, "coupling_info", None) is None:
-                recreate(self)
-                return
-            # lm-eval 0.4.13 ends in an IndexError here where it has pushed results alone.
-            with _warning("lm-eval made no dataset card"):
-                recreate(self)
-            with _warning("the dataset card does not name the coupling tables"):
-                _add_tables_to_cards(self)
-
-        return recreate_metadata_card
-
-    wrap(module, "EvaluationTracker.recreate_metadata_card", with_tables)
+    if getattr(tracker, "coupling_info", None) is None:
+        make_card(tracker)
+        return
+    # lm-eval 0.4.13 ends in an IndexError here where it has pushed results alone.
+    with _warning("lm-eval made no dataset card"):
+        make_card(tracker)
+    with _warning("the dataset card does not name the coupling tables"):
+        _add_tables_to_cards(tracker)
 
 
 def _add_tables_to_cards(tracker: Any) -> None:

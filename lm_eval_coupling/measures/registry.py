@@ -333,13 +333,10 @@ def readings() -> dict[str, Reading]:
 
 
 def prompt_readings(names: Iterable[str] | None = None) -> list[Reading]:
-    """Return the readings that are one number of a prompt: those that summaries and fits take.
+    """Return the readings that are one number of a prompt, which summaries and fits take.
 
     Args:
         names: measures to choose from, by default all of them.
-
-    Returns:
-        Readings in the order of the measures.
     """
     chosen = None if names is None else {*names}
     return [

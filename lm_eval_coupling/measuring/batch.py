@@ -202,12 +202,9 @@ class Batch:
     def measure_each(
         self, measure: Callable[[TracedPrompt], MeasureResult], name: str
     ) -> list[MeasureResult]:
-        """Apply ``measure`` to one prompt at a time.
+        """Return one result for each prompt: ``measure`` is applied to one prompt at a time.
 
         A prompt that fails gets a reason; the others are not affected.
-
-        Returns:
-            One result for each prompt, in order.
 
         Raises:
             Exception: if memory runs out while several prompts hold it.
@@ -220,12 +217,9 @@ class Batch:
         name: str,
         at_once: int,
     ) -> list[MeasureResult]:
-        """Apply ``measure`` to up to ``at_once`` prompts at a time.
+        """Return one result for each prompt: ``measure`` is applied to up to ``at_once`` of them.
 
         Where that fails, each of these prompts is measured alone.
-
-        Returns:
-            One result for each prompt, in order.
         """
         prompts = list(self)
         groups = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]

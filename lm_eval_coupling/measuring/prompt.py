@@ -145,15 +145,12 @@ def groups(model: Model, prompts: Sequence[Sequence[int]], settings: Settings) -
 def groups_of_texts(
     model: Model, prompts: Sequence[Sequence[int]], settings: Settings
 ) -> list[list[int]]:
-    """Return groups of prompts to trace in one pass, so that equal prompts share it.
+    """Return groups of prompts to trace in one pass, as indices: equal prompts share it.
 
     Args:
         model: model to measure.
         prompts: token ids; a text that is measured at several tokens stands here several times.
         settings: settings of all prompts.
-
-    Returns:
-        Indices of the prompts, those of one text together and in their order.
     """
     of_text = equal_prompts(prompts)
     texts = [prompts[indices[0]] for indices in of_text]
@@ -180,7 +177,7 @@ def measure_prompts(
     parts: Sequence[Sequence[int]] | None = None,
     on_part: Callable[[Sequence[PromptCoupling]], object] | None = None,
 ) -> list[PromptCoupling]:
-    """Measure several prompts together; where that fails in halves, down to one prompt.
+    """Return a record of each prompt, measured together; where that fails in halves, down to one.
 
     Args:
         model: model to measure.
@@ -190,9 +187,6 @@ def measure_prompts(
         parts: indices of the prompts whose Jacobians are held together; by default all. Every
             prompt is in one part.
         on_part: called with the records of each part once it is measured.
-
-    Returns:
-        One record for each prompt, in order.
     """
     given = [position] * len(prompts) if isinstance(position, int) else list(position)
     positions: list[int] = []

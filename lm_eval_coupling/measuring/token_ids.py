@@ -18,16 +18,13 @@ EXPECTED = (
 
 
 def token_ids(model: Any, prompts: Any) -> list[Sequence[int]]:
-    """Return the token ids of every prompt.
+    """Return the token ids of every prompt, in order.
 
     Args:
         model: a :class:`~lm_eval_coupling.residual.ResidualModel`, which encodes texts.
         prompts: one text or several; ids of one prompt or of several as lists, arrays or tensors;
             or the output of a tokenizer, whose ``attention_mask`` tells ids from padding. Pixel
             values are encoded by the model, too.
-
-    Returns:
-        One sequence for each prompt, in order.
 
     Raises:
         CouplingError: for anything else, and for a text without a tokenizer.

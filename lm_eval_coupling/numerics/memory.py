@@ -104,15 +104,12 @@ def _by_products(d_model: int, rank: int) -> int:
 def together(
     lengths: Sequence[int], fits: Callable[[int, int], bool], most: int
 ) -> list[list[int]]:
-    """Group prompts of similar length into batches, as large as they fit.
+    """Return batches of prompts of similar length, as indices, as large as they fit; short first.
 
     Args:
         lengths: tokens of each prompt.
         fits: returns whether a number of prompts of a number of tokens fit; unused for one prompt.
         most: largest number of prompts in a batch.
-
-    Returns:
-        Indices of the prompts of each batch, short prompts first.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -231,7 +228,7 @@ def memory(
     scattered: bool = False,
     independent: bool = True,
 ) -> Memory:
-    """Estimate the memory of a measurement from above; peaks are lower where heads share keys.
+    """Return an upper estimate of the memory of a measurement; heads that share keys take less.
 
     Args:
         n_layers: number of blocks.
@@ -249,9 +246,6 @@ def memory(
         vocabulary: number of token types, for the logits that are decoded at every depth.
         scattered: whether blocks lie on several devices, so that their Jacobians go to the host.
         independent: whether workers of a CPU may compute blocks side by side.
-
-    Returns:
-        Bytes, and the place of the Jacobians.
     """
     device = torch.device(device)
     tokens, square, basis = prompts * seq, d_model**2, prompts * n_layers * d_model * (rank + 1)

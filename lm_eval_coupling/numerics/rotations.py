@@ -89,13 +89,10 @@ class _Rotation:
 
 
 def _places(n: int) -> Int[Tensor, " entries"]:
-    """Return the places in R of the cosines and sines of a round; its columns are the next round's.
+    """Return the places of cosines, −sines, sines and cosines of a round in the flattened R.
 
     Columns are paired as in a tournament of n players: the first stays, the others move by one
-    seat.
-
-    Returns:
-        Indices of the flattened R: those of the n/2 cosines, −sines, sines and cosines.
+    seat. R's columns are in the order of the next round.
     """
     half = n // 2
     ring = [*range(1, half), *range(n - 1, half - 1, -1)]

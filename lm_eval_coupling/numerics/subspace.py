@@ -41,7 +41,7 @@ def block_of(k: int, d_model: int) -> int:
 def leading_right_vectors(
     J: Float[Tensor, "batch d_model d_model"], k: int, tolerance: float
 ) -> tuple[Float[Tensor, "batch d_model rank"], Bool[Tensor, " batch"]]:
-    """Return orthonormal bases of the top k right singular vectors, largest first.
+    """Return orthonormal bases of the top k right singular vectors, and whether each has settled.
 
     A basis has settled if ‖JᵀJ v − σ² v‖ ≤ ``tolerance`` · σ_1 σ for each vector, or rounding
     allows no less. Deterministic. Costs 10 to 40 products of JᵀJ with :func:`block_of` columns, and
@@ -51,9 +51,6 @@ def leading_right_vectors(
         J: entries of about 1, so that those of JᵀJ neither overflow nor vanish.
         k: number of vectors.
         tolerance: relative, 1e-6 to 1e-5 for float32.
-
-    Returns:
-        The bases, and whether each has settled.
     """
     batch, d_model, _ = J.shape
     V, settled = J.new_zeros(batch, d_model, k), torch.zeros(batch, dtype=torch.bool)

@@ -60,13 +60,10 @@ def usable_threads() -> Iterator[None]:
 
 
 def run_each(work: Callable[[_In], _Out], items: Sequence[_In], count: int) -> list[_Out]:
-    """Call ``work`` on every item by ``count`` workers, each with one thread for its products.
+    """Return ``work`` of every item, by ``count`` workers, each with one thread for its products.
 
     With one worker the items are done in turn, by all threads of the caller. Gradients are off in
     workers. Settings of the caller are put back.
-
-    Returns:
-        Results in the order of the items.
 
     Raises:
         Exception: the first that ``work`` raises, once the items that have started are done.

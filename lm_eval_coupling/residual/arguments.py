@@ -90,16 +90,15 @@ def join_at_tokens(
     seqs: Sequence[int],
     first_keys: Sequence[int],
 ) -> Arguments:
-    """Join the arguments of several prompts for one run on a token of each.
+    """Return the arguments of several prompts joined for one run on a token of each.
+
+    They are remembered for later runs.
 
     Args:
         prompts: the arguments of every prompt's call.
         tokens: the token of each.
         seqs: numbers of tokens of the prompts.
         first_keys: the first key that each token sees.
-
-    Returns:
-        The joined arguments, remembered for later runs.
 
     Raises:
         ValueError: if they cannot be joined.

@@ -124,10 +124,9 @@ class BlockCall:
     def pulled_back(
         self, direction: Float[Tensor, " d_model"], output_token: int
     ) -> Float[Tensor, "seq d_model"]:
-        """Compute uᵀ ∂F_t / ∂X for every input token by one backward pass through the block.
+        """Return uᵀ ∂F_t / ∂X for every input token, NaN if the output differs from the trace's.
 
-        Returns:
-            NaN if the block's output differs from the trace's.
+        Costs one backward pass through the block.
         """
         resid_pre = self.resid_pre.detach().requires_grad_(True)
         with torch.enable_grad():
@@ -167,13 +166,10 @@ class CallBatch:
     def decode(
         self, x: Float[Tensor, "prompt 1 d_model"], tokens: Sequence[int]
     ) -> Float[Tensor, "prompt 1 d_model"]:
-        """Run the block at one token of each prompt, on the kept keys of the tokens before it.
+        """Return F at one token of each prompt, on the kept keys of the tokens before it.
 
         This is the step that a model takes when it generates. Shorter prompts have keys put before
-        their own, which masks hide.
-
-        Returns:
-            F at that token, skip connection included.
+        their own, which masks hide. The skip connection is included.
 
         Raises:
             ValueError: if calls kept no keys, or no mask would hide the keys put in front.
@@ -251,7 +247,7 @@ def gradient(
     tokens: Int[Tensor, " prompt"],
     keep: bool = False,
 ) -> Float[Tensor, "prompt seq d_model"]:
-    """Compute uᵀ ∂F_t / ∂X of every prompt of a batch, along its own direction at its own token.
+    """Return uᵀ ∂F_t / ∂X of every prompt of a batch, along its own direction at its own token.
 
     Args:
         directions: u of each prompt.
@@ -259,9 +255,6 @@ def gradient(
         output: output of the block.
         tokens: output token t of each prompt.
         keep: leave the block's graph for another token.
-
-    Returns:
-        A tensor of the shape of ``resid_pre``.
 
     Raises:
         CouplingError: if no gradient reaches the output: F = X + f(X) always has one.

@@ -29,10 +29,7 @@ INTERNALS = {
 
 
 def put_bridge_into(twin: nn.Module) -> nn.Module:
-    """Replace the insides of the twin's blocks by TransformerLens' components.
-
-    Returns:
-        TransformerLens' bridge over the same weights, which runs the twin's blocks.
+    """Return TransformerLens' bridge, whose components replace the insides of the twin's blocks.
 
     Raises:
         Exception: as TransformerLens raises for a model that it cannot bridge.

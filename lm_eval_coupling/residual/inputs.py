@@ -79,10 +79,7 @@ class TokenIds:
         self.several = [[word % words for word in prompt] for prompt in ([1, 2, 3], [4] * 21)]
 
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Pad token ids to [prompt, seq]; each prompt is a sequence or a tensor [seq] or [1, seq].
-
-        Returns:
-            The arguments of the model, and the number of tokens of each prompt.
+        """Return token ids padded to [prompt, seq], of sequences or of tensors [seq] or [1, seq].
 
         Raises:
             CouplingError: for anything else. A GPU that looks up a row beyond its embeddings is

@@ -262,13 +262,10 @@ class ResidualModel:
         output_tokens: Sequence[int] | None = None,
         direction: Direction | None = None,
     ) -> list[ResidualTrace]:
-        """Run :meth:`trace` of several prompts in one pass, padded on the right.
+        """Return a :meth:`trace` of each of several prompts, from one pass padded on the right.
 
         Prompts are traced one by one if the padding of the model's arguments is not known. So they
         are if a padded pass gives another stream, or if hooks are attached to the model.
-
-        Returns:
-            A trace per prompt, without the padding.
 
         Raises:
             Unmeasurable: if the scored model computes another stream for one of the prompts.

@@ -148,10 +148,7 @@ class Tracer:
         direction: Direction | None = None,
         keep_keys: bool = False,
     ) -> list[list[ResidualTrace]]:
-        """Run all prompts in one pass, padded on the right.
-
-        Returns:
-            For each prompt a trace per output token, or one trace, without the padding.
+        """Return a trace per prompt and output token (or one), from a pass padded on the right.
 
         Raises:
             CouplingError: if the model leaves out a block, or does not take the prompts.

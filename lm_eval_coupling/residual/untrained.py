@@ -13,13 +13,10 @@ from lm_eval_coupling.residual.weights import float_dtype
 
 
 def untrained_twin(model: nn.Module, seed: int) -> nn.Module:
-    """Initialize a new model of the class, configuration, dtype and device of ``model``.
+    """Return a new model of the class, configuration, dtype and device of ``model``, untrained.
 
-    The weights depend on the seed alone. They take the model's memory once more, unpacked where
-    its weights are packed. An adapter is left out.
-
-    Returns:
-        A model in evaluation mode, with storage of its own.
+    The weights depend on the seed alone. They take the model's memory once more, unpacked where its
+    weights are packed. An adapter is left out. It is in evaluation mode.
     """
     base = looked_through(model)
     config = copy.deepcopy(base.config)

@@ -21,14 +21,11 @@ _INTERRUPTED = "Interrupted: what was measured is kept, the same command measure
 
 
 def closing_lines(info: CouplingInfo, results: Mapping[str, Any]) -> str:
-    """Summarize a run for the terminal.
+    """Return a summary of a run for the terminal, empty if nothing was measured.
 
     Args:
         info: the run's, with its rows and the tables that were written.
         results: lm-eval's, for the number of evaluated documents.
-
-    Returns:
-        A text of several lines; empty if nothing was measured.
     """
     if not info.rows:
         return _INTERRUPTED if info.get("interrupted") else ""

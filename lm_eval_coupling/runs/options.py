@@ -72,10 +72,7 @@ class Options:
         out: Any = None,
         dry_run: Any = False,
     ) -> Options:
-        """Check every argument, given without the prefix ``coupling_``.
-
-        Returns:
-            The arguments, converted to the types of the fields.
+        """Return the options, every argument checked, given without the prefix ``coupling_``.
 
         Raises:
             CouplingError: naming the argument that is wrong.
@@ -177,13 +174,10 @@ class Options:
 
 
 def parse_settings(text: str) -> dict[str, str]:
-    """Split ``name=value,name=value`` into arguments with the prefix ``coupling_``.
+    """Return the settings of ``name=value,name=value``, unchecked, with the prefix ``coupling_``.
 
     Args:
         text: of the option ``--coupling``; the prefix may be left out.
-
-    Returns:
-        Unchecked values by name.
 
     Raises:
         CouplingError: if a part has no name or no value.

@@ -29,16 +29,13 @@ def sample_of(document: DocumentKey, doc_id: int) -> dict[str, Any]:
 def prompt_results(
     task: str, samples: Sequence[Mapping[str, Any]], *, model_name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the results that lm-eval would have left of a task without a metric.
+    """Return the results and samples that lm-eval would have left of a task without a metric.
 
     Args:
         task: name of the task.
         samples: one per prompt, see :func:`sample_of`.
         model_name: as tables and pictures name the model.
         config: what ``config`` of the results says of the model, with its kind as ``model``.
-
-    Returns:
-        Results with ``samples``, as `save_run` takes them.
     """
     hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
     number = len(samples)

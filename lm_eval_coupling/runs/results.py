@@ -101,7 +101,7 @@ def add_to_results(
 def with_logged_ids(
     rows: Sequence[Row], results: Mapping[str, Any], chosen: Mapping[str, Sequence[int]]
 ) -> list[Row]:
-    """Replace the ``doc_id`` of each row by the one that lm-eval logs.
+    """Return the rows with the ``doc_id`` that lm-eval logs.
 
     With ``--samples``, lm-eval numbers the requests from 0, in the order of the data set.
 
@@ -109,9 +109,6 @@ def with_logged_ids(
         rows: with the numbers of the requests.
         results: what `lm_eval.evaluate` returned, with or without samples.
         chosen: the documents that ``--samples`` chose, by task.
-
-    Returns:
-        As many rows, in their order.
     """
     logged = {
         _key(task, sample): sample["doc_id"]

@@ -80,7 +80,7 @@ def open_session(
     tokenizer: Any = None,
     quiet: bool = False,
 ) -> Session:
-    """Wrap the scored model, and its untrained twin if one is present for, for measuring.
+    """Return a session on the scored model, and on its untrained twin if one is asked for.
 
     Args:
         options: what to measure.
@@ -88,9 +88,6 @@ def open_session(
         store: where measurements are kept.
         tokenizer: the model's own; None for an image classifier.
         quiet: True for every process except the one that reports.
-
-    Returns:
-        A session that measures any prompts any number of times.
 
     Raises:
         CouplingError: if the model cannot be measured with these options.

@@ -13,7 +13,7 @@ from lm_eval_coupling.runs.rows import DocumentKey
 def choose(
     keys: Iterable[DocumentKey], roots: Sequence[Any], limit: int | None, seed: int
 ) -> set[DocumentKey]:
-    """Choose at most ``limit`` documents for each requested task or group.
+    """Return the keys of at most ``limit`` documents for each requested task or group.
 
     Args:
         keys: every evaluated document, of all processes.
@@ -24,9 +24,6 @@ def choose(
         seed: of the sample. The order depends on the document alone, not on its task or prompt:
             models, few-shot settings and tasks with the same documents are measured on the same
             ones.
-
-    Returns:
-        Keys of the documents to measure.
     """
     if limit is None:
         return set(keys)

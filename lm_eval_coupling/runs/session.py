@@ -273,11 +273,7 @@ class Session:
                     logger.warning("coupling: %s", words)
 
     def try_one(self, spots: Sequence[Spot]) -> list[str]:
-        """Measure one spot on each set of weights.
-
-        Returns:
-            A few lines on what measuring all of them would cost.
-        """
+        """Return lines on what measuring all spots would cost, after one on each set of weights."""
         lines = []
         for subject in self.subjects:
             recalled = self._recall(subject, spots)
@@ -325,10 +321,10 @@ def _measure(
     settings: Settings,
     keep: Callable[[Sequence[PromptCoupling]], None],
 ) -> list[PromptCoupling]:
-    """Measure the spots of a batch, traced in one pass: the first of every text, then the second.
+    """Return a record for each spot of a batch, traced in one pass.
 
-    Returns:
-        A record for each spot. ``keep`` is called with them as they are made.
+    The first spots of every text go first, then the second; ``keep`` gets the records as they are
+    made.
     """
     turns: dict[tuple[int, ...], int] = {}
     parts: list[list[int]] = []

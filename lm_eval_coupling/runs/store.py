@@ -68,7 +68,7 @@ class MeasurementStore:
     def key(
         identity: str, measure: str, settings: dict[str, Any], tokens: Sequence[int], position: int
     ) -> str:
-        """Return the key of one measure of one prompt.
+        """Return the key of one measure of one prompt: the SHA-256 of all arguments as JSON.
 
         Args:
             identity: of the weights and of everything else that changes a forward pass.
@@ -76,9 +76,6 @@ class MeasurementStore:
             settings: everything that its numbers depend on, its version included.
             tokens: token ids of the prompt.
             position: the measured token, from 0.
-
-        Returns:
-            The SHA-256 of their canonical JSON, in hexadecimal.
         """
         what = [identity, measure, settings, [int(t) for t in tokens], int(position)]
         return hashlib.sha256(
@@ -170,12 +167,9 @@ class MeasurementStore:
             connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """Repeat ``action`` while another connection holds the file, up to `BUSY_SECONDS`.
+        """Return ``action()``, repeated for up to `BUSY_SECONDS` while another connection is busy.
 
         After a failure the next calls give up sooner: a run must not wait for every batch.
-
-        Returns:
-            The result of ``action``.
 
         Raises:
             OperationalError: of the last attempt.

@@ -108,13 +108,12 @@ def permutation_p_value(
 ) -> float:
     """Return the share of permutations whose statistic is at least as large in absolute value.
 
+    It is two-sided, and 1 for a statistic of 0.
+
     Args:
         observed: Statistic of the data.
         resampled: The statistic of each permutation.
         are_all: Whether these are all permutations, the observed one among them.
-
-    Returns:
-        The two-sided p-value; 1 for a statistic of 0.
     """
     larger = int(np.sum(np.abs(resampled) >= abs(observed) - _EQUAL))
     added = 0 if are_all else 1  # the observed order is one more
@@ -135,16 +134,14 @@ def correlation_interval(
     """Return an interval of a correlation that holds for skewed data and within families.
 
     It is the jackknife's on Fisher's scale, with Student's t of (units − 1) degrees of freedom,
-    widened to Fisher's normal interval where that is wider.
+    widened to Fisher's normal interval where that is wider. NaN where there are fewer than 3
+    families.
 
     Args:
         coefficient: The correlation.
         without: The correlation without each unit; empty to have Fisher's interval alone.
         variance: Large-sample variance of artanh of the coefficient; 0 to have the jackknife's
             alone, as for families.
-
-    Returns:
-        Its two bounds; NaN where there are fewer than 3 families.
     """
     few = len(without) < 3
     if few and not variance:

@@ -43,7 +43,7 @@ def in_words(
     carried: bool = True,
     where: str = "",
 ) -> str:
-    """Describe a result, its uncertainty and what it does not show in a few sentences.
+    """Return sentences on a result, its uncertainty and what it does not show, for any reader.
 
     Args:
         result: A result of a function of this package.
@@ -56,9 +56,6 @@ def in_words(
         carried: Whether the correlation itself is beyond chance; if not, a comparison or a
             regression that builds on it claims nothing.
         where: Where a correlation holds, such as ``within families``.
-
-    Returns:
-        Sentences for a reader who has not seen the numbers.
 
     Raises:
         TypeError: If the result is of another kind.

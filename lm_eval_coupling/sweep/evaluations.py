@@ -38,16 +38,13 @@ def refuse_scoring(fields: Fields) -> None:
 def with_evaluations(
     units: Sequence[Unit], samples: Path, output: Path | None, problems: list[str]
 ) -> tuple[list[Unit], list[Task]]:
-    """Give every unit the evaluations of its model, and note in ``problems`` those without one.
+    """Return units with the evaluations of their models, and all tasks of these.
 
     Args:
         units: models with revisions.
         samples: lm-eval's results file, or a folder that holds some, at any depth.
         output: of the plan, which must lie outside of ``samples``.
         problems: sentences on what is missing are added.
-
-    Returns:
-        The units, and all tasks that any of them was evaluated on.
     """
     # Imported here, because other plans need no pandas.
     from lm_eval_coupling.samples.logged import of_model, read_results, require_apart

@@ -72,12 +72,9 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, unit: Unit, batch_size: Any = None) -> Outcome:
-        """Do what is missing of a unit; a failure is returned and never raised.
+        """Return the state that a unit is left in, with the reason, after doing what it lacks.
 
-        ``batch_size`` replaces the plan's.
-
-        Returns:
-            The state that the unit is left in, with the reason.
+        A failure is returned and never raised. ``batch_size`` replaces the plan's.
         """
         folder = self.plan.folder(unit)
         try:

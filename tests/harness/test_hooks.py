@@ -31,6 +31,12 @@ def installed():
     return lm_eval
 
 
+def step(name, module):
+    """Replace the functions of a stand-in for a module of lm-eval."""
+    module.__name__ = name
+    hooks.after_import(module)
+
+
 def test_an_unwritable_folder_is_told(tmp_path, monkeypatch):
     require_writable(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
@@ -80,7 +86,7 @@ class Manager:
 )
 def test_our_tasks_come_before_the_users(given, theirs):
     manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
-    hooks._add_tasks(manager)
+    step("lm_eval.tasks.manager", manager)
     made = manager.TaskManager("INFO", given, metadata={"a": 1})
     assert made.seen == [plugin.tasks_folder(), *theirs] and made.include_path == given
     assert made.rest == ("INFO", True, {"a": 1})
@@ -171,7 +177,7 @@ def test_an_unknown_task_is_one_sentence_with_the_nearest_name(installed, capsys
     def evaluate(_):
         manager = types.SimpleNamespace(TaskManager=type("TaskManager", (Manager,), {}))
         manager.TaskManager.all_tasks = ["arc_easy", "winogrande"]
-        hooks._add_tasks(manager)
+        step("lm_eval.tasks.manager", manager)
         manager.TaskManager()
         raise ValueError("Tasks not found: arc_eazy, winogrande_")
 
@@ -324,7 +330,7 @@ def evaluator(results):
     module = types.SimpleNamespace(
         evaluate=lambda *_, **__: results, simple_evaluate=lambda *_, **__: results
     )
-    hooks._record_after_scoring(module)
+    step("lm_eval.evaluator", module)
     return module
 
 
@@ -350,7 +356,7 @@ def test_how_it_was_asked_is_known(installed):
         return {}
 
     module = types.SimpleNamespace(evaluate=evaluate, simple_evaluate=evaluate)
-    hooks._record_after_scoring(module)
+    step("lm_eval.evaluator", module)
     module.evaluate(
         types.SimpleNamespace(record_coupling=lambda *given: seen.append(given[2])),
         {},
@@ -391,7 +397,7 @@ def test_a_name_that_was_bound_before_us_records():
     )
     bound, seen = module.evaluate, []
     for _ in range(2):
-        hooks._record_after_scoring(module)
+        step("lm_eval.evaluator", module)
     for evaluate in (bound, module.evaluate):
         evaluate(types.SimpleNamespace(record_coupling=lambda *given: seen.append(given)), {})
         assert len(seen) == 1

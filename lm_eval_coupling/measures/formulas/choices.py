@@ -104,15 +104,12 @@ def choices_by_part(choice: str | int) -> dict[str, str]:
 
 
 def chosen_in_part(choice: str, length: int) -> list[int]:
-    """Return the tokens that ``choice`` names in a response or continuation, each once.
+    """Return the tokens that ``choice`` names in a response or continuation, from 0, each once.
 
     Args:
         choice: ``first``, ``last`` or ``spreadN``, which spreads N tokens evenly from the first to
             the last; or several of them, joined by plus signs.
         length: number of tokens, at least one.
-
-    Returns:
-        Indices from 0, in the order of ``choice``.
     """
     tokens: list[int] = []
     for name in choice.split("+"):

@@ -180,12 +180,9 @@ def at_ranks(
     ranks: Sequence[int],
     compute: Callable[[Tensor], Mapping[str, Tensor]],
 ) -> dict[str, Float[Tensor, "ranks *batch basis"]]:
-    """Compute numbers of A cut to every rank; NaN in bases of lower rank.
+    """Return numbers of A cut to every rank, stacked, by name; NaN in bases of lower rank.
 
     The singular vectors of a zero σ are arbitrary, and so would be the numbers.
-
-    Returns:
-        The numbers by name, stacked over the ranks.
 
     Args:
         A: coupling matrices at the largest rank.
