@@ -23,19 +23,16 @@ from lm_eval_coupling.measures.registry import (
     Measure,
     column_reading,
     mean_reading,
+    prompt_by_prompt,
     ranked_reading,
 )
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
-
-
-def run(batch: Batch) -> list[MeasureResult]:
-    """Measure the controls that follow from the Jacobians and triplets of the coupling."""
-    return batch.measure_each(_measure, "controls")
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
+    """Measure the controls that follow from the Jacobians and triplets of the coupling."""
     from lm_eval_coupling.measures.formulas import ablations
     from lm_eval_coupling.measures.formulas.miscoupling import (
         at_ranks,
@@ -93,12 +90,8 @@ def _reasons(
     return tuple(reasons)
 
 
-def run_without_identity(batch: Batch) -> list[MeasureResult]:
-    """Measure the coupling of J − (tr J / d) I, in singular bases of its own."""
-    return batch.measure_each(_measure_without_identity, "without_identity")
-
-
 def _measure_without_identity(prompt: TracedPrompt) -> MeasureResult:
+    """Measure the coupling of J − (tr J / d) I, in singular bases of its own."""
     from lm_eval_coupling.measures.formulas.ablations import paired_miscoupling, without_identity
     from lm_eval_coupling.measures.formulas.miscoupling import at_ranks, coupling_matrices
     from lm_eval_coupling.numerics.spectra import numerical_rank, top_singular
@@ -167,7 +160,7 @@ MEASURES = (
             ),
             *JACOBIAN,
         ),
-        run=run,
+        run=prompt_by_prompt("controls", _measure),
         settings=("ranks", "method"),
         jacobians=True,
         readings=(
@@ -241,7 +234,7 @@ MEASURES = (
             ),
             *JACOBIAN,
         ),
-        run=run_without_identity,
+        run=prompt_by_prompt("without_identity", _measure_without_identity),
         settings=("ranks", "method"),
         jacobians=True,
         readings=(

@@ -11,19 +11,15 @@ from lm_eval_coupling.measures.registry import (
     Measure,
     column_reading,
     mean_reading,
+    prompt_by_prompt,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 _FEWEST_TOKENS = 3  # A curvature takes two differences of states.
-
-
-def run(batch: Batch) -> list[MeasureResult]:
-    """Measure the geometry of the stream."""
-    return batch.measure_each(_measure, "geometry")
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
@@ -194,7 +190,7 @@ MEASURES = (
                 "(arXiv 2410.10672)",
             ),
         ),
-        run=run,
+        run=prompt_by_prompt("geometry", _measure),
         readings=_READINGS,
     ),
 )

@@ -8,21 +8,16 @@ from lm_eval_coupling.errors import Reason, Unmeasurable
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.depth import undefined_pairs
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of
-from lm_eval_coupling.measures.registry import Column, Measure, ranked_reading
+from lm_eval_coupling.measures.registry import Column, Measure, prompt_by_prompt, ranked_reading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lm_eval_coupling.jacobians.protocol import Call
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 HALVES = ("attention", "mlp")
 _SLACK = 10  # Two Jacobians and a product may be off by this many tolerances of one Jacobian.
-
-
-def run(batch: Batch) -> list[MeasureResult]:
-    """Measure m̃ among the halves of all blocks."""
-    return batch.measure_each(_measure, "halves")
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
@@ -121,7 +116,7 @@ MEASURES = (
                 "relative error of attention, then MLP, along one direction",
             ),
         ),
-        run=run,
+        run=prompt_by_prompt("halves", _measure),
         version=2,
         settings=("ranks", "method"),
         readings=tuple(

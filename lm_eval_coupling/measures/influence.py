@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_coupling.measures.contract import MeasureResult
-from lm_eval_coupling.measures.registry import Column, Measure, column_reading
+from lm_eval_coupling.measures.registry import Column, Measure, column_reading, prompt_by_prompt
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
-
-
-def run(batch: Batch) -> list[MeasureResult]:
-    """Measure norms of the Jacobians from every token, and the full spectrum of J_tt."""
-    return batch.measure_each(_measure, "spectra")
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
+    """Measure norms of the Jacobians from every token, and the full spectrum of J_tt."""
     import numpy as np
     import torch
 
@@ -83,7 +79,7 @@ MEASURES = (
             ),
             Column("depth_r2", "max_rank", "R² of that line; NaN with fewer than 3 blocks"),
         ),
-        run=run,
+        run=prompt_by_prompt("spectra", _measure),
         settings=("ranks", "method"),
         readings=(
             column_reading("effective_rank", "effective rank of the Jacobian", over="block"),

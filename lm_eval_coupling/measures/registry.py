@@ -247,6 +247,13 @@ class Measure:
         return dataclasses.replace(result, columns=values)
 
 
+def prompt_by_prompt(
+    name: str, measure: Callable[[Any], MeasureResult]
+) -> Callable[[Batch], Sequence[MeasureResult]]:
+    """Return the ``run`` of the measure ``name``, which takes one prompt of a batch at a time."""
+    return lambda batch: batch.measure_each(measure, name)
+
+
 # Columns of every record, whatever was measured.
 PROMPT = (
     Column("tokens", "seq", "token ids of the prompt", "whole"),

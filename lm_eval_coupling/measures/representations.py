@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas import spread
-from lm_eval_coupling.measures.registry import Column, Measure, SampleReading
+from lm_eval_coupling.measures.registry import Column, Measure, SampleReading, prompt_by_prompt
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 
-def run(batch: Batch) -> list[MeasureResult]:
+def _measure(prompt: TracedPrompt) -> MeasureResult:
     """Record the state of the measured token after the last block."""
-    return batch.measure_each(
-        lambda prompt: MeasureResult({"representation": prompt.trajectory[-1]}), "representations"
-    )
+    return MeasureResult({"representation": prompt.trajectory[-1]})
 
 
 MEASURES = (
@@ -30,7 +28,7 @@ MEASURES = (
         columns=(
             Column("representation", "d_model", "x^L at the measured token, before the final norm"),
         ),
-        run=run,
+        run=prompt_by_prompt("representations", _measure),
         sample_readings=(
             SampleReading(
                 name="alpha_req",

@@ -6,20 +6,16 @@ from typing import TYPE_CHECKING
 
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.depth import PAIRS, mean_of_pairs
-from lm_eval_coupling.measures.registry import JACOBIAN, Column, Measure
+from lm_eval_coupling.measures.registry import JACOBIAN, Column, Measure, prompt_by_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lm_eval_coupling.measures.contract import Batch, TracedPrompt
-
-
-def run(batch: Batch) -> list[MeasureResult]:
-    """Measure m_K of all pairs of blocks with U and V exchanged."""
-    return batch.measure_each(_measure, "swapped")
+    from lm_eval_coupling.measures.contract import TracedPrompt
 
 
 def _measure(prompt: TracedPrompt) -> MeasureResult:
+    """Measure m_K of all pairs of blocks with U and V exchanged."""
     from lm_eval_coupling.measures.formulas.miscoupling import (
         at_ranks,
         coupling_matrices,
@@ -53,7 +49,7 @@ MEASURES = (
             Column("miscoupling_to_absolute_vju", PAIRS, "the same with |A| entrywise"),
             *JACOBIAN,
         ),
-        run=run,
+        run=prompt_by_prompt("swapped", _measure),
         version=2,
         settings=("ranks", "method"),
         jacobians=True,

@@ -12,23 +12,13 @@ from typing import TYPE_CHECKING
 from lm_eval_coupling.errors import Reason
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.formulas.choices import chosen_layers, chosen_tokens
-from lm_eval_coupling.measures.registry import Column, Measure
+from lm_eval_coupling.measures.registry import Column, Measure, prompt_by_prompt
 
 if TYPE_CHECKING:
-    from lm_eval_coupling.measures.contract import Batch, Settings, TracedPrompt
+    from lm_eval_coupling.measures.contract import Settings, TracedPrompt
 
 
 PAIRS = "rank chosen chosen token token"
-
-
-def run_self(batch: Batch) -> list[MeasureResult]:
-    """Measure m̃ between the J_tt of the chosen tokens, for all pairs of the chosen layers."""
-    return batch.measure_each(_self_coupling, "self")
-
-
-def run_context(batch: Batch) -> list[MeasureResult]:
-    """Measure m̃ between Jacobians that share the first chosen input or the measured output."""
-    return batch.measure_each(_context_coupling, "context")
 
 
 def _choices(prompt: TracedPrompt) -> tuple[list[int], list[int]]:
@@ -38,6 +28,7 @@ def _choices(prompt: TracedPrompt) -> tuple[list[int], list[int]]:
 
 
 def _self_coupling(prompt: TracedPrompt) -> MeasureResult:
+    """Measure m̃ between the J_tt of the chosen tokens, for all pairs of the chosen layers."""
     from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
 
     layers, tokens = _choices(prompt)
@@ -50,6 +41,7 @@ def _self_coupling(prompt: TracedPrompt) -> MeasureResult:
 
 
 def _context_coupling(prompt: TracedPrompt) -> MeasureResult:
+    """Measure m̃ between Jacobians that share the first chosen input or the measured output."""
     import numpy as np
 
     from lm_eval_coupling.measures.formulas.layer_pairs import jacobians_over, miscoupling_of_all
@@ -96,7 +88,7 @@ MEASURES = (
             Column("self_layers", "chosen", _LAYERS, "whole"),
             Column("self_miscoupling", PAIRS, "m̃ of J_tt^l in the bases of J_t't'^{l'}"),
         ),
-        run=run_self,
+        run=prompt_by_prompt("self", _self_coupling),
         version=2,
         settings=_SETTINGS,
         option=_EXAMPLE,
@@ -121,7 +113,7 @@ MEASURES = (
                 "m̃ with the output token fixed, the measured one",
             ),
         ),
-        run=run_context,
+        run=prompt_by_prompt("context", _context_coupling),
         version=2,
         settings=_SETTINGS,
         option=_EXAMPLE,
