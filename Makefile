@@ -20,8 +20,9 @@ setup: $(BIN)/.ready  ## a virtual environment with everything installed
 
 # Without the start-up hook, so that the tests import the package first, with checks of shapes on it.
 # Tests run side by side: the threads of their child processes would wait for each other. Three
-# workers keep two cores busy: one of them waits for SLURM for minutes.
-TEST = LM_EVAL_COUPLING_NO_HOOK=1 OMP_NUM_THREADS=1 $(BIN)/python
+# workers keep two cores busy: one of them waits for SLURM for minutes. Bytecode is kept even where
+# the environment forbids it: every process of the tests would compile the package again.
+TEST = LM_EVAL_COUPLING_NO_HOOK=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python
 test: setup  ## run all tests
 	$(TEST) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 

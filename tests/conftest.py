@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ check_shapes_in("lm_eval_coupling", "coupling_analysis")
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
+importlib.import_module("lm_eval_coupling.runs.announcement")._SECONDS = 0.005  # for an estimate
 
 # Files that take longest, the longest first, so that no worker is left alone with one at the end.
 LONG = [

@@ -236,6 +236,7 @@ def test_exponent_of_known_growth(benchmark):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_memory_of_a_process_of_its_own(benchmark, model):
     options = SimpleNamespace(model=model, threads=1, device="cpu", dtype="float32", ranks=[4])
     found = benchmark("memory").in_a_process(options, "ours", 6)
@@ -349,7 +350,7 @@ class TestDevice:
     def test_the_script(self, benchmark, tmp_path):
         """Its processes cover every part and end as the worst of them does; one is a real one."""
         python = tmp_path / "python"
-        python.write_text(STAND_IN.format(python=sys.executable, told=tmp_path / "told"))
+        python.write_text(STAND_IN.format(python=forked_python(), told=tmp_path / "told"))
         python.chmod(0o755)
         out = tmp_path / "out"
         environment = os.environ | {"OUT": str(out), "DEVICE": "cpu", "PYTHON": str(python)}

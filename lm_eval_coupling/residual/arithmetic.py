@@ -24,12 +24,15 @@ class TrueDtype(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0] if args[0].is_floating_point() else args[0].to(self.dtype)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = self.dtype
-        return func(*(self.dtype if a is torch.float32 else a for a in args), **kwargs)
+        if kwargs and kwargs.get("dtype") is torch.float32:
+            kwargs = kwargs | {"dtype": self.dtype}
+        for argument in args:  # not by `in`, which compares tensors
+            if argument is torch.float32:
+                args = tuple(self.dtype if a is torch.float32 else a for a in args)
+                break
+        return func(*args, **(kwargs or {}))
 
 
 def arithmetic(dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -41,6 +41,7 @@ _OWN = "forward class"  # of a module that the model's own class does not make
 _OWN_CLASS = "class "
 # Where functions are looked up whose replacement acts on the models of a process.
 _NAMESPACES = ("torch.nn.functional", "torch")
+_PYTHON_FUNCTIONS = (types.FunctionType, functools.partial)
 _OF_TORCH = ("torch", "typing_extensions")  # whose functions torch itself puts there
 
 
@@ -203,16 +204,21 @@ def _patched_functions(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str
     """Yield the functions that the user put into classes and modules of libraries."""
     kinds = {kind for _, module in named for kind in type(module).__mro__}
     kinds = {kind for kind in kinds if f"{kind.__module__}.".startswith(FRAMEWORKS)}
-    owners: dict[str, dict[str, Any]] = {
-        name: dict(vars(module))
+    owners: dict[str, Any] = {
+        name: module
         for name, module in list(sys.modules.items())
         if name in _NAMESPACES
         or (name.startswith("transformers.") and type(module) is types.ModuleType)
     }
-    owners |= {f"{kind.__module__}.{kind.__qualname__}": dict(vars(kind)) for kind in kinds}
-    for owner, members in sorted(owners.items()):
-        for name, function in list(members.items()):
-            if _is_of_user(function, owner):
+    owners |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+    passed_over: set[type] = set()  # most values are classes, texts and built-in functions
+    for owner in sorted(owners):
+        for name, function in list(vars(owners[owner]).items()):
+            if (kind := type(function)) in passed_over:
+                continue
+            if not issubclass(kind, _PYTHON_FUNCTIONS) and is_library_module(kind.__module__):
+                passed_over.add(kind)
+            elif _is_of_user(function, owner):
                 yield f"forward pass's function {owner}.{name}", function
 
 
@@ -223,9 +229,10 @@ def _is_of_user(value: Any, owner: str) -> bool:
     if not isinstance(value, types.FunctionType):
         is_own = not is_library_module(type(value).__module__)
         return is_own and callable(value) and is_of_user(value)
+    if owner not in _NAMESPACES or not is_of_library(value):
+        return not is_of_library(value)
     root = str(value.__globals__.get("__name__")).partition(".")[0]
-    is_foreign = root not in sys.stdlib_module_names and root not in _OF_TORCH
-    return not is_of_library(value) or (owner in _NAMESPACES and is_foreign)
+    return root not in sys.stdlib_module_names and root not in _OF_TORCH
 
 
 def _fresh(base: nn.Module) -> dict[str, nn.Module]:

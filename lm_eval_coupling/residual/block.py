@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -95,6 +97,8 @@ class _ModuleState:
         self.attributes, self.buffers = vars(module), module._buffers
         own = {n: v for n, v in self.attributes.items() if n not in _NOT_RESTORED}
         self.kept = {name: (value, _contents(value)) for name, value in own.items()}
+        self.names, self.values = [*own], [*own.values()]
+        self.containers = [item for item in self.kept.values() if item[1] is not None]
         self.is_component = is_component(module)
         self.size = len(self.attributes)
         self.kept_buffers = dict(self.buffers)
@@ -110,11 +114,7 @@ class _ModuleState:
 
     def restore(self) -> bool:
         changed = self._restore_buffers()
-        same = len(self.attributes) == self.size and all(
-            self.attributes.get(name, _MISSING) is value and _has_contents(value, contents)
-            for name, (value, contents) in self.kept.items()
-        )
-        if same:
+        if self._is_as_before():
             return changed
         if self.is_component:
             self._drop_tensors()
@@ -130,6 +130,15 @@ class _ModuleState:
                 _put_back(value, contents)
                 changed = True
         return changed
+
+    def _is_as_before(self) -> bool:
+        # By `map`: this runs for every module after every pass of a block.
+        present = map(self.attributes.get, self.names, itertools.repeat(_MISSING))
+        return (
+            len(self.attributes) == self.size
+            and all(map(operator.is_, present, self.values))
+            and all(_has_contents(value, contents) for value, contents in self.containers)
+        )
 
     def _drop_tensors(self) -> None:
         """Put back only what holds tensors: a component's other notes are for its next pass."""

@@ -125,4 +125,9 @@ def is_library_module(name: str) -> bool:
     if root in sys.stdlib_module_names and root != "__main__":
         return True
     file = getattr(sys.modules.get(root), "__file__", None)
-    return file is not None and str(Path(file)).startswith(_LIBRARIES)
+    return file is not None and _is_library_file(file)
+
+
+@functools.cache
+def _is_library_file(file: str) -> bool:
+    return str(Path(file)).startswith(_LIBRARIES)

@@ -149,7 +149,7 @@ def test_token_pairs_are_averaged_from_the_end_of_the_prompt(tmp_path):
 
 
 def test_coupling_matrices_are_those_of_the_measurement(tmp_path):
-    model = prompt_matrices.load_model(tiny.save_model(tmp_path))
+    model = prompt_matrices.load_model(tiny.save_model(tmp_path, num_hidden_layers=4))
     ids = model.encode("The sky is blue.")
     (expected,) = measure_coupling(model, [ids], ranks=[4], progress=False)
     actual = prompt_matrices.layer_matrices(model, ids, [1, 3], -1, 4)

@@ -224,7 +224,7 @@ def _stages(
     announced = memory_of(model, rank=settings.ranks[-1], seq=tokens, prompts=len(offered))
     spent = []
     records: Sequence[Any] = ()
-    for _ in range(runs):
+    for _ in range(min(runs, 2) if options.quick else runs):
         _forget_peak(model)
         records, seconds = stages.measured(model, offered, settings)
         spent.append(seconds)

@@ -74,5 +74,5 @@ def test_the_python_code_of_the_readme(tmp_path, monkeypatch):
     assert names["record"].reason is None and 0 < names["record"].coupling(10) < 1
     expressions = [line.split("  #")[0] for line in code.splitlines() if "  #" in line]
     values = [eval(line, names) for line in expressions]
-    assert values[0][1] == (3, 4, 4) and values[1].shape == (4, 64, 64)
+    assert values[0][1] == (3, 2, 2) and values[1].shape == (2, 64, 64)
     assert isinstance(values[2], pd.DataFrame) and len(values[2]) == 3 and len(values[3]) == 1

@@ -38,7 +38,7 @@ def test_weights_that_are_not_finite_keep_their_scores(evaluate, home, tmp_path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(home / "float32")
-    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("inf")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(home / "float32").save_pretrained(tmp_path / "broken")
     found = evaluate(kinds=("choice",), pretrained=tmp_path / "broken")
@@ -46,7 +46,7 @@ def test_weights_that_are_not_finite_keep_their_scores(evaluate, home, tmp_path)
     assert scores(found)[1] == scores(expected)[1]
     info = found["config"]["coupling"]
     assert info["measured"] == 0 and info["failed"] == 2
-    assert "block 2 is not finite" in json.dumps(info["tasks"])
+    assert "block 1 is not finite" in json.dumps(info["tasks"])
 
 
 def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
@@ -89,11 +89,12 @@ def test_a_document_of_which_a_context_is_missing_is_not_measured(evaluate, monk
             raise KeyboardInterrupt
         return right(*args)
 
-    arguments = {"coupling_limit": "all", "coupling_measures": "regularity"}
+    options = {"kinds": ("winogrande",), "limit": 4}
+    options["arguments"] = {"coupling_limit": "all", "coupling_measures": "regularity"}
     with monkeypatch.context() as patch:
         patch.setattr("lm_eval_coupling.runs.session.measure_prompts", interrupted)
-        partial = evaluate(kinds=("winogrande",), arguments=arguments)["config"]["coupling"]
-    whole = evaluate(kinds=("winogrande",), arguments=arguments)["config"]["coupling"]
+        partial = evaluate(**options)["config"]["coupling"]
+    whole = evaluate(**options)["config"]["coupling"]
     assert partial["interrupted"] and partial["measured"] <= batches // 2
     assert whole["reused"] == batches and not whole["interrupted"]
     rows = {(row.document, row.prompt.index) for row in partial.rows}

@@ -40,7 +40,7 @@ from lm_eval_coupling.runs.store import default_store_path
         ({"coupling_untrained": True}, "coupling_untrained=True, expected the seed"),
         ({"coupling_untrained": "seed1", "coupling_untrained_seed": 2}, "coupling_untrained=seed1"),
         ({"30": ""}, "got 30 as an argument.* a plus sign, as in coupling_ranks=10\\+30"),
-        ({"coupling_layers": -9.0}, "got layer -9 of a model of 4 blocks"),
+        ({"coupling_layers": -9.0}, "got layer -9 of a model of 2 blocks"),
         ({"coupling_measures": "depht"}, "unknown measure 'depht', expected any of depth"),
         ({"coupling_dtype": "float16"}, "expected one of float32, float64"),
         ({"coupling_limit": -1}, "coupling_limit=-1"),

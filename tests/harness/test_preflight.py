@@ -96,7 +96,7 @@ def test_facts_of_a_model_without_its_weights(home):
     assert facts == {
         str(home / "model"): {
             "d_model": 32,
-            "n_layers": 4,
+            "n_layers": 2,
             "n_params": parameters,
             "vocab_size": model.config.vocab_size,
             "dtype": "float32",
@@ -272,12 +272,12 @@ def test_a_whole_plan_is_checked_in_a_process_of_its_own(home, tmp_path, monkeyp
     monkeypatch.setattr(sys, "executable", forked_python())
     file = tmp_path / "plan.yaml"
     file.write_text(json.dumps(plan))
-    assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
+    assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 2
     with monkeypatch.context() as patch:  # what was found right is not looked at again
         patch.setattr(
             subprocess, "run", lambda *words, **options: pytest.fail("it was asked again")
         )
-        assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 4
+        assert checks.check(plans.read(file))[str(home / "model")]["n_layers"] == 2
     (override,) = (tmp_path / "out" / "tasks").glob("*.yaml")
     assert yaml.safe_load(override.read_text())["num_fewshot"] == 2
     file.write_text(

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import reference
+import tiny
 import torch
 from evaluations import command, run, written
 
@@ -54,19 +55,21 @@ def test_coupling_is_among_what_trackio_logs(evaluate, tmp_path, monkeypatch):
         assert logged[f"{task}/coupling"] == pytest.approx(row["coupling,none"])
 
 
-def test_a_document_has_the_value_of_the_naive_oracle(evaluate, home):
+def test_a_document_has_the_value_of_the_naive_oracle(evaluate, tmp_path):
     """From the document's text to its number: tokenised, differentiated row by row, decomposed and
     averaged in float64.
     """
     from oracles import oracle
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = evaluate(kinds=("choice",), limit=1, arguments={"coupling_dtype": "float64"})
+    folder = tiny.save_model(tmp_path / "model", num_hidden_layers=4)
+    arguments = {"coupling_dtype": "float64"}
+    found = evaluate(kinds=("choice",), pretrained=folder, limit=1, arguments=arguments)
     (sample,) = found["samples"]["tiny_choice"]
     model = AutoModelForCausalLM.from_pretrained(
-        home / "float32", dtype=torch.float64, attn_implementation="eager"
+        folder, dtype=torch.float64, attn_implementation="eager"
     ).eval()
-    ids = AutoTokenizer.from_pretrained(home / "float32").encode(sample["arguments"][0][0])
+    ids = AutoTokenizer.from_pretrained(folder).encode(sample["arguments"][0][0])
     tokens = torch.tensor([ids])
     J = [oracle(model, tokens, layer, len(ids) - 1, len(ids) - 1) for layer in range(4)]
     U, _, V = zip(*(reference.top_singular(j, 2) for j in J), strict=True)

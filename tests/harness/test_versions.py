@@ -19,9 +19,12 @@ NEXT = "lm-eval==0.5.0.dev1"
 def next_release(tmp_path_factory):
     """A path to the pre-release; everything it needs is there with the present one."""
     folder, lean = tmp_path_factory.mktemp("next"), tmp_path_factory.mktemp("lean")
-    words = ["install", "--quiet", "--pre", "--no-deps", "--target", str(folder), NEXT]
+    words = "install --quiet --no-compile --pre --no-deps --target".split()
     found = subprocess.run(
-        [sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", *words, str(folder), NEXT],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if found.returncode:
         pytest.skip(f"no {NEXT} from the package index: {found.stderr.strip().splitlines()[-1]}")

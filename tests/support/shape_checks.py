@@ -94,8 +94,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
+        source = self.get_data(self.path)
+        if b"from jaxtyping import" not in source:
+            return super().get_code(fullname)
         # Not from the bytecode cache, which holds the code without checks.
-        tree = _Decorator().visit(ast.parse(self.get_data(self.path), self.path))
+        tree = _Decorator().visit(ast.parse(source, self.path))
         return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CONFIG = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -127,7 +127,7 @@ doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: "{{answer}}"
 generation_kwargs:
   until: ["\\n"]
-  max_gen_toks: 8
+  max_gen_toks: 4
 metric_list:
   - metric: exact_match
     aggregation: mean
