@@ -11,6 +11,7 @@ from shape_checks import check_shapes_in
 from torch.utils import collect_env
 
 check_shapes_in("lm_eval_coupling", "coupling_analysis")
+gc.set_threshold(100_000, 20, 100)  # collections took a tenth of the time
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)

@@ -30,7 +30,8 @@ SERVER = f"""
 import fcntl, gc, importlib, json, os, runpy, select, signal, socket, sys, types
 for name in {LOADED!r}:
     importlib.import_module(name)
-gc.freeze()  # no collection in a program need look at them
+gc.freeze()  # no collection in a program need look at them, nor often at its own
+gc.set_threshold(100_000, 20, 100)
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listener.bind(sys.argv[1])
 listener.listen(64)
