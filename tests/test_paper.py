@@ -35,7 +35,7 @@ FLOAT32_ROUNDING = 1e-6  # of the result; computed and compared in float64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_model(tmp_path_factory.mktemp("tiny"))
+    return tiny.save_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")

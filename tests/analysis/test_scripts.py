@@ -371,7 +371,7 @@ def test_checkpoints(tmp_path):
 
 def test_coupling_matrices(tmp_path):
     arguments = [
-        tiny.save_model(tmp_path / "model"),
+        tiny.save_model(tmp_path / "model", num_hidden_layers=4),
         "--prompt",
         "The sky is blue.",
         "--rank",

@@ -141,7 +141,7 @@ def words(monkeypatch):
 
 
 def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
-    model = tiny.save_model(tmp_path / "tiny")
+    model = tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
     words.main(
         [
             model,
@@ -181,7 +181,7 @@ def test_the_script_leaves_tables_and_a_picture(words, tmp_path, capsys):
 @pytest.fixture
 def measured(tmp_path):
     """Return a model and a run of it, with documents 0 and 1 measured at the last but one token."""
-    model = tiny.save_model(tmp_path / "tiny")
+    model = tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
     rows = [
         record("arc", i) | {"tokens": (3, 4 + i, 5, 9), "position": 2, "n_tokens": 4}
         for i in range(2)
