@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.console import end_after, log_safely, prepare_surroundings, say
+from lm_eval_coupling.console import (
+    end_after,
+    log_safely,
+    prepare_surroundings,
+    require_working_folder,
+    say,
+)
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.numerics.cores import limit_spinning
 from lm_eval_coupling.safe_text import for_terminal
@@ -42,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] != ["sweep"]:  # its runs are commands themselves, after the plan's own variables
         limit_spinning(os.environ)
     try:
-        # argparse would take lm-eval's own options, such as --help, for ours.
-        if words[:1] == ["run"]:
+        if words[:1] == ["run"]:  # argparse would take lm-eval's options, such as --help, for ours
             return _run(words[1:])
         options = command_parser().parse_args(words)
         if "folders" in options:
             require_roots(options.folders)  # before pandas is loaded
+        else:
+            require_working_folder()
         code = options.command(options) or 0
         sys.stdout.flush()  # here a full disk is an error of ours
         return code

@@ -8,9 +8,13 @@ import io
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_coupling.errors import why
+from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.safe_text import for_terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Errors of writing that come without the name of a file.
 _UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)
@@ -24,6 +28,37 @@ def prepare_surroundings() -> None:
     forget_backend_of_a_notebook()
     if os.environ.get("COLUMNS", "1").strip("0") == "":  # rich would print nothing
         del os.environ["COLUMNS"]
+
+
+def require_working_folder() -> None:
+    """Refuse to work in a folder that was deleted: MKL ends the process there, without a reason.
+
+    Raises:
+        CouplingError: if it was.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise CouplingError(
+            f"got a working directory that cannot be used ({why(error)}); change to another one"
+        ) from None
+
+
+def terminal_console(**options: Any) -> Console:
+    """Return a console of rich that leaves a closed output to :func:`end_after`, as ``print`` does.
+
+    By itself rich ends the process with code 1.
+
+    Args:
+        **options: those of rich's own class.
+    """
+    from rich.console import Console
+
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704 called while BrokenPipeError is handled
+
+    return _Console(**options)
 
 
 def replace_unprintable_characters() -> None:

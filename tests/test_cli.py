@@ -1,6 +1,8 @@
 """The command: quick help, one sentence for a mistake, lm-eval's own arguments untouched."""
 
+import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -195,6 +197,33 @@ def test_a_full_disk_behind_the_output_is_told(saved):
         )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "got an output, which cannot be used (No space left" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["show RUN", "fit RUN --out HERE/out", "show RUN --json"])
+def test_a_reader_that_ends_early_is_no_error(saved, words, tmp_path, monkeypatch):
+    """`fit … | head` ended with code 1, which rich sets."""
+
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    for number in range(3):
+        summary = {"arc": task_summary(0.2 + number / 9)}
+        save(tmp_path / "runs", summary, model=f"m{number}", rows=[record()], run_id=f"r{number}")
+    monkeypatch.setattr("sys.stdout", Closed())
+    places = {"RUN": str(tmp_path / "runs"), "HERE/out": str(tmp_path / "out")}
+    assert cli.main([places.get(word, word) for word in words.split()]) == 0
+
+
+@pytest.mark.parametrize("words", ["measure m p.txt --out o", "check m", "sweep plan.yaml"])
+def test_a_working_directory_that_was_deleted_is_told(words, tmp_path, monkeypatch, capsys):
+    """MKL ended the process: "Cannot load libtorch_cpu.so"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(words.split()) == 2
+    assert "got a working directory that cannot be used" in capsys.readouterr().err
 
 
 def test_run_hands_everything_to_lm_eval(monkeypatch):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from rich.console import Console
 from rich.table import Table
 
 from lm_eval_coupling.check.costs import Cost, costs
 from lm_eval_coupling.check.free_memory import require_room
 from lm_eval_coupling.check.oracle import BlockCheck, check_blocks
+from lm_eval_coupling.console import terminal_console
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.measuring.settings import Settings
@@ -171,7 +171,7 @@ def _show(model: str, device: str, results: Sequence[Checked]) -> None:
                 cost.reason or memory,
                 _word(cost.reason is None),
             )
-    Console().print(table)
+    terminal_console().print(table)
 
 
 def _word(ok: bool) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from lm_eval_coupling.console import terminal_console
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.fit.across_models import METHODS
 from lm_eval_coupling.fit.finding_pictures import figures
@@ -110,7 +111,7 @@ def _save_figures(findings: Findings, out: Path) -> Iterator[Path]:
 
 def show(findings: Findings, console: Console | None = None) -> None:
     """Print the tables to read, the finding and the notes."""
-    console = console or Console()
+    console = console or terminal_console()
     makers = (
         _score_table,
         _predictor_table,

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from lm_eval_coupling.console import end_after
 from lm_eval_coupling.errors import CouplingError, nearest
 from lm_eval_coupling.harness.lm_eval_internals import is_command_running
 from lm_eval_coupling.safe_text import for_terminal
@@ -88,6 +89,13 @@ def execute_plainly(execute: Callable, harness: Any, args: Any) -> Any:
         if not (command.is_ours and sentence):
             raise
         raise _exit(2, sentence) from None
+    except OSError as error:
+        # A closed or full output: lm-eval prints its tables once everything is saved.
+        if not command.is_ours or error.filename is not None:
+            raise
+        if code := end_after(error):
+            raise SystemExit(code) from None
+        returned = None
     finally:
         _running.reset(token)
     if command.interrupted:

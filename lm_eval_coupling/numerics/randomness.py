@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,9 +32,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Skip the initialization of `nn.Linear` inside: the weights are set right after."""
-    drawn = nn.Linear.reset_parameters
-    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    """Skip the initialization of `nn.Linear` inside: the weights are set right after.
+
+    Other threads initialize theirs.
+    """
+    drawn, own = nn.Linear.reset_parameters, threading.get_ident()
+
+    def reset_parameters(self: nn.Linear) -> None:
+        if threading.get_ident() != own:
+            drawn(self)
+
+    nn.Linear.reset_parameters = reset_parameters  # type: ignore[method-assign]
     try:
         yield
     finally:

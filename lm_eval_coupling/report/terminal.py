@@ -15,6 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from lm_eval_coupling.console import terminal_console
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.report.overview_rows import overview
 from lm_eval_coupling.report.run_comparison import compare_runs
@@ -122,7 +123,7 @@ def _by_root(tables: Tables, roots: Sequence[Path]) -> Tables:
 def _stdout() -> Console:
     """Return a console on stdout, wide enough for whole tables where it is piped."""
     is_piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=_PIPED_WIDTH if is_piped else None)
+    return terminal_console(width=_PIPED_WIDTH if is_piped else None)
 
 
 def _require(value: Any, choices: set[Any], what: str, where: str) -> None:

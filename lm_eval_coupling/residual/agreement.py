@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import Unmeasurable
+from lm_eval_coupling.errors import CouplingError, Unmeasurable
 from lm_eval_coupling.residual import rotary
 from lm_eval_coupling.residual.arguments import CACHES
 from lm_eval_coupling.residual.attachments import (
@@ -31,7 +31,7 @@ from lm_eval_coupling.residual.load_checks import (
     off_by,
 )
 from lm_eval_coupling.residual.scored import evaluation_mode
-from lm_eval_coupling.residual.stamp import Stamp
+from lm_eval_coupling.residual.stamp import Glance, Stamp
 from lm_eval_coupling.residual.weights import float_dtype
 
 _CLOSE = 2e-2  # in half precision: nearer than this, two arithmetics need no second opinion
@@ -45,6 +45,7 @@ class ScoredModel:
         name: its class.
         model: as it is scored, wrappers included.
         stamp: its state when it was wrapped.
+        glance: the part of its state that its twin does not follow.
         probed: the stream after the last block for the probe.
         last_block: its last block, by the block's name in the model inside the wrappers.
         inputs: what the model is run on.
@@ -57,6 +58,7 @@ class ScoredModel:
     name: str
     model: nn.Module
     stamp: Stamp
+    glance: Glance
     probed: Float[Tensor, "1 seq d_model"]
     last_block: nn.Module
     last_name: str
@@ -65,6 +67,19 @@ class ScoredModel:
     retraced: Callable[[], Any]
     rounds: bool
     is_present: bool
+
+    def require_unchanged(self) -> None:
+        """Refuse to measure what the model was before a change that its twin does not follow.
+
+        Raises:
+            CouplingError: if a weight, module, hook, function or adapter is another one.
+        """
+        current = Glance.at(self.model, self.stamp.ignored, with_weights=self.is_present)
+        if (name := self.glance.change_to(current)) is not None:
+            raise CouplingError(
+                f"got a model whose {name} is not the one that was wrapped, expected the same; "
+                "wrap the changed model anew with ResidualModel.wrap"
+            )
 
     @property
     def has_own_functions(self) -> bool:

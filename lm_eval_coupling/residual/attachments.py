@@ -304,7 +304,9 @@ def _computed_buffers(module: nn.Module, base: nn.Module) -> Iterator[tuple[str,
     buffers = {
         name: buffer
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set and name not in skipped
+        if name in module._non_persistent_buffers_set
+        and name not in skipped
+        and buffer.device.type != "meta"  # no numbers: the model was moved there
     }
     if not buffers:
         return

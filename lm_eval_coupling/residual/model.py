@@ -141,6 +141,11 @@ class ResidualModel:
         current = read_fingerprint(scored.model, scored.stamp.attached)
         return None if current == taken else "a part of a weight"
 
+    def require_unchanged(self) -> None:
+        """Raise CouplingError if weights, modules or hooks were replaced since wrapping."""
+        if self._scored is not None:
+            self._scored.require_unchanged()
+
     @cached_property
     def _fingerprint(self) -> Fingerprint:
         scored = self._require_scored()
@@ -270,6 +275,7 @@ class ResidualModel:
         Raises:
             Unmeasurable: if the scored model computes another stream for one of the prompts.
         """
+        self.require_unchanged()
         traces = self.tracer.trace(prompts, dtype, output_tokens, direction)
         if self._scored is None or self.tracer.first_input is not None:
             return traces

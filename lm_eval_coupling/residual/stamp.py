@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.residual.attachments import Attachments, attachments_of
+from lm_eval_coupling.residual.attachments import (
+    Attachments,
+    attachments_of,
+    own_hooks,
+    replaced_forward,
+)
 from lm_eval_coupling.residual.fingerprint import configuration
 from lm_eval_coupling.residual.rotary import recomputed_names
 from lm_eval_coupling.residual.weights import named_tensors
@@ -35,12 +40,7 @@ class Stamp:
     @classmethod
     def of(cls, model: nn.Module, ignored: Collection[str] = ()) -> Stamp:
         """Look at every module, and read a few numbers from each device."""
-        skipped = {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in model.named_modules()
-            for name in recomputed_names(module)
-        } | {place.removeprefix("module ").replace(", buffer ", ".") for place in ignored}
-        tensors = {name: t for name, t in named_tensors(model) if name not in skipped}
+        tensors = _tensors(model, ignored)
         return cls(
             places={name: _place(tensor) for name, tensor in tensors.items()},
             entries=dict(_entries(tensors)),
@@ -73,6 +73,59 @@ class Stamp:
         return None
 
 
+class Glance(dict[str, Any]):
+    """What a twin does not follow when its model changes, looked at in about a millisecond.
+
+    A twin follows numbers that are written into its weights. It keeps the weights, modules, hooks,
+    functions and adapters that it was made of.
+    """
+
+    @classmethod
+    def at(cls, model: nn.Module, ignored: Collection[str], with_weights: bool = True) -> Glance:
+        """Look at every module; at weights unless something moves them, such as offloading."""
+        glance = cls()
+        for name, module in model.named_modules():
+            forward = replaced_forward(module) if "forward" in vars(module) else None
+            hooks = [hook for _, hook in own_hooks(module)]
+            glance[f"module {name or 'itself'}"] = (type(module), forward, hooks, _adapters(module))
+        for name, tensor in _tensors(model, ignored).items() if with_weights else ():
+            glance[f"weight {name}"] = (_memory(tensor), tensor.shape, tensor.dtype)
+        return glance
+
+    def change_to(self, current: Glance) -> str | None:
+        """Name the first difference, or return None."""
+        return _difference(self, current)
+
+
+def _adapters(module: nn.Module) -> tuple[Any, ...]:
+    """Return what PEFT's layers go by."""
+    own = vars(module)
+    if "_disable_adapters" not in own:
+        return ()
+    scaling = own.get("scaling")
+    active = own.get("_active_adapter")
+    return (
+        own["_disable_adapters"],
+        [*active] if isinstance(active, list) else active,
+        dict(scaling) if isinstance(scaling, dict) else None,
+        [*own.get("merged_adapters", ())],
+    )
+
+
+def _tensors(model: nn.Module, ignored: Collection[str]) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, without those that passes change."""
+    skipped = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in recomputed_names(module)
+    } | {place.removeprefix("module ").replace(", buffer ", ".") for place in ignored}
+    return {name: t for name, t in named_tensors(model) if name not in skipped}
+
+
+def _memory(tensor: Tensor) -> int:
+    return 0 if tensor.device.type == "meta" else tensor.data_ptr()
+
+
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """Return the first name whose value differs or is missing."""
     names = [*after, *(name for name in before if name not in after)]
@@ -87,8 +140,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
         writes = tensor._version
     except RuntimeError:  # made under torch.inference_mode: no count is kept
         writes = -1
-    where = 0 if tensor.device.type == "meta" else tensor.data_ptr()
-    return where, writes, tensor.shape, tensor.dtype, tensor.device
+    return _memory(tensor), writes, tensor.shape, tensor.dtype, tensor.device
 
 
 @torch.no_grad()

@@ -227,21 +227,30 @@ class Tracer:
             stack.enter_context(upcast(self.outside, dtype))
             stack.enter_context(rows_only(self.tables, dtype))
             stack.enter_context(arithmetic(dtype))
+            self._remove_hooks()  # Ctrl-C may have ended an earlier pass while it added them.
+            stack.callback(self._remove_hooks)
             for block in traced:
                 module = block.block.module
                 stack.callback(block.close)
                 # Before the user's own hooks: they belong to the block, and run in every replay.
-                before = module.register_forward_pre_hook(
-                    block.enter, prepend=True, with_kwargs=True
-                )
-                stack.callback(before.remove)
-                handle = module.register_forward_hook(partial(after, block), with_kwargs=True)
-                stack.callback(handle.remove)
-            first = self.blocks[0].module.register_forward_pre_hook(
+                module.register_forward_pre_hook(block.enter, prepend=True, with_kwargs=True)
+                module.register_forward_hook(partial(after, block), with_kwargs=True)
+            self.blocks[0].module.register_forward_pre_hook(
                 self._change_first_input, prepend=True, with_kwargs=True
             )
-            stack.callback(first.remove)
             yield
+
+    def _remove_hooks(self) -> None:
+        """Take the hooks of a pass off the blocks, however it has ended."""
+        for block in self.blocks:
+            module = block.module
+            for hooks, with_kwargs in (
+                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                (module._forward_hooks, module._forward_hooks_with_kwargs),
+            ):
+                for key in [key for key, hook in hooks.items() if _is_of_a_pass(hook)]:
+                    del hooks[key]
+                    with_kwargs.pop(key, None)
 
     def _restore(self) -> None:
         if self.before.restore():  # what one prompt leaves there, another one would find
@@ -257,6 +266,11 @@ class Tracer:
             return (self.first_input(args[0]), *args[1:]), kwargs
         name = self.blocks[0].stream_name
         return args, kwargs | {name: self.first_input(kwargs[name])}
+
+
+def _is_of_a_pass(hook: Any) -> bool:
+    owner = hook.args[0] if isinstance(hook, partial) and hook.args else None
+    return isinstance(getattr(hook, "__self__", owner), TracedBlock | Tracer)
 
 
 def equal_prompts(prompts: Sequence[Any]) -> list[list[int]]:

@@ -30,7 +30,7 @@ from lm_eval_coupling.residual.scored import (
     without_compilation,
     without_dropout,
 )
-from lm_eval_coupling.residual.stamp import Stamp
+from lm_eval_coupling.residual.stamp import Glance, Stamp
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
 from lm_eval_coupling.residual.weights import state_of
 
@@ -111,6 +111,7 @@ class _Wrapping:
             name=self.name,
             model=self.scored,
             stamp=Stamp.of(self.scored, changed_by_passes),
+            glance=Glance.at(self.scored, changed_by_passes, with_weights=self.runs),
             probed=trace.resid_final,
             last_block=self.base.get_submodule(last_name),
             last_name=last_name,

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from lm_eval_coupling.console import terminal_console
 from lm_eval_coupling.sweep.plan import Plan
 from lm_eval_coupling.sweep.status import Status, progress
 from lm_eval_coupling.sweep.units import Unit
@@ -46,7 +47,7 @@ class Board:
         self, plan: Plan, statuses: Iterable[Status], console: Console | None = None
     ) -> None:
         """Start with the states in which a survey found the units."""
-        self.plan, self.console = plan, console or Console(stderr=True)
+        self.plan, self.console = plan, console or terminal_console(stderr=True)
         self._lines = {
             s.unit.name: _Line(s.state, s.detail, time.monotonic(), s.seconds) for s in statuses
         }

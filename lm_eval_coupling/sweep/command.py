@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lm_eval_coupling.console import terminal_console
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.sweep import board, checks, cluster, local, slurm, state
 from lm_eval_coupling.sweep.forecast import estimates
@@ -43,7 +44,7 @@ def sweep(
     Raises:
         CouplingError: if the plan is wrong.
     """
-    console = console or Console(soft_wrap=False)
+    console = console or terminal_console(soft_wrap=False)
     try:
         plan = read(file)
     except PlanError as error:

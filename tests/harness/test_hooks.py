@@ -1,6 +1,7 @@
 """What is wrapped around lm-eval for coupling-hf: values, tables, tasks and plain errors."""
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -15,7 +16,7 @@ import tiny
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.harness import hooks, lm_eval_internals, plugin
+from lm_eval_coupling.harness import command_line, hooks, lm_eval_internals, plugin
 from lm_eval_coupling.saved.atomic import require_writable
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -161,6 +162,28 @@ def test_ctrl_c_anywhere_in_lm_eval_is_one_line(installed, capsys):
     harness = installed._cli.harness.HarnessCLI()
     with pytest.raises(KeyboardInterrupt):
         harness.execute(argparse.Namespace(func=interrupted, model="hf"))
+
+
+def test_a_closed_output_is_no_error_and_a_full_one_is_a_sentence(installed, capsys):
+    """`lm_eval … | head` ended in a traceback after everything had been saved."""
+
+    def closed(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def incomplete(_):
+        command_line.current_command().problems.append("tables were not written")
+        closed(_)
+
+    harness = installed._cli.harness.HarnessCLI()
+    harness.execute(argparse.Namespace(func=closed, model="coupling-hf"))
+    assert command(installed, incomplete) == 1
+    assert command(installed, full) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(BrokenPipeError):
+        harness.execute(argparse.Namespace(func=closed, model="hf"))
 
 
 def test_one_process_of_several_speaks(installed, capsys, monkeypatch):

@@ -1,9 +1,11 @@
 """Drawing from a seed, beside a run that draws on its own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from lm_eval_coupling.numerics.randomness import seeded
+from lm_eval_coupling.numerics.randomness import seeded, undrawn
 
 DEVICES = [
     "cpu",
@@ -68,3 +70,16 @@ def test_an_exception_puts_everything_back():
     with pytest.raises(ZeroDivisionError), seeded(1):
         torch.rand(1 // 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_another_thread_makes_are_initialized():
+    """A model made beside a measurement in a thread had whatever its memory held."""
+
+    def made():
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 3).weight
+
+    expected = made()
+    with undrawn(), ThreadPoolExecutor(1) as threads:
+        assert torch.equal(threads.submit(made).result(), expected)
+    assert torch.equal(made(), expected)
