@@ -2,10 +2,12 @@
 
     python tests/benchmarks/killed_runs.py [--kills 15] [--seed 0]
 
-A moment is drawn between the start and the end of a run that is left alone. The killed run is
-started again by the same command, and its records and scores are compared with those of the run
-left alone. In a sweep, SIGKILL meets the sweep and all processes below it. Each row of the JSON is
-one kill; any difference, lost measurement or exit code ends the benchmark with an error.
+The moment of an evaluation is drawn between the start and the end of one that is left alone. A
+sweep, whose seconds depend on what else the machine does, is killed after a drawn number of
+measurements and up to half a second. SIGKILL meets the sweep and all processes below it. The killed
+run is started again by the same command, and its records and scores are compared with those of the
+run left alone. Each row of the JSON is one kill; any difference, lost measurement or exit code ends
+the benchmark with an error.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -106,38 +109,47 @@ def sweeps(folder: Path, number: int, chance: random.Random) -> list[dict[str, A
     """Kill sweeps of two models and two tasks, with all of their processes."""
     folder.mkdir()
     real.models_and_tasks(folder)
-    for name in ("warm", "alone"):
-        run = {"on": "local", "workers": 1}
-        alone = real.write_plan(folder, folder / name, NAMES, run, {"dtype": "float64"})
-        started = time.perf_counter()
-        assert real.finish(real.start(alone)) == 0
-        seconds = time.perf_counter() - started
+    run = {"on": "local", "workers": 1}
+    alone = real.write_plan(folder, folder / "alone", NAMES, run, {"dtype": "float64"})
+    assert real.finish(real.start(alone)) == 0
+    of = measured(alone)
     rows = []
     for kill in range(number):
         run = {"on": "local", "workers": 1 + kill % 2}
         plan = real.write_plan(folder, folder / f"killed-{kill}", NAMES, run, {"dtype": "float64"})
-        moment = chance.uniform(0, seconds)
         head = real.start(plan)
-        time.sleep(moment)
-        for process in [head.pid, *below(head.pid)]:
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(process, signal.SIGKILL)
-        head.communicate()
-        kept = [real.measured(plan, unit) for unit in plan.units]
+        kill_after(head, plan, chance.randrange(of), chance.uniform(0, 0.5))
+        kept, results = measured(plan), len([*plan.output.rglob("results_*.json")])
         assert real.finish(real.start(plan)) == 0
         rows.append(
             {
                 "what": "sweep",
-                "moment": round(moment / seconds, 3),
+                "moment": round(kept / of, 3),
                 "had_ended": head.returncode != -signal.SIGKILL,
-                "kept": sum(kept),
-                "of": sum(real.measured(plan, unit) for unit in plan.units),
-                "results_written": len([*plan.output.rglob("results_*.json")]),
+                "kept": kept,
+                "of": measured(plan),
+                "results_written": results,
                 "worst_difference": compare(plan.output, alone.output),
             }
         )
         print(rows[-1], flush=True)
     return rows
+
+
+def measured(plan: Any) -> int:
+    """Return how many measurements a sweep has stored."""
+    return sum(real.measured(plan, unit) for unit in plan.units)
+
+
+def kill_after(head: subprocess.Popen, plan: Any, enough: int, seconds: float) -> None:
+    """Kill a sweep and all processes below it some time after so many measurements."""
+    while head.poll() is None and measured(plan) < enough:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    for process in [head.pid, *below(head.pid)]:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process, signal.SIGKILL)
+    head.communicate()
 
 
 def below(process: int) -> list[int]:
