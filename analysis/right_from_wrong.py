@@ -65,7 +65,7 @@ def main(argv=None):
     drawn = rows.assign(label=labels, value=rows["auroc"], kind=rows["predictor"])
     figure = intervals(drawn, x_label="AUROC for right answers", chance=0.5)
     command.save(options.out, "right_from_wrong", figure, rows)
-    command.save_table(options.out, "documents", documents)
+    command.save_table(options.out, "documents", documents.round(7))
     command.print_table(rows[PRINTED])
 
 

@@ -147,6 +147,43 @@ def test_right_and_wrong_answers():
     assert f"p = {row['p_holm']:.2f} adjusted" in PAGE
 
 
+def test_the_planned_confirmation():
+    folder = RESULTS / "right_from_wrong"
+    documents = pd.read_csv(folder / "documents.csv")
+    areas = []
+    for _, of_model in documents.groupby("model"):
+        pairs, won = 0, 0.0
+        for _, of in of_model.groupby("task"):
+            values = of["coupling@10"].to_numpy()
+            right, wrong = (values[of["right"] == answer] for answer in (1, 0))
+            won += stats.mannwhitneyu(right, wrong).statistic
+            pairs += len(right) * len(wrong)
+        areas.append(won / pairs)
+    rows = pd.read_csv(folder / "right_from_wrong.csv")
+    (row,) = rows.query("model == 'all models' and predictor == 'coupling@10'").to_dict("records")
+    assert np.mean(areas) == pytest.approx(row["auroc"], abs=1e-4)
+    interval = f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+    assert f"area {interval}, p = {row['p_holm']:.2f} adjusted" in PAGE
+    used = f"{len(documents)} answers of two models, {documents['doc_hash'].nunique()} documents"
+    assert used in PAGE
+    first = pd.read_csv(RESULTS / "answers" / "auroc.csv")
+    first = first.query("predictor == 'coupling@10' and model == 'all models'")["auroc"]
+    assert row["high"] < first.iloc[0]
+
+
+def test_positions_of_tokens():
+    rows = pd.read_csv(RESULTS / "token_positions_arc_easy.csv")
+    table = rows.pivot(index=["line", "token"], columns="measure", values="median")
+    ranges = [table.loc[model, "coupling"] for model in ("smollm2-135m", "gemma3-270m")]
+    smollm2, gemma = (f"{of.min():.2f} to {of.max():.2f}" for of in ranges)
+    assert f"medians {smollm2} and {gemma}" in PAGE
+    cosines = table.loc["smollm2-135m", "erasing"]
+    others = cosines.drop("1")
+    first = f"{plain(cosines['1'])} at the first token"
+    rest = f"{plain(others.min())} to {plain(others.max())} at all others"
+    assert f"{first}, {rest}" in PAGE
+
+
 def test_effects_of_penalties():
     members = pd.read_json(RESULTS / "intervention" / "members.jsonl", lines=True)
     table = members.set_index(["form", "strength", "seed"]).sort_index()
