@@ -539,6 +539,7 @@ def test_every_script_is_listed_with_its_command():
     names = {file.stem for file in ANALYSIS.glob("*.py")} - {
         "command",
         "kept_rows",
+        "paired_seeds",
         "vit_members",
     }  # what scripts have in common
     assert names >= {"layer_coupling", *NOT_OURS}

@@ -151,9 +151,7 @@ def test_without_a_home_there_is_still_a_store(homeless, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert Options.parse(limit=0).store is None
     assert tmp_path in default_store_path().parents
-    with pytest.raises(
-        CouplingError, match="coupling_store=~/s, but there is no such home folder"
-    ):
+    with pytest.raises(CouplingError, match="coupling_store=~/s, but there is no such home folder"):
         Options.parse(store="~/s")
 
 

@@ -5,14 +5,13 @@ model, for every family.
 from __future__ import annotations
 
 import copy
-import functools
 
 import cases
 import pytest
 import torch
 from oracles import decoder_layers, oracle, oracle_by_input, worst
 from torch.nn import functional as F
-from wrapping import wrapped_on
+from wrapping import wrapped_on, wrapped_once
 
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.jacobians import levels, rules
@@ -31,18 +30,11 @@ SHARED_CASTS = 1e-6
 LINEAR_ATTENTION_CASTS = 1e-4
 
 
-@functools.lru_cache(maxsize=1)
-def model_and_wrapped(case, device):
-    """Wrap a family once for prompts of all lengths, which come one after the other."""
-    model = cases.tiny_model(case)
-    return model, wrapped_on(device, model)
-
-
 @pytest.mark.parametrize("seq", PAIRS)
 @pytest.mark.parametrize("case", cases.CASES)
 def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq, float64_device):
     tokens = cases.tiny_tokens(seq)
-    model, wrapped = model_and_wrapped(case, float64_device)
+    model, wrapped = wrapped_once(case, float64_device)
     for t_out, inputs in PAIRS[seq].items():
         with TrueDtype(torch.float64):
             expected = [
@@ -63,9 +55,8 @@ def test_float64_jacobian_is_the_oracles_under_the_same_casts(case, seq, float64
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_jacobian_is_the_unmodified_models(case, float64_device):
-    model = cases.tiny_model(case)
+    model, wrapped = wrapped_once(case, float64_device)
     tokens = cases.tiny_tokens(9)
-    wrapped = wrapped_on(float64_device, model)
     found = block_jacobians(wrapped, tokens, output_token=-1, input_token=4, dtype=torch.float64)
     for layer, jacobian in enumerate(found.jacobians.cpu()):
         tolerance = LINEAR_ATTENTION_CASTS if found.method[layer] == "autodiff" else SHARED_CASTS
@@ -93,7 +84,7 @@ def test_float32_arithmetic_whatever_the_weights_dtype(case, dtype, device):
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "falcon-alibi", "gemma2"])
 def test_levels_agree(case, float64_device):
-    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
+    _, wrapped = wrapped_once(case, float64_device)
     tokens = cases.tiny_tokens(7)
     for t_in in (6, 2):
         found = [
@@ -107,7 +98,7 @@ def test_levels_agree(case, float64_device):
 
 def test_tokens_are_mixed_and_causal(float64_device):
     """An earlier token moves a later one, never the reverse."""
-    wrapped = wrapped_on(float64_device, cases.tiny_model("llama"))
+    _, wrapped = wrapped_once("llama", float64_device)
     tokens = cases.tiny_tokens(6)
     assert (
         block_jacobians(wrapped, tokens, output_token=5, input_token=2).jacobians.abs().max() > 1e-3
@@ -212,7 +203,7 @@ def test_small_memory_budget_gives_the_same_numbers(monkeypatch, float64_device)
     ],
 )
 def test_bad_input_is_refused(arguments, message):
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    _, wrapped = wrapped_once("llama", torch.device("cpu"))
     with pytest.raises(CouplingError, match=message):
         block_jacobians(wrapped, cases.tiny_tokens(5), **arguments)
 
@@ -232,6 +223,6 @@ def test_bad_input_is_refused(arguments, message):
 )
 def test_what_is_no_prompt_is_refused(tokens, message):
     """Two prompts were measured as one; an id beyond the embeddings costs the whole GPU."""
-    wrapped = ResidualModel.wrap(cases.tiny_model("llama"))
+    _, wrapped = wrapped_once("llama", torch.device("cpu"))
     with pytest.raises(CouplingError, match=message):
         block_jacobians(wrapped, tokens)

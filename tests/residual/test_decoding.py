@@ -5,7 +5,7 @@ import dataclasses
 import cases
 import pytest
 import torch
-from wrapping import tiny, wrapped_on
+from wrapping import tiny, wrapped_on, wrapped_once
 
 from lm_eval_coupling.jacobians.attention_core import AttentionRecord
 from lm_eval_coupling.jacobians.certify import probe, pulled_back, pulled_back_each
@@ -44,7 +44,7 @@ def test_the_derivative_of_a_decoding_step_is_that_of_the_whole_block(
 ):
     """Decode in long prompts with shorter sliding windows; linear attention has all of it."""
     monkeypatch.setattr(tracing, "LONG", 12)
-    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
+    _, wrapped = wrapped_once(case, float64_device)
     tokens = cases.tiny_tokens(17)
     for token in (0, 8, 16):
         trace, without = (
@@ -85,7 +85,7 @@ def same_record(found, expected, token, kept):
 def test_prompts_decoded_together_are_those_done_alone(case, monkeypatch, float64_device):
     """Of different lengths, each at a token of its own, against the whole sequence of each."""
     monkeypatch.setattr(tracing, "LONG", 12)
-    wrapped = wrapped_on(float64_device, cases.tiny_model(case))
+    _, wrapped = wrapped_once(case, float64_device)
     prompts, tokens = [cases.tiny_tokens(n)[0].tolist() for n in (17, 14, 3)], [16, 9, 0]
     traces = wrapped.traces(prompts, torch.float64, tokens, probe)
     for calls in zip(*(trace.calls for trace in traces), strict=True):

@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 import vision_cases
+from wrapping import wrapped_once
 
 from lm_eval_coupling import ResidualModel
 
@@ -13,7 +14,7 @@ ALONE = {"falcon-alibi", "mpt", "bloom"}  # ALiBi's distances are not those of a
 @pytest.mark.parametrize("case", cases.CASES)
 def test_prompts_are_traced_together(case):
     """A trial that fails counts as a no: prompts then go one by one, which is slow."""
-    wrapped = ResidualModel.wrap(cases.tiny_model(case))
+    _, wrapped = wrapped_once(case, torch.device("cpu"))
     prompts = [cases.tiny_tokens(n)[0].tolist() for n in (9, 4)]
     together = wrapped.traces(prompts, torch.float64)
     assert wrapped.tracer._pads_on_the_right(torch.float64) == (case not in ALONE)

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from oracles import decoder_layers, oracle, worst
-from wrapping import tiny, wrapped_on
+from wrapping import tiny, wrapped_on, wrapped_once
 
 from lm_eval_coupling.jacobians.engine import block_jacobians
 from lm_eval_coupling.residual import ResidualModel, TrueDtype
@@ -17,7 +17,7 @@ TOKENS = cases.tiny_tokens(9)
 @pytest.mark.parametrize("case", cases.CASES)
 def test_the_trace_is_the_models_own_stream(case, float64_device):
     """Every block's input and output, as hooks on the unmodified model see them."""
-    model = cases.tiny_model(case)
+    model, wrapped = wrapped_once(case, float64_device)
     seen = []
 
     def before(module, args, kwargs):
@@ -33,7 +33,7 @@ def test_the_trace_is_the_models_own_stream(case, float64_device):
         model(TOKENS, use_cache=False)
     for handle in handles:
         handle.remove()
-    trace = wrapped_on(float64_device, model).trace(TOKENS, torch.float64)
+    trace = wrapped.trace(TOKENS, torch.float64)
     found = [x.cpu() for x in (*(call.resid_pre for call in trace.calls), trace.resid_final)]
     assert len(found) == len(seen) == len(blocks) + 1
     for mine, theirs in zip(found, seen, strict=True):
@@ -131,8 +131,8 @@ def test_attention_that_the_bridge_computes_otherwise_goes_by_the_models_own_blo
 @pytest.mark.parametrize("case", cases.CASES)
 def test_logits_of_the_last_stream_are_the_models_own(case, float64_device):
     """Final norm, scales, soft-caps and head are the model's; blocks work as before afterwards."""
-    model, tokens = cases.tiny_model(case), cases.tiny_tokens(9)
-    wrapped = wrapped_on(float64_device, model)
+    model, wrapped = wrapped_once(case, float64_device)
+    tokens = cases.tiny_tokens(9)
     for _ in range(2):
         found = wrapped.logits(wrapped.trace(tokens).resid_final[0]).cpu()
         expected = model(tokens, use_cache=False).logits[0]

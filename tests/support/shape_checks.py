@@ -70,13 +70,14 @@ def _checked_function(function):
 
 def _kinds(value):
     """Return all of a value that an annotation can name."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return type(value), tuple(value.shape), value.dtype
-    if isinstance(value, list | tuple):
+    # Tuples of types, because a union of types is made anew at every call.
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return type(value), value.shape, value.dtype
+    if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_kinds, value))
     if isinstance(value, dict):
         return type(value), tuple((type(key), _kinds(part)) for key, part in value.items())
-    return value if isinstance(value, str | bool) else type(value)
+    return value if isinstance(value, (str, bool)) else type(value)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -1,6 +1,7 @@
 """Models as lm-eval loads them, and as they are measured where they are told to be."""
 
 import copy
+import functools
 
 import cases
 import torch
@@ -19,3 +20,13 @@ def tiny(case="llama", dtype=torch.float32, **changes):
 def wrapped_on(device, model, tokenizer=None):
     """Return a wrapped copy of the model on a device; the model itself stays with its oracle."""
     return ResidualModel.wrap(copy.deepcopy(model).to(device), tokenizer)
+
+
+@functools.cache
+def wrapped_once(case, device):
+    """Return a family's model in float64, and a wrapped copy on a device, made once for all tests.
+
+    Neither may be changed.
+    """
+    model = cases.tiny_model(case)
+    return model, wrapped_on(device, model)
