@@ -108,7 +108,7 @@ class Environment:
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     environment = Environment(tmp_path_factory.mktemp("installed"))
-    environment.install("--no-compile", wheel)
+    environment.install(wheel)
     return environment
 
 
@@ -234,7 +234,7 @@ def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
     ours does.
     """
     folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
-    pip("install", "--quiet", "--no-compile", "--no-deps", "--target", folder, wheel)
+    pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
     words = evaluation_of_a_tiny_model(tmp_path, task)
     path = os.pathsep.join([str(folder), lean_lm_eval()])
     printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=path)
