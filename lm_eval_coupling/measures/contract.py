@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from lm_eval_coupling.errors import Reason
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from lm_eval_coupling.numerics.spectra import SingularTriplets
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MeasureResult:
     """Result of one measure for one prompt.
 
@@ -39,6 +42,29 @@ class MeasureResult:
     def settled(self) -> bool:
         """True if a repetition would give the same result: only then is it worth keeping."""
         return bool(self.columns) and all(reason.settled for reason in self.reasons)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare arrays by their entries; NaN equals NaN, and a list the tuple that it was."""
+        if not isinstance(other, MeasureResult):
+            return NotImplemented
+        return (
+            (self.reasons, self.seconds) == (other.reasons, other.seconds)
+            and self.columns.keys() == other.columns.keys()
+            and all(_are_equal(value, other.columns[name]) for name, value in self.columns.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment] # columns are arrays
+
+
+def _are_equal(value: Any, other: Any) -> bool:
+    if isinstance(value, np.ndarray) or isinstance(other, np.ndarray):
+        a, b = np.asarray(value), np.asarray(other)
+        with_nan = a.dtype.kind in "fc" and b.dtype.kind in "fc"
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=with_nan)
+    if isinstance(value, float) and isinstance(other, float) and math.isnan(value):
+        return math.isnan(other)
+    plain = [list(v) if isinstance(v, tuple) else v for v in (value, other)]
+    return bool(plain[0] == plain[1])
 
 
 @runtime_checkable

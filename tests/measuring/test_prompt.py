@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import cases
 import numpy as np
@@ -456,3 +457,15 @@ def test_records_and_models_are_shown_in_a_line():
         f"<PromptCoupling at token 2 of 3, coupling@2 {record.coupling(2):.4f}"
     )
     assert "LlamaForCausalLM, 2 blocks" in repr(model) and "\n" not in repr(record) + repr(model)
+
+
+def test_records_are_compared_and_survive_a_pickle(model):
+    """`==` of two records ended in an error of NumPy's about the truth of arrays."""
+    (record,) = measure_coupling(model, [tokens()], ranks=(2,), progress=False)
+    again = pickle.loads(pickle.dumps(record))
+    assert again == record and copy.deepcopy(record) == record and [again].index(record) == 0
+    (other,) = measure_coupling(model, [tokens(6)], ranks=(2,), progress=False)
+    assert other != record and record != "a record"
+    name = next(n for n, r in again.results.items() if "normalized_miscoupling" in r.columns)
+    again.results[name].columns["normalized_miscoupling"][0, 0, 1] += 1e-6
+    assert again != record
