@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from evaluations import COMMAND
 from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 
@@ -266,6 +267,11 @@ class TestOverhead:
     @pytest.mark.slow
     def test_a_measured_run(self, benchmark, model, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", lean_lm_eval(), prepend=os.pathsep)
+        python, script = tmp_path / "python", tmp_path / "command.py"
+        python.write_text(f'#!/bin/sh\nshift 2  # -m lm_eval\n{forked_python()} {script} "$@"\n')
+        python.chmod(0o755)
+        script.write_text(COMMAND)
+        monkeypatch.setattr(sys, "executable", str(python))
         options = SimpleNamespace(
             model=model,
             data=tmp_path,

@@ -142,13 +142,17 @@ def stored(store):
             return {}
 
 
+# lm-eval's own command, with the start-up hook.
+COMMAND = (
+    f"import site\nsite.addsitedir({str(HOOK)!r})\n"
+    "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
+)
+
+
 def command(home, out, store, *words, limit="all"):
     """Return words for Python: lm-eval's own command with the start-up hook, for a tiny task."""
     script = home / "command.py"
-    script.write_text(
-        f"import site\nsite.addsitedir({str(HOOK)!r})\n"
-        "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()\n"
-    )
+    script.write_text(COMMAND)
     coupling = f"coupling_ranks=2+4,coupling_limit={limit},coupling_store={store}"
     options = {
         "--model": "coupling-hf",
