@@ -277,9 +277,11 @@ def chosen_dtype(dtype: Any) -> torch.dtype:
 
 
 def require_model(model: Any) -> None:
-    """Raise CouplingError for a model that has not been wrapped."""
+    """Raise CouplingError for a model that has not been wrapped, or was changed since."""
     if not hasattr(model, "traces"):
         raise CouplingError(
             f"got a {type(model).__name__} as model, expected a ResidualModel; "
             "wrap it with ResidualModel.wrap(model)"
         )
+    if require_unchanged := getattr(model, "require_unchanged", None):
+        require_unchanged()

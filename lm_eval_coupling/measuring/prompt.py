@@ -31,7 +31,6 @@ from lm_eval_coupling.measuring.token_ids import token_ids
 from lm_eval_coupling.numerics.memory import batches, keep_freed_memory
 from lm_eval_coupling.numerics.precision import exact_arithmetic
 from lm_eval_coupling.numerics.workers import usable_threads
-from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.tracing import equal_prompts
 
 # Layout of a tqdm bar of prompts, which may stand between two of them.
@@ -86,8 +85,6 @@ def measure_coupling(
             or hooks of the model were replaced since it was wrapped.
     """
     require_model(model)
-    if isinstance(model, ResidualModel):
-        model.require_unchanged()
     position, progress = written("position", position), flag("progress", progress)
     chosen_positions(position, LONG_PROMPT)  # Raises if the text is not a choice of tokens.
     settings = Settings(

@@ -142,7 +142,12 @@ class ResidualModel:
         return None if current == taken else "a part of a weight"
 
     def require_unchanged(self) -> None:
-        """Raise CouplingError if weights, modules or hooks were replaced since wrapping."""
+        """Raise CouplingError if weights, modules or hooks were replaced since wrapping.
+
+        Numbers that are no weights, such as the epsilon of a norm, may have changed as well: the
+        next prompt is compared with the scored model's own pass again, whatever its length.
+        """
+        self._longest_compared = 0
         if self._scored is not None:
             self._scored.require_unchanged()
 
@@ -275,7 +280,8 @@ class ResidualModel:
         Raises:
             Unmeasurable: if the scored model computes another stream for one of the prompts.
         """
-        self.require_unchanged()
+        if self._scored is not None:
+            self._scored.require_unchanged()
         traces = self.tracer.trace(prompts, dtype, output_tokens, direction)
         if self._scored is None or self.tracer.first_input is not None:
             return traces

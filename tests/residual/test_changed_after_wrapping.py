@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lm_eval_coupling import block_jacobians, measure_coupling
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, Unmeasurable
 from lm_eval_coupling.residual import ResidualModel
 
 PROMPT = cases.tiny_tokens(9)[0].tolist()
@@ -76,6 +76,35 @@ def test_an_adapter_that_is_switched_off_is_refused(model):
     with adapted.disable_adapter(), pytest.raises(CouplingError, match="q_proj is not the one"):
         value(wrapped)
     value(wrapped)
+
+
+def edit_norm(model):
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def edit_rotation(model):
+    model.model.rotary_emb.inv_freq.mul_(2)
+
+
+@pytest.mark.parametrize("change", [edit_norm, edit_rotation])
+def test_numbers_that_are_no_weights_are_compared_by_what_they_do(model, change):
+    """A second prompt of the same length had the numbers of the model before the change."""
+    wrapped = ResidualModel.wrap(model)
+    value(wrapped)
+    change(model)
+    (record,) = measure_coupling(wrapped, [PROMPT], ranks=(2,), progress=False)
+    assert record.reason is None or "when it scores this prompt" in record.reason
+    if record.reason is None:
+        fresh = value(ResidualModel.wrap(model))
+        assert record.coupling(2) == pytest.approx(fresh, abs=1e-6)
+    tokens = torch.tensor([PROMPT])
+    try:
+        jacobians = block_jacobians(wrapped, tokens).jacobians
+    except Unmeasurable as error:
+        assert "when it scores this prompt" in str(error)
+    else:
+        expected = block_jacobians(ResidualModel.wrap(model), tokens).jacobians
+        assert torch.allclose(jacobians, expected, atol=1e-6)
 
 
 def train(model):
