@@ -119,14 +119,11 @@ class ResidualModel:
 
     @made_on_host()
     def describe_change(self) -> str | None:
-        """Describe the first change of the wrapped model since wrapping, or return None.
+        """Return the first change since wrapping, such as ``the weight norm.weight``, or None.
 
         Ask before every evaluation: a changed model needs another fingerprint and another twin, so
         wrap it anew. Costs a look at every module and, once the fingerprint has been taken, one
         read of the weights.
-
-        Returns:
-            Such as ``the weight model.norm.weight`` or ``a part of a weight``.
         """
         if (scored := self._scored) is None:
             return None

@@ -16,6 +16,12 @@ from lm_eval_coupling.fit import output
 from lm_eval_coupling.fit.findings import fit_runs
 
 
+@pytest.fixture(scope="module")
+def alone(series):
+    """What is found in one task by one predictor: there is less to draw."""
+    return fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK)
+
+
 class TestOutput:
     def test_every_number_is_saved(self, found, tmp_path):
         files = {file.name for file in output.save(found, tmp_path)}
@@ -71,10 +77,9 @@ class TestOutput:
                 tmp_path / "file",
             )
 
-    def test_an_earlier_fit_in_the_folder_is_replaced_as_a_whole(self, series, tmp_path):
+    def test_an_earlier_fit_in_the_folder_is_replaced_as_a_whole(self, series, alone, tmp_path):
         """Its pictures and tables stayed beside a finding that had none."""
         out = tmp_path / "out"
-        alone = fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK)
         two = fit_runs(series[0], x=["coupling@10"], resamples=QUICK)
         before = {file.name for file in output.save(two, out)}
         (out / "notes.txt").write_text("mine")
@@ -87,10 +92,9 @@ class TestOutput:
         assert link.is_symlink() and alone.words[0] in (tmp_path / "elsewhere.txt").read_text()
 
     def test_a_fit_that_cannot_be_written_leaves_the_earlier_one(
-        self, series, tmp_path, monkeypatch
+        self, alone, tmp_path, monkeypatch
     ):
-        found = fit_runs(series[0], x=["coupling@10"], tasks=["arc"], resamples=QUICK)
-        output.save(found, tmp_path)
+        output.save(alone, tmp_path)
         before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
         def full(*_):
@@ -98,15 +102,15 @@ class TestOutput:
 
         monkeypatch.setattr(output, "write_text", full)
         with pytest.raises(CouplingError, match=f"got {tmp_path} for the results, which cannot be"):
-            output.save(found, tmp_path)
+            output.save(alone, tmp_path)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
     @pytest.mark.parametrize("content", ["[]", '{"files": "a"}', '{"files": ["../a", 3]}', "{", ""])
-    def test_files_that_an_earlier_fit_does_not_list_are_kept(self, found, tmp_path, content):
+    def test_files_that_an_earlier_fit_does_not_list_are_kept(self, alone, tmp_path, content):
         (tmp_path / "a").write_text("")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "fit.json").write_text(content)
-        output.save(found, tmp_path / "out")
+        output.save(alone, tmp_path / "out")
         assert (tmp_path / "a").exists()
 
     def test_documents_are_drawn_and_shown(self, tmp_path, capsys, monkeypatch):
