@@ -111,23 +111,55 @@ def zoo() -> pd.DataFrame:
     return members[members.task == "kept_out"].set_index("member")
 
 
-def test_coupling_in_the_zoo(zoo):
-    coupling, better = zoo["coupling@10"], -zoo.bits
-    assert with_interval(correlation(coupling, better), len(zoo)) in PAGE
-    left_out = [correlation(coupling.drop(m), better.drop(m)) for m in zoo.index]
-    assert f"between {plain(min(left_out))} and {plain(max(left_out))}" in PAGE
+def less_bits(members: pd.DataFrame, reading: str, given: bool = False) -> float:
+    """Correlate a reading with less bits per byte, given size and tokens or nothing."""
+    fixed = np.log10([members.n_params, members.training_tokens])
+    fixed = [*fixed, members.n_layers, members.d_model] if given else []
+    return correlation(members[reading], -members.bits, fixed)
 
 
-def test_coupling_in_the_zoo_given_size_and_tokens(zoo):
-    def partial(members: pd.DataFrame) -> float:
-        given = np.log10([members.n_params, members.training_tokens])
-        return correlation(members["coupling@10"], -members.bits, given)
+def bounds_of(influence: pd.DataFrame, reading: str, given: str = "nothing") -> str:
+    (row,) = influence.query("predictor == @reading and given == @given").to_dict("records")
+    return f"{plain(row['low'])} to {plain(row['high'])}"
 
-    assert with_interval(partial(zoo), len(zoo), 2) in PAGE
-    left_out = {m: partial(zoo.drop(m)) for m in zoo.index}
-    decides = min(left_out, key=left_out.__getitem__)
-    assert decides == "text-0.03"
-    assert f"without `{decides}` {with_interval(left_out[decides], len(zoo) - 1, 2)}" in PAGE
+
+@pytest.fixture(scope="module")
+def influence() -> pd.DataFrame:
+    return pd.read_csv(RESULTS / "zoo" / "influence.csv")
+
+
+def test_coupling_in_the_zoo(zoo, influence):
+    bounds = bounds_of(influence, "coupling@10")
+    r = less_bits(zoo, "coupling@10")
+    families = pd.read_csv(RESULTS / "zoo" / "predictors.csv").query(
+        "predictor == 'coupling@10' and members == 'all' and given == 'nothing'"
+    )
+    of_families = f"{plain(families.low.iloc[0])} to {plain(families.high.iloc[0])}"
+    without_text = plain(less_bits(zoo[zoo.family != "text"], "coupling@10"))
+    assert (
+        f"Pearson {plain(r)} with less bits per byte ({bounds} over members, {of_families} over "
+        f"families); {without_text} without the family"
+    ) in PAGE
+    left_out = [less_bits(zoo.drop(m), "coupling@10") for m in zoo.index]
+    assert f"{plain(min(left_out))} to {plain(max(left_out))} without any one" in PAGE
+    assert f"{len(zoo)} small models of nine families" in PAGE and zoo.family.nunique() == 9
+
+
+def test_parts_of_coupling_in_the_zoo(zoo, influence):
+    for reading, words in {
+        "rotated@10": "with both bases rotated alike",
+        "deflated@10": "without the first pairs",
+        "without_identity@10": "without the multiple of the identity",
+    }.items():
+        r = plain(less_bits(zoo, reading))
+        assert f"{r} ({bounds_of(influence, reading)}) {words}" in PAGE
+
+
+def test_coupling_in_the_zoo_given_size_and_tokens(zoo, influence):
+    bounds = bounds_of(influence, "coupling@10", "size and tokens")
+    r = plain(less_bits(zoo, "coupling@10", given=True))
+    without_text = plain(less_bits(zoo[zoo.family != "text"], "coupling@10", given=True))
+    assert f"{r} ({bounds}); {without_text} without the family that repeats its text" in PAGE
 
 
 def test_coupling_of_damaged_copies():
