@@ -237,6 +237,22 @@ def test_effects_of_penalties():
     assert of("raw", 1, "coupling").mean() < control / 10 and raised > 5 * control
 
 
+def test_vision_transformers_of_three_seeds():
+    members = pd.read_csv(RESULTS / "vision_seeds" / "vision_seeds.csv")
+    table = members.pivot(index="seed", columns="stochastic_depth")
+
+    def effect(outcome: str) -> tuple[pd.Series, str]:
+        change = table[outcome][0.1] - table[outcome][0.0]
+        interval = stats.ttest_1samp(change, 0).confidence_interval()
+        low, high = plain(interval.low, 3), plain(interval.high, 3)
+        return change, f"{plain(change.mean(), 3)} ({low} to {high})"
+
+    (coupling, higher), (_, accuracy) = effect("coupling"), effect("accuracy")
+    assert f"coupling {higher} higher at stochastic depth 0.1 than without" in PAGE
+    assert f"accuracy {accuracy}" in PAGE
+    assert len(coupling) == 3 and (coupling > 0).all()
+
+
 def test_trajectories_are_straighter():
     table = pd.read_csv(RESULTS / "regularity.csv")
     scores = table[table.measure == "line_shape_score"].pivot_table(
