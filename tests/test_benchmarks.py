@@ -37,6 +37,12 @@ def model(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model with layers that can be left out."""
+    return tiny.save_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=4)
+
+
 def results(script, out, *arguments):
     script.main([*map(str, arguments), "--threads", "1", "--quick", "--out", str(out)])
     found = json.loads(out.read_text())
@@ -109,10 +115,10 @@ def saved(tmp_path_factory):
 
 
 class TestAgainstRelease:
-    def test_both_find_the_same(self, benchmark, model, saved):
+    def test_both_find_the_same(self, benchmark, deep, saved):
         script = benchmark("against_release")
         arguments = "--tokens 1 30 --ranks 2 4 --layers 4 --prompts 3".split()
-        for found in results(script, saved / "a.json", "--model", model, *arguments):
+        for found in results(script, saved / "a.json", "--model", deep, *arguments):
             assert not found["jacobians_extrapolated"] and found["methods"] == ["closed"]
             agreement = found["agreement"]
             assert agreement["jacobian_relative_error"] < 1e-5
@@ -130,9 +136,9 @@ class TestAgainstRelease:
                     for stage in ("trace", "jacobians", "spectra", "pairs", "total")
                 )
 
-    def test_layers_left_out_are_extrapolated(self, benchmark, model, tmp_path):
+    def test_layers_left_out_are_extrapolated(self, benchmark, deep, tmp_path):
         script = benchmark("against_release")
-        arguments = ("--model", model, "--tokens", 5, "--ranks", 4, "--layers", 2)
+        arguments = ("--model", deep, "--tokens", 5, "--ranks", 4, "--layers", 2)
         (found,) = results(script, tmp_path / "a.json", *arguments)
         assert found["jacobians_extrapolated"] and found["layers_differentiated_by_baseline"] == [
             0,
@@ -140,12 +146,12 @@ class TestAgainstRelease:
         ]
         assert found["agreement"]["jacobian_relative_error"] < 1e-5
 
-    def test_a_wrong_jacobian_would_be_seen(self, benchmark, model):
+    def test_a_wrong_jacobian_would_be_seen(self, benchmark, deep):
         """The baseline differentiates the model itself: it cannot agree by construction."""
         script, release, models = (
             benchmark(name) for name in ("against_release", "release", "models")
         )
-        loaded, tokenizer = models.load(model)
+        loaded, tokenizer = models.load(deep)
         tokens = models.prompt(7, 100, tokenizer)
         (record,) = measure_coupling(
             ResidualModel.wrap(loaded),

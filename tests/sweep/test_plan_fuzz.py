@@ -95,7 +95,7 @@ def test_no_plan_ends_in_a_traceback_or_takes_long(tmp_path, monkeypatch, seed):
         text = mutated(rng)
         start = time.process_time()
         words = refusal(text, tmp_path)
-        assert time.process_time() - start < 1.5, text
+        assert time.process_time() - start < 5, text
         outcomes.append(words is None)
         if words is not None:
             assert "plan.yaml" in words and len(words) < 20_000, (number, text)
@@ -143,7 +143,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_plans_that_were_made_to_do_harm_are_refused_at_once(tmp_path, text, part):
     start = time.process_time()
     assert part in refusal(text, tmp_path)
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

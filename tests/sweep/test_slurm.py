@@ -144,9 +144,8 @@ def test_a_controller_that_does_not_answer_says_nothing_of_the_jobs(on_slurm, mo
     said = []
     monkeypatch.setattr(slurm.Board, "say", lambda board, text: said.append(text))
     there.run(on_slurm)
-    assert (
-        not there.sizes and len(said) == 2 and all("does not answer" in text for text in said)
-    )  # once for each silence
+    silences = [text for text in said if "does not answer" in text]
+    assert not there.sizes and len(silences) == 2  # once for each silence
 
 
 def test_a_job_that_the_queue_does_not_show_between_two_of_its_states_is_not_over(
