@@ -6,6 +6,7 @@ import importlib
 import logging
 
 import pytest
+import tiny
 import torch
 from shape_checks import check_shapes_in
 from torch.utils import collect_env
@@ -13,6 +14,9 @@ from torch.utils import collect_env
 check_shapes_in("lm_eval_coupling", "coupling_analysis")
 gc.set_threshold(100_000, 20, 100)  # collections took a tenth of the time
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+# Scripts outside of the tests get models and answers of twice this size.
+tiny.CONFIG["num_hidden_layers"] = 2
+tiny.TASKS["generate"] = tiny.TASKS["generate"].replace("max_gen_toks: 8", "max_gen_toks: 4")
 # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 importlib.import_module("lm_eval_coupling.runs.announcement")._SECONDS = 0.005  # for an estimate

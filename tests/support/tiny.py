@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CONFIG = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -113,7 +113,7 @@ metric_list:
     higher_is_better: true
 """
 
-_TASKS = {
+TASKS = {
     "choice": _ACCURACY
     + """\
 doc_to_text: "Question: {{question}}\\nAnswer:"
@@ -127,7 +127,7 @@ doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: "{{answer}}"
 generation_kwargs:
   until: ["\\n"]
-  max_gen_toks: 4
+  max_gen_toks: 8
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -158,7 +158,7 @@ metric_list:
 """,
 }
 
-KINDS = tuple(_TASKS)
+KINDS = tuple(TASKS)
 
 
 def save_task(folder: str | Path, kind: str) -> str:
@@ -177,5 +177,5 @@ def save_task(folder: str | Path, kind: str) -> str:
         f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\n"
         "test_split: test\n"
     )
-    (folder / f"{name}.yaml").write_text(f"{head}{_TASKS[kind]}metadata:\n  version: 1.0\n")
+    (folder / f"{name}.yaml").write_text(f"{head}{TASKS[kind]}metadata:\n  version: 1.0\n")
     return name
