@@ -18,13 +18,10 @@ from pathlib import Path
 
 import command
 import pandas as pd
-from matplotlib.figure import Figure
 from paired_seeds import paired_differences
-from vision_study import DECAY, DEPTH, member_rows
+from vision_study import DECAY, DEPTH, SEED, member_rows, setting_panels
 
 from lm_eval_coupling.errors import CouplingError
-from lm_eval_coupling.figures.canvas import add_legend, draw_chance_line, make_grid
-from lm_eval_coupling.figures.palette import assign_colors
 from lm_eval_coupling.saved.scores_table import load_runs
 
 OUTCOMES = ("coupling", "accuracy")
@@ -41,7 +38,7 @@ def read_seeds(folders: list[Path], decay: float, rank: int | None) -> tuple[pd.
                 f"got {folder} without a member of weight decay {decay:g}, expected one; "
                 "choose another --decay"
             )
-        parts.append(rows.assign(seed=seed))
+        parts.append(rows.assign(**{SEED: seed}))
     assert rank is not None  # as there is a folder
     return pd.concat(parts, ignore_index=True), rank
 
@@ -52,23 +49,6 @@ def differences(members: pd.DataFrame) -> pd.DataFrame:
     return paired_differences(named, "0", OUTCOMES)
 
 
-def seed_panels(members: pd.DataFrame, rank: int) -> Figure:
-    """Draw coupling and accuracy over stochastic depth, a line for every seed."""
-    colors = assign_colors(sorted(members["seed"].unique()))
-    figure, axes = make_grid(2, title=f"Coupling (K = {rank}) and accuracy, by seed")
-    for ax, y in zip(axes, OUTCOMES, strict=True):
-        for seed, of in members.sort_values(DEPTH).groupby("seed"):
-            errors = of[f"{y}_stderr"].fillna(0)
-            ax.errorbar(
-                of[DEPTH], of[y], errors, fmt="o-", color=colors[seed], label=f"seed {seed}"
-            )
-        ax.set(xlabel="stochastic depth", ylabel=y)
-    if (chance := members["chance"].iloc[0]) > 0:
-        draw_chance_line(axes[0], chance)
-    add_legend(figure, axes)
-    return figure
-
-
 def main(argv=None) -> None:
     parser = command.build_parser(__doc__, runs=False)
     add = parser.add_argument
@@ -77,9 +57,10 @@ def main(argv=None) -> None:
     add("--rank", type=int, metavar="K", help="number of singular vectors (default: 10)")
     options = parser.parse_args(argv)
     members, rank = read_seeds(options.seeds, options.decay, options.rank)
-    members = members[members.groupby(DEPTH)["seed"].transform("size") == len(options.seeds)]
+    members = members[members.groupby(DEPTH)[SEED].transform("size") == len(options.seeds)]
     table = differences(members)
-    command.save(options.out, "vision_seeds", seed_panels(members, rank), members)
+    figure = setting_panels(members, DEPTH, SEED, rank)
+    command.save(options.out, "vision_seeds", figure, members)
     command.save_table(options.out, "vision_seeds_differences", table)
     command.print_table(table)
 

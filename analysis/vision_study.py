@@ -25,8 +25,8 @@ from lm_eval_coupling.figures.palette import assign_colors
 from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.statistics import Fit, line_fit
 
-DEPTH, DECAY = "stochastic_depth", "weight_decay"
-NAMES = {DEPTH: "stochastic depth", DECAY: "weight decay"}
+DEPTH, DECAY, SEED = "stochastic_depth", "weight_decay", "seed"
+NAMES = {DEPTH: "stochastic depth", DECAY: "weight decay", SEED: "seed"}
 ALL = "all members"
 OTHERS = ("line_shape_score", "expodistance", "measured", "epochs", "loss")
 

@@ -44,8 +44,8 @@ def edited_argument(
             before = block.module.register_forward_pre_hook(
                 partial(enter, block), prepend=True, with_kwargs=True
             )
-            stack.callback(before.remove)
-            stack.callback(block.module.register_forward_hook(partial(leave, block)).remove)
+            stack.enter_context(before)
+            stack.enter_context(block.module.register_forward_hook(partial(leave, block)))
         # A pass that fails has the error that is being explained.
         with contextlib.suppress(Exception):
             answer_of(model, inputs, device)

@@ -24,9 +24,9 @@ def correlation(x, y, given=()) -> float:
     return float(np.corrcoef(*left)[0, 1])
 
 
-def with_interval(r: float, n: int, held_fixed: int = 0) -> str:
+def with_interval(r: float, n: int) -> str:
     """Write a correlation with its 95 % interval by Fisher's z."""
-    z, step = np.arctanh(r), stats.norm.ppf(0.975) / np.sqrt(n - 3 - held_fixed)
+    z, step = np.arctanh(r), stats.norm.ppf(0.975) / np.sqrt(n - 3)
     return f"{r:.2f} ({np.tanh(z - step):.2f} to {np.tanh(z + step):.2f})".replace("-", "−")
 
 
