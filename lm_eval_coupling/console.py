@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -21,13 +22,16 @@ _UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)
 
 
 def prepare_surroundings() -> None:
-    """Mend what would keep a command from printing or drawing."""
+    """Mend what would keep a command from printing or drawing, or make it slow."""
     open_closed_streams()
     log_safely()
     replace_unprintable_characters()
     forget_backend_of_a_notebook()
     if os.environ.get("COLUMNS", "1").strip("0") == "":  # rich would print nothing
         del os.environ["COLUMNS"]
+    # Numbers of runs are millions of lasting objects: to search them for cycles as often as Python
+    # does takes a tenth of the time.
+    gc.set_threshold(50_000, 20, 20)
 
 
 def require_working_folder() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.figures.palette import CATEGORIES
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.registry import Reading, prompt_readings
-from lm_eval_coupling.report.table_numbers import table_numbers
-from lm_eval_coupling.report.task_table import describe_table
+from lm_eval_coupling.report.table_numbers import PromptColumns, table_numbers
+from lm_eval_coupling.report.task_table import TableView, view_table
 from lm_eval_coupling.saved.names import full_names, label_rows
 from lm_eval_coupling.saved.prompting import readable
 from lm_eval_coupling.saved.samples import answers_of_run
@@ -188,31 +188,50 @@ class _Tables:
         Returns:
             ``tables``, their ``numbers``, and the ``limit`` of prompts of each.
         """
-        means_of_tables = [*table_numbers([table for _, table in self._tables], problems)]
-        limit = _limit([sum(means.prompts.values()) for _, means in means_of_tables], documents)
-        described, numbers = [], []
-        for number, means in means_of_tables:
-            run, table = self._tables[number]
-            metrics = run.results["results"].get(table.task, {})
-            answers = answers_of_run(run, table.task, _main_metric(metrics), problems)
-            with passing_over(problems):
-                about = describe_table(table, means, answers, limit, words)
-                described.append({"task": table.task} | about)
-                numbers.append(number)
-        return {"tables": described, "numbers": numbers, "limit": limit}
+        room, views = _Room(documents), dict[int, TableView]()
+
+        def read() -> Iterator[tuple[int, PromptColumns]]:
+            for number, (run, table) in enumerate(self._tables):
+                metric = _main_metric(run.results["results"].get(table.task, {}))
+                answers = answers_of_run(run, table.task, metric, problems)
+                with passing_over(problems):
+                    view = views[number] = view_table(table, answers, room.limit, words)
+                    room.add(view.shown)
+                    yield number, view.columns
+
+        described = {
+            number: {"task": self._tables[number][1].task} | views.pop(number).describe(numbers)
+            for number, numbers in table_numbers(read())
+        }
+        return {"tables": [*described.values()], "numbers": [*described], "limit": room.limit}
+
+
+class _Room:
+    """Room for prompts on the page, which tables share.
+
+    Args:
+        documents: the most prompts of a table.
+    """
+
+    def __init__(self, documents: int) -> None:
+        self.limit = documents
+        self._tables: list[dict[str, Any]] = []
+        self._prompts = 0
+
+    def add(self, table: dict[str, Any]) -> None:
+        """Add a table; all tables lose ``documents`` beyond the new limit if they are too many."""
+        self._tables.append(table)
+        self._prompts += min(table["total"], self.limit)
+        while self._prompts > _DOCUMENTS_IN_ALL and self.limit > 1:
+            self.limit -= 1
+            for each in self._tables:
+                del each["documents"][self.limit :]
+            self._prompts = sum(min(each["total"], self.limit) for each in self._tables)
 
 
 def _main_metric(metrics: Iterable[str]) -> str | None:
     """Return the metric that lm-eval lists first."""
     return next(filter(is_score, metrics), None)
-
-
-def _limit(sizes: Sequence[int], documents: int) -> int:
-    """Return how many prompts of each table, at most ``documents``, the page has room for."""
-    fitting = [
-        n for n in range(documents + 1) if sum(min(size, n) for size in sizes) <= _DOCUMENTS_IN_ALL
-    ]
-    return max(fitting, default=0) or min(1, documents)
 
 
 def _describe_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.report.table_numbers import (
     TableNumbers,
     describe_differences,
+    read_columns,
     table_numbers,
 )
 from lm_eval_coupling.saved.names import full_names, label_rows
@@ -42,7 +43,8 @@ def overview(tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str])
     """
     scores: dict[int, dict[str, dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
-    for place, numbers in table_numbers([table for _, table in tables], problems):
+    columns = read_columns([table for _, table in tables], problems)
+    for place, numbers in table_numbers(columns):
         run, table = tables[place]
         if id(run) not in scores:
             tasks = rows_of_run(run) if run.file else ()

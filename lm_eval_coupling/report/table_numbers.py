@@ -21,6 +21,7 @@ from lm_eval_coupling.statistics.estimates import Estimate
 # Frames of few rows take as long as those of thousands: tables are joined up to this many prompts.
 _PROMPTS_AT_ONCE = 4096
 
+PromptColumns = Mapping[str, np.ndarray]
 Mean = tuple[float, float, int]  # mean, standard error and number of documents
 _NOTHING: Mean = (math.nan, math.nan, 0)
 
@@ -36,8 +37,6 @@ class TableNumbers:
         differences: trained less untrained weights by ``coupling@K``
             (:func:`describe_differences`); empty without untrained weights.
         measured: documents that have any number.
-        prompts: how many prompts each document has, by ``doc_hash, prompt_hash``.
-        twin_prompts: the same of the untrained weights.
         worst_certificate: largest certificate of the trained weights.
         missing: prompts without coupling, counted by reason, in words.
     """
@@ -47,8 +46,6 @@ class TableNumbers:
     twin_means: Mapping[str, Mean]
     differences: Mapping[str, Mapping[str, float | int]]
     measured: int
-    prompts: Mapping[tuple[str, str], int]
-    twin_prompts: Mapping[tuple[str, str], int]
     worst_certificate: float
     missing: str
 
@@ -65,24 +62,34 @@ class TableNumbers:
         return self.differences.get(f"coupling@{rank}") or describe_differences(())
 
 
-def table_numbers(
-    tables: Sequence[SavedTable], problems: list[str]
-) -> Iterator[tuple[int, TableNumbers]]:
-    """Yield the place of each table that can be read, and its numbers.
+def read_columns(
+    tables: Iterable[SavedTable], problems: list[str]
+) -> Iterator[tuple[int, PromptColumns]]:
+    """Yield the place of each table that can be read, and the numbers of its prompts.
 
     Args:
         tables: of one task each.
         problems: a sentence on each table that cannot be read is added.
-
-    Yields:
-        Places in ``tables`` in ascending order, with the numbers of these tables.
     """
-    part: dict[int, dict[str, np.ndarray]] = {}
-    prompts = 0
     for place, table in enumerate(tables):
         with passing_over(problems):
-            part[place] = prompt_columns(table, "all")
-            prompts += len(part[place]["doc_hash"])
+            yield place, prompt_columns(table, "all")
+
+
+def table_numbers(
+    tables: Iterable[tuple[int, PromptColumns]],
+) -> Iterator[tuple[int, TableNumbers]]:
+    """Yield the place of each table and its numbers.
+
+    Args:
+        tables: ascending places and the columns of :func:`~.values.prompt_columns` of both weights;
+            readings that a table lacks are left out of its means.
+    """
+    part: dict[int, PromptColumns] = {}
+    prompts = 0
+    for place, columns in tables:
+        part[place] = columns
+        prompts += len(columns["doc_hash"])
         if prompts >= _PROMPTS_AT_ONCE:
             yield from _numbers(part)
             part, prompts = {}, 0
@@ -90,7 +97,7 @@ def table_numbers(
         yield from _numbers(part)
 
 
-def _numbers(part: Mapping[int, Mapping[str, np.ndarray]]) -> Iterator[tuple[int, TableNumbers]]:
+def _numbers(part: Mapping[int, PromptColumns]) -> Iterator[tuple[int, TableNumbers]]:
     """Yield the numbers of tables that are computed together."""
     values = _join(part)
     trained, twin = (_Side(values[values["weights"] == of]) for of in (TRAINED, UNTRAINED))
@@ -111,15 +118,13 @@ def _numbers(part: Mapping[int, Mapping[str, np.ndarray]]) -> Iterator[tuple[int
                     for name in (couplings if has_twin else ())
                 },
                 measured=int(trained.is_measured[own].sum()),
-                prompts=Counter(trained.keys[rows]),
-                twin_prompts=Counter(twin.keys[twin.prompts_of(place)]),
                 worst_certificate=_largest(trained.certificates[rows]),
                 missing=_in_words(trained.reasons[rows][trained.is_missing[rows]]),
             ),
         )
 
 
-def _join(part: Mapping[int, Mapping[str, np.ndarray]]) -> pd.DataFrame:
+def _join(part: Mapping[int, PromptColumns]) -> pd.DataFrame:
     """Join the columns of several tables; ``table`` is the place of each row's table."""
     sizes = {place: len(columns["doc_hash"]) for place, columns in part.items()}
     names = dict.fromkeys(name for columns in part.values() for name in columns)
@@ -142,7 +147,6 @@ class _Side:
         self.documents = document_values(values)
         self.numbers = {name: self.documents[name].to_numpy() for name in self.documents}
         self.is_measured = self.documents.notna().any(axis=1).to_numpy()
-        self.keys = list(zip(values["doc_hash"], values["prompt_hash"], strict=True))
         self.certificates = values["worst_certificate"].to_numpy()
         self.reasons = values["reason"].to_numpy()
         couplings = [name for name in values if str(name).startswith("coupling@")]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import LAYERS, LayerMeans, pack
 from lm_eval_coupling.report.response_curves import response_curves
-from lm_eval_coupling.report.table_numbers import TableNumbers
+from lm_eval_coupling.report.table_numbers import PromptColumns, TableNumbers
 from lm_eval_coupling.saved.saved_table import SavedTable
-from lm_eval_coupling.saved.values import PROMPT
+from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
+from lm_eval_coupling.saved.values import PROMPT, prompt_columns, ranks_of
 from lm_eval_coupling.saved.words import SavedWords
 
 _TEXT = 4000  # characters of a prompt that are kept: its end, as few-shot examples come first
@@ -27,71 +32,121 @@ _DOCUMENT = (
 )
 
 
-def describe_table(
+@dataclasses.dataclass(frozen=True)
+class TableView:
+    """Everything that the page shows of a table but for its means over documents.
+
+    Attributes:
+        columns: numbers of its prompts, to be averaged with those of other tables.
+        shown: ``ranks``, ``headline``, ``chance`` (by rank), ``mean``, ``profile`` and ``norms``
+            (see :class:`LayerMeans`), ``total`` (prompts), ``documents`` and ``responses`` (see
+            :func:`response_curves`).
+        twin: ``seed, profile, norms`` of the untrained weights, or None.
+    """
+
+    columns: PromptColumns
+    shown: dict[str, Any]
+    twin: dict[str, Any] | None
+
+    def describe(self, numbers: TableNumbers) -> dict[str, Any]:
+        """Return all that the page shows.
+
+        Returns:
+            ``shown`` with ``measured`` (documents), ``worst_certificate``, and ``untrained``: the
+            twin with its ``coupling`` and the paired ``difference`` at every rank, or None.
+        """
+        of_twin = self.twin and self.twin | {
+            "coupling": {rank: numbers.twin_coupling(rank) for rank in numbers.ranks},
+            "difference": {rank: numbers.difference(rank) for rank in numbers.ranks},
+        }
+        return self.shown | {
+            "measured": numbers.measured,
+            "worst_certificate": numbers.worst_certificate,
+            "untrained": of_twin,
+        }
+
+
+def view_table(
     table: SavedTable,
-    numbers: TableNumbers,
     answers: Mapping[str, Mapping[str, Any]],
     limit: int,
     words: SavedWords | None = None,
-) -> dict[str, Any]:
-    """Return what the page shows of a table; matrices are read some rows at a time.
+) -> TableView:
+    """Read a table once; matrices are read some rows at a time.
 
     Args:
         table: table of one task.
-        numbers: its means over documents.
         answers: the model's answers, by ``doc_hash``.
         limit: most prompts to include one by one; means are over all.
         words: words of the directions of some prompts.
 
     Returns:
-        ``ranks``, ``headline``, ``chance`` (by rank), ``measured`` (documents), ``mean``,
-        ``profile`` and ``norms`` (see :class:`LayerMeans`), ``worst_certificate``, ``total``
-        (prompts), ``documents``, ``responses`` (see :func:`response_curves`), and ``untrained``:
-        ``seed, coupling, profile, norms`` of the twin with the paired ``difference`` at every rank,
-        or None.
+        The view.
+
+    Raises:
+        UnreadableTable: if the table is damaged.
     """
-    headline = headline_rank(numbers.ranks) if numbers.ranks else None
-    means = LayerMeans(numbers.ranks, numbers.prompts)
-    documents: list[dict[str, Any]] = []
-    for row in table.records(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
-        means.add(row)
-        if len(documents) < limit:
-            document = _describe_document(row, headline, answers)
-            directions = words and words.of(table.about.get("fingerprint"), row)
-            if directions:
-                document["words"] = [line for line in directions if line["k"] <= _DIRECTIONS]
-            documents.append(document)
-    return {
-        "ranks": numbers.ranks,
-        "headline": headline,
-        "chance": {rank: chance_coupling(rank) for rank in numbers.ranks},
-        "measured": numbers.measured,
-        **means.summary(matrices=True),
-        "worst_certificate": numbers.worst_certificate,
-        "total": sum(numbers.prompts.values()),
-        "documents": documents,
-        "responses": response_curves(table, answers, numbers.ranks),
-        "untrained": _describe_twin(table, numbers) if numbers.twin_prompts else None,
-    }
+    with table.opened() as opened:
+        columns = _couplings(opened)
+        ranks = ranks_of(columns)
+        prompts = _count_prompts(columns, TRAINED)
+        means = LayerMeans(ranks, prompts)
+        documents: list[dict[str, Any]] = []
+        for row in opened.records(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
+            means.add(row)
+            if len(documents) < limit:
+                documents.append(_describe_document(row, ranks, answers))
+                directions = words and words.of(table.about.get("fingerprint"), row)
+                if directions:
+                    lines = [line for line in directions if line["k"] <= _DIRECTIONS]
+                    documents[-1]["words"] = lines
+        shown = {
+            "ranks": ranks,
+            "headline": headline_rank(ranks) if ranks else None,
+            "chance": {rank: chance_coupling(rank) for rank in ranks},
+            **means.summary(matrices=True),
+            "total": sum(prompts.values()),
+            "documents": documents,
+            "responses": response_curves(opened, answers, ranks),
+        }
+        return TableView(columns, shown, _view_twin(opened, columns, ranks))
 
 
-def _describe_twin(table: SavedTable, numbers: TableNumbers) -> dict[str, Any]:
-    """Return what the page shows of the untrained twin."""
-    means = LayerMeans(numbers.ranks, numbers.twin_prompts)
-    for row in table.records(LAYERS, weights="untrained"):
+def _couplings(table: SavedTable) -> PromptColumns:
+    """Read couplings, and all other numbers where these must tell if a document was measured."""
+    columns = prompt_columns(table, "all", names=())
+    couplings = [columns[f"coupling@{rank}"] for rank in ranks_of(columns)]
+    if couplings and not np.isnan(couplings).any():
+        return columns
+    return prompt_columns(table, "all")
+
+
+def _count_prompts(columns: PromptColumns, weights: str) -> Counter[tuple[str, str]]:
+    """Return how many prompts each document has, by ``doc_hash, prompt_hash``."""
+    rows = zip(columns["doc_hash"], columns["prompt_hash"], columns["weights"], strict=True)
+    return Counter((doc, prompt) for doc, prompt, of in rows if of == weights)
+
+
+def _view_twin(
+    table: SavedTable, columns: PromptColumns, ranks: Sequence[int]
+) -> dict[str, Any] | None:
+    """Return the part of the untrained twin that is not averaged with other tables."""
+    if not (prompts := _count_prompts(columns, UNTRAINED)):
+        return None
+    means = LayerMeans(ranks, prompts)
+    for row in table.records(LAYERS, weights=UNTRAINED):
         means.add(row)
     return {
         "seed": (table.about.get("untrained") or {}).get("seed"),
-        "coupling": {rank: numbers.twin_coupling(rank) for rank in numbers.ranks},
-        "difference": {rank: numbers.difference(rank) for rank in numbers.ranks},
         **means.summary(matrices=False),
     }
 
 
 def _describe_document(
-    row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]
+    row: Mapping[str, Any], ranks: Sequence[int], answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     matrices, text = row["normalized_miscoupling"], row["text"] or ""
+    headline = headline_rank(ranks) if ranks else None
     return {
         "id": row["doc_id"],
         "prompt": row["prompt_index"],

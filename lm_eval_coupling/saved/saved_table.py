@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lm_eval_coupling.saved.arrow_columns import frame_of_columns, to_columns
+from lm_eval_coupling.saved.arrow_columns import frame_of_columns
+from lm_eval_coupling.saved.open_table import OpenTable, UnreadableTable, open_table
 from lm_eval_coupling.saved.precedence import Standing
 from lm_eval_coupling.saved.results_file import number
-from lm_eval_coupling.saved.tables import UnreadableTable, open_table
 
 _ROWS_AT_ONCE = 64  # whose matrices are held together
-_FEW_ROWS = 50  # read by one thread, because passing them to others takes longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +29,14 @@ class SavedTable:
         about: its provenance, as the run wrote it.
         columns: their names, in order.
         twin: the table of the untrained weights, where they were measured.
+        kept_open: files of :meth:`opened`, which every reading opens otherwise.
     """
 
     file: Path
     about: Mapping[str, Any]
     columns: tuple[str, ...]
     twin: Path | None = None
+    kept_open: Mapping[Path, OpenTable] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def task(self) -> str:
@@ -51,6 +50,20 @@ class SavedTable:
         measured = number(summary.get("measured", 0))
         return Standing.of(self.about.get("settings") or {}, measured, math.nan)
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[SavedTable]:
+        """Keep the files open for several readings: opening takes as long as reading few rows.
+
+        Yields:
+            The table, for use in the block.
+
+        Raises:
+            UnreadableTable: if a file cannot be opened.
+        """
+        with contextlib.ExitStack() as stack:
+            files = {file: stack.enter_context(open_table(file)) for file in self._files("all")}
+            yield dataclasses.replace(self, kept_open=files)
+
     def read(
         self,
         columns: Sequence[str] | None = None,
@@ -61,9 +74,9 @@ class SavedTable:
         """Read all rows at once; arguments and errors are those of :meth:`batches`."""
         parts = []
         for file in self._files(weights):
-            with open_table(file, self._present(columns)) as table:
-                rows = _checked_columns(file, _read(table, self._present(columns)))
-            parts.append(_select(frame_of_columns(rows), columns, weights, places))
+            with self._open(file) as table:
+                rows = frame_of_columns(table.read(self._present(columns)))
+            parts.append(_select(rows, columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
     def read_columns(self, columns: Sequence[str], weights: str) -> dict[str, np.ndarray]:
@@ -81,8 +94,8 @@ class SavedTable:
         """
         parts: list[dict[str, np.ndarray]] = []
         for file in self._files(weights):
-            with open_table(file, self._present(columns)) as table:
-                part = _checked_columns(file, _read(table, self._present(columns)))
+            with self._open(file) as table:
+                part = table.read(self._present(columns))
             kept = _is_first(part.pop("place"))
             if weights != "all":
                 kept &= part["weights"] == weights
@@ -114,10 +127,9 @@ class SavedTable:
         """
         present, is_empty = self._present(columns), True
         for file in self._files(weights):
-            with open_table(file, present) as table:
-                for batch in _batches(table, present, rows):
-                    rows_read = frame_of_columns(_checked_columns(file, batch))
-                    part = _select(rows_read, columns, weights, places)
+            with self._open(file) as table:
+                for batch in table.batches(present, rows):
+                    part = _select(frame_of_columns(batch), columns, weights, places)
                     if len(part):
                         is_empty = False
                         yield part
@@ -141,14 +153,21 @@ class SavedTable:
         """
         present = self._present(columns)
         for file in self._files(weights):
-            with open_table(file, present) as table:
-                for batch in _batches(table, present):
-                    read = _checked_columns(file, batch)
-                    values = {name: column.tolist() for name, column in read.items()}
+            with self._open(file) as table:
+                for batch in table.batches(present, _ROWS_AT_ONCE):
+                    values = {name: column.tolist() for name, column in batch.items()}
                     for row in zip(*values.values(), strict=True):
                         record = dict(zip(values, row, strict=True))
                         if not record["place"] and weights in ("all", record["weights"]):
                             yield record
+
+    @contextlib.contextmanager
+    def _open(self, file: Path) -> Iterator[OpenTable]:
+        if file in self.kept_open:
+            yield self.kept_open[file]
+        else:
+            with open_table(file) as table:
+                yield table
 
     def _files(self, weights: str) -> list[Path]:
         """Return the files that may have rows of these weights; the first gives the columns."""
@@ -158,44 +177,6 @@ class SavedTable:
         if columns is None:
             return None
         return [name for name in self.columns if name in (*columns, "weights", "place")]
-
-
-def _read(table: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
-    return table.read(columns, use_threads=table.metadata.num_rows > _FEW_ROWS)
-
-
-def _batches(
-    table: pq.ParquetFile, columns: list[str] | None, rows: int = _ROWS_AT_ONCE
-) -> Iterator[pa.RecordBatch]:
-    use_threads = table.metadata.num_rows > _FEW_ROWS
-    return table.iter_batches(rows, columns=columns, use_threads=use_threads)
-
-
-def _checked_columns(file: Path, rows: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
-    """Convert rows, and refuse those whose parts do not fit together, as no run writes them.
-
-    Returns:
-        An array for each column.
-
-    Raises:
-        UnreadableTable: if ranks are no distinct positive numbers, or values are not by rank.
-    """
-    columns = to_columns(rows)
-    by_rank = [columns[name] for name in ("coupling", "normalized_miscoupling") if name in columns]
-    for row, ranks in enumerate(columns.get("ranks", ())):
-        fits = bool(ranks) and None not in ranks and min(ranks) > 0 and len({*ranks}) == len(ranks)
-        values = [column[row] for column in by_rank if column[row] is not None]
-        squares = [np.shape(value)[1:] for value in values if np.ndim(value) == 3]
-        if (
-            not fits
-            or any(len(value) != len(ranks) for value in values)
-            or any(height != width for height, width in squares)
-        ):
-            raise UnreadableTable(
-                f"got {file} with ranks and values in row {row} that do not fit together, as no "
-                "run writes them; copy it again or measure again"
-            )
-    return columns
 
 
 def _select(

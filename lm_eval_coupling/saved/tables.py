@@ -14,13 +14,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.measures.formulas.headline import couplings_of
@@ -32,11 +31,8 @@ from lm_eval_coupling.measures.registry import (
 )
 from lm_eval_coupling.saved.arrow_columns import arrow_type, to_arrow
 from lm_eval_coupling.saved.atomic import writing
-from lm_eval_coupling.saved.checksums import (
-    has_intact_footer,
-    require_intact_chunks,
-    write_with_checksums,
-)
+from lm_eval_coupling.saved.checksums import has_intact_footer, write_with_checksums
+from lm_eval_coupling.saved.open_table import UnreadableTable, damaged, open_parquet
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"lm_eval_coupling"
@@ -109,10 +105,6 @@ _NEEDED = (
 )
 
 
-class UnreadableTable(CouplingError):
-    """Raised for a table that is damaged or not one of ours; other tables can still be read."""
-
-
 def table_columns() -> dict[str, Column]:
     """Return every column of a table by name, in order: its document and what was measured."""
     return {column.name: column for column in DOCUMENT} | record_columns()
@@ -168,10 +160,6 @@ def write_tables(
     return written
 
 
-def _damaged(file: Path, reason: str) -> str:
-    return f"got {file}, which is damaged ({reason}); copy it again or measure again"
-
-
 def _provenance_of_task(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return the provenance with the summary of one task: those of a whole group are large."""
     about = dict(provenance)
@@ -211,41 +199,6 @@ def safe_name(task: str) -> str:
     return f"{plain[:100]}-{hashlib.sha256(task.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
-@contextlib.contextmanager
-def open_table(file: Path, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a table for reading by columns and some rows at a time, with its checksums verified.
-
-    Args:
-        file: a table.
-        columns: those that will be read; None for all.
-
-    Yields:
-        The open file. An error of reading in the block is reported as one of this table.
-
-    Raises:
-        UnreadableTable: if it is damaged.
-    """
-    try:
-        with _parquet(file, page_checksum_verification=True) as table:
-            require_intact_chunks(file, table, columns)
-            yield table
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise UnreadableTable(_damaged(file, why(error))) from None
-
-
-@contextlib.contextmanager
-def _parquet(file: Path, **options: Any) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file, also one whose path is no text that pyarrow can open."""
-    try:
-        str(file).encode("utf-8")
-    except UnicodeEncodeError:  # of undecodable bytes, or under a locale that is not UTF-8
-        with file.open("rb") as source, pq.ParquetFile(source, **options) as table:
-            yield table
-    else:
-        with pq.ParquetFile(file, **options) as table:
-            yield table
-
-
 class Header(NamedTuple):
     """What a table says of itself.
 
@@ -276,7 +229,7 @@ def read_header(file: Path) -> Header:
     with contextlib.suppress(pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
         intact = has_intact_footer(file)
         # Not `pq.read_schema`, which takes three times as long.
-        with _parquet(file) as table:
+        with open_parquet(file) as table:
             schema = table.schema_arrow
         about = json.loads((schema.metadata or {})[METADATA_KEY])
     if schema is None or about is None:
@@ -285,10 +238,10 @@ def read_header(file: Path) -> Header:
             "wrote"
         )
     if intact is False:
-        raise UnreadableTable(_damaged(file, "its checksum differs"))
+        raise UnreadableTable(damaged(file, "its checksum differs"))
     types = dict(zip(schema.names, schema.types, strict=True))
     if not isinstance(about, dict):
-        raise UnreadableTable(_damaged(file, "its metadata is no mapping"))
+        raise UnreadableTable(damaged(file, "its metadata is no mapping"))
     require_schema(file, about)
     if lacking := [name for name in _NEEDED if name not in types]:
         raise UnreadableTable(f"got {file} without the column {lacking[0]}; measure again")

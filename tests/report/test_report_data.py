@@ -5,7 +5,7 @@ import pytest
 from report_pages import BAD_MODEL, packed, row_of
 from saved_runs import CHANCE, record, save, task_summary
 
-from lm_eval_coupling.report.data import _limit
+from lm_eval_coupling.report.data import _Room
 from lm_eval_coupling.report.page import build_page, embeddable_json, gather
 from lm_eval_coupling.report.task_table import pack
 from lm_eval_coupling.saved.saved_run import find_runs
@@ -122,10 +122,24 @@ class TestLimits:
             assert table["mean"] == full["mean"] and table["norms"] == full["norms"]
         assert gather(saved, documents=0)["tables"][0]["documents"] == []
 
-    def test_many_tables_share_the_page(self):
-        assert _limit([100] * 40, 200) == 200
-        assert _limit([5] * 100 + [100] * 100, 200) == 35  # 500 + 3500
-        assert _limit([50] * 5000, 200) == 1 and _limit([50] * 5000, 0) == 0
+    @pytest.mark.parametrize(
+        ("totals", "documents", "limit"),
+        [
+            ([100] * 40, 200, 200),
+            ([5] * 100 + [100] * 100, 200, 35),  # 500 + 3500
+            ([50] * 5000, 200, 1),
+            ([50] * 5000, 0, 0),
+        ],
+    )
+    def test_many_tables_share_the_page(self, totals, documents, limit):
+        room = _Room(documents)
+        tables = []
+        for total in totals:
+            kept = [*range(min(total, room.limit))]
+            tables.append({"total": total, "documents": kept})
+            room.add(tables[-1])
+        assert room.limit == limit
+        assert all(table["documents"] == [*range(min(table["total"], limit))] for table in tables)
 
     def test_long_prompts_keep_their_end(self, tmp_path):
         save(
