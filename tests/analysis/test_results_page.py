@@ -217,24 +217,38 @@ def test_positions_of_tokens():
 
 
 def test_effects_of_penalties():
-    members = pd.read_json(RESULTS / "intervention" / "members.jsonl", lines=True)
+    folders = "intervention", "intervention_weak"
+    members = pd.concat(
+        pd.read_json(RESULTS / name / "members.jsonl", lines=True) for name in folders
+    ).drop_duplicates()
     table = members.set_index(["form", "strength", "seed"]).sort_index()
 
     def of(form: str, strength: float, outcome: str) -> pd.Series:
         return table.loc[(form, strength), outcome]
 
-    def effect(strength: float) -> str:
-        change = of("raw", strength, "loss_kept_out") - of("none", 0, "loss_kept_out")
-        half = stats.t.ppf(0.975, len(change) - 1) * change.sem()
-        mean = change.mean()
-        return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f}) worse"
+    def coupling(form: str, strength: float) -> str:
+        return f"{of(form, strength, 'coupling').mean():.2f}"
 
-    assert len(members) == 25
-    assert f"{effect(1)} without coupling, {effect(-1)} with" in PAGE
-    raised, control = (of(*m, "coupling").mean() for m in (("raw", -1), ("none", 0)))
-    assert f"{raised:.2f} in place of {control:.2f}" in PAGE
+    def effect(form: str, strength: float) -> str:
+        change = of(form, strength, "loss_kept_out") - of("none", 0, "loss_kept_out")
+        interval = stats.ttest_1samp(change, 0).confidence_interval()
+        mean, low, high = (plain(v, 3) for v in (change.mean(), interval.low, interval.high))
+        return f"{mean} ({low} to {high})"
+
+    assert len(members) == 45
+    control = coupling("none", 0)
+    lowered = ("raw", 0.1), ("rotated", 0.1)
+    raised = ("raw", -0.1), ("rotated", -0.1)
+    first, second = (f"{effect(*member)}{{}} at {coupling(*member)}" for member in lowered)
+    assert f"kept-out loss {first.format(' worse')} and {second.format('')}, " in PAGE
+    effects = " and ".join(effect(*member) for member in raised)
+    couplings = " and ".join(coupling(*member) for member in raised)
+    assert f"{effects} worse at {couplings} in place of {control}; " in PAGE
+    strong = [f"{effect('raw', s)} worse at {coupling('raw', s)}" for s in (1, -1)]
+    assert f"ten times as strong {', '.join(strong)}" in PAGE
     assert f"loss {of('none', 0, 'loss_kept_out').mean():.2f}" in PAGE
-    assert of("raw", 1, "coupling").mean() < control / 10 and raised > 5 * control
+    assert all(float(coupling(*member)) <= chance_coupling(10) for member in lowered)
+    assert all(float(coupling(*member)) > 4 * float(control) for member in raised)
 
 
 def test_vision_transformers_of_three_seeds():
