@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.console import (
+    INTERRUPTED,
     end_after,
+    end_of_run,
     log_safely,
     prepare_surroundings,
     require_working_folder,
@@ -30,7 +32,6 @@ _FACTS = (
     "`revision`, and any of family, tuned (true/false), training_tokens, released (year or date), "
     "n_params, n_layers, d_model; further columns become predictors or groups"
 )
-_INTERRUPTED = 130  # Exit code after Ctrl-C, also if everything measured was saved.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `lm-eval-coupling`; by default those of the command line.
 
     Returns:
-        The exit code: 0, or 1 if a sweep or check found something missing. After a mistake of the
-        user or of a file, which is described in one sentence on stderr, it is 2; after Ctrl-C 130.
+        The exit code: 0; 1 if a sweep or check misses something, or not all could be written; 2
+        after a mistake, told in one sentence on stderr; 130 after Ctrl-C.
     """
     prepare_surroundings()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CouplingError as error:
         return say(str(error), 2)
     except KeyboardInterrupt:
-        return say("interrupted", _INTERRUPTED)
+        return say("interrupted", INTERRUPTED)
     except OSError as error:
         return end_after(error)
 
@@ -176,9 +177,8 @@ def _add_report(commands: Any) -> None:
         metavar="FILE",
         help="default: %(default)s",
     )
-    report.add_argument(
-        "--documents", type=int, metavar="N", help="prompts per model and task (default: 200)"
-    )
+    words = "prompts per model and task (default: 200)"
+    report.add_argument("--documents", type=int, metavar="N", help=words)
     _add_mixed(report)
     report.add_argument(
         "--words", type=Path, metavar="FILE", help="words.csv of analysis/words.py, to show as well"
@@ -320,13 +320,13 @@ def _measure(options: argparse.Namespace) -> int:
                 options.model, options.samples, same_model=options.same_model, **arguments
             )
     print(for_terminal(measured.table))
-    return _INTERRUPTED if measured.interrupted else 0
+    return end_of_run(measured.interrupted, measured.problem)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from lm_eval_coupling import demo
 
-    return _INTERRUPTED if demo.main(out=options.out) else 0
+    return INTERRUPTED if demo.main(out=options.out) else 0
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -393,7 +393,7 @@ def _vision(options: argparse.Namespace) -> int:
     arguments = _select(options, "split", "limit", "batch_size", "device", "coupling")
     run = run_vision(options.model, options.data, options.out, **arguments)
     print(*(for_terminal(line) for line in (run.summary, run.file) if line), sep="\n")
-    return _INTERRUPTED if run.interrupted else 0
+    return end_of_run(run.interrupted, run.problem)
 
 
 if __name__ == "__main__":

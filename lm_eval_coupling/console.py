@@ -17,6 +17,8 @@ from lm_eval_coupling.safe_text import for_terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+INTERRUPTED = 130  # exit code after Ctrl-C, also if everything measured was saved
+
 # Errors of writing that come without the name of a file.
 _UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EBADF)
 
@@ -122,6 +124,13 @@ def say(sentence: str, code: int) -> int:
     """Print why a command ends on stderr, and return its exit code."""
     print(f"lm-eval-coupling: {for_terminal(sentence)}", file=sys.stderr)
     return code
+
+
+def end_of_run(interrupted: bool, problem: str) -> int:
+    """Return the exit code after a run, and say what could not be written."""
+    if interrupted:
+        return INTERRUPTED
+    return say(problem, 1) if problem else 0
 
 
 def end_after(error: OSError) -> int:

@@ -88,7 +88,7 @@ def measure_texts(
     )
     _add_fields(results, file.stem, fields)
     save_run(results, info, out)
-    return Measured(make_table(results), run.interrupted)
+    return Measured(make_table(results), run.interrupted, info.unstored)
 
 
 def read_lines(file: Path) -> list[Line]:

@@ -271,15 +271,15 @@ def test_demo(monkeypatch, out):
             ["measure", "M", "p.txt", "--out", "o"],
             "lm_eval_coupling.texts",
             "measure_texts",
-            lambda interrupted: Measured("a table", interrupted),
+            lambda interrupted, problem: Measured("a table", interrupted, problem),
         ),
         (
             ["vision", "--model", "M", "--data", "D", "--out", "o"],
             "lm_eval_coupling.vision.evaluate",
             "run_vision",
-            lambda interrupted: VisionRun("f", "words", interrupted),
+            lambda interrupted, problem: VisionRun("f", "words", interrupted, problem),
         ),
-        (["demo"], "lm_eval_coupling.demo", "main", bool),
+        (["demo"], "lm_eval_coupling.demo", "main", lambda interrupted, _: interrupted),
     ],
     ids=["measure", "vision", "demo"],
 )
@@ -288,8 +288,11 @@ def test_what_ctrl_c_cut_short_does_not_end_as_if_whole(
 ):
     """What was measured is kept and told, but a loop over models is to know."""
     monkeypatch.chdir(tmp_path)
-    for interrupted, code in ((True, 130), (False, 0)):
-        returned = answer(interrupted)
+    endings = [(True, "", 130), (False, "", 0)]
+    if name != "main":
+        endings.append((False, "the store is full", 1))
+    for interrupted, problem, code in endings:
+        returned = answer(interrupted, problem)
         monkeypatch.setattr(
             importlib.import_module(module), name, lambda *_, returned=returned, **__: returned
         )

@@ -145,6 +145,7 @@ def _evaluate(
     if (info := carried(results)) is not None:
         command = current_command()
         command.interrupted |= bool(info.get("interrupted"))
+        command.problems += [info.unstored] if info.unstored else []
         command.unprinted = results
     return results
 

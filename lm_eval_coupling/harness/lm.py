@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -316,7 +317,7 @@ class CouplingLM(HFLM):
                 )
         joined = Run.join(part.value for part in parts if part.error is None)
         rows = with_logged_ids(joined.rows, results, call.get("samples") or {})
-        run = Run(rows, joined.reused, joined.interrupted)
+        run = replace(joined, rows=rows)
         return self.describe(run, list(requested.tasks), prompts)
 
     def _prompt_facts(

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 
 class Measured(NamedTuple):
-    """The table to print, and whether Ctrl-C ended the measuring early."""
+    """A finished run.
+
+    Attributes:
+        table: what to print.
+        interrupted: True if Ctrl-C ended the measuring early.
+        problem: why something that was asked for was not written; empty if all was.
+    """
 
     table: str
     interrupted: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)

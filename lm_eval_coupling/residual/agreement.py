@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError, Unmeasurable
+from lm_eval_coupling.errors import CouplingError, Unmeasurable, pass_on_lack_of_memory
 from lm_eval_coupling.residual import rotary
 from lm_eval_coupling.residual.arguments import CACHES
 from lm_eval_coupling.residual.attachments import (
@@ -21,12 +21,15 @@ from lm_eval_coupling.residual.attachments import (
     has_own_functions,
     uncompiled,
 )
+from lm_eval_coupling.residual.block import PassState
 from lm_eval_coupling.residual.block_call import hidden
 from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.load_checks import (
+    HALF,
     OTHER_KERNELS,
     PACKED,
     ROUNDED,
+    SAME,
     SAME_KERNELS,
     off_by,
 )
@@ -103,14 +106,13 @@ class ScoredModel:
         Raises:
             Unmeasurable: if the stream after the last block differs at a measured token.
         """
-        seq = resid_final.shape[1]
-        scored = self._final(self.model, self.last_block, prompt, seq)[0]
+        scored = self._final(self.model, self.last_block, prompt)[0]
         error = _most_off(resid_final[0], scored, tokens)
         tolerance = OTHER_KERNELS if self.is_present else PACKED
         if self.is_present and self.rounds and error > _CLOSE:
             again = self.retraced()
             last = again.model.get_submodule(self.last_name)
-            error = _most_off(self._final(again.model, last, prompt, seq)[0], scored, tokens)
+            error = _most_off(self._final(again.model, last, prompt)[0], scored, tokens)
             tolerance = SAME_KERNELS
             with contextlib.suppress(RuntimeError):  # kernels for bf16 and fp16 only
                 exact = again.trace(prompt, resid_final.dtype).resid_final[0]
@@ -125,6 +127,53 @@ class ScoredModel:
                 "computes when it scores this prompt, expected the same: a part of the model acts "
                 "on this prompt in a way that its blocks alone do not",
             )
+        if self.has_own_code:
+            self.require_same_in_every_mode(prompt, tokens, scored)
+
+    @torch.no_grad()
+    def require_same_in_every_mode(
+        self,
+        prompt: Any,
+        tokens: Iterable[int],
+        scored: Float[Tensor, "seq d_model"] | None = None,
+    ) -> None:
+        """Refuse hooks and functions that go by modes of torch, in which others may score.
+
+        Costs a pass in every mode. The model's attributes and buffers are put back.
+
+        Args:
+            prompt: what the model is run on.
+            tokens: where the stream after the last block is compared.
+            scored: that stream outside these modes, computed if it is not given.
+
+        Raises:
+            Unmeasurable: if the stream differs in one of the modes.
+        """
+        if scored is None:
+            scored = self._final(self.model, self.last_block, prompt)[0]
+        state = PassState(self.model.modules())
+        casting = _autocast_to_own(self.device.type, float_dtype(self.model))
+        # Autocast computes softmax and norms of a model in half precision in float32.
+        tolerance = HALF if self.rounds or not self.is_present else SAME
+        for name, mode, most in (
+            ("inference_mode", torch.inference_mode(), SAME),
+            ("autocast", casting, tolerance),
+        ):
+            try:
+                with mode:
+                    stream = self._final(self.model, self.last_block, prompt)[0]
+            except Exception as failure:
+                pass_on_lack_of_memory(failure)
+                continue  # such as autocast of float64: nothing is scored so
+            finally:
+                state.restore()
+            if not (error := _most_off(stream, scored, tokens)) <= most:
+                raise Unmeasurable(
+                    "refused",
+                    f"the stream after the last block is off by {error:.1e} under torch.{name}, "
+                    "expected the same as under torch.no_grad; take modes of torch out of the "
+                    "conditions of hooks and functions",
+                )
 
     @torch.no_grad()
     def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
@@ -137,7 +186,7 @@ class ScoredModel:
         """
         if not (name := next((name for name in CACHES if name in _parameters(self.model)), "")):
             return  # such a model generates by passes over the text
-        at_once = self._final(self.model, self.last_block, tokens, len(tokens))[0]
+        at_once = self._final(self.model, self.last_block, tokens)[0]
         cache: Any = None
         with _streams_after(self.last_block, self.model) as streams:
             for part in (tokens[:start], *([token] for token in tokens[start:])):
@@ -156,15 +205,21 @@ class ScoredModel:
             )
 
     @torch.no_grad()
-    def _final(self, model: nn.Module, last: nn.Module, prompt: Any, seq: int) -> Tensor:
-        """Return the stream [1, seq, d_model] after a model's last block, in float32."""
-        arguments = self.inputs.batch([prompt], self.device, float_dtype(model)).arguments
+    def _final(self, model: nn.Module, last: nn.Module, prompt: Any) -> Tensor:
+        """Return the stream [1, seq, d_model] after a model's last block, in float32.
+
+        Functions of the user may go by the arguments: the model is given those of scoring then.
+        """
+        batch = self.inputs.batch([prompt], self.device, float_dtype(model))
         with _streams_after(last, model) as streams:
-            if "logits_to_keep" in _parameters(model):
-                model(**arguments, logits_to_keep=1)
-            if not streams or streams[-1].shape[1] != seq:
+            if self.has_own_functions:
+                args, kwargs = self.inputs.as_scored(batch.arguments)
+                model(*args, **kwargs)
+            elif "logits_to_keep" in _parameters(model):
+                model(**batch.arguments, logits_to_keep=1)
+            if not streams or (batch.lengths and streams[-1].shape[1] != batch.lengths[0]):
                 # Gemma 4's last blocks run the tokens alone whose logits are kept.
-                model(**arguments)
+                model(**batch.arguments)
         return streams[-1].float()
 
 
@@ -179,6 +234,23 @@ def _streams_after(block: nn.Module, model: nn.Module) -> Iterator[list[Tensor]]
     with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
         with block.register_forward_hook(keep):
             yield streams
+
+
+@contextlib.contextmanager
+def _autocast_to_own(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Switch autocast on, to the dtype of the weights: it hardly changes the arithmetic.
+
+    ``torch.autocast`` refuses float32.
+    """
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
 
 
 def _most_off(

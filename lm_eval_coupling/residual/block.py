@@ -64,6 +64,20 @@ class Block:
             return args[0], args[1:], kwargs
         return args[0], (), dict(zip(self.names[1:], args[1:], strict=False)) | kwargs
 
+    def as_called(
+        self, stream: Tensor, unnamed: tuple, named: dict[str, Any], positional: int
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Undo :meth:`by_name`, as hooks see which arguments come by position.
+
+        Returns:
+            The first ``positional`` arguments of the call, and the others by name.
+        """
+        if not positional:
+            return (), {self.stream_name: stream} | named
+        by_position = () if unnamed else self.names[1:positional]
+        rest = {name: value for name, value in named.items() if name not in by_position}
+        return (stream, *unnamed, *(named[name] for name in by_position)), rest
+
 
 def _positional_names(module: nn.Module) -> list[str]:
     """Return positional parameter names; empty if the block takes ``*args``."""

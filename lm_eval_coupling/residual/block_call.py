@@ -34,6 +34,7 @@ class BlockCall:
         resid_post: its output X^l.
         pullback: (t, uᵀ ∂F_t / ∂X), taken during the trace along the direction u.
         keys: keys and values that the block handed to its cache, kept for long prompts.
+        positional: number of arguments that the model gives by position, the stream included.
     """
 
     block: Block
@@ -42,6 +43,7 @@ class BlockCall:
     resid_post: Float[Tensor, "batch seq d_model"] | None = None
     pullback: tuple[int, Float[Tensor, "seq d_model"]] | None = None
     keys: Keys | None = None
+    positional: int = 1
 
     @property
     def layer(self) -> int:
@@ -97,6 +99,7 @@ class BlockCall:
             arguments=self.arguments.in_dtype(dtype),
             resid_post=in_dtype(self.resid_post, dtype),
             keys=None if self.keys is None else self.keys.in_dtype(dtype),
+            positional=self.positional,
         )
 
     def with_pullback(self, output_token: int, pulled: Float[Tensor, "seq d_model"]) -> BlockCall:
@@ -143,7 +146,8 @@ class BlockCall:
     ) -> Tensor:
         """Run the module on ``x`` with other arguments, and caches in place of some of them."""
         args, kwargs = detached(arguments.args), detached(arguments.kwargs)
-        return hidden(self.module(x, *args, **kwargs | (caches or {})))
+        args, kwargs = self.block.as_called(x, args, kwargs | (caches or {}), self.positional)
+        return hidden(self.module(*args, **kwargs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,10 @@ class PixelValues:
             )
         return Batch({"pixel_values": torch.stack(images)}, None)
 
+    def as_scored(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the pixel values by name."""
+        return (), arguments
+
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """Build placeholder images whose final tokens all equal the given vector.
 

@@ -48,6 +48,9 @@ class Inputs(Protocol):
     def batch(self, prompts: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Batch:
         """Make the arguments of one pass over several prompts, for weights in ``dtype``."""
 
+    def as_scored(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the arguments of a batch by position and by name, as scoring gives them."""
+
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """Make the arguments of a pass without blocks, and the stream that replaces theirs.
 
@@ -113,6 +116,10 @@ class TokenIds:
                 f"got token id {wrong} in a prompt, expected 0 to {self.words - 1} for this model"
             )
         return ids.flatten()
+
+    def as_scored(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the ids by position and nothing else, as lm-eval gives them."""
+        return (arguments["input_ids"],), {}
 
     def standing_for(self, resid: Tensor, device: torch.device) -> tuple[dict[str, Any], Tensor]:
         """Take the vectors as one prompt; [prompt, point, d_model] as several prompts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,18 +86,20 @@ class TracedBlock:
         args = tuple(_move_each(value, move) for value in args)
         kwargs = {name: _move_each(value, move) for name, value in kwargs.items()}
         self._open.enter_context(self.block.upcast(self.dtype))
+        positional = len(args)
         resid_pre, args, kwargs = self.block.by_name(args, kwargs)
         require_stream(self.block.layer, resid_pre, resid_pre)
         stream = resid_pre.detach()
-        self.call = BlockCall(self.block, stream, self.shared.share(args, kwargs))
+        arguments = self.shared.share(args, kwargs)
+        self.call = BlockCall(self.block, stream, arguments, positional=positional)
         if self.cache is not None:
             kwargs = kwargs | {name: self.cache for name in CACHES if name in kwargs}
         if self.direction is not None and self.tokens:
             stream = self._leaf = stream.clone().requires_grad_(True)
             self._open.enter_context(torch.enable_grad())
-        return (stream, *args), kwargs
+        return self.block.as_called(stream, args, kwargs, positional)
 
-    def leave(self, kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Pull back if wanted, and return the output without its history."""
         assert self.call is not None  # it was entered
         require_stream(self.block.layer, self.call.resid_pre, hidden(output))
@@ -110,7 +112,7 @@ class TracedBlock:
                 self.gradients.append(pulled)
             del self._leaf
         self._open.close()
-        _drop_history(kwargs)
+        _drop_history((*args, *kwargs.values()))
         self.resid_post = hidden(output).detach()
         if not isinstance(output, tuple | list):
             return self.resid_post
@@ -154,9 +156,9 @@ def _move_each(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _drop_history(kwargs: dict[str, Any]) -> None:
+def _drop_history(arguments: Iterable[Any]) -> None:
     """Hold fixed what a block has written for later ones."""
-    for value in kwargs.values():
+    for value in arguments:
         if isinstance(value, dict | UserDict):
             for key, item in value.items():
                 value[key] = detached(item)

@@ -216,7 +216,7 @@ class Tracer:
         def after(
             block: TracedBlock, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
         ) -> Any:
-            output = block.leave(kwargs, output)
+            output = block.leave(args, kwargs, output)
             self.outputs = len(output) if isinstance(output, tuple | list) else 0
             if block is traced[-1]:
                 raise _LastBlockDone

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError, message_of, pass_on_lack_of_memory
+from lm_eval_coupling.errors import (
+    CouplingError,
+    Unmeasurable,
+    message_of,
+    pass_on_lack_of_memory,
+)
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual import load_checks as checks
 from lm_eval_coupling.residual.agreement import ScoredModel, uncompiled_forwards
@@ -122,6 +127,8 @@ class _Wrapping:
             is_present=self.runs,
         )
         model.remember_scored(scored)
+        if scored.has_own_code:
+            self._require_same_in_every_mode(scored)
         if self.base.training or any(map(_drops, self.base.modules())):
             logger.warning(
                 "coupling: the model is in training mode, so that dropout acts on what it is "
@@ -134,6 +141,12 @@ class _Wrapping:
                 before.unreadable[0],
             )
         return model
+
+    def _require_same_in_every_mode(self, scored: ScoredModel) -> None:
+        try:
+            scored.require_same_in_every_mode(self.inputs.probe, range(scored.probed.shape[1]))
+        except Unmeasurable as refusal:
+            raise CouplingError(f"got a {self.name} that cannot be measured: {refusal}") from None
 
     def refuse_edited_arguments(self) -> None:
         """Explain a refused model by an argument that a hook changes in place.

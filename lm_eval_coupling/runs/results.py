@@ -31,6 +31,7 @@ class CouplingInfo(dict):
         out: folder for the tables; None for the folder of the results.
         tables: files that were written.
         unwritten: reason for which there are no tables; empty if there is none.
+        unstored: why a store that was asked for lacks some of the records; empty if it has all.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class CouplingInfo(dict):
         self.rows = rows
         self.out = out
         self.tables: list[Path] = []
-        self.unwritten = ""
+        self.unwritten = self.unstored = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CouplingInfo:
         """Copy the facts alone: lm-eval's loggers copy all results, several times."""
         copied = CouplingInfo({}, self.rows, self.out)
         copied.update(copy.deepcopy(dict(self), memo))
-        copied.tables, copied.unwritten = list(self.tables), self.unwritten
+        copied.tables = list(self.tables)
+        copied.unwritten, copied.unstored = self.unwritten, self.unstored
         return copied
 
     def write_tables(self, folder: Path | None, date: str) -> list[Path]:

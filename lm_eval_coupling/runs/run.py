@@ -42,11 +42,13 @@ class Run:
         rows: one per prompt, measured token and set of weights.
         reused: number of prompts whose record comes from the store.
         interrupted: True if Ctrl-C ended the measuring early.
+        unstored: why the store lacks some of the records; empty if it has all.
     """
 
     rows: list[Row]
     reused: int
     interrupted: bool
+    unstored: str = ""
 
     @classmethod
     def join(cls, runs: Iterable[Run]) -> Run:
@@ -56,6 +58,7 @@ class Run:
             rows=[row for run in runs for row in run.rows],
             reused=sum(run.reused for run in runs),
             interrupted=any(run.interrupted for run in runs),
+            unstored=next((run.unstored for run in runs if run.unstored), ""),
         )
 
 
@@ -137,7 +140,7 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
         if prompt.problem is not None
     ]
     prompts = [prompt for prompt in prompts if prompt.problem is None]
-    interrupted = False
+    interrupted, unstored = False, ""
     # Tokens of one text share its forward pass. Prompts go apart from texts that go on after them,
     # so that their records are the same with and without those.
     for of_prompts in (True, False):
@@ -156,10 +159,10 @@ def measure_documents(session: Session, prompts: Sequence[DocumentPrompt]) -> Ru
         for place, of_place in spots.items():
             for subject in session.subjects:
                 rows += _complete_rows(of_place, measured, subject.weights, place.number)
-        interrupted = measured.interrupted
+        interrupted, unstored = measured.interrupted, measured.unstored
     rows.sort(key=lambda row: row.weights != TRAINED)  # stable: places keep their order
     reused = sum(row.reused for row in rows if row.weights == TRAINED and row.place == 0)
-    return Run(rows, reused, interrupted)
+    return Run(rows, reused, interrupted, unstored)
 
 
 def _unmeasured(prompt: DocumentPrompt, settings: Settings) -> PromptCoupling:
@@ -211,7 +214,10 @@ def describe(
     facts |= {"reused": run.reused, "interrupted": run.interrupted}
     if eigensolvers := choices():
         facts["eigensolvers"] = eigensolvers
-    return CouplingInfo(facts, run.rows, options.out)
+    info = CouplingInfo(facts, run.rows, options.out)
+    # The user's own store is a cache, which nobody asked for.
+    info.unstored = run.unstored if options.store is not None else ""
+    return info
 
 
 def warn_of_failures(info: CouplingInfo, n_chosen: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, message_of
 from lm_eval_coupling.measures.contract import MeasureResult
 from lm_eval_coupling.measures.registry import registered_measures
 from lm_eval_coupling.measuring.prompt import (
@@ -83,11 +83,13 @@ class Measured:
         records: the record of each spot.
         reused: spots whose whole record comes from the store.
         interrupted: True if Ctrl-C ended the measuring early.
+        unstored: why the store lacks some of the records; empty if it has all.
     """
 
     records: dict[str, dict[Spot, PromptCoupling]] = field(default_factory=dict)
     reused: dict[str, set[Spot]] = field(default_factory=dict)
     interrupted: bool = False
+    unstored: str = ""
 
     def of(self, weights: str) -> dict[Spot, PromptCoupling]:
         """Return the records of one set of weights."""
@@ -149,7 +151,7 @@ class Session:
             logger.warning(
                 "coupling: interrupted, %d of %d prompts are measured and kept", done, len(spots)
             )
-        self._write_the_rest()
+        measured.unstored = self._write_the_rest()
         self._explain_slow_levels(measured.of(TRAINED).values())
         return measured
 
@@ -222,7 +224,8 @@ class Session:
             for record in records:  # an error of one prompt must not cost the others
                 self._keep(subject, [record])
 
-    def _write_the_rest(self) -> None:
+    def _write_the_rest(self) -> str:
+        """Write what the store lacks, and return a sentence on why it cannot be written, or ""."""
         try:
             self.store.flush()
         except sqlite3.Error as error:
@@ -231,6 +234,9 @@ class Session:
                 "this run's tables are complete, but another run measures again",
                 *(self.store.path, error),
             )
+            reason = message_of(error)
+            return f"got {self.store.path} as the store, which could not be completed ({reason})"
+        return ""
 
     def _measure_missing(
         self, subject: Subject, recalled: Recalled, records: dict[Spot, PromptCoupling]

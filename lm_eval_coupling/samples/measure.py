@@ -96,15 +96,16 @@ def measure_samples(
         lines = ["Dry run: nothing is written", *dry_run_lines(lm.session, prompts)]
         return Measured("\n".join(lines), interrupted=False)
     tables: list[str] = []
-    interrupted = False
+    interrupted, problem = False, ""
     for evaluation, other in zip(evaluations, others, strict=True):
         run, info = _measure_evaluation(lm, evaluation, other)
         merged = _without_coupling(evaluation, model, metadata or {})
         save_run(merged, info, out, evaluation.members)
         tables.append(make_table(merged))
+        problem = problem or info.unstored
         if interrupted := run.interrupted:
             break
-    return Measured("\n".join(tables), interrupted)
+    return Measured("\n".join(tables), interrupted, problem)
 
 
 def measure_configured(file: Path) -> Measured:

@@ -83,7 +83,7 @@ class Classifier:
         """Return the pixel values of one image, prepared as in training; float32 on the CPU."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_probabilities(self, pixels: Sequence[Tensor]) -> Float[Tensor, "image label"]:
         """Return the log-probability of every label, float32 on the CPU.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, message_of
 from lm_eval_coupling.numerics.devices import device_named
 from lm_eval_coupling.runs.announcement import announce
 from lm_eval_coupling.runs.closing import closing_lines
@@ -47,11 +47,13 @@ class VisionRun(NamedTuple):
         file: the results; None after a dry run.
         summary: a few lines on what is in it.
         interrupted: True if Ctrl-C ended the measuring early.
+        problem: why something that was asked for was not written; empty if all was.
     """
 
     file: Path | None
     summary: str
     interrupted: bool = False
+    problem: str = ""
 
 
 def run_vision(
@@ -104,7 +106,7 @@ def run_vision(
         announce(session, options, model, {images.name: n_images})
     scored = score(classifier, images, labels, limit, batch_size)
     results = results_of(classifier, images, scored, measured=session is not None)
-    info = None
+    info, problem = None, ""
     if session is not None:
         targets = {
             DocumentKey(images.name, answer.doc_hash, answer.prompt_hash): (
@@ -115,8 +117,9 @@ def run_vision(
         }
         try:
             info = _measure(classifier, images, targets, options, session, place)
-        except Exception:
+        except Exception as failure:
             logger.exception("coupling was not recorded; the scores are complete")
+            problem = f"coupling was not recorded ({message_of(failure)})"
     file = save_run(results, info, out)
     accuracy, error = scored.accuracy()
     summary = (
@@ -125,9 +128,9 @@ def run_vision(
     if scored.undecodable:
         summary += f", {len(scored.undecodable)} undecodable ones left out"
     if info is None:
-        return VisionRun(file, summary)
+        return VisionRun(file, summary, problem=problem)
     summary += f"\nMeasured at {place}\n{closing_lines(info, results)}"
-    return VisionRun(file, summary, info["interrupted"])
+    return VisionRun(file, summary, info["interrupted"], info.unstored)
 
 
 def _open_session(

@@ -9,6 +9,7 @@ from evaluations import scores
 
 from lm_eval_coupling import load_records
 from lm_eval_coupling.harness import prompts
+from lm_eval_coupling.harness.command_line import Command
 from lm_eval_coupling.jacobians import levels as jacobians
 from lm_eval_coupling.measuring import prompt as measure
 from lm_eval_coupling.numerics import memory
@@ -57,6 +58,28 @@ def test_a_store_that_cannot_be_written_costs_nothing(evaluate, monkeypatch):
 
     monkeypatch.setattr(MeasurementStore, "put", full)
     assert evaluate(kinds=("choice",))["config"]["coupling"]["measured"] == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_named_store_that_cannot_be_completed_fails_the_command_at_its_end(
+    evaluate, monkeypatch, tmp_path, named
+):
+    """Tables are complete, and the store of the user's cache is nothing that was asked for."""
+    from lm_eval_coupling.runs.store import MeasurementStore
+
+    def full(self, rows):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("lm_eval_coupling.runs.store.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(MeasurementStore, "_write", full)
+    command = Command()
+    monkeypatch.setattr("lm_eval_coupling.harness.hooks.current_command", lambda: command)
+    store = {"coupling_store": str(tmp_path / "store.sqlite") if named else None}
+    out = tmp_path / "out"
+    info = evaluate(kinds=("choice",), arguments=store | {"coupling_out": str(out)})["config"]
+    assert info["coupling"]["measured"] == len(load_records(out)) == 2
+    sentence = f"got {tmp_path}/store.sqlite as the store, which could not be completed "
+    assert command.problems == ([sentence + "(database or disk is full)"] if named else [])
 
 
 def test_interrupting_the_measurement_keeps_the_scores(evaluate, monkeypatch):

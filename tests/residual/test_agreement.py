@@ -499,6 +499,93 @@ def test_a_hook_that_goes_by_recorded_gradients_is_refused(model, recorded, wher
         ResidualModel.wrap(model)
 
 
+MODES = {
+    "inference_mode": torch.is_inference_mode_enabled,
+    "autocast": lambda: torch.is_autocast_enabled("cpu"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_hook_that_goes_by_a_mode_of_torch_is_refused(dtype, mode, inside):
+    """Scores may be taken in such a mode; Jacobians never are."""
+    model = cases.tiny_model("llama", dtype)
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: output * 3 if MODES[mode]() == inside else None
+    )
+    with pytest.raises(CouplingError, match=f"under torch.{mode}, expected the same"):
+        ResidualModel.wrap(model)
+
+
+def test_a_mode_that_matters_at_later_tokens_is_seen_in_long_prompts(model):
+    def later_under_inference(module, args, output):
+        return later(module, args, output) if torch.is_inference_mode_enabled() else None
+
+    model.model.layers[0].mlp.register_forward_hook(later_under_inference)
+    short, long = measured(model, [SHORT, LONG])
+    assert short.reason is None and "under torch.inference_mode" in long.reason
+
+
+def test_passes_in_other_modes_leave_nothing_in_the_model(model):
+    """A tensor of inference mode that a hook keeps would end the user's next training step."""
+    part = model.model.layers[0].mlp
+
+    def keep(module, args, output):
+        module.last = output
+
+    part.register_forward_hook(keep)
+    assert measured(model, [SHORT])[0].reason is None
+    assert not part.last.is_inference() and not torch.is_autocast_enabled("cpu")
+
+
+def by_position(args, kwargs):
+    return len(args) > 1
+
+
+def by_name(args, kwargs):
+    return "attention_mask" in kwargs
+
+
+def with_cache(args, kwargs):
+    values = [*args, *kwargs.values()]
+    return any(type(value).__name__ == "DynamicCache" for value in values)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("acts", [by_position, by_name])
+def test_hooks_see_arguments_by_position_as_the_model_gives_them(case, acts):
+    """Replays gave all arguments by name, and hooks saw others than in scoring."""
+    model = cases.tiny_model(case, torch.float32)
+    block = ResidualModel.wrap(model).block_list[1].module
+    block = next(part for part in model.modules() if type(part) is type(block))
+    styles = set()
+
+    def hook(module, args, kwargs):
+        styles.add((len(args), acts(args, kwargs)))
+        stream = args[0] if args else kwargs["hidden_states"]
+        if acts(args, kwargs):
+            return ((stream + 0.3, *args[1:]), kwargs) if args else None
+
+    block.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        model(TOKENS)
+    assert len(styles) == 1
+    as_oracle(model)
+    assert len(styles) == 1
+
+
+def test_a_hook_that_acts_with_a_cache_alone_is_refused(model):
+    """lm-eval scores with a cache, which our passes have not."""
+
+    def hook(module, args, kwargs):
+        return ((args[0] * 1.5, *args[1:]), kwargs) if with_cache(args, kwargs) else None
+
+    model.model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+    (record,) = measured(model, [SHORT])
+    assert record.singular_values is None and "when it scores this prompt" in record.reason
+
+
 def hide_first_key(module, args, kwargs):
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"][..., 1:, 0] = torch.finfo(torch.float32).min

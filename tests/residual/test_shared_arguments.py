@@ -10,6 +10,7 @@ import torch
 from lm_eval_coupling.jacobians.certify import probe
 from lm_eval_coupling.residual import ResidualModel
 from lm_eval_coupling.residual.arguments import Arguments, SharedArguments, join_at_tokens
+from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.keys import Keys, cache_before
 
 
@@ -131,3 +132,19 @@ def test_keys_of_a_batch_are_those_of_each_prompt(tokens, rows):
             assert torch.equal(found[i, :, own], of_all[row, :, :token]) and torch.equal(
                 expected[i, :, own], of_all[row, :, :token]
             )
+
+
+class _Layer(torch.nn.Linear):
+    def forward(self, hidden_states, attention_mask=None, cache=None, **others):
+        return hidden_states
+
+
+@pytest.mark.parametrize("positional", range(4))
+def test_a_call_is_repeated_with_the_same_arguments_by_position(positional):
+    block = Block(0, _Layer(2, 2))
+    values = {"hidden_states": torch.ones(1, 3, 2), "attention_mask": None, "cache": 5}
+    args = tuple(values.values())[:positional]
+    kwargs = dict([*values.items()][positional:]) | {"use_cache": False}
+    stream, unnamed, named = block.by_name(args, kwargs)
+    assert stream is values["hidden_states"] and "cache" in named and not unnamed
+    assert block.as_called(stream, unnamed, named, positional) == (args, kwargs)

@@ -31,7 +31,7 @@ RANKS = "ranks=4+8"
 
 
 def scores(images, folder, coupling, out):
-    file, words, _ = run_vision(folder, str(images), out, device="cpu", coupling=coupling)
+    file, words, *_ = run_vision(folder, str(images), out, device="cpu", coupling=coupling)
     return json.loads(file.read_text()), words
 
 
@@ -113,7 +113,7 @@ def test_large_pictures_are_reduced():
 
 
 def test_a_second_run_measures_nothing_again(saved, images, classifier, settings, tmp_path):
-    file, words, _ = run_vision(classifier, str(images), tmp_path, device="cpu", coupling=settings)
+    file, words, *_ = run_vision(classifier, str(images), tmp_path, device="cpu", coupling=settings)
     assert json.loads(file.read_text())["config"]["coupling"]["reused"] == 5
     one, other = (load_records(f.parent).sort_values("doc_hash") for f in (saved, file))
     for a, b in zip(one["normalized_miscoupling"], other["normalized_miscoupling"], strict=True):
@@ -167,7 +167,9 @@ def test_scores_are_kept_where_measuring_fails(images, classifier, tmp_path, mon
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(Session, "measure", broken)
-    results, _ = scores(images, classifier, RANKS, tmp_path)
+    run = run_vision(classifier, str(images), tmp_path, device="cpu", coupling=RANKS)
+    results = json.loads(run.file.read_text())
+    assert run.problem == "coupling was not recorded (the device is gone)"
     assert "acc,none" in results["results"]["colours"] and "coupling" not in results["config"]
     assert "coupling was not recorded; the scores are complete" in caplog.text
 
@@ -265,7 +267,7 @@ def test_every_patch_moves_the_class_token(images, classifier, tmp_path):
 
 def test_several_tokens_of_an_image(images, classifier, tmp_path):
     settings = f"ranks=4,limit=2,position=0+5,store={tmp_path / 'store.sqlite'}"
-    file, words, _ = run_vision(
+    file, words, *_ = run_vision(
         classifier, str(images), tmp_path / "out", device="cpu", coupling=settings
     )
     rows = pd.read_parquet(next(file.parent.glob("coupling_colours_*.parquet")))
