@@ -12,9 +12,10 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Return this user's cache folder, which nobody else can write to.
 
-    Without a home folder, as in many containers, it lies in the system's temporary folder. Others
-    could have made a folder of that name and planted measurements in it. A folder that is not ours
-    is left alone, and an empty folder of this process is used instead.
+    Without a home folder, as in many containers, the cache is a folder of the user's name in the
+    system's temporary folder. Other users could have made that folder first and planted
+    measurements in it. If it is not ours, or others can write to it, it is left alone, and an empty
+    folder of this process is used instead.
     """
     from platformdirs import user_cache_path
 

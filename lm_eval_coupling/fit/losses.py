@@ -86,9 +86,14 @@ def _answers(
 def _shared_documents(
     answers: Sequence[Mapping[tuple[str, str], Any]], task: str, notes: list[str]
 ) -> set[tuple[str, str]]:
-    """Return the documents that the models have in common.
+    """Return the single tasks and documents that runs have in common.
 
-    Models with answers to less than half as many documents as another one are left out.
+    Runs with answers to less than half as many documents as another run do not narrow the choice.
+
+    Args:
+        answers: of each run, by single task and document.
+        task: name for the note.
+        notes: a sentence is added if a run has answers to other documents as well.
     """
     most = max(map(len, answers), default=0)
     kept = [own.keys() for own in answers if 2 * len(own) >= most > 0]

@@ -323,7 +323,13 @@ class CouplingLM(HFLM):
     def _prompt_facts(
         self, requested: Requested, documents: Iterable[DocumentKey], call: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return what made the prompts of each task, and of which documents they are."""
+        """Return by task what decides its prompts, and number and digest of its documents.
+
+        Args:
+            requested: the tasks.
+            documents: those evaluated, of any tasks.
+            call: arguments that `lm_eval.evaluate` was called with.
+        """
         hashes: dict[str, list[str]] = {}
         for key in documents:
             hashes.setdefault(key.task, []).append(key.doc_hash)

@@ -53,7 +53,7 @@ def _look(
     request: Mapping[str, Any], coupling: Mapping[str, Any], offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
     model, arguments = request["model"], request["arguments"]
-    wrong = [*_place(model, arguments)]
+    wrong = [*_problem_of_place(model, arguments)]
     wrong = [*_arguments(model, arguments, coupling, exists=not wrong), *wrong]
     if not wrong and Path(model).expanduser().is_dir():
         if not has_revisions(model, arguments.get("peft"), arguments.get("delta")):
@@ -121,8 +121,11 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
     return "a whole number of 1 or more" if "int" in annotation and not is_count else None
 
 
-def _place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Check that a folder holds a model, and that a name of the hub is no path."""
+def _problem_of_place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence if a folder holds no model, or if a path leads to no folder.
+
+    A name that may be one on the hub is not looked up here.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         inner = folder / str(arguments.get("subfolder") or "")

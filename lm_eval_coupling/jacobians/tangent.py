@@ -227,9 +227,11 @@ def common_origin(tangents: Sequence[Tangent]) -> Origin:
 def added(
     a: Tangent, b: Tangent, a_shape: torch.Size, b_shape: torch.Size, shape: torch.Size
 ) -> Tangent:
-    """Return the tangent of the sum a + b, a tensor of ``shape``.
+    """Return the tangent of the sum a + b, a tensor of ``shape``, over their nearest common origin.
 
-    Where a residual is added to a dense tangent, the sum becomes a new origin.
+    A near-identity plus a dense tangent is one near-identity with that tangent in its M. As later
+    products with M would cost as much as with the dense one, the sum becomes a new origin, and the
+    result is the identity over it.
     """
     origin = common_origin([a, b])
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)

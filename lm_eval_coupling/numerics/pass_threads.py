@@ -19,7 +19,8 @@ class PassThreads:
     the time of two threads.
 
     Attributes:
-        share: CPU time of the calling thread in the last pass over the time that the pass took.
+        share: CPU time of the calling thread in the last forward pass over the time that the pass
+            took; 1 on an idle machine, whatever the number of threads.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class PassThreads:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Limit torch to one thread inside if the last pass found the machine busy."""
+        """Run a forward pass, with one thread of torch if the last one found the machine busy."""
         threads = torch.get_num_threads()
         if self.share < _BUSY:
             torch.set_num_threads(1)
@@ -39,7 +40,7 @@ class PassThreads:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take the share of a pass, whose number of threads stays the same."""
+        """Run a forward pass with the present number of threads, and take its share."""
         start, cpu = time.perf_counter(), time.thread_time()
         yield
         self.share = (time.thread_time() - cpu) / max(time.perf_counter() - start, 1e-9)

@@ -21,13 +21,14 @@ _SETTINGS = ("dtype", "method", "depth_version")
 def compare_runs(
     tables: Sequence[tuple[SavedRun, SavedTable]], problems: list[str]
 ) -> pd.DataFrame:
-    """Compare every later run with the first, over the documents that both have.
+    """Compare every later table with the first one of its task, over the documents of both.
 
-    The first run is that of the first table. Documents are paired by ``doc_hash``: their prompts
+    Tables are compared with those of the weights that the first table is of; tasks that were not
+    measured with these weights are left out. Documents are paired by ``doc_hash``: their prompts
     may differ, as with 0 and 5 examples, which the labels then name.
 
     Args:
-        tables: with their runs.
+        tables: tables, each with the run that it belongs to.
         problems: a sentence on each table that cannot be read is added.
 
     Returns:

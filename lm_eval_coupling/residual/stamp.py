@@ -145,12 +145,17 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _entries(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Yield some evenly spread entries of each weight, brought to the host together."""
+    """Yield some evenly spread entries of each weight, as float32.
+
+    Entries are brought to the host together, a transfer per device, so that weights come in the
+    order of their devices. Weights without numbers of their own are left out: those of the meta
+    device, empty ones, and subclasses of tensors, such as quantized ones.
+    """
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
             flat = tensor.detach().flatten()
-            # torch 2.6 cannot index 8-bit floats.
+            # torch 2.6 cannot index floats of 8 bits.
             bits = flat.view(torch.uint8) if flat.element_size() == 1 else flat
             entries = bits[_spread(flat.numel()).to(tensor.device)].view(flat.dtype).float()
             by_device.setdefault(tensor.device, {})[name] = entries

@@ -170,8 +170,9 @@ def runs_as_it_stands(model: nn.Module) -> bool:
 def block_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Yield the lists of modules that may be the blocks, those with most weights first.
 
-    Lists inside other lists are left out. Where the configuration gives the number of blocks,
-    only lists of that length count, if there are any. A pass decides which list it is.
+    Lists inside other lists and those without weights are left out. If some have the number of
+    blocks that the configuration gives, the others are left out as well. The caller runs the model
+    to learn which list holds the blocks.
     """
     outer: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():

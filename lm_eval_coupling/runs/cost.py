@@ -73,22 +73,24 @@ class Pace:
         return median(self._seconds)
 
     def slowed_by(self) -> str | None:
-        """Describe a machine that is busy with other work.
+        """Describe, once, that other work on the machine slows down measuring.
 
-        Few CPU seconds alone do not show it: steps that take one core leave the others idle.
+        The load must exceed the number of cores: that measuring uses few of them may as well be due
+        to steps that take one core and leave the others idle.
 
         Returns:
-            A sentence, once; None before and after, and on a machine that is not busy.
+            A sentence; None before it is known, after it was returned, and on a machine that is not
+            busy.
         """
-        elapsed, machine = self._last - self._start, os.cpu_count() or 1
+        elapsed, n_cores = self._last - self._start, os.cpu_count() or 1
         if self._has_warned or elapsed < _SECONDS:
             return None
         used, load = (self._cpu() - self._cpu_start) / elapsed, self._load()
-        if load is None or load <= machine or used >= _SHARE * self._cores:
+        if load is None or load <= n_cores or used >= _SHARE * self._cores:
             return None
         self._has_warned = True
         sentence = (
-            f"the machine is busy: {load:.0f} processes want its {machine} cores, and measuring "
+            f"the machine is busy: {load:.0f} processes want its {n_cores} cores, and measuring "
             f"got {used:.1f} of the {self._cores} that it may use"
         )
         if waiting_is_chosen(os.environ):

@@ -32,24 +32,25 @@ def choose(
         by_task.setdefault(key.task, []).append(key)
     chosen: set[DocumentKey] = set()
     for root in roots:
-        chosen.update(islice(_spread(root, by_task, set()), limit))
+        chosen.update(islice(_documents_in_turn(root, by_task, set()), limit))
     return chosen
 
 
-def _spread(
-    root: Any, by_task: dict[str, list[DocumentKey]], seen: set[DocumentKey]
+def _documents_in_turn(
+    task_or_group: Any, by_task: dict[str, list[DocumentKey]], seen: set[DocumentKey]
 ) -> Iterator[DocumentKey]:
-    """Yield the documents of a task, or those of a group's members in turn, each once.
+    """Yield the documents of a task, or one of each member of a group after the other, each once.
 
-    ``seen`` is shared by all members: a document that one of them has yielded is passed over.
+    So the first documents of a group come from all of its members. ``seen`` is shared by them: a
+    document that one of them has yielded is passed over.
     """
-    if isinstance(root, str):
-        for key in by_task.get(root, []):
+    if isinstance(task_or_group, str):
+        for key in by_task.get(task_or_group, []):
             if key not in seen:
                 seen.add(key)
                 yield key
         return
-    waiting = [_spread(member, by_task, seen) for member in root]
+    waiting = [_documents_in_turn(member, by_task, seen) for member in task_or_group]
     while waiting:
         for member in list(waiting):
             try:

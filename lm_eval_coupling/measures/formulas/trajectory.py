@@ -26,9 +26,15 @@ def step_lengths(x: Float[Tensor, "*batch points d_model"]) -> Float[Tensor, "*b
 def equidistance(
     x: Float[Tensor, "*batch points d_model"], window: int | None = None
 ) -> Float[Tensor, "*out"]:
-    """Return the coefficient of variation of the step lengths: 0 for equal steps.
+    """Return the coefficient of variation of the step lengths: 0 for equal steps, more for others.
 
-    NaN where all steps are zero.
+    Args:
+        x: trajectories.
+        window: number of steps in a row to take together; None for all steps of a trajectory.
+
+    Returns:
+        A number for each trajectory [*batch], or for each window of it [*batch, windows]; NaN where
+        all steps are zero.
 
     Raises:
         CouplingError: if there is no step, or the window is outside 1 … steps.
