@@ -16,7 +16,7 @@ from lm_eval_coupling.console import (
     end_of_run,
     log_safely,
     prepare_surroundings,
-    require_working_folder,
+    require_process_folders,
     say,
 )
 from lm_eval_coupling.errors import CouplingError
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "folders" in options:
             require_roots(options.folders)  # before pandas is loaded
         else:
-            require_working_folder()
+            require_process_folders()
         code = options.command(options) or 0
         sys.stdout.flush()  # here a full disk is an error of ours
         return code

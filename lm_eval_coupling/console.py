@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_coupling.errors import CouplingError, why
@@ -36,17 +37,26 @@ def prepare_surroundings() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def require_working_folder() -> None:
-    """Refuse to work in a folder that was deleted: MKL ends the process there, without a reason.
+def require_process_folders() -> None:
+    """Require a working directory, and a folder for temporary files.
+
+    In a deleted directory MKL ends the process without a reason. Without a temporary folder,
+    libraries of lm-eval cannot be imported.
 
     Raises:
-        CouplingError: if it was.
+        CouplingError: if one of them is missing.
     """
     try:
         os.getcwd()
     except OSError as error:
         raise CouplingError(
             f"got a working directory that cannot be used ({why(error)}); change to another one"
+        ) from None
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        raise CouplingError(
+            "got no folder in which temporary files can be written; set TMPDIR to one"
         ) from None
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -224,6 +225,14 @@ def test_a_working_directory_that_was_deleted_is_told(words, tmp_path, monkeypat
     (tmp_path / "gone").rmdir()
     assert cli.main(words.split()) == 2
     assert "got a working directory that cannot be used" in capsys.readouterr().err
+
+
+def test_no_folder_for_temporary_files_is_told(tmp_path, monkeypatch, capsys):
+    """A library of lm-eval ended in a traceback of forty lines."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    assert cli.main(["check", "model"]) == 2
+    assert "got no folder in which temporary files" in capsys.readouterr().err
 
 
 def test_run_hands_everything_to_lm_eval(monkeypatch):

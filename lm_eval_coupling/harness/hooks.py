@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.console import require_working_folder
+from lm_eval_coupling.console import require_process_folders
 from lm_eval_coupling.errors import CouplingError, message_of
 from lm_eval_coupling.harness import sharing
 from lm_eval_coupling.harness.command_line import (
@@ -98,7 +98,7 @@ def _read_command_line(from_cli: Callable, *args: Any, **kwargs: Any) -> Any:
         from lm_eval_coupling.runs.options import Options
 
         current_command().is_ours = True
-        require_working_folder()
+        require_process_folders()
         Options.take_from(dict(settings.model_args or {}))
         _require_output(settings.output_path)
         require_device(settings.device)
