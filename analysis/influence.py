@@ -20,7 +20,7 @@ NORMS = ["frobenius_norms", "spectral_norms"]
 def main(argv=None):
     parser = command.build_parser(__doc__)
     add = parser.add_argument
-    help_last = "tokens up to the measured one (%(default)s)"
+    help_last = "input tokens to show, up to the measured one (%(default)s)"
     add("--last", type=int, default=16, metavar="N", help=help_last)
     add("--norm", choices=("frobenius", "spectral"), default="frobenius")
     options = parser.parse_args(argv)

@@ -46,7 +46,15 @@ END = "<|endoftext|>"  # ends every document; also lm-eval's prefix token
 
 
 def documents(file: Path, columns: list[str]) -> list[str]:
-    """Read documents: a plain text, or a table's rows with each column of text on its own line."""
+    """Read the documents of a file: its whole text, or the rows of a table.
+
+    Args:
+        file: .parquet and .jsonl are tables, anything else is plain text.
+        columns: columns of text; those that the table has are joined, each on its own line.
+
+    Raises:
+        CouplingError: if the file cannot be read, or is a table without any of the columns.
+    """
     try:
         if file.suffix not in (".parquet", ".jsonl"):
             return [file.read_text(encoding="utf-8")]
@@ -62,8 +70,8 @@ def documents(file: Path, columns: list[str]) -> list[str]:
     present = [name for name in columns if name in rows]
     if not present:
         raise CouplingError(
-            f"got {file} with {', '.join(rows)}, expected {' or '.join(columns)}; name some with "
-            "--column"
+            f"got {file} with {', '.join(map(str, rows))}, expected {' or '.join(columns)}; name "
+            "some with --column"
         )
     return ["\n".join(map(str, row)) for row in rows[present].fillna("").itertuples(index=False)]
 

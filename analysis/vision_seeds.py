@@ -52,12 +52,19 @@ def differences(members: pd.DataFrame) -> pd.DataFrame:
 def main(argv=None) -> None:
     parser = command.build_parser(__doc__, runs=False)
     add = parser.add_argument
-    add("seeds", type=Path, nargs="+", metavar="FOLDER", help="runs and facts.csv of one seed")
+    add(
+        "seeds",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folder with the runs and facts.csv of one seed",
+    )
     add("--decay", type=float, default=0.05, metavar="X", help="weight decay (%(default)s)")
     add("--rank", type=int, metavar="K", help="number of singular vectors (default: 10)")
     options = parser.parse_args(argv)
     members, rank = read_seeds(options.seeds, options.decay, options.rank)
-    members = members[members.groupby(DEPTH)[SEED].transform("size") == len(options.seeds)]
+    # Settings that every seed has.
+    members = members[members.groupby(DEPTH)[SEED].transform("nunique") == len(options.seeds)]
     table = differences(members)
     figure = setting_panels(members, DEPTH, SEED, rank)
     command.save(options.out, "vision_seeds", figure, members)

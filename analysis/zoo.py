@@ -206,7 +206,12 @@ def join_processes(processes: list[Any], queue: SimpleQueue) -> None:
 
 
 def copy_records(out: Path, to: Path) -> None:
-    """Copy a zoo's results without documents, its facts and losses: all that ``fit`` reads."""
+    """Copy all that ``fit`` reads of a zoo: facts, losses in one table, results without documents.
+
+    Args:
+        out: the zoo's folder.
+        to: folder of the copy.
+    """
     from zoo_parts.records import write_small
 
     count = write_small(out / "results", to / "runs")

@@ -66,7 +66,7 @@ def _call_plugin_after(loader: "Any", name: str) -> None:
         try:
             from lm_eval_coupling.harness import hooks
         except ImportError:
-            return None  # The package is half removed.
+            return None  # The package is half removed: lm-eval goes on without it.
         return hooks.after_import(module)
 
     loader.exec_module = exec_module

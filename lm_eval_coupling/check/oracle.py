@@ -94,7 +94,7 @@ def check_blocks(
     layers, token = list(decoder_layers(original, model.n_layers)), len(tokens) - 1
     layer_types = getattr(cast(Any, original).config.get_text_config(), "layer_types", None)
     (trace,) = model.traces([tokens], dtype, [token], probe)
-    (measured,) = jacobians_of_traces([trace], [token], "auto")
+    (measured,) = jacobians_of_traces([trace], [token], method="auto")
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(model.d_model, generator=generator)[:ROWS]
     checks = []
@@ -115,7 +115,7 @@ def check_blocks(
                 layer=layer,
                 level=measured.method[layer],
                 why=measured.why[layer],
-                certificate=max(float(measured.certificate[i]) for i in members),
+                certificate=torch.tensor([measured.certificate[i] for i in members]).max().item(),
                 rows=len(rows),
                 error=error,
                 problem=problem,

@@ -75,6 +75,13 @@ def describe_models(
 
 
 def _describe_main(results: MainResults, names: Mapping[str, str], carried: bool) -> Iterator[str]:
+    """Yield the sentences on the main score that follow its correlation with coupling.
+
+    Args:
+        results: the further results.
+        names: names of predictor and score, as of :func:`in_words`.
+        carried: whether the correlation is beyond chance.
+    """
     yield from _describe_influence(results.influence, results.pearson)
     if results.within_families is not None:
         yield _describe_within(results.within_families, results.pearson, names)

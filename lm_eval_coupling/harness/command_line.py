@@ -47,12 +47,13 @@ def current_command() -> Command:
 
 
 def join_running_command() -> Command | None:
-    """Begin the state of a command that lm-eval began without the start-up hook.
+    """Start to report for a running lm-eval command that the start-up hook did not see begin.
 
-    An error that ends it from now on is one sentence; its exit code is Python's own, 1.
+    From now on a `CouplingError` or Ctrl-C that ends the process prints one sentence in place of
+    a traceback. The exit code is Python's own.
 
     Returns:
-        The state, or None where no such command runs.
+        The state of the command; None if no command runs, or if it has a state already.
     """
     if _running.get(None) is not None or not is_command_running():
         return None

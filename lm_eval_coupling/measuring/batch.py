@@ -217,9 +217,13 @@ class Batch:
         name: str,
         at_once: int,
     ) -> list[MeasureResult]:
-        """Return one result for each prompt: ``measure`` is applied to up to ``at_once`` of them.
+        """Return one result for each prompt, in order.
 
-        Where that fails, each of these prompts is measured alone.
+        Args:
+            measure: applied to groups of prompts; several groups are measured side by side where
+                cores and memory allow. Where it fails, each prompt of the group is measured alone.
+            name: of the measure, for messages.
+            at_once: number of prompts in a group, at least 1.
         """
         prompts = list(self)
         groups = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]

@@ -160,12 +160,18 @@ def _code_of(function: types.FunctionType) -> types.CodeType | str:
 
 
 def checksum(tensor: Tensor) -> list[int]:
-    """Return plain and position-weighted sums of the tensor's bits, the same on every device."""
-    bits = tensor.detach()
-    if bits.is_complex():
-        bits = torch.view_as_real(bits.resolve_conj())
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
-    bits = bits.contiguous().view(-1).view(integer)
+    """Return two sums over the tensor's bits, the same on every device.
+
+    Bits are whole numbers as wide as an entry. The first sum weights them by their chunk, the
+    second by their chunk and their place in it. Sums may overflow, which tells tensors apart as
+    well. Shape and dtype do not enter.
+    """
+    values = tensor.detach().resolve_conj().resolve_neg()
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    size = values.element_size()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    bits = values.contiguous().view(-1).view(integer)
     weights = torch.arange(1, min(CHUNK, bits.numel()) + 1, device=bits.device)
     sums = [0, 0]
     for i, chunk in enumerate(bits.split(CHUNK)):

@@ -166,7 +166,7 @@ class Options:
         settings = self.settings.as_dict() | {
             "limit": "all" if self.limit is None else self.limit,
             "seed": self.seed,
-            # Runs with the same first token compare, whatever else they measured.
+            # Runs that share their first position are comparable: their values are of that one.
             "position": _first(self.position) if several else self.position,
             "prompt": self.prompt,
         }

@@ -19,13 +19,23 @@ _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 def describe_generation(
     config: Mapping[str, Any], run: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> str | None:
-    """Describe the settings of generation; None for tasks that generate nothing."""
+    """Describe the settings of generation in one text, equal for equal settings.
+
+    Args:
+        config: lm-eval's configuration of the task.
+        run: that of the run, with ``gen_kwargs`` and seeds.
+        arguments: the model's; its ``max_gen_toks`` counts where the task and the run give none.
+
+    Returns:
+        The text, or None for a task that generates nothing or has no settings.
+    """
     if config.get("output_type", "generate_until") != "generate_until":
         return None
     given = run.get("gen_kwargs")
     settings = from_text(given) if isinstance(given, str) else mapping(given)
     settings = _normalized({**mapping(config.get("generation_kwargs")), **settings})
-    if (most := arguments.get("max_gen_toks")) and settings:
+    generates = settings or "output_type" in config
+    if generates and (most := arguments.get("max_gen_toks")):
         settings.setdefault("max_gen_toks", _plain_value(most))
     if settings.get("do_sample"):
         settings |= {

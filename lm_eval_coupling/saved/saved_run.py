@@ -232,12 +232,13 @@ class SavedRuns:
 def _without_equal_tables(
     pairs: Sequence[tuple[SavedRun, SavedTable]],
 ) -> list[tuple[SavedRun, SavedTable]]:
-    """Leave out tables of one run, prompts and rows that lie in a second folder.
+    """Keep the first of tables of the same run and prompting that have equal rows.
 
-    Copies byte by byte are not listed at all; these were written again, by other software.
+    Copies byte by byte are not listed at all. The bytes of these differ, as other software wrote
+    them again. Tables without the id of their run are kept.
 
     Returns:
-        The other pairs, in the order of the tables' files.
+        The pairs that are kept, in the order of the tables' files.
     """
     kept: dict[tuple[Any, ...], list[tuple[SavedRun, SavedTable]]] = {}
     for run, table in pairs:

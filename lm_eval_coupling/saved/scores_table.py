@@ -125,14 +125,14 @@ def _order(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _newest(
     rows: Iterable[dict[str, Any]], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return of the same weights, task and prompts the row that counts (:mod:`.precedence`).
+    """Return the row that takes precedence for each weights, task and prompting.
 
-    Weights that only scores were taken of have no fingerprint: they are those of their name, if
-    these were measured in the same dtype.
+    A row of scores without coupling has no fingerprint. It is left out if weights of its name were
+    measured on the same task and prompting, unless both dtypes are known and differ.
 
     Args:
-        rows: in the order of their times.
-        settings: of coupling, by file.
+        rows: in the order of their times; of equal precedence (:mod:`.precedence`) the last counts.
+        settings: settings of coupling, by results file.
     """
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:

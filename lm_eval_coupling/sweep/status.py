@@ -58,7 +58,14 @@ def look(plan: Plan, unit: Unit, queue: Mapping[str, Job] | None) -> Status:
 def _state(
     folder: Path, finished: Done, last: Mapping[str, Any], queue: Mapping[str, Job] | None
 ) -> tuple[str, str]:
-    """Return the state in one word and in detail."""
+    """Return the state of one run of a sweep: a word, and what else is known.
+
+    Args:
+        folder: the run's.
+        finished: the files that it has written.
+        last: the state that it saved last.
+        queue: the user's jobs by name; None if no cluster answers.
+    """
     if finished.complete:
         return "done", _measured(finished)
     if held(folder / state.LOCK):

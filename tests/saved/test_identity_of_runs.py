@@ -34,6 +34,13 @@ DIFFERENCES = {
         {"configs": {"arc": GENERATED | {"generation_kwargs": {"until": [u]}}}}
         for u in ("\n", "\n\n")
     ),
+    "most tokens, of a task without settings of its own": tuple(
+        {
+            "configs": {"arc": {"output_type": "generate_until"}},
+            "config": {"model_args": {"pretrained": "org/x", "max_gen_toks": n}},
+        }
+        for n in (64, 512)
+    ),
     "system instruction": ({}, {"system_instruction": "Be brief."}),
     "filters": tuple(
         {"configs": {"arc": GENERATED | {"filter_list": [{"name": "strict", "filter": [regex]}]}}}

@@ -19,7 +19,7 @@ LAYERS = "all, spacedN such as spaced4, or blocks such as 0+10+29"
 
 
 def written(name: str, choice: Any) -> str:
-    """Return a choice in the form of the command line, given as text, a number, or several.
+    """Return the text of the command line for a choice: a text, a whole number, or several of them.
 
     Raises:
         CouplingError: for anything else.
