@@ -57,8 +57,8 @@ def test_a_wrong_jacobian_fails_though_its_certificate_is_fine(
 ):
     right = module.jacobians_of_traces
 
-    def wrong(*args):
-        (found,) = right(*args)
+    def wrong(*args, **options):
+        (found,) = right(*args, **options)
         found.jacobians[..., 3] *= 1.01
         return [found]
 
