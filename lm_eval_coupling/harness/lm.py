@@ -138,9 +138,12 @@ class CouplingLM(HFLM):
                 f"got a {self.backend} model, expected a decoder-only one; "
                 "use --model hf or coupling_limit=0"
             )
-        return open_session(
+        session = open_session(
             self.coupling_options, self.model, store, self.tokenizer, quiet=self.rank != 0
         )
+        for subject in session.subjects:
+            subject.model.scored.follow_scoring(in_batches=self.batch_size != 1)
+        return session
 
     def _follow_the_weights(self) -> None:
         """Wrap the model anew if it was trained, adapted or reloaded since the last evaluation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -37,10 +38,13 @@ from lm_eval_coupling.residual.scored import evaluation_mode
 from lm_eval_coupling.residual.stamp import Glance, Stamp
 from lm_eval_coupling.residual.weights import float_dtype
 
+# Below lm-eval's own logger, so that its verbosity and handler apply.
+logger = logging.getLogger("lm_eval.coupling")
+
 _CLOSE = 2e-2  # in half precision: nearer than this, two arithmetics need no second opinion
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ScoredModel:
     """The model that a :class:`.model.ResidualModel` was made of, run up to its last block.
 
@@ -56,6 +60,8 @@ class ScoredModel:
         retraced: makes a model that runs, and traces, by the kernels that score.
         rounds: whether its weights are in half precision.
         is_present: whether its weights are numbers on one device.
+        in_batches: whether prompts are compared in a batch as well.
+        warns_of_text_behind: whether a warning is due if text behind a token changes it.
     """
 
     name: str
@@ -70,6 +76,28 @@ class ScoredModel:
     retraced: Callable[[], Any]
     rounds: bool
     is_present: bool
+    in_batches: bool = False
+    warns_of_text_behind: bool = False
+
+    def follow_scoring(self, in_batches: bool) -> None:
+        """Compare what functions of the user do to a prompt alone with what they do in scoring.
+
+        A function that goes by places in the batch is refused. One that acts otherwise on a token
+        once text follows it is warned of.
+
+        Args:
+            in_batches: True if several prompts are scored in one pass.
+
+        Raises:
+            CouplingError: if functions act otherwise on two equal prompts in one pass.
+        """
+        self.in_batches = in_batches and self.has_own_functions
+        self.warns_of_text_behind = self.has_own_functions and self.inputs.causal
+        if self.in_batches:
+            try:
+                self._require_same_in_batches(self.inputs.probe, [-1])
+            except Unmeasurable as refusal:
+                raise CouplingError(f"got a {self.name} with {refusal}") from None
 
     def require_unchanged(self) -> None:
         """Refuse to measure what the model was before a change that its twin does not follow.
@@ -106,13 +134,13 @@ class ScoredModel:
         Raises:
             Unmeasurable: if the stream after the last block differs at a measured token.
         """
-        scored = self._final(self.model, self.last_block, prompt)[0]
+        scored = self._final(self.model, self.last_block, [prompt])[0]
         error = _most_off(resid_final[0], scored, tokens)
         tolerance = OTHER_KERNELS if self.is_present else PACKED
         if self.is_present and self.rounds and error > _CLOSE:
             again = self.retraced()
             last = again.model.get_submodule(self.last_name)
-            error = _most_off(self._final(again.model, last, prompt)[0], scored, tokens)
+            error = _most_off(self._final(again.model, last, [prompt])[0], scored, tokens)
             tolerance = SAME_KERNELS
             with contextlib.suppress(RuntimeError):  # kernels for bf16 and fp16 only
                 exact = again.trace(prompt, resid_final.dtype).resid_final[0]
@@ -129,6 +157,15 @@ class ScoredModel:
             )
         if self.has_own_code:
             self.require_same_in_every_mode(prompt, tokens, scored)
+        if self.in_batches:
+            self._require_same_in_batches(prompt, tokens)
+        if self.warns_of_text_behind and self._changes_with_text_behind(prompt, tokens):
+            self.warns_of_text_behind = False
+            logger.warning(
+                "coupling: hooks or functions act otherwise on a measured token once text follows "
+                "it, as it does where log-likelihoods are scored; coupling is that of the prompt "
+                "alone"
+            )
 
     @torch.no_grad()
     def require_same_in_every_mode(
@@ -150,7 +187,7 @@ class ScoredModel:
             Unmeasurable: if the stream differs in one of the modes.
         """
         if scored is None:
-            scored = self._final(self.model, self.last_block, prompt)[0]
+            scored = self._final(self.model, self.last_block, [prompt])[0]
         state = PassState(self.model.modules())
         casting = _autocast_to_own(self.device.type, float_dtype(self.model))
         # Autocast computes softmax and norms of a model in half precision in float32.
@@ -161,7 +198,7 @@ class ScoredModel:
         ):
             try:
                 with mode:
-                    stream = self._final(self.model, self.last_block, prompt)[0]
+                    stream = self._final(self.model, self.last_block, [prompt])[0]
             except Exception as failure:
                 pass_on_lack_of_memory(failure)
                 continue  # such as autocast of float64: nothing is scored so
@@ -176,6 +213,39 @@ class ScoredModel:
                 )
 
     @torch.no_grad()
+    def _require_same_in_batches(self, prompt: Any, tokens: Sequence[int]) -> None:
+        """Refuse hooks and functions that go by the place of a prompt in a batch.
+
+        Raises:
+            Unmeasurable: if a prompt beside itself has another stream than alone.
+        """
+        alone = self._final(self.model, self.last_block, [prompt])[0]
+        streams = self._final(self.model, self.last_block, [prompt, prompt])
+        error = max(_most_off(stream, alone, tokens) for stream in streams)
+        if not error <= (HALF if self.rounds or not self.is_present else OTHER_KERNELS):
+            raise Unmeasurable(
+                "refused",
+                f"a stream after the last block that is off by {error:.1e} in a batch of two, "
+                "expected the same as alone; evaluate with batch_size=1, or take places in the "
+                "batch out of hooks and functions",
+            )
+
+    @torch.no_grad()
+    def _changes_with_text_behind(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return whether functions of the user act otherwise on tokens once text follows them.
+
+        Log-likelihoods are scored with the continuation behind the prompt.
+        """
+        alone = self._final(self.model, self.last_block, [prompt])[0]
+        try:
+            longer = self._final(self.model, self.last_block, [[*prompt, prompt[-1]]])[0]
+        except Exception as error:  # the prompt fills the model's window
+            pass_on_lack_of_memory(error)
+            return False
+        off = _most_off(longer[: len(prompt)], alone, tokens)
+        return not off <= (HALF if self.rounds or not self.is_present else OTHER_KERNELS)
+
+    @torch.no_grad()
     def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
         """Refuse a response that was generated otherwise than one pass over the text computes.
 
@@ -186,7 +256,7 @@ class ScoredModel:
         """
         if not (name := next((name for name in CACHES if name in _parameters(self.model)), "")):
             return  # such a model generates by passes over the text
-        at_once = self._final(self.model, self.last_block, tokens)[0]
+        at_once = self._final(self.model, self.last_block, [tokens])[0]
         cache: Any = None
         with _streams_after(self.last_block, self.model) as streams:
             for part in (tokens[:start], *([token] for token in tokens[start:])):
@@ -205,12 +275,12 @@ class ScoredModel:
             )
 
     @torch.no_grad()
-    def _final(self, model: nn.Module, last: nn.Module, prompt: Any) -> Tensor:
-        """Return the stream [1, seq, d_model] after a model's last block, in float32.
+    def _final(self, model: nn.Module, last: nn.Module, prompts: Sequence[Any]) -> Tensor:
+        """Return the stream [prompt, seq, d_model] after a model's last block, in float32.
 
         Functions of the user may go by the arguments: the model is given those of scoring then.
         """
-        batch = self.inputs.batch([prompt], self.device, float_dtype(model))
+        batch = self.inputs.batch(prompts, self.device, float_dtype(model))
         with _streams_after(last, model) as streams:
             if self.has_own_functions:
                 args, kwargs = self.inputs.as_scored(batch.arguments)

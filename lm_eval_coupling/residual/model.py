@@ -150,9 +150,8 @@ class ResidualModel:
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        scored = self._require_scored()
         # Attachments as they were when the model was wrapped: an adapter may be off by now.
-        return read_fingerprint(scored.model, scored.stamp.attached)
+        return read_fingerprint(self.scored.model, self.scored.stamp.attached)
 
     @property
     def unreadable(self) -> str | None:
@@ -168,9 +167,11 @@ class ResidualModel:
     @made_on_host()
     def identity(self) -> str:
         """The model's key in the store: :attr:`fingerprint` and a digest of the probe's stream."""
-        return f"{self.fingerprint}-{digest(self._require_scored().probed)}"
+        return f"{self.fingerprint}-{digest(self.scored.probed)}"
 
-    def _require_scored(self) -> ScoredModel:
+    @property
+    def scored(self) -> ScoredModel:
+        """The model that this one was made of."""
         if self._scored is None:
             raise CouplingError(
                 "got a model that was not made by ResidualModel.wrap, expected one with known "
@@ -314,9 +315,8 @@ class ResidualModel:
             self._longest_compared = max(self._longest_compared, seq)
         for indices in equal:
             tokens = [-1] if output_tokens is None else [output_tokens[i] for i in indices]
-            self._require_scored().require_agreement(
-                prompts[indices[0]], tokens, traces[indices[0]].resid_final
-            )
+            trace = traces[indices[0]]
+            self.scored.require_agreement(prompts[indices[0]], tokens, trace.resid_final)
 
     @exact_arithmetic()
     def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
@@ -329,9 +329,8 @@ class ResidualModel:
         Raises:
             Unmeasurable: if one pass over the text computes another stream for the response.
         """
-        scored = self._require_scored()
-        if scored.has_own_functions:
-            scored.require_same_when_generated(tokens, start)
+        if self.scored.has_own_functions:
+            self.scored.require_same_when_generated(tokens, start)
 
     @contextlib.contextmanager
     def first_block_given(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -5,7 +5,9 @@ as they are then.
 import lm_eval
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.harness.lm import CouplingLM
 
 
@@ -49,3 +51,17 @@ def test_weights_changed_between_evaluations_are_measured_as_they_are(
     assert after[0] != before[0] and after[1] != before[1] and after[2] == 0
     lm.model.load_state_dict(weights)
     assert evaluated() == (*before[:2], 1)
+
+
+def test_hooks_that_go_by_places_in_the_batch_are_refused_where_it_has_several(home, tmp_path):
+    """Prompts are measured alone; they were measured as without the hook."""
+    model = AutoModelForCausalLM.from_pretrained(home / "float32")
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: output * 3 if len(output) > 1 else None
+    )
+    given = {"device": "cpu", "coupling_ranks": "2", "tokenizer": str(home / "float32")}
+    given["coupling_store"] = str(tmp_path / "store.sqlite")
+    assert CouplingLM(model, batch_size=1, **given).session is not None
+    for several in (4, "auto"):
+        with pytest.raises(CouplingError, match="evaluate with batch_size=1"):
+            CouplingLM(model, batch_size=several, **given)

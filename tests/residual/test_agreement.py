@@ -586,6 +586,50 @@ def test_a_hook_that_acts_with_a_cache_alone_is_refused(model):
     assert record.singular_values is None and "when it scores this prompt" in record.reason
 
 
+def for_several(module, args, output):
+    return output * 3 if len(output) > 1 else None
+
+
+def first_row(module, args, output):
+    output = output.clone()
+    output[0] *= 1.5
+    return output
+
+
+@pytest.mark.parametrize("hook", [for_several, first_row])
+def test_a_hook_that_goes_by_the_place_in_a_batch_is_refused_if_scores_have_one(model, hook):
+    """Prompts are measured alone, and scored in batches unless batch_size is 1."""
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    wrapped = ResidualModel.wrap(model)
+    wrapped.scored.follow_scoring(in_batches=False)
+    assert measure_coupling(wrapped, [SHORT], ranks=(2,), progress=False)[0].reason is None
+    with pytest.raises(CouplingError, match="in a batch of two, expected the same as alone"):
+        wrapped.scored.follow_scoring(in_batches=True)
+
+
+def test_places_in_a_batch_that_matter_at_later_tokens_are_seen_in_long_prompts(model):
+    def hook(module, args, output):
+        return later(module, args, output) if len(output) > 1 else None
+
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    wrapped = ResidualModel.wrap(model)
+    wrapped.scored.follow_scoring(in_batches=True)
+    short, long = measure_coupling(wrapped, [SHORT, LONG], ranks=(2,), progress=False)
+    assert short.reason is None and "in a batch of two" in long.reason
+
+
+@pytest.mark.parametrize(("hook", "warns"), [(steer, True), (later, False)])
+def test_a_token_that_text_behind_it_changes_is_warned_of(model, hook, warns, caplog):
+    """Log-likelihoods are scored with the continuation behind the prompt."""
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    wrapped = ResidualModel.wrap(model)
+    wrapped.scored.follow_scoring(in_batches=True)
+    full = [*LONG, *LONG, *LONG, 5]  # the model's window
+    for record in measure_coupling(wrapped, [full, SHORT, LONG], ranks=(2,), progress=False):
+        assert record.reason is None
+    assert caplog.text.count("once text follows it") == warns
+
+
 def hide_first_key(module, args, kwargs):
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"][..., 1:, 0] = torch.finfo(torch.float32).min
