@@ -216,6 +216,25 @@ def test_positions_of_tokens():
     assert f"{first}, {rest}" in PAGE
 
 
+def test_tied_embeddings():
+    table = pd.read_csv(RESULTS / "tied" / "tied.csv")
+    last = table[table.step == table.step.max()].set_index("reading")
+    assert (last.seeds == 3).all()
+
+    def effect(reading: str) -> str:
+        mean, low, high = (plain(v, 3) for v in last.loc[reading, ["difference", "low", "high"]])
+        return f"{mean} ({low} to {high})"
+
+    coupling, rotated = effect("coupling"), effect("rotated")
+    assert f"{coupling} higher than untied, with both bases rotated alike {rotated}" in PAGE
+    tied, untied = (
+        pd.read_csv(RESULTS / name / "parts.csv").query("reading == 'coupling' and step == 1280")
+        for name in ("tied", "training_parts")
+    )
+    change = tied.set_index("seed")["mean"] - untied.set_index("seed")["mean"]
+    assert change.mean() == pytest.approx(last.loc["coupling", "difference"], abs=1e-6)
+
+
 def test_effects_of_penalties():
     folders = "intervention", "intervention_weak"
     members = pd.concat(
