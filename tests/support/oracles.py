@@ -15,7 +15,10 @@ def oracle(model, tokens, layer, t_out, t_in):
 
 
 def oracle_by_input(model, tokens, layer, t_out):
-    """Return [d_out, t_in, d_in] by one backward pass per output coordinate."""
+    """Return [d_out, t_in, d_in], each row from a copy of the prompt of its own.
+
+    Prompts of a batch do not meet: one backward pass from coordinate i of copy i has all rows.
+    """
     seen = {}
 
     def before(module, args, kwargs):
@@ -32,15 +35,16 @@ def oracle_by_input(model, tokens, layer, t_out):
         block.register_forward_pre_hook(before, with_kwargs=True),
         block.register_forward_hook(after),
     ]
+    width = getattr(model.config, "vision_config", model.config).hidden_size
+    copies = tokens.expand(width, *tokens.shape[1:])
     with torch.enable_grad():
-        model(pixel_values=tokens) if tokens.is_floating_point() else model(tokens, use_cache=False)
+        model(pixel_values=copies) if tokens.is_floating_point() else model(copies, use_cache=False)
     for handle in handles:
         handle.remove()
-    contribution = (seen["y"] - seen["x"])[0, t_out]
-    rows = [
-        torch.autograd.grad(value, seen["x"], retain_graph=True)[0][0] for value in contribution
-    ]
-    return torch.stack(rows)
+    contribution = (seen["y"] - seen["x"])[:, t_out]
+    assert contribution.shape == (width, width)
+    (gradients,) = torch.autograd.grad(contribution.diagonal().sum(), seen["x"])
+    return gradients
 
 
 def worst(found, expected):
