@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import forked_python
 
 FAULTS = """
 import ctypes, resource
@@ -29,10 +30,10 @@ print("FAULTS", kept, use())
 """
 
 
-def faults(**environment):
+def faults(python=sys.executable, **environment):
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS],
+        [python, "-c", FAULTS],
         env={"PYTHONPATH": root} | environment,
         capture_output=True,
         text=True,
@@ -58,4 +59,4 @@ def test_freed_memory_is_kept():
     ],
 )
 def test_what_the_user_has_set_up_stays(environment):
-    assert not faults(**environment)[0]
+    assert not faults(forked_python(), **environment)[0]

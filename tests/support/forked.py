@@ -2,46 +2,60 @@
 
 Each program runs in a process of its own, forked from one that has loaded the heavy packages.
 Neither lm-eval nor this package is among them, so that the start-up hook and the search for plugins
-find what they find in a new interpreter. An installed hook, hash seeds and settings of the
-allocator need a real one.
+find what they find in a new interpreter; what these two load is. An installed hook, hash seeds and
+settings of the allocator need a real interpreter.
 """
 
 import atexit
-import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 LOADED = (
+    "torch.utils.collect_env",
     "torch.distributed.tensor",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
+    "transformers.conversion_mapping",
     "transformers.trainer",
     "datasets",
     "accelerate",
     "pandas",
     "pyarrow.parquet",
+    "requests",
+    "sacrebleu",
+    "sqlite3",
+    "transformer_lens.model_bridge.sources",
 )
 # Read when the packages are loaded, hence the same in every program.
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SERVER = f"""
 import fcntl, gc, importlib, json, os, runpy, select, signal, socket, sys, types
-for name in {LOADED!r}:
-    importlib.import_module(name)
-gc.freeze()  # no collection in a program need look at them, nor often at its own
-gc.set_threshold(100_000, 20, 100)
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listener.bind(sys.argv[1])
 listener.listen(64)
 print("ready", flush=True)
+loaded = False
 watching = 0  # children, one for each program
 while True:
     if sys.stdin in select.select([sys.stdin, listener], [], [])[0]:
         for _ in range(watching):
             os.wait()  # what they took counts as taken by the owner
         sys.exit()
+    if not loaded:
+        for name in {LOADED!r}:
+            importlib.import_module(name)
+        # lm-eval describes the machine at every evaluation, for which torch starts eleven programs.
+        description = sys.modules["torch.utils.collect_env"].get_pretty_env_info()
+        sys.modules["torch.utils.collect_env"].get_pretty_env_info = lambda: description
+        # Made when the first model is loaded.
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
+        gc.freeze()  # no collection in a program need look at them, nor often at its own
+        gc.set_threshold(100_000, 20, 100)
+        loaded = True
     client, _ = listener.accept()
     if not os.fork():
         break
@@ -116,15 +130,12 @@ sys.exit(code)
 """
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="forked-")
+VARIABLE = "FORKED_PYTHON"  # path of the client, for all processes that this one starts
 
 
-@functools.cache
-def _server(owner: int) -> tuple[subprocess.Popen, str]:
-    """Start the process from which programs are forked; it ends with its owner, this process."""
-    folder = Path(_folder().name)
+def _start() -> str:
+    """Start the process from which programs are forked; it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="forked-"))
     client, address = folder / "python", str(folder / "socket")
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, address],
@@ -136,15 +147,18 @@ def _server(owner: int) -> tuple[subprocess.Popen, str]:
     )
     if server.stdout.readline() != "ready\n":
         raise RuntimeError("the process from which programs are forked has ended; see its error")
-    atexit.register(_end, server)
+    atexit.register(_end, server, folder, os.getpid())
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    return server, str(client)
+    return str(client)
 
 
-def _end(server: subprocess.Popen) -> None:
+def _end(server: subprocess.Popen, folder: Path, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of it ends
     server.stdin.close()
     server.wait()
+    shutil.rmtree(folder)
 
 
 def forked_python() -> str:
@@ -156,4 +170,6 @@ def forked_python() -> str:
     """
     if os.name != "posix" or not hasattr(os, "pidfd_open"):
         return sys.executable
-    return _server(os.getpid())[1]
+    if VARIABLE not in os.environ:
+        os.environ[VARIABLE] = _start()
+    return os.environ[VARIABLE]
