@@ -10,8 +10,9 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -235,14 +236,32 @@ def _is_of_user(value: Any, owner: str) -> bool:
     return root not in sys.stdlib_module_names and root not in _OF_TORCH
 
 
+# By model: its class and configuration when it was last looked at, and the modules they make.
+_FRESH: MutableMapping[nn.Module, tuple[type, Any, dict[str, nn.Module]]] = WeakKeyDictionary()
+
+
 def _fresh(base: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a new model of the same class and configuration, without memory."""
     kind: Any = type(base)
+    config = getattr(base, "config", None)
+    if base in _FRESH and _FRESH[base][0] is kind and _is_same(_FRESH[base][1], config):
+        return _FRESH[base][2]
     try:
+        before = copy.deepcopy(config)
         with seeded(0), torch.device("meta"):
-            return dict(kind(copy.deepcopy(base.config)).named_modules())
+            modules = dict(kind(copy.deepcopy(config)).named_modules())
     except Exception:  # classes of remote code that cannot be made without memory
         return {}
+    _FRESH[base] = kind, before, modules
+    return modules
+
+
+def _is_same(config: Any, other: Any) -> bool:
+    """Return whether two configurations hold the same; False where values cannot be compared."""
+    try:
+        return type(config) is type(other) and vars(config) == vars(other)
+    except Exception:  # values without a truth, such as arrays
+        return False
 
 
 def _attributes(
