@@ -5,7 +5,6 @@ import pytest
 import saved_runs
 from studied import record, save
 
-from lm_eval_coupling.figures import canvas
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
 
@@ -58,10 +57,3 @@ def plain(tmp_path_factory):
 def elsewhere(tmp_path, monkeypatch):
     """A script without --out leaves its pictures where it was called."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def small_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "DPI", 40)
-        yield

@@ -11,7 +11,7 @@ from studied import record, save, script, table
 
 from lm_eval_coupling.errors import CouplingError
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 LENGTH = 9
 
 

@@ -11,7 +11,7 @@ from studied import record, script
 
 from lm_eval_coupling.errors import CouplingError
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 MODELS = {
     "org/a": (0.1, 0.3),
     "org/b": (0.2, 0.5),

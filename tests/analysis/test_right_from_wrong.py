@@ -9,7 +9,7 @@ from studied import script
 from lm_eval_coupling.errors import CouplingError
 
 READINGS = ["coupling@10", "rotated@10", "deflated@10"]
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

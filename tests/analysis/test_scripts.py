@@ -19,7 +19,7 @@ from studied import ANALYSIS, CHANCE, NOT_OURS, record, save, script, table
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

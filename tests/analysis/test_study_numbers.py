@@ -19,7 +19,7 @@ from lm_eval_coupling import measure_coupling
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.miscoupling import miscoupling
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_coupling_of_layers_by_hand(tmp_path):

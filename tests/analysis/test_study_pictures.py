@@ -19,7 +19,7 @@ from studied import CHANCE, PAIRS, quartile_rows, record
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.measures.formulas.headline import chance_level
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_curves_show_medians_and_chance_and_dash_what_is_untrained():

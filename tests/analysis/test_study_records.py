@@ -11,7 +11,7 @@ from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.saved.records import load_records
 from lm_eval_coupling.saved.tables import require
 
-pytestmark = pytest.mark.usefixtures("elsewhere", "small_pictures")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_of_a_prompt_measured_twice_the_newer_counts(tmp_path):
