@@ -315,8 +315,7 @@ class ResidualModel:
             self._longest_compared = max(self._longest_compared, seq)
         for indices in equal:
             tokens = [-1] if output_tokens is None else [output_tokens[i] for i in indices]
-            trace = traces[indices[0]]
-            self.scored.require_agreement(prompts[indices[0]], tokens, trace.resid_final)
+            self.scored.require_agreement(prompts[indices[0]], tokens, traces[indices[0]])
 
     @exact_arithmetic()
     def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:

@@ -21,7 +21,7 @@ from lm_eval_coupling.errors import (
 )
 from lm_eval_coupling.numerics.randomness import seeded
 from lm_eval_coupling.residual import load_checks as checks
-from lm_eval_coupling.residual.agreement import ScoredModel, uncompiled_forwards
+from lm_eval_coupling.residual.agreement import ScoredModel
 from lm_eval_coupling.residual.attachments import attachments_of, has_own_functions
 from lm_eval_coupling.residual.bridge import bridged_blocks, put_bridge_into
 from lm_eval_coupling.residual.edited_arguments import edited_argument
@@ -35,6 +35,7 @@ from lm_eval_coupling.residual.scored import (
     without_compilation,
     without_dropout,
 )
+from lm_eval_coupling.residual.scored_passes import uncompiled_forwards
 from lm_eval_coupling.residual.stamp import Glance, Stamp
 from lm_eval_coupling.residual.twin import block_lists, computes_eagerly, runs_as_it_stands, twin_of
 from lm_eval_coupling.residual.weights import state_of
@@ -99,7 +100,8 @@ class _Wrapping:
         changed_by_passes = _differences(before, attachments_of(self.scored))
         self.plain = self._own_blocks()
         names = {id(module): name for name, module in self.twin.named_modules()}
-        last_name = names[id(self.plain.blocks[-1])]
+        block_names = [names[id(block)] for block in self.plain.blocks]
+        last_name = block_names[-1]
         ends = self._ends(last_name)  # by the kernels that score
         self._make_eager()
         trace = self._check(self.plain)
@@ -118,7 +120,7 @@ class _Wrapping:
             stamp=Stamp.of(self.scored, changed_by_passes),
             glance=Glance.at(self.scored, changed_by_passes, with_weights=self.runs),
             probed=trace.resid_final,
-            last_block=self.base.get_submodule(last_name),
+            blocks=[self.base.get_submodule(name) for name in block_names],
             last_name=last_name,
             inputs=self.inputs,
             device=self.plain.device,

@@ -70,6 +70,7 @@ _SCORING = ("output_type", "metric_list", "filter_list", "repeats", "process_res
 # Arguments of a model that change the tokens of its prompts.
 _ENCODING = (
     "tokenizer",
+    "use_fast_tokenizer",
     "add_bos_token",
     "prefix_token_id",
     "max_length",
@@ -100,6 +101,7 @@ def encoding(arguments: Mapping[str, Any]) -> list[str]:
         given["tokenizer"] = None
     given["chat_template_args"] = short_digest(given["chat_template_args"])
     given["truncation"] = given["truncation"] or None
+    given["use_fast_tokenizer"] = {"False": False}.get(str(given["use_fast_tokenizer"]))
     return [
         f"{name}={value}"
         for name, value in given.items()

@@ -12,6 +12,7 @@ import datetime
 import functools
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ from lm_eval_coupling.saved.what_was_run import WhatWasRun
 
 logger = logging.getLogger(__name__)
 
-# Arguments of the model, besides its name and revision, that make other weights of it.
-_VARIANTS = ("peft", "delta", "dtype", "load_in_8bit", "load_in_4bit")
+# Arguments of the model, besides its name and revision, that make other weights or arithmetic.
+_VARIANTS = (
+    *("peft", "delta", "dtype", "load_in_8bit", "load_in_4bit"),
+    *("mixed_precision_dtype", "softmax_dtype"),
+)
 # Arguments that become part of the model's name: a checkpoint is known by its folder.
 _WITHIN = ("subfolder", "gguf_file")
 
@@ -76,6 +80,7 @@ class SavedRun:
             or self.arguments.get("pretrained")
         )
         name = str(name or (self.file or self.tables[0].file).parent.name)
+        name = re.sub("/{2,}", "/", name).rstrip("/") or name  # a path is typed in several ways
         within = [str(self.arguments[key]).strip("/") for key in _WITHIN if self.arguments.get(key)]
         if not within:
             return name
@@ -89,12 +94,13 @@ class SavedRun:
 
     @property
     def variant(self) -> str:
-        """Further arguments that make other weights of the model, such as ``peft=…``.
+        """Further arguments that make other weights or arithmetic, such as ``peft=…``.
 
         ``dtype=…`` is one only where no type is known that the model ran in.
         """
-        plain = (None, "", False, "False")
+        plain = (None, "", "False", "None")
         given = {key: self.arguments.get(key) for key in _VARIANTS}
+        given |= {key: str(v).removeprefix("torch.") for key, v in given.items() if v is not None}
         if self.dtype or given["dtype"] == "auto":
             given["dtype"] = None
         return ", ".join(f"{key}={value}" for key, value in given.items() if value not in plain)

@@ -68,7 +68,7 @@ def test_it_leaves_what_a_run_leaves(home, tmp_path):
     file, out = tmp_path / "sky.txt", tmp_path / "out"
     file.write_text("\n".join([*TEXTS, TEXTS[0]]))
     coupling = f"ranks=2+4,untrained_seed=1,store={tmp_path / 's'}"
-    told, interrupted = measure_texts(
+    told, interrupted, _ = measure_texts(
         str(home / "float32"), file, out, coupling=coupling, device="cpu"
     )
     records = load_records(out)

@@ -586,6 +586,32 @@ def test_a_hook_that_acts_with_a_cache_alone_is_refused(model):
     assert record.singular_values is None and "when it scores this prompt" in record.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_hook_that_goes_by_the_dtype_is_refused(dtype, inside, layer):
+    """Its part of the stream was taken for a difference of rounding."""
+    model = cases.tiny_model("llama", dtype)
+    model.model.layers[layer].mlp.register_forward_hook(
+        lambda module, args, output: output * 1.5 if (output.dtype == dtype) == inside else None
+    )
+    try:
+        reason = measured(model, [LONG])[0].reason or ""
+    except CouplingError as refusal:
+        reason = str(refusal)
+    assert f"block {layer} in torch.float32 is off by" in reason or "when it is scored" in reason
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2", "gemma2"])
+def test_a_hook_of_one_form_in_every_dtype_is_measured(case):
+    model = cases.tiny_model(case, torch.bfloat16)
+    for module in model.modules():
+        if type(module).__name__.lower().endswith(("mlp", "moeblock")):
+            module.register_forward_hook(later)
+    prompts = [cases.tiny_tokens(seq)[0].tolist() for seq in (6, 21, 40)]
+    assert [record.reason for record in measured(model, prompts)] == [None] * 3
+
+
 def for_several(module, args, output):
     return output * 3 if len(output) > 1 else None
 

@@ -97,7 +97,7 @@ def test_values_are_those_of_the_run_itself(home, scored, tmp_path):
     """To the last bit, for every output type; scores are the evaluation's."""
     evaluate(home, tmp_path / "run", "coupling-hf", model_args=coupling_arguments(tmp_path))
     before = {file: file.read_bytes() for file in scored.rglob("*.json*")}
-    table, interrupted = measure(home, scored, tmp_path / "out")
+    table, interrupted, _ = measure(home, scored, tmp_path / "out")
     assert not interrupted and "coupling" in table
     equal_records(load_records(tmp_path / "run"), load_records(tmp_path / "out"))
     own, measured = written(tmp_path / "run"), written(tmp_path / "out")

@@ -215,6 +215,25 @@ def test_scores_in_another_dtype_are_not_those_of_the_measured_run(tmp_path):
         assert len(load_runs(tmp_path)) == rows
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "usual"),
+    [
+        ("mixed_precision_dtype", "torch.bfloat16", None),
+        ("softmax_dtype", "float32", "None"),
+        ("use_fast_tokenizer", False, True),
+    ],
+)
+def test_scores_in_other_arithmetic_do_not_replace_those_of_a_model(tmp_path, name, other, usual):
+    """The newest one of them counted, without a word."""
+    for value, rows in ((usual, 1), (other, 2)):
+        for number in (0, 1):
+            date = f"2025-06-0{1 + rows}T12-00-00.{number}"
+            where = save(tmp_path, {"arc": task_summary()}, date=date, run_id=date)
+            arguments = {"pretrained": "org/tiny"} | ({name: value} if number else {})
+            edit(where, date, {"config": {"model_args": arguments}})
+        assert len(load_runs(tmp_path)) == rows
+
+
 def test_arguments_of_models_that_change_tokens_are_told(tmp_path):
     for number, model in enumerate(("org/a-1b", "org/b-2b")):
         where = save(tmp_path, {"arc": task_summary()}, model=model, fingerprint=model)

@@ -273,3 +273,10 @@ def test_results_of_a_later_release_are_not_read_as_if_they_were_ours(tmp_path, 
     )
     with pytest.raises(CouplingError, match="read it with the release that wrote it"):
         load_runs(where / "results_2030-01-01T00-00-00.000000.json")
+
+
+def test_one_path_typed_in_several_ways_is_one_model(tmp_path):
+    """`models/tiny` and `models/tiny/` were two models of one training."""
+    for day, name in zip(DAYS, ("/models/tiny", "/models/tiny/", "/models//tiny"), strict=False):
+        save(tmp_path / day, {"arc": task_summary()}, model=name, date=day, run_id=day)
+    assert load_runs(tmp_path).model.tolist() == ["/models/tiny"]
