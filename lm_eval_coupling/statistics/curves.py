@@ -209,15 +209,22 @@ def _points(
 def _least_squares(points: dict[str, np.ndarray], result: Fit) -> Fit:
     sm = load_statsmodels("api")
     weights = points["y_error"] ** -2.0 if "y_error" in points else 1.0
-    fit = sm.WLS(points["y"], sm.add_constant(points["x"]), weights=weights).fit()
+    x, y = points["x"], points["y"]
+    # Beside a large mean, the differences of x and y would be lost to rounding.
+    center, scale, level = x.mean(), np.ptp(x), y.mean()
+    fit = sm.WLS(y - level, sm.add_constant((x - center) / scale), weights=weights).fit()
+    back = np.array([[1, -center / scale], [0, 1 / scale]])
+    parameters = back @ fit.params + [level, 0]
+    covariance = back @ fit.cov_params() @ back.T
+    stderrs = np.sqrt(np.diag(covariance))
     return dataclasses.replace(
         result,
-        coefficients=_estimates(("intercept", "slope"), fit.params, fit.bse, fit.df_resid),
+        coefficients=_estimates(("intercept", "slope"), parameters, stderrs, fit.df_resid),
         r2=float(fit.rsquared),
         p=float(fit.pvalues[1]),
         dispersion=math.sqrt(fit.scale) if "y_error" in points else math.nan,
-        parameters=fit.params,
-        covariance=fit.cov_params(),
+        parameters=parameters,
+        covariance=covariance,
     )
 
 

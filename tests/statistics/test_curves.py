@@ -29,6 +29,18 @@ PEARSON_YORK = {
 }
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_line_far_from_the_origin_is_the_line_near_it(weighted):
+    """R² came out as −2,939,227 where x and y differ in their last digits."""
+    x, y = map(np.array, ANSCOMBE)
+    errors = {"y_error": np.linspace(0.5, 2, len(x))} if weighted else {}
+    near, far = (line_fit(x + at, y + at, **errors) for at in (0, 2.0**30))
+    assert far.r2 == pytest.approx(near.r2, rel=1e-5) and far.p == pytest.approx(near.p, rel=1e-4)
+    slopes = [fit.coefficients["slope"] for fit in (near, far)]
+    assert slopes[1].value == pytest.approx(slopes[0].value, rel=1e-5)
+    assert slopes[1].stderr == pytest.approx(slopes[0].stderr, rel=1e-5)
+
+
 def test_line_of_anscombes_first_set():
     """Anscombe (1973): y = 3.00 + 0.500 x, standard error of the slope 0.118, R² 0.667."""
     found = line_fit(*ANSCOMBE)
