@@ -19,6 +19,7 @@ from lm_eval_coupling.statistics.estimates import (
     Values,
     complete,
     complete_rows,
+    design,
     is_constant,
 )
 from lm_eval_coupling.statistics.resampling import (
@@ -139,7 +140,7 @@ def partial_correlation(
         CouplingError: If a column is missing or not numeric.
     """
     rows, dropped = complete_rows(frame, [x, y, *given], [family] if family else [])
-    fixed = np.column_stack([np.ones(len(rows)), *(rows[name] for name in given)])
+    fixed = design(rows, given)
     units = Units.of(rows[family] if family else None, len(rows))
     result = Correlation(
         "partial pearson",

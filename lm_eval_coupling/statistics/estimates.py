@@ -145,6 +145,15 @@ def _numbers(name: str, values: Values) -> np.ndarray:
     return numbers
 
 
+def design(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Return the design matrix of these columns less their means, the constant first.
+
+    Beside a large mean, their differences would be lost to rounding.
+    """
+    columns = rows[[*names]]
+    return np.column_stack([np.ones(len(rows)), columns - columns.mean()])
+
+
 def is_constant(values: np.ndarray) -> bool:
     """Return whether the values differ by no more than their rounding."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())

@@ -17,9 +17,10 @@ from lm_eval_coupling.statistics.estimates import (
     Estimate,
     Result,
     complete_rows,
+    design,
     load_statsmodels,
 )
-from lm_eval_coupling.statistics.nested_regression import design, undetermined
+from lm_eval_coupling.statistics.nested_regression import undetermined
 from lm_eval_coupling.statistics.resampling import FEW_FAMILIES
 
 # Variance between families over variance within, from none to all of it.

@@ -17,6 +17,7 @@ from lm_eval_coupling.statistics.estimates import (
     Result,
     Values,
     complete_rows,
+    design,
     is_constant,
     load_statsmodels,
 )
@@ -195,11 +196,6 @@ def collinearity(frame: pd.DataFrame, predictors: Sequence[str]) -> pd.DataFrame
     table = pd.DataFrame({"vif": vif, "note": words}, index=list(predictors))
     table.attrs["condition_number"] = condition
     return table
-
-
-def design(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
-    """Return the design matrix of these columns, the constant first."""
-    return np.column_stack([np.ones(len(rows)), *(rows[name].to_numpy() for name in names)])
 
 
 def undetermined(rows: pd.DataFrame, score: str, predictors: Sequence[str]) -> str | None:

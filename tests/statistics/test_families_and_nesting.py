@@ -36,6 +36,18 @@ def test_longley_as_certified():
     assert found.n == 16 and found.df == 9 and len(found.notes) == 2
 
 
+def test_predictors_far_from_zero_are_those_near_it():
+    """Beside a mean of 10⁹, R² came out as −31 and the covariate as a constant."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(24, 3)), columns=["score", "x", "size"])
+    frame["score"] += frame["x"] + frame["size"]
+    asked = {"score": "score", "predictor": "x", "covariates": ["size"], "resamples": 99}
+    near, far = (nested_models(frame + at, **asked) for at in (0, 2.0**30))
+    assert far.with_predictor.r2 == pytest.approx(near.with_predictor.r2, rel=1e-5)
+    assert far.effect.value == pytest.approx(near.effect.value, rel=1e-5)
+    assert far.partial.coefficient == pytest.approx(near.partial.coefficient, rel=1e-5)
+
+
 def test_collinearity_of_longley():
     """The variance inflation factors that textbooks give for Longley's data; ratio of its
     eigenvalues 12220.
