@@ -60,20 +60,26 @@ def test_untrained_twins_are_at_chance(pretrained):
     assert distances.abs().max() < 2
 
 
-def test_parts_of_coupling_in_two_models():
+def test_parts_of_coupling_in_four_models():
     rows = pd.read_csv(RESULTS / "controls" / "coupling_parts.csv")
     above = rows.assign(above=rows["mean"] - rows["chance"])
     table = above.pivot_table(index=["model", "weights"], columns="measure", values="above")
-    shares = 100 * table.div(table["coupling"], axis=0).xs("trained", level="weights")
-    smollm2, gemma = (shares.loc[model].round() for model in ("smollm2-135m", "gemma3-270m"))
+    models = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
+    shares = 100 * table.div(table["coupling"], axis=0).xs("trained", level="weights").loc[models]
+
+    def listed(values: pd.Series) -> str:
+        *first, last = (f"{value:.0f}" for value in values)
+        return f"{', '.join(first)} and {last}"
+
     assert (
-        f"{smollm2.rotated:.0f} % stays with both bases turned alike and "
-        f"{smollm2.without_identity:.0f} % without the multiple of the identity in SmolLM2; "
-        f"{gemma.rotated:.0f} % and {gemma.without_identity:.0f} % in Gemma, where "
-        f"{gemma.deflated:.0f} % stays without the first pair"
+        f"{listed(shares.rotated)} % stays with both bases turned alike, "
+        f"{listed(shares.without_identity)} % without the multiple of the identity, "
+        f"{listed(shares.deflated)} % without the first pair of vectors"
     ) in PAGE
+    documents = rows[(rows.weights == "trained") & (rows.measure == "coupling")]
+    assert f"{listed(documents.set_index('model').n.loc[models])} documents" in PAGE
     untrained = above[(above.weights == "untrained") & above.chance.between(0.05, 0.06)]
-    assert (untrained.above.abs() < 3 * untrained.stderr).all() and len(untrained) == 8
+    assert (untrained.above.abs() < 3 * untrained.stderr).all() and len(untrained) == 16
 
 
 def test_coupling_along_a_training():
