@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from forked import forked_python
 from lean_lm_eval import lean_lm_eval
 
 from lm_eval_coupling.harness import plugin
@@ -234,10 +235,10 @@ def test_a_folder_on_the_path_is_enough_for_the_command(wheel, tmp_path):
     ours does.
     """
     folder, task = tmp_path / "packages", tiny.save_task(tmp_path / "tasks", "choice")
-    pip("install", "--quiet", "--no-deps", "--target", folder, wheel)
+    pip("install", "--quiet", "--no-compile", "--no-deps", "--target", folder, wheel)
     words = evaluation_of_a_tiny_model(tmp_path, task)
     path = os.pathsep.join([str(folder), lean_lm_eval()])
-    printed = run(sys.executable, "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=path)
+    printed = run(forked_python(), "-m", "lm_eval_coupling", "run", *words, PYTHONPATH=path)
     assert "Coupling at K = 4" in printed and [
         *(tmp_path / "out").rglob(f"coupling_{task}_*.parquet")
     ]

@@ -85,6 +85,9 @@ for place, descriptor in enumerate(descriptors):  # none may lie where another b
 for descriptor, number in zip(descriptors, request["descriptors"]):
     os.dup2(descriptor, number)
     os.close(descriptor)
+# The server's may be a file, in which streams remember that it can be sought.
+kept = dict(encoding=sys.stderr.encoding, errors=sys.stderr.errors, closefd=False)
+sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, **kept)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(request["folder"])
 os.environ.clear()
