@@ -38,10 +38,10 @@ def require_versions(*packages: str) -> None:
     except PackageNotFoundError:
         return
     for requirement in requirements:
-        installed = installed_version(requirement.name)
-        if requirement.name not in packages or requirement.marker or installed is None:
+        if requirement.name not in packages or requirement.marker:
             continue
-        if requirement.specifier.contains(installed, prereleases=True):
+        installed = installed_version(requirement.name)
+        if installed is None or requirement.specifier.contains(installed, prereleases=True):
             continue
         if _is_too_old(requirement.specifier, installed):
             raise CouplingError(

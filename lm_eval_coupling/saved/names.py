@@ -142,6 +142,8 @@ def label_weights(rows: pd.DataFrame, names: Mapping[str, str] | None = None) ->
 
 def _with_prompting(names: pd.Series, rows: pd.DataFrame) -> pd.Series:
     prompting = rows["prompting"].fillna("")
+    if len(prompting.unique()) < 2:
+        return names
     place = [names, rows["task"]]
     is_several = prompting.groupby(place).transform("nunique") > 1
     prompting = prompting.where(is_several, "")  # most tasks need no group of their own
@@ -158,6 +160,8 @@ def _told_apart(
     from_unknown: bool = True,
 ) -> pd.Series:
     """Add ``more`` to the names that rows of several values share, or of a value and none."""
+    if len(more.unique()) < 2:
+        return names
     several = more.where(more != "").groupby(within).transform("nunique")
     if from_unknown:
         several += (more == "").groupby(within).transform("any")

@@ -120,12 +120,15 @@ def complete_rows(
         raise CouplingError(f"got no column {missing[0]!r}, expected one of: {columns}")
     if len(set(names)) < len(names):
         raise CouplingError(f"got the columns {', '.join(names)}, expected each of them once")
-    rows = pd.DataFrame({name: _numbers(name, frame[name]) for name in numeric})
-    rows = rows.replace([np.inf, -np.inf], np.nan)
+    columns = {name: _numbers(name, frame[name]) for name in numeric}
+    is_complete = np.ones(len(frame), dtype=bool)
+    for values in columns.values():
+        is_complete &= np.isfinite(values)
+    columns |= {name: frame[name].to_numpy() for name in labels}
     for name in labels:
-        rows[name] = frame[name].to_numpy()
-    kept = rows.dropna().reset_index(drop=True)
-    return kept, len(rows) - len(kept)
+        is_complete &= ~pd.isna(columns[name])
+    kept = pd.DataFrame({name: values[is_complete] for name, values in columns.items()})
+    return kept, int((~is_complete).sum())
 
 
 def _numbers(name: str, values: Values) -> np.ndarray:
