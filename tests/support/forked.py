@@ -67,6 +67,8 @@ listener.close()
 message, descriptors, *_ = socket.recv_fds(client, 1 << 20, 99)
 request = json.loads(message)
 if program := os.fork():
+    for descriptor in descriptors:  # a lock among them must not outlive the program
+        os.close(descriptor)
     ended = os.pidfd_open(program)
     try:
         client.send(str(program).encode())
