@@ -212,14 +212,22 @@ def test_the_planned_confirmation():
 def test_positions_of_tokens():
     rows = pd.read_csv(RESULTS / "token_positions_arc_easy.csv")
     table = rows.pivot(index=["line", "token"], columns="measure", values="median")
-    ranges = [table.loc[model, "coupling"] for model in ("smollm2-135m", "gemma3-270m")]
-    smollm2, gemma = (f"{of.min():.2f} to {of.max():.2f}" for of in ranges)
-    assert f"medians {smollm2} and {gemma}" in PAGE
-    cosines = table.loc["smollm2-135m", "erasing"]
-    others = cosines.drop("1")
-    first = f"{plain(cosines['1'])} at the first token"
-    rest = f"{plain(others.min())} to {plain(others.max())} at all others"
-    assert f"{first}, {rest}" in PAGE
+    models = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
+
+    def ranged(values: pd.Series) -> str:
+        return " to ".join(dict.fromkeys((plain(values.min()), plain(values.max()))))
+
+    couplings = [table.loc[model, "coupling"] for model in models]
+    early = [ranged(of[["1", "2"]]) for of in couplings]
+    later = [ranged(of.drop(["1", "2"])) for of in couplings]
+    pairs = "; ".join(f"{a} and {b}" for a, b in zip(early, later, strict=True))
+    assert f"medians at the first two and at later tokens {pairs}; " in PAGE
+    cosines = [table.loc[model, "erasing"] for model in models]
+    first = ", ".join(plain(of["1"]) for of in cosines)
+    others = ", ".join(ranged(of.drop("1")) for of in cosines)
+    assert f"cos(u, v) at the first token {first}, at others {others}" in PAGE
+    for of in couplings[1:3]:  # the Qwens
+        assert of[["1", "2"]].mean() == pytest.approx(of.drop(["1", "2"]).mean() * 2 / 3, rel=0.15)
 
 
 def test_tied_embeddings():
