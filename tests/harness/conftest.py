@@ -7,7 +7,7 @@ from evaluations import KINDS
 lm_eval = pytest.importorskip("lm_eval")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     for kind in KINDS:

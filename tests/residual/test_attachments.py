@@ -590,6 +590,15 @@ def test_the_active_adapter_counts(model):
     assert fingerprint(adapted) == first != second
 
 
+def test_each_look_compares_with_the_configuration_of_that_moment(model):
+    """What a configuration makes is kept between looks, until the configuration changes."""
+    assert not attachments_of(model)
+    model.config.attention_dropout = 0.5
+    assert any(place.endswith("attention_dropout") for place in attachments_of(model))
+    model.config.attention_dropout = 0.0
+    assert not attachments_of(model)
+
+
 HOOKED = """
 import cases, torch
 from lm_eval_coupling.residual.fingerprint import fingerprint
