@@ -116,8 +116,8 @@ def complete_rows(
     """
     names = [*numeric, *labels]
     if missing := [name for name in names if name not in frame.columns]:
-        columns = ", ".join(map(str, frame.columns))
-        raise CouplingError(f"got no column {missing[0]!r}, expected one of: {columns}")
+        present = ", ".join(map(str, frame.columns))
+        raise CouplingError(f"got no column {missing[0]!r}, expected one of: {present}")
     if len(set(names)) < len(names):
         raise CouplingError(f"got the columns {', '.join(names)}, expected each of them once")
     columns = {name: _numbers(name, frame[name]) for name in numeric}
