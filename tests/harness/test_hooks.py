@@ -454,6 +454,8 @@ def tracker(installed):
 class Info(dict):
     """Stands for what results of ours carry."""
 
+    unstored = ""
+
     def __init__(self, write):
         self.write_tables = write
 
