@@ -177,17 +177,8 @@ def test_coupling_of_damaged_copies():
     assert f"without the three worst copies {without}" in PAGE
 
 
-def test_right_and_wrong_answers():
-    areas = pd.read_csv(RESULTS / "answers" / "auroc.csv")
-    areas = areas[(areas.predictor == "coupling@10") & (areas.model == "all models")]
-    (row,) = areas[areas.task == "all tasks"].to_dict("records")
-    assert f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})" in PAGE
-    assert f"p = {row['p_holm']:.2f} adjusted" in PAGE
-
-
-def test_the_planned_confirmation():
-    folder = RESULTS / "right_from_wrong"
-    documents = pd.read_csv(folder / "documents.csv")
+def mean_area(documents: pd.DataFrame) -> float:
+    """Return the mean over models of the area for right answers, over pairs within a task."""
     areas = []
     for _, of_model in documents.groupby("model"):
         pairs, won = 0, 0.0
@@ -197,9 +188,27 @@ def test_the_planned_confirmation():
             won += stats.mannwhitneyu(right, wrong).statistic
             pairs += len(right) * len(wrong)
         areas.append(won / pairs)
+    return float(np.mean(areas))
+
+
+def test_right_and_wrong_answers():
+    areas = pd.read_csv(RESULTS / "answers" / "auroc.csv")
+    areas = areas[(areas.predictor == "coupling@10") & (areas.model == "all models")]
+    (row,) = areas[areas.task == "all tasks"].to_dict("records")
+    assert f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})" in PAGE
+    assert f"p = {row['p_holm']:.2f} adjusted" in PAGE
+    documents = pd.read_csv(RESULTS / "answers" / "documents.csv")
+    assert mean_area(documents) == pytest.approx(row["auroc"], abs=1e-4)
+    number = documents["doc_hash"].nunique()
+    assert f"{len(documents)} answers of three models, {number} documents" in PAGE
+
+
+def test_the_planned_confirmation():
+    folder = RESULTS / "right_from_wrong"
+    documents = pd.read_csv(folder / "documents.csv")
     rows = pd.read_csv(folder / "right_from_wrong.csv")
     (row,) = rows.query("model == 'all models' and predictor == 'coupling@10'").to_dict("records")
-    assert np.mean(areas) == pytest.approx(row["auroc"], abs=1e-4)
+    assert mean_area(documents) == pytest.approx(row["auroc"], abs=1e-4)
     interval = f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
     assert f"area {interval}, p = {row['p_holm']:.2f} adjusted" in PAGE
     used = f"{len(documents)} answers of two models, {documents['doc_hash'].nunique()} documents"
