@@ -89,20 +89,21 @@ def view_table(
     with table.opened() as opened:
         columns = _couplings(opened)
         ranks = ranks_of(columns)
+        headline = headline_rank(ranks) if ranks else None
         prompts = _count_prompts(columns, TRAINED)
         means = LayerMeans(ranks, prompts)
         documents: list[dict[str, Any]] = []
         for row in opened.records(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
             means.add(row)
             if len(documents) < limit:
-                documents.append(_describe_document(row, ranks, answers))
+                documents.append(_describe_document(row, headline, answers))
                 directions = words and words.of(table.about.get("fingerprint"), row)
                 if directions:
                     lines = [line for line in directions if line["k"] <= _DIRECTIONS]
                     documents[-1]["words"] = lines
         shown = {
             "ranks": ranks,
-            "headline": headline_rank(ranks) if ranks else None,
+            "headline": headline,
             "chance": {rank: chance_coupling(rank) for rank in ranks},
             **means.summary(matrices=True),
             "total": sum(prompts.values()),
@@ -143,10 +144,9 @@ def _view_twin(
 
 
 def _describe_document(
-    row: Mapping[str, Any], ranks: Sequence[int], answers: Mapping[str, Mapping[str, Any]]
+    row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     matrices, text = row["normalized_miscoupling"], row["text"] or ""
-    headline = headline_rank(ranks) if ranks else None
     return {
         "id": row["doc_id"],
         "prompt": row["prompt_index"],

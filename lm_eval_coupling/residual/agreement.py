@@ -29,6 +29,7 @@ from lm_eval_coupling.residual.scored_passes import (
     ScoredPasses,
     autocast_to_own,
     parameters_of,
+    run_plainly,
     streams_after,
 )
 from lm_eval_coupling.residual.stamp import Glance
@@ -77,7 +78,8 @@ class ScoredModel(ScoredPasses):
         self.warns_of_text_behind = self.has_own_functions and self.inputs.causal
         if self.in_batches:
             try:
-                self._require_same_in_batches(self.inputs.probe, [-1])
+                (scored,) = self.final([self.inputs.probe])
+                self._require_same_in_batches(self.inputs.probe, [-1], scored)
             except Unmeasurable as refusal:
                 raise CouplingError(f"got a {self.name} with {refusal}") from None
 
@@ -105,13 +107,13 @@ class ScoredModel(ScoredPasses):
             Unmeasurable: if the stream after the last block differs at a measured token.
         """
         resid_final = trace.resid_final
-        scored = self.final(self.model, self.last_block, [prompt])[0]
+        (scored,) = self.final([prompt])
         error = _most_off(resid_final[0], scored, tokens)
         tolerance = OTHER_KERNELS if self.is_present else PACKED
         if self.is_present and self.rounds and error > _CLOSE:
             again = self.retraced()
             last = again.model.get_submodule(self.last_name)
-            error = _most_off(self.final(again.model, last, [prompt])[0], scored, tokens)
+            error = _most_off(self.final_of(again.model, last, [prompt])[0], scored, tokens)
             tolerance = SAME_KERNELS
             with contextlib.suppress(RuntimeError):  # kernels for bf16 and fp16 only
                 exact = again.trace(prompt, resid_final.dtype).resid_final[0]
@@ -131,8 +133,8 @@ class ScoredModel(ScoredPasses):
         if self.has_own_code:
             self.require_same_in_every_mode(prompt, tokens, scored)
         if self.in_batches:
-            self._require_same_in_batches(prompt, tokens)
-        if self.warns_of_text_behind and self._changes_with_text_behind(prompt, tokens):
+            self._require_same_in_batches(prompt, tokens, scored)
+        if self.warns_of_text_behind and self._changes_with_text_behind(prompt, tokens, scored):
             self.warns_of_text_behind = False
             logger.warning(
                 "coupling: hooks or functions act otherwise on a measured token once text follows "
@@ -169,10 +171,7 @@ class ScoredModel(ScoredPasses):
 
     @torch.no_grad()
     def require_same_in_every_mode(
-        self,
-        prompt: Any,
-        tokens: Iterable[int],
-        scored: Float[Tensor, "seq d_model"] | None = None,
+        self, prompt: Any, tokens: Iterable[int], scored: Float[Tensor, "seq d_model"]
     ) -> None:
         """Refuse hooks and functions that go by modes of torch, in which others may score.
 
@@ -181,30 +180,27 @@ class ScoredModel(ScoredPasses):
         Args:
             prompt: what the model is run on.
             tokens: where the stream after the last block is compared.
-            scored: that stream outside these modes, computed if it is not given.
+            scored: that stream outside these modes.
 
         Raises:
             Unmeasurable: if the stream differs in one of the modes.
         """
-        if scored is None:
-            scored = self.final(self.model, self.last_block, [prompt])[0]
         state = PassState(self.model.modules())
         casting = autocast_to_own(self.device.type, float_dtype(self.model))
-        # Autocast computes softmax and norms of a model in half precision in float32.
-        tolerance = HALF if self.rounds or not self.is_present else SAME
-        for name, mode, most in (
+        for name, mode, tolerance in (
             ("inference_mode", torch.inference_mode(), SAME),
-            ("autocast", casting, tolerance),
+            # Autocast computes softmax and norms of a model in half precision in float32.
+            ("autocast", casting, self._tolerance(SAME)),
         ):
             try:
                 with mode:
-                    stream = self.final(self.model, self.last_block, [prompt])[0]
+                    (stream,) = self.final([prompt])
             except Exception as failure:
                 pass_on_lack_of_memory(failure)
                 continue  # such as autocast of float64: nothing is scored so
             finally:
                 state.restore()
-            if not (error := _most_off(stream, scored, tokens)) <= most:
+            if not (error := _most_off(stream, scored, tokens)) <= tolerance:
                 raise Unmeasurable(
                     "refused",
                     f"the stream after the last block is off by {error:.1e} under torch.{name}, "
@@ -212,17 +208,21 @@ class ScoredModel(ScoredPasses):
                     "conditions of hooks and functions",
                 )
 
-    @torch.no_grad()
-    def _require_same_in_batches(self, prompt: Any, tokens: Sequence[int]) -> None:
+    def _tolerance(self, whole: float) -> float:
+        """Return the tolerance between two passes; ``whole`` that of weights without rounding."""
+        return HALF if self.rounds or not self.is_present else whole
+
+    def _require_same_in_batches(
+        self, prompt: Any, tokens: Sequence[int], scored: Float[Tensor, "seq d_model"]
+    ) -> None:
         """Refuse hooks and functions that go by the place of a prompt in a batch.
 
         Raises:
             Unmeasurable: if a prompt beside itself has another stream than alone.
         """
-        alone = self.final(self.model, self.last_block, [prompt])[0]
-        streams = self.final(self.model, self.last_block, [prompt, prompt])
-        error = max(_most_off(stream, alone, tokens) for stream in streams)
-        if not error <= (HALF if self.rounds or not self.is_present else OTHER_KERNELS):
+        streams = self.final([prompt, prompt])
+        error = max(_most_off(stream, scored, tokens) for stream in streams)
+        if not error <= self._tolerance(OTHER_KERNELS):
             raise Unmeasurable(
                 "refused",
                 f"a stream after the last block that is off by {error:.1e} in a batch of two, "
@@ -230,20 +230,20 @@ class ScoredModel(ScoredPasses):
                 "batch out of hooks and functions",
             )
 
-    @torch.no_grad()
-    def _changes_with_text_behind(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+    def _changes_with_text_behind(
+        self, prompt: Sequence[int], tokens: Sequence[int], scored: Float[Tensor, "seq d_model"]
+    ) -> bool:
         """Return whether functions of the user act otherwise on tokens once text follows them.
 
         Log-likelihoods are scored with the continuation behind the prompt.
         """
-        alone = self.final(self.model, self.last_block, [prompt])[0]
         try:
-            longer = self.final(self.model, self.last_block, [[*prompt, prompt[-1]]])[0]
+            (longer,) = self.final([[*prompt, prompt[-1]]])
         except Exception as error:  # the prompt fills the model's window
             pass_on_lack_of_memory(error)
             return False
-        off = _most_off(longer[: len(prompt)], alone, tokens)
-        return not off <= (HALF if self.rounds or not self.is_present else OTHER_KERNELS)
+        off = _most_off(longer[: len(prompt)], scored, tokens)
+        return not off <= self._tolerance(OTHER_KERNELS)
 
     @torch.no_grad()
     def require_same_when_generated(self, tokens: Sequence[int], start: int) -> None:
@@ -256,9 +256,9 @@ class ScoredModel(ScoredPasses):
         """
         if not (name := next((name for name in CACHES if name in parameters_of(self.model)), "")):
             return  # such a model generates by passes over the text
-        at_once = self.final(self.model, self.last_block, [tokens])[0]
+        (at_once,) = self.final([tokens])
         cache: Any = None
-        with streams_after(self.last_block, self.model) as streams:
+        with run_plainly(self.model), streams_after(self.last_block) as streams:
             for part in (tokens[:start], *([token] for token in tokens[start:])):
                 ids = torch.tensor([part], device=self.device)
                 output = self.model(input_ids=ids, use_cache=True, **{name: cache})

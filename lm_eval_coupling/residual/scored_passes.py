@@ -20,7 +20,7 @@ from lm_eval_coupling.residual.attachments import (
 )
 from lm_eval_coupling.residual.block import Block
 from lm_eval_coupling.residual.block_call import hidden
-from lm_eval_coupling.residual.inputs import Batch, Inputs
+from lm_eval_coupling.residual.inputs import Inputs
 from lm_eval_coupling.residual.scored import evaluation_mode
 from lm_eval_coupling.residual.stamp import Stamp
 from lm_eval_coupling.residual.trace import ResidualTrace
@@ -66,14 +66,18 @@ class ScoredPasses:
         """True if functions of the user, or classes such as remote code, take part in a pass."""
         return self.has_own_functions or has_own_classes(self.stamp.attached)
 
+    def final(self, prompts: Sequence[Any]) -> Tensor:
+        """Return the stream [prompt, seq, d_model] after the last block, in float32."""
+        return self.final_of(self.model, self.last_block, prompts)
+
     @torch.no_grad()
-    def final(self, model: nn.Module, last: nn.Module, prompts: Sequence[Any]) -> Tensor:
-        """Return the stream [prompt, seq, d_model] after a model's last block, in float32.
+    def final_of(self, model: nn.Module, last: nn.Module, prompts: Sequence[Any]) -> Tensor:
+        """Return the stream [prompt, seq, d_model] after the last block of any model, in float32.
 
         Functions of the user may go by the arguments: the model is given those of scoring then.
         """
         batch = self.inputs.batch(prompts, self.device, float_dtype(model))
-        with streams_after(last, model) as streams:
+        with run_plainly(model), streams_after(last) as streams:
             if self.has_own_functions:
                 args, kwargs = self.inputs.as_scored(batch.arguments)
                 model(*args, **kwargs)
@@ -92,32 +96,38 @@ class ScoredPasses:
             starts.append(block.by_name(args, kwargs)[0].detach().clone())
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(run_plainly(self.model))
             for block, call in zip(self.blocks, trace.calls, strict=True):
                 # Before hooks of the user, which belong to the block.
-                hook = block.register_forward_pre_hook(
-                    functools.partial(start, call.block), prepend=True, with_kwargs=True
+                stack.enter_context(
+                    block.register_forward_pre_hook(
+                        functools.partial(start, call.block), prepend=True, with_kwargs=True
+                    )
                 )
-                stack.callback(hook.remove)
-            streams = [stack.enter_context(streams_after(b, self.model)) for b in self.blocks]
-            args, kwargs = self.inputs.as_scored(self._batch([prompt]).arguments)
+            streams = [stack.enter_context(streams_after(block)) for block in self.blocks]
+            batch = self.inputs.batch([prompt], self.device, float_dtype(self.model))
+            args, kwargs = self.inputs.as_scored(batch.arguments)
             self.model(*args, **kwargs)
         return [(start, ends[-1]) for start, ends in zip(starts, streams, strict=True)]
 
-    def _batch(self, prompts: Sequence[Any]) -> Batch:
-        return self.inputs.batch(prompts, self.device, float_dtype(self.model))
+
+@contextlib.contextmanager
+def run_plainly(model: nn.Module) -> Iterator[None]:
+    """Let a model run without compilation, tables of earlier prompts, and dropout."""
+    with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
+        yield
 
 
 @contextlib.contextmanager
-def streams_after(block: nn.Module, model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the streams after a block, while the model runs plainly and without dropout."""
+def streams_after(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the streams after a block, one for each pass."""
     streams: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         streams.append(hidden(output).detach().clone())
 
-    with uncompiled_forwards(model), rotary.unused_tables(model), evaluation_mode(model):
-        with block.register_forward_hook(keep):
-            yield streams
+    with block.register_forward_hook(keep):
+        yield streams
 
 
 @contextlib.contextmanager

@@ -145,8 +145,9 @@ class _Wrapping:
         return model
 
     def _require_same_in_every_mode(self, scored: ScoredModel) -> None:
+        (stream,) = scored.final([self.inputs.probe])
         try:
-            scored.require_same_in_every_mode(self.inputs.probe, range(scored.probed.shape[1]))
+            scored.require_same_in_every_mode(self.inputs.probe, range(len(stream)), stream)
         except Unmeasurable as refusal:
             raise CouplingError(f"got a {self.name} that cannot be measured: {refusal}") from None
 

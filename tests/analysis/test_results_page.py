@@ -34,6 +34,16 @@ def plain(number: float, digits: int = 2) -> str:
     return f"{number:.{digits}f}".replace("-", "−")
 
 
+def bounded(mean: float, low: float, high: float) -> str:
+    return f"{plain(mean, 3)} ({plain(low, 3)} to {plain(high, 3)})"
+
+
+def over_seeds(change: pd.Series) -> str:
+    """Write the mean of a change with its 95 % interval by Student's t."""
+    interval = stats.ttest_1samp(change, 0).confidence_interval()
+    return bounded(change.mean(), interval.low, interval.high)
+
+
 @pytest.fixture(scope="module")
 def pretrained() -> pd.DataFrame:
     documents = pd.read_csv(RESULTS / "real" / "documents.csv")
@@ -244,11 +254,8 @@ def test_tied_embeddings():
     last = table[table.step == table.step.max()].set_index("reading")
     assert (last.seeds == 3).all()
 
-    def effect(reading: str) -> str:
-        mean, low, high = (plain(v, 3) for v in last.loc[reading, ["difference", "low", "high"]])
-        return f"{mean} ({low} to {high})"
-
-    coupling, rotated = effect("coupling"), effect("rotated")
+    numbers = last[["difference", "low", "high"]]
+    coupling, rotated = (bounded(*numbers.loc[reading]) for reading in ("coupling", "rotated"))
     assert f"{coupling} higher than untied, with both bases rotated alike {rotated}" in PAGE
     tied, untied = (
         pd.read_csv(RESULTS / name / "parts.csv").query("reading == 'coupling' and step == 1280")
@@ -272,10 +279,7 @@ def test_effects_of_penalties():
         return f"{of(form, strength, 'coupling').mean():.2f}"
 
     def effect(form: str, strength: float) -> str:
-        change = of(form, strength, "loss_kept_out") - of("none", 0, "loss_kept_out")
-        interval = stats.ttest_1samp(change, 0).confidence_interval()
-        mean, low, high = (plain(v, 3) for v in (change.mean(), interval.low, interval.high))
-        return f"{mean} ({low} to {high})"
+        return over_seeds(of(form, strength, "loss_kept_out") - of("none", 0, "loss_kept_out"))
 
     assert len(members) == 45
     control = coupling("none", 0)
@@ -291,21 +295,18 @@ def test_effects_of_penalties():
     assert f"loss {of('none', 0, 'loss_kept_out').mean():.2f}" in PAGE
     assert all(float(coupling(*member)) <= chance_coupling(10) for member in lowered)
     assert all(float(coupling(*member)) > 4 * float(control) for member in raised)
+    least, most = (of("raw", s, "coupling").mean() for s in (1, -1))
+    unchanged = of("none", 0, "coupling").mean()
+    assert least < unchanged / 10 and most > 5 * unchanged
 
 
 def test_vision_transformers_of_three_seeds():
     members = pd.read_csv(RESULTS / "vision_seeds" / "vision_seeds.csv")
     table = members.pivot(index="seed", columns="stochastic_depth")
 
-    def effect(outcome: str) -> tuple[pd.Series, str]:
-        change = table[outcome][0.1] - table[outcome][0.0]
-        interval = stats.ttest_1samp(change, 0).confidence_interval()
-        low, high = plain(interval.low, 3), plain(interval.high, 3)
-        return change, f"{plain(change.mean(), 3)} ({low} to {high})"
-
-    (coupling, higher), (_, accuracy) = effect("coupling"), effect("accuracy")
-    assert f"coupling {higher} higher at stochastic depth 0.1 than without" in PAGE
-    assert f"accuracy {accuracy}" in PAGE
+    coupling, accuracy = (table[name][0.1] - table[name][0.0] for name in ("coupling", "accuracy"))
+    assert f"coupling {over_seeds(coupling)} higher at stochastic depth 0.1 than without" in PAGE
+    assert f"accuracy {over_seeds(accuracy)}" in PAGE
     assert len(coupling) == 3 and (coupling > 0).all()
 
 
