@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from typing import Any
@@ -18,18 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_coupling.numerics.randomness import seeded
-from lm_eval_coupling.residual.function_variables import (
-    FRAMEWORKS,
-    is_library_module,
-    is_of_framework,
-    is_of_library,
-)
+from lm_eval_coupling.residual.function_variables import is_library_module, is_of_framework
 from lm_eval_coupling.residual.object_digest import (
     MODULE_ATTRIBUTES,
     Digester,
     is_among,
     is_of_user,
 )
+from lm_eval_coupling.residual.patched_functions import patched_functions
 from lm_eval_coupling.residual.rotary import edited_tables, recomputed_names
 from lm_eval_coupling.residual.scored import looked_through
 from lm_eval_coupling.residual.weights import is_packed
@@ -40,10 +35,6 @@ _OF_RUNS = {"training", "_is_hf_initialized", "gradient_checkpointing"}
 _AROUND_FORWARD = {"_hf_hook", "_old_forward", "_original_forward", "forward"}
 _OWN = "forward class"  # of a module that the model's own class does not make
 _OWN_CLASS = "class "
-# Where functions are looked up whose replacement acts on the models of a process.
-_NAMESPACES = ("torch.nn.functional", "torch")
-_PYTHON_FUNCTIONS = (types.FunctionType, functools.partial)
-_OF_TORCH = ("torch", "typing_extensions")  # whose functions torch itself puts there
 
 
 class Attachments(dict[str, str]):
@@ -95,7 +86,7 @@ def attachments_of(model: nn.Module, ignored: Collection[str] = ()) -> Attachmen
     for name, module in named:
         if not is_packed(module) and (forward := replaced_forward(module)) is not None:
             add_callable(f"module {name or 'itself'}, forward method", forward)
-    for place, function in (*registered_functions(base), *_patched_functions(named)):
+    for place, function in (*registered_functions(base), *patched_functions(named)):
         add_callable(place, function)
     for name, module in named:
         place, reference, kind = f"module {name or 'itself'}", fresh.get(name), type(module)
@@ -199,41 +190,6 @@ def registered_functions(base: nn.Module) -> Iterator[tuple[str, Any]]:
         function = table[name] if isinstance(name, str) and name in table else None
         if function is not None and not is_of_framework(function):
             yield f"registered {kind} function {name}", function
-
-
-def _patched_functions(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
-    """Yield the functions that the user put into classes and modules of libraries."""
-    kinds = {kind for _, module in named for kind in type(module).__mro__}
-    kinds = {kind for kind in kinds if f"{kind.__module__}.".startswith(FRAMEWORKS)}
-    owners: dict[str, Any] = {
-        name: module
-        for name, module in list(sys.modules.items())
-        if name in _NAMESPACES
-        or (name.startswith("transformers.") and type(module) is types.ModuleType)
-    }
-    owners |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
-    passed_over: set[type] = set()  # most values are classes, texts and built-in functions
-    for owner in sorted(owners):
-        for name, function in list(vars(owners[owner]).items()):
-            if (kind := type(function)) in passed_over:
-                continue
-            if not issubclass(kind, _PYTHON_FUNCTIONS) and is_library_module(kind.__module__):
-                passed_over.add(kind)
-            elif _is_of_user(function, owner):
-                yield f"forward pass's function {owner}.{name}", function
-
-
-def _is_of_user(value: Any, owner: str) -> bool:
-    """Return whether a user put a function there, or another library into torch."""
-    if isinstance(value, functools.partial):
-        value = value.func
-    if not isinstance(value, types.FunctionType):
-        is_own = not is_library_module(type(value).__module__)
-        return is_own and callable(value) and is_of_user(value)
-    if owner not in _NAMESPACES or not is_of_library(value):
-        return not is_of_library(value)
-    root = str(value.__globals__.get("__name__")).partition(".")[0]
-    return root not in sys.stdlib_module_names and root not in _OF_TORCH
 
 
 # By model: its class and configuration when it was last looked at, and the modules they make.
