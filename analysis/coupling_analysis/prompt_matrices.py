@@ -61,15 +61,26 @@ def load_model(name: str, untrained: int | None = None, dtype: str = "auto") -> 
     Raises:
         CouplingError: if transformers cannot load the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     from lm_eval_coupling.residual import ResidualModel
+
+    return ResidualModel.wrap(*load_causal_lm(name, untrained, dtype))
+
+
+def load_causal_lm(name: str, untrained: int | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a transformers model and its tokenizer, see :func:`load_model`.
+
+    Returns:
+        The model as transformers loads it, and its tokenizer.
+
+    Raises:
+        CouplingError: if transformers cannot load the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if untrained is None:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-            return ResidualModel.wrap(model, tokenizer)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -78,8 +89,7 @@ def load_model(name: str, untrained: int | None = None, dtype: str = "auto") -> 
             "tokenizer"
         ) from None
     with seeded(untrained):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return ResidualModel.wrap(model, tokenizer)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
 
 
 def layer_matrices(
