@@ -23,6 +23,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
+def digest_printed(value: Any) -> str:
+    """Return what `digest` does of settings that were printed, without addresses of functions."""
+    return digest(_ADDRESS.sub("", json.dumps(plain(value), sort_keys=True)))
+
+
 def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """Return any value as texts, numbers, None, and lists and dictionaries of them.
 

@@ -45,17 +45,31 @@ def patched_functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[
 def _owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
     """Return the classes of the modules, and the Python modules of transformers, by name."""
     kinds = {kind for _, module in named for kind in type(module).__mro__}
-    owners: dict[str, Any] = {
-        name: module
-        for name, module in list(sys.modules.items())
-        if name in _NAMESPACES
-        or (name.startswith("transformers.") and type(module) is types.ModuleType)
-    }
-    return owners | {
+    return _python_modules() | {
         f"{kind.__module__}.{kind.__qualname__}": kind
         for kind in kinds
         if f"{kind.__module__}.".startswith(FRAMEWORKS)
     }
+
+
+def _python_modules() -> dict[str, Any]:
+    """Return transformers' and two of torch's, as Python has loaded them by now."""
+    global _LOADED
+    loaded = dict(sys.modules)
+    if not _is_same(loaded, _LOADED[0]):
+        chosen = {
+            name: module
+            for name, module in loaded.items()
+            if name in _NAMESPACES
+            or (name.startswith("transformers.") and type(module) is types.ModuleType)
+        }
+        _LOADED = loaded, chosen
+    return _LOADED[1]
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether both hold the same objects under the same names, in the same order."""
+    return list(one) == list(other) and all(map(operator.is_, one.values(), other.values()))
 
 
 class _Contents:
@@ -79,14 +93,14 @@ class _Contents:
 
     def is_of(self, holder: Any) -> bool:
         """Return whether it holds the same objects under the same names, with the same code."""
-        held = dict(vars(holder))
-        return (
-            list(held) == list(self._held)
-            and all(map(operator.is_, held.values(), self._held.values()))
-            and all(map(operator.is_, map(_CODE, self._functions), self._codes))
+        codes = map(_CODE, self._functions)
+        return _is_same(dict(vars(holder)), self._held) and all(
+            map(operator.is_, codes, self._codes)
         )
 
 
+# All of Python's modules when they were last looked through, and those of them that count.
+_LOADED: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 _SEEN: dict[str, _Contents] = {}
 _CODE = operator.attrgetter("__code__")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lm_eval_coupling.harness.plain import digest
+from lm_eval_coupling.harness.plain import digest, digest_printed
 from lm_eval_coupling.saved.prompting import TEXTS, encoding, model_arguments
 
 
@@ -35,7 +35,7 @@ def prompt_facts(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
         "system_instruction": results.get("system_instruction") or None,
         "description": config.get("description") or None,
         "task_version": str((results.get("versions") or {}).get(task)),
-        "task_texts": digest({name: config.get(name) for name in TEXTS}),
+        "task_texts": digest_printed({name: config.get(name) for name in TEXTS}),
         "encoding": encoding(model_arguments(results)),
         "samples": None,
     }
