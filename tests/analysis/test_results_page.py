@@ -14,6 +14,7 @@ from lm_eval_coupling.measures.formulas.headline import chance_coupling
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 RESULTS = ANALYSIS / "results"
 PAGE = " ".join((ANALYSIS / "RESULTS.md").read_text(encoding="utf-8").split())
+DETAILS = " ".join((ANALYSIS / "RESULTS-details.md").read_text(encoding="utf-8").split())
 SIX = ["arc_easy", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2", "mmlu"]
 
 
@@ -70,12 +71,15 @@ def test_untrained_twins_are_at_chance(pretrained):
     assert distances.abs().max() < 2
 
 
+BY_PARTS = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
+
+
 def test_parts_of_coupling_in_four_models():
     rows = pd.read_csv(RESULTS / "controls" / "coupling_parts.csv")
     above = rows.assign(above=rows["mean"] - rows["chance"])
     table = above.pivot_table(index=["model", "weights"], columns="measure", values="above")
-    models = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
-    shares = 100 * table.div(table["coupling"], axis=0).xs("trained", level="weights").loc[models]
+    shares = table.div(table["coupling"], axis=0).xs("trained", level="weights")
+    shares = 100 * shares.loc[BY_PARTS]
 
     def listed(values: pd.Series) -> str:
         *first, last = (f"{value:.0f}" for value in values)
@@ -87,9 +91,30 @@ def test_parts_of_coupling_in_four_models():
         f"{listed(shares.deflated)} % without the first pair of vectors"
     ) in PAGE
     documents = rows[(rows.weights == "trained") & (rows.measure == "coupling")]
-    assert f"{listed(documents.set_index('model').n.loc[models])} documents" in PAGE
+    assert f"{listed(documents.set_index('model').n.loc[BY_PARTS])} documents of six tasks" in PAGE
     untrained = above[(above.weights == "untrained") & above.chance.between(0.05, 0.06)]
     assert (untrained.above.abs() < 3 * untrained.stderr).all() and len(untrained) == 16
+
+
+def test_parts_of_coupling_of_every_document(pretrained):
+    """Their means are the table's, and their coupling is that of the runs without controls."""
+    documents = pd.read_csv(RESULTS / "controls" / "documents.csv")
+    table = pd.read_csv(RESULTS / "controls" / "coupling_parts.csv")
+    means = table.pivot_table(index=["model", "weights"], columns="measure", values="mean")
+    found = documents.groupby(["model", "weights"])[means.columns.tolist()].mean()
+    pd.testing.assert_frame_equal(found, means, check_names=False, atol=1e-8)
+    both = documents.merge(pretrained, on=["model", "weights", "doc_hash"], suffixes=("", "_there"))
+    assert (both.weights == "trained").sum() == 3 * 102 + 60
+    assert (both.coupling - both.coupling_there).abs().max() < 1e-6
+    trained = documents[documents.weights == "trained"].groupby(["model", "task"])
+    assert set(trained.size().unstack("model").min()) == {10, 17}
+    chance = table.groupby("measure").chance.first()
+    by_task = (trained[["rotated", "coupling"]].mean() - chance).dropna(axis="columns")
+    kept = (100 * by_task.rotated / by_task.coupling).groupby("model").agg(["min", "max"]).round()
+    ranges = {model: f"{low:.0f} to {high:.0f}" for model, (low, high) in kept.T.items()}
+    smollm2, small, large, gemma = (ranges[model] for model in BY_PARTS)
+    assert f"{smollm2} % of SmolLM2's coupling above chance stays" in DETAILS
+    assert f"{small} and {large} % of the Qwens', {gemma} % of Gemma's" in DETAILS
 
 
 def test_coupling_along_a_training():

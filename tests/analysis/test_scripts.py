@@ -180,7 +180,10 @@ def test_coupling_parts(run, tmp_path):
     ]
     runs = save(tmp_path / "run", [record(i, **columns) for i, columns in enumerate(parts)])
     script("coupling_parts")([str(runs), "--rank", "10", "--out", str(tmp_path)])
+    documents = pd.read_csv(tmp_path / "coupling_parts_arc_documents.csv")
     rows = table(tmp_path, "coupling_parts").set_index("measure")
+    means = documents[rows.index].mean()
+    assert means.to_numpy() == pytest.approx(rows["mean"].to_numpy(), abs=1e-7)
     assert rows.loc["deflated", ["median", "n"]].tolist() == pytest.approx([0.11, 3])
     assert rows.loc["erasing", "mean"] == pytest.approx(-0.2)
     assert "coupling" in rows.index and "without_identity" not in rows.index
