@@ -117,6 +117,23 @@ def test_parts_of_coupling_of_every_document(pretrained):
     assert f"{small} and {large} % of the Qwens', {gemma} % of Gemma's" in DETAILS
 
 
+def test_gains_of_norms():
+    rows = pd.read_csv(RESULTS / "norm_gains" / "norm_gains.csv").set_index(["model", "prompt"])
+    trained, folded, equal = (
+        rows[rows.gains == kind][["coupling", "loss"]] for kind in ("as trained", "folded", "equal")
+    )
+    assert (folded - trained).abs().coupling.max() < 2.5e-7
+    assert (equal.coupling > chance_coupling(10)).all()
+    trained, equal = (of.groupby("model").mean().loc[BY_PARTS] for of in (trained, equal))
+    listed = [
+        ", ".join(f"{value:.{digits}f}" for value in of[column])
+        for column, digits in (("coupling", 3), ("loss", 1))
+        for of in (equal, trained)
+    ]
+    text = "with equal gains {} in place of {}; loss {} in place of {} nats".format(*listed)
+    assert text in PAGE
+
+
 def test_coupling_along_a_training():
     rows = pd.read_csv(RESULTS / "training" / "checkpoints.csv")
     rows = rows[(rows.measure == "coupling") & (rows.weights == "trained")].set_index("step")
