@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from lm_eval_coupling import ResidualModel, measure_coupling
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 
-PRINTED = ["line", "measure", "mean", "stderr", "median", "n"]
+PRINTED = ["model", "gains", "measure", "mean", "stderr", "median", "n"]
 
 
 def main(argv=None):
@@ -45,17 +45,23 @@ def main(argv=None):
                 for number, found in enumerate(measured(name, kind, prompts, options.rank))
             ]
     table = pd.DataFrame(rows)
-    values = table.melt(["model", "gains"], ["coupling", "loss"], "measure")
-    summary = study_tables.summarize(values, ["model", "gains", "measure"])
-    summary = summary.assign(
-        line=summary["model"] + ", " + summary["gains"],
-        panel=summary["measure"].map({"coupling": "coupling", "loss": "loss of the prompts, nats"}),
-        chance=summary["measure"].map({"coupling": chance_coupling(options.rank)}),
-        weights="trained",
-    )
+    summary = summarize(table, options.rank)
     title = f"Gains of norms, K = {options.rank}: median and quartiles over prompts"
     command.save(options.out, "norm_gains", quartile_bars(summary, title=title), table)
     command.print_table(summary[PRINTED])
+
+
+def summarize(table, rank):
+    """Return the quartiles over prompts, ready to be drawn: a panel for each model and measure."""
+    values = table.melt(["model", "gains"], ["coupling", "loss"], "measure")
+    summary = study_tables.summarize(values, ["model", "measure", "gains"])
+    names = summary["measure"].map({"coupling": "coupling", "loss": "loss, nats"})
+    return summary.sort_values(["model", "measure"], kind="stable").assign(
+        line=summary["gains"],
+        panel=summary["model"] + "\n" + names,
+        chance=summary["measure"].map({"coupling": chance_coupling(rank)}),
+        weights="trained",
+    )
 
 
 def measured(name, kind, prompts, rank):
