@@ -18,7 +18,6 @@ from coupling_analysis import study_tables
 from coupling_analysis.line_figures import quartile_bars
 from coupling_analysis.norm_gains import KINDS, change_gains
 from coupling_analysis.prompt_matrices import load_causal_lm
-from tqdm.auto import tqdm
 
 from lm_eval_coupling import ResidualModel, measure_coupling
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
@@ -41,8 +40,8 @@ def main(argv=None):
         prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
         for kind in KINDS:
             rows += [
-                {"model": records["model"].iloc[0], "gains": kind, "prompt": number} | found
-                for number, found in enumerate(measured(name, kind, prompts, options.rank))
+                {"model": records["model"].iloc[0], "gains": kind, "prompt": number} | values
+                for number, values in enumerate(measured(name, kind, prompts, options.rank))
             ]
     table = pd.DataFrame(rows)
     summary = summarize(table, options.rank)
@@ -69,10 +68,8 @@ def measured(name, kind, prompts, rank):
     hf_model, tokenizer = load_causal_lm(name, dtype="float32")
     change_gains(hf_model, kind)
     model = ResidualModel.wrap(hf_model, tokenizer)
-    for tokens in tqdm(prompts, desc=f"{Path(name).name}, gains {kind}"):
-        (record,) = measure_coupling(
-            model, [tokens], ranks=[rank], measures=("depth",), progress=False
-        )
+    records = measure_coupling(model, prompts, ranks=[rank], measures=("depth",))
+    for tokens, record in zip(prompts, records, strict=True):
         ids = torch.tensor([tokens])
         with torch.no_grad():
             loss = hf_model(ids, labels=ids).loss.item()

@@ -29,9 +29,13 @@ def change_gains(model: nn.Module, kind: str) -> None:
     Raises:
         CouplingError: if there is no such norm.
     """
-    found = False
-    for norm, readers in _norms(model):
-        found = True
+    norms = list(_norms(model))
+    if not norms:
+        raise CouplingError(
+            f"got a {type(model).__name__}, expected blocks with input_layernorm before "
+            f"{', '.join(_OF_ATTENTION)}"
+        )
+    for norm, readers in norms:
         gain, offset = _gain(norm)
         if kind == "folded":
             for reader in readers:
@@ -39,11 +43,6 @@ def change_gains(model: nn.Module, kind: str) -> None:
             norm.weight.fill_(1 - offset)
         elif kind == "equal":
             norm.weight.fill_(gain.square().mean().sqrt() - offset)
-    if not found:
-        raise CouplingError(
-            f"got a {type(model).__name__}, expected blocks with input_layernorm before "
-            f"{', '.join(_OF_ATTENTION)}"
-        )
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[Any, list[Any]]]:

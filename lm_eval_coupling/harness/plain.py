@@ -7,25 +7,19 @@ import functools
 import hashlib
 import inspect
 import json
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import PurePath
 from types import CellType, CodeType
 from typing import Any
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+from lm_eval_coupling.saved.answer_settings import without_addresses
 
 
 def digest(value: Any) -> str:
     """Return 16 hex digits that identify a text or nested settings."""
     written = value if isinstance(value, str) else json.dumps(plain(value), sort_keys=True)
     return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def digest_printed(value: Any) -> str:
-    """Return what `digest` does of settings that were printed, without addresses of functions."""
-    return digest(_ADDRESS.sub("", json.dumps(plain(value), sort_keys=True)))
 
 
 def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
@@ -61,7 +55,7 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
         return plain(value.tolist(), inside)
     if vars_of := getattr(value, "__dict__", None):
         return [_written(type(value), inside), plain(vars_of, inside)]
-    return [type(value).__qualname__, _ADDRESS.sub("", repr(value))]
+    return [type(value).__qualname__, without_addresses(repr(value))]
 
 
 def _written(value: Any, inside: tuple[int, ...]) -> Any:

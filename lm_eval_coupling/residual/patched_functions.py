@@ -81,9 +81,8 @@ class _Contents:
 
     def __init__(self, owner: str, holder: Any) -> None:
         self._held = dict(vars(holder))
-        functions = [f for value in self._held.values() for f in _with_wrapped(value)]
-        self._functions = functions
-        self._codes = [function.__code__ for function in functions]
+        self._functions = [f for value in self._held.values() for f in _with_wrapped(value)]
+        self._codes = list(map(_CODE, self._functions))
         may_be = {kind for kind in map(type, self._held.values()) if _may_be_of_user(kind)}
         self.of_user = [
             (name, value)
@@ -125,7 +124,9 @@ def _is_of_user(value: Any, owner: str) -> bool:
     if not isinstance(value, types.FunctionType):
         is_own = not is_library_module(type(value).__module__)
         return is_own and callable(value) and is_of_user(value)
-    if owner not in _NAMESPACES or not is_of_library(value):
-        return not is_of_library(value)
+    if not is_of_library(value):
+        return True
+    if owner not in _NAMESPACES:
+        return False
     root = str(value.__globals__.get("__name__")).partition(".")[0]
     return root not in sys.stdlib_module_names and root not in _OF_TORCH

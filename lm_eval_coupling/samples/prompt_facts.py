@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from lm_eval_coupling.harness.plain import digest, digest_printed
+from lm_eval_coupling.harness.plain import digest
+from lm_eval_coupling.saved.answer_settings import without_addresses
 from lm_eval_coupling.saved.prompting import TEXTS, encoding, model_arguments
 
 
@@ -23,6 +25,7 @@ def prompt_facts(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
         The facts by name, with a ``digest`` of them.
     """
     config = results["configs"][task]
+    texts = json.dumps({name: config.get(name) for name in TEXTS}, sort_keys=True)
     shots = (results.get("n-shot") or {}).get(task) or 0
     template = results.get("chat_template") or None
     facts = {
@@ -35,7 +38,7 @@ def prompt_facts(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
         "system_instruction": results.get("system_instruction") or None,
         "description": config.get("description") or None,
         "task_version": str((results.get("versions") or {}).get(task)),
-        "task_texts": digest_printed({name: config.get(name) for name in TEXTS}),
+        "task_texts": digest(without_addresses(texts)),
         "encoding": encoding(model_arguments(results)),
         "samples": None,
     }

@@ -117,5 +117,10 @@ def short_digest(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     # lm-eval writes functions in nested settings as Python prints them, with their address.
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    text = without_addresses(text)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def without_addresses(text: str) -> str:
+    """Remove the addresses from what Python prints of objects: they differ among processes."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -71,7 +71,7 @@ def test_untrained_twins_are_at_chance(pretrained):
     assert distances.abs().max() < 2
 
 
-BY_PARTS = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
+FOUR = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
 
 
 def test_parts_of_coupling_in_four_models():
@@ -79,7 +79,7 @@ def test_parts_of_coupling_in_four_models():
     above = rows.assign(above=rows["mean"] - rows["chance"])
     table = above.pivot_table(index=["model", "weights"], columns="measure", values="above")
     shares = table.div(table["coupling"], axis=0).xs("trained", level="weights")
-    shares = 100 * shares.loc[BY_PARTS]
+    shares = 100 * shares.loc[FOUR]
 
     def listed(values: pd.Series) -> str:
         *first, last = (f"{value:.0f}" for value in values)
@@ -91,7 +91,7 @@ def test_parts_of_coupling_in_four_models():
         f"{listed(shares.deflated)} % without the first pair of vectors"
     ) in PAGE
     documents = rows[(rows.weights == "trained") & (rows.measure == "coupling")]
-    assert f"{listed(documents.set_index('model').n.loc[BY_PARTS])} documents of six tasks" in PAGE
+    assert f"{listed(documents.set_index('model').n.loc[FOUR])} documents of six tasks" in PAGE
     untrained = above[(above.weights == "untrained") & above.chance.between(0.05, 0.06)]
     assert (untrained.above.abs() < 3 * untrained.stderr).all() and len(untrained) == 16
 
@@ -112,7 +112,7 @@ def test_parts_of_coupling_of_every_document(pretrained):
     by_task = (trained[["rotated", "coupling"]].mean() - chance).dropna(axis="columns")
     kept = (100 * by_task.rotated / by_task.coupling).groupby("model").agg(["min", "max"]).round()
     ranges = {model: f"{low:.0f} to {high:.0f}" for model, (low, high) in kept.T.items()}
-    smollm2, small, large, gemma = (ranges[model] for model in BY_PARTS)
+    smollm2, small, large, gemma = (ranges[model] for model in FOUR)
     assert f"{smollm2} % of SmolLM2's coupling above chance stays" in DETAILS
     assert f"{small} and {large} % of the Qwens', {gemma} % of Gemma's" in DETAILS
 
@@ -124,7 +124,7 @@ def test_gains_of_norms():
     )
     assert (folded - trained).abs().coupling.max() < 2.5e-7
     assert (equal.coupling > chance_coupling(10)).all()
-    trained, equal = (of.groupby("model").mean().loc[BY_PARTS] for of in (trained, equal))
+    trained, equal = (of.groupby("model").mean().loc[FOUR] for of in (trained, equal))
     listed = [
         ", ".join(f"{value:.{digits}f}" for value in of[column])
         for column, digits in (("coupling", 3), ("loss", 1))
@@ -273,17 +273,16 @@ def test_the_planned_confirmation():
 def test_positions_of_tokens():
     rows = pd.read_csv(RESULTS / "token_positions_arc_easy.csv")
     table = rows.pivot(index=["line", "token"], columns="measure", values="median")
-    models = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "gemma3-270m"]
 
     def ranged(values: pd.Series) -> str:
         return " to ".join(dict.fromkeys((plain(values.min()), plain(values.max()))))
 
-    couplings = [table.loc[model, "coupling"] for model in models]
+    couplings = [table.loc[model, "coupling"] for model in FOUR]
     early = [ranged(of[["1", "2"]]) for of in couplings]
     later = [ranged(of.drop(["1", "2"])) for of in couplings]
     pairs = "; ".join(f"{a} and {b}" for a, b in zip(early, later, strict=True))
     assert f"medians at the first two and at later tokens {pairs}; " in PAGE
-    cosines = [table.loc[model, "erasing"] for model in models]
+    cosines = [table.loc[model, "erasing"] for model in FOUR]
     first = ", ".join(plain(of["1"]) for of in cosines)
     others = ", ".join(ranged(of.drop("1")) for of in cosines)
     assert f"cos(u, v) at the first token {first}, at others {others}" in PAGE
