@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -36,6 +37,11 @@ def modules():
 MODULES = dict(modules())
 
 
+@functools.cache
+def tree(name):
+    return ast.parse(MODULES[name])
+
+
 def documented():
     """Every module, class and function with a docstring: module, enclosing classes, node, text."""
 
@@ -48,8 +54,8 @@ def documented():
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from walk(name, child, inner, is_inside or is_function)
 
-    for name, source in MODULES.items():
-        yield from walk(name, ast.parse(source), [], False)
+    for name in MODULES:
+        yield from walk(name, tree(name), [], False)
 
 
 def is_riddle(node, text):
@@ -79,8 +85,8 @@ def test_public_docstrings_open_with_an_action_or_a_thing():
 
 def test_names_say_what_they_hold():
     empty = []
-    for name, source in MODULES.items():
-        for node in ast.walk(ast.parse(source)):
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
             word = node.arg if isinstance(node, ast.arg) else None
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 word = node.id

@@ -5,6 +5,7 @@ imported.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,9 +86,14 @@ def test_a_file_is_one_idea():
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text("utf-8"))
+
+
 def _nodes(kind: type[ast.AST]) -> Iterator[tuple[str, Any]]:
-    for module, file in MODULES.items():
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for module in MODULES:
+        for node in ast.walk(_tree(module)):
             if isinstance(node, kind):
                 yield module, node
 

@@ -41,14 +41,20 @@ def usable_cores() -> int:
     """
     # macOS and Windows do not tell which cores a process may use.
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    limits = [affinity or os.cpu_count() or 1, *_quotas()]
+    given = min([affinity or os.cpu_count() or 1, *_allotments()])
+    if given == 1:
+        return 1  # without a look at files
+    return max(1, int(min([given, *_quotas()])))
+
+
+def _allotments() -> Iterator[int]:
+    """Yield the number of cores or threads that each variable sets."""
     # SLURM's first is of a task, its second of the whole job on this machine. OMP_NUM_THREADS may
     # be a list, of which the first number is that of the outermost level.
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").split(",")[0].strip()
         if text.isdecimal() and int(text):
-            limits.append(int(text))
-    return max(1, int(min(limits)))
+            yield int(text)
 
 
 def _quotas() -> Iterator[float]:

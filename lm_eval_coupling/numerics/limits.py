@@ -17,6 +17,7 @@ import torch
 
 from lm_eval_coupling.numerics.cgroups import own_groups, read_number
 
+_NO_LIMIT = 1 << 60  # version 1 writes a huge number, not a word
 _CACHE = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)
 # Limit and use, of version 2 and of version 1.
 _FILES = (
@@ -58,9 +59,11 @@ def processes_here() -> int:
 def _left_by_cgroups() -> Iterator[int]:
     """Yield the limit less the use of each control group around this process that has a limit."""
     for folder in own_groups("memory"):
-        for limit, used in ((read_number(folder / file) for file in pair) for pair in _FILES):
-            # Version 1 writes a huge number for no limit.
-            if limit is not None and used is not None and limit < 1 << 60:
+        for limit_file, use_file in _FILES:
+            limit = read_number(folder / limit_file)
+            if limit is None or limit >= _NO_LIMIT:
+                continue
+            if (used := read_number(folder / use_file)) is not None:
                 yield limit - used + _reclaimable(folder)
 
 

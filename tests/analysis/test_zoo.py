@@ -1,5 +1,6 @@
 """The zoo: recipes, spoiled text, the loss of transformers, ordinary runs of lm-eval."""
 
+import functools
 import json
 import math
 import sys
@@ -184,9 +185,12 @@ def test_trainers_leave_ordinary_checkpoints(parts, data, small, trained):
     )
 
 
-def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained):
+def test_a_checkpoint_is_evaluated_as_lm_eval_would(parts, data, trained, monkeypatch):
     """The bits per byte against transformers' own loss on each document; facts that join."""
     out, _ = trained
+    # The index of lm-eval's own tasks takes ten seconds.
+    own_alone = functools.partial(parts.evaluation.LoadedTasks, include_defaults=False)
+    monkeypatch.setattr(parts.evaluation, "LoadedTasks", own_alone)
     evaluation = parts.evaluation.Evaluation(
         data, out, tasks=["kept_out"], pairs=5, measured=2, measures="depth", ranks="10"
     )

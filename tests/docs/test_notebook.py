@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from forked import forked_python
+from lean_lm_eval import lean_lm_eval
 from saved_runs import record, save, task_summary
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "from_tables_to_figures.ipynb"
@@ -58,6 +59,7 @@ def test_without_results_it_makes_a_run(run, tmp_path, monkeypatch):
     """As on a hosted notebook service, after its first cell has installed the package."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "executable", forked_python())
+    monkeypatch.setenv("PYTHONPATH", lean_lm_eval())
     model = tiny.save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
     names = run(COUPLING_RESULTS=tmp_path / "results", COUPLING_MODEL=model)
     assert {"coupling_demo"} <= {*names["runs"]["task"]} and len(names["records"])

@@ -25,6 +25,20 @@ def manager(home):
 
 
 @pytest.fixture
+def wandb_logger(tmp_path, monkeypatch):
+    """lm-eval's logger, offline as with ``--wandb_args mode=offline``."""
+    pytest.importorskip("wandb")
+    from lm_eval.loggers import WandbLogger
+    from wandb.sdk.wandb_run import Run
+
+    # It looks for what a launched job was given, for which it loads many packages.
+    monkeypatch.setattr(Run, "_detect_and_apply_job_inputs", lambda self: None, raising=False)
+    logger = WandbLogger({"mode": "offline", "dir": str(tmp_path), "project": "tiny"})
+    yield logger
+    logger.run.finish()
+
+
+@pytest.fixture
 def evaluate(home, manager, tmp_path):
     """Run lm-eval in this process."""
 

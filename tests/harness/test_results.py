@@ -16,20 +16,12 @@ from lm_eval_coupling.harness.lm import CouplingLM
 from lm_eval_coupling.saved.tables import read_header
 
 
-def test_coupling_is_among_what_wandb_logs(evaluate, tmp_path):
-    """Offline, as with `--wandb_args mode=offline`."""
-    pytest.importorskip("wandb")
-    from lm_eval.loggers import WandbLogger
-
+def test_coupling_is_among_what_wandb_logs(evaluate, wandb_logger):
     results = evaluate()
-    logger = WandbLogger({"mode": "offline", "dir": str(tmp_path), "project": "tiny"})
-    try:
-        logger.post_init(results)
-        logger.log_eval_result()
-        logger.log_eval_samples(results["samples"])
-        logged = dict(logger.run.summary)
-    finally:
-        logger.run.finish()
+    wandb_logger.post_init(results)
+    wandb_logger.log_eval_result()
+    wandb_logger.log_eval_samples(results["samples"])
+    logged = dict(wandb_logger.run.summary)
     for task, row in results["results"].items():
         assert logged[f"{task}/coupling"] == pytest.approx(row["coupling,none"])
         assert logged[f"{task}/coupling_stderr"] == pytest.approx(row["coupling_stderr,none"])

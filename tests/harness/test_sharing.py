@@ -37,24 +37,20 @@ def require_curves(table, results):
         assert mean == pytest.approx(np.mean(others), rel=1e-6)
 
 
-def test_wandb_gets_a_column_of_the_samples_and_curves_over_layers(evaluate, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    from lm_eval.loggers import WandbLogger
-
+def test_wandb_gets_a_column_of_the_samples_and_curves_over_layers(
+    evaluate, wandb_logger, monkeypatch
+):
     results = evaluate(kinds=("choice", "generate"))
     samples = results.pop("samples")
     before = copy.deepcopy(samples)
-    logger = WandbLogger({"mode": "offline", "dir": str(tmp_path), "project": "tiny"})
-    logged, log = {}, logger.run.log
+    run, logged = wandb_logger.run, {}
+    log = run.log
     monkeypatch.setattr(
-        type(logger.run), "log", lambda self, data, **rest: (logged.update(data), log(data, **rest))
+        type(run), "log", lambda self, data, **rest: (logged.update(data), log(data, **rest))
     )
-    try:
-        logger.post_init(results)
-        logger.log_eval_result()
-        logger.log_eval_samples(samples)
-    finally:
-        logger.run.finish()
+    wandb_logger.post_init(results)
+    wandb_logger.log_eval_result()
+    wandb_logger.log_eval_samples(samples)
     assert samples == before
     for task, of_task in samples.items():
         column = logged[f"{task}_eval_results"]["coupling"].tolist()

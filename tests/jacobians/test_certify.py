@@ -1,12 +1,14 @@
 """Certificates against float64 autograd, and of Jacobians that are wrong by a known amount."""
 
 import dataclasses
+import functools
 import math
 
 import cases
 import pytest
 import torch
 from oracles import oracle_by_input
+from wrapping import wrapped_once
 
 from lm_eval_coupling import ResidualModel
 from lm_eval_coupling.jacobians.certify import (
@@ -22,6 +24,7 @@ from lm_eval_coupling.jacobians.certify import (
 )
 from lm_eval_coupling.residual import TrueDtype
 
+CPU = torch.device("cpu")
 SEQ, TOKEN = 6, 4
 CASES = ["llama", "gpt2", "mixtral", "qwen3-next"]
 WAYS = {
@@ -35,6 +38,7 @@ def traced(wrapped, dtype=torch.float64, seq=SEQ, **options):
     return wrapped.trace(cases.tiny_tokens(seq), dtype, **options).calls
 
 
+@functools.cache
 def expected(model, layer, token=TOKEN, seq=SEQ):
     """Return J [t_in, d_out, d_in] by one backward pass per output coordinate."""
     with TrueDtype(torch.float64):
@@ -65,8 +69,7 @@ def test_directions_are_fixed_and_differ_by_layer():
 @pytest.mark.parametrize("case", CASES)
 def test_the_truth_is_autograds(case, way):
     """By whichever way it is taken, to every input token."""
-    model = cases.tiny_model(case)
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once(case, CPU)
     for layer, call in enumerate(traced(wrapped, **WAYS[way])):
         u, J = probe(layer, call.resid_pre), expected(model, layer)
         with call.ready():
@@ -78,8 +81,7 @@ def test_the_truth_is_autograds(case, way):
 
 
 def test_the_trace_keeps_what_it_pulled_back():
-    model = cases.tiny_model("llama")
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once("llama", CPU)
     (by_trace, _), (plain, _) = traced(wrapped, **WAYS["the trace"]), traced(wrapped)
     assert by_trace.pullback[0] == TOKEN and plain.pullback is None
     kept = with_probe_pulled_back(plain, TOKEN)
@@ -106,8 +108,7 @@ WRONG = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrong_jacobian_has_the_error_by_hand(case, how):
     """‖uᵀ(J' − J)‖ / ‖uᵀJ‖, far above what is tolerated in either arithmetic."""
-    model = cases.tiny_model(case)
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once(case, CPU)
     for layer, call in enumerate(traced(wrapped)):
         J = expected(model, layer)
         right, wrong = J[TOKEN], WRONG[how](J, J[TOKEN])
@@ -120,8 +121,7 @@ def test_a_wrong_jacobian_has_the_error_by_hand(case, how):
 
 
 def test_what_is_not_finite_is_no_number():
-    model = cases.tiny_model("llama")
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once("llama", CPU)
     (call, _), broken = traced(wrapped), expected(model, 0)[TOKEN].clone()
     for value in (math.nan, math.inf):
         broken[0, 0] = value
@@ -131,8 +131,7 @@ def test_what_is_not_finite_is_no_number():
 
 def test_prompts_together_are_certified_as_each_alone():
     """One right, one wrong, one of another length; every way to take the derivatives."""
-    model, at = cases.tiny_model("llama"), [(SEQ, TOKEN), (9, 7), (3, 2)]
-    wrapped = ResidualModel.wrap(model)
+    (model, wrapped), at = wrapped_once("llama", CPU), [(SEQ, TOKEN), (9, 7), (3, 2)]
     jacobians = torch.stack([expected(model, 0, token, seq)[token] for seq, token in at])
     jacobians[1] *= 1.01
     for keeps_keys in (False, True):
@@ -179,8 +178,7 @@ def test_the_floor_is_four_roundings_of_the_identity():
 
 def test_keys_of_another_prompt_are_seen():
     """A step of decoding that is not the block is not believed: the whole sequence is taken."""
-    model = cases.tiny_model("llama")
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once("llama", CPU)
     (call, _) = traced(wrapped, **WAYS["a step of decoding"])
     rolled = tuple(torch.roll(kept, 1, dims=-2) for kept in call.keys.batch)
     call = dataclasses.replace(call, keys=dataclasses.replace(call.keys, batch=rolled))
@@ -192,8 +190,7 @@ def test_keys_of_another_prompt_are_seen():
 
 def test_a_wrong_pullback_condemns_a_right_jacobian():
     """The two are compared, whichever of them is wrong."""
-    model = cases.tiny_model("llama")
-    wrapped = ResidualModel.wrap(model)
+    model, wrapped = wrapped_once("llama", CPU)
     (call, _) = traced(wrapped, **WAYS["the trace"])
     token, pulled = call.pullback
     wrong = call.with_pullback(token, 1.01 * pulled)
