@@ -55,21 +55,12 @@ def _owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
 def _python_modules() -> dict[str, Any]:
     """Return transformers' and two of torch's, as Python has loaded them by now."""
     global _LOADED
-    loaded = dict(sys.modules)
-    if not _is_same(loaded, _LOADED[0]):
-        chosen = {
-            name: module
-            for name, module in loaded.items()
-            if name in _NAMESPACES
-            or (name.startswith("transformers.") and type(module) is types.ModuleType)
-        }
-        _LOADED = loaded, chosen
-    return _LOADED[1]
-
-
-def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether both hold the same objects under the same names, in the same order."""
-    return list(one) == list(other) and all(map(operator.is_, one.values(), other.values()))
+    names = list(sys.modules)
+    if names != _LOADED[0]:
+        ours = [n for n in names if n in _NAMESPACES or n.startswith("transformers.")]
+        _LOADED = names, ours
+    modules = {name: sys.modules[name] for name in _LOADED[1]}
+    return {n: module for n, module in modules.items() if type(module) is types.ModuleType}
 
 
 class _Contents:
@@ -80,26 +71,29 @@ class _Contents:
     """
 
     def __init__(self, owner: str, holder: Any) -> None:
-        self._held = dict(vars(holder))
-        self._functions = [f for value in self._held.values() for f in _with_wrapped(value)]
+        held = dict(vars(holder))
+        self._names, self._values = list(held), list(held.values())
+        self._functions = [f for value in self._values for f in _with_wrapped(value)]
         self._codes = list(map(_CODE, self._functions))
-        may_be = {kind for kind in map(type, self._held.values()) if _may_be_of_user(kind)}
+        may_be = {kind for kind in map(type, self._values) if _may_be_of_user(kind)}
         self.of_user = [
             (name, value)
-            for name, value in self._held.items()
+            for name, value in held.items()
             if type(value) in may_be and _is_of_user(value, owner)
         ]
 
     def is_of(self, holder: Any) -> bool:
         """Return whether it holds the same objects under the same names, with the same code."""
-        codes = map(_CODE, self._functions)
-        return _is_same(dict(vars(holder)), self._held) and all(
-            map(operator.is_, codes, self._codes)
+        names, values = list(vars(holder)), list(vars(holder).values())
+        return (
+            names == self._names
+            and all(map(operator.is_, values, self._values))
+            and all(map(operator.is_, map(_CODE, self._functions), self._codes))
         )
 
 
 # All of Python's modules when they were last looked through, and those of them that count.
-_LOADED: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+_LOADED: tuple[list[str], list[str]] = [], []
 _SEEN: dict[str, _Contents] = {}
 _CODE = operator.attrgetter("__code__")
 

@@ -38,13 +38,27 @@ class Stamp:
     ignored: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module, ignored: Collection[str] = ()) -> Stamp:
-        """Look at every module, and read a few numbers from each device."""
+    def of(
+        cls,
+        model: nn.Module,
+        ignored: Collection[str] = (),
+        attached: Attachments | None = None,
+    ) -> Stamp:
+        """Look at every module, and read a few numbers from each device.
+
+        Args:
+            model: any model.
+            ignored: places that passes change.
+            attached: what ``attachments_of`` has just returned for these arguments.
+
+        Returns:
+            The record of the model as it is now.
+        """
         tensors = _tensors(model, ignored)
         return cls(
             places={name: _place(tensor) for name, tensor in tensors.items()},
             entries=dict(_entries(tensors)),
-            attached=attachments_of(model, ignored),
+            attached=attachments_of(model, ignored) if attached is None else attached,
             classes={
                 name: (type(module), "forward" in vars(module), module.training)
                 for name, module in model.named_modules()

@@ -97,7 +97,6 @@ class _Wrapping:
         before = self.attached = attachments_of(self.scored)
         checks.require_shared_weights(self.twin, self.base)
         self._hold_twin_to_scored()
-        changed_by_passes = _differences(before, attachments_of(self.scored))
         self.plain = self._own_blocks()
         names = {id(module): name for name, module in self.twin.named_modules()}
         block_names = [names[id(block)] for block in self.plain.blocks]
@@ -111,13 +110,14 @@ class _Wrapping:
         if fixed := checks.held_fixed(trace):
             reason = f"{reason}; {', '.join(fixed)} of earlier blocks are held fixed"
         model.wrapping_reason = reason
+        changed_by_passes = _differences(before, after := attachments_of(self.scored))
         if changed_by_passes and self.runs:
             what, again = "logits after other passes", self._scored_logits()
             checks.require_close(what, self.name, again, self.expected, self.tolerance)
         scored = ScoredModel(
             name=self.name,
             model=self.scored,
-            stamp=Stamp.of(self.scored, changed_by_passes),
+            stamp=Stamp.of(self.scored, changed_by_passes, None if changed_by_passes else after),
             glance=Glance.at(self.scored, changed_by_passes, with_weights=self.runs),
             probed=trace.resid_final,
             blocks=[self.base.get_submodule(name) for name in block_names],
