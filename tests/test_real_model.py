@@ -58,7 +58,7 @@ coupling = {"coupling_limit": 2, "coupling_store": store}
 for name, arguments in {"hf": {}, "coupling-hf": coupling}.items():
     results = lm_eval.simple_evaluate(
         name, model_args={"pretrained": model, "device": "cpu"} | arguments, tasks=tasks, limit=2,
-        num_fewshot=1, bootstrap_iters=2, gen_kwargs="max_gen_toks=8",
+        num_fewshot=0, bootstrap_iters=2, gen_kwargs="max_gen_toks=8",
     )
     kept = ("doc_id", "arguments", "resps", "filtered_resps")
     samples = {
