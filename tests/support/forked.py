@@ -27,6 +27,8 @@ LOADED = (
     "pyarrow.parquet",
     "requests",
     "sacrebleu",
+    "pytablewriter",
+    "scipy.io",
     "sqlite3",
     "transformer_lens.model_bridge.sources",
 )
