@@ -20,7 +20,7 @@ from lm_eval_coupling.fit.checkpoint_curves import along_training, checkpoints
 from lm_eval_coupling.fit.losses import add_losses
 from lm_eval_coupling.fit.observations import LEAST, Observations, observe
 from lm_eval_coupling.fit.predictors import Predictor
-from lm_eval_coupling.fit.scores import scored_rows
+from lm_eval_coupling.fit.scores import groups_of_tasks, scored_rows
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import require_results, rows_of_runs
 from lm_eval_coupling.statistics import Correlation, Fit
@@ -99,8 +99,8 @@ def fit_runs(
     main = observations.main.name
     steps = checkpoints(rows, main, notes)
     training = along_training(steps, main, resamples=resamples)
-    rows_of_leaves = _leaves(runs, observations, tasks, score)
-    documents = within_models.load_documents(saved.runs, rows_of_leaves, notes)
+    with_documents = _single_tasks(runs, observations, tasks, score)
+    documents = within_models.load_documents(saved.runs, with_documents, notes)
     leaves = {group: members for run in saved.runs for group, members in run.leaves.items()}
     across = _across(observations, documents, leaves, resamples)
     within = _within(documents, main)
@@ -221,33 +221,36 @@ def _within(documents: pd.DataFrame, main: str) -> _Part:
     return _Part(tables, words=words)
 
 
-def _leaves(
+def _single_tasks(
     runs: pd.DataFrame,
     observations: Observations,
     tasks: Sequence[str] | None,
     score: str | None,
 ) -> pd.DataFrame:
-    """Return the rows of single tasks of the compared models, which documents belong to."""
+    """Return the rows of the compared models' tasks that are no groups, with ``label``.
+
+    Args:
+        runs: one row per file and task or group.
+        observations: the compared models; a row has the label of its file there.
+        tasks: tasks to keep, or groups whose tasks to keep; None for all.
+        score: metric of the documents, where a row has it, put into ``metric``; by default the
+            one that lm-eval lists first.
+    """
     frame = observations.frame
-    own = dict(zip(zip(frame["file"], frame["task"], strict=True), frame["label"], strict=True))
+    label_at = dict(
+        zip(zip(frame["file"], frame["task"], strict=True), frame["label"], strict=True)
+    )
     # Tasks of a group have no row of their own in the observations.
-    of_file = frame.drop_duplicates("file").set_index("file")["label"].to_dict()
+    label_of_file = frame.drop_duplicates("file").set_index("file")["label"].to_dict()
     places = zip(runs["file"], runs["task"], strict=True)
-    rows = runs.assign(label=[own.get(place, of_file.get(place[0])) for place in places])
+    rows = runs.assign(label=[label_at.get(place, label_of_file.get(place[0])) for place in places])
     rows = rows[rows["label"].notna() & ~rows["is_group"]]
     if tasks is not None:
-        above = dict(zip(runs["task"], runs["group"], strict=True))
-        rows = rows[[not set(tasks).isdisjoint(_ancestors(task, above)) for task in rows["task"]]]
+        above = groups_of_tasks(runs)
+        rows = rows[[not {task, *above[task]}.isdisjoint(tasks) for task in rows["task"]]]
     if score is None:
         return rows
     return rows.assign(metric=[_metric(row, score) for row in rows.to_dict("records")])
-
-
-def _ancestors(task: str, above: Mapping[str, str]) -> list[str]:
-    line = [task]
-    while (parent := above.get(line[-1])) and parent not in line:
-        line.append(parent)
-    return line
 
 
 def _metric(row: Mapping[str, Any], score: str) -> str | None:

@@ -94,14 +94,20 @@ def _on_top(runs: pd.DataFrame) -> list[bool]:
     is_group = runs["is_group"].tolist()
     keys = list(zip(weights, tasks, strict=True))
     scored = {key for key, group, has in zip(keys, is_group, has_score, strict=True) if group & has}
-    above: dict[str, set[str]] = {}
-    for task, groups in zip(tasks, runs["groups"], strict=True):
-        above.setdefault(task, set()).update(groups)
+    above = groups_of_tasks(runs)
     return [
         (key in scored or not group)
         and not any((key[0], parent) in scored for parent in above[key[1]])
         for key, group in zip(keys, is_group, strict=True)
     ]
+
+
+def groups_of_tasks(runs: pd.DataFrame) -> dict[str, set[str]]:
+    """Map every task to all groups that it is in, directly or not, in whichever of the runs."""
+    above: dict[str, set[str]] = {}
+    for task, groups in zip(runs["task"], runs["groups"], strict=True):
+        above.setdefault(task, set()).update(groups)
+    return above
 
 
 def _with_coupling(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:

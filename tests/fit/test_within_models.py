@@ -59,6 +59,22 @@ class TestDocuments:
             and areas[POOLED] == 0.5
         )
 
+    @pytest.mark.parametrize("groups", [["reasoning"], ["science", "reasoning"]], ids=len)
+    def test_a_group_that_is_asked_for_has_the_documents_of_its_tasks(self, tmp_path, groups):
+        """Regression.
+
+        They were lost if another run had the task alone, or if the task was in two groups.
+        """
+
+        def add_groups(run):
+            run["results"] |= {group: {"acc,none": 0.5, "acc_stderr,none": 0.1} for group in groups}
+            run["group_subtasks"] = {group: ["arc"] for group in groups}
+
+        save_documents(tmp_path / "1", "a", self.VALUES, self.RIGHT, change=add_groups)
+        save_documents(tmp_path / "2", "b", self.VALUES, self.RIGHT)
+        found = fit_runs(tmp_path, tasks=["reasoning"], resamples=QUICK).tables["documents"]
+        assert found["model"].tolist() == ["a"] * 8
+
     def test_one_model_prompted_in_two_ways_is_told_apart(self, tmp_path):
         """Regression.
 
