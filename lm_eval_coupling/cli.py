@@ -130,7 +130,9 @@ def _add_show(commands: Any) -> None:
     for form in ("csv", "json"):
         words = f"print the numbers as {form.upper()}"
         show.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=words)
-    show.add_argument("--miscoupling", action="store_true", help="layers by 1 − coupling")
+    show.add_argument(
+        "--miscoupling", action="store_true", help="show layers by miscoupling, 1 − coupling"
+    )
     show.set_defaults(command=_show, form="table")
 
 
@@ -139,22 +141,18 @@ def _add_fit(commands: Any) -> None:
         "fit", help="test whether coupling predicts the score over the saved runs of many models"
     )
     fit.add_argument("folders", type=Path, nargs="+", metavar="OUT", help=_RESULTS)
-    fit.add_argument(
-        "--score", metavar="METRIC", help="such as acc_norm (default: the first that lm-eval lists)"
+    words = "metric such as acc_norm (default: the first that lm-eval lists)"
+    fit.add_argument("--score", metavar="METRIC", help=words)
+    words = "predictors, the one in question first (default: coupling@10, then all others)"
+    fit.add_argument("--x", nargs="+", metavar="PREDICTOR", help=words)
+    words = (
+        "tasks or groups (default: groups with a score, and tasks in none of these); "
+        "the mean over them is one more score"
     )
-    fit.add_argument(
-        "--x",
-        nargs="+",
-        metavar="PREDICTOR",
-        help="predictors, the tested one first (default: coupling@10, then all)",
-    )
-    fit.add_argument(
-        "--tasks", nargs="+", metavar="T", help="tasks or groups, and their mean (default: all)"
-    )
+    fit.add_argument("--tasks", nargs="+", metavar="T", help=words)
     fit.add_argument("--facts", type=Path, metavar="CSV", help=_FACTS)
-    fit.add_argument(
-        "--out", type=Path, default=Path("coupling_fit"), metavar="DIR", help="default: %(default)s"
-    )
+    words = "folder for tables, pictures and finding.txt (default: %(default)s)"
+    fit.add_argument("--out", type=Path, default=Path("coupling_fit"), metavar="DIR", help=words)
     _add_mixed(fit)
     fit.set_defaults(command=_fit)
 
@@ -169,14 +167,8 @@ def _add_report(commands: Any) -> None:
         "report", help="write saved runs as one self-contained page: tables, plots, every document"
     )
     report.add_argument("folders", type=Path, nargs="+", metavar="OUT", help=_RESULTS)
-    report.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        default=Path("report.html"),
-        metavar="FILE",
-        help="default: %(default)s",
-    )
+    words, page = "page to write (default: %(default)s)", Path("report.html")
+    report.add_argument("-o", "--out", type=Path, default=page, metavar="FILE", help=words)
     words = "prompts per model and task (default: 200)"
     report.add_argument("--documents", type=int, metavar="N", help=words)
     _add_mixed(report)
@@ -191,7 +183,10 @@ def _add_sweep(commands: Any) -> None:
         "sweep", help="run models × revisions × tasks of a plan, here or on a SLURM cluster"
     )
     sweep.add_argument(
-        "plan", type=Path, metavar="PLAN.yaml", help="calling it again resumes the sweep"
+        "plan",
+        type=Path,
+        metavar="PLAN.yaml",
+        help="the plan; the same command again resumes the sweep",
     )
     modes = sweep.add_mutually_exclusive_group()
     modes.add_argument(

@@ -2,8 +2,8 @@
 
 A direction u is decoded by the model's own final norm and head. Singular vectors have no sign, so
 both u and −u are decoded, by the odd part of the logits, (logits(u) − logits(−u)) / 2: a bias of
-the norm or the head says the same of every direction and drops out. The largest entries are the
-words of u, the smallest those of −u.
+the norm or the head says the same of every direction and drops out. The tokens of
+the largest entries are the words of u, those of the smallest the words of −u.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ def direction_words(
 def nearest_words(
     model: Any, directions: Float[Tensor, "direction d_model"], words: int
 ) -> Int[Tensor, "direction 2 word"]:
-    """Decode each direction and its opposite into the nearest tokens.
+    """Return the tokens whose logits a direction u raises most, and those of −u.
 
     Args:
-        model: with ``logits``, final norm included.
-        directions: unit vectors.
+        model: a :class:`~lm_eval_coupling.residual.ResidualModel`.
+        directions: unit vectors of the stream.
         words: number of tokens of each sign.
 
     Returns:
-        Token ids of the direction, then of its opposite, nearest first.
+        Token ids by falling logits(u) − logits(−u), then those by falling logits(−u) − logits(u).
     """
     # A norm's epsilon is chosen for vectors of length √d_model, not 1.
     scaled = directions * math.sqrt(directions.shape[-1])

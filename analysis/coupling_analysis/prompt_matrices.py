@@ -52,8 +52,8 @@ def load_model(name: str, untrained: int | None = None, dtype: str = "auto") -> 
 
     Args:
         name: folder or name for transformers.
-        untrained: seed; fresh float32 weights of the same architecture are drawn with it.
-        dtype: dtype of the weights, such as ``float32``; ``auto`` keeps the stored one.
+        untrained: seed of fresh float32 weights; None loads the trained ones.
+        dtype: dtype of the trained weights, such as ``float32``; ``auto`` keeps the stored one.
 
     Returns:
         A :class:`~lm_eval_coupling.residual.ResidualModel`.
@@ -67,7 +67,7 @@ def load_model(name: str, untrained: int | None = None, dtype: str = "auto") -> 
 
 
 def load_causal_lm(name: str, untrained: int | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """Load a transformers model and its tokenizer, see :func:`load_model`.
+    """Load a transformers model, not wrapped, and its tokenizer; arguments of :func:`load_model`.
 
     Returns:
         The model as transformers loads it, and its tokenizer.
@@ -85,8 +85,8 @@ def load_causal_lm(name: str, untrained: int | None = None, dtype: str = "auto")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CouplingError(
-            f"got {name}, which transformers cannot load ({reason}); give a folder with its "
-            "tokenizer"
+            f"got {name}, which transformers cannot load ({reason}); give a folder or a name "
+            "on the hub, with a tokenizer"
         ) from None
     with seeded(untrained):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer

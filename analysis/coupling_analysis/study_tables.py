@@ -173,8 +173,8 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
 
     Returns:
         One row per measure, document and depth: ``model, revision, weights, task, doc_hash,
-        prompt_hash, measure, depth, value, n_tokens``. Undefined values are NaN. Documents that
-        lack the measure in one of their prompts are left out.
+        prompt_hash, measure, depth, value, n_tokens``. Undefined values are NaN. Documents with a
+        prompt that lacks the measure are left out.
 
     Raises:
         CouplingError: if no record has one of the measures.
@@ -191,20 +191,20 @@ def long(records: pd.DataFrame, measures: Sequence[str], rank: int) -> pd.DataFr
 
 
 def whole_documents(records: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return the records of the documents that have a column in all of their prompts.
+    """Return the records of the documents of which every prompt has a value of ``column``.
 
     Returns:
-        At least one row.
+        At least one row. Trained and untrained weights count as different documents.
 
     Raises:
-        CouplingError: if there is none.
+        CouplingError: if no document has a value in every prompt.
     """
     known = require(records, [column])
-    lacking, of = (
+    lacking, of_known = (
         pd.MultiIndex.from_frame(rows[[*RUN, *DOCUMENT]])
         for rows in (records.drop(known.index), known)
     )
-    if (kept := known[~of.isin(lacking)]).empty:
+    if (kept := known[~of_known.isin(lacking)]).empty:
         raise CouplingError(
             f"got no document with {column} in all of its prompts; measure again those that failed"
         )

@@ -92,14 +92,14 @@ def _make_task_manager(
 
 
 def _read_command_line(from_cli: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a wrong argument on the command line before anything heavy is loaded."""
+    """Check our arguments before anything heavy is loaded, and return lm-eval's settings."""
     settings = from_cli(*args, **kwargs)
     if settings.model == MODEL:
         from lm_eval_coupling.runs.options import Options
 
         current_command().is_ours = True
         require_process_folders()
-        Options.take_from(dict(settings.model_args or {}))
+        Options.take_from(dict(settings.model_args or {}))  # a copy: the model class takes them
         _require_output(settings.output_path)
         require_device(settings.device)
     elif str(settings.model).startswith("coupling"):

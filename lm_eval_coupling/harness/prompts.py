@@ -123,7 +123,13 @@ def _last_window(lm: Any, text: str) -> tuple[int, ...]:
 
 
 def gold_request(requests: Sequence[Any], target: Any) -> Any | None:
-    """Return the only request whose continuation is the target; None if it is not known."""
+    """Return the request that scores the right answer, or None if the target does not tell which.
+
+    Args:
+        requests: the document's loglikelihood requests, in the order of its choices.
+        target: index of the right choice, as a number or in digits, or the text of its
+            continuation. A single request is returned whatever the target is.
+    """
     if isinstance(target, str) and target.isdigit():
         target = int(target)
     if isinstance(target, int) and 0 <= target < len(requests):

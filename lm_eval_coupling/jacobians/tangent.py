@@ -236,7 +236,7 @@ def added(
     origin = common_origin([a, b])
     a, b = lifted(a, a_shape, origin), lifted(b, b_shape, origin)
     if isinstance(a, Dense) and isinstance(b, Dense):
-        return _both_dense(a, b, shape)
+        return _sum_of_dense(a, b, shape)
     if isinstance(a, Dense):
         a, b = b, a
     assert isinstance(a, NearIdentity)  # two dense tangents are added above
@@ -248,7 +248,8 @@ def added(
     return NearIdentity.identity(Origin(origin.batch, origin.width, a.plus(rest=rows)), rows)
 
 
-def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
+def _sum_of_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
+    """Return the tangent of a + b, a tensor of ``shape``, from tangents over one origin."""
     if a.scale is None:
         a, b = b, a
     full = (*shape, a.origin.width)
@@ -258,7 +259,7 @@ def _both_dense(a: Dense, b: Dense, shape: torch.Size) -> Dense:
     if b.scale is None:
         total = product + b.matrix
     elif product.shape == torch.broadcast_shapes(product.shape, b.matrix.shape, b.scale.shape):
-        # In place: a second buffer would be as large as the weights.
+        # In place: one more tensor may be as large as a matrix of weights.
         total = product.addcmul_(b.matrix, b.scale)
     else:
         total = torch.addcmul(product, b.matrix, b.scale)

@@ -64,7 +64,8 @@ def _measure(prompt: TracedPrompt) -> MeasureResult:
         "mean_erasing": [_mean_of_full_rank(cosines[:, :k]) for k in ranks],
         "trace_share": on_host(ablations.trace_share(off_mps(J))),
     }
-    reasons = _reasons(columns["deflated"], ranks, J.shape[-1])
+    without = " without the largest singular triplet"
+    reasons = _reasons(columns["deflated"], ranks, without, d_model=J.shape[-1])
     return MeasureResult(columns | prompt.proof, reasons)
 
 
@@ -75,18 +76,25 @@ def _mean_of_full_rank(cosines: np.ndarray) -> float:
 
 
 def _reasons(
-    deflated: np.ndarray, ranks: tuple[int, ...], d_model: int | None = None
+    pairs: np.ndarray, ranks: tuple[int, ...], without: str, d_model: int | None = None
 ) -> tuple[Reason, ...]:
-    """Return why values of pairs are undefined: K = 1, K = d_model, low rank, or a single block."""
+    """Return why values of layer pairs are undefined: K = 1, K = d_model, low rank, or one block.
+
+    Args:
+        pairs: m̃ of one control [rank, layer, layer].
+        ranks: numbers K of singular vectors, ascending.
+        without: words after "layer pairs" that say what the control has removed.
+        d_model: width of the stream, of a control that needs K + 1 singular vectors.
+    """
     reasons = []
     if 1 in ranks:
-        words = "pairs of blocks have no controls at K = 1: one number has no other beside it"
+        words = "controls of layer pairs are undefined at K = 1: a 1 × 1 matrix has no other entry"
         reasons.append(Reason("undefined", words))
     if ranks[-1] == d_model:
         words = f"deflated is undefined at K = d_model = {d_model}: it needs K + 1 singular vectors"
         reasons.append(Reason("undefined", words))
-    elif ranks[-1] > 1 or len(deflated[-1]) == 1:
-        reasons += undefined_pairs(deflated[-1], " without the first pair")
+    elif ranks[-1] > 1 or len(pairs[-1]) == 1:
+        reasons += undefined_pairs(pairs[-1], without)
     return tuple(reasons)
 
 
@@ -108,7 +116,8 @@ def _measure_without_identity(prompt: TracedPrompt) -> MeasureResult:
         "without_identity_coupling": couplings_of(pairs),
         "without_identity_singular_values": triplets.S,
     }
-    return MeasureResult(columns | prompt.proof, _reasons(pairs, ranks))
+    reasons = _reasons(pairs, ranks, " without the multiple of the identity")
+    return MeasureResult(columns | prompt.proof, reasons)
 
 
 MEASURES = (

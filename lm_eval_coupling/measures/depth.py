@@ -100,7 +100,7 @@ def _result(prompt: TracedPrompt, columns: dict[str, Any]) -> MeasureResult:
     }
     reasons = undefined_pairs(columns["normalized_miscoupling"][-1])
     if 1 in prompt.settings.ranks:
-        words = "rotated and one_pair are undefined at K = 1: one number has no other beside it"
+        words = "rotated and one_pair are undefined at K = 1: a 1 × 1 matrix has no other entry"
         reasons += (Reason("undefined", words),)
     return MeasureResult(columns | prompt.proof, reasons)
 
@@ -164,7 +164,7 @@ def undefined_pairs(normalized: np.ndarray, of: str = "") -> tuple[Reason, ...]:
 
     Args:
         normalized: m̃ [layer, layer] at the largest rank.
-        of: words that say which pairs are meant.
+        of: words after "layer pairs" that say which are meant.
     """
     if len(normalized) == 1:
         words = "a model of one block has no pair of different layers, hence no coupling"
@@ -174,7 +174,7 @@ def undefined_pairs(normalized: np.ndarray, of: str = "") -> tuple[Reason, ...]:
         return ()
     words = (
         f"{undefined} of {normalized.size} layer pairs{of} are undefined: "
-        "a Jacobian is zero or of rank below K"
+        "a Jacobian is zero or of too low a rank"
     )
     return (Reason("zero_or_low_rank", words),)
 

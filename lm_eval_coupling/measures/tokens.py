@@ -60,7 +60,7 @@ def _context_coupling(prompt: TracedPrompt) -> MeasureResult:
     size = 2 * (len(layers) * len(tokens)) ** 2
     words = (
         f"{undefined} of {size} context couplings are undefined: "
-        "a Jacobian is zero or of rank below K"
+        "a Jacobian is zero or of too low a rank"
     )
     reasons = (Reason("zero_or_low_rank", words),) if undefined else ()
     return MeasureResult({"context_tokens": tokens, "context_layers": layers} | columns, reasons)

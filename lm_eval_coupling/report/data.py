@@ -254,14 +254,19 @@ def _describe_row(row: Mapping[str, Any]) -> dict[str, Any]:
             }
             for rank in ranks
         },
-        "readings": {reading.name: _read(row, reading, ranks) for reading in prompt_readings()},
+        "readings": {
+            reading.name: _means_by_rank(row, reading, ranks) for reading in prompt_readings()
+        },
     }
 
 
-def _read(
+def _means_by_rank(
     row: Mapping[str, Any], reading: Reading, ranks: Sequence[int]
 ) -> dict[int | str, list[float | None]]:
-    """Return mean and standard error by rank, or under "" for a reading without ranks."""
+    """Return ``[mean, standard error]`` of a reading at every rank K that has a mean.
+
+    A reading without ranks has one entry, under the key "".
+    """
     values = {}
     for key in ranks if reading.of_rank else [""]:
         suffix = f"@{key}" if reading.of_rank else ""

@@ -96,7 +96,7 @@ def view_table(
         for row in opened.records(_DOCUMENT if words is None else (*_DOCUMENT, "tokens")):
             means.add(row)
             if len(documents) < limit:
-                documents.append(_describe_document(row, headline, answers))
+                documents.append(_describe_prompt(row, headline, answers))
                 directions = words and words.of(table.about.get("fingerprint"), row)
                 if directions:
                     lines = [line for line in directions if line["k"] <= _DIRECTIONS]
@@ -143,9 +143,16 @@ def _view_twin(
     }
 
 
-def _describe_document(
+def _describe_prompt(
     row: Mapping[str, Any], headline: int | None, answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
+    """Return what the page shows of one prompt, ready for JSON.
+
+    Args:
+        row: the prompt's record.
+        headline: rank K of the matrix that is shown; None if there is none.
+        answers: the model's answers, by ``doc_hash``.
+    """
     matrices, text = row["normalized_miscoupling"], row["text"] or ""
     return {
         "id": row["doc_id"],

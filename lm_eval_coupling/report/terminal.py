@@ -209,10 +209,11 @@ def _print_overview(console: Console, rows: pd.DataFrame) -> None:
 
 
 def _print_untrained(console: Console, rows: pd.DataFrame) -> None:
+    """Print coupling of untrained weights, and of trained less untrained, by task and K."""
     rows = rows[rows["untrained"].notna()]
     seeds = rows["seed"].dropna()
     seed = f" (seed {seeds.iloc[0]:.0f})" if len(seeds) else ""
-    console.print(f"The same documents with untrained weights{seed}", highlight=False)
+    console.print(f"Coupling of the same documents with untrained weights{seed}", highlight=False)
     untrained = _cells(_with_error, rows, "untrained", "untrained_stderr")
     difference = _cells(_signed_with_error, rows, "difference", "difference_stderr")
     columns = [

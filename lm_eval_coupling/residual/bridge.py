@@ -41,7 +41,7 @@ def put_bridge_into(twin: nn.Module) -> nn.Module:
     with seeded(0):  # its layers draw weights before they are given the model's
         bridge = build_bridge_from_module(twin, architecture, hf_config=twin.config, tokenizer=None)
     _split_joints_again(bridge)
-    _take_caches_by_their_new_name(bridge)
+    _pass_cache_as_past_key_values(bridge)
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
     return bridge
@@ -80,10 +80,10 @@ def _split_joints_again(bridge: Any) -> None:
                 split_again(module.original_component, cut, pieces)
 
 
-def _take_caches_by_their_new_name(bridge: nn.Module) -> None:
-    """Rename the ``cache`` of transformers 5.24 to the ``past_key_values`` of TransformerLens 4.3.
+def _pass_cache_as_past_key_values(bridge: nn.Module) -> None:
+    """Hand what transformers 5.24 calls ``cache`` to TransformerLens 4.3 as ``past_key_values``.
 
-    Components that have transformers' own layer do the attention need no other name.
+    Components that leave the attention to transformers' own layer take ``cache`` as it is.
     """
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 

@@ -30,8 +30,9 @@ class ResidualModel:
     """A model as a stack of residual blocks; build one with :meth:`wrap`.
 
     Attributes:
-        model: the measuring module tree.
-        blocks: its blocks; ``block_list`` has them with their weights.
+        model: the twin, a second module tree over the scored model's weights.
+        blocks: its modules that are blocks, in order.
+        block_list: the same as :class:`Block`, which knows how to run one by itself.
         wrapping: ``bridge`` or ``blocks``.
         wrapping_reason: why the model is wrapped that way.
         inputs: what the model is run on.
@@ -40,8 +41,8 @@ class ResidualModel:
         n_layers: number of blocks.
         n_heads: number of attention heads.
         d_head: width of a head, None if the configuration does not give it.
-        vocabulary: number of words, 0 without any.
-        block_sizes: numbers in the largest block, and in its largest matrix.
+        vocabulary: number of tokens that it knows, 0 for an image classifier.
+        block_sizes: number of weights in the largest block, and in the largest matrix of a block.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ResidualModel:
         )
         self._scored: ScoredModel | None = None
         self._compares_all, self._longest_compared = False, 0
-        self._seq_of: dict[torch.Size, int] = {}  # tokens of an image by its shape
+        self._seq_of: dict[torch.Size, int] = {}  # number of an image's tokens by its shape
 
     def __repr__(self) -> str:
         """Return one line, in which the wrapped model's class and size stand."""

@@ -144,7 +144,11 @@ class TracedBlock:
 
 
 def _move_each(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Move every tensor in nested arguments; containers that blocks write to stay the same."""
+    """Return an argument of a block with ``move`` applied to every tensor in it.
+
+    Mappings are changed in place, since later blocks see what a block writes into them. A tuple or
+    list is copied if one of its tensors moves.
+    """
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, dict | UserDict):
@@ -157,7 +161,7 @@ def _move_each(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _drop_history(arguments: Iterable[Any]) -> None:
-    """Hold fixed what a block has written for later ones."""
+    """Detach, in place, what a block has written into mappings for later blocks."""
     for value in arguments:
         if isinstance(value, dict | UserDict):
             for key, item in value.items():

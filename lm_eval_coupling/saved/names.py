@@ -80,16 +80,19 @@ def run_label(name: str, revision: str | None) -> str:
 
 
 def label_rows(rows: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.Series:
-    """Label each row by model and revision, and by what else tells rows of its task apart.
+    """Label each row by model and revision, and by what else tells it from rows of that name.
+
+    Variant, dtype and fingerprint are added where rows of one name differ in them, whatever the
+    task. The prompting is added where rows of one name and one task differ in it.
 
     Args:
-        rows: ``model, revision, variant, fingerprint, prompting, task``, perhaps ``dtype``;
-            unknown is None.
-        names: of the models; by default :func:`labels`.
+        rows: ``model, revision, variant, fingerprint, prompting, task``, perhaps ``dtype``; None
+            where unknown.
+        names: name to show for each model; by default :func:`labels`.
 
     Returns:
-        Labels such as ``pythia-410m@step1000``, ``base (5-shot)``, ``base #3f9a01bc``. Rows of the
-        same weights have one label, apart from what tells the prompts of one task apart.
+        One label per row, such as ``pythia-410m@step1000``, ``base (5-shot)`` or
+        ``base #3f9a01bc``.
     """
     weights = pd.Series(
         map(run_label, label_weights(rows, names), rows["revision"]), rows.index, dtype=object
@@ -159,7 +162,15 @@ def _told_apart(
     form: str,
     from_unknown: bool = True,
 ) -> pd.Series:
-    """Add ``more`` to the names that rows of several values share, or of a value and none."""
+    """Return names with ``more`` added, within each group that has several values of it.
+
+    Args:
+        names: one name per row.
+        more: one text per row, "" where unknown; such rows keep their name.
+        within: keys of the groups.
+        form: format of what is added, such as ``" ({})"``.
+        from_unknown: whether unknown counts as one more value.
+    """
     if len(more.unique()) < 2:
         return names
     several = more.where(more != "").groupby(within).transform("nunique")

@@ -108,7 +108,7 @@ def correlation(
         permuted = _permuted(x, y, method, orders.places)
         p = permutation_p_value(coefficient, permuted, orders.are_all)
     result = dataclasses.replace(result, coefficient=coefficient, p=p)
-    if reason := _no_interval(coefficient, units, n, method):
+    if reason := _why_no_interval(coefficient, units, n, method):
         return result.with_reason(reason)
     # Leaving out each of many ranked pairs costs a sort each, and changes little.
     plain = not units.families and n > MANY and method != "pearson"
@@ -316,15 +316,19 @@ def _fisher_variance(method: str, r: float, n: int) -> float:
     return factor / (n - 3) if n > 3 else math.inf
 
 
-def _no_interval(coefficient: float, units: Units, n: int, method: Method) -> str | None:
+def _why_no_interval(coefficient: float, units: Units, n: int, method: Method) -> str | None:
+    """Return why a coefficient of ``n`` observations has no interval, or None if it has one.
+
+    Pearson's always has one where observations are independent (``units.families`` is 0).
+    """
     if 0 < units.families < 3:
         return f"no interval from {units.families} families"
     if method == "pearson" and not units.families:
         return None
     if n < FEW and not units.families:
-        return f"no interval from {n} pairs, which are too few for ranks"
+        return f"no interval from {n} pairs, a rank correlation needs {FEW}"
     if abs(coefficient) > 1 - 1e-12:
-        return "no interval, as the order is perfect"
+        return "no interval, as the correlation is perfect"
     return None
 
 

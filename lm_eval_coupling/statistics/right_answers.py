@@ -144,16 +144,17 @@ def logistic_effect(
     task: str | None = None,
     cluster: str | None = None,
 ) -> LogisticEffect:
-    """Regress right answers on ``predictor``, with controls such as prompt length.
+    """Fit a logistic regression of right answers on ``predictor`` and ``controls``.
 
     Args:
-        frame: One row per document.
+        frame: One row per answer. Rows with a missing value are left out and counted as dropped.
         correct: Column of 0 (wrong) and 1 (right).
         predictor: Column in question; the effect is per standard deviation of it.
-        controls: Columns that are held fixed.
-        task: Column of tasks, each of which has its own level of difficulty. Tasks answered all
-            right or all wrong are dropped and counted.
-        cluster: Column whose equal rows need not be independent; the error is robust then.
+        controls: Columns held fixed, such as prompt length; they enter as linear terms.
+        task: Column of tasks, each of which gets its own intercept. Tasks answered all right or all
+            wrong are left out, and their answers are counted as dropped.
+        cluster: Column of labels. Answers with the same label may depend on each other; standard
+            error, interval and p then allow for it.
 
     Returns:
         The odds ratio with its interval and p, or the ``reason`` why there is none.
@@ -193,7 +194,7 @@ def logistic_effect(
 def _fit_odds(
     y: np.ndarray, X: np.ndarray, groups: np.ndarray | None, result: LogisticEffect
 ) -> LogisticEffect:
-    """Fit the odds with and without the last column; ``groups`` make the error robust."""
+    """Fit the odds with and without the last column; ``groups`` number clusters, by row."""
     logit = load_statsmodels("api").Logit
     robust = {}
     if groups is not None:

@@ -134,7 +134,7 @@ def read(file: Path | str) -> Plan:
         CouplingError: if the file cannot be read or is no YAML.
     """
     file = Path(file)
-    content = _load(file)
+    content = _read_yaml(file)
     problems: list[str] = []
     keys = ["models", "tasks", "samples", "coupling", "lm_eval", "output", "run"]
     fields = Fields(content, "", keys, problems)
@@ -166,12 +166,17 @@ def read(file: Path | str) -> Plan:
     return plan
 
 
-def _load(file: Path) -> Any:
+def _read_yaml(file: Path) -> Any:
+    """Return the content of a plan's YAML.
+
+    Raises:
+        CouplingError: if it is no regular file, cannot be read, is no YAML, or is too large.
+    """
     try:
         if not file.is_file() and file.exists() and not file.is_dir():
-            raise CouplingError(f"got {file}, which is no file; give a plan in YAML")
+            raise CouplingError(f"got {file}, which is no regular file; give a plan in YAML")
         with file.open(encoding="utf-8") as text:
-            return yaml12.load(text.read(10**7))
+            return yaml12.load(text.read(10**7))  # which takes far fewer characters
     except (OSError, UnicodeDecodeError) as error:
         raise CouplingError(
             f"got {file}, which cannot be read ({why(error)}); give a plan in YAML"
@@ -180,10 +185,14 @@ def _load(file: Path) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         words = message_of(error.problem or error.context, 200)
-        raise CouplingError(f"got {file}, which is no YAML ({words}{place}); mend it") from None
+        raise CouplingError(
+            f"got {file}, which cannot be read as a plan ({words}{place}); correct it"
+        ) from None
     except yaml.YAMLError as error:
         words = message_of(error, 200)
-        raise CouplingError(f"got {file}, which is no YAML ({words}); mend it") from None
+        raise CouplingError(
+            f"got {file}, which cannot be read as a plan ({words}); correct it"
+        ) from None
 
 
 def _path(fields: Fields, key: str) -> Path | None:

@@ -209,9 +209,17 @@ class CouplingCallback(TrainerCallback):
     def _measure(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
     ) -> None:
+        """Measure this step in process 0, and log the means over the prompts.
+
+        The step is saved once the trainer has logged its loss, or else before the next measurement
+        or at the end. An error is logged and not raised.
+
+        Raises:
+            KeyboardInterrupt: if Ctrl-C ended the measuring.
+        """
         if not state.is_world_process_zero:
             return
-        self._save()
+        self._save()  # the step before, if the trainer logged no loss for it
         start = time.perf_counter()
         try:
             # Gradients, random state and modes stay as they are.
@@ -228,7 +236,7 @@ class CouplingCallback(TrainerCallback):
         if run.interrupted:
             raise KeyboardInterrupt
         self._unsaved = (state.global_step, info)
-        logs = self._logged(run) | {"coupling_seconds": time.perf_counter() - start}
+        logs = self._means(run) | {"coupling_seconds": time.perf_counter() - start}
         self._log(args, state, control, logs)
 
     def _log(
@@ -250,7 +258,7 @@ class CouplingCallback(TrainerCallback):
             self._trainer.callback_handler.on_log(args, state, control, logs)
             control.should_log = should_log
 
-    def _logged(self, run: Run) -> dict[str, float]:
+    def _means(self, run: Run) -> dict[str, float]:
         """Return the means over the prompts that the trainer's log gets."""
         records = [row.measured for row in run.rows if row.place == 0]
         logs: dict[str, float] = {}

@@ -166,7 +166,7 @@ def test_what_is_zero_is_undefined_and_counted(float64_device):
     )
     assert (
         found.reason
-        == "6 of 8 context couplings are undefined: a Jacobian is zero or of rank below K"
+        == "6 of 8 context couplings are undefined: a Jacobian is zero or of too low a rank"
     )
     expected = [[True, True], [True, False]]
     assert np.isnan(found.context_output_miscoupling[0, 0, 0]).tolist() == expected

@@ -153,7 +153,7 @@ def test_no_interval_from_few_or_perfect_ranks():
     assert (
         perfect.coefficient == pytest.approx(1)
         and math.isnan(perfect.low)
-        and "the order is perfect" in perfect.reason
+        and "the correlation is perfect" in perfect.reason
     )
 
 

@@ -200,7 +200,7 @@ def test_yaml_means_what_people_mean(tmp_path):
     }
     with pytest.raises(yaml.YAMLError, match="stands twice"):
         yaml12.load("{a: 1, a: 2}")
-    with pytest.raises(CouplingError, match="no YAML"):
+    with pytest.raises(CouplingError, match="cannot be read as a plan"):
         read(tmp_path, "models: [")
     with pytest.raises(CouplingError, match="cannot be read"):
         plans.read(tmp_path / "nowhere.yaml")
