@@ -23,6 +23,7 @@ from lm_eval_coupling.residual.load_checks import (
     ROUNDED,
     SAME,
     SAME_KERNELS,
+    largest,
     off_by,
 )
 from lm_eval_coupling.residual.scored_passes import (
@@ -63,10 +64,10 @@ class ScoredModel(ScoredPasses):
     warns_of_text_behind: bool = False
 
     def follow_scoring(self, in_batches: bool) -> None:
-        """Compare what functions of the user do to a prompt alone with what they do in scoring.
+        """Take note of how the model scores, and refuse functions that go by places in a batch.
 
-        A function that goes by places in the batch is refused. One that acts otherwise on a token
-        once text follows it is warned of.
+        From now on a function of the user that acts otherwise on a token once text follows it is
+        warned of.
 
         Args:
             in_batches: True if several prompts are scored in one pass.
@@ -160,8 +161,11 @@ class ScoredModel(ScoredPasses):
                 output = call(before.to(call.resid_pre))[0]
             before, after = before[0].to(output), after[0].to(output)
             size = (after - before).norm(dim=-1) + 0.2 * after.norm(dim=-1)
-            error = ((output - after).norm(dim=-1) / size).min().item()
-            if error > ROUNDED:
+            is_finite = after.isfinite().all(dim=-1)
+            if not is_finite.any():
+                continue  # reported with the prompt, so that its score is kept
+            errors = ((output - after).norm(dim=-1) / size)[is_finite].nan_to_num(nan=math.inf)
+            if (error := errors.min().item()) > ROUNDED:
                 raise Unmeasurable(
                     "refused",
                     f"block {call.layer} in {call.dtype} is off by {error:.1e} from the one that "
@@ -175,7 +179,8 @@ class ScoredModel(ScoredPasses):
     ) -> None:
         """Refuse hooks and functions that go by modes of torch, in which others may score.
 
-        Costs a pass in every mode. The model's attributes and buffers are put back.
+        Costs a pass in inference mode and one under autocast. A mode in which a pass fails is left
+        out, as nothing is scored in it. The model's attributes and buffers are put back.
 
         Args:
             prompt: what the model is run on.
@@ -221,7 +226,7 @@ class ScoredModel(ScoredPasses):
             Unmeasurable: if a prompt beside itself has another stream than alone.
         """
         streams = self.final([prompt, prompt])
-        error = max(_most_off(stream, scored, tokens) for stream in streams)
+        error = largest(_most_off(stream, scored, tokens) for stream in streams)
         if not error <= self._tolerance(OTHER_KERNELS):
             raise Unmeasurable(
                 "refused",
@@ -281,5 +286,4 @@ def _most_off(
     tokens: Iterable[int],
 ) -> float:
     """Return the largest relative difference at one of the tokens; NaN if one is NaN."""
-    errors = [off_by(stream[token], scored[token]) for token in tokens]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    return largest(off_by(stream[token], scored[token]) for token in tokens)

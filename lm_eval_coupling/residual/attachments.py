@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from lm_eval_coupling.residual.object_digest import (
     MODULE_ATTRIBUTES,
     Digester,
     is_among,
+    is_of_python,
     is_of_user,
 )
 from lm_eval_coupling.residual.patched_functions import patched_functions
@@ -247,16 +249,20 @@ def _attributes(
 
 
 def _counts(value: Any) -> bool:
-    """Return whether an attribute is read: numbers, tensors, user's functions and objects."""
-    if _is_plain(value) or isinstance(value, Tensor):
-        return True
-    if isinstance(value, list | tuple | set):
-        return any(map(_counts, value))
-    if isinstance(value, dict):
+    """Return whether an attribute can change a pass.
+
+    Tensors, arrays, Python's own values, and the user's functions and objects can, and so can
+    containers of these.
+    """
+    if isinstance(value, Mapping):
         return any(map(_counts, value.values()))
+    if isinstance(value, Set | list | tuple | deque):
+        return any(map(_counts, value))
     if _is_function(value):
         return not is_of_framework(value)
-    return hasattr(value, "__array__") or (is_of_user(value) and not hasattr(value, "to_dict"))
+    if isinstance(value, Tensor) or hasattr(value, "__array__") or is_of_python(value):
+        return True
+    return is_of_user(value) and not hasattr(value, "to_dict")
 
 
 def _is_function(value: Any) -> bool:

@@ -148,8 +148,20 @@ def is_of_user(value: Any) -> bool:
         return True
     if isinstance(value, nn.Module | type | np.ndarray | _FUNCTIONS):
         return False
-    is_of_python = type(value).__module__.partition(".")[0] in sys.stdlib_module_names
-    return hasattr(value, "__dict__") and not is_of_python and not is_of_framework(value)
+    return hasattr(value, "__dict__") and not _is_from_python(value) and not is_of_framework(value)
+
+
+def is_of_python(value: Any) -> bool:
+    """Return whether a value is of a class of Python's own, and may change a forward pass."""
+    if isinstance(value, type):
+        return not is_library_module(value.__module__)
+    return _is_from_python(value) and not isinstance(
+        value, (*_WITHOUT_EFFECT, types.ModuleType, weakref.ReferenceType)
+    )
+
+
+def _is_from_python(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _code_of(function: types.FunctionType) -> types.CodeType | str:

@@ -294,12 +294,16 @@ class _Wrapping:
             model = self._model(twin, bridged_blocks(bridge), BRIDGE)
             checks.require_shared_weights(twin, self.base)
             trace = self._check(model)
-            error = max(
-                checks.off_by(mine.resid_post, theirs.resid_post)
-                for mine, theirs in zip(trace.calls, expected.calls, strict=True)
-            )
             points = expected.resid_final[0]
-            error = max(error, checks.off_by(model.logits(points), self.plain.logits(points)))
+            error = checks.largest(
+                [
+                    checks.off_by(model.logits(points), self.plain.logits(points)),
+                    *(
+                        checks.off_by(mine.resid_post, theirs.resid_post)
+                        for mine, theirs in zip(trace.calls, expected.calls, strict=True)
+                    ),
+                ]
+            )
         except Exception as problem:
             pass_on_lack_of_memory(problem)
             words = f"{type(problem).__name__}: {message_of(problem, 200)}"

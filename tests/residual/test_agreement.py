@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import threading
 from functools import partial
 
@@ -622,7 +623,13 @@ def first_row(module, args, output):
     return output
 
 
-@pytest.mark.parametrize("hook", [for_several, first_row])
+def second_row_without_numbers(module, args, output):
+    output = output.clone()
+    output[1:] *= math.nan
+    return output
+
+
+@pytest.mark.parametrize("hook", [for_several, first_row, second_row_without_numbers])
 def test_a_hook_that_goes_by_the_place_in_a_batch_is_refused_if_scores_have_one(model, hook):
     """Prompts are measured alone, and scored in batches unless batch_size is 1."""
     model.model.layers[1].mlp.register_forward_hook(hook)

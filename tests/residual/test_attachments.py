@@ -1,6 +1,8 @@
 """Hooks, replaced methods, buffers and attributes are part of a model's identity."""
 
+import datetime
 import decimal
+import fractions
 import functools
 import os
 import random
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import deque
 from pathlib import Path
 
 import cases
@@ -190,6 +193,24 @@ def test_what_is_attached_counts(model, attach):
         attach(other.model.layers[1], value)
         prints.append(fingerprint(other))
     assert prints[0] == prints[1] and len({plain, *prints}) == 3
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(lambda x: frozenset({x}), lambda x: deque([x])),
+        *(lambda x: str(x).encode(), lambda x: bytearray(str(x).encode()), complex, slice),
+        *(lambda x: range(int(4 * x)), decimal.Decimal, fractions.Fraction, Path, str),
+        *(datetime.timedelta, lambda x: types.MappingProxyType({"a": x}), lambda x: (None, x)),
+    ],
+)
+def test_an_attribute_of_any_kind_of_python_counts(model, kind):
+    """A hook that read a frozenset had one fingerprint whatever was in it."""
+    prints = [fingerprint(model)]
+    for value in (0.25, 0.5, 0.5):
+        model.model.layers[1].steering = kind(str(value) if kind is Path else value)
+        prints.append(fingerprint(model))
+    assert prints[2] == prints[3] and len({*prints}) == 3
 
 
 def test_an_ordinary_model_has_nothing_attached(tmp_path):

@@ -1,6 +1,7 @@
 """Another function is refused, rounding is not: half precision may leave nothing of a token."""
 
 import copy
+import math
 
 import cases
 import pytest
@@ -63,3 +64,13 @@ def test_the_nearest_token_decides():
     require_close_somewhere("a stream", "Model", found, expected, HALF)
     with pytest.raises(CouplingError, match=r"a stream off by 1\.0e-01 from what Model"):
         require_close_somewhere("a stream", "Model", found, expected, 0.05)
+
+
+def test_a_token_that_overflows_hides_no_difference_of_the_others():
+    expected = torch.ones(3, 4)
+    expected[0] = math.nan
+    require_close_somewhere("a stream", "Model", expected, expected, HALF)
+    with pytest.raises(CouplingError, match="a stream off by"):
+        require_close_somewhere("a stream", "Model", 2 * expected, expected, HALF)
+    with pytest.raises(CouplingError, match="a stream off by nan"):
+        require_close_somewhere("a stream", "Model", math.nan * expected, expected, HALF)
