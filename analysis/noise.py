@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import command
-from coupling_analysis import prompt_matrices, study_tables
+from coupling_analysis import prompt_matrices, selection, study_tables
 from coupling_analysis.noise_robustness import LEVELS, noise_robustness
 from coupling_analysis.study_figures import noise_curves
 
@@ -37,7 +37,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="seed of the noise (0)")
     options = parser.parse_args(argv)
     every = study_tables.read(options.runs, columns=["tokens"])
-    records = study_tables.select_model(every, options.model)
+    records = selection.select_model(every, options.model)
     model_name = records["model"].iloc[0]
     prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
     model = prompt_matrices.load_model(options.model)

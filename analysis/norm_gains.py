@@ -14,7 +14,7 @@ from pathlib import Path
 import command
 import pandas as pd
 import torch
-from coupling_analysis import study_tables
+from coupling_analysis import selection, study_tables
 from coupling_analysis.line_figures import quartile_bars
 from coupling_analysis.norm_gains import KINDS, change_gains
 from coupling_analysis.prompt_matrices import load_causal_lm
@@ -36,7 +36,7 @@ def main(argv=None):
     every = study_tables.read([options.runs], columns=["tokens"])
     rows = []
     for name in options.models:
-        records = study_tables.select_model(every, name)
+        records = selection.select_model(every, name)
         prompts = list(dict.fromkeys(records["tokens"]))[: options.prompts]
         for kind in KINDS:
             rows += [

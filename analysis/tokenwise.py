@@ -13,7 +13,7 @@ from __future__ import annotations
 import command
 import numpy as np
 import pandas as pd
-from coupling_analysis import study_tables
+from coupling_analysis import selection, study_tables
 from coupling_analysis.matrix_figures import token_heatmaps
 from coupling_analysis.missing_documents import describe_missing
 from coupling_analysis.token_pairs import KINDS, mean_token_pairs
@@ -42,12 +42,12 @@ def main(argv=None):
     notes = describe_missing(records, columns=[kind.column]) if options.doc is None else []
     records = require(records, [kind.column])
     rank = study_tables.choose_rank(records, options.rank)
-    records = study_tables.select_document(records, options.doc)
+    records = selection.select_document(records, options.doc)
     panels, tokens, rows = {}, {}, []
     for run, of in records.groupby(study_tables.RUN, sort=False):
         label = study_tables.label_run(*run)
         pairs = mean_token_pairs(of, options.kind, rank)
-        for layer in study_tables.choose_layers(options.layers, pairs.layers, PANELS):
+        for layer in selection.choose_layers(options.layers, pairs.layers, PANELS):
             at = pairs.layers.index(layer)
             name = f"{label}, layer {layer} (n = {pairs.n})"
             panels[name], tokens[name] = pairs.miscoupling[at, at], pairs.tokens

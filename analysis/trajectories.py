@@ -12,7 +12,7 @@ from __future__ import annotations
 import command
 import numpy as np
 import pandas as pd
-from coupling_analysis import study_tables
+from coupling_analysis import selection, study_tables
 from coupling_analysis.trajectory_figures import token_trajectories
 
 from lm_eval_coupling.saved.tables import require
@@ -32,7 +32,7 @@ def main(argv=None):
     records = study_tables.read(options.runs, options.tasks, columns=COLUMNS)
     records = require(records, COLUMNS)
     doc = int(records["doc_id"].iloc[0]) if options.doc is None else options.doc
-    drawn = study_tables.select_document(records, doc)
+    drawn = selection.select_document(records, doc)
     drawn = drawn[drawn["task"] == drawn["task"].iloc[0]].drop_duplicates(study_tables.RUN)
     # The number of tokens stands in the name: each model splits a text in its own way.
     by_name = {

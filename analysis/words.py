@@ -23,7 +23,7 @@ from typing import Any
 import command
 import numpy as np
 import pandas as pd
-from coupling_analysis import prompt_matrices, study_tables
+from coupling_analysis import prompt_matrices, selection, study_tables
 from coupling_analysis.direction_words import DirectionWords, chance_kept, direction_words
 from coupling_analysis.line_figures import curves
 from coupling_matrices import PROMPT
@@ -73,7 +73,7 @@ def read_prompts(model: Any, results: Path, task: str, docs: Sequence[int]) -> l
             f"measured: {', '.join(sorted(set(names)))}; give that model, with --dtype as the run "
             "loaded it"
         )
-    rows = pd.concat([study_tables.select_document(own, doc) for doc in docs])
+    rows = pd.concat([selection.select_document(own, doc) for doc in docs])
     return [
         Prompt(
             row["tokens"],

@@ -59,6 +59,15 @@ def resolve_token(token: int, seq: int, name: str = "position") -> int:
     return token % seq
 
 
+def require_token_ids(ids: Iterable[int], words: int) -> None:
+    """Raise CouplingError for a token id that a model of ``words`` tokens does not have."""
+    for token in ids:
+        if not 0 <= token < words:
+            raise CouplingError(
+                f"got token id {token} in a prompt, expected 0 to {words - 1} for this model"
+            )
+
+
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return a text that is one of ``choices``, or raise CouplingError for anything else."""
     if isinstance(value, str) and value in choices:

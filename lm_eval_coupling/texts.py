@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_eval_coupling.errors import CouplingError, why
+from lm_eval_coupling.errors import CouplingError, require_token_ids, why
 from lm_eval_coupling.harness.model_request import Measured, ModelRequest
 from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.saved.bounded import parse_json
@@ -252,11 +252,7 @@ def _document_prompts(
             continue
         prompt = line.prompt
         ids = lm.tok_encode(prompt) if isinstance(prompt, str) else prompt
-        if ids and max(ids) >= vocabulary:
-            raise CouplingError(
-                f"got token {max(ids)} among the prompts, "
-                f"expected ids below {vocabulary} for this model"
-            )
+        require_token_ids(ids, vocabulary)
         n_cut += len(ids) > lm.max_length
         tokens = tuple(ids[-lm.max_length :])
         text = lm.tokenizer.decode(list(tokens))

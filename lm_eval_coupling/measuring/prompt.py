@@ -298,9 +298,10 @@ def _measure_batch(
     traced: Sequence[tuple[Sequence[int], int, Trace]],
     start: float,
 ) -> list[dict[str, MeasureResult]]:
-    """Return the results of prompts, given with token and trace, by measure.
+    """Return the results of each prompt of a batch, by measure.
 
-    The clock of their shared seconds began at ``start``.
+    ``traced`` has the token ids, the measured token and the trace of each. They share equally the
+    seconds since ``start``.
     """
     prompts, positions, traces = zip(*traced, strict=True)
     batch = Batch(model, prompts, positions, settings=settings, traces=traces)

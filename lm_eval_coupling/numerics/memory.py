@@ -326,7 +326,7 @@ def memory_of(model: Any, *, rank: int, seq: int, prompts: int = 1, itemsize: in
 
 
 def shape_of(model: Any, itemsize: int) -> dict[str, Any]:
-    """Return the arguments of :func:`memory` that depend on the model alone."""
+    """Return the arguments of :func:`memory` that follow from the model and the bytes a number."""
     block_params, largest = model.block_sizes
     return {
         "n_layers": model.n_layers,

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.errors import CouplingError, require_token_ids
 
 _EXPECTED = (
     "expected the ids of one prompt, [seq] or [1, seq]; encode text with the model's tokenizer, "
@@ -111,10 +111,7 @@ class TokenIds:
                 f"got a {ids.dtype} of shape {[*ids.shape]} as the tokens of a prompt, {_EXPECTED}"
             )
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.words:
-            wrong = next(int(id) for id in ids.flatten() if not 0 <= id < self.words)
-            raise CouplingError(
-                f"got token id {wrong} in a prompt, expected 0 to {self.words - 1} for this model"
-            )
+            require_token_ids(ids.flatten().tolist(), self.words)
         return ids.flatten()
 
     def as_scored(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

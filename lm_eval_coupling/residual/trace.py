@@ -147,7 +147,7 @@ def _move_each(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """Return an argument of a block with ``move`` applied to every tensor in it.
 
     Mappings are changed in place, since later blocks see what a block writes into them. A tuple or
-    list is copied if one of its tensors moves.
+    list, with the mappings in it, is copied if one of its tensors moves.
     """
     if isinstance(value, Tensor):
         return move(value)

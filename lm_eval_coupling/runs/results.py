@@ -103,7 +103,7 @@ def add_to_results(
 def with_logged_ids(
     rows: Sequence[Row], results: Mapping[str, Any], chosen: Mapping[str, Sequence[int]]
 ) -> list[Row]:
-    """Return the rows with the ``doc_id`` that lm-eval logs.
+    """Return the rows with the ``doc_id`` in lm-eval's samples, or else the number in the data set.
 
     With ``--samples``, lm-eval numbers the requests from 0, in the order of the data set.
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from lm_eval_coupling.errors import CouplingError, path, whole
+from lm_eval_coupling.errors import CouplingError, path, require_token_ids, whole
 from lm_eval_coupling.measures.formulas.headline import chance_coupling
 from lm_eval_coupling.measures.formulas.means import mean_and_error
 from lm_eval_coupling.measuring.settings import chosen_measures, chosen_ranks
@@ -186,11 +186,7 @@ class CouplingCallback(TrainerCallback):
                     f"got a prompt of {len(tokens)} tokens for a model of {longest} positions, "
                     "expected at most as many; shorten it"
                 )
-            if any(not 0 <= token < config.vocab_size for token in tokens):
-                raise CouplingError(
-                    f"got token {max(tokens)} among the prompts, expected ids below "
-                    f"{config.vocab_size} for this model"
-                )
+            require_token_ids(tokens, config.vocab_size)
         if not prompts:
             raise CouplingError("got no prompts to measure, expected at least one")
         self.options.settings.check_shape(config.hidden_size, config.num_hidden_layers)
@@ -212,7 +208,7 @@ class CouplingCallback(TrainerCallback):
         """Measure this step in process 0, and log the means over the prompts.
 
         The step is saved once the trainer has logged its loss, or else before the next measurement
-        or at the end. An error is logged and not raised.
+        or at the end. An error of the measurement is logged and not raised.
 
         Raises:
             KeyboardInterrupt: if Ctrl-C ended the measuring.

@@ -3,8 +3,9 @@
 import math
 import re
 
+import pandas as pd
 import pytest
-from coupling_analysis import study_tables
+from coupling_analysis import selection, study_tables
 from studied import record, save
 
 from lm_eval_coupling.errors import CouplingError
@@ -106,16 +107,34 @@ def test_records_of_the_model_that_is_meant(tmp_path, name):
     for model in ("/home/a/tiny", "/home/b/tiny", "org/other"):
         save(tmp_path, [record(0)], model=model)
     records = study_tables.read([tmp_path])
-    assert study_tables.select_model(records, name)["model"].tolist() == ["b/tiny"]
-    assert study_tables.select_model(records, "/moved/other")["model"].tolist() == ["other"]
+    assert selection.select_model(records, name)["model"].tolist() == ["b/tiny"]
+    assert selection.select_model(records, "/moved/other")["model"].tolist() == ["other"]
     with pytest.raises(
         CouplingError, match="got tiny, which may be a/tiny or b/tiny; give more of its path"
     ):
-        study_tables.select_model(records, "tiny")
+        selection.select_model(records, "tiny")
     with pytest.raises(
         CouplingError, match="got records of a/tiny, b/tiny, other, none of c/tiny; give"
     ):
-        study_tables.select_model(records, "c/tiny")
+        selection.select_model(records, "c/tiny")
+
+
+@pytest.mark.parametrize(
+    ("models", "name", "meant"),
+    [
+        (["gpt2", "/models/org/gpt2"], "org/gpt2", "/models/org/gpt2"),
+        (["gpt2", "me/gpt2"], "gpt2", "gpt2"),
+        (["gpt2", "me/gpt2"], "/models/me/gpt2", "me/gpt2"),
+        (["gpt2", "me/gpt2"], "you/gpt2", None),
+    ],
+)
+def test_a_name_that_ends_anothers_is_not_taken_for_it(models, name, meant):
+    records = pd.DataFrame({"model": models})
+    if meant is None:
+        with pytest.raises(CouplingError, match=f"none of {name}"):
+            selection.select_model(records, name)
+    else:
+        assert selection.select_model(records, name)["model"].tolist() == [meant]
 
 
 def test_what_was_not_measured_is_named(run):

@@ -159,7 +159,7 @@ def test_token_ids_of_another_model_are_refused(home, tmp_path):
     file.write_text("[1, 2, 3]\n[1, 5000]\n")
     with pytest.raises(
         CouplingError,
-        match="got token 5000 among the prompts, expected ids below 259 for this model",
+        match="got token id 5000 in a prompt, expected 0 to 258 for this model",
     ):
         measure_texts(
             str(home / "float32"),

@@ -205,7 +205,8 @@ def test_texts_are_encoded_by_the_trainers_tokenizer(tmp_path):
     [
         ({"prompts": ["a text"]}, "a Trainer without a tokenizer, expected token ids; or give"),
         ({"prompts": [[1] * 65]}, "got a prompt of 65 tokens for a model of 64 positions"),
-        ({"prompts": [[1, 61]]}, "got token 61 among the prompts, expected ids below 61"),
+        ({"prompts": [[1, 61]]}, "got token id 61 in a prompt, expected 0 to 60"),
+        ({"prompts": [[1, -100]]}, "got token id -100 in a prompt, expected 0 to 60"),
         ({"prompts": []}, "got no prompts to measure"),
         ({"ranks": (25,)}, "25"),
     ],
