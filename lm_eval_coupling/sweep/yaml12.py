@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+
+from lm_eval_coupling.errors import shown
 
 _MAX_CHARACTERS = 300_000
 _MAX_NODES = 8_000  # Aliases count as often as they are used. PyYAML reads 20,000 a second.
@@ -25,9 +27,10 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
     "tag:yaml.org,2002:timestamp": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "0123456789"),
 }
-_TAGS = {
-    *_SCALARS,
-    *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map", "merge")),
+_NODES: dict[str, type[yaml.Node]] = {
+    **dict.fromkeys([*_SCALARS, "tag:yaml.org,2002:str"], yaml.ScalarNode),
+    "tag:yaml.org,2002:seq": yaml.SequenceNode,
+    "tag:yaml.org,2002:map": yaml.MappingNode,
 }
 
 
@@ -62,14 +65,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if node.tag not in _TAGS:
+        if node.tag not in _NODES:
             _refuse(f"the tag {node.tag!r} is not allowed", node)
+        if not isinstance(node, kind := _NODES[node.tag]):
+            _refuse(f"got a {node.id} after the tag {node.tag!r}, expected a {kind.id}", node)
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node)
-        return super().construct_object(node, deep)
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as the 45th of a month
+            _refuse(str(error), node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        self.flatten_mapping(node)
         keys: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -82,6 +89,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
+    pattern, _ = _SCALARS.get(node.tag, (".*", ""))
+    if not re.fullmatch(pattern, node.value, re.DOTALL):  # Only a written tag can be wrong.
+        _refuse(f"got {shown(node.value)} after the tag {node.tag!r}, of another type", node)
     is_number = node.tag.endswith((":int", ":float"))
     if is_number and len(node.value) > _MAX_DIGITS:
         _refuse(f"a number has {len(node.value)} digits, at most {_MAX_DIGITS} are allowed", node)
@@ -89,7 +99,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         _refuse("a text holds a null character or half of a character", node)
 
 
-def _refuse(problem: str, place: Any) -> None:
+def _refuse(problem: str, place: Any) -> NoReturn:
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
@@ -105,11 +115,16 @@ def load(text: str) -> Any:
     """Return the content of a YAML document, read in bounded time by the rules of YAML 1.2.
 
     Raises:
-        yaml.YAMLError: if it is no YAML, has a key twice, holds itself, or is too large or deep.
+        yaml.YAMLError: if it is too long.
+        yaml.MarkedYAMLError: if it is no YAML, has a key twice, holds itself, is too large or deep,
+            or has a value that is not of the type of its tag.
     """
     if len(text) > _MAX_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text)} characters, at most {_MAX_CHARACTERS} are read")
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (ValueError, RecursionError) as error:  # such as the 45th of a month
-        raise yaml.YAMLError(str(error)) from None
+        return loader.get_single_data()
+    except (ValueError, OverflowError, RecursionError) as error:  # such as the character \Uffffffff
+        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=loader.get_mark()) from None
+    finally:
+        loader.dispose()

@@ -206,6 +206,34 @@ def test_yaml_means_what_people_mean(tmp_path):
         plans.read(tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *('!!int ""', '!!int "+"', '!!int "0x"', "!!int 0x10", "!!int 1:x", '!!float ""', "!!int"),
+        *("!!float 1_0", "!!bool maybe", "!!bool yes", "!!null x", "!!timestamp x", "2024-13-45"),
+        *("!!map [1]", "!!map ab", "!!map", "!!seq {b: 1}", "!!seq x", "!!str [x]", "!!null {}"),
+        *("!!int {!!value x: 5}", "{<<: !!map x}", "{!!merge x: {b: 1}}", "{!!value x: 1}"),
+        *(
+            "!!set {b}",
+            "!!binary x",
+            '"\\UFFFFFFFF"',
+            '"\\U00110000"',
+            "!<tag:yaml.org,2002:int> x",
+        ),
+    ],
+)
+def test_a_value_that_is_not_of_its_tag_is_refused_with_its_line(tmp_path, value):
+    """Each was a traceback, an error without a line, or a value of YAML 1.1."""
+    with pytest.raises(CouplingError, match=r"cannot be read as a plan \(.* at line 2, column"):
+        read(tmp_path, f"tasks: t\nmodels: {value}\n")
+
+
+def test_a_value_may_have_the_tag_of_its_type(tmp_path):
+    assert yaml12.load(
+        "{a: !!int 5, b: !!float 1, c: !!str 5, d: !!bool true, e: !!null ~, f: !!seq [!!map {}]}"
+    ) == {"a": 5, "b": 1.0, "c": "5", "d": True, "e": None, "f": [{}]}
+
+
 def test_a_revision_that_became_a_number_is_refused(tmp_path):
     """A commit such as 12e45678 is an infinite number in YAML and would name another revision."""
     assert "put numbers in quotes" in "\n".join(
