@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 from collections import Counter
@@ -19,6 +18,7 @@ from lm_eval_coupling.saved.bounded import parse_json, read_json
 from lm_eval_coupling.saved.jsonlines import read_lines
 from lm_eval_coupling.saved.prompting import model_arguments
 from lm_eval_coupling.saved.results_file import RESULTS, number, require_shape
+from lm_eval_coupling.saved.run_files import date_in, is_results
 from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -142,10 +142,11 @@ def read_results(path: Path, option: str = "--samples") -> dict[Path, dict[str, 
     """
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = sorted(path.rglob("results_*.json"))
+        files = sorted(file for file in path.rglob("*.json") if is_results(file.name))
     if not files:
         raise CouplingError(
-            f"got {option} {path}, expected a results_*.json of lm-eval or a folder with one"
+            f"got {option} {path}, expected a results_*.json or NAME_<date>.json of lm-eval or a "
+            "folder with one"
         )
     return {file: _read_results(file) for file in files}
 
@@ -257,21 +258,36 @@ def samples_files(file: Path, results: Mapping[str, Any]) -> dict[str, Path]:
             files[task] = samples
     if files:
         return files
-    raise CouplingError(f"got {file} without samples_*.jsonl beside it; {_RERUN}")
+    date = date_in(file)
+    expected = f"samples_*_{date}.jsonl" if date else "samples_*.jsonl that can only be its own"
+    raise CouplingError(f"got {file} without {expected} beside it; {_RERUN}")
 
 
 def _samples_file(results: Path, task: str) -> Path | None:
-    date = results.stem.removeprefix("results_")
+    """Return the samples of a task that have the date of the results.
+
+    Results that were renamed have no date. They take the only samples of the task in their folder,
+    if there are no other results that these can belong to.
+    """
     try:
-        exact = results.with_name(f"samples_{task}_{date}.jsonl")
-        if exact.is_file():
-            return exact
-        # Files that were renamed: take the samples if there is no doubt which they are.
-        others = list(results.parent.glob("results_*.json"))
-        dated = list(results.parent.glob(f"samples_{glob.escape(task)}_20*.jsonl"))
+        if date := date_in(results):
+            exact = results.with_name(f"samples_{task}_{date}.jsonl")
+            return exact if exact.is_file() else None
+        beside = [file for file in results.parent.iterdir() if file.is_file()]
     except (OSError, ValueError):  # a task's name that no file can have
         return None
-    return dated[0] if len(dated) == 1 and len(others) <= 1 else None
+    dated = [file for file in beside if file.name == f"samples_{task}_{date_in(file)}.jsonl"]
+    others = [file for file in beside if file.suffix == ".json" and file.name != results.name]
+    is_certain = len(dated) == 1 and not any(map(_is_evaluation, others))
+    return dated[0] if is_certain else None
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Return whether a file has the name or the content of lm-eval's results."""
+    try:
+        return is_results(file.name) or bool(_read_results(file))
+    except CouplingError:
+        return False
 
 
 def _read_samples(file: Path, task: str) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class _Listing:
         if date := date_in(file):
             names = sorted(os.listdir(file.parent))
             tables = [n for n in names if n.startswith(TABLE_PREFIXES) and n.endswith(".parquet")]
-            others = tables if file.suffix == ".json" else [n for n in names if _is_results(n)]
+            others = tables if file.suffix == ".json" else [n for n in names if is_results(n)]
             for name in others:
                 if date_in(file.parent / name) == date:
                     self._add_entry(file.parent / name)
@@ -163,14 +163,15 @@ class _Listing:
         return is_new
 
 
-def _is_results(name: str) -> bool:
+def is_results(name: str) -> bool:
+    """Return whether a file has the name of lm-eval's results."""
     # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json.
     return name.endswith(".json") and (name.startswith("results") or bool(_DATE.search(name)))
 
 
 def _is_run_file(name: str) -> bool:
     is_table = name.endswith(".parquet") and name.startswith(TABLE_PREFIXES)
-    return is_table or _is_results(name)
+    return is_table or is_results(name)
 
 
 def _count_run_files(folder: Path) -> int:
@@ -193,7 +194,8 @@ def _without_copies(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
             # The first of several that have as many companions.
             kept = max(equal, key=lambda file: companions(file.parent, date_in(file)))
             original |= {file: kept for file in equal if file is not kept}
-    # A table belongs to the results of its date beside it, and is a copy only if these are one.
+    # A table that has kept results of its own date beside it is kept too, even if its bytes are a
+    # copy.
     results = {(f.parent, date_in(f)) for f in files if f.suffix == ".json" and f not in original}
     original = {
         copy: kept
@@ -203,12 +205,17 @@ def _without_copies(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     folders: dict[tuple[Path, Path], list[Path]] = {}
     for copy, kept in original.items():
         folders.setdefault((copy.parent, kept.parent), []).append(copy)
-    sentences = [
-        f"got {folder}, {len(copies)} files of which are copies of files in {other}; each counts "
-        "once"
-        for (folder, other), copies in folders.items()
-    ]
+    sentences = [_copies_in_words(len(copies), *pair) for pair, copies in folders.items()]
     return [file for file in files if file not in original], sentences
+
+
+def _copies_in_words(count: int, folder: Path, other: Path) -> str:
+    if other == folder:
+        place = "another file there" if count == 1 else "other files there"
+    else:
+        place = f"{'a file' if count == 1 else 'files'} in {other}"
+    copies = "copy" if count == 1 else "copies"
+    return f"got {folder} with {count} {copies} of {place}; each counts once"
 
 
 def _of_equal_size(files: Iterable[Path]) -> list[Path]:

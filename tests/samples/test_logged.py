@@ -116,6 +116,54 @@ def test_of_a_folder_of_several_models_those_of_the_model_are_read(tmp_path):
         read_evaluations(tmp_path, "org/third")
 
 
+def save_named(folder, name, day, *samples, model="org/model", task="t"):
+    """Save as lm-eval does with ``--output_path NAME.json``: NAME_<date>.json."""
+    date = f"2026-01-0{day}T00-00-00.0"
+    save(folder, *samples, results=results_of(model, task), date=date, task=task)
+    return (folder / f"results_{date}.json").rename(folder / f"{name}_{date}.json")
+
+
+def test_samples_of_another_run_are_not_read_for_results_of_another_name(tmp_path):
+    """The samples of org/other were read as those of org/model."""
+    save_named(tmp_path, "base", 1, SAMPLE, model="org/other")
+    chat = save_named(tmp_path, "chat", 2)
+    with pytest.raises(CouplingError, match="without samples_.*jsonl beside it"):
+        logged.read_evaluation(chat)
+
+
+def test_samples_beside_results_of_another_name_are_those_of_their_date(tmp_path):
+    save_named(tmp_path, "base", 1, SAMPLE, model="org/other")
+    chat = save_named(tmp_path, "chat", 2, SAMPLE | {"doc_id": 7})
+    (sample,) = logged.read_evaluation(chat).samples["t"]
+    assert sample["doc_id"] == 7
+
+
+def test_results_of_another_name_are_found_in_a_folder(tmp_path):
+    save_named(tmp_path, "base", 1, SAMPLE, model="org/other")
+    chat = save_named(tmp_path, "chat", 2, SAMPLE)
+    (tmp_path / "generation_config.json").write_text("{}")
+    (evaluation,) = read_evaluations(tmp_path, "org/model")
+    assert evaluation.file == chat
+
+
+def test_renamed_results_have_the_samples_that_can_only_be_their_own(tmp_path):
+    renamed = save_named(tmp_path, "base", 1, SAMPLE).rename(tmp_path / "renamed.json")
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert list(logged.read_evaluation(renamed).samples) == ["t"]
+    (tmp_path / "copy.json").write_text(renamed.read_text())
+    with pytest.raises(CouplingError, match="without samples_.*jsonl that can only be its own"):
+        logged.read_evaluation(renamed)
+
+
+def test_samples_of_a_longer_task_are_not_taken_for_those_of_a_task(tmp_path):
+    """The name of the task t_2024 begins as the task t and the century of a date do."""
+    renamed = save_named(tmp_path, "base", 1).rename(tmp_path / "renamed.json")
+    samples = tmp_path / "samples_t_2024_2026-01-01T00-00-00.0.jsonl"
+    samples.write_text(json.dumps(SAMPLE) + "\n")
+    with pytest.raises(CouplingError, match="without samples_.*jsonl that can only be its own"):
+        logged.read_evaluation(renamed)
+
+
 def test_results_without_samples_are_refused(tmp_path):
     with pytest.raises(CouplingError, match="without samples_.*--log_samples"):
         read_evaluation(save(tmp_path))

@@ -76,6 +76,24 @@ def test_copies_count_once_and_the_complete_one_is_kept(tmp_path, caplog):
     assert "each counts once" in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_copies_are_counted_by_folder(tmp_path, count):
+    names = [f"results_2026-01-0{day}T00-00-00.1" for day in range(1, count + 1)]
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    for name in names:
+        for file in (f"a/{name}", f"b/{name}", f"c/{name}", f"c/{name} (1)"):
+            (tmp_path / f"{file}.json").write_text(json.dumps({"results": {"t": name}}))
+    words = ["1 copy of a file in", "1 copy of another file there"]
+    if count == 2:
+        words = ["2 copies of files in", "2 copies of other files there"]
+    a, b, c = (tmp_path / folder for folder in ("a", "b", "c"))
+    copies = list_run_files([a, b]).passed_over
+    assert copies == (f"got {b} with {words[0]} {a}; each counts once",)
+    copies = list_run_files([c]).passed_over
+    assert copies == (f"got {c} with {words[1]}; each counts once",)
+
+
 def test_files_of_equal_size_that_differ_are_no_copies(tmp_path):
     for model in ("org/a", "org/b"):
         run(tmp_path, model)
