@@ -4,7 +4,7 @@
 
 :mod:`lm_eval_coupling.sweep.checks` writes the question. The answer has ``problems`` (sentences)
 and ``models`` (facts by model). The folder ``overrides`` gets a file for each task whose number of
-examples is set. With ``download``, models and data sets are fetched into the caches.
+examples is set; null for none. With ``download``, models and data sets are fetched into the caches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(question: Path, answer: Path) -> None:
         request["models"], request["coupling"], offline=request["offline"]
     )
     problems += of_models
-    if not problems:
+    if not problems and request["overrides"] is not None:
         _override(
             manager,
             {name: shots for name, shots in request["tasks"] if shots is not None},

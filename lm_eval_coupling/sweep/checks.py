@@ -19,10 +19,12 @@ from lm_eval_coupling.sweep.plan import Plan, PlanError, Slurm
 from lm_eval_coupling.sweep.plan_secrets import hide
 from lm_eval_coupling.sweep.reasons import reason
 from lm_eval_coupling.sweep.request import include_paths, overrides_folder
-from lm_eval_coupling.sweep.shared_store import locks_work
+from lm_eval_coupling.sweep.shared_store import locks_work, temporary_folder
 from lm_eval_coupling.sweep.source import source
 from lm_eval_coupling.versions import installed_version
 
+# Nothing is written or downloaded for a plan that is refused in any case.
+_REFUSED: dict[str, Any] = {"overrides": None}
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -43,7 +45,7 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
     remembered = plan.output / "checked.json"
     answer = state.read_json(remembered)
     if problems or download or answer.get("digest") != _digest(plan, question):
-        answer = _ask(plan, question)
+        answer = _ask(plan, question | _REFUSED if problems else question)
         if problems := [*problems, *answer["problems"]]:
             raise PlanError(plan.file, [hide(p, plan.secrets.values()) for p in problems])
         with contextlib.suppress(OSError):  # The answer is only kept to save the next check.
@@ -52,16 +54,20 @@ def check(plan: Plan, *, download: bool = False) -> dict[str, Any]:
 
 
 def add_checks(error: PlanError) -> PlanError:
-    """Add to the problems of a plan's text those that :func:`check` finds in what can be read."""
-    if error.plan is None or not error.plan.units or not error.plan.tasks:
+    """Return the error with the problems that :func:`check` finds in the readable part of the plan.
+
+    The error comes back unchanged if there is none, or if the check itself fails.
+    """
+    plan = error.plan
+    if plan is None or not plan.units or not plan.tasks:
         return error
     try:
-        check(error.plan)
-    except PlanError as further:
-        return PlanError(error.plan.file, [*error.problems, *further.problems])
-    except CouplingError:
-        pass  # The check itself failed, perhaps because of what is wrong with the text.
-    return error
+        answer = _ask(plan, _question(plan, download=False) | _REFUSED)
+    except CouplingError:  # perhaps because of what is wrong with the text
+        return error
+    problems = [*_output(plan), *_store(plan), *answer["problems"]]
+    hidden = [hide(problem, plan.secrets.values()) for problem in problems]
+    return PlanError(plan.file, [*error.problems, *hidden]) if problems else error
 
 
 def writable(plan: Plan) -> bool:
@@ -70,9 +76,9 @@ def writable(plan: Plan) -> bool:
 
 
 def _output(plan: Plan) -> list[str]:
+    """Return what is wrong with the output, which is not made: the plan may be refused."""
     try:
-        plan.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=plan.output):
+        with temporary_folder(plan.output) as folder, tempfile.TemporaryFile(dir=folder):
             return []
     except (OSError, ValueError) as error:
         words = why(error)

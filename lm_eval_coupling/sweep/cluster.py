@@ -85,7 +85,7 @@ def require_configuration() -> None:
 
 
 def require() -> None:
-    """Raise CouplingError unless jobs can be submitted from here, by sbatch and submitit."""
+    """Raise CouplingError unless sbatch and submitit are installed here."""
     if shutil.which("sbatch") is None:
         raise CouplingError(
             "got run.on: slurm, but this machine has no sbatch; call the sweep on a login node"

@@ -66,14 +66,15 @@ def sweep(
         return 0
     if isinstance(plan.run, Slurm):
         cluster.require()
-    if not checks.writable(plan):
-        checks.check(plan)  # Raises an error with this and all other problems.
+    if not checks.writable(plan) or not plan.output.exists():
+        checks.check(plan)  # Before the lock, whose folder a refused plan would leave behind.
     with _alone(plan):
-        for unit in plan.units:
-            state.write_json(plan.folder(unit) / state.FACTS, unit.facts)
         missing = [status.unit for status in statuses if status.state != "done"]
         if missing:
             checks.check(plan)
+        for unit in plan.units:
+            state.write_json(plan.folder(unit) / state.FACTS, unit.facts)
+        if missing:
             with _interrupts(), board.Board(plan, statuses) as display:
                 work = local.run if isinstance(plan.run, Local) else slurm.run
                 work(plan, missing, display, command)

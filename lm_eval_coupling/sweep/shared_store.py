@@ -1,11 +1,14 @@
-"""Test of a file system's locks, which SQLite needs if several workers share a store."""
+"""Tests of a place before any work: a folder in it, and locks, which a shared store needs."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _HOLD = """
@@ -17,16 +20,35 @@ sys.stdin.read()
 """
 
 
+@contextlib.contextmanager
+def temporary_folder(place: Path) -> Iterator[Path]:
+    """Make a temporary folder in ``place``, or where ``place`` would be made if it does not exist.
+
+    No other folder is made: the missing ones get stand-ins of the same names in the temporary one.
+
+    Yields:
+        A folder that can stand for ``place``; it is removed afterwards with all that is in it.
+
+    Raises:
+        OSError: if ``place`` is no folder, or none can be made there.
+        ValueError: if its name cannot be that of a folder.
+    """
+    existing = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    with tempfile.TemporaryDirectory(dir=existing) as temporary:
+        folder = Path(temporary) / place.relative_to(existing)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
 def locks_work(folder: Path) -> bool:
     """Return whether a database that a second process locks in ``folder`` is closed to this one.
 
-    That says nothing of other machines that see the same folder.
+    That says nothing of other machines that see the same folder. It need not exist.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            return _is_kept_out(Path(place) / "probe.sqlite")
-    except (OSError, sqlite3.Error):
+        with temporary_folder(folder) as place:
+            return _is_kept_out(place / "probe.sqlite")
+    except (OSError, ValueError, sqlite3.Error):
         return False
 
 

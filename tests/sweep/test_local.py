@@ -1,5 +1,6 @@
 """Workers side by side on this machine, and the command around them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -170,6 +171,46 @@ def test_what_is_wrong_with_the_text_and_add_checks_is_told_at_once(
     with pytest.raises(PlanError) as wrong:
         sweep(plan.file, check=True)  # which looks at the text only
     assert len(wrong.value.problems) == 1
+
+
+@pytest.mark.parametrize("wrong", ["text", "check", "store"])
+@pytest.mark.parametrize("options", [{}, {"dry_run": True}])
+def test_a_plan_that_is_refused_leaves_no_folder(
+    folder_of, make_plan, tmp_path, monkeypatch, wrong, options
+):
+    store = tmp_path / "stores" / "deep" / "store.sqlite"
+    output = tmp_path / "new" / "out"
+    plan = make_plan([folder_of("a")], output=str(output), coupling={"store": str(store)})
+    if wrong == "text":
+        plan.file.write_text(plan.file.read_text().replace("lm_eval:", "lm_evil:"))
+    if wrong == "store":
+        plan.file.write_text(plan.file.read_text() + "run: {on: slurm, hours: 1}\n")
+        monkeypatch.setattr("lm_eval_coupling.sweep.cluster.require", lambda: None)
+        monkeypatch.setattr("lm_eval_coupling.sweep.cluster.jobs", dict)
+    questions = []
+
+    def answer(plan, question):
+        questions.append(question)
+        return {"problems": ["no such task"] if wrong == "check" else [], "models": {}}
+
+    monkeypatch.setattr(checks, "_ask", answer)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(PlanError):
+        sweep(plan.file, command=STAND_IN, **options)
+    assert sorted(tmp_path.iterdir()) == before
+    # The folder into which the asked process writes tasks; it writes none if it finds a problem.
+    assert [q["overrides"] is None for q in questions] == [wrong != "check"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "link", "x" * 300, "new/" + "x" * 300, "\0"])
+def test_an_output_that_cannot_be_a_folder_is_refused(make_plan, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    plan = make_plan(["a"])
+    before = sorted(tmp_path.iterdir())
+    assert not checks.writable(dataclasses.replace(plan, output=tmp_path / name))
+    assert checks.writable(dataclasses.replace(plan, output=tmp_path / "new" / "out"))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_two_sweeps_in_one_folder_are_refused(folder_of, make_plan, unchecked):

@@ -193,7 +193,7 @@ def test_an_output_that_cannot_be_used_is_a_failure_of_the_unit(folder_of, make_
 def test_locks_hold_here_and_are_seen_not_to(tmp_path, monkeypatch):
     from lm_eval_coupling.sweep import shared_store
 
-    assert locks_work(tmp_path / "new")
+    assert locks_work(tmp_path / "new") and not (tmp_path / "new").exists()
     monkeypatch.setattr(
         shared_store, "_HOLD", "print('held', flush=True); import sys; sys.stdin.read()"
     )  # holds nothing
