@@ -88,7 +88,7 @@ def _arguments(
     accepted = [*list(parameters)[1:], *_FROM_PRETRAINED]
     accepted = [name for name in accepted if name != "kwargs"]
     for name in [name for name in arguments if name in parameters]:
-        if expected := _wrong_type(str(parameters[name].annotation), arguments[name]):
+        if expected := _wrong_type(name, str(parameters[name].annotation), arguments[name]):
             yield f"got {name}={shown(arguments[name])} of {model}, expected {expected}"
     for name in arguments:
         if (
@@ -108,7 +108,7 @@ def _arguments(
         yield f"{model}: {error}"
 
 
-def _wrong_type(annotation: str, value: Any) -> str | None:
+def _wrong_type(name: str, annotation: str, value: Any) -> str | None:
     """Return what is expected of a switch or a number of lm-eval's ``hf``, None if it is right.
 
     Python takes any text for true, also the `no` of YAML 1.2.
@@ -117,8 +117,9 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
         return None
     if "bool" in annotation:
         return None if isinstance(value, bool) else "true or false"
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return "a whole number of 1 or more" if "int" in annotation and not is_count else None
+    least = 0 if name.endswith("_id") else 1  # ids of tokens begin at 0
+    is_right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return f"a whole number of {least} or more" if "int" in annotation and not is_right else None
 
 
 def _problem_of_place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -129,7 +130,10 @@ def _problem_of_place(model: str, arguments: Mapping[str, Any]) -> Iterator[str]
     folder = Path(model).expanduser()
     if folder.is_dir():
         inner = folder / str(arguments.get("subfolder") or "")
-        if not (inner / "config.json").is_file() and "gguf_file" not in arguments:
+        gguf = arguments.get("gguf_file")
+        if gguf and not (inner / str(gguf)).is_file():
+            yield f"got gguf_file={gguf} of {model}, a folder without such a file"
+        elif not gguf and not (inner / "config.json").is_file():
             yield f"got the model {model}, a folder without config.json"
         elif not any(any(inner.glob(pattern)) for pattern in _WEIGHTS):
             yield f"got the model {model}, a folder without weights ({', '.join(_WEIGHTS)})"

@@ -130,7 +130,7 @@ def gold_request(requests: Sequence[Any], target: Any) -> Any | None:
         target: index of the right choice, as a number or in digits, or the text of its
             continuation. A single request is returned whatever the target is.
     """
-    if isinstance(target, str) and target.isdigit():
+    if isinstance(target, str) and target.isdecimal():
         target = int(target)
     if isinstance(target, int) and 0 <= target < len(requests):
         return requests[target]

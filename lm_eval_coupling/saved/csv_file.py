@@ -31,7 +31,7 @@ class CsvFile:
         file: its path, for messages.
         columns: the names of the header.
         rows: by column; rows of nothing but separators are left out.
-        lines: the number of each row's line in the file, from 1.
+        lines: the number of each row's first line in the file, from 1.
     """
 
     file: Path
@@ -84,15 +84,15 @@ class CsvFile:
     def values(self, column: str) -> list[float] | list[str | None]:
         """Return a column's numbers if it has only such, else its texts.
 
-        A column of dates has numbers of years.
+        A column of dates, or of dates and years, has numbers of years.
 
         Raises:
             CouplingError: if some cells are numbers and others only look like numbers.
         """
         every_cell = [row[column] for row in self.rows]
         cells = [cell for cell in every_cell if cell.lower() not in _MISSING]
-        if cells and all(map(to_date, cells)):
-            return [typed_fact(column, cell) if to_date(cell) else math.nan for cell in every_cell]
+        if any(map(to_date, cells)) and not any(math.isnan(_year(cell)) for cell in cells):
+            return [_year(cell) for cell in every_cell]
         are_numbers = [to_number(cell) is not None for cell in cells]
         look_like_numbers = [_NEARLY_A_NUMBER.fullmatch(cell) is not None for cell in cells]
         if cells and all(are_numbers):
@@ -122,12 +122,12 @@ def read_csv(file: Path | str, needed: Sequence[str], of_what: str) -> CsvFile:
 
     Raises:
         CouplingError: if it cannot be read, lacks a column or names one twice, or a row has
-            more or fewer cells than the header.
+            fewer cells than the header or more that are not empty.
     """
     file = Path(file)
     try:
         reader = csv.reader(io.StringIO(read_text(file, "utf-8-sig"), newline=""), strict=True)
-        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        table = _numbered(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise CouplingError(
             f"got {file}, which is no readable CSV file of {of_what} ({why(error)})"
@@ -160,6 +160,24 @@ def read_csv(file: Path | str, needed: Sequence[str], of_what: str) -> CsvFile:
         tuple({name: row[number] for number, name in columns} for _, row in rows),
         tuple(line for line, _ in rows),
     )
+
+
+def _year(cell: str) -> float:
+    """Return a date or a year as a number of years, NaN for any other cell."""
+    number = to_number(cell)
+    try:
+        return typed_fact("released", cell if number is None else number)
+    except ValueError:
+        return math.nan
+
+
+def _numbered(reader: Any) -> list[tuple[int, list[str]]]:
+    """Return the rows of a CSV reader, each with its first line; quoted cells may span lines."""
+    table, line = [], 1
+    for row in reader:
+        table.append((line, [cell.strip() for cell in row]))
+        line = reader.line_num + 1
+    return table
 
 
 def plain_name(name: str) -> str:

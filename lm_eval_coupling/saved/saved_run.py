@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.saved.names import ends_with
 from lm_eval_coupling.saved.precedence import takes_place
 from lm_eval_coupling.saved.prompting import (
     describe_prompting,
@@ -81,10 +82,11 @@ class SavedRun:
         )
         name = str(name or (self.file or self.tables[0].file).parent.name)
         name = re.sub("/{2,}", "/", name).rstrip("/") or name  # a path is typed in several ways
-        within = [str(self.arguments[key]).strip("/") for key in _WITHIN if self.arguments.get(key)]
+        given = [self.arguments.get(key) for key in _WITHIN]  # perhaps a folder named 0
+        within = [str(part).strip("/") for part in given if part is not None and part != ""]
         if not within:
             return name
-        return "/".join([name.rstrip("/"), *(part for part in within if not name.endswith(part))])
+        return "/".join([name.rstrip("/"), *(part for part in within if not ends_with(name, part))])
 
     @property
     def revision(self) -> str:

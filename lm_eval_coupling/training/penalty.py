@@ -98,7 +98,7 @@ def coupling_in_bases(
     rank = A.shape[-1]
     different = ~torch.eye(len(J), dtype=torch.bool, device=J.device)
     full = numerical_rank(bases.S) == rank
-    nonzero = A.detach().flatten(-2).norm(dim=-1) > 0
+    nonzero = A.detach().flatten(-2).norm(dim=-1) != 0  # NaN, which must not vanish, is no zero
     A = A[different & full & nonzero]
     if not len(A):
         return J.sum() * 0

@@ -120,11 +120,17 @@ def lm_eval_model(folder):
         ({"trust_remote_code": "no"}, {}, "trust_remote_code='no' of"),
         ({"max_length": -5}, {}, "expected a whole number of 1 or more"),
         ({"max_length": "2048"}, {}, "expected a whole number of 1 or more"),
+        ({"prefix_token_id": -1}, {}, "expected a whole number of 0 or more"),
+        ({"gguf_file": "no.gguf"}, {}, "a folder without such a file"),
         ({}, {"ranks": "400"}, "32"),
     ],
 )
 def test_arguments_that_would_be_refused(home, arguments, coupling, part):
     assert part in "\n".join(look(home / "model", arguments, coupling)[1])
+
+
+def test_the_first_token_may_be_the_prefix(home):
+    assert not look(home / "model", {"prefix_token_id": 0})[1]
 
 
 def test_models_that_are_not_there(home, tmp_path):

@@ -1,11 +1,14 @@
 """What makes prompts and their tokens is told apart by what it does, in every process alike."""
 
+import dataclasses
 import functools
 import os
+import re
 import runpy
 import subprocess
 import sys
 import types
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,39 @@ def test_answers_in_the_examples_keep_runs_apart(runs):
     with Console(width=200, record=True, file=open(os.devnull, "w")) as console:
         show([out], console=console)
     assert console.export_text().count("task text") >= len(ANSWERS)
+
+
+class Slots:
+    __slots__ = ("strength",)
+
+    def __init__(self, strength):
+        self.strength = strength
+
+
+@dataclasses.dataclass
+class Field:
+    strength: float = dataclasses.field(init=False)
+
+
+DEFAULTS = [lambda doc, k=k: doc[k] for k in (1, 2)]
+KINDS = {
+    "default": lambda k: DEFAULTS[k - 1],
+    "cached closure": lambda k: functools.lru_cache(lambda doc: doc[k]),
+    "keys of two types": lambda k: {1: "a", "1": "b"} if k == 1 else {1: "b", "1": "b"},
+    "slots": Slots,
+    "long pattern": lambda k: re.compile("a" * 300 + str(k)),
+    "queue": lambda k: deque([k]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_of_a_setting_counts(kind):
+    assert digest([KINDS[kind](1)]) == digest([KINDS[kind](1)]) != digest([KINDS[kind](2)])
+
+
+def test_folders_are_left_out_in_any_container():
+    assert digest(deque([Path("/here/one")])) == digest(deque([Path("/there/one")]))
+    assert digest([Field()])  # a field that was never set
 
 
 def test_functions_are_what_they_say(tmp_path):

@@ -262,6 +262,7 @@ def test_unconditional_likelihoods_beside_a_context_are_passed_over(lm):
         (None, "good"),
         (7, "good"),
         ("?", "good"),
+        ("²", "good"),
     ],
 )
 def test_without_context_the_target_is_measured(lm, target, expected):

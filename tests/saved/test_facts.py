@@ -9,6 +9,7 @@ from saved_runs import sample, save, task_summary, write_samples
 from lm_eval_coupling import load_runs
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.fit.losses import gold_answers
+from lm_eval_coupling.saved.csv_file import read_csv
 from lm_eval_coupling.saved.facts import add_facts
 from lm_eval_coupling.saved.names import facts_from_name
 from lm_eval_coupling.saved.samples import read_answers
@@ -187,3 +188,12 @@ def test_lines_of_samples_are_counted(tmp_path):
     odd = [sample("d0", metrics=3), sample("d1", metrics=["acc"], acc=10**400), sample("d2")]
     answers = read_answers(write_samples(tmp_path, "t", odd), "acc,none", problems=problems)
     assert list(answers) == ["d2"] and "2 lines that are not as lm-eval writes them" in problems[0]
+
+
+def test_lines_and_years_of_a_csv_file(tmp_path):
+    """A quoted cell may span lines; dates beside years are years as well."""
+    file = tmp_path / "facts.csv"
+    file.write_text('model,note,made\na,"x\ny",2024\nb,z,2025-07-01\n\nc,,\n')
+    table = read_csv(file, ["model"], "facts")
+    assert table.lines == (2, 4, 6)
+    assert table.values("made") == pytest.approx([2024, 2025.496, math.nan], nan_ok=True)

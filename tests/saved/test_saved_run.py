@@ -161,6 +161,15 @@ def test_two_weights_under_one_name_are_two(tmp_path, key):
         assert runs["step"].tolist() == [10, 20] and set(runs["lineage"]) == {"org/tiny"}
 
 
+def test_a_subfolder_that_ends_the_models_name_is_one_all_the_same(tmp_path):
+    """Of two checkpoints of ``org/run10`` one was lost, as 0 and 10 end that name."""
+    for day, part in zip(DAYS, ("0", "10", "run10"), strict=False):
+        where = save(tmp_path, {"arc": task_summary()}, date=day, model="org/run10", coupling=False)
+        change(where, day, model_args={"pretrained": "org/run10", "subfolder": part})
+    names = ["org/run10", "org/run10/0", "org/run10/10"]
+    assert sorted(load_runs(tmp_path)["model"]) == names
+
+
 def test_weights_that_changed_under_one_name_are_told_apart(tmp_path):
     two_runs(tmp_path, {}, {}, same_weights=False)
     assert set(label_rows(load_runs(tmp_path))) == {"tiny #aaaaaaaa", "tiny #bbbbbbbb"}

@@ -1,5 +1,7 @@
 """The penalty: its value is measured, its gradient that of finite differences."""
 
+import math
+
 import cases
 import pytest
 import torch
@@ -51,6 +53,14 @@ def test_the_value_is_the_measured_one(form, reading, ids):
         ResidualModel.wrap(model), [ids[:2].tolist()], ranks=[RANK], dtype="float64", progress=False
     )
     assert float(found) == pytest.approx(readings()[reading].read(record, RANK), abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["rotated", "raw"])
+def test_a_jacobian_without_numbers_gives_no_number(form):
+    J = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    bases = fixed_bases(J, 2)
+    J[1, 0, 0] = math.nan
+    assert coupling_in_bases(J, bases, form).isnan()
 
 
 @pytest.mark.parametrize("form", ["rotated", "raw"])
