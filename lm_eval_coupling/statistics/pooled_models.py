@@ -21,6 +21,7 @@ from lm_eval_coupling.statistics.right_answers import (
     LogisticEffect,
     logistic_effect,
     placements,
+    right_and_wrong,
     with_interval,
 )
 
@@ -53,8 +54,8 @@ def auroc_together(
 
     Returns:
         The area, or the ``reason`` why there is none. ``right`` and ``wrong`` count the documents
-        that some model answered so. Models without 2 right and 2 wrong answers in one task are
-        left out.
+        that are used and that some model answered so. Each model is left out of tasks in which it
+        has fewer than 2 right or 2 wrong answers.
 
     Raises:
         CouplingError: As of :func:`~.right_answers.auroc_within`, or if a model has a document of
@@ -66,25 +67,24 @@ def auroc_together(
     tasks, _ = pd.factorize(rows[task])
     documents = rows.groupby([task, document], sort=False).ngroup().to_numpy()
     values, is_right = rows[value].to_numpy(), rows[correct].to_numpy() == 1
+    right_and_wrong(values, rows[correct].to_numpy())
     areas = [
-        _model_area(values[at], is_right[at], tasks[at], documents[at])
+        _model_area(values, is_right, tasks, at)
         for at in rows.groupby(model, sort=True).indices.values()
     ]
-    used = [area for area in areas if len(area.documents)]
+    used = [area for area in areas if len(area.rows)]
+    at = np.concatenate([area.rows for area in areas] or [np.array([], dtype=int)])
     result = Auroc(
-        right=len(np.unique(documents[is_right])),
-        wrong=len(np.unique(documents[~is_right])),
-        dropped=dropped + sum(area.dropped for area in areas),
-        tasks=rows[task].nunique(),
+        right=len(np.unique(documents[at][is_right[at]])),
+        wrong=len(np.unique(documents[at][~is_right[at]])),
+        dropped=dropped + len(rows) - len(at),
+        tasks=len(np.unique(tasks[at])),
         models=len(used),
     )
     if not used:
         return result.with_reason("no model has 2 right and 2 wrong answers in one task")
     mean = float(np.mean([area.area for area in used]))
-    errors = np.bincount(
-        np.concatenate([area.documents for area in used]),
-        np.concatenate([area.errors for area in used]),
-    )
+    errors = np.bincount(documents[at], np.concatenate([area.errors for area in areas]))
     variance = float(np.sum((errors / len(used)) ** 2))
     return with_interval(dataclasses.replace(result, auroc=mean), variance)
 
@@ -115,6 +115,7 @@ def logistic_together(
     numbers = [predictor, *controls]
     rows, dropped = complete_rows(frame, [correct, *numbers], [model, task, document])
     _require_unique(rows, [model, task, document])
+    right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
     for name in numbers:
         by_model = rows.groupby(model)[name]
         spread = by_model.transform("std")
@@ -140,8 +141,10 @@ def logistic_together(
         task="level",
         cluster="cluster",
     )
-    # Tasks that a model answered all right or all wrong were dropped there.
-    used = rows[rows.groupby("level")[correct].transform("nunique") > 1]
+    # Models of which a number is constant were dropped there, and then tasks that a model
+    # answered all right or all wrong.
+    used = rows.dropna(subset=numbers)
+    used = used[used.groupby("level")[correct].transform("nunique") > 1]
     return dataclasses.replace(
         result,
         dropped=result.dropped + dropped,
@@ -153,23 +156,26 @@ def logistic_together(
 
 @dataclasses.dataclass(frozen=True)
 class _ModelArea:
-    """Area of one model; ``errors`` are the parts of its error that ``documents`` add."""
+    """Area of one model; ``errors`` are the parts of its error that its used ``rows`` add."""
 
-    dropped: int
     area: float
-    documents: np.ndarray
+    rows: np.ndarray
     errors: np.ndarray
 
 
 def _model_area(
-    values: np.ndarray, is_right: np.ndarray, tasks: np.ndarray, documents: np.ndarray
+    values: np.ndarray, is_right: np.ndarray, tasks: np.ndarray, own: np.ndarray
 ) -> _ModelArea:
-    areas, pairs, parts, members, dropped = [], [], [], [], 0
-    for task in np.unique(tasks):
-        right, wrong = ((tasks == task) & kind for kind in (is_right, ~is_right))
-        m, n = int(right.sum()), int(wrong.sum())
+    """Return the area of the model whose rows are ``own``, over tasks with 2 answers of each kind.
+
+    Without such a task no rows are used, and the area is NaN.
+    """
+    areas, pairs, parts, used = [], [], [], []
+    for task in np.unique(tasks[own]):
+        of_task = own[tasks[own] == task]
+        right, wrong = of_task[is_right[of_task]], of_task[~is_right[of_task]]
+        m, n = len(right), len(wrong)
         if min(m, n) < 2:
-            dropped += m + n
             continue
         above, below = placements(values[right], values[wrong])
         area = float(above.mean())
@@ -179,12 +185,12 @@ def _model_area(
             m * n * (above - area) / math.sqrt(m * (m - 1)),
             m * n * (below - area) / math.sqrt(n * (n - 1)),
         ]
-        members += [documents[right], documents[wrong]]
+        used += [right, wrong]
     if not pairs:
-        return _ModelArea(dropped, math.nan, np.array([], dtype=int), np.array([]))
+        return _ModelArea(math.nan, np.array([], dtype=int), np.array([]))
     weights = np.array(pairs, dtype=float) / sum(pairs)
     errors = np.concatenate(parts) / sum(pairs)
-    return _ModelArea(dropped, float(weights @ areas), np.concatenate(members), errors)
+    return _ModelArea(float(weights @ areas), np.concatenate(used), errors)
 
 
 def _require_unique(rows: pd.DataFrame, keys: Sequence[str]) -> None:

@@ -87,7 +87,7 @@ def auroc(value: Values, correct: Values) -> Auroc:
             and 1.
     """
     columns, dropped = complete(value=value, correct=correct)
-    right, wrong = _right_and_wrong(columns["value"], columns["correct"])
+    right, wrong = right_and_wrong(columns["value"], columns["correct"])
     result = Auroc(right=len(right), wrong=len(wrong), dropped=dropped)
     if min(len(right), len(wrong)) < 2:
         return result.with_reason(
@@ -166,7 +166,7 @@ def logistic_effect(
     load_statsmodels("api")
     labels = [name for name in (task, cluster) if name]
     rows, dropped = complete_rows(frame, [correct, predictor, *controls], labels)
-    _right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
+    right_and_wrong(rows[predictor].to_numpy(), rows[correct].to_numpy())
     if task:
         mixed = rows.groupby(task)[correct].transform("nunique") > 1
         rows, dropped = rows[mixed], dropped + int((~mixed).sum())
@@ -188,6 +188,8 @@ def logistic_effect(
             "finite"
         )
     groups = pd.factorize(rows[cluster])[0] if cluster else None
+    if groups is not None and groups.max() == 0:
+        return result.with_reason("all answers are of one cluster, at least 2 are needed")
     return _fit_odds(y, X, groups, result)
 
 
@@ -240,7 +242,7 @@ def accuracy_by_bin(value: Values, correct: Values, *, bins: int = 10) -> pd.Dat
     if bins < 1:
         raise CouplingError(f"got bins={bins}, expected at least 1")
     columns, _ = complete(value=value, correct=correct)
-    _right_and_wrong(columns["value"], columns["correct"])
+    right_and_wrong(columns["value"], columns["correct"])
     names = ["bin_low", "bin_high", "n", "mean", "accuracy", "low", "high"]
     if not len(columns["value"]):
         return pd.DataFrame(columns=names)
@@ -284,7 +286,12 @@ def with_interval(result: Auroc, variance: float) -> Auroc:
     return dataclasses.replace(result, stderr=math.sqrt(variance), low=low, high=high, p=p)
 
 
-def _right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def right_and_wrong(value: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of right and of wrong answers.
+
+    Raises:
+        CouplingError: If ``correct`` holds other numbers than 0 and 1.
+    """
     if not np.isin(correct, (0, 1)).all():
         other = correct[~np.isin(correct, (0, 1))][0]
         raise CouplingError(

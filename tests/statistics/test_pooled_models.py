@@ -152,3 +152,66 @@ def test_what_cannot_be_told_is_said(monkeypatch):
     assert math.isnan(constant.odds_ratio) and constant.reason
     told = in_words(logistic_together(frame, correct="right", predictor="value", **COLUMNS))
     assert "the task and the model held fixed" in told and "240 answers" in told
+
+
+def without_conclusion():
+    """Two models with 6 right and 6 wrong answers to task t, all right in easy, wrong in hard."""
+    rng = np.random.default_rng(1)
+    rows = [
+        {
+            "model": model,
+            "task": task,
+            "doc": doc,
+            "value": rng.normal() + 3 * right,
+            "right": right,
+        }
+        for model in "ab"
+        for task, documents in (("t", 12), ("easy", 40), ("hard", 40))
+        for doc in range(documents)
+        for right in [{"t": doc % 2, "easy": 1, "hard": 0}[task]]
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_answers_of_tasks_that_are_left_out_do_not_count():
+    """46 right and 46 wrong answers of 3 tasks were enough for a conclusion from 6 and 6 of one."""
+    found = auroc_together(without_conclusion(), "value", "right", **COLUMNS)
+    assert (found.right, found.wrong, found.tasks, found.dropped) == (6, 6, 1, 160)
+    assert "6 answers of one kind are too few to conclude" in in_words(found)
+    nobody = auroc_together(without_conclusion().query("task != 't'"), "value", "right", **COLUMNS)
+    assert (nobody.right, nobody.wrong, nobody.tasks, nobody.models) == (0, 0, 0, 0)
+    assert nobody.dropped == 160 and nobody.reason
+    odds = logistic_together(without_conclusion(), correct="right", predictor="value", **COLUMNS)
+    assert (odds.tasks, odds.rarer, odds.dropped) == (1, 6, 160)
+
+
+def test_a_task_counts_if_one_model_has_both_answers():
+    frame = without_conclusion()
+    frame.loc[(frame["model"] == "a") & (frame["task"] == "easy") & (frame["doc"] < 5), "right"] = 0
+    found = auroc_together(frame, "value", "right", **COLUMNS)
+    assert (found.right, found.wrong, found.tasks, found.dropped) == (41, 11, 2, 120)
+
+
+def test_models_of_a_constant_predictor_do_not_count():
+    """Their answers were dropped, but counted among the models and the rarer answers."""
+    frame = answers(np.random.default_rng(2))
+    few = frame[(frame["model"] != "m2") | (frame["doc"] < 20)]
+    few = few.assign(value=few["value"].where(few["model"] == "m2", 1.0))
+    found = logistic_together(few, correct="right", predictor="value", **COLUMNS)
+    alone = few[few["model"] == "m2"]
+    alone = alone[alone.groupby("task")["right"].transform("nunique") > 1]
+    assert found.models == 1 and found.n == len(alone) and found.dropped == len(few) - len(alone)
+    assert found.rarer == alone["right"].value_counts().min()
+
+
+@pytest.mark.parametrize("levels", [pooled_models.LEVELS, 1])
+def test_answers_that_are_neither_right_nor_wrong_are_refused(monkeypatch, levels):
+    """0.5 counted as wrong."""
+    monkeypatch.setattr(pooled_models, "LEVELS", levels)
+    frame = answers(np.random.default_rng(2)).astype({"right": float})
+    frame.loc[3, "right"] = 0.5
+    match = r"got 0.5 as correct, expected 0 \(wrong\) or 1 \(right\) for every document"
+    with pytest.raises(CouplingError, match=match):
+        auroc_together(frame, "value", "right", **COLUMNS)
+    with pytest.raises(CouplingError, match=match):
+        logistic_together(frame, correct="right", predictor="value", **COLUMNS)

@@ -103,6 +103,12 @@ def test_aurocs_without_an_interval_say_why():
         auroc([1, 2, 3], [1, 0.5, 0])
 
 
+def test_one_cluster_has_no_error():
+    frame = documents(np.random.default_rng(0)).assign(cluster="all")
+    found = logistic_effect(frame, correct="correct", predictor="own", cluster="cluster")
+    assert found.reason == "all answers are of one cluster, at least 2 are needed"
+
+
 def documents(rng, n=150, effect=0.0):
     """Six tasks: the easier, the higher the coupling of its documents."""
     task = rng.integers(0, 6, n)
