@@ -287,7 +287,7 @@ def describe_noise(
         )
     if corrected is None or math.isnan(corrected.observed):
         return
-    if corrected.reason:
+    if math.isnan(corrected.coefficient):
         yield f"Its correlation with {score} is not corrected for noise: {corrected.reason}."
         return
     reliabilities = f"{corrected.reliability_x:.2f} and {corrected.reliability_y:.2f}"

@@ -169,8 +169,8 @@ def correlation_within(
 
     Spearman's ranks are taken within each group and scaled to [0, 1]. Groups of one are dropped
     and counted. Up to 200 observations the test permutes within groups; above, it is Student's t
-    with one degree of freedom less for every group. It says something of these groups, not of
-    others.
+    with one degree of freedom less for every group. Spearman's interval needs 8 pairs, and one
+    more for each further group. It says something of these groups, not of others.
 
     Returns:
         The coefficient with its interval and p, or the ``reason`` why there is none.
@@ -189,10 +189,7 @@ def correlation_within(
         values = rows.groupby(group)[[x, y]].rank().sub(1).div(sizes - 1, axis=0)
     levels = pd.get_dummies(rows[group], dtype=float).to_numpy()
     result = Correlation(
-        f"{method} within groups",
-        n=len(rows),
-        dropped=dropped,
-        given=_rank(levels) - 1,
+        f"{method} within groups", n=len(rows), dropped=dropped, given=_rank(levels) - 1
     )
     orders = None
     if len(rows) <= MANY:
@@ -220,7 +217,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def pearson_without_each(x: np.ndarray, y: np.ndarray, units: Units) -> Float[np.ndarray, " unit"]:
-    """Return Pearson's coefficient with each unit left out, NaN where it is undefined.
+    """Return Pearson's coefficient with each unit left out, 0 where x or y no longer varies.
 
     A unit is a group of observations, such as a family of models. The sums of each unit are
     subtracted from the totals.
@@ -288,6 +285,7 @@ def _permuted(x: np.ndarray, y: np.ndarray, method: Method, orders: np.ndarray) 
 def _without_each_unit(
     x: np.ndarray, y: np.ndarray, method: Method, units: Units
 ) -> Float[np.ndarray, " unit"]:
+    """Return the coefficient with each unit (a model or family) left out."""
     if method == "pearson":
         return pearson_without_each(x, y, units)
     kept = units.left_out().astype(float)
@@ -312,21 +310,25 @@ def _fisher_variance(method: str, r: float, n: int) -> float:
     """Return the large-sample variance of artanh r."""
     if method == "kendall":
         return 0.437 / (n - 4) if n > 4 else math.inf
-    factor = 1 + r**2 / 2 if method.startswith("spearman") else 1.0
+    factor = 1 + r**2 / 2 if method == "spearman" else 1.0
     return factor / (n - 3) if n > 3 else math.inf
 
 
-def _why_no_interval(coefficient: float, units: Units, n: int, method: Method) -> str | None:
+def _why_no_interval(
+    coefficient: float, units: Units, n: int, method: Method, given: int = 0
+) -> str | None:
     """Return why a coefficient of ``n`` observations has no interval, or None if it has one.
 
-    Pearson's always has one where observations are independent (``units.families`` is 0).
+    Pearson's always has one where observations are independent (``units.families`` is 0). Each
+    number that is held fixed (``given``), as the level of a further group, takes one pair more.
     """
     if 0 < units.families < 3:
         return f"no interval from {units.families} families"
     if method == "pearson" and not units.families:
         return None
-    if n < FEW and not units.families:
-        return f"no interval from {n} pairs, a rank correlation needs {FEW}"
+    if n - given < FEW and not units.families:
+        groups = f" in {given + 1} groups" if given else ""
+        return f"no interval from {n} pairs{groups}, a rank correlation needs {FEW + given}"
     if abs(coefficient) > 1 - 1e-12:
         return "no interval, as the correlation is perfect"
     return None
@@ -344,7 +346,9 @@ def _correlate_residuals(
     orders: Orders | None,
     result: Correlation,
 ) -> Correlation:
-    """Correlate what ``fixed``, whose columns span the constant, leaves of x and y.
+    """Correlate the residuals of x and y after a regression on the columns of ``fixed``.
+
+    The constant must be a combination of these columns.
 
     Returns:
         The result with its numbers. Without ``orders`` of the residuals its test is Student's t.
@@ -369,13 +373,19 @@ def _correlate_residuals(
         permuted -= (permuted @ basis) @ basis.T
         p = permutation_p_value(r, _cosine(permuted, rx), orders.are_all)
     result = dataclasses.replace(result, coefficient=r, p=p)
-    if 0 < units.families < 3:
-        return result.with_reason(f"no interval from {units.families} families")
+    method: Method = "spearman" if result.method.startswith("spearman") else "pearson"
+    if reason := _why_no_interval(r, units, len(x), method, result.given):
+        return result.with_reason(reason)
     without = np.array([])
     if orders is not None:
         without = without_each(_partial, (x, y, fixed), units)
-    variance = 0.0 if units.families else _fisher_variance(result.method.split()[0], r, df + 2)
-    low, high = correlation_interval(r, without[np.isfinite(without)], variance)
+        without = without[np.isfinite(without)]
+    if units.families and len(without) < 3:
+        return result.with_reason(
+            f"no interval, as a correlation remains without {len(without)} families only"
+        )
+    variance = 0.0 if units.families else _fisher_variance(method, r, df + 2)
+    low, high = correlation_interval(r, without, variance)
     return dataclasses.replace(result, low=low, high=high)
 
 

@@ -132,7 +132,8 @@ def corrected_for_attenuation(
 
     Returns:
         The corrected correlation, or the ``reason`` why there is none: a reliability that is not
-        estimable or small, or a quotient beyond ±1.
+        estimable or small, or a quotient beyond ±1. It has no interval where ``observed`` has
+        none, for the same reason.
     """
     result = Corrected(
         observed=observed.coefficient, reliability_x=reliability_x, reliability_y=reliability_y
@@ -152,5 +153,8 @@ def corrected_for_attenuation(
             f"the correlation is larger than its reliabilities of {reliability_x:.2f} and "
             f"{reliability_y:.2f} allow"
         )
-    low, high = (max(-1.0, min(1.0, factor * v)) for v in (observed.low, observed.high))
-    return dataclasses.replace(result, coefficient=coefficient, low=low, high=high)
+    # Not `min` and `max`: they would make 1 of NaN.
+    low, high = np.clip([factor * observed.low, factor * observed.high], -1.0, 1.0).tolist()
+    return dataclasses.replace(
+        result, coefficient=coefficient, low=low, high=high, reason=observed.reason
+    )

@@ -134,8 +134,8 @@ def correlation_interval(
     """Return an interval of a correlation that holds for skewed data and within families.
 
     It is the jackknife's on Fisher's scale, with Student's t of (units − 1) degrees of freedom,
-    widened to Fisher's normal interval where that is wider. NaN where there are fewer than 3
-    families.
+    widened to Fisher's normal interval where that is wider. NaN where fewer than 3 families can be
+    left out with a defined correlation.
 
     Args:
         coefficient: The correlation.

@@ -97,7 +97,7 @@ def _(result: Correlation, names: _Names) -> str:
 @_sentences.register
 def _(result: CorrelationDifference, names: _Names) -> str:
     subject = f"Strength of the correlation with {names.y} of {names.x} against {names.other}"
-    if result.reason:
+    if math.isnan(result.p):
         return _undefined(subject, result)
     larger, smaller = (names.x, names.other) if result.difference > 0 else (names.other, names.x)
     verdict = _verdict(

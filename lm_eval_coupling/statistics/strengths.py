@@ -109,6 +109,9 @@ def compare_correlations(
         return result
     differences = _exchanged(y, signs[0] * a, signs[1] * b, units, resamples, seed)
     p = permutation_p_value(result.difference, differences)
+    if 0 < units.families < 3:
+        reason = f"no interval from {units.families} families"
+        return dataclasses.replace(result, p=p, low=math.nan, high=math.nan, reason=reason)
     without = [np.abs(pearson_without_each(v, y, units)) for v in (a, b)]
     error = jackknife_error(without[0] - without[1], result.difference)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, units.number - 1)) * error

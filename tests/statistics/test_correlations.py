@@ -157,6 +157,53 @@ def test_no_interval_from_few_or_perfect_ranks():
     )
 
 
+def test_partial_correlations_and_those_within_groups_have_no_interval_where_plain_ones_have_none():
+    """Perfect ones of families had 0.999999999999 to 1, and ranks of 5 pairs -0.46 to 0.99."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(12, 2)), columns=["x", "z"])
+    frame = frame.assign(y=2 * frame["x"] + 3 * frame["z"], family=list("aaabbbcccddd"))
+    perfect = partial_correlation(frame, "x", "y", ["z"], family="family", resamples=99)
+    plain = correlation(frame["x"], 2 * frame["x"], family=frame["family"], resamples=99)
+    assert perfect.coefficient == pytest.approx(1) and perfect.p == plain.p
+    assert perfect.reason == plain.reason == "no interval, as the correlation is perfect"
+    pair = pd.DataFrame({"x": [1.0, 2, 3, 4, 5], "y": [2.0, 1, 4, 3, 5], "g": "a"})
+    few = correlation_within(pair, "x", "y", "g", method="spearman", resamples=99)
+    plain = correlation(pair["x"], pair["y"], method="spearman", resamples=99)
+    assert few.reason == plain.reason == "no interval from 5 pairs, a rank correlation needs 8"
+    assert all(math.isnan(bound) for r in (perfect, few) for bound in (r.low, r.high))
+    assert math.isfinite(correlation_within(pair, "x", "y", "g").low)  # Pearson's
+
+
+@pytest.mark.parametrize("pairs, has_interval", [(9, False), (10, True)])
+def test_ranks_within_groups_need_a_pair_more_for_each_further_group(pairs, has_interval):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(pairs, 2)), columns=["x", "y"])
+    frame["g"] = np.arange(pairs) % 3
+    found = correlation_within(frame, "x", "y", "g", method="spearman", resamples=99)
+    assert math.isfinite(found.low) == has_interval == (found.reason is None)
+    if not has_interval:
+        assert found.reason == "no interval from 9 pairs in 3 groups, a rank correlation needs 10"
+        assert "no interval" in in_words(found) and math.isfinite(found.p)
+
+
+def test_families_that_cannot_be_left_out_leave_no_interval():
+    """The interval was NaN without a reason: without the family c, z fixes x."""
+    frame = pd.DataFrame({"x": [1, 1, 1, 1, 2, 3.5, 2.2], "y": [1, 2, 4, 3, 5, 2, 6]})
+    frame = frame.assign(z=[0, 0, 0, 0, 1, 2, 1], family=list("aabbccc"))
+    found = partial_correlation(frame, "x", "y", ["z"], family="family", resamples=99)
+    assert math.isfinite(found.coefficient) and math.isnan(found.low)
+    assert found.reason == "no interval, as a correlation remains without 2 families only"
+
+
+def test_two_families_have_no_interval_of_a_difference():
+    y, a, b = np.random.default_rng(0).normal(size=(3, 10))
+    found = compare_correlations(y, a, b, family=list("aaaaabbbbb"), resamples=99)
+    assert math.isfinite(found.difference) and math.isfinite(found.p) and math.isnan(found.low)
+    assert found.reason == correlation(y, a, family=list("aaaaabbbbb"), resamples=99).reason
+    words = in_words(found)
+    assert "no interval" in words and "2 families are too few to conclude anything" in words
+
+
 def test_partial_correlation_of_ppcor():
     """R's ppcor (Kim 2015): pcor.test(hl, disp, (deg, BC)) = −0.6720863, p = 0.06789202."""
     frame = pd.DataFrame(

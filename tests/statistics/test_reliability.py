@@ -152,6 +152,16 @@ def test_what_has_no_reliability_is_not_corrected():
     assert "not estimable" in corrected_for_attenuation(found, -5.58, 0.9).reason
 
 
+def test_without_an_interval_the_corrected_correlation_has_none():
+    """Cutting NaN at ±1 made it 1."""
+    x, y = np.random.default_rng(0).normal(size=(2, 10))
+    found = correlation(x, y, family=list("aaaaabbbbb"), resamples=99)
+    corrected = corrected_for_attenuation(found, 0.9, 0.8)
+    assert corrected.coefficient == pytest.approx(found.coefficient / 0.72**0.5)
+    assert np.isnan(corrected.low) and np.isnan(corrected.high)
+    assert corrected.reason == "no interval from 2 families"
+
+
 def test_the_f_distribution_is_that_of_the_ratio():
     """Without differences (1 − alpha) has the distribution of F, of which alpha > 0 is a part."""
     rng = np.random.default_rng(7)
