@@ -273,8 +273,11 @@ def swapped_tasks(
     """Correlate the main predictor on the documents of one task with the score of another.
 
     Returns:
-        The correlations by score, predictor and the task it was measured on.
+        The correlations by score, predictor and the task it was measured on; none for a predictor
+        that is not measured on documents, such as a size.
     """
+    if observations.main.error is None:
+        return {}
     single = observations.frame[observations.frame["task"] != "mean"]
     main = observations.main.name
     results = {}

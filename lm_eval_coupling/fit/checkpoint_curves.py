@@ -19,13 +19,19 @@ def checkpoints(rows: pd.DataFrame, predictor: str, notes: list[str]) -> pd.Data
     Args:
         rows: of :func:`~.scores.scored_rows`.
         predictor: a column that is known of every checkpoint that counts.
-        notes: a sentence is added for each step that has several weights.
+        notes: a sentence is added for each step that has several weights, and if the predictor is
+            none of single runs.
 
     Returns:
         ``lineage, score_of, step, score, …``, each step once; ``lineage`` is the label of the
         training (:func:`~lm_eval_coupling.saved.names.label_trainings`).
     """
-    steps = rows[rows["step"].notna() & rows["score"].notna() & rows[predictor].notna()]
+    steps = rows[rows["step"].notna() & rows["score"].notna()]
+    if predictor not in rows:  # the scores of other tasks, which compare models
+        if steps["step"].nunique() > 1:
+            notes.append(f"no curves over checkpoints, as {predictor} compares models")
+        return steps.iloc[:0]
+    steps = steps[steps[predictor].notna()]
     steps = steps.assign(lineage=label_trainings(steps))
     curve = ["lineage", "score_of"]
     of_step, of_weights = (steps.groupby([*curve, name]) for name in ("step", "fingerprint"))

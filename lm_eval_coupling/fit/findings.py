@@ -131,6 +131,7 @@ def _across(
     leaves: Mapping[str, Sequence[str]],
     resamples: int,
 ) -> _Part:
+    """Compute all tables across models, and the paragraphs about them."""
     if problem := _nothing_to_compare(observations):
         return _Part(words=[problem])
     main, last = observations.main.name, observations.main_score

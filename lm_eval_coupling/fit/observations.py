@@ -9,7 +9,12 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.fit.other_tasks import OTHER_TASKS, add_other_tasks
-from lm_eval_coupling.fit.predictors import COVARIATES, Predictor, choose_predictors
+from lm_eval_coupling.fit.predictors import (
+    COVARIATES,
+    Predictor,
+    available_predictors,
+    choose_predictors,
+)
 from lm_eval_coupling.fit.scores import some
 from lm_eval_coupling.saved.names import is_checkpoint
 from lm_eval_coupling.saved.shared_means import SharedMeans, mean_over_shared_items
@@ -48,8 +53,14 @@ class Observations:
 
     @property
     def main_score(self) -> str:
-        """The mean over tasks, or else the first score of which higher is better."""
-        compared = [name for name, _ in self.compared()] or self.scores
+        """The mean over tasks, or else the first score of which higher is better.
+
+        It is one for which the predictor in question is known, if there is such a score.
+        """
+        of_main = {
+            name: rows[self.main.name].notna().sum() >= LEAST for name, rows in self.compared()
+        }
+        compared = [name for name in of_main if of_main[name]] or list(of_main) or self.scores
         means = self.frame.loc[self.frame["task"] == "mean", "score_of"]
         if compared[-1] in set(means):
             return compared[-1]
@@ -103,10 +114,9 @@ def observe(
     for lineage, own in rows.groupby("lineage", sort=False)["label"].unique().items():
         if len(own) > 1:
             notes.append(f"of {lineage} each counts as a model: {some(own)}")
-    predictors = choose_predictors(add_other_tasks(rows, []), x, notes)
-    # Of the models that remain: a copy among them would be seen in its original.
-    own = [predictor for predictor in predictors if predictor.kind != "tasks"]
-    rows = add_other_tasks(_distinct_numbers(rows, own, notes), notes)
+    # Copies are dropped first: the other tasks' scores compare a model with the models that remain.
+    rows = add_other_tasks(_distinct_numbers(rows, notes), notes)
+    predictors = choose_predictors(rows, x, notes)
     # A model without a known family resembles no other.
     rows = rows.assign(family=rows["family"].fillna(rows["label"]))
     notes += _unknown(rows, predictors[0].name)
@@ -161,19 +171,24 @@ def _distinct_weights(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return rows[is_kept]
 
 
-def _distinct_numbers(
-    rows: pd.DataFrame, predictors: Sequence[Predictor], notes: list[str]
-) -> pd.DataFrame:
-    """Return the rows without models whose numbers are another's to the last digit.
+def _distinct_numbers(rows: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Drop models whose score and predictors equal another model's in every task, and note them.
 
-    Weights saved again, in another file format for example, have another fingerprint.
+    Weights saved again, in another file format for example, have another fingerprint. Distinct
+    models may share a score and their sizes, so that a copy needs a measured number in every task.
+
+    Returns:
+        The rows with the first of equal models.
     """
+    predictors = list(available_predictors(rows))
+    measured = [p.name for p in predictors if p.error is not None]
     columns = ["score", *(p.name for p in predictors)]
     profiles: dict[tuple, list[str]] = {}
     for label, group in rows.groupby("label", sort=False):
-        numbers = group.sort_values("task")[["task", "prompting", *columns]]
+        numbers = group.sort_values("task")
         values = numbers[columns].to_numpy(dtype=float)
-        if np.isfinite(values[:, :2]).all():
+        is_measured = numbers[measured].notna().any(axis=1)
+        if np.isfinite(values[:, 0]).all() and is_measured.all():
             key = (*numbers["task"], *numbers["prompting"].map(str), values.tobytes())
             profiles.setdefault(key, []).append(str(label))
     copies = {copy: labels[0] for labels in profiles.values() for copy in labels[1:]}

@@ -168,8 +168,11 @@ def _predictor_table(findings: Findings) -> tuple[str, list[TextColumn]] | None:
         return None
     score = findings.observations.main_score
     alone = findings.tables["alone"].query("score == @score").set_index("predictor")
-    corrected = findings.tables["corrected"].query("score == @score")
-    corrected = corrected.set_index("predictor")["coefficient"]
+    corrected = {
+        row["predictor"]: row["coefficient"]
+        for row in findings.tables["corrected"].to_dict("records")
+        if row["score"] == score
+    }
     cells = []
     for predictor in [p.name for p in findings.observations.predictors]:
         pearson, spearman = (

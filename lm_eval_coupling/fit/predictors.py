@@ -16,6 +16,7 @@ COVARIATES = ("log10_params", "n_layers", "d_model", "log10_training_tokens")
 _SIZES = (*COVARIATES, "log10_compute", "n_heads", "vocab_size")
 # The kind of this measure's readings; the kind of the others is the measure's name.
 _COUPLING = {"depth": "coupling"}
+_OF_SCORES = ("score", "score_error", "n_samples")  # numbers that are no facts of a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +49,19 @@ def choose_predictors(
 
     Args:
         rows: Rows of :func:`~lm_eval_coupling.fit.scores.scored_rows`.
-        x: Names; by default coupling at its headline rank, then all others. Size, loss and the
-            scores of other tasks are always added.
+        x: Names; by default, or if empty, coupling at its headline rank, then all others. Size,
+            loss and the scores of other tasks are always added.
         notes: Sentences about what was left out are added.
 
     Returns:
         The predictors that differ between models of a task, and the one in question in any case.
 
     Raises:
-        CouplingError: If a name is unknown.
+        CouplingError: If a name is unknown, or no model has a number of this name.
     """
-    available = {p.name: p for p in _all_predictors(rows)}
-    if x is not None:
-        if unknown := [n for n in x if n not in available and not _is_number(rows, n)]:
+    available = {p.name: p for p in available_predictors(rows)}
+    if x:
+        if unknown := [n for n in x if n not in available and not _is_fact(rows, n)]:
             raise CouplingError(
                 f"got no predictor {unknown[0]!r}, expected one of {', '.join(available)} or a "
                 "number of the facts"
@@ -82,7 +83,7 @@ def choose_predictors(
     return [chosen[0], *(p for p in varying if p != chosen[0])]
 
 
-def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
+def available_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
     """Yield the predictors that the runs have, coupling at its headline rank first."""
     ranks = sorted(
         {int(name.partition("@")[2]) for name in rows.columns if name.startswith("coupling@")}
@@ -116,8 +117,12 @@ def _all_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:
     yield from (Predictor(name, "size") for name in _SIZES if rows[name].notna().any())
 
 
-def _is_number(rows: pd.DataFrame, name: str) -> bool:
-    return name in rows and pd.api.types.is_numeric_dtype(rows[name])
+def _is_fact(rows: pd.DataFrame, name: str) -> bool:
+    """Return whether a column holds numbers that can stand as a fact about models."""
+    if name not in rows or name in _OF_SCORES or not rows[name].notna().any():
+        return False
+    types = pd.api.types  # for pandas, booleans are numeric
+    return types.is_numeric_dtype(rows[name]) and not types.is_bool_dtype(rows[name])
 
 
 def _varies(rows: pd.DataFrame, predictor: Predictor) -> bool:

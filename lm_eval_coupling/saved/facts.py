@@ -22,7 +22,8 @@ logger = logging.getLogger("lm_eval.coupling")
 _CORRECTABLE = ("model", "revision", "step", "lineage", *FACTS)
 # Columns that `fit` makes of a run's, and others that no fact may stand for.
 _RESERVED = re.compile(
-    r"log10_\w+|label|score|score_of|score_error|turned|metric|gold_answer_\w+|bits_per_byte"
+    r"log10_\w+|label|score|score_of|score_error|turned|metric|mean_of|other_tasks_\w+"
+    r"|gold_answer_\w+|bits_per_byte"
     r"|.*[,@].*"  # a metric of lm-eval, or a measure at a rank
 )
 

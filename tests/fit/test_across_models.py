@@ -7,7 +7,8 @@ import pytest
 from fitted_runs import QUICK, observations, save_model
 from scipy import stats
 
-from lm_eval_coupling.fit import across_models
+from lm_eval_coupling.errors import CouplingError
+from lm_eval_coupling.fit import across_models, output
 from lm_eval_coupling.fit.findings import fit_runs
 from lm_eval_coupling.statistics import adjust_p_values, correlation
 
@@ -154,3 +155,108 @@ class TestAcross:
             r"the covariates explain (9\d\.\d|more than 99.9)% of coupling@10",
             " ".join(fit_runs(tmp_path, resamples=QUICK).words),
         )
+
+
+class TestCopies:
+    @pytest.mark.parametrize("x", [None, ["coupling@10"], ["log10_params"]])
+    def test_a_copy_under_another_name_and_fingerprint_counts_once(self, tmp_path, x):
+        for i in range(10):
+            for folder, name in (("a", f"org/m{i}-{i + 1}b"), ("b", f"org/copy{i}")):
+                save_model(tmp_path / folder, name, 0.2 + i / 50, {"arc": 0.3 + i / 100})
+        told = observations(tmp_path, x=x)
+        assert told.models == 10
+        (note,) = [note for note in told.notes if "counted once" in note]
+        assert "the same numbers to the last digit" in note and "(as copy0)" in note
+
+    @pytest.mark.parametrize("x", [None, ["log10_params"], ["n_layers"], ["line_shape_score"]])
+    def test_a_score_and_sizes_make_no_copy(self, tmp_path, x):
+        """With a size in question, models of one size and score counted as one."""
+        models = {"base-7b": 0.30, "other-7b": 0.41, "x-1b": 0.2, "y-3b": 0.25}
+        for name, coupling in models.items():
+            size = int(name[-2]) * 10**9
+            save_model(tmp_path, name, coupling, {"arc": 0.25}, n_params=size)
+        told = observations(tmp_path, x=x)
+        assert told.models == 4 and "counted once" not in " ".join(told.notes)
+
+    def test_models_without_a_measured_number_are_no_copies(self, tmp_path):
+        def forget(run):
+            summary = run["config"]["coupling"]["tasks"]["arc"]
+            summary["measures"] = {}
+
+        for number in range(4):
+            change = forget if number < 2 else None
+            save_model(tmp_path, f"m{number}", 0.2 + number / 10, {"arc": 0.25}, change=change)
+        assert observations(tmp_path).models == 4
+
+
+class TestPredictorInQuestion:
+    def save(self, folder, *, tasks=("arc", "gsm"), models=8):
+        rng = np.random.default_rng(0)
+        for i in range(models):
+            scores = {task: rng.uniform(0.3, 0.7) for task in tasks}
+            size = 10 ** rng.uniform(8, 10)
+            save_model(folder, f"m{i}", rng.uniform(0.1, 0.4), scores, n_params=size)
+
+    @pytest.mark.parametrize(
+        "x", ["other_tasks_mean", "other_tasks_component", "log10_params", "n_layers", "n_total"]
+    )
+    def test_each_one_has_tables_words_and_files(self, tmp_path, x):
+        """Scores of the other tasks ended in a KeyError, and so did showing those of a size."""
+        self.save(tmp_path / "runs")
+        told = fit_runs(tmp_path / "runs", x=[x], resamples=QUICK)
+        assert told.observations.main.name == x
+        output.save(told, tmp_path / "out")
+        output.show(told)
+        # Neither is measured on documents, of its own task or of another.
+        assert told.tables["swapped_tasks"].empty
+
+    def test_the_other_tasks_have_no_part_in_the_mean(self, tmp_path):
+        self.save(tmp_path)
+        told = fit_runs(tmp_path, x=["other_tasks_mean"], resamples=QUICK)
+        assert told.observations.main_score == "arc acc"
+        rows = told.tables["correlations"].set_index(["score", "predictor", "method"])
+        assert np.isfinite(rows.loc[("arc acc", "other_tasks_mean", "pearson"), "coefficient"])
+        assert "mean of 2 scores" in told.observations.scores
+
+    def test_the_other_tasks_have_no_curve_over_checkpoints(self, tmp_path):
+        rng = np.random.default_rng(0)
+        for model in "abcd":
+            for step in (1, 10):
+                name = f"out/{model}/checkpoint-{step}"
+                scores = {task: rng.uniform(0.3, 0.7) for task in ("arc", "gsm")}
+                save_model(tmp_path, name, rng.uniform(0.1, 0.4), scores)
+        told = fit_runs(tmp_path, x=["other_tasks_mean"], resamples=QUICK)
+        assert told.tables["checkpoints"].empty
+        assert "no curves over checkpoints, as other_tasks_mean compares models" in told.notes
+
+    @pytest.mark.parametrize(
+        ("x", "tasks", "models"),
+        [
+            ("other_tasks_mean", ("arc",), 8),  # no other task
+            ("other_tasks_mean", ("arc", "gsm"), 3),  # too few models to be seen from
+            ("n_heads", ("arc",), 3),  # of no model
+            ("tuned", ("arc",), 3),  # true or false
+            ("score", ("arc", "gsm"), 3),
+            ("score_error", ("arc", "gsm"), 3),
+            ("n_samples", ("arc", "gsm"), 3),
+        ],
+    )
+    def test_what_is_no_number_of_models_is_refused(self, tmp_path, x, tasks, models):
+        """These ended in tracebacks."""
+        self.save(tmp_path, tasks=tasks, models=models)
+        with pytest.raises(CouplingError, match=f"got no predictor '{x}', expected one of coup"):
+            fit_runs(tmp_path, x=[x], resamples=QUICK)
+
+    def test_copies_are_dropped_before_the_other_tasks_count(self, tmp_path):
+        """Of four models one was a copy: the other three have no summary of the other tasks."""
+        self.save(tmp_path, models=3)
+        save_model(tmp_path, "copy", 0.2, {"arc": 0.4, "gsm": 0.6})
+        save_model(tmp_path, "copied", 0.2, {"arc": 0.4, "gsm": 0.6})
+        assert "other_tasks_mean" in [p.name for p in observations(tmp_path).predictors]
+        (tmp_path / "m0").rename(tmp_path.parent / f"{tmp_path.name}_m0")
+        with pytest.raises(CouplingError, match="got no predictor 'other_tasks_mean'"):
+            observations(tmp_path, x=["other_tasks_mean"])
+
+    def test_no_name_is_the_default(self, tmp_path):
+        self.save(tmp_path, models=3)
+        assert observations(tmp_path, x=[]).main.name == "coupling@10"

@@ -356,15 +356,6 @@ class TestWhatCounts:
         mean = found.frame[found.frame["task"] == "mean"]
         assert len(mean) == 9 and "m9-10b (has no hard acc)" in " ".join(found.notes)
 
-    def test_a_copy_under_another_name_and_fingerprint_counts_once(self, tmp_path):
-        self.save(tmp_path / "a", lambda i: {"arc": 0.3 + i / 100})
-        for i in range(10):
-            save_model(tmp_path / "b", f"org/copy{i}", 0.2 + i / 50, {"arc": 0.3 + i / 100})
-        found = observations(tmp_path)
-        assert found.models == 10
-        (note,) = [note for note in found.notes if "counted once" in note]
-        assert "the same numbers to the last digit" in note and "(as copy0)" in note
-
     def test_without_a_mean_the_main_score_is_one_of_which_higher_is_better(self, tmp_path):
         def add_loss(run):
             score = run["results"]["text"].pop("acc,none")

@@ -71,6 +71,8 @@ def test_what_people_write_is_understood(tmp_path, text, name, value):
         ("model,a\ntiny,1\ntiny,2\n", "tiny more than once .lines 2 and 3"),
         ("model,log10_params\ntiny,9\n", "'log10_params', which the runs have themselves, or"),
         ("model,coupling@99\ntiny,9\n", "rename it"),
+        ("model,other_tasks_mean\ntiny,9\n", "rename it"),
+        ("model,mean_of\ntiny,9\n", "rename it"),
         ("model,family\ntiny,é\n".encode("latin1"), "it is no UTF-8 text"),
         ("", "it is empty"),
     ],
