@@ -6,31 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lm_eval_coupling.errors import CouplingError
+import recipe
 
 
 class KeptRows:
-    """Rows in ``folder/name``, a line of JSON each, of one recipe.
+    """Rows in ``folder/name``, a line of JSON each, of one recipe (:mod:`recipe`).
 
     Args:
         folder: made if missing; ``recipe.json`` in it holds the settings that made the rows.
         name: file name of the rows.
-        recipe: settings that change the rows.
+        settings: what changes the rows.
 
     Raises:
         CouplingError: if the folder holds rows of another recipe.
     """
 
-    def __init__(self, folder: Path, name: str, recipe: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]) -> None:
         """Read the rows of an earlier, stopped command."""
         folder.mkdir(parents=True, exist_ok=True)
         file, self._file = folder / "recipe.json", folder / name
-        if file.exists() and json.loads(file.read_text()) != recipe:
-            raise CouplingError(
-                f"got {folder}, made with other texts or settings (see {file}); choose another "
-                "--out"
-            )
-        file.write_text(json.dumps(recipe, indent=1) + "\n")
+        recipe.require_same(file, settings, "rows")
+        recipe.write(file, settings)
         lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
         # A stopped command may leave half a line, which is written again.
         lines = [line for line in lines if line.endswith("\n")]

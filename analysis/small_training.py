@@ -15,7 +15,6 @@ stopped training goes on from its last checkpoint. What exists is not trained or
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import command
 import pandas as pd
+import recipe
 import torch
 from controlled_family import evaluate_all, evaluation_arguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_coupling.errors import CouplingError, why
 from lm_eval_coupling.numerics.randomness import seeded
+from lm_eval_coupling.saved.atomic import writing
 
 SIZES = {
     "layers": 8,
@@ -173,13 +174,8 @@ def save(folder: Path, model, tokenizer, optimizer) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train and write the missing checkpoints."""
-    recipe = recipe_of(options, RECIPE)
-    recipe_file = options.out / "training.json"
-    if recipe_file.exists() and json.loads(recipe_file.read_text()) != recipe:
-        raise CouplingError(
-            f"got {options.out}, a training of other texts or settings (see {recipe_file}); choose "
-            "another --out"
-        )
+    settings, recipe_file = recipe_of(options, RECIPE), options.out / "training.json"
+    recipe.require_same(recipe_file, settings, "a training")
     folders = {step: options.out / f"checkpoint-{step}" for step in options.steps}
     done, last = [step for step, folder in folders.items() if folder.exists()], max(folders)
     if len(done) == len(folders):
@@ -194,6 +190,9 @@ def train(options: argparse.Namespace) -> None:
     kept_out, windows = windows.tensor_split([min(32, len(windows) // 2)])
     batches = torch.randint(len(windows), (last + 1, options.windows), generator=draws)
 
+    # A checkpoint may be missing before the last one.
+    first_missing = min(folders.keys() - set(done))
+    done = [step for step in done if step < first_missing]
     start, rows = max(done, default=0), []
     model = (
         LlamaForCausalLM.from_pretrained(folders[start]).train()
@@ -205,7 +204,7 @@ def train(options: argparse.Namespace) -> None:
         optimizer.load_state_dict(torch.load(folders[start] / "optimizer.pt"))
         rows = pd.read_csv(options.out / "training.csv").query("step < @start").to_dict("records")
     options.out.mkdir(parents=True, exist_ok=True)
-    recipe_file.write_text(json.dumps(recipe, indent=1) + "\n")
+    recipe.write(recipe_file, settings)
     print(f"{model.num_parameters():,} parameters, {windows.numel():,} tokens of text", flush=True)
     for step in (
         progress := tqdm(range(start, last + 1), initial=start, total=last + 1, unit="step")
@@ -217,9 +216,8 @@ def train(options: argparse.Namespace) -> None:
         if step in folders:
             with torch.no_grad():
                 rows[-1]["loss_kept_out"] = model(kept_out, labels=kept_out).loss.item()
-            pd.DataFrame(rows).to_csv(
-                options.out / "training.csv", index=False, float_format="%.5g"
-            )
+            with writing(options.out / "training.csv") as temporary:
+                pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5g")
             tqdm.write(
                 f"checkpoint-{step}: loss {loss:.3f}, kept out {rows[-1]['loss_kept_out']:.3f}"
             )
@@ -245,9 +243,9 @@ def training_arguments(
 
 def recipe_of(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Return the settings that change what a training gives, to be compared with earlier ones."""
-    recipe = {"texts": [str(file) for file in options.texts]}
-    recipe |= {name: getattr(options, name) for name in names}
-    return recipe | ({"tied": True} if options.tied else {})
+    settings = {"texts": {str(file): recipe.digest_of(file) for file in options.texts}}
+    settings |= {name: getattr(options, name) for name in names}
+    return settings | ({"tied": True} if options.tied else {})
 
 
 def check_steps(parser: argparse.ArgumentParser, steps: list[int]) -> None:

@@ -31,6 +31,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +39,7 @@ import command
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import recipe
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -91,6 +93,7 @@ def read_images(folder: Path, split: str, device: torch.device, limit: int | Non
         raise CouplingError(
             f"got {files[0]} with {', '.join(table)}, expected a column of images and one of labels"
         )
+    classes = class_names(files[0], label, table)
     table = table[:limit]
     with ThreadPoolExecutor() as threads:
         pixels = list(threads.map(_decode_image, table[image]))
@@ -104,7 +107,7 @@ def read_images(folder: Path, split: str, device: torch.device, limit: int | Non
     return Images(
         stacked.to(device),
         torch.tensor(table[label].to_numpy(), device=device),
-        class_names(files[0], label, table),
+        classes,
     )
 
 
@@ -226,24 +229,24 @@ def train_all(options: argparse.Namespace) -> list[str]:
     members = [
         Member(d, w) for d, w in itertools.product(options.stochastic_depth, options.weight_decay)
     ]
-    recipe = {"data": str(options.data)} | {name: getattr(options, name) for name in RECIPE}
+    settings = {"data": str(options.data)} | {name: getattr(options, name) for name in RECIPE}
     recipe_file = options.out / "training.json"
-    if recipe_file.exists() and json.loads(recipe_file.read_text()) != recipe:
-        raise CouplingError(
-            f"got {options.out}, a family of other data or settings (see {recipe_file}); choose "
-            "another --out"
-        )
+    recipe.require_same(recipe_file, settings, "a family")
     missing = [member for member in members if not (options.out / member.name).exists()]
     if missing:
         begun = time.perf_counter()
         device = torch.device(options.device)
         train_on = read_images(options.data, "train", device, options.images)
         test_on = read_images(options.data, "test", device)
+        if (most := int(test_on.labels.max())) >= (known := len(train_on.classes)):
+            raise CouplingError(
+                f"got a test image of label {most}, expected 0 to {known - 1} as in training"
+            )
         seconds = time.perf_counter() - begun
         count = f"{len(train_on.labels)} + {len(test_on.labels)}"
         print(f"{count} images in {seconds:.0f} s", flush=True)
         options.out.mkdir(parents=True, exist_ok=True)
-        recipe_file.write_text(json.dumps(recipe, indent=1) + "\n")
+        recipe.write(recipe_file, settings)
         together = options.together or (1 if device.type == "cpu" else len(missing))
         for first in range(0, len(missing), together):
             group = missing[first : first + together]
@@ -280,11 +283,22 @@ def measure(name: str, options: argparse.Namespace) -> int:
     return code
 
 
+def positive(kind: type) -> Callable[[str], float]:
+    """Return a reader of numbers above 0, for a parser."""
+
+    def read(text: str) -> float:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+        return value
+
+    return read
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, whole = parser.add_argument, positive(int)
     help_data = "folder with train*.parquet and test*.parquet"
     add("data", type=Path, metavar="DATA", help=help_data)
     add("--out", type=Path, required=True, metavar="FAMILY", help="folder of the members")
@@ -296,21 +310,22 @@ def main(argv=None) -> None:
     add("--weight-decay", type=float, nargs="+", default=decays, metavar="W")
     add("--size", choices=SIZES, default="small", help="of models and training (%(default)s)")
     for name, value in SIZES["small"].items():
-        add(f"--{name}", type=type(value), metavar="N", help="instead of that of --size")
-    add("--images", type=int, metavar="N", help="train on the first N images (default: all)")
+        kind = positive(type(value))
+        add(f"--{name}", type=kind, metavar="N", help="instead of that of --size")
+    add("--images", type=whole, metavar="N", help="train on the first N images (default: all)")
     help_seconds = "time for the training of a group, instead of --epochs"
-    add("--seconds", type=float, metavar="S", help=help_seconds)
+    add("--seconds", type=positive(float), metavar="S", help=help_seconds)
     add("--cutmix", type=float, default=0.5, metavar="P", help="share of batches with CutMix (0.5)")
     add("--smoothing", type=float, default=0.1, metavar="E", help="label smoothing (0.1)")
     help_together = "members trained side by side (1 on a CPU, else all)"
-    add("--together", type=int, metavar="M", help=help_together)
+    add("--together", type=whole, metavar="M", help=help_together)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="of the products (bfloat16 on a GPU)")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     help_coupling = "settings of the measurement (%(default)s)"
     add("--coupling", default="limit=100", metavar="SETTINGS", help=help_coupling)
-    add("--limit", type=int, metavar="N", help="test images scored when measuring (default: all)")
-    add("--processes", type=int, default=1, metavar="N", help="members measured at a time (1)")
+    add("--limit", type=whole, metavar="N", help="test images scored when measuring (default: all)")
+    add("--processes", type=whole, default=1, metavar="N", help="members measured at a time (1)")
     options = parser.parse_args(argv)
     options.dtype = options.dtype or (
         "bfloat16" if options.device.startswith("cuda") else "float32"

@@ -50,5 +50,5 @@ def test_a_stopped_command_goes_on_and_gives_the_same(script, text, out, tmp_pat
 
 
 def test_other_settings_are_refused(script, text, out):
-    with pytest.raises(CouplingError, match="made with other texts or settings"):
+    with pytest.raises(CouplingError, match="rows of other data or settings"):
         script.main([str(text), "--out", str(out), *TINY, "--steps", "7"])

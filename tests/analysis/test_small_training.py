@@ -79,6 +79,32 @@ def test_a_stopped_training_goes_on(script, text, trained, tmp_path, capsys):
     assert (out / "checkpoint-25" / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_checkpoint_that_is_missing_in_between_is_made_again(script, text, trained, tmp_path):
+    """It was never made: the training went on from the last one."""
+    out = shutil.copytree(trained, tmp_path / "sky")
+    for name in ("checkpoint-0", "checkpoint-5"):
+        shutil.rmtree(out / name)
+        script.main([str(text), "--out", str(out), *TINY])
+        assert same(out / name, trained / name)
+    assert (out / "training.csv").read_text() == (trained / "training.csv").read_text()
+
+
+def test_other_texts_of_the_same_file_are_another_training(script, text, trained, tmp_path):
+    """Two trainings were joined in one table."""
+    out, file = shutil.copytree(trained, tmp_path / "sky"), tmp_path / text.name
+    file.write_text(text.read_text())
+    recipe = json.loads((out / "training.json").read_text())
+    recipe["texts"] = {str(file): [*recipe["texts"].values()][0]}
+    (out / "training.json").write_text(json.dumps(recipe))
+    script.main([str(file), "--out", str(out), *TINY])
+    file.write_text(text.read_text() + "Another end.")
+    with pytest.raises(CouplingError, match="a training of other data"):
+        script.main([str(file), "--out", str(out), *TINY])
+    (out / "training.json").write_text('{"te')
+    with pytest.raises(CouplingError, match="training.json, which cannot be read"):
+        script.main([str(file), "--out", str(out), *TINY])
+
+
 def test_tables_of_several_columns(script, tmp_path):
     rows = [
         {"question": "How many?", "answer": "#### 7", "id": 3},
@@ -116,7 +142,7 @@ def test_too_little_text(script, tmp_path, content, message):
 
 def test_another_training_is_not_added_to(script, text, trained):
     with pytest.raises(
-        CouplingError, match="a training of other texts or settings .*; choose another --out"
+        CouplingError, match="a training of other data or settings .*; choose another --out"
     ):
         script.main([str(text), "--out", str(trained), *TINY, "--rate", "0.1"])
 

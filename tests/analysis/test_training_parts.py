@@ -59,7 +59,7 @@ def test_a_stopped_command_goes_on_and_gives_the_same(script, text, out, tmp_pat
 
 
 def test_other_settings_are_refused(script, text, out, capsys):
-    with pytest.raises(CouplingError, match="made with other texts or settings"):
+    with pytest.raises(CouplingError, match="rows of other data or settings"):
         script.main([str(text), "--out", str(out), *TINY, "--rate", "0.02"])
     with pytest.raises(SystemExit):
         script.main([str(text), "--out", str(out), "--steps", "0"])

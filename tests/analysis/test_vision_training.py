@@ -278,3 +278,24 @@ def test_another_family_is_not_added_to(trained, data):
         CouplingError, match="a family of other data or settings .*; choose another --out"
     ):
         script.main([str(data), "--out", str(trained), *TINY, "--rate", "0.01"])
+
+
+@pytest.mark.parametrize(
+    "words", ["--epochs 0", "--rate 0", "--images 0", "--images -1", "--limit 0", "--seconds 0"]
+)
+def test_a_number_that_makes_nothing_is_refused(data, tmp_path, capsys, words):
+    """A rate of 0 was that of --size, and --images -1 left out the last image."""
+    with pytest.raises(SystemExit):
+        script.main([str(data), "--out", str(tmp_path / "out"), *TINY, *words.split()])
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+def test_classes_are_those_of_all_images(tmp_path):
+    for split, labels in (("train", [0, 1, 0, 2]), ("test", [0, 3])):
+        write_split(tmp_path, split, len(labels))
+        file = tmp_path / f"{split}.parquet"
+        pd.read_parquet(file).assign(label=labels).to_parquet(file)
+    few = script.read_images(tmp_path, "train", torch.device("cpu"), 2)
+    assert few.classes == ["0", "1", "2"] and len(few.labels) == 2
+    with pytest.raises(CouplingError, match="a test image of label 3, expected 0 to 2"):
+        script.main([str(tmp_path), "--out", str(tmp_path / "out"), *TINY])
