@@ -14,14 +14,14 @@ from lm_eval_coupling.errors import CouplingError, why
 
 
 def require_writable(folder: Path) -> None:
-    """Create ``folder`` unless it exists, and require that it can be written to.
+    """Create ``folder`` unless it exists, and require that files can be made in it.
 
     Raises:
-        CouplingError: if it cannot.
+        CouplingError: if the folder or files in it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "Permission denied"
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:

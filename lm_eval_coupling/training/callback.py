@@ -53,8 +53,8 @@ class CouplingCallback(TrainerCallback):
     training goes on.
 
     The trainer's log history gets ``coupling@K``, ``coupling@K_chance`` and ``coupling@K_excess``
-    for every rank K, ``line_shape_score`` and ``coupling_seconds``, as means over the prompts. So
-    does what the trainer reports to, such as W&B or TensorBoard, after :meth:`set_trainer`. The
+    for every rank K and, if ``regularity`` is measured, ``line_shape_score``, as means over the
+    prompts, and the ``coupling_seconds`` of the whole measurement. So does what the trainer reports to, such as W&B or TensorBoard, after :meth:`set_trainer`. The
     folder ``out`` gets a run for every measured step, which ``show``, ``fit``, ``report`` and the
     studies read as checkpoints of one training.
     """

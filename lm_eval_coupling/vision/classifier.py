@@ -56,13 +56,14 @@ class Classifier:
                 name, revision=revision, dtype="auto"
             )
             processor = _processor(name, revision)
+            model = model.eval().to(where)
         except Exception as error:  # the libraries below raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CouplingError(
                 f"got model {name!r}, revision {revision!r}, which transformers cannot load as an "
                 f"image classifier with its image processor: {reason[0][:300]}"
             ) from error
-        return cls(name, revision, model.eval().to(where), processor)
+        return cls(name, revision, model, processor)
 
     @property
     def device(self) -> torch.device:
