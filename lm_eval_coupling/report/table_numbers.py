@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.measures.formulas import means
+from lm_eval_coupling.measures.formulas.certificates import largest_certificate
 from lm_eval_coupling.saved.arrow_columns import frame_of_columns
 from lm_eval_coupling.saved.saved_table import SavedTable, passing_over
 from lm_eval_coupling.saved.tables import TRAINED, UNTRAINED
@@ -37,8 +38,9 @@ class TableNumbers:
         differences: trained less untrained weights by ``coupling@K``
             (:func:`describe_differences`); empty without untrained weights.
         measured: documents that have any number.
-        worst_certificate: largest certificate of the trained weights.
-        missing: prompts without coupling, counted by reason, in words.
+        worst_certificate: largest certificate of the trained weights' Jacobians that gave a number,
+            at any measured token.
+        missing: the reasons of prompts without coupling, counted, in words.
     """
 
     ranks: Sequence[int]
@@ -118,7 +120,7 @@ def _numbers(part: Mapping[int, PromptColumns]) -> Iterator[tuple[int, TableNumb
                     for name in (couplings if has_twin else ())
                 },
                 measured=int(trained.is_measured[own].sum()),
-                worst_certificate=_largest(trained.certificates[rows]),
+                worst_certificate=largest_certificate(trained.certificates[rows].tolist()),
                 missing=_in_words(trained.reasons[rows][trained.is_missing[rows]]),
             ),
         )
@@ -201,12 +203,7 @@ def describe_differences(differences: Iterable[float]) -> dict[str, float | int]
     }
 
 
-def _largest(values: np.ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.max()) if len(defined) else math.nan
-
-
 def _in_words(reasons: Iterable[Any]) -> str:
-    """Count the prompts that were not measured, by reason."""
+    """Count the reasons of prompts without coupling."""
     counted = Counter(reason or "not asked for" for reason in reasons)
     return "; ".join(f"{count} × {reason}" for reason, count in counted.most_common())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.formulas.certificates import (
+    columns_from_jacobians,
+    counted_certificate,
+    largest_certificate,
+)
 from lm_eval_coupling.measures.formulas.choices import PARTS, PROMPT_PART
 from lm_eval_coupling.measuring.record import PromptCoupling
-from lm_eval_coupling.runs.task_summary import document_value, rests_on_jacobians, summarize
+from lm_eval_coupling.runs.task_summary import document_value, summarize
 from lm_eval_coupling.saved.tables import TRAINED
 
 
@@ -137,14 +141,13 @@ def task_summaries(
 def worst_certificate(rows: Iterable[Row]) -> float:
     """Return the largest relative error of a Jacobian of the trained weights that gave a number.
 
-    Refused Jacobians give no number. NaN if no number rests on a Jacobian.
+    All measured tokens count. Refused Jacobians give no number. NaN if no number rests on a
+    Jacobian.
     """
-    certificates = [
-        row.measured.certificate
-        for row in rows
-        if row.weights == TRAINED and rests_on_jacobians(row.measured)
-    ]
-    return max((float(certificate.max()) for certificate in certificates), default=math.nan)
+    numbers = [column.name for columns in columns_from_jacobians() for column in columns]
+    return largest_certificate(
+        counted_certificate(row.measured, numbers) for row in rows if row.weights == TRAINED
+    )
 
 
 def reasons(rows: Iterable[Row]) -> str:

@@ -62,17 +62,6 @@ def was_measured(prompt: PromptCoupling) -> bool:
     return any(not _PROOF.issuperset(result.columns) for result in prompt.results.values())
 
 
-def rests_on_jacobians(prompt: PromptCoupling) -> bool:
-    """Return whether a number of a prompt was computed from its certified Jacobians.
-
-    A measure whose Jacobians were refused has their certificates only.
-    """
-    return any(
-        "certificate" in result.columns and not _PROOF.issuperset(result.columns)
-        for result in prompt.results.values()
-    )
-
-
 def _measures(
     documents: Mapping[Any, Sequence[PromptCoupling]], ranks: Sequence[int]
 ) -> dict[str, Any]:

@@ -79,12 +79,15 @@ class SavedTable:
             parts.append(_select(rows, columns, weights, places))
         return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
-    def read_columns(self, columns: Sequence[str], weights: str) -> dict[str, np.ndarray]:
-        """Read columns of the first measured token's rows, without a frame.
+    def read_columns(
+        self, columns: Sequence[str], weights: str, places: str = "first"
+    ) -> dict[str, np.ndarray]:
+        """Read columns without a frame.
 
         Args:
-            columns: those to read, ``weights`` besides, as far as the table has them.
+            columns: those to read, ``weights`` and ``place`` besides, as far as the table has them.
             weights: ``trained``, ``untrained`` or ``all``.
+            places: ``first``, of the tokens that a prompt was measured at, or ``all``.
 
         Returns:
             An array for each column; of objects where it holds no numbers.
@@ -96,7 +99,9 @@ class SavedTable:
         for file in self._files(weights):
             with self._open(file) as table:
                 part = table.read(self._present(columns))
-            kept = _is_first(part.pop("place"))
+            kept = (
+                is_first(part["place"]) if places == "first" else np.ones(len(part["place"]), bool)
+            )
             if weights != "all":
                 kept &= part["weights"] == weights
             parts.append({name: values[kept] for name, values in part.items()})
@@ -187,13 +192,14 @@ def _select(
     if weights != "all":
         kept &= (rows["weights"] == weights).to_numpy(dtype=bool)
     if places == "first":
-        kept &= _is_first(rows["place"])
+        kept &= is_first(rows["place"])
     if columns is not None and "place" not in columns:
         del rows["place"]
     return rows if kept.all() else rows[kept].reset_index(drop=True)
 
 
-def _is_first(places: Iterable[Any]) -> np.ndarray:
+def is_first(places: Iterable[Any]) -> np.ndarray:
+    """Return for each row whether it is of the first of the tokens of its prompt."""
     return np.array([not place for place in places], dtype=bool)
 
 

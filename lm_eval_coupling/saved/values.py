@@ -10,9 +10,14 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_coupling.measures.formulas import means
+from lm_eval_coupling.measures.formulas.certificates import (
+    columns_from_jacobians,
+    counted_certificate,
+    largest_certificate,
+)
 from lm_eval_coupling.measures.registry import Reading, prompt_readings, record_columns
 from lm_eval_coupling.saved.arrow_columns import frame_of_columns
-from lm_eval_coupling.saved.saved_table import SavedTable
+from lm_eval_coupling.saved.saved_table import SavedTable, is_first
 
 # Columns of a table that say which prompt a row is.
 PROMPT = (
@@ -26,7 +31,7 @@ PROMPT = (
     "reason",
     "ranks",
 )
-_ABOUT = ("task", *PROMPT, "window", "certificate", "coupling", "weights")
+_ABOUT = ("task", *PROMPT, "window", "weights")
 
 
 def prompt_values(
@@ -42,8 +47,8 @@ def prompt_values(
     Returns:
         What a record says of its prompt; ``coupling@K`` for every rank K; every other reading that
         is one number of a prompt, by its name (:func:`plain_readings`) or by ``NAME@K``
-        (:func:`ranked_readings`); and ``worst_certificate``, the largest of the blocks. NaN where
-        a number is missing.
+        (:func:`ranked_readings`); and ``worst_certificate``, the largest of the Jacobians that gave
+        a number at any of the prompt's measured tokens. NaN where a number is missing.
     """
     return frame_of_columns(prompt_columns(table, weights, names))
 
@@ -54,18 +59,20 @@ def prompt_columns(
     """Read the columns of :func:`prompt_values` without making a frame of them."""
     plain = [r for r in plain_readings() if r.column in table.columns and _is_wanted(r, names)]
     ranked = [r for r in ranked_readings() if r.column in table.columns and _is_wanted(r, names)]
-    names_read = dict.fromkeys([*_ABOUT, *(reading.column for reading in (*plain, *ranked))])
-    columns = table.read_columns(list(names_read), weights)
+    numbers = ["coupling", *(name for name in _lightest_columns() if name in table.columns)]
+    of_readings = [reading.column for reading in (*plain, *ranked)]
+    names_read = [*_ABOUT, "certificate", *numbers, *of_readings]
+    columns = table.read_columns(names_read, weights, places="all")
+    certificates, first = _certificates(columns, numbers), is_first(columns["place"])
+    columns = {name: values_of_rows[first] for name, values_of_rows in columns.items()}
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     values: dict[str, Any] = {
         reading.name: np.array([_number(reading, record) for record in records], dtype=float)
         for reading in plain
     }
-    values["worst_certificate"] = np.array(
-        [_worst(record["certificate"]) for record in records], dtype=float
-    )
-    kept = [name for name in columns if name in _ABOUT and name not in ("certificate", "coupling")]
-    values = {name: columns[name] for name in kept if name not in values} | values
+    values["worst_certificate"] = certificates[first]
+    kept = [name for name in columns if name in _ABOUT and name not in values]
+    values = {name: columns[name] for name in kept} | values
     of_rank = {"coupling": columns["coupling"]} | {r.name: columns[r.column] for r in ranked}
     return values | _by_rank(columns["ranks"], of_rank)
 
@@ -98,10 +105,26 @@ def _number(reading: Reading, record: Mapping[str, Any]) -> float:
     return math.nan if value is None else float(value)
 
 
-def _worst(certificate: np.ndarray | None) -> float:
-    if certificate is None or np.isnan(certificate).all():
-        return math.nan
-    return float(np.nanmax(certificate))
+def _lightest_columns() -> list[str]:
+    """Return a column of each measure that tells whether its Jacobians gave a number."""
+    measures = columns_from_jacobians()
+    return [min(columns, key=lambda column: len(column.dimensions)).name for columns in measures]
+
+
+def _certificates(columns: Mapping[str, np.ndarray], numbers: Sequence[str]) -> np.ndarray:
+    """Return for each row the largest certificate that counts at any token of its prompt."""
+    read = ("certificate", *numbers)
+    own = [
+        counted_certificate(dict(zip(read, row, strict=True)), numbers)
+        for row in zip(*(columns[name] for name in read), strict=True)
+    ]
+    key = ("weights", "doc_hash", "prompt_hash", "prompt_index")
+    prompts = [*zip(*(columns[name] for name in key), strict=True)]
+    of_prompt: dict[tuple[Any, ...], list[float]] = {}
+    for prompt, certificate in zip(prompts, own, strict=True):
+        of_prompt.setdefault(prompt, []).append(certificate)
+    largest = {prompt: largest_certificate(values) for prompt, values in of_prompt.items()}
+    return np.array([largest[prompt] for prompt in prompts], dtype=float)
 
 
 def _by_rank(ranks: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -133,8 +156,8 @@ def document_values(values: pd.DataFrame) -> pd.DataFrame:
         values: of :func:`prompt_values`, or of several tables with the number of each in ``table``.
 
     Returns:
-        A row per table, task, document and first prompt, a column per number; NaN where one of the
-        document's prompts does not have it.
+        One row for each table, task, ``doc_hash`` and ``prompt_hash`` (the hash of the document's
+        first request), with a column for each number. NaN if one prompt of the document lacks it.
     """
     document = [name for name in ("table", "task", "doc_hash", "prompt_hash") if name in values]
     names = value_names(values)

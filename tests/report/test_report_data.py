@@ -5,9 +5,14 @@ import pytest
 from report_pages import BAD_MODEL, packed, row_of
 from saved_runs import CHANCE, record, save, task_summary
 
+from lm_eval_coupling.errors import Reason
+from lm_eval_coupling.measures.contract import MeasureResult
+from lm_eval_coupling.measuring.record import PromptCoupling
 from lm_eval_coupling.report.data import _Room
 from lm_eval_coupling.report.page import build_page, embeddable_json, gather
+from lm_eval_coupling.report.table_numbers import read_columns, table_numbers
 from lm_eval_coupling.report.task_table import pack
+from lm_eval_coupling.runs.rows import DocumentKey, DocumentPrompt, Row, worst_certificate
 from lm_eval_coupling.saved.saved_run import find_runs
 from lm_eval_coupling.saved.scores_table import load_runs
 from lm_eval_coupling.saved.values import document_values, mean_and_error, prompt_values
@@ -165,3 +170,45 @@ class TestLimits:
         assert len(data["tables"][0]["documents"]) == 200
         assert len(embeddable_json(data)) < 200 * 4000
         assert build_page(data).count("plotly.js v") == 1
+
+
+def _row(doc, certificate, weights="trained", place=0, measure="depth", is_refused=False):
+    """Make a measured row; refused Jacobians leave their certificates only."""
+    columns = {"certificate": np.float32([1e-7, certificate]), "method": ("closed",) * 2}
+    if not is_refused:
+        pairs = np.full((1, 2, 2), 0.5, np.float32)
+        by_measure = {
+            "depth": {"normalized_miscoupling": pairs},
+            "controls": {"deflated": pairs, "deflated_coupling": np.float32([0.5])},
+            "swapped": {"miscoupling_to_vju": pairs, "miscoupling_to_absolute_vju": pairs},
+        }
+        columns |= by_measure[measure]
+    reasons = (Reason("certificate", "the Jacobian is off"),) if is_refused else ()
+    measured = PromptCoupling((1, 2), 1, (2,), {measure: MeasureResult(columns, reasons)})
+    document = DocumentKey("arc", f"d{doc}", f"p{doc}")
+    prompt = DocumentPrompt(document, doc, 0, kind="context", tokens=(1, 2), text="x")
+    return Row(prompt, weights, measured, place=place)
+
+
+@pytest.mark.parametrize("measure", ["depth", "controls", "swapped"])
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(0, 2e-6), (1, 0.5, "trained", 0, True)], 2e-6),
+        ([(0, 2e-6), (0, 3e-6, "trained", 1), (1, 1e-6)], 3e-6),
+        ([(0, 0.5, "trained", 0, True), (0, 3e-6, "trained", 1)], 3e-6),
+        ([(0, 2e-6), (0, 5e-6, "untrained")], 2e-6),
+        ([(0, 0.5, "trained", 0, True)], np.nan),
+    ],
+)
+def test_the_worst_certificate_of_a_table_is_that_of_its_run(tmp_path, measure, rows, expected):
+    """`show` and the page counted refused Jacobians, and left further tokens out."""
+    measured = [
+        _row(doc, certificate, *more[:2], measure=measure, is_refused=bool(more[2:]))
+        for doc, certificate, *more in rows
+    ]
+    save(tmp_path, {"arc": task_summary()}, rows=[row.to_columns() for row in measured])
+    (table,) = find_runs(tmp_path).runs[0].tables
+    ((_, numbers),) = table_numbers(read_columns([table], []))
+    np.testing.assert_allclose(numbers.worst_certificate, expected)
+    np.testing.assert_equal(numbers.worst_certificate, worst_certificate(measured))
