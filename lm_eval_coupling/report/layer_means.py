@@ -55,17 +55,19 @@ class LayerMeans:
             self._profiles[rank, side].append(_nanmean(pairs, axis))
 
     def summary(self, *, matrices: bool) -> dict[str, Any]:
-        """Return ``norms``, ``profile`` and, if asked for, the packed ``mean`` matrices.
+        """Return ``norms``, ``profile`` and, if asked for, ``mean`` and ``measured``.
 
-        ``profile`` has by rank ``jacobian, basis`` and their ``_stderr``, each of one number per
-        layer.
+        ``mean`` has the packed matrices by rank, and ``measured`` is the number of documents behind
+        them. ``profile`` has by rank ``jacobian, basis`` and their ``_stderr``, each of one number
+        per layer.
         """
-        ranks = [rank for rank, mean in self._matrices.items() if mean.has_values]
+        ranks = [rank for rank, mean in self._matrices.items() if mean.count]
         summary: dict[str, Any] = {
-            "norms": self._norms.mean().tolist() if self._norms.has_values else None
+            "norms": self._norms.mean().tolist() if self._norms.count else None
         }
         if matrices:
             summary["mean"] = {rank: pack(self._matrices[rank].mean()) for rank in ranks}
+            summary["measured"] = max((self._matrices[rank].count for rank in ranks), default=0)
         return summary | {"profile": {rank: self._summarize_profile(rank) for rank in ranks}}
 
     def _summarize_profile(self, rank: int) -> dict[str, list[float]]:
@@ -117,7 +119,7 @@ class _Mean:
     """Mean of arrays, entry by entry over what is defined."""
 
     def __init__(self) -> None:
-        self.has_values = False
+        self.count = 0
         self._total: np.ndarray | float = 0.0
         self._n: np.ndarray | int = 0
 
@@ -125,7 +127,7 @@ class _Mean:
         is_defined = np.isfinite(array)
         self._total = self._total + np.where(is_defined, array, 0)
         self._n = self._n + is_defined
-        self.has_values = True
+        self.count += 1
 
     def mean(self) -> np.ndarray:
         n = np.asarray(self._n)

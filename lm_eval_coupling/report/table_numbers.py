@@ -37,7 +37,6 @@ class TableNumbers:
         twin_means: the same of the untrained weights; empty where these were not measured.
         differences: trained less untrained weights by ``coupling@K``
             (:func:`describe_differences`); empty without untrained weights.
-        measured: documents that have any number.
         worst_certificate: largest certificate of the trained weights' Jacobians that gave a number,
             at any measured token.
         missing: the reasons of prompts without coupling, counted, in words.
@@ -47,7 +46,6 @@ class TableNumbers:
     means: Mapping[str, Mean]
     twin_means: Mapping[str, Mean]
     differences: Mapping[str, Mapping[str, float | int]]
-    measured: int
     worst_certificate: float
     missing: str
 
@@ -119,7 +117,6 @@ def _numbers(part: Mapping[int, PromptColumns]) -> Iterator[tuple[int, TableNumb
                     name: describe_differences(differences[name][own])
                     for name in (couplings if has_twin else ())
                 },
-                measured=int(trained.is_measured[own].sum()),
                 worst_certificate=largest_certificate(trained.certificates[rows].tolist()),
                 missing=_in_words(trained.reasons[rows][trained.is_missing[rows]]),
             ),
@@ -148,7 +145,6 @@ class _Side:
     def __init__(self, values: pd.DataFrame) -> None:
         self.documents = document_values(values)
         self.numbers = {name: self.documents[name].to_numpy() for name in self.documents}
-        self.is_measured = self.documents.notna().any(axis=1).to_numpy()
         self.certificates = values["worst_certificate"].to_numpy()
         self.reasons = values["reason"].to_numpy()
         couplings = [name for name in values if str(name).startswith("coupling@")]

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lm_eval_coupling.measures.formulas.headline import chance_coupling, couplings_of, headline_rank
 from lm_eval_coupling.report.layer_means import LAYERS, LayerMeans, pack
 from lm_eval_coupling.report.response_curves import response_curves
@@ -38,9 +36,9 @@ class TableView:
 
     Attributes:
         columns: numbers of its prompts, to be averaged with those of other tables.
-        shown: ``ranks``, ``headline``, ``chance`` (by rank), ``mean``, ``profile`` and ``norms``
-            (see :class:`LayerMeans`), ``total`` (prompts), ``documents`` and ``responses`` (see
-            :func:`response_curves`).
+        shown: ``ranks``, ``headline``, ``chance`` (by rank), ``mean``, ``measured``, ``profile``
+            and ``norms`` (see :class:`LayerMeans`), ``total`` (prompts), ``documents`` and
+            ``responses`` (see :func:`response_curves`).
         twin: ``seed, profile, norms`` of the untrained weights, or None.
     """
 
@@ -52,15 +50,14 @@ class TableView:
         """Return all that the page shows.
 
         Returns:
-            ``shown`` with ``measured`` (documents), ``worst_certificate``, and ``untrained``: the
-            twin with its ``coupling`` and the paired ``difference`` at every rank, or None.
+            ``shown`` with ``worst_certificate``, and ``untrained``: the twin with its ``coupling``
+            and the paired ``difference`` at every rank, or None.
         """
         of_twin = self.twin and self.twin | {
             "coupling": {rank: numbers.twin_coupling(rank) for rank in numbers.ranks},
             "difference": {rank: numbers.difference(rank) for rank in numbers.ranks},
         }
         return self.shown | {
-            "measured": numbers.measured,
             "worst_certificate": numbers.worst_certificate,
             "untrained": of_twin,
         }
@@ -87,7 +84,7 @@ def view_table(
         UnreadableTable: if the table is damaged.
     """
     with table.opened() as opened:
-        columns = _couplings(opened)
+        columns = prompt_columns(opened, "all", names=())
         ranks = ranks_of(columns)
         headline = headline_rank(ranks) if ranks else None
         prompts = _count_prompts(columns, TRAINED)
@@ -111,15 +108,6 @@ def view_table(
             "responses": response_curves(opened, answers, ranks),
         }
         return TableView(columns, shown, _view_twin(opened, columns, ranks))
-
-
-def _couplings(table: SavedTable) -> PromptColumns:
-    """Read couplings, and all other numbers where these must tell if a document was measured."""
-    columns = prompt_columns(table, "all", names=())
-    couplings = [columns[f"coupling@{rank}"] for rank in ranks_of(columns)]
-    if couplings and not np.isnan(couplings).any():
-        return columns
-    return prompt_columns(table, "all")
 
 
 def _count_prompts(columns: PromptColumns, weights: str) -> Counter[tuple[str, str]]:

@@ -111,6 +111,14 @@ class TestNumbers:
         assert actual[1, 2] == pytest.approx(rows[1]["normalized_miscoupling"][0, 1, 2], abs=6e-5)
         assert np.isnan(actual[2, 3]) and np.isnan(actual).sum() == 1
 
+    def test_documents_without_coupling_are_not_behind_its_mean(self, tmp_path):
+        """A refused document with other numbers weighed in a group's mean as one with coupling."""
+        rows = [record(doc_id=i) for i in range(3)]
+        rows[2] |= {"normalized_miscoupling": None, "reason": "the Jacobian is off"}
+        save(tmp_path, {"arc": task_summary()}, rows=rows)
+        (table,) = gather(tmp_path)["tables"]
+        assert table["measured"] == 2 and table["total"] == 3
+
     def test_packing_keeps_four_digits(self):
         matrix = np.array([[0, 1], [np.nan, 0.12344]], dtype=np.float32)
         np.testing.assert_array_equal(packed(pack(matrix), 2), [[0, 1], [np.nan, 0.1234]])

@@ -70,7 +70,7 @@ function overviewColumns() {
     { name: "Shots", shown: true, numeric: true, value: (row) => row.n_fewshot },
     { name: "Prompts", shown: several, text: true, value: (row) => prompting(row) || null, title: "how the prompts were made" },
     { name: "Scored", numeric: true, value: (row) => row.n_samples, title: "documents behind the score" },
-    { name: "Measured", shown: true, numeric: true, value: (row) => row.measured, title: "documents behind the coupling" },
+    { name: "Measured", shown: true, numeric: true, value: (row) => row.measured, title: "documents with coupling or any other number" },
     { name: "Failed", numeric: true, value: (row) => row.failed, title: "documents that could not be measured" },
     {
       name: "Worst error",
