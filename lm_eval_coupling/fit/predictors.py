@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -57,21 +57,15 @@ def choose_predictors(
         The predictors that differ between models of a task, and the one in question in any case.
 
     Raises:
-        CouplingError: If a name is unknown, or no model has a number of this name.
+        CouplingError: If a name is unknown, or no model has a number of it, or there are no numbers.
     """
     available = {p.name: p for p in available_predictors(rows)}
-    if x:
-        if unknown := [n for n in x if n not in available and not _is_fact(rows, n)]:
-            raise CouplingError(
-                f"got no predictor {unknown[0]!r}, expected one of {', '.join(available)} or a "
-                "number of the facts"
-            )
-        # Coupling is compared with these in any case.
-        rivals = [name for name, p in available.items() if p.kind in ("size", "loss", "tasks")]
-        names = dict.fromkeys([*x, *rivals])
-        chosen = [available.get(name, Predictor(name, "fact")) for name in names]
-    else:
-        chosen = list(available.values())
+    if not (x or available):
+        raise CouplingError(
+            "got no number that could predict a score; measure coupling, or name a number of the "
+            "facts by x (--x)"
+        )
+    chosen = _named_predictors(rows, x, available) if x else list(available.values())
     varying = [p for p in chosen if _varies(rows, p)]
     if rows["label"].nunique() > 1 and (
         same := [p.name for p in chosen if p not in varying and rows[p.name].notna().any()]
@@ -81,6 +75,20 @@ def choose_predictors(
     if partly:
         notes.append(f"not known of every model and not held fixed: {', '.join(partly)}")
     return [chosen[0], *(p for p in varying if p != chosen[0])]
+
+
+def _named_predictors(
+    rows: pd.DataFrame, x: Sequence[str], available: Mapping[str, Predictor]
+) -> list[Predictor]:
+    """Return the predictors of these names, then the rivals that coupling always has."""
+    if unknown := [name for name in x if name not in available and not _is_fact(rows, name)]:
+        expected = f"one of {', '.join(available)} or " if available else ""
+        raise CouplingError(
+            f"got no predictor {unknown[0]!r}, expected {expected}a number of the facts"
+        )
+    rivals = [name for name, p in available.items() if p.kind in ("size", "loss", "tasks")]
+    names = dict.fromkeys([*x, *rivals])
+    return [available.get(name, Predictor(name, "fact")) for name in names]
 
 
 def available_predictors(rows: pd.DataFrame) -> Iterator[Predictor]:

@@ -257,6 +257,20 @@ class TestPredictorInQuestion:
         with pytest.raises(CouplingError, match="got no predictor 'other_tasks_mean'"):
             observations(tmp_path, x=["other_tasks_mean"])
 
+    def test_without_any_number_it_is_said(self, tmp_path):
+        def forget(run):
+            run["config"]["coupling"]["tasks"]["arc"]["measures"] = {}
+            for name in ("n_params", "n_layers", "d_model"):
+                del run["config"]["coupling"][name]
+            del run["config"]["model_num_parameters"]
+
+        for i in range(3):
+            save_model(tmp_path, f"m{i}", 0.2, {"arc": 0.3 + i / 10}, change=forget)
+        with pytest.raises(CouplingError, match="got no number that could predict a score; measu"):
+            observations(tmp_path)
+        with pytest.raises(CouplingError, match="no predictor 'speed', expected a number of the f"):
+            observations(tmp_path, x=["speed"])
+
     def test_no_name_is_the_default(self, tmp_path):
         self.save(tmp_path, models=3)
         assert observations(tmp_path, x=[]).main.name == "coupling@10"
