@@ -145,7 +145,9 @@ def exponential_fit(
     best = _explained(shapes, y[shuffled], weights[shuffled]).max(axis=0)
     total = weights @ (y - np.average(y, weights=weights)) ** 2
     straight = (1 - _explained(z[None], y[None], weights[None])[0, 0]) * total
-    curvature = max(0.0, straight - residual) / (residual / (n - 3)) if residual > 0 else math.inf
+    gain, curvature = straight - residual, 0.0
+    if gain > 1e-14 * total:  # below, both are rounding, as of points on a line
+        curvature = gain / (residual / (n - 3)) if residual > 0 else math.inf
     coefficients = _natural(parameters, covariance, center, half_range, n - 3)
     notes: tuple[str, ...] = ()
     if np.isnan(covariance).any():

@@ -11,6 +11,7 @@ from simulations import covers, draws, near, simulate, uniform
 from lm_eval_coupling.errors import CouplingError
 from lm_eval_coupling.statistics import (
     exponential_fit,
+    in_words,
     line_fit,
     proportion_error,
 )
@@ -261,3 +262,13 @@ def test_errors_of_zero_are_refused_with_a_remedy():
         line_fit([1, 2, 3], [0.2, 0.5, 1.0], x_error=[0.1, 0.1, 0.1])
     assert (proportion_error([0.0, 1.0], 20) > 0.04).all()
     assert proportion_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+
+
+@pytest.mark.parametrize("slope", [2, 0.1, 1 / 3])
+def test_points_on_a_line_are_not_curved(slope):
+    """Rounding was taken for curvature: of 2·x it was said that a straight line fits worse."""
+    x = np.arange(1.0, 9)
+    found = exponential_fit(x, slope * x, resamples=99)
+    assert found.p_curvature == 1 and "a straight line describes that as well" in in_words(found)
+    curved = exponential_fit(x, np.exp(slope * x), resamples=99)
+    assert curved.p_curvature < 1e-6
