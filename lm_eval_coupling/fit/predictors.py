@@ -57,7 +57,7 @@ def choose_predictors(
         The predictors that differ between models of a task, and the one in question in any case.
 
     Raises:
-        CouplingError: If a name is unknown, or no model has a number of it, or there are no numbers.
+        CouplingError: If a name is unknown or of no number, or if there are no numbers at all.
     """
     available = {p.name: p for p in available_predictors(rows)}
     if not (x or available):
