@@ -18,7 +18,7 @@ from lm_eval_coupling.saved.bounded import parse_json, read_json
 from lm_eval_coupling.saved.jsonlines import read_lines
 from lm_eval_coupling.saved.prompting import model_arguments
 from lm_eval_coupling.saved.results_file import RESULTS, number, require_shape
-from lm_eval_coupling.saved.run_files import date_in, is_results
+from lm_eval_coupling.saved.run_files import date_in
 from lm_eval_coupling.saved.saved_run import leaf_tasks
 
 logger = logging.getLogger("lm_eval.coupling")
@@ -142,13 +142,27 @@ def read_results(path: Path, option: str = "--samples") -> dict[Path, dict[str, 
     """
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.json") if is_results(file.name))
-    if not files:
+        files = sorted(file for file in path.rglob("*.json") if _has_name_of_results(file))
+    results = {}
+    for file in files:
+        try:
+            results[file] = _read_results(file)
+        except CouplingError as error:
+            if file == path or file.name.startswith("results_"):
+                raise
+            logger.warning("coupling: %s; it is passed over", error)
+    if not results:
         raise CouplingError(
             f"got {option} {path}, expected a results_*.json or NAME_<date>.json of lm-eval or a "
             "folder with one"
         )
-    return {file: _read_results(file) for file in files}
+    return results
+
+
+def _has_name_of_results(file: Path) -> bool:
+    # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json.
+    has_name = file.name.startswith("results_") or date_in(file) != ""
+    return file.suffix == ".json" and has_name and not file.is_dir()
 
 
 def of_model(
@@ -285,7 +299,7 @@ def _samples_file(results: Path, task: str) -> Path | None:
 def _is_evaluation(file: Path) -> bool:
     """Return whether a file has the name or the content of lm-eval's results."""
     try:
-        return is_results(file.name) or bool(_read_results(file))
+        return _has_name_of_results(file) or bool(_read_results(file))
     except CouplingError:
         return False
 

@@ -101,7 +101,7 @@ class _Listing:
         if date := date_in(file):
             names = sorted(os.listdir(file.parent))
             tables = [n for n in names if n.startswith(TABLE_PREFIXES) and n.endswith(".parquet")]
-            others = tables if file.suffix == ".json" else [n for n in names if is_results(n)]
+            others = tables if file.suffix == ".json" else [n for n in names if _is_results(n)]
             for name in others:
                 if date_in(file.parent / name) == date:
                     self._add_entry(file.parent / name)
@@ -163,15 +163,14 @@ class _Listing:
         return is_new
 
 
-def is_results(name: str) -> bool:
-    """Return whether a file has the name of lm-eval's results."""
+def _is_results(name: str) -> bool:
     # `--output_path NAME.json` makes NAME_<date>.json instead of results_<date>.json.
     return name.endswith(".json") and (name.startswith("results") or bool(_DATE.search(name)))
 
 
 def _is_run_file(name: str) -> bool:
     is_table = name.endswith(".parquet") and name.startswith(TABLE_PREFIXES)
-    return is_table or is_results(name)
+    return is_table or _is_results(name)
 
 
 def _count_run_files(folder: Path) -> int:

@@ -146,6 +146,17 @@ def test_results_of_another_name_are_found_in_a_folder(tmp_path):
     assert evaluation.file == chat
 
 
+def test_other_json_files_are_passed_over_in_a_folder(tmp_path, caplog):
+    chat = save_named(tmp_path, "chat", 1, SAMPLE)
+    (tmp_path / "log_2026-01-01T00-00-00.0.json").write_text("[]")
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results_a.json").mkdir()
+    with caplog.at_level(logging.WARNING, "lm_eval.coupling"):
+        (evaluation,) = read_evaluations(tmp_path, "org/model")
+    assert evaluation.file == chat
+    assert "log_2026-01-01T00-00-00.0.json" in caplog.text and "results.json" not in caplog.text
+
+
 def test_renamed_results_have_the_samples_that_can_only_be_their_own(tmp_path):
     renamed = save_named(tmp_path, "base", 1, SAMPLE).rename(tmp_path / "renamed.json")
     (tmp_path / "generation_config.json").write_text("{}")
