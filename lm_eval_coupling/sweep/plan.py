@@ -176,7 +176,8 @@ def _read_yaml(file: Path) -> Any:
         if not file.is_file() and file.exists() and not file.is_dir():
             raise CouplingError(f"got {file}, which is no regular file; give a plan in YAML")
         with file.open(encoding="utf-8") as text:
-            return yaml12.load(text.read(10**7))  # which takes far fewer characters
+            # yaml12 refuses long before this; the limit keeps a huge file out of memory.
+            return yaml12.load(text.read(10**7))
     except (OSError, UnicodeDecodeError) as error:
         raise CouplingError(
             f"got {file}, which cannot be read ({why(error)}); give a plan in YAML"

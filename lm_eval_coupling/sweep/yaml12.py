@@ -116,8 +116,8 @@ def load(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: if it is too long.
-        yaml.MarkedYAMLError: if it is no YAML, has a key twice, holds itself, is too large or deep,
-            or has a value that is not of the type of its tag.
+        yaml.MarkedYAMLError: if it is no YAML, has a key twice, holds itself, or is too large or
+            deep. Also if a value is not of the type of its tag.
     """
     if len(text) > _MAX_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text)} characters, at most {_MAX_CHARACTERS} are read")
