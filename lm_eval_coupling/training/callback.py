@@ -54,9 +54,10 @@ class CouplingCallback(TrainerCallback):
 
     The trainer's log history gets ``coupling@K``, ``coupling@K_chance`` and ``coupling@K_excess``
     for every rank K and, if ``regularity`` is measured, ``line_shape_score``, as means over the
-    prompts, and the ``coupling_seconds`` of the whole measurement. So does what the trainer reports to, such as W&B or TensorBoard, after :meth:`set_trainer`. The
-    folder ``out`` gets a run for every measured step, which ``show``, ``fit``, ``report`` and the
-    studies read as checkpoints of one training.
+    prompts, and the ``coupling_seconds`` of the whole measurement. So does what the trainer reports
+    to, such as W&B or TensorBoard, after :meth:`set_trainer`. The folder ``out`` gets a run for
+    every measured step, which ``show``, ``fit``, ``report`` and the studies read as checkpoints of
+    one training.
     """
 
     def __init__(
