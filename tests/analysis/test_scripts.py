@@ -543,6 +543,7 @@ def test_every_script_is_listed_with_its_command():
         "command",
         "kept_rows",
         "paired_seeds",
+        "recipe",
         "vit_members",
     }  # what scripts have in common
     assert names >= {"layer_coupling", *NOT_OURS}
