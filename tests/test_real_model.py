@@ -71,10 +71,21 @@ print("FOUND" + json.dumps(found, default=str))
 """
 
 
+# Reads the file of the model as an array: a memory map takes a third longer, a word at a time.
+FETCH = """
+import runpy, sys
+import numpy
+numpy.memmap = lambda file, mode, dtype=numpy.uint8: numpy.fromfile(file, dtype)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
-    fetch = [forked_python(), str(REAL / "models" / "get_model.py"), "smollm2-135m", str(folder)]
+    script = str(REAL / "models" / "get_model.py")
+    fetch = [forked_python(), "-c", FETCH, script, "smollm2-135m", str(folder)]
     done = subprocess.run(fetch, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"the model cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
