@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from imports import parsed
 
 from lm_eval_coupling.harness import hooks
 from lm_eval_coupling.harness import lm_eval_internals as internals
@@ -69,14 +70,9 @@ def test_a_model_class_without_that_step_is_left_alone():
     assert vars(lm) == {}
 
 
-@functools.cache
-def parsed():
-    return {file: ast.parse(file.read_text("utf-8")) for file in ROOT.rglob("*.py")}
-
-
 def trees(library):
     """Syntax trees of our modules, except the one that may name internals of ``library``."""
-    return {file: tree for file, tree in parsed().items() if file != OURS[library]}
+    return {file: parsed(file) for file in ROOT.rglob("*.py") if file != OURS[library]}
 
 
 def is_private(name):

@@ -2,15 +2,12 @@
 
 import ast
 import collections
-import functools
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from imports import FOLDERS, MODULES, parsed
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = {"lm_eval_coupling": ROOT, "coupling_analysis": ROOT / "analysis"}
 # Words with which a docstring asks a riddle in place of naming an action or a thing.
 OPENERS = set(
     "What Whether Of Those That As From This These Where Which Who Whose How Why When In With "
@@ -26,22 +23,6 @@ EMPTY_NAMES = set(
 REFERENCE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`~?([^`]+)`")
 
 
-def modules():
-    """Every module of both packages: dotted name and source."""
-    for package, base in PACKAGES.items():
-        for path in sorted((base / package).rglob("*.py")):
-            name = ".".join(path.relative_to(base).with_suffix("").parts)
-            yield name.removesuffix(".__init__"), path.read_text(encoding="utf-8")
-
-
-MODULES = dict(modules())
-
-
-@functools.cache
-def tree(name):
-    return ast.parse(MODULES[name])
-
-
 def documented():
     """Every module, class and function with a docstring: module, enclosing classes, node, text."""
 
@@ -54,8 +35,8 @@ def documented():
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from walk(name, child, inner, is_inside or is_function)
 
-    for name in MODULES:
-        yield from walk(name, tree(name), [], False)
+    for name, file in MODULES.items():
+        yield from walk(name, parsed(file), [], False)
 
 
 def is_riddle(node, text):
@@ -85,8 +66,8 @@ def test_public_docstrings_open_with_an_action_or_a_thing():
 
 def test_names_say_what_they_hold():
     empty = []
-    for name in MODULES:
-        for node in ast.walk(tree(name)):
+    for name, file in MODULES.items():
+        for node in ast.walk(parsed(file)):
             word = node.arg if isinstance(node, ast.arg) else None
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 word = node.id
@@ -98,8 +79,8 @@ def test_names_say_what_they_hold():
 def test_lines_are_a_hundred_characters_at_most():
     wide = [
         f"{name}:{number}"
-        for name, source in MODULES.items()
-        for number, line in enumerate(source.splitlines(), 1)
+        for name, file in MODULES.items()
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
         if len(line) > 100
     ]
     assert not wide, "\n".join(wide)
@@ -118,7 +99,7 @@ def test_module_names_are_unique():
     assert len(twice) <= 3, twice
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_cross_references_resolve(package):
     broken = []
     for name, classes, node, text, _ in documented():
@@ -158,7 +139,7 @@ def imported_for_types(module):
     """Names that a module imports anywhere, also for type checkers alone."""
     return {
         alias.asname or alias.name
-        for node in ast.walk(ast.parse(MODULES[module]))
+        for node in ast.walk(parsed(MODULES[module]))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

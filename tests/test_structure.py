@@ -5,12 +5,20 @@ imported.
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from imports import MODULES, PAGE, imports, loaded_by, our_imports, package_of, page_with_table
+from imports import (
+    MODULES,
+    PAGE,
+    imports,
+    loaded_by,
+    our_imports,
+    package_of,
+    page_with_table,
+    parsed,
+)
 
 READERS = ("saved", "statistics", "fit", "figures", "report")
 KNOW_LM_EVAL = ("harness", "check", "texts", "sweep", "samples", "cli", "demo")
@@ -86,14 +94,9 @@ def test_a_file_is_one_idea():
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 
-@functools.cache
-def _tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text("utf-8"))
-
-
 def _nodes(kind: type[ast.AST]) -> Iterator[tuple[str, Any]]:
-    for module in MODULES:
-        for node in ast.walk(_tree(module)):
+    for module, file in MODULES.items():
+        for node in ast.walk(parsed(file)):
             if isinstance(node, kind):
                 yield module, node
 

@@ -2,8 +2,8 @@
 
 A direction u is decoded by the model's own final norm and head. Singular vectors have no sign, so
 both u and −u are decoded, by the odd part of the logits, (logits(u) − logits(−u)) / 2: a bias of
-the norm or the head says the same of every direction and drops out. The tokens of
-the largest entries are the words of u, those of the smallest the words of −u.
+the norm or the head says the same of every direction and drops out. The tokens of the largest
+entries are the words of u, those of the smallest the words of −u.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from lm_eval_coupling.residual.load_checks import (
     SAME,
     SAME_KERNELS,
     largest,
+    nearest_token,
     off_by,
 )
 from lm_eval_coupling.residual.scored_passes import (
@@ -161,11 +161,10 @@ class ScoredModel(ScoredPasses):
                 output = call(before.to(call.resid_pre))[0]
             before, after = before[0].to(output), after[0].to(output)
             size = (after - before).norm(dim=-1) + 0.2 * after.norm(dim=-1)
-            is_finite = after.isfinite().all(dim=-1)
-            if not is_finite.any():
-                continue  # reported with the prompt, so that its score is kept
-            errors = ((output - after).norm(dim=-1) / size)[is_finite].nan_to_num(nan=math.inf)
-            if (error := errors.min().item()) > ROUNDED:
+            token = nearest_token(output, after, size)
+            error = ((output - after)[token].norm() / size[token]).item()
+            # A stream without numbers is reported with the prompt, so that its score is kept.
+            if after[token].isfinite().all() and not error <= ROUNDED:
                 raise Unmeasurable(
                     "refused",
                     f"block {call.layer} in {call.dtype} is off by {error:.1e} from the one that "

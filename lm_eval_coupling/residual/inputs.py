@@ -110,8 +110,7 @@ class TokenIds:
             raise CouplingError(
                 f"got a {ids.dtype} of shape {[*ids.shape]} as the tokens of a prompt, {_EXPECTED}"
             )
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.words:
-            require_token_ids(ids.flatten().tolist(), self.words)
+        require_token_ids(ids.flatten().tolist(), self.words)
         return ids.flatten()
 
     def as_scored(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -47,6 +47,20 @@ def largest(errors: Iterable[float]) -> float:
     return torch.tensor([*errors], dtype=torch.float64).max().item()
 
 
+def nearest_token(
+    stream: Float[Tensor, "token d_model"],
+    expected: Float[Tensor, "token d_model"],
+    size: Float[Tensor, " token"],
+) -> int:
+    """Return the token of the least error, relative to ``size``, of those that have numbers.
+
+    The first token is returned if ``expected`` has numbers at none.
+    """
+    errors = ((stream - expected).norm(dim=-1) / size).nan_to_num(nan=math.inf)
+    tokens = expected.isfinite().all(dim=-1).nonzero()[:, 0]
+    return int(tokens[errors[tokens].argmin()]) if len(tokens) else 0
+
+
 def require_close(what: str, name: str, tensor: Tensor, expected: Tensor, tolerance: float) -> None:
     """Raise CouplingError unless ``tensor`` is ``expected``: another function would be measured."""
     error = off_by(tensor, expected)
@@ -77,11 +91,7 @@ def require_close_somewhere(
     Raises:
         CouplingError: if no token of ``stream`` is as expected.
     """
-    is_finite = expected.isfinite().all(dim=-1)
-    if is_finite.any():
-        stream, expected = stream.to(expected)[is_finite], expected[is_finite]
-    errors = ((stream - expected).norm(dim=-1) / expected.norm(dim=-1)).nan_to_num(nan=math.inf)
-    nearest = int(errors.argmin())
+    nearest = nearest_token(stream.to(expected), expected, expected.norm(dim=-1))
     require_close(what, name, stream[nearest], expected[nearest], tolerance)
 
 

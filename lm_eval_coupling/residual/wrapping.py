@@ -295,15 +295,10 @@ class _Wrapping:
             checks.require_shared_weights(twin, self.base)
             trace = self._check(model)
             points = expected.resid_final[0]
-            error = checks.largest(
-                [
-                    checks.off_by(model.logits(points), self.plain.logits(points)),
-                    *(
-                        checks.off_by(mine.resid_post, theirs.resid_post)
-                        for mine, theirs in zip(trace.calls, expected.calls, strict=True)
-                    ),
-                ]
-            )
+            pairs = [(model.logits(points), self.plain.logits(points))]
+            for mine, theirs in zip(trace.calls, expected.calls, strict=True):
+                pairs.append((mine.resid_post, theirs.resid_post))
+            error = checks.largest(checks.off_by(*pair) for pair in pairs)
         except Exception as problem:
             pass_on_lack_of_memory(problem)
             words = f"{type(problem).__name__}: {message_of(problem, 200)}"

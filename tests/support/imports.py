@@ -35,6 +35,12 @@ def package_of(module: str) -> str:
 
 
 @cache
+def parsed(file: Path) -> ast.Module:
+    """Return the syntax tree of a file, made once for all tests; it must not be changed."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(module: str, *, at_import_only: bool = False) -> frozenset[str]:
     """List what a module imports: our modules in full, others by their top-level name.
 
@@ -42,7 +48,7 @@ def imports(module: str, *, at_import_only: bool = False) -> frozenset[str]:
         module: dotted name.
         at_import_only: leave out imports inside functions and those for type checkers.
     """
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = parsed(MODULES[module])
     names = set()
     for node in _run_at_import(tree.body) if at_import_only else ast.walk(tree):
         if isinstance(node, ast.Import):
